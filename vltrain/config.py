@@ -1,0 +1,250 @@
+"""What a recipe may say: every key is declared, documented and checked here.
+
+A recipe is a YAML file of these keys; the command line overrides it (`--model.adapter.dim 8`). Keys that are not declared
+fail with the nearest match. Each value has one owner: DeepSpeed's JSON holds memory and communication knobs only and
+says "auto" where this file decides (see `vltrain.train.engine`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vltrain.errors import InputError
+
+Placement = Literal["none", "attention", "ffn", "both"]
+
+
+def _require(condition: bool, key: str, found: Any, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{key}: found {found!r}, expected {expected}")
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """The adapter put behind a block's norms, in the ViT and in the LLM."""
+
+    kind: str = "bottleneck"
+    """Which adapter, a name of `vltrain.models.adapters.ADAPTERS`."""
+    dim: int = 16
+    """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
+    groups: int = 2
+    """Groups k of the up projection, Eq. 2 (Table 2: 2, 4)."""
+    down_groups: int = 1
+    """Groups of the down projection; 1 is dense, as in Eq. 2."""
+    dropout: float = 0.0
+    """Dropout on the bottleneck's activations; 0 keeps the adapter linear and mergeable."""
+    vision: Placement = "attention"
+    """Before which sublayers of each ViT block an adapter stands."""
+    llm: Placement = "attention"
+    """Before which sublayers of each LLM block an adapter stands."""
+
+    def __post_init__(self) -> None:
+        _require(self.dim >= 1, "model.adapter.dim", self.dim, "a positive number")
+        _require(0 <= self.dropout < 1, "model.adapter.dropout", self.dropout, "a number in [0, 1)")
+        for name in ("groups", "down_groups"):
+            groups = getattr(self, name)
+            _require(groups >= 1, f"model.adapter.{name}", groups, "a positive number")
+            _require(
+                self.dim % groups == 0, f"model.adapter.{name}", groups, f"a divisor of model.adapter.dim = {self.dim}"
+            )
+
+
+@dataclass(kw_only=True)
+class VisionConfig:
+    """The image encoder: a CLIP-style ViT whose [cls] states after every `tap_every`-th block are the visual tokens."""
+
+    source: str | None = None
+    """Folder, hub name, `package://MODULE/PATH` or `asset://NAME`; null: random weights of the size in `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """For random weights: keys of transformers' CLIPVisionConfig."""
+    tap_every: int = 4
+    """A [cls] state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
+    train: bool = False
+    """Also tune the ViT's own weights."""
+
+    def __post_init__(self) -> None:
+        _require(self.tap_every >= 1, "model.vision.tap_every", self.tap_every, "a positive number")
+        _require(
+            (self.source is None) == bool(self.config), "model.vision", {"source": self.source, "config": self.config},
+            "either `source` (weights to load) or `config` (sizes of a random ViT)",
+        )
+
+
+@dataclass(kw_only=True)
+class LLMConfig:
+    """The language model: a LLaMA."""
+
+    source: str | None = None
+    """Folder, hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`; null: random weights of the size in `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """For random weights: keys of transformers' LlamaConfig."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not beside the weights; required with random weights."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of packed rows; auto: flash-attn on CUDA where it is installed, else SDPA with a block-diagonal mask."""
+    train: bool = False
+    """Also tune the LLM's own weights."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.source is None) == bool(self.config), "model.llm", {"source": self.source, "config": self.config},
+            "either `source` (weights to load) or `config` (sizes of a random LLaMA)",
+        )
+        _require(
+            self.source is not None or self.tokenizer is not None, "model.llm.tokenizer", self.tokenizer,
+            "a tokenizer's place, since random weights bring none",
+        )
+
+
+@dataclass(kw_only=True)
+class NeckConfig:
+    """The visual neck, Eq. 3: visual features to the LLM's width."""
+
+    kind: Literal["bottleneck", "linear"] = "bottleneck"
+    """`bottleneck`: Eq. 3; `linear`: one matrix, as LLaVA's."""
+    dim: int = 128
+    """Hidden width d_v of Eq. 3; not used by `linear`."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """ViT, adapters, neck and LLM."""
+
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(source="asset://tiny_vit", tap_every=1))
+    llm: LLMConfig = field(default_factory=lambda: LLMConfig(source="asset://tiny_llama"))
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    neck: NeckConfig = field(default_factory=NeckConfig)
+    tune: Literal["adapters", "full"] = "adapters"
+    """`adapters`: adapters, neck and modality embedding (and what `vision.train` and `llm.train` add); `full`: everything that carries gradient."""
+    seed: int = 0
+    """Seed of every weight that is not loaded."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Raw data, its prepared samples and its packed shards."""
+
+    source: str = "easyvqa"
+    """Which reader of `data_prep.sources` prepares the raw data."""
+    input: str | None = None
+    """Where the raw data is; null where the source finds it by itself (easyvqa: the installed package)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of that reader, e.g. `prompt_format: QCM-ALE` of scienceqa."""
+    root: str = "data/easyvqa"
+    """Where prepared samples (`samples/SPLIT.jsonl`) and packs (`packed/SPLIT-FINGERPRINT/`) are kept; made if missing."""
+    train_split: str = "train"
+    eval_split: str = "val"
+    """The split that is evaluated while training."""
+    test_split: str = "test"
+    """The split that `vltrain evaluate` answers unless told otherwise."""
+    train_packs: str | None = None
+    """A folder of packed shards to train on, instead of the one under `root`."""
+    template: str = "mmt"
+    """How turns become tokens, a name of `vltrain.data.conversation.TEMPLATES`."""
+    pack_length: int = 1024
+    """Tokens a pack may hold: what a micro-step of one rank trains on."""
+    max_images: int | None = None
+    """Images a pack may hold, to bound the ViT's memory; null: no bound."""
+    workers: int = 1
+    """Processes per rank that decode images; 0: in the training process."""
+    max_image_pixels: int = 50_000_000
+    """Larger images are refused (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        _require(self.pack_length >= 8, "data.pack_length", self.pack_length, "at least 8 tokens")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a warm-up and a cosine, both per step."""
+
+    lr: float = 1.125e-3
+    """Peak learning rate, absolute. The paper's 0.009 is a base rate: lr = 0.009 * samples per step / 256."""
+    vision_lr: float | None = None
+    """Peak learning rate of the ViT's own weights where they are tuned; null: `lr`."""
+    llm_lr: float | None = None
+    """Peak learning rate of the LLM's own weights where they are tuned; null: `lr`."""
+    min_lr_ratio: float = 0.0
+    """What the cosine ends at, as a share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.02
+    """On matrices only: biases and other 1-D parameters have none."""
+    warmup_epochs: float = 0.1
+    """Length of the linear warm-up."""
+    clip: float = 0.0
+    """Largest norm of the whole gradient; 0: no clipping (the paper's)."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        _require(self.clip >= 0, "optim.clip", self.clip, "0 or a positive number")
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or a positive number")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: float = 1.0
+    """Passes over the packs."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule is then this long too."""
+    packs_per_step: int = 2
+    """Packs of one optimizer step over all ranks. The global batch is the same for any number of ranks; what the ranks do
+    not take at once they accumulate."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware is fast at it, else fp32."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    seed: int = 0
+    """Seed of the order of packs and of dropout."""
+    log_every_steps: int = 10
+    save_every_steps: int = 200
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    eval_every_steps: int = 0
+    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("packs_per_step", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
+        _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
+        _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Free generation and its scoring."""
+
+    scorer: str = "exact"
+    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word) or `scienceqa`."""
+    batch_size: int = 64
+    """Questions answered at once by a rank; changes speed and memory, never an answer."""
+    max_new_tokens: int = 8
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    max_samples: int | None = 512
+    """Questions of an evaluation while training; `vltrain evaluate` takes all."""
+    tensorboard_samples: int = 16
+    """Answered questions written to TensorBoard with their images."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "eval.temperature", self.temperature, "0 or a positive number")
+        _require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "a number in (0, 1]")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: str = "runs/quickstart"
+    """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""

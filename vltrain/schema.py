@@ -1,0 +1,163 @@
+"""The contract between data and model: what a sample, a packed row and a batch are.
+
+    raw files --data_prep--> Sample (JSONL) --tokenise--> Segment --pack--> PackedRow (Arrow) --loader--> Batch --> model
+
+A `Segment` is one tokenised sample; a `PackedRow` is several segments one after another; a `Batch` is one packed row as
+tensors. One micro-step of one rank trains on exactly one `Batch`: its length in tokens is what fills the memory, so there
+is no second batch dimension and no padding.
+
+Token ids below zero are placeholders that the model replaces by vectors of its own; real ids are 0 and up.
+Shapes: T tokens of the row, S segments, N distinct images, K image runs (places where an image stands), V visual tokens
+per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vltrain.errors import InputError
+
+IMAGE_TOKEN = -1  # one visual token; an image is a run of V of them
+TEXT_MODALITY_TOKEN = -2  # u_m of Eq. 4 for a sample without image
+IMAGE_MODALITY_TOKEN = -3  # u_m of Eq. 4 for a sample with image
+IGNORE_INDEX = -100  # a label that carries no loss
+IMAGE_MARKER = "<image>"  # in a turn's text: here stands the next image
+ROLES = ("user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One message. `role` is "user" or "assistant"; only assistant turns carry loss."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One validated instruction sample, a line of a JSONL file.
+
+    `images` are paths relative to the folder of that file, in the order of the `<image>` markers in the turns' text.
+    `metadata` is what scoring needs (answer, choices, subject, ...) and is never shown to the model.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a sample that nothing could be learned from or whose markers and images differ."""
+        if not self.turns or self.turns[-1].role != "assistant" or not self.turns[-1].text.strip():
+            raise InputError(f"sample '{self.id}': no answer (its last turn must be a non-empty assistant turn)")
+        for number, turn in enumerate(self.turns):
+            if turn.role != ROLES[number % 2]:
+                raise InputError(
+                    f"sample '{self.id}': turn {number} is by '{turn.role}', expected '{ROLES[number % 2]}' (user and assistant alternate, user first)"
+                )
+            if turn.role == "assistant" and IMAGE_MARKER in turn.text:
+                raise InputError(f"sample '{self.id}': {IMAGE_MARKER} in an assistant turn; images belong into user turns")
+        num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)
+        if num_markers != len(self.images):
+            raise InputError(
+                f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} image(s) listed; they must be equal"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        turns = [{"role": turn.role, "text": turn.text} for turn in self.turns]
+        return {"id": self.id, "images": list(self.images), "turns": turns, "metadata": self.metadata}
+
+    @classmethod
+    def from_json(cls, record: Any, where: str) -> Sample:
+        """`where` (file and line) is named in the InputError that a malformed record raises."""
+        try:
+            turns = tuple(Turn(role=str(turn["role"]), text=str(turn["text"])) for turn in record["turns"])
+            images, metadata = tuple(map(str, record.get("images", ()))), dict(record.get("metadata", {}))
+            identity = str(record["id"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{where}: not a sample ({type(error).__name__}: {error}); expected id, images, turns[role, text], metadata") from None
+        try:
+            return cls(id=identity, turns=turns, images=images, metadata=metadata)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One tokenised sample. `input_ids` int32 [L]; `loss_mask` bool [L], true on tokens that are to be predicted."""
+
+    sample_id: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """Several segments one after another, as stored in a shard.
+
+    input_ids       int32 [T]   placeholders below zero, see above
+    loss_mask       bool  [T]
+    segment_lengths int32 [S]   sums to T
+    image_ids       int64 [N]   rows of the shard set's image table, each distinct image once
+    image_slots     int32 [K]   for the k-th image run of the row: which of `image_ids` stands there
+    sample_ids      S strings
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    segment_lengths: np.ndarray
+    image_ids: np.ndarray
+    image_slots: np.ndarray
+    sample_ids: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One packed row as tensors, ready for the model. A filler (weight zero) stands in where a rank has no pack.
+
+    input_ids       int64 [T]          placeholders below zero
+    labels          int64 [T]          already shifted: labels[t] is the token that position t predicts, or IGNORE_INDEX;
+                                       never across a segment's end
+    position_ids    int64 [T]          restarts at 0 with every segment
+    segment_lengths int64 [S]          on the CPU
+    pixels          uint8 [N, 3, H, W] resized, not normalised (the model does that on its device)
+    image_slots     int64 [K]
+    sample_ids      S strings
+    num_label_tokens                   labels that carry loss
+    is_filler                          its loss is multiplied by zero; its forward and backward only match collectives
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    segment_lengths: torch.Tensor
+    pixels: torch.Tensor
+    image_slots: torch.Tensor
+    sample_ids: tuple[str, ...]
+    num_label_tokens: int
+    is_filler: bool = False
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Moves what the model computes on; `segment_lengths` stays on the CPU."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots")
+        }
+        return Batch(
+            **moved,
+            segment_lengths=self.segment_lengths,
+            sample_ids=self.sample_ids,
+            num_label_tokens=self.num_label_tokens,
+            is_filler=self.is_filler,
+        )
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader when it pins."""
+        for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
