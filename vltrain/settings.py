@@ -1,0 +1,239 @@
+"""The settings of a run: a recipe, then the command line, checked before anything is built.
+
+    load_settings(sys.argv[1:], program="vltrain train", options=TRAIN_OPTIONS) -> Settings(config, given, options, ...)
+
+`--KEY VALUE` and `--KEY=VALUE` override the recipe, KEY being any dotted key of `vltrain.config` (`--model.adapter.dim 8`) or a key
+inside a mapping (`--model.llm.config.hidden_size 64`). jsonargparse reads the values and writes the help from the docstrings in
+`vltrain.config`; names are checked here first, so that a mistake is one line with the nearest name and never a usage dump. It
+gives up abbreviated options and whole sections on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+
+from vltrain.config import Config
+from vltrain.errors import InputError, nearest
+from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, load_text, read_recipe, suggest
+
+COMMAND_LINE = "command line"
+FLAGS = ("help", "print_config")
+LAUNCHER_OPTIONS = ("local_rank", "local-rank")  # `deepspeed` hands its workers this; the environment says the same
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a program beside the settings."""
+
+    help: str
+    default: str | None = None
+    metavar: str = "VALUE"
+
+
+TRAIN_OPTIONS: dict[str, Option] = {
+    "ds": Option("DeepSpeed's memory and communication knobs, a file such as ds_configs/zero2.json", metavar="JSON"),
+    "resume": Option("auto: from the newest whole checkpoint in the output folder, if any; never; or a checkpoint's folder", "auto", "{auto,never,PATH}"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a program was told: the resolved configuration and how it came about.
+
+    `given` are the dotted keys that the recipe or the command line sets; `overrides` those of the command line alone.
+    """
+
+    config: Config
+    recipe: Path | None
+    given: frozenset[str]
+    overrides: frozenset[str]
+    options: dict[str, str | None] = field(default_factory=dict)
+    positionals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line cut into words: `options` in order, with None for a flag's value."""
+
+    options: tuple[tuple[str, str | None], ...]
+    positionals: tuple[str, ...]
+
+    def last(self, name: str) -> str | None:
+        """The value that option `name` has after all repetitions, None if it is absent."""
+        return next((value for option, value in reversed(self.options) if option == name), None)
+
+
+def split_arguments(argv: list[str]) -> Arguments:
+    """Cuts `argv` into options with their values and the words that stand alone. Raises InputError for a missing value."""
+    options: list[tuple[str, str | None]] = []
+    positionals: list[str] = []
+    words = iter(["--help" if word == "-h" else word for word in argv])
+    for word in words:
+        if not word.startswith("--"):
+            positionals.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        if name in FLAGS:
+            if equals:
+                raise InputError(f"{COMMAND_LINE}: --{name} takes no value, found '{value}'")
+            options.append((name, None))
+            continue
+        following = value if equals else next(words, None)
+        if following is None or (not equals and following.startswith("--")):
+            raise InputError(f"{COMMAND_LINE}: --{name}: found no value, expected one")
+        options.append((name, following))
+    return Arguments(tuple(options), tuple(positionals))
+
+
+def load_settings(
+    argv: list[str],
+    *,
+    program: str,
+    description: str = "",
+    options: Mapping[str, Option] | None = None,
+    positionals: tuple[str, ...] = (),
+    default_recipe: Path | None = None,
+) -> Settings:
+    """Reads a program's command line.
+
+    Args:
+        argv: the words after the program's name.
+        program, description: for the help.
+        options: further options of this program, each with one value.
+        positionals: names of the words that must stand alone, in order.
+        default_recipe: what is read where no `--recipe` is given.
+
+    `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.
+    Raises InputError for anything unknown, of a wrong type, contradictory or without effect.
+    """
+    options = {"recipe": Option("YAML file of settings", str(default_recipe) if default_recipe else None, "FILE"), **(options or {})}
+    arguments = split_arguments(argv)
+    if ("help", None) in arguments.options:
+        _parser(program, description, options, positionals).print_help()
+        raise SystemExit(0)
+    _check_names(arguments, options, positionals)
+    chosen = {name: arguments.last(name) or option.default for name, option in options.items()}
+    recipe = Path(chosen["recipe"]) if chosen["recipe"] else None
+    from_recipe = read_recipe(recipe) if recipe else {}
+    from_command_line = _overrides(arguments, from_recipe)
+    given = {**from_recipe, **from_command_line}
+    config = build_config(given)
+    refuse_without_effect(config, from_recipe, frozenset(from_command_line))
+    if ("print_config", None) in arguments.options:
+        sys.stdout.write(dump_config(config))
+        raise SystemExit(0)
+    del chosen["recipe"]
+    return Settings(
+        config=config,
+        recipe=recipe,
+        given=frozenset(given),
+        overrides=frozenset(from_command_line),
+        options=chosen,
+        positionals=arguments.positionals,
+    )
+
+
+def _check_names(arguments: Arguments, options: Mapping[str, Option], positionals: tuple[str, ...]) -> None:
+    for name, _ in arguments.options:
+        if name in options or name in FLAGS or name in LAUNCHER_OPTIONS or _setting_of(name):
+            continue
+        if name in known_sections():
+            raise InputError(f"{COMMAND_LINE}: --{name} is a section, expected one of its keys, such as --{_first_key(name)}")
+        hint = nearest(name, [*options, *FLAGS]) if "." not in name else ""
+        raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {hint if hint.startswith('did you mean') else suggest(name)}")
+    if len(arguments.positionals) != len(positionals):
+        expected = " ".join(positionals) or "options only (--KEY VALUE)"
+        raise InputError(f"{COMMAND_LINE}: found {' '.join(map(repr, arguments.positionals)) or 'no word that stands alone'}, expected {expected}")
+    if sum(name == "recipe" for name, _ in arguments.options) > 1:
+        raise InputError(f"{COMMAND_LINE}: found several --recipe, expected one (override single keys with --KEY VALUE)")
+
+
+def _first_key(section: str) -> str:
+    return next(key for key in known_keys() if key.startswith(f"{section}."))
+
+
+def _setting_of(name: str) -> str | None:
+    """The setting that option `name` sets, wholly or (`model.llm.config.hidden_size`) in a key of its mapping."""
+    if name in known_keys():
+        return name
+    mappings = (key for key, known in known_keys().items() if get_origin(known.annotation) is dict)
+    return next((key for key in mappings if name.startswith(f"{key}.") and len(name) > len(key) + 1), None)
+
+
+def _overrides(arguments: Arguments, from_recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings on the command line by dotted key; keys of a mapping are put into the recipe's mapping."""
+    overrides: dict[str, Any] = {}
+    for name, text in arguments.options:
+        key = _setting_of(name)
+        if key is None:
+            continue
+        value = _read_value(name, key, text)
+        if name != key:
+            value = {**overrides.get(key, from_recipe.get(key, known_keys()[key].default)), **value}
+        overrides[key] = checked_value(key, value, COMMAND_LINE)
+    return overrides
+
+
+def _read_value(name: str, key: str, text: str | None) -> Any:
+    try:
+        return _values_parser().parse_args([f"--{name}={text}"], defaults=False)[key]
+    except argparse.ArgumentError:
+        expected = describe_type(known_keys()[key].annotation)
+        raise InputError(f"{COMMAND_LINE}: --{name}: found {text!r}, expected {expected}") from None
+
+
+@cache
+def _values_parser() -> ArgumentParser:
+    return _parser("", "", {}, ())
+
+
+def _parser(program: str, description: str, options: Mapping[str, Option], positionals: tuple[str, ...]) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("recipe", load_text, exceptions=(yaml.YAMLError,))
+    words = " ".join(positionals).upper()
+    usage = f"{program} {words} [--recipe FILE] [--KEY VALUE ...]".replace("  ", " ")
+    parser = ArgumentParser(prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="recipe")
+    for name, option in options.items():
+        parser.add_argument(f"--{name}", help=option.help, default=option.default, metavar=option.metavar, type=str)
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and end")
+    parser.add_class_arguments(Config, None)
+    for action in parser._actions:  # sections are set in a recipe; their own options would only lengthen the help
+        if action.dest in known_sections():
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+def _adapters_nowhere(config: Config) -> bool:
+    return config.model.adapter.vision == config.model.adapter.llm == "none"
+
+
+_NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    ("model.neck.dim", lambda c: c.model.neck.kind == "linear", "model.neck.kind = linear has no hidden width"),
+    *(
+        (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
+        for name in ("kind", "dim", "groups", "down_groups", "dropout")
+    ),
+    ("optim.vision_lr", lambda c: c.model.tune != "full" and not c.model.vision.train, "the ViT's weights are not tuned (model.vision.train)"),
+    ("optim.llm_lr", lambda c: c.model.tune != "full" and not c.model.llm.train, "the LLM's weights are not tuned (model.llm.train)"),
+    ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
+)
+
+
+def refuse_without_effect(config: Config, from_recipe: Mapping[str, Any], overrides: frozenset[str]) -> None:
+    """Raises InputError for a setting that somebody made and that changes nothing beside the others.
+
+    A resolved configuration names every key, so a recipe's key with its default value does not count as made.
+    """
+    for key, is_idle, reason in _NO_EFFECT:
+        made = key in overrides or from_recipe.get(key, known_keys()[key].default) != known_keys()[key].default
+        if made and is_idle(config):
+            raise InputError(f"{key}: has no effect: {reason}; leave it out, or change the other")
