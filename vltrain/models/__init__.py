@@ -1,0 +1,1 @@
+"""Plain `nn.Module`s: a CLIP-style ViT, adapters, a visual neck and a LLaMA, put together by `build.build_model`."""

@@ -1,0 +1,104 @@
+"""From a recipe's `ModelConfig` to a model whose trained parameters are exactly those the recipe means.
+
+Trained parameters are fp32, frozen ones have the dtype asked for; the trainable set is asserted, part by part, before the
+model is handed out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from vltrain.config import ModelConfig
+from vltrain.models.adapters import insert_adapters
+from vltrain.models.llm import LLM_NORMS, llm_blocks, prepare_llm
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.neck import make_neck
+from vltrain.models.random import seeded
+from vltrain.models.vision import VISION_NORMS, ClipTaps
+from vltrain.ops.attention import choose_attention
+
+PARTS = ("adapter", "neck", "modality", "vision", "llm")
+MODALITY_STD = 0.02  # as LLaMA's own token embeddings
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+) -> MultimodalModel:
+    """The model of a recipe, in training mode.
+
+    Args:
+        dtype: of frozen weights; trained ones are always fp32.
+        activation_checkpointing: recompute each block in the backward pass.
+        device: where it is put; "meta" builds shapes only, to count with.
+
+    Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
+    """
+    on_meta = torch.device(device).type == "meta"
+    with torch.device("meta" if on_meta else "cpu"):
+        vision = ClipTaps(_make_clip(model), model.vision.tap_every, activation_checkpointing)
+        llm = _make_llm(model, choose_attention(model.llm.attention, device))
+        prepare_llm(llm, activation_checkpointing)
+        insert_adapters(vision.live_blocks, VISION_NORMS, model.adapter.vision, model.adapter, model.seed, "vision")
+        insert_adapters(llm_blocks(llm), LLM_NORMS, model.adapter.llm, model.adapter, model.seed, "llm")
+        with seeded(model.seed, "neck"):
+            neck = make_neck(vision.width, llm.config.hidden_size, model.neck)
+        with seeded(model.seed, "modality"):
+            modality_embedding = nn.Embedding(2, llm.config.hidden_size)
+            nn.init.normal_(modality_embedding.weight, std=MODALITY_STD)
+    built = MultimodalModel(vision, neck, modality_embedding, llm)
+    _set_trainable(built, trained_parts(model), dtype)
+    return built.to(device).train()
+
+
+def _make_clip(model: ModelConfig) -> CLIPVisionModel:
+    attention = "eager" if model.llm.attention == "eager" else "sdpa"
+    with seeded(model.seed, "vision"):
+        return CLIPVisionModel._from_config(CLIPVisionConfig(**model.vision.config), attn_implementation=attention)
+
+
+def _make_llm(model: ModelConfig, attention: str) -> LlamaForCausalLM:
+    with seeded(model.seed, "llm"):
+        return LlamaForCausalLM._from_config(LlamaConfig(**model.llm.config), attn_implementation=attention)
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` the parameter of that name (of `MultimodalModel.named_parameters`) belongs to."""
+    if ".adapter." in name:
+        return "adapter"
+    root = name.split(".", 1)[0]
+    part = {"modality_embedding": "modality"}.get(root, root)
+    assert part in PARTS, f"parameter '{name}' belongs to no part"
+    return part
+
+
+def trained_parts(model: ModelConfig) -> set[str]:
+    """The parts of `PARTS` whose parameters a recipe trains."""
+    parts = {"adapter", "neck", "modality"}
+    full = model.tune == "full"
+    return parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
+
+
+def count_parameters(model: MultimodalModel) -> dict[str, tuple[int, int]]:
+    """By part: (parameters, trained parameters). A tied weight is counted once."""
+    counts = {part: (0, 0) for part in PARTS}
+    for name, parameter in model.named_parameters():
+        total, trained = counts[part_of(name)]
+        counts[part_of(name)] = (total + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+    return counts
+
+
+def _set_trainable(model: MultimodalModel, parts: set[str], dtype: torch.dtype) -> None:
+    unused = model.vision.unused_parameters()
+    for name, parameter in model.named_parameters():
+        trained = part_of(name) in parts and parameter not in unused
+        parameter.requires_grad_(trained)
+        parameter.data = parameter.data.to(torch.float32 if trained else dtype)
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name for name, parameter in model.named_parameters() if part_of(name) in parts and parameter not in unused}
+    assert found == expected, f"trained parameters differ from what the recipe means: {sorted(found ^ expected)}"

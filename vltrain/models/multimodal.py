@@ -1,0 +1,99 @@
+"""The whole model: a packed row of text and images in, the sum of its label losses out.
+
+    pixels --ClipTaps--> [N, V, d_vision] --neck--> visual tokens [N, V, d]
+    input_ids --embed, placeholders replaced--> [T, d] --LLM, segments isolated--> [T, d] --head at label positions--> loss
+
+One forward serves every kind of row, so that ranks never differ in which parameters a backward reaches: a row with pixels
+runs the ViT even if no token shows an image, and a filler without labels still has a graph through every trained
+parameter. Their gradients are exact zeros, not missing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from vltrain.models.llm import packed_hidden_states
+from vltrain.models.vision import ClipTaps
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Batch
+
+
+class LossOutput(NamedTuple):
+    """loss_sum: fp32 scalar, summed over label positions; segment_losses: fp32 [S], the same by segment, detached."""
+
+    loss_sum: Tensor
+    segment_losses: Tensor
+
+
+class MultimodalModel(nn.Module):
+    """ViT with taps, neck, modality embedding and LLM (Eq. 3-5)."""
+
+    def __init__(self, vision: ClipTaps, neck: nn.Module, modality_embedding: nn.Embedding, llm: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.vision = vision
+        self.neck = neck
+        self.modality_embedding = modality_embedding  # row 0: text, row 1: image
+        self.llm = llm
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image."""
+        return self.vision.num_taps
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images the ViT reads, in pixels."""
+        return self.vision.image_size
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> visual tokens [N, V, d]. Without images no ViT pass happens."""
+        if len(pixels) == 0:
+            return self.llm.model.embed_tokens.weight.new_empty(0, self.visual_tokens, self.llm.config.hidden_size)
+        return self.neck(self.vision(pixels))
+
+    def embed(self, input_ids: Tensor, visual: Tensor, image_slots: Tensor) -> Tensor:
+        """The LLM's input: token embeddings, with the vectors that belong there in the placeholders' places.
+
+        Args:
+            input_ids: int64 [T], placeholders below zero.
+            visual: [N, V, d] from `encode_images`; an image that no slot refers to gets a gradient of zero.
+            image_slots: int64 [K], which image stands at the k-th image run.
+
+        Returns: [T, d].
+        """
+        embeds = self.llm.model.embed_tokens(input_ids.clamp(min=0))
+        text_modality, image_modality = self.modality_embedding(torch.arange(2, device=input_ids.device)).to(embeds.dtype)
+        embeds = torch.where((input_ids == TEXT_MODALITY_TOKEN)[:, None], text_modality, embeds)
+        embeds = torch.where((input_ids == IMAGE_MODALITY_TOKEN)[:, None], image_modality, embeds)
+        if len(visual) == 0:
+            return embeds
+        shown = visual[image_slots].flatten(0, 1).to(embeds.dtype)  # [K * V, d]
+        # The number of places is known, so finding them needs no word from the device.
+        places = torch.nonzero_static(input_ids == IMAGE_TOKEN, size=len(shown)).squeeze(1)
+        return embeds.index_copy(0, places, shown)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
+        if batch.input_ids.device.type == "cpu":
+            self._check(batch)
+        embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
+        hidden = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
+        labelled = torch.nonzero_static(batch.labels != IGNORE_INDEX, size=batch.num_label_tokens).squeeze(1)
+        loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
+        if batch.is_filler:
+            loss_sum = loss_sum * 0.0
+        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
+        owner = owner.to(labelled.device, non_blocking=True)[labelled]
+        segment_losses = token_losses.new_zeros(len(batch.segment_lengths)).index_add(0, owner, token_losses)
+        return LossOutput(loss_sum, segment_losses)
+
+    def _check(self, batch: Batch) -> None:
+        """The loader's promises that the forward relies on. On a device the checks would wait for it."""
+        num_labels, num_tokens = int((batch.labels != IGNORE_INDEX).sum()), len(batch.input_ids)
+        assert num_labels == batch.num_label_tokens, f"{num_labels} labels, the batch says {batch.num_label_tokens}"
+        assert int(batch.segment_lengths.sum()) == num_tokens, f"segments of {batch.segment_lengths.tolist()} in a row of {num_tokens}"
+        places, shown = int((batch.input_ids == IMAGE_TOKEN).sum()), len(batch.image_slots) * self.visual_tokens
+        assert places == shown, f"{places} visual places for {len(batch.image_slots)} images of {self.visual_tokens} tokens"

@@ -1,0 +1,1 @@
+"""The hot path: functions on tensors, each beside a plain truth in `reference.py` that tests hold it to."""
