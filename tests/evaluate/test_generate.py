@@ -1,0 +1,228 @@
+"""Generated answers against a plain loop without cache, padding or batches."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.errors import InputError
+from vltrain.evaluate.generate import Sampling, generate, sample_tokens
+from vltrain.models.build import build_model
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
+
+VOCABULARY = 61
+IMAGE_SIZE = 16
+STOP = (36, 17)
+
+
+def tiny_model(attention: str = "sdpa") -> MultimodalModel:
+    config = ModelConfig(
+        vision=VisionConfig(
+            config=dict(image_size=IMAGE_SIZE, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2),
+            tap_every=1,
+        ),
+        llm=LLMConfig(
+            config=dict(
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
+            ),
+            tokenizer="none",
+            attention=attention,
+        ),
+        adapter=AdapterConfig(dim=4, groups=2),
+    )
+    model = build_model(config).eval()
+    with torch.no_grad():  # a neck and adapters that matter
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    return model
+
+
+MODEL = tiny_model()
+IMAGES = {f"image{number}": np.random.default_rng(number).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8) for number in range(4)}
+
+
+def make_prompts(count: int, seed: int = 0) -> list[Segment]:
+    """Prompts of 2 to 30 tokens with no, one or two images."""
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for number in range(count):
+        names = tuple(rng.choice(sorted(IMAGES), size=rng.integers(0, 3)))
+        ids = [IMAGE_MODALITY_TOKEN if names else TEXT_MODALITY_TOKEN]
+        for _ in names:
+            ids += [*rng.integers(0, VOCABULARY, rng.integers(1, 4)), *[IMAGE_TOKEN] * MODEL.visual_tokens]
+        ids += [*rng.integers(0, VOCABULARY, rng.integers(1, 18))]
+        prompts.append(
+            Segment(sample_id=f"sample{number}", input_ids=np.array(ids, np.int32), loss_mask=np.zeros(len(ids), bool), images=tuple(map(str, names)))
+        )
+    return prompts
+
+
+def run(prompts: list[Segment], batch_size: int, model: MultimodalModel = MODEL, load_image=IMAGES.__getitem__, **kwargs) -> list[list[int]]:
+    sampling = Sampling(**{"max_new_tokens": 12, **kwargs.pop("sampling", {})})
+    return generate(model, prompts, load_image, sampling=sampling, stop_ids=STOP, batch_size=batch_size, device="cpu", **kwargs)
+
+
+@torch.no_grad()
+def plain_answer(prompt: Segment, max_new_tokens: int, choose) -> list[int]:
+    """One prompt, the whole sequence anew for each token."""
+    visual = MODEL.encode_images(torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images]))) if prompt.images else torch.empty(0, 3, 32)
+    answer: list[int] = []
+    for step in range(max_new_tokens):
+        ids = torch.tensor([*prompt.input_ids.tolist(), *answer])
+        embeds = MODEL.embed(ids, visual, torch.arange(len(prompt.images)))
+        logits = MODEL.llm(inputs_embeds=embeds[None], use_cache=False).logits[0, -1]
+        token = choose(logits, step)
+        if token in STOP:
+            break
+        answer.append(token)
+    return answer
+
+
+PROMPTS = make_prompts(40)
+PLAIN = [plain_answer(prompt, 12, lambda logits, step: int(logits.argmax())) for prompt in PROMPTS]
+
+
+def test_the_reference_is_worth_comparing_with():
+    """Answers differ from each other, in length too, and images change them."""
+    assert len({tuple(answer) for answer in PLAIN}) > 30
+    assert {0, 12} < {len(answer) for answer in PLAIN} and len({len(answer) for answer in PLAIN}) > 4
+    with_image = next(number for number, prompt in enumerate(PROMPTS) if prompt.images)
+    other = {name: IMAGES[name][::-1].copy() for name in IMAGES}
+    assert run([PROMPTS[with_image]], 1, load_image=other.__getitem__) != [PLAIN[with_image]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
+def test_greedy_answers_equal_the_plain_loop_at_any_batch_size(batch_size):
+    assert run(PROMPTS, batch_size) == PLAIN
+
+
+def test_greedy_answers_equal_the_plain_loop_with_eager_attention():
+    assert run(PROMPTS, 16, model=tiny_model("eager")) == PLAIN
+
+
+def test_answers_do_not_depend_on_the_neighbours_or_their_order():
+    shuffled = np.random.default_rng(3).permutation(len(PROMPTS))[:11]
+    assert run([PROMPTS[number] for number in shuffled], 4) == [PLAIN[number] for number in shuffled]
+
+
+def test_sampled_answers_depend_on_seed_and_sample_alone():
+    sampling = {"temperature": 0.9, "top_p": 0.8, "seed": 7}
+    expected = run(PROMPTS, 1, sampling=sampling)
+    for batch_size in (3, 16):
+        assert run(PROMPTS, batch_size, sampling=sampling) == expected
+    assert run(PROMPTS[5:9], 4, sampling=sampling) == expected[5:9]
+    assert run(PROMPTS, 16, sampling={**sampling, "seed": 8}) != expected
+    assert expected != PLAIN
+
+
+def test_a_cold_or_narrow_nucleus_is_greedy():
+    assert run(PROMPTS, 16, sampling={"temperature": 1e-4}) == PLAIN
+    assert run(PROMPTS, 16, sampling={"temperature": 1.0, "top_p": 1e-9}) == PLAIN
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, [0.5, 0.25, 0.15, 0.1]), (0.75, [0.5, 0.25]), (0.76, [0.5, 0.25, 0.15]), (0.3, [0.5])])
+def test_tokens_are_drawn_with_the_nucleus_probabilities(top_p, kept):
+    order = [2, 0, 3, 1]  # token that holds the k-th largest probability
+    logits = torch.empty(4)
+    logits[order] = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = sample_tokens(logits.expand(20_000, 4), uniforms, 1.0, top_p)
+    shares = torch.bincount(drawn, minlength=4)[order] / 20_000
+    expected = torch.tensor(kept + [0.0] * (4 - len(kept))) / sum(kept)
+    torch.testing.assert_close(shares, expected, atol=1e-3, rtol=0)
+
+
+def test_temperature_sharpens():
+    logits = torch.tensor([1.0, 0.0])
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = sample_tokens(logits.expand(20_000, 2), uniforms, 0.5, 1.0)
+    assert float((drawn == 0).double().mean()) == pytest.approx(1 / (1 + np.exp(-2.0)), abs=1e-3)
+
+
+def test_each_distinct_image_of_a_batch_is_loaded_and_encoded_once(monkeypatch):
+    loaded, encoded, lock = [], [], threading.Lock()
+
+    def load_image(name: str) -> np.ndarray:
+        with lock:
+            loaded.append(name)
+        return IMAGES[name]
+
+    encode = MODEL.encode_images
+    monkeypatch.setattr(MODEL, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    assert run(PROMPTS, len(PROMPTS), load_image=load_image) == PLAIN
+    assert sorted(loaded) == sorted(IMAGES)
+    assert encoded == [len(IMAGES)]
+
+
+def test_text_only_prompts_need_no_image_and_no_prompts_no_answers():
+    text = [number for number, prompt in enumerate(PROMPTS) if not prompt.images]
+    assert run([PROMPTS[number] for number in text], 8, load_image={}.__getitem__) == [PLAIN[number] for number in text]
+    assert run([], 8) == []
+
+
+def test_progress_counts_every_prompt():
+    counts: list[int] = []
+    run(PROMPTS, 16, on_answered=counts.append)
+    assert counts == [16, 16, 8]
+
+
+class Rank:
+    """One of several threads that stand for ranks: `sync` is a maximum over all; forwards are recorded in order."""
+
+    def __init__(self, barrier: threading.Barrier, values: list[int], rank: int) -> None:
+        self.barrier, self.values, self.rank = barrier, values, rank
+        self.calls: list[str] = []
+
+    def sync(self, value: int) -> int:
+        self.values[self.rank] = value
+        self.barrier.wait(timeout=60)
+        largest = max(self.values)
+        self.barrier.wait(timeout=60)
+        return largest
+
+
+@pytest.mark.parametrize("shares", [(slice(0, 30), slice(30, 40)), (slice(0, 3), slice(0, 0)), (slice(0, 0), slice(0, 0))])
+def test_ranks_that_sync_make_the_same_forwards_and_the_answers_stay(shares):
+    barrier, values = threading.Barrier(2), [0, 0]
+    ranks = [Rank(barrier, values, number) for number in range(2)]
+    models = [tiny_model(), tiny_model()]
+    for rank, model in zip(ranks, models):
+        for name in ("vision", "neck", "modality_embedding", "llm.model", "llm.lm_head"):
+            model.get_submodule(name).register_forward_pre_hook(lambda module, arguments, rank=rank, name=name: rank.calls.append(name))
+    answers: list = [None, None]
+
+    def work(number: int) -> None:
+        answers[number] = run(PROMPTS[shares[number]], 4, model=models[number], sync=ranks[number].sync)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [PLAIN[share] for share in shares]
+    assert ranks[0].calls == ranks[1].calls
+    assert ("vision" in ranks[0].calls) == bool(PROMPTS[shares[0]])
+
+
+def test_outputs_that_are_not_finite_name_their_sample():
+    model = tiny_model()
+    with torch.no_grad():
+        model.modality_embedding.weight[0] = torch.nan
+    text = next(prompt for prompt in PROMPTS if not prompt.images)
+    with pytest.raises(InputError, match=f"'{text.sample_id}'.*not finite"):
+        run([text], 1, model=model)
+
+
+def test_an_unreadable_image_ends_the_evaluation():
+    def load_image(name: str) -> np.ndarray:
+        raise InputError(f"{name}: damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        run(PROMPTS, 4, load_image=load_image)

@@ -1,0 +1,1 @@
+"""Free generation with a tuned model, the scoring of its answers, and the report of both."""

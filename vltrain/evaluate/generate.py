@@ -1,0 +1,232 @@
+"""Free generation: prompts with images in, answer tokens out, the same whatever the batch size and the number of ranks.
+
+An answer depends on its own prompt, its own images and (when sampling) random numbers drawn from (seed, sample id); nothing of its
+neighbours reaches it. Prompts of a batch are padded on the right, where causality hides the padding during prefill, and the padding's keys
+are masked while decoding; rotary positions count real tokens only. What remains is the rounding of matrix products of
+different shapes, about 1e-6 of a logit in fp32: only an exact tie of two tokens can fall either way.
+
+Under ZeRO-3 every forward is a collective. With `sync` all ranks make the same forwards in the same order: those with nothing
+left to do answer an empty prompt. Given up: continuous batching; a batch lasts as long as its longest answer, but finished
+rows leave it as soon as they are half of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vltrain.errors import InputError
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.schema import TEXT_MODALITY_TOKEN, Segment
+
+LoadImage = Callable[[str], np.ndarray]
+Sync = Callable[[int], int]
+DECODING_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. `temperature` 0 is greedy; else from the smallest set of tokens whose probability reaches `top_p`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def alone(value: int) -> int:
+    """The `sync` of ranks that need not keep step with each other."""
+    return value
+
+
+@torch.no_grad()  # not inference_mode: ZeRO-3 would keep weights that it gathers here, and training could not use them
+def generate(
+    model: MultimodalModel,
+    prompts: Sequence[Segment],
+    load_image: LoadImage,
+    *,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    batch_size: int,
+    device: torch.device | str,
+    sync: Sync = alone,
+    on_answered: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
+    """Answers `prompts`; runs in the caller's autocast context, on a model in evaluation mode.
+
+    Args:
+        prompts: from `vltrain.data.conversation.encode_prompt`; their `images` name what stands at their image runs.
+        stop_ids: tokens that end an answer.
+        load_image: name -> uint8 [3, H, W] of the model's image size. Called in threads, once for each distinct image of a batch.
+        sync: the largest of a whole number over all ranks (an all-reduce); under ZeRO-3 every rank must call `generate` with it.
+        on_answered: told how many prompts each finished batch held.
+
+    Returns: for each prompt, in its order, the new token ids without the token that ended them.
+
+    Raises: InputError if the model's outputs are not finite, naming the sample, and whatever `load_image` raises.
+    """
+    assert not model.training, "generation with a model in training mode"
+    # Similar lengths together, so that padding is small; questions about one image together, so that it is encoded once.
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].input_ids), prompts[index].images))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches += [[]] * (sync(len(batches)) - len(batches))
+    answers: list[list[int]] = [[] for _ in prompts]
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        images = _start_loading(pool, load_image, [prompts[index] for index in batches[0]]) if batches else {}
+        for number, indices in enumerate(batches):
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            images, loading = _start_loading(pool, load_image, [prompts[index] for index in following]), images
+            asked = [prompts[index] for index in indices]
+            pixels, slots = _gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
+            visual = _encode(model, pixels.to(device), sync)
+            batch_answers = _Decoder(model, asked, visual, slots.to(device), sampling, stop_ids, torch.device(device)).run(sync)
+            for index, answer in zip(indices, batch_answers):
+                answers[index] = answer
+            on_answered(len(indices))
+    return answers
+
+
+def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: list[Segment]) -> dict:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.images)
+    return {name: pool.submit(load_image, name) for name in names}
+
+
+def _gather_pixels(model: MultimodalModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Each distinct image once: (uint8 [N, 3, H, W], int64 [K] which of them stands at each image run of the batch)."""
+    places = {name: place for place, name in enumerate(images)}
+    slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
+    if not images:
+        return torch.empty(0, 3, model.image_size, model.image_size, dtype=torch.uint8), slots
+    return torch.from_numpy(np.stack(list(images.values()))), slots
+
+
+def _encode(model: MultimodalModel, pixels: Tensor, sync: Sync) -> Tensor:
+    """Visual tokens [N, V, d]; a blank image is encoded where only other ranks have images."""
+    anyone_has_images = sync(int(len(pixels) > 0))
+    if anyone_has_images and len(pixels) == 0:
+        model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]))
+    return model.encode_images(pixels)
+
+
+class _Decoder:
+    """One batch from prefill to its last token. B rows of the cache, L the longest prompt; rows leave as they finish.
+
+    rows       for each row of the cache, which prompt it answers
+    positions  int64 [B], the position of the row's next token: real tokens so far
+    mask       int64 [B, L + max_new_tokens], which columns of the cache hold real tokens
+    """
+
+    def __init__(
+        self, model: MultimodalModel, prompts: list[Segment], visual: Tensor, slots: Tensor, sampling: Sampling, stop_ids: Collection[int], device: torch.device
+    ) -> None:
+        self.model, self.sampling, self.stop_ids, self.device = model, sampling, stop_ids, device
+        self.sample_ids = [prompt.sample_id for prompt in prompts]
+        self.visual, self.slots = visual, slots
+        self.cache = DynamicCache(config=model.llm.config)
+        ids = [prompt.input_ids for prompt in prompts] or [np.array([TEXT_MODALITY_TOKEN])]
+        lengths = torch.tensor([len(row) for row in ids])
+        width = int(lengths.max())
+        self.input_ids = torch.zeros(len(ids), width, dtype=torch.int64)
+        for row, tokens in enumerate(ids):
+            self.input_ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        self.rows = list(range(len(prompts)))
+        self.positions = lengths.to(device)
+        mask = torch.ones(len(ids), width + sampling.max_new_tokens, dtype=torch.int64)
+        mask[:, :width] = torch.arange(width) < lengths[:, None]
+        self.mask = mask.to(device)
+        if sampling.temperature > 0:
+            self.uniforms = torch.tensor([_uniforms(sampling, name) for name in self.sample_ids], dtype=torch.float64)
+
+    def run(self, sync: Sync) -> list[list[int]]:
+        """The answers of the batch's prompts. All ranks make the same forwards if `sync` speaks for all of them."""
+        answers: list[list[int]] = [[] for _ in self.sample_ids]
+        live = set(self.rows)
+        logits = self._prefill()
+        for step in range(self.sampling.max_new_tokens):
+            tokens = self._choose(logits, step)
+            for prompt, token in zip(self.rows, tokens.tolist()):
+                if prompt in live and token in self.stop_ids:
+                    live.discard(prompt)
+                elif prompt in live:
+                    answers[prompt].append(token)
+            if step + 1 == self.sampling.max_new_tokens or not sync(len(live)):
+                break
+            logits = self._decode(self._keep(live, tokens))
+        return answers
+
+    def _prefill(self) -> Tensor:
+        """Runs the whole prompts. Returns the logits [B, vocabulary] that follow each prompt's last token."""
+        num_rows, width = self.input_ids.shape
+        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(0, (num_rows, width))
+        positions = torch.arange(width, device=self.device).expand(num_rows, width)
+        outputs = self.model.llm.model(inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.positions - 1]
+        return self.model.llm.lm_head(last)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Runs one more token per row, int64 [B]. Returns the logits [B, vocabulary] that follow it."""
+        embeds = self.model.embed(tokens, self.visual[:0], self.slots[:0])[:, None]
+        outputs = self.model.llm.model(
+            inputs_embeds=embeds,
+            position_ids=self.positions[:, None],
+            attention_mask=self.mask[:, : self.cache.get_seq_length() + 1],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.positions = self.positions + 1
+        return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])
+
+    def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
+        """Drops finished rows once they are half of the batch. One row stays for the forwards that other ranks still need."""
+        if 2 * len(live) > len(self.rows) or len(tokens) == 1:
+            return tokens
+        kept = [row for row, prompt in enumerate(self.rows) if prompt in live] or [0]
+        self.rows = [self.rows[row] for row in kept]
+        places = torch.tensor(kept, device=self.device)
+        self.cache.batch_select_indices(places)
+        self.mask, self.positions = self.mask[places], self.positions[places]
+        return tokens[places]
+
+    def _choose(self, logits: Tensor, step: int) -> Tensor:
+        """The next token of every row, int64 [B]."""
+        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        for prompt, is_finite in zip(self.rows, finite):
+            if not is_finite:
+                raise InputError(f"sample '{self.sample_ids[prompt]}': the model's outputs are not finite; the weights have diverged or do not fit the dtype")
+        if self.sampling.temperature == 0 or not self.rows:
+            return logits.argmax(dim=-1)
+        uniforms = self.uniforms[self.rows, step].to(self.device)
+        return sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751) by inverting the cumulative distribution.
+
+    Args:
+        logits: [B, vocabulary].
+        uniforms: float64 [B] in [0, 1), the randomness.
+        temperature: positive.
+        top_p: the kept tokens are the fewest most probable ones whose probabilities sum to at least this.
+
+    Returns: int64 [B].
+    """
+    probabilities, tokens = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    cumulative = probabilities.cumsum(dim=-1)
+    kept = cumulative - probabilities < top_p  # the first token always is
+    total = (probabilities * kept).sum(dim=-1, keepdim=True)
+    chosen = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
+    chosen = chosen.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)  # a product rounded up to the total itself
+    return tokens.gather(-1, chosen).squeeze(-1)
+
+
+def _uniforms(sampling: Sampling, sample_id: str) -> list[float]:
+    """One uniform number per new token, from (seed, sample id) alone."""
+    digest = hashlib.sha256(f"{sampling.seed}:{sample_id}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little")).random(sampling.max_new_tokens).tolist()
