@@ -6,9 +6,11 @@ model is handed out.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
 from vltrain.models.adapters import insert_adapters
@@ -17,6 +19,7 @@ from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
 from vltrain.models.random import seeded
 from vltrain.models.vision import VISION_NORMS, ClipTaps
+from vltrain.models.weights import clip_config, llama_config, load_clip, load_llama
 from vltrain.ops.attention import choose_attention
 
 PARTS = ("adapter", "neck", "modality", "vision", "llm")
@@ -39,10 +42,10 @@ def build_model(
 
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
     """
-    on_meta = torch.device(device).type == "meta"
-    with torch.device("meta" if on_meta else "cpu"):
-        vision = ClipTaps(_make_clip(model), model.vision.tap_every, activation_checkpointing)
-        llm = _make_llm(model, choose_attention(model.llm.attention, device))
+    parts = trained_parts(model)
+    with torch.device("meta") if torch.device(device).type == "meta" else nullcontext():
+        vision = ClipTaps(_make_clip(model, "vision" in parts, dtype), model.vision.tap_every, activation_checkpointing)
+        llm = _make_llm(model, "llm" in parts, dtype, device)
         prepare_llm(llm, activation_checkpointing)
         insert_adapters(vision.live_blocks, VISION_NORMS, model.adapter.vision, model.adapter, model.seed, "vision")
         insert_adapters(llm_blocks(llm), LLM_NORMS, model.adapter.llm, model.adapter, model.seed, "llm")
@@ -52,19 +55,30 @@ def build_model(
             modality_embedding = nn.Embedding(2, llm.config.hidden_size)
             nn.init.normal_(modality_embedding.weight, std=MODALITY_STD)
     built = MultimodalModel(vision, neck, modality_embedding, llm)
-    _set_trainable(built, trained_parts(model), dtype)
+    _set_trainable(built, parts, dtype)
     return built.to(device).train()
 
 
-def _make_clip(model: ModelConfig) -> CLIPVisionModel:
+def _make_clip(model: ModelConfig, trained: bool, dtype: torch.dtype) -> CLIPVisionModel:
+    config = clip_config("model.vision", model.vision.source, model.vision.config)
     attention = "eager" if model.llm.attention == "eager" else "sdpa"
-    with seeded(model.seed, "vision"):
-        return CLIPVisionModel._from_config(CLIPVisionConfig(**model.vision.config), attn_implementation=attention)
+    if model.vision.source is None or _on_meta():
+        with seeded(model.seed, "vision"):
+            return CLIPVisionModel._from_config(config, attn_implementation=attention)
+    return load_clip("model.vision", model.vision.source, config, torch.float32 if trained else dtype, attention)
 
 
-def _make_llm(model: ModelConfig, attention: str) -> LlamaForCausalLM:
-    with seeded(model.seed, "llm"):
-        return LlamaForCausalLM._from_config(LlamaConfig(**model.llm.config), attn_implementation=attention)
+def _make_llm(model: ModelConfig, trained: bool, dtype: torch.dtype, device: torch.device | str) -> LlamaForCausalLM:
+    config = llama_config("model.llm", model.llm.source, model.llm.config)
+    attention = choose_attention(model.llm.attention, device)
+    if model.llm.source is None or _on_meta():
+        with seeded(model.seed, "llm"):
+            return LlamaForCausalLM._from_config(config, attn_implementation=attention)
+    return load_llama("model.llm", model.llm.source, config, torch.float32 if trained else dtype, attention)
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
 
 
 def part_of(name: str) -> str:

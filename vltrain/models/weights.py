@@ -1,0 +1,185 @@
+"""Pretrained weights: Hugging Face folders and hub names, GGUF files, and what ships with the package.
+
+Loading is transformers' own (safetensors, or torch files read with `weights_only`). What is added is refusal: transformers
+fills a missing weight with random numbers and drops one it does not know, with a line in the log. Here a checkpoint that does
+not give the model exactly its weights is an `InputError` that names the file and the keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.utils import logging as transformers_logging
+
+from vltrain.errors import InputError, nearest
+from vltrain.locate import locate
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# The other half of a whole CLIP, and buffers that older files hold; a CLIPVisionModel has no use for them.
+CLIP_IGNORED = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|.*\bposition_ids$")
+LLAMA_IGNORED = re.compile(r".*\brotary_emb\.inv_freq$")
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
+
+
+def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaConfig:
+    """The LLM's sizes: those of the checkpoint `source`, or `values` for random weights.
+
+    Raises: InputError for a checkpoint of another architecture, unknown names, and sizes that do not fit each other. `key`
+        (`model.llm`) is named in it.
+    """
+    if source is not None:
+        return _read_config(key, source, LlamaConfig, ("llama",))
+    config = _config_from_values(key, LlamaConfig, values)
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"{key}.config: {config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value heads "
+            "evenly; num_attention_heads must be a multiple of num_key_value_heads"
+        )
+    return config
+
+
+def clip_config(key: str, source: str | None, values: dict[str, Any]) -> CLIPVisionConfig:
+    """The ViT's sizes, as `llama_config`; of a whole CLIP, its vision part's."""
+    if source is not None:
+        return _read_config(key, source, CLIPVisionConfig, ("clip_vision_model", "clip"))
+    return _config_from_values(key, CLIPVisionConfig, values)
+
+
+def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
+    """A LLaMA with the weights of `source` in `dtype`; GGUF weights come out dequantised.
+
+    Raises: InputError for a file that is missing or broken, and for weights that are missing, unknown or of another shape.
+    """
+    llm = _load(key, source, LlamaForCausalLM, config, dtype, attention, LLAMA_IGNORED)
+    # From GGUF the weights are plain tensors by now, yet the marks of a quantised model would forbid training and saving.
+    llm.is_quantized, llm.hf_quantizer = False, None
+    llm.config.__dict__.pop("quantization_config", None)
+    return llm
+
+
+def load_clip(key: str, source: str, config: CLIPVisionConfig, dtype: torch.dtype, attention: str) -> CLIPVisionModel:
+    """A ViT with the weights of `source`, a `CLIPVisionModel` or a whole `CLIPModel`. Raises: as `load_llama`."""
+    return _load(key, source, CLIPVisionModel, config, dtype, attention, CLIP_IGNORED)
+
+
+def _config_from_values(key: str, config_class: type[Config], values: dict[str, Any]) -> Config:
+    known = {entry.name for entry in fields(config_class)}
+    for name in values:
+        if name not in known:
+            raise InputError(f"{key}.config.{name}: {config_class.__name__} has no such setting; {nearest(name, known)}")
+    try:
+        config = config_class(**values)
+    except StrictDataclassError as error:
+        raise InputError(f"{key}.config: {' '.join(str(error).split())}") from None
+    if config.hidden_act not in ACT2FN:
+        raise InputError(f"{key}.config.hidden_act: found '{config.hidden_act}'; {nearest(config.hidden_act, ACT2FN)}")
+    return config
+
+
+def _read_config(key: str, source: str, config_class: type[Config], model_types: tuple[str, ...]) -> Config:
+    place, arguments = _place(key, source)
+    try:
+        with _quiet_transformers():
+            found, _ = PreTrainedConfig.get_config_dict(place, **arguments)
+            model_type = found.get("model_type")
+            if model_type in model_types:
+                return config_class.from_pretrained(place, **arguments)
+    except LOAD_ERRORS as error:
+        raise _cannot_load(key, source, place, error) from None
+    raise InputError(f"{key}.source: '{source}' ({place}) is a model of type {model_type!r}, expected {' or '.join(map(repr, model_types))}")
+
+
+def _load(
+    key: str, source: str, model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype, attention: str, ignored: re.Pattern[str]
+) -> Model:
+    place, arguments = _place(key, source)
+    try:
+        with _quiet_transformers():
+            # Mismatched shapes are let through here, to be named below together with everything else that is wrong.
+            model, report = model_class.from_pretrained(
+                place,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **arguments,
+            )
+    except LOAD_ERRORS as error:
+        raise _cannot_load(key, source, place, error) from None
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "not of this model": sorted(name for name in report["unexpected_keys"] if not ignored.match(name)),
+        "of another shape": [f"{name} {list(found)} (expected {list(expected)})" for name, found, expected in sorted(report["mismatched_keys"])],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names)
+        raise InputError(f"{key}.source: the weights of '{source}' ({place}) do not fit a {model_class.__name__} of its config.json. Weights {told}")
+    logger.info("%s: %s from %s", key, model_class.__name__, place)
+    return model
+
+
+def _place(key: str, source: str) -> tuple[str, dict[str, str]]:
+    """What transformers' `from_pretrained` is to be called with: (folder or hub name, further arguments)."""
+    try:
+        path = locate(source)
+    except InputError as error:
+        raise InputError(f"{key}.source: {error}") from None
+    if not os.path.isfile(path):
+        return path, {}
+    if not path.endswith(".gguf"):
+        raise InputError(f"{key}.source: '{source}' is a file ({path}); expected a .gguf file or a folder with config.json and weights")
+    return os.path.dirname(path), {"gguf_file": os.path.basename(path)}
+
+
+def _cannot_load(key: str, source: str, place: str, error: Exception) -> InputError:
+    broken = _broken_file(Path(place))
+    where = f"{broken}: not a whole safetensors file" if broken else place
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return InputError(f"{key}.source: cannot load '{source}' from {where} ({type(error).__name__}: {reason}). Fetch it again, or name another source")
+
+
+def _broken_file(folder: Path) -> Path | None:
+    """The first safetensors file of `folder` whose header and size do not agree; the errors of a load do not name it."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                continue
+        except (SafetensorError, OSError):
+            return path
+    return None
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' load report and progress bars: what they would tell is checked and raised here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
