@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
 done
 
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $python is too old; vltrain needs Python 3.10 or newer (set PYTHON)" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $python is too old; vltrain needs Python 3.11 or newer (set PYTHON)" >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 
 # What was installed is remembered extra by extra, with the metadata it was installed from.

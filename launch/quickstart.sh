@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# From a fresh clone to a tuned and evaluated vision-language model, on whatever this machine has.
+# Makes the environment, prepares and packs easy-VQA, tunes on all local accelerators (without one: two CPU ranks),
+# answers all test questions by free generation. Run it again and it goes on where it stopped.
+#   bash launch/quickstart.sh [--KEY VALUE ...]     e.g. --model.adapter.dim 8
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+started=$(date +%s)
+
+bash launch/setup_env.sh
+export PATH="$PWD/.venv/bin:$PATH"
+export TOKENIZERS_PARALLELISM=false
+
+accelerators=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$accelerators" = 0 ]; then
+  cores=$(nproc)
+  accelerators=$(( cores < 2 ? 1 : 2 ))
+  export OMP_NUM_THREADS=$(( cores / accelerators ))
+  echo "quickstart: no GPU here: $accelerators CPU ranks with $OMP_NUM_THREADS thread(s) each"
+fi
+run=$(python launch/train_mmt.py --print_config "$@" | sed -n 's/^output: //p')
+
+deepspeed --num_accelerators "$accelerators" launch/train_mmt.py --ds ds_configs/zero2.json "$@"
+deepspeed --num_accelerators "$accelerators" launch/evaluate.py "$run" --split test
+
+accuracy=$(python -c 'import json, sys; m = json.load(open(sys.argv[1])); print(f"accuracy={m[\"accuracy\"]:.4f} ({m[\"total\"]} questions)")' "$run/eval/test/metrics.json")
+echo "quickstart: watch it: .venv/bin/tensorboard --logdir $run/tensorboard"
+echo "quickstart: $accuracy seconds=$(( $(date +%s) - started ))"

@@ -1,0 +1,11 @@
+#!/usr/bin/env python3
+"""Multimodal Model Tuning: `deepspeed launch/train_mmt.py --ds ds_configs/zero2.json [--recipe FILE] [--KEY VALUE ...]`."""
+
+import sys
+from pathlib import Path
+
+from vltrain.train.main import main
+
+if __name__ == "__main__":
+    recipe = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
+    sys.exit(main(sys.argv[1:], program="launch/train_mmt.py", default_recipe=recipe))

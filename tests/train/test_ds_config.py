@@ -1,0 +1,78 @@
+"""DeepSpeed's JSON against the recipe: every shipped file resolves, every contradiction is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vltrain.config import Config, OptimConfig, TrainConfig
+from vltrain.errors import InputError
+from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+CONFIG = Config(train=TrainConfig(packs_per_step=6), optim=OptimConfig(lr=2e-3, clip=1.0))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_resolve_to_numbers(path):
+    resolved = resolve_ds_config(load_ds_json(path), CONFIG, world_size=4)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["gradient_accumulation_steps"] == 2  # 6 packs on 4 ranks: two micro-steps, two of the eight places are fillers
+    assert resolved["train_batch_size"] == 8
+    assert resolved["gradient_clipping"] == 1.0
+
+
+def test_the_five_named_files_exist():
+    assert {path.stem for path in SHIPPED} >= {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"}
+
+
+def test_the_users_dict_is_left_alone():
+    raw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 2}}
+    before = json.dumps(raw)
+    resolve_ds_config(raw, CONFIG, world_size=1)
+    assert json.dumps(raw) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"train_batch_size": 7}, ["train_batch_size", "7", "6"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "train.packs_per_step"]),
+        ({"train_micro_batch_size_per_gpu": 2}, ["train_micro_batch_size_per_gpu", "data.pack_length"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping", "optim.clip"]),
+        ({"optimizer": {"type": "Lion"}}, ["Lion", "AdamW"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, ["optim.lr", "0.002"]),
+        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, ["torch_adam", "no effect"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}, ["scheduler", "no effect"]),
+        ({"bf16": {"enabled": True}}, ["bf16", "train.precision"]),
+        ({"fp16": {"enabled": True}}, ["fp16", "train.precision"]),
+        ({"prescale_gradients": True}, ["prescale_gradients"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage"]),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", "auto"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_contradictions_are_refused_by_name(section, named):
+    with pytest.raises(InputError) as caught:
+        resolve_ds_config(section, CONFIG, world_size=2)
+    for word in named:
+        assert word in str(caught.value)
+
+
+def test_equal_numbers_are_accepted():
+    raw = {"train_batch_size": 6, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95]}}}
+    assert resolve_ds_config(raw, CONFIG, world_size=2)["train_batch_size"] == 6
+
+
+@pytest.mark.parametrize(("text", "named"), [("{", "not JSON"), ("[1]", "list"), ('{"a": 1, "a": 2}', "twice")])
+def test_broken_files(tmp_path, text, named):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=named):
+        load_ds_json(path)
+
+
+def test_missing_file_names_itself(tmp_path):
+    with pytest.raises(InputError, match="nowhere.json"):
+        load_ds_json(tmp_path / "nowhere.json")

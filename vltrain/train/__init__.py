@@ -1,0 +1,1 @@
+"""Training: the loop, its optimizer, checkpoints and monitoring. Only `engine` imports deepspeed."""

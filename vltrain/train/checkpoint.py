@@ -1,0 +1,243 @@
+"""Checkpoints: the trainable state, whole, so that any number of ranks and any ZeRO stage can go on from it.
+
+    checkpoints/step-00000200/
+        weights-00001.safetensors     trainable parameters by full name, fp32
+        optimizer-00001.safetensors   exp_avg/NAME and exp_avg_sq/NAME, fp32
+        checkpoint.json               step, what it belongs to, and size and SHA-256 of the files above
+    checkpoints/latest                the name of the newest complete one
+
+Frozen weights are never saved. A checkpoint is written beside its name, flushed to disk and renamed, so a crash or a full
+disk leaves the older ones as they were; one whose checksums do not match is skipped with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vltrain.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 2 * 1024**3  # of the host memory that a save needs beside the model
+MANIFEST = "checkpoint.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint on disk. `belongs_to` is what must be equal for a run to go on from it exactly."""
+
+    path: Path
+    step: int
+    belongs_to: dict[str, Any]
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Trainable parameters by full name, one at a time, fp32 on the CPU."""
+        return _tensors(sorted(self.path.glob("weights-*.safetensors")))
+
+    def optimizer_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{parameter name: {"exp_avg": ..., "exp_avg_sq": ...}}"""
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in _tensors(sorted(self.path.glob("optimizer-*.safetensors"))):
+            kind, name = key.split("/", 1)
+            states.setdefault(name, {})[kind] = tensor
+        return states
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+
+
+class CheckpointWriter:
+    """Collects whole tensors on rank 0 and writes them in shards of bounded size. On other ranks it only consumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pending: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
+        self._num_shards = {"weights": 0, "optimizer": 0}
+
+    def add(self, kind: str, name: str, tensor: torch.Tensor) -> None:
+        pending = self._pending[kind]
+        pending[name] = tensor.contiguous()
+        if sum(value.nbytes for value in pending.values()) >= SHARD_BYTES:
+            self.flush(kind)
+
+    def flush(self, kind: str) -> None:
+        if not self._pending[kind]:
+            return
+        self._num_shards[kind] += 1
+        path = self.folder / f"{kind}-{self._num_shards[kind]:05d}.safetensors"
+        try:
+            save_file(self._pending[kind], path)
+        except SafetensorError as error:  # its way to report a failed write
+            raise OSError(f"{path}: {error}") from error
+        _sync(path)
+        self._pending[kind] = {}
+
+    def finish(self, step: int, belongs_to: dict[str, Any]) -> None:
+        """Writes what is pending and the manifest that makes the folder a checkpoint."""
+        self.flush("weights")
+        self.flush("optimizer")
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.folder.iterdir())}
+        manifest = {"format": FORMAT_VERSION, "step": step, "belongs_to": belongs_to, "files": files}
+        path = self.folder / MANIFEST
+        path.write_text(json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1))
+        _sync(path)
+        _sync(self.folder)
+
+
+def save_checkpoint(state: Iterator, root: Path, *, step: int, belongs_to: dict[str, Any], keep: int, is_writer: bool) -> Path:
+    """Writes a checkpoint of `state` (see `Engine.full_state`) and drops all but the newest `keep`.
+
+    A collective: every rank calls it, the one with `is_writer` writes.
+
+    Raises:
+        InputError: (writer only) the disk is full or not writable; older checkpoints are untouched.
+    """
+    final = root / f"step-{step:08d}"
+    partial = root / f".partial-{final.name}"
+    failure: OSError | None = None
+    writer = CheckpointWriter(partial)
+    if is_writer:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            failure = error
+    # The state is drained to its end even after a failure: the other ranks take part in its collectives.
+    for name, weight, states in state:
+        if not is_writer or failure is not None:
+            continue
+        try:
+            writer.add("weights", name, weight)
+            for key, value in states.items():
+                writer.add("optimizer", f"{key}/{name}", value)
+        except OSError as error:
+            failure = error
+    if not is_writer:
+        return final
+    try:
+        if failure is not None:
+            raise failure
+        writer.finish(step, belongs_to)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(root)
+        _point_latest(root, final.name)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        newest = max((path.name for path in root.glob("step-*")), default="none")
+        raise InputError(f"{final}: the checkpoint could not be saved ({error}); free some disk space and go on from the newest one ({newest}) with --resume auto") from None
+    for old in sorted(root.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _point_latest(root: Path, name: str) -> None:
+    beside = root / ".latest"
+    beside.write_text(name + "\n")
+    _sync(beside)
+    beside.rename(root / "latest")
+    _sync(root)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens and verifies one checkpoint folder. Raises InputError naming what is missing or damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        claimed = manifest.pop("sha256")
+        version, step, belongs_to, files = (manifest[key] for key in ("format", "step", "belongs_to", "files"))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not a complete checkpoint ({MANIFEST}: {type(error).__name__}: {error})") from None
+    if _checksum(manifest) != claimed:
+        raise InputError(f"{path / MANIFEST}: its checksum does not match its content; the file is damaged")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    for name, expected in files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected["bytes"]:
+            raise InputError(f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {expected['bytes']} bytes; the checkpoint is damaged")
+        if _sha256(file) != expected["sha256"]:
+            raise InputError(f"{file}: its SHA-256 differs from the manifest's; the checkpoint is damaged")
+    return Checkpoint(path=path, step=step, belongs_to=belongs_to)
+
+
+def newest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint under `root`, or None. Damaged ones are skipped with a warning."""
+    for path in sorted(root.glob("step-*"), reverse=True):
+        try:
+            return open_checkpoint(path)
+        except InputError as error:
+            logger.warning("skipped a checkpoint: %s", error)
+    return None
+
+
+def require_same_run(checkpoint: Checkpoint, belongs_to: dict[str, Any]) -> None:
+    """Raises InputError, naming each difference, if a run described by `belongs_to` cannot go on exactly from the checkpoint."""
+    differences = list(_differences(checkpoint.belongs_to, belongs_to))
+    if differences:
+        raise InputError(f"{checkpoint.path}: belongs to another run: " + "; ".join(differences) + ". Restore these settings, or train into another --output")
+
+
+def _differences(saved: Any, now: Any, path: str = "") -> Iterator[str]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            yield from _differences(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif saved != now:
+        yield f"{path} was {saved!r}, is {now!r}"
+
+
+def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Copies the checkpoint's weights into the model's trainable parameters, before any ZeRO partitioning.
+
+    Raises:
+        InputError: names or shapes differ: a checkpoint of another model.
+    """
+    expected = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = set()
+    for name, tensor in checkpoint.weights():
+        if name not in expected:
+            raise InputError(f"{checkpoint.path}: has '{name}', which this model does not train: a checkpoint of another model or recipe")
+        if tensor.shape != expected[name].shape:
+            raise InputError(
+                f"{checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, this model's is {tuple(expected[name].shape)}: a checkpoint of another model or recipe"
+            )
+        expected[name].data.copy_(tensor)
+        found.add(name)
+    missing = sorted(expected.keys() - found)
+    if missing:
+        raise InputError(f"{checkpoint.path}: lacks {len(missing)} trained parameter(s), first '{missing[0]}': a checkpoint of another model or recipe")
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Makes the data that a recipe names, if it is not there yet: rank 0 works, the others wait before the process group exists.
+
+Waiting on files instead of on a collective means that an hour of preparation cannot run into a communication time-out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+from vltrain.config import Config
+from vltrain.data.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+def samples_folder(config: Config) -> Path:
+    """Where the prepared samples of a recipe are."""
+    return Path(config.data.root) / "samples"
+
+
+def ready_samples(config: Config, split: str) -> Path:
+    """The JSONL file of one split's samples, prepared from the raw data if it is missing. Every rank may call this."""
+    file = samples_folder(config) / f"{split}.jsonl"
+    if not samples_folder(config).exists():
+        _rank_0_makes(lambda: _prepare(config), samples_folder(config))
+    return file
+
+
+def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:
+    """Where the packs of a recipe are: a folder named after everything that they depend on."""
+    data = config.data
+    depends_on = [tokenizer.fingerprint, data.template, visual_tokens, data.pack_length, data.max_images]
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
+    return Path(data.root) / "packed" / f"{data.train_split}-{digest}"
+
+
+def ready_packs(config: Config, folder: Path, visual_tokens: int) -> None:
+    """Packs the recipe's training split into `folder` if that is missing. Every rank calls this."""
+    if not folder.exists():
+        samples = ready_samples(config, config.data.train_split)
+        _rank_0_makes(lambda: _pack(config, samples, folder, visual_tokens), folder)
+
+
+def _rank_0_makes(make, result: Path) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        make()
+        return
+    # If rank 0 fails, the launcher ends this process.
+    while not result.exists():
+        time.sleep(POLL_SECONDS)
+
+
+def _prepare(config: Config) -> None:
+    from data_prep.prepare import prepare
+
+    logger.info("data: preparing %s into %s", config.data.source, samples_folder(config))
+    prepare(config.data.source, config.data.input, samples_folder(config), config.data.options)
+
+
+def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> None:
+    from data_prep.pack import pack
+
+    logger.info("data: packing %s into %s", samples, folder)
+    pack(
+        samples, folder, tokenizer=config.model.llm.tokenizer or config.model.llm.source, template=config.data.template,
+        visual_tokens=visual_tokens, pack_length=config.data.pack_length, max_images=config.data.max_images,
+    )

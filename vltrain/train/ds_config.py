@@ -1,0 +1,133 @@
+"""DeepSpeed's JSON and the recipe become one configuration: every value has one owner.
+
+The JSON owns memory and communication (ZeRO stage, offload, buckets). The recipe owns optimisation (learning rate,
+batch, clipping, precision). In the JSON the recipe's values stand as "auto"; a number there must agree with the recipe, or
+the run is refused. This module does not import deepspeed, so that a recipe can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from vltrain.config import Config
+from vltrain.errors import InputError
+
+AUTO = "auto"
+
+
+def load_ds_json(path: str | Path) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON file. Raises InputError if it is missing, not JSON or not an object; a key twice is refused too."""
+    path = Path(path)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(f"{path}: key '{key}' appears twice")
+        return dict(pairs)
+
+    try:
+        raw = json.loads(path.read_text(), object_pairs_hook=unique)
+    except OSError as error:
+        raise InputError(f"--ds {path}: cannot be read ({error.strerror}); ready ones are in ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"--ds {path}: not JSON (line {error.lineno}: {error.msg})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"--ds {path}: found a {type(raw).__name__}, expected a JSON object")
+    return raw
+
+
+def micro_steps_per_step(packs_per_step: int, world_size: int) -> int:
+    """Micro-steps G that `world_size` ranks need for one step's packs, one pack a rank and micro-step."""
+    return math.ceil(packs_per_step / world_size)
+
+
+def zero_stage(raw: dict[str, Any]) -> int:
+    """The ZeRO stage a DeepSpeed configuration asks for, 0 to 3. Raises InputError for anything else."""
+    stage = raw.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise InputError(f"zero_optimization.stage: found {stage!r}, expected 0, 1, 2 or 3")
+    return stage
+
+
+def offloads_optimizer(raw: dict[str, Any]) -> bool:
+    """Whether the optimizer's states are kept in CPU memory."""
+    return raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
+    """Fills the "auto" values of a DeepSpeed configuration from the recipe.
+
+    Args:
+        raw: the JSON as the user wrote it; not changed.
+        config: the recipe.
+        world_size: number of ranks.
+
+    Returns:
+        A configuration of numbers only, ready for `deepspeed.initialize`.
+
+    Raises:
+        InputError: a value contradicts the recipe, belongs to the recipe alone, or is an "auto" nobody fills.
+    """
+    resolved = json.loads(json.dumps(raw))
+    zero_stage(resolved)
+    _settle_optimizer(resolved, config)
+    _settle_precision(resolved)
+    num_micro_steps = micro_steps_per_step(config.train.packs_per_step, world_size)
+    owned = {
+        "train_micro_batch_size_per_gpu": (1, "one pack is one micro-batch; data.pack_length is its size"),
+        "gradient_accumulation_steps": (num_micro_steps, f"train.packs_per_step = {config.train.packs_per_step} over {world_size} rank(s)"),
+        "train_batch_size": (num_micro_steps * world_size, f"train.packs_per_step = {config.train.packs_per_step} over {world_size} rank(s)"),
+        "gradient_clipping": (config.optim.clip, f"optim.clip = {config.optim.clip}"),
+    }
+    for key, (value, reason) in owned.items():
+        found = resolved.get(key, AUTO)
+        if found != AUTO and found != value:
+            raise InputError(f"DeepSpeed's '{key}' is {found!r} but the recipe says {value!r} ({reason}); write \"auto\" or change the recipe")
+        resolved[key] = value
+    for key, value in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if resolved.get(key, value) != value:
+            raise InputError(f"DeepSpeed's '{key}' is {resolved[key]!r}, expected {value!r}: the loss is normalised over all ranks already")
+    if offloads_optimizer(resolved) and zero_stage(resolved) == 0:
+        raise InputError("DeepSpeed's 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; stage is 0")
+    # DeepSpeed's own progress lines are replaced by the monitor's.
+    resolved.setdefault("steps_per_print", 2**31 - 1)
+    _refuse_left_autos(resolved)
+    return resolved
+
+
+def _settle_optimizer(resolved: dict[str, Any], config: Config) -> None:
+    """The recipe builds the optimizer and its schedule; the JSON may only say the same."""
+    section = resolved.pop("optimizer", None)
+    if section is not None:
+        if section.get("type", AUTO) not in (AUTO, "AdamW"):
+            raise InputError(f"DeepSpeed's 'optimizer.type' is {section['type']!r}; the recipe's optimizer is AdamW (section `optim`)")
+        optim = config.optim
+        said = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
+        for key, found in section.get("params", {}).items():
+            if key in said and found not in (AUTO, said[key]):
+                raise InputError(f"DeepSpeed's 'optimizer.params.{key}' is {found!r} but the recipe says optim.{key} = {said[key]!r}; write \"auto\"")
+            if key not in said and found != AUTO:
+                raise InputError(f"DeepSpeed's 'optimizer.params.{key}' would have no effect: the optimizer is built from the recipe's section `optim`")
+    scheduler = resolved.pop("scheduler", None)
+    if scheduler is not None and any(value != AUTO for value in [scheduler.get("type", AUTO), *scheduler.get("params", {}).values()]):
+        raise InputError("DeepSpeed's 'scheduler' would have no effect: warm-up and cosine are the recipe's (section `optim`); remove it or write \"auto\"")
+
+
+def _settle_precision(resolved: dict[str, Any]) -> None:
+    """Precision is the recipe's: frozen weights in bf16, trained ones in fp32 under autocast (train.precision)."""
+    for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
+        section = resolved.pop(key, None)
+        if section is not None and section.get("enabled", AUTO) not in (AUTO, False):
+            raise InputError(f"DeepSpeed's '{key}.enabled' is {section['enabled']!r}: precision belongs to the recipe (train.precision); write \"auto\"")
+
+
+def _refuse_left_autos(node: Any, path: str = "") -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_left_autos(value, f"{path}.{key}" if path else key)
+    elif node == AUTO:
+        raise InputError(f"DeepSpeed's '{path}' says \"auto\", but no setting of the recipe fills it; give a value or remove it")

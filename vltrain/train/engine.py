@@ -1,0 +1,200 @@
+"""DeepSpeed, wrapped: the only module that imports it.
+
+What the rest sees is small: forward, backward, step, the norm of the gradient, and the trainable state as whole
+tensors, whatever the ZeRO stage and the number of ranks. Losses are already global (a sum over all ranks divided by the
+step's label tokens), so DeepSpeed's own division by accumulation steps is switched off and its averaging over ranks undone.
+
+Given up: fp16 with loss scaling. Trained parameters are fp32 at every stage, under autocast where `precision` is bf16.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vltrain.errors import InputError
+from vltrain.train.ds_config import offloads_optimizer, zero_stage
+from vltrain.train.hardware import device
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed  # noqa: E402  (its accelerator is chosen at import)
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_optimizer_state  # noqa: E402
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+
+
+def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
+    """Joins the process group that the launcher describes; alone, makes one of a single process.
+
+    Returns:
+        (rank, world size)
+    """
+    deepspeed_logger.setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def shutdown_distributed() -> None:
+    """Leaves the process group, so that no rank ends while another still needs it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    Args:
+        model: its trainable parameters are fp32 and already hold the values to start from.
+        groups: parameter groups, see `vltrain.train.optim.parameter_groups`.
+        ds_config: resolved, see `vltrain.train.ds_config.resolve_ds_config`.
+        betas, eps: AdamW's.
+        autocast_dtype: dtype of matrix products.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, groups: list[dict[str, Any]], ds_config: dict[str, Any], *,
+        betas: tuple[float, float], eps: float, autocast_dtype: torch.dtype,
+    ) -> None:
+        self.stage = zero_stage(ds_config)
+        self.device = device()
+        self._autocast_dtype = autocast_dtype
+        # Full names, before ZeRO-3 turns parameters into shells.
+        self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        optimizer = _build_optimizer(groups, ds_config, betas, eps)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.model: torch.nn.Module = self._engine.module
+        self.world_size = dist.get_world_size()
+        self._grad_norm: torch.Tensor | float = 0.0
+        self._clips = ds_config.get("gradient_clipping", 0.0) > 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside ZeRO's wrapper; its groups' `lr` is what the next step uses."""
+        return self._engine.basic_optimizer
+
+    def autocast(self) -> torch.autocast:
+        """The context every forward runs in."""
+        enabled = self._autocast_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self._autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
+
+    def forward(self, batch: Any) -> Any:
+        """The model's output for one batch, in training mode."""
+        with self.autocast():
+            return self._engine(batch)
+
+    def backward(self, loss: torch.Tensor, *, last_micro_step: bool) -> None:
+        """Adds the gradient of a global loss.
+
+        Args:
+            loss: this rank's share of a loss that is summed, not averaged, over ranks and micro-steps.
+            last_micro_step: whether the step's gradients are complete after this and get reduced.
+        """
+        self._engine.set_gradient_accumulation_boundary(last_micro_step)
+        # DeepSpeed averages gradients over ranks; the factor makes that a sum.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """One optimizer step, after the last backward."""
+        if self.stage == 0:
+            gradients = [parameter.grad for parameter in self._trainable.values() if parameter.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self._engine.step()
+        if self.stage > 0:
+            self._grad_norm = self._engine.get_global_grad_norm()
+        if self.stage == 3:
+            # ZeRO-3 keeps the last step's gradient of a parameter that the next step does not reach (the ViT's, in a step
+            # without images) and would use it again; the other stages take zeros, and so must this one.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def grad_norm(self) -> torch.Tensor | float:
+        """Norm of the whole gradient of the last step, before clipping; a tensor where reading it would make the host wait."""
+        return self._grad_norm
+
+    def full_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every trainable parameter's whole fp32 gradient, between the last backward and the step. A collective: all ranks iterate."""
+        for name, parameter in self._trainable.items():
+            yield name, safe_get_full_grad(parameter)
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:
+        """Every trainable parameter as (name, fp32 weight, {state: fp32 tensor}), whole and on the CPU.
+
+        A collective: all ranks iterate to the end. One parameter is whole at a time, so memory stays small.
+        """
+        self._link_optimizer_states()
+        for name, parameter in self._trainable.items():
+            if self.stage == 0:
+                weight, state = parameter.detach(), self.optimizer.state[parameter]
+                states = {key: state[key] for key in OPTIMIZER_STATES}
+            else:
+                weight = safe_get_full_fp32_param(parameter)
+                states = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            yield name, weight.cpu().view(shape), {key: value.cpu().view(shape) for key, value in states.items()}
+
+    def load_optimizer_state(self, states: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+        """Puts AdamW's averages back, as they were after `step` steps.
+
+        The weights must have been in the model before it was wrapped. Args:
+            states: for each trainable parameter's full name its whole `exp_avg` and `exp_avg_sq`, fp32.
+        """
+        for tensor in self._optimizer_tensors():
+            zeros = {key: torch.zeros_like(tensor, dtype=torch.float32) for key in OPTIMIZER_STATES}
+            self.optimizer.state[tensor] = {"step": _step_like(self.optimizer, tensor, step), **zeros}
+        self._link_optimizer_states()
+        for name, parameter in self._trainable.items():
+            for key in OPTIMIZER_STATES:
+                if self.stage == 0:
+                    self.optimizer.state[parameter][key].copy_(states[name][key])
+                else:
+                    safe_set_full_optimizer_state(parameter, states[name][key].to(self.device), key)
+
+    def _link_optimizer_states(self) -> None:
+        """Tells ZeRO-1/2's parameters where their optimizer states are.
+
+        DeepSpeed does that once, after the first group's first step, when the states of the other groups do not exist yet.
+        """
+        if self.stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _optimizer_tensors(self) -> list[torch.Tensor]:
+        """The tensors that AdamW sees: the parameters at stage 0, else flat partitions of them."""
+        if self.stage == 0:
+            return list(self._trainable.values())
+        wrapper = self._engine.optimizer
+        return list(wrapper.single_partition_of_fp32_groups if self.stage < 3 else wrapper.fp32_partitioned_groups_flat)
+
+
+def _build_optimizer(groups: list[dict[str, Any]], ds_config: dict[str, Any], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+    if not offloads_optimizer(ds_config):
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=torch.cuda.is_available())
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
+    except Exception as error:  # the C++ extension is compiled here: any of a tool chain's failures may surface
+        raise InputError(f"optimizer offload needs DeepSpeed's CPUAdam, which could not be built ({error}); it wants a C++ compiler and ninja") from error
+
+
+def _step_like(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, step: int) -> Any:
+    """AdamW's step counter as its implementation keeps it: a tensor in torch's (on the parameter's device if fused), an int in CPUAdam."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return step
+    fused = bool(optimizer.defaults.get("fused"))
+    return torch.tensor(float(step), dtype=torch.float32, device=tensor.device if fused else "cpu")

@@ -1,0 +1,99 @@
+"""What this machine can do: its device, the precision it is fast at, and its peak speed (for MFU)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Dense bf16 FLOP/s of one device, from the vendors' data sheets, by a part of the name that torch reports.
+GPU_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "H800": 989e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AMX or AVX512-BF16); without, bf16 is some 50 times slower than fp32."""
+    capabilities = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends.cpu, "get_cpu_capability") else ""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        flags = ""
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and capabilities.startswith("AVX512"))
+
+
+def choose_dtype(precision: str) -> torch.dtype:
+    """The dtype of frozen weights and of matrix products for `train.precision`."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else cpu_has_fast_bf16()
+        chosen = torch.bfloat16 if fast else torch.float32
+        logger.info("precision: %s (train.precision auto: this %s is %sfast at bf16)", chosen, device().type, "" if fast else "not ")
+        return chosen
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def limit_threads(local_world_size: int) -> None:
+    """Shares the CPU's cores between the ranks of this node. Unset, every rank would take all cores and they would thrash."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Peak FLOP/s of this rank's device: the data sheet's for a known GPU, else a measured matrix product.
+
+    fp32 on a GPU counts as TF32 (half of bf16), which is what torch uses when allowed to.
+    """
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for part, flops in GPU_PEAK_FLOPS.items():
+            if part in name:
+                return flops if dtype == torch.bfloat16 else flops / 2
+    return measured_gemm_flops(dtype)
+
+
+def measured_gemm_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+    """FLOP/s of a square matrix product on this rank's device, the best of `repeats`."""
+    place = device()
+    a = torch.randn(size, size, device=place, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this rank has held: on a GPU torch's allocations, on a CPU the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

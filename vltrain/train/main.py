@@ -1,0 +1,141 @@
+"""`vltrain train` and launch/train_mmt.py: from a command line to a trained run.
+
+    settings -> data (made if missing) -> process group -> model, at a checkpoint or fresh -> loop -> evaluation
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from vltrain.config import Config
+from vltrain.data.shards import PackedDataset, require_match
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.errors import InputError, exits_cleanly
+from vltrain.evaluate.run import evaluate_split
+from vltrain.models.build import build_model, count_parameters
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.recipe import dump_config
+from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
+from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from vltrain.train.data_ready import packed_folder, ready_packs, ready_samples
+from vltrain.train.ds_config import load_ds_json
+from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.hardware import choose_dtype, limit_threads
+from vltrain.train.provenance import make_run_folder, write_provenance
+from vltrain.train.trainer import Trainer, make_trainer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DS_JSON = {"zero_optimization": {"stage": 2}}
+
+
+@exits_cleanly
+def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Path | None = None) -> int:
+    """Trains what the command line describes. Returns the exit code: 0, or 2 for a mistake in the input."""
+    settings = load_settings(argv, program=program, description="Multimodal Model Tuning.", options=TRAIN_OPTIONS, default_recipe=default_recipe)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+    try:
+        run(settings)
+    finally:
+        shutdown_distributed()
+    return 0
+
+
+def run(settings: Settings) -> None:
+    """One run of this rank, from its settings to its last evaluation."""
+    config = settings.config
+    ds_json = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
+    folder = Path(config.output)
+    if int(os.environ.get("RANK", "0")) == 0:
+        make_run_folder(folder)
+    checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
+    tokenizer = load_tokenizer(config.model.llm.tokenizer or config.model.llm.source)
+    dtype = choose_dtype(config.train.precision)
+    # The model is made before the process group: its mistakes, and those of the data, end the run before ranks wait for each other.
+    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
+    _require_tokenizer_fits(tokenizer, model)
+    dataset = open_packs(config, tokenizer, model.visual_tokens)
+    rank, world_size = init_distributed()
+    parameters = count_parameters(model)
+    trainer = make_trainer(
+        config, ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
+        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples),
+    )
+    if rank == 0:
+        write_provenance(folder, resolved_config=dump_config(config), ds_config=ds_json, world_size=world_size, parameters=parameters)
+        _announce(trainer, parameters, dataset, checkpoint)
+    trainer.train()
+    trainer.run_evaluation(trainer.plan.num_steps)
+    trainer.monitor.close()
+
+
+def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
+    """What to go on from: `auto` the newest whole checkpoint, if any; `never` none, and none may be there; else that folder.
+
+    Raises:
+        InputError: the named checkpoint is damaged, or `never` would overwrite a run.
+    """
+    root = folder / "checkpoints"
+    if resume == "auto":
+        return newest_checkpoint(root)
+    if resume == "never":
+        if any(root.glob("step-*")):
+            raise InputError(f"{folder}: holds the checkpoints of a run; go on with --resume auto, choose another --output, or remove the folder")
+        return None
+    return open_checkpoint(Path(resume))
+
+
+def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> PackedDataset:
+    """Opens the packs to train on, made first if the recipe leaves that to us.
+
+    Raises:
+        InputError: damaged packs, or packs made for another tokenizer, template or number of visual tokens.
+    """
+    if config.data.train_packs is not None:
+        folder = Path(config.data.train_packs)
+    else:
+        folder = packed_folder(config, tokenizer, visual_tokens)
+        ready_packs(config, folder, visual_tokens)
+    dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
+    require_match(
+        dataset.manifest, tokenizer_fingerprint=tokenizer.fingerprint, visual_tokens=visual_tokens,
+        template=config.data.template, pack_length=config.data.pack_length,
+    )
+    return dataset
+
+
+def _require_tokenizer_fits(tokenizer: Tokenizer, model: MultimodalModel) -> None:
+    rows = model.llm.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens but the LLM embeds {rows}: they do not belong together (model.llm.tokenizer)")
+
+
+def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> None:
+    config = trainer.config
+    samples = ready_samples(config, config.data.eval_split)
+    report = evaluate_split(
+        trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
+        step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,
+    )
+    if report is not None:
+        logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+
+
+def _announce(trainer: Trainer, parameters: dict[str, tuple[int, int]], dataset: PackedDataset, checkpoint: Checkpoint | None) -> None:
+    total, trainable = (sum(counts) for counts in zip(*parameters.values(), strict=True))
+    parts = ", ".join(f"{part} {trained:,}" for part, (_, trained) in parameters.items() if trained)
+    logger.info("parameters: %s of %s are trained (%.2f%%): %s", f"{trainable:,}", f"{total:,}", 100 * trainable / total, parts)
+    manifest = dataset.manifest
+    fill = manifest.num_tokens / (manifest.num_packs * manifest.pack_length)
+    logger.info("data: %d samples in %d packs of %d tokens, %.2f%% full", manifest.num_samples, manifest.num_packs, manifest.pack_length, 100 * fill)
+    logger.info(
+        "run: %d steps of %d packs on %d rank(s), ZeRO stage %d, from step %d, into %s", trainer.plan.num_steps,
+        trainer.config.train.packs_per_step, trainer.engine.world_size, trainer.engine.stage, checkpoint.step if checkpoint else 0, trainer.folder,
+    )
+    logger.info("watch it: tensorboard --logdir %s", trainer.folder / "tensorboard")

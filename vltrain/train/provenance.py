@@ -1,0 +1,74 @@
+"""What a run was made of: the resolved config, the code's commit, package versions, the machine. Written before step 1."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vltrain.errors import InputError
+
+PACKAGES = ("vltrain", "torch", "deepspeed", "transformers", "peft", "flash-attn", "liger-kernel", "bitsandbytes", "numpy", "pyarrow", "sentencepiece", "pillow")
+
+
+def code_commit() -> str:
+    """The git commit of this source tree, with `+changes` if it differs from it; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on; absent ones are left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_provenance(folder: Path, *, resolved_config: str, ds_config: dict[str, Any], world_size: int, parameters: dict[str, tuple[int, int]]) -> None:
+    """Writes `config.yaml`, `ds_config.json` and `run.json` into the run's folder. Raises InputError if that is not possible."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    facts = {
+        "command": sys.argv,
+        "commit": code_commit(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "device": device,
+        "ranks": world_size,
+        "threads_per_rank": torch.get_num_threads(),
+        "parameters": {part: {"total": total, "trainable": trainable} for part, (total, trainable) in parameters.items()},
+    }
+    try:
+        (folder / "config.yaml").write_text(resolved_config)
+        (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
+        (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from None
+
+
+def make_run_folder(folder: Path) -> None:
+    """Makes the run's folder and tries it out. Raises InputError if nothing can be written there."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"run folder {folder}: cannot be written ({error.strerror}); choose another --output") from None
