@@ -66,7 +66,7 @@ def make_prompts(count: int, seed: int = 0) -> list[Segment]:
 
 def run(prompts: list[Segment], batch_size: int, model: MultimodalModel = MODEL, load_image=IMAGES.__getitem__, **kwargs) -> list[list[int]]:
     sampling = Sampling(**{"max_new_tokens": 12, **kwargs.pop("sampling", {})})
-    return generate(model, prompts, load_image, sampling=sampling, stop_ids=STOP, batch_size=batch_size, device="cpu", **kwargs)
+    return generate(model, prompts, load_image, sampling=sampling, stop_ids=STOP, vocab_size=kwargs.pop("vocab_size", VOCABULARY), batch_size=batch_size, device="cpu", **kwargs)
 
 
 @torch.no_grad()
@@ -209,6 +209,12 @@ def test_ranks_that_sync_make_the_same_forwards_and_the_answers_stay(shares):
     assert answers == [PLAIN[share] for share in shares]
     assert ranks[0].calls == ranks[1].calls
     assert ("vision" in ranks[0].calls) == bool(PROMPTS[shares[0]])
+
+
+def test_rows_of_the_vocabulary_that_the_tokenizer_lacks_are_never_chosen():
+    assert max(max(answer, default=0) for answer in PLAIN) >= 40
+    answers = run(PROMPTS, 16, vocab_size=40)
+    assert max(max(answer, default=0) for answer in answers) == 39
 
 
 def test_outputs_that_are_not_finite_name_their_sample():

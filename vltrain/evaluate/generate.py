@@ -54,6 +54,7 @@ def generate(
     *,
     sampling: Sampling,
     stop_ids: Collection[int],
+    vocab_size: int,
     batch_size: int,
     device: torch.device | str,
     sync: Sync = alone,
@@ -64,6 +65,7 @@ def generate(
     Args:
         prompts: from `vltrain.data.conversation.encode_prompt`; their `images` name what stands at their image runs.
         stop_ids: tokens that end an answer.
+        vocab_size: the tokenizer's; the LLM's further rows mean nothing and are never chosen.
         load_image: name -> uint8 [3, H, W] of the model's image size. Called in threads, once for each distinct image of a batch.
         sync: the largest of a whole number over all ranks (an all-reduce); under ZeRO-3 every rank must call `generate` with it.
         on_answered: told how many prompts each finished batch held.
@@ -86,7 +88,7 @@ def generate(
             asked = [prompts[index] for index in indices]
             pixels, slots = _gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
             visual = _encode(model, pixels.to(device), sync)
-            batch_answers = _Decoder(model, asked, visual, slots.to(device), sampling, stop_ids, torch.device(device)).run(sync)
+            batch_answers = _Decoder(model, asked, visual, slots.to(device), sampling, stop_ids, vocab_size, torch.device(device)).run(sync)
             for index, answer in zip(indices, batch_answers):
                 answers[index] = answer
             on_answered(len(indices))
@@ -124,9 +126,17 @@ class _Decoder:
     """
 
     def __init__(
-        self, model: MultimodalModel, prompts: list[Segment], visual: Tensor, slots: Tensor, sampling: Sampling, stop_ids: Collection[int], device: torch.device
+        self,
+        model: MultimodalModel,
+        prompts: list[Segment],
+        visual: Tensor,
+        slots: Tensor,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        vocab_size: int,
+        device: torch.device,
     ) -> None:
-        self.model, self.sampling, self.stop_ids, self.device = model, sampling, stop_ids, device
+        self.model, self.sampling, self.stop_ids, self.vocab_size, self.device = model, sampling, stop_ids, vocab_size, device
         self.sample_ids = [prompt.sample_id for prompt in prompts]
         self.visual, self.slots = visual, slots
         self.cache = DynamicCache(config=model.llm.config)
@@ -168,7 +178,7 @@ class _Decoder:
         positions = torch.arange(width, device=self.device).expand(num_rows, width)
         outputs = self.model.llm.model(inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True)
         last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.positions - 1]
-        return self.model.llm.lm_head(last)
+        return self.model.llm.lm_head(last)[:, : self.vocab_size]
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Runs one more token per row, int64 [B]. Returns the logits [B, vocabulary] that follow it."""
@@ -181,7 +191,7 @@ class _Decoder:
             use_cache=True,
         )
         self.positions = self.positions + 1
-        return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])
+        return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])[:, : self.vocab_size]
 
     def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
         """Drops finished rows once they are half of the batch. One row stays for the forwards that other ranks still need."""

@@ -1,0 +1,39 @@
+"""The console script `vltrain`: one word chooses the program, which reads the rest. Programs are imported only when chosen."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+
+from vltrain.errors import InputError, exits_cleanly, nearest
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("data_prep.prepare", "raw data set -> samples (JSONL and images)"),
+    "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
+    "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
+    "train": ("vltrain.train.main", "train a recipe"),
+    "evaluate": ("vltrain.evaluate.main", "answer a split with a trained run, or score a file of answers"),
+}
+
+
+def usage() -> str:
+    """The text of `vltrain --help`."""
+    lines = [f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", "vltrain COMMAND --help tells more; several ranks: deepspeed launch/*.py"])
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program that the first word names. Returns its exit code; 2 for an unknown one."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"vltrain {importlib.metadata.version('vltrain')}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise InputError(f"unknown command '{words[0]}', {nearest(words[0], COMMANDS)}")
+    module, _ = COMMANDS[words[0]]
+    return importlib.import_module(module).main(words[1:])

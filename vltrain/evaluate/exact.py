@@ -1,0 +1,24 @@
+"""Scorer `exact`: the answer, word for word, up to case, surrounding space and one closing full stop."""
+
+from __future__ import annotations
+
+from vltrain.evaluate.scoring import Question, Scorer, Verdict
+
+
+def normalise(text: str) -> str:
+    """What two answers are compared by."""
+    return text.strip().casefold().removesuffix(".").rstrip()
+
+
+def judge(prediction: str, question: Question) -> Verdict:
+    """An empty prediction is one in which no answer could be found."""
+    return Verdict(normalise(prediction) == normalise(question.reference), not prediction.strip(), question.reference.strip())
+
+
+def columns(question: Question) -> tuple[str, ...]:
+    """The sample's `kind`, where its metadata has one."""
+    kind = question.metadata.get("kind")
+    return () if kind is None else (str(kind),)
+
+
+SCORER = Scorer(judge=judge, columns=columns)

@@ -1,0 +1,134 @@
+"""`vltrain evaluate` and launch/evaluate.py.
+
+    vltrain evaluate RUN [--split test] [--checkpoint FOLDER|none] [--json OUT] [--eval.batch_size 64 ...]
+    vltrain evaluate --predictions FILE --data FOLDER [--split test] [--json OUT]
+
+The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a whole copy of
+the model. The second scores a file of ScienceQA answers without any model. Both print a table and end with the accuracy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from vltrain.config import Config
+from vltrain.data.tokenizer import load_tokenizer
+from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.evaluate.predictions import score_predictions
+from vltrain.evaluate.report import write_json
+from vltrain.evaluate.run import evaluate_split
+from vltrain.evaluate.scoring import Report
+from vltrain.models.build import build_model
+from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
+from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
+from vltrain.train.data_ready import ready_samples
+from vltrain.train.hardware import choose_dtype, device, limit_threads
+
+RUN_OPTIONS: dict[str, Option] = {
+    "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
+    "checkpoint": Option("a checkpoint's folder, or none for the model before tuning; left out: the run's newest", metavar="{FOLDER,none}"),
+    "json": Option("also write the figures to this file", metavar="FILE"),
+    "predictions": Option("instead of a run: score this file of ScienceQA answers against the problems in --data FOLDER", metavar="FILE"),
+}
+FILE_OPTIONS = ("predictions", "data", "split", "json")
+
+
+@exits_cleanly
+def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
+    """Evaluates what the command line names. Returns the exit code: 0, or 2 for a mistake in the input."""
+    arguments = split_arguments(argv)
+    if arguments.last("predictions") is not None:
+        return _finish(_evaluate_file(arguments), arguments.last("json"))
+    folder = Path(arguments.positionals[0]) if len(arguments.positionals) == 1 else None
+    if folder is not None and not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: no config.yaml in it, expected the folder of a run (the recipe's `output`)")
+    settings = load_settings(
+        argv, program=program, description="Answers a split with a trained run and scores the answers.", options=RUN_OPTIONS,
+        positionals=("run",), default_recipe=folder / "config.yaml" if folder else None,
+    )
+    assert folder is not None, "load_settings asks for the run"
+    try:
+        return _finish(evaluate_run(folder, settings), settings.options["json"])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _finish(report: Report | None, json_file: str | None) -> int:
+    """Shows a report; ranks without one have nothing to show."""
+    if report is not None:
+        if json_file is not None:
+            write_json(Path(json_file), report.to_json())
+        print(report.to_markdown())
+        print(report.headline(), flush=True)
+    return 0
+
+
+def _evaluate_file(arguments: Arguments) -> Report:
+    for name, _ in arguments.options:
+        if name not in (*FILE_OPTIONS, *LAUNCHER_OPTIONS):
+            raise InputError(f"{COMMAND_LINE}: --{name} does not go with --predictions, {nearest(name, FILE_OPTIONS)}")
+    if arguments.positionals:
+        raise InputError(f"{COMMAND_LINE}: found '{arguments.positionals[0]}' beside --predictions, expected either a run or a file of answers")
+    predictions, data = arguments.last("predictions"), arguments.last("data")
+    assert predictions is not None
+    if data is None:
+        raise InputError(f"{COMMAND_LINE}: --predictions needs --data FOLDER, the folder of problems.json and pid_splits.json")
+    return score_predictions(Path(predictions), Path(data), arguments.last("split") or "test")
+
+
+def evaluate_run(folder: Path, settings: Settings) -> Report | None:
+    """Answers and scores a split with a run's checkpoint. Returns the report on rank 0, None elsewhere."""
+    config = settings.config
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+    split = settings.options["split"] or config.data.test_split
+    checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
+    tokenizer = load_tokenizer(_tokenizer_source(config))
+    samples_file = ready_samples(config, split)
+    dtype, place = choose_dtype(config.train.precision), device()
+    model = build_model(config.model, dtype=dtype)
+    if checkpoint is not None:
+        load_trainable(model, checkpoint)
+    if world_size > 1:
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 else None
+    with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        report = evaluate_split(
+            model.to(place).eval(), samples_file, tokenizer, config, split=split, folder=folder, step=checkpoint.step if checkpoint else 0,
+            # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
+            max_samples=config.eval.max_samples if "eval.max_samples" in settings.overrides else None, device=place, writer=writer,
+        )
+    if writer is not None:
+        writer.close()
+    return report
+
+
+def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
+    """The checkpoint to evaluate: the run's newest whole one, the one that is named, or None for `none`.
+
+    Raises: InputError if the run has none, or the named one is damaged.
+    """
+    if named == "none":
+        return None
+    if named is not None:
+        return open_checkpoint(Path(named))
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        raise InputError(f"{folder / 'checkpoints'}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
+    return newest
+
+
+def _tokenizer_source(config: Config) -> str:
+    source = config.model.llm.tokenizer or config.model.llm.source
+    assert source is not None, "LLMConfig asks for one of them"
+    return source

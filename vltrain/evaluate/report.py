@@ -1,0 +1,78 @@
+"""The table of scorers, and a report on disk: `predictions.jsonl` and `metrics.json`, each whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vltrain.errors import InputError, nearest
+from vltrain.evaluate import exact, scienceqa
+from vltrain.evaluate.scoring import Question, Report, Scorer, score
+from vltrain.schema import Sample
+
+SCORERS: dict[str, Scorer] = {"exact": exact.SCORER, "scienceqa": scienceqa.SCORER}
+
+
+def find_scorer(name: str) -> Scorer:
+    """The scorer of that name. Raises InputError with the nearest one."""
+    if name not in SCORERS:
+        raise InputError(f"eval.scorer: unknown scorer '{name}', {nearest(name, SCORERS)}")
+    return SCORERS[name]
+
+
+def score_samples(scorer: str, samples: Sequence[Sample], predictions: Sequence[str], where: str) -> Report:
+    """The report on `predictions`, one for each sample. `where` (the samples' file) is named in errors."""
+    judged = find_scorer(scorer)
+    return score(
+        scorer,
+        judged,
+        (
+            (
+                Question(
+                    id=sample.id, reference=sample.turns[-1].text, metadata=sample.metadata, has_image=bool(sample.images),
+                    where=f"{where}: sample '{sample.id}'",
+                ),
+                prompt_text(sample),
+                prediction,
+            )
+            for sample, prediction in zip(samples, predictions, strict=True)
+        ),
+    )
+
+
+def prompt_text(sample: Sample) -> str:
+    """What was asked, for people to read: all turns before the answer."""
+    return "\n".join(turn.text for turn in sample.turns[:-1])
+
+
+def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
+    """Writes `folder`/predictions.jsonl and metrics.json (the counts and `facts`). Raises InputError if that is not possible."""
+    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in report.answers)
+    write_whole(folder / "predictions.jsonl", lines)
+    write_json(folder / "metrics.json", {**facts, **report.to_json()})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes indented JSON, whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file beside `path`, flushes it to disk and renames it. Raises InputError if that is not possible."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror or error}); choose a place with room and permission") from None

@@ -1,0 +1,128 @@
+"""One evaluation: a split's questions answered by all ranks, scored, written and shown by rank 0.
+
+    samples.jsonl -> deal to ranks -> generate -> gather on rank 0 -> score -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json}, TensorBoard
+
+Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain evaluate` with a plain one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from vltrain.config import Config
+from vltrain.data.conversation import encode_prompt, stop_ids
+from vltrain.data.images import open_rgb
+from vltrain.data.tokenizer import Tokenizer
+from vltrain.evaluate.gallery import write_gallery
+from vltrain.evaluate.generate import Sampling, Sync, alone, generate
+from vltrain.evaluate.report import find_scorer, score_samples, write_report
+from vltrain.evaluate.samples import deal, image_loader, read_image, read_samples, thin_out
+from vltrain.evaluate.scoring import Report
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.schema import Sample
+
+
+def evaluate_split(
+    model: MultimodalModel,
+    samples_file: Path,
+    tokenizer: Tokenizer,
+    config: Config,
+    *,
+    split: str,
+    folder: Path,
+    step: int,
+    max_samples: int | None,
+    device: torch.device | str,
+    writer: SummaryWriter | None = None,
+) -> Report | None:
+    """Answers and scores the questions of a split. A collective: all ranks call it with the same arguments.
+
+    Args:
+        model: in evaluation mode, plain or under DeepSpeed at any ZeRO stage; the caller's autocast context holds.
+        samples_file: JSONL; images are found beside it.
+        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl` and `metrics.json` there.
+        step: optimizer steps that the model has behind it, for the files and TensorBoard.
+        max_samples: None: all.
+        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy`, the columns, and some questions with their images.
+
+    Returns: the report on rank 0, None elsewhere.
+
+    Raises: InputError for an unknown scorer, malformed samples, unreadable images, or a folder that cannot be written to.
+    """
+    find_scorer(config.eval.scorer)  # before hours of work
+    samples = thin_out(read_samples(samples_file), max_samples)
+    predictions = predict(model, samples, tokenizer, config, image_folder=samples_file.parent, device=device, title=f"evaluate {split}")
+    if predictions is None:
+        return None
+    report = score_samples(config.eval.scorer, samples, predictions, str(samples_file))
+    write_report(report, folder / "eval" / split, {"split": split, "step": step})
+    if writer is not None:
+        _show(writer, report, samples, config, split, samples_file.parent, step)
+    return report
+
+
+def predict(
+    model: MultimodalModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, *, image_folder: Path, device: torch.device | str, title: str
+) -> list[str] | None:
+    """The model's answers, one text for each sample, on rank 0; None elsewhere. A collective."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own = deal(samples, rank, world_size)
+    prompts = [encode_prompt(samples[number], tokenizer, config.data.template, model.visual_tokens) for number in own]
+    chosen = config.eval
+    with tqdm(total=len(samples), desc=title, unit="question", disable=rank != 0, dynamic_ncols=True, mininterval=1.0, leave=False) as bar:
+        answers = generate(
+            model,
+            prompts,
+            image_loader(image_folder, model.image_size, config.data.max_image_pixels),
+            sampling=Sampling(
+                max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
+            ),
+            stop_ids=stop_ids(tokenizer, config.data.template),
+            vocab_size=tokenizer.vocab_size,
+            batch_size=chosen.batch_size,
+            device=device,
+            sync=_largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
+            on_answered=lambda count: bar.update(min(count * world_size, len(samples) - bar.n)),
+        )
+    texts = [(number, tokenizer.decode(answer).strip()) for number, answer in zip(own, answers, strict=True)]
+    if world_size == 1:
+        return [text for _, text in sorted(texts)]
+    gathered: list | None = [None] * world_size if rank == 0 else None
+    dist.gather_object(texts, gathered)
+    return None if gathered is None else [text for _, text in sorted(pair for share in gathered for pair in share)]
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether ranks hold parts of the weights (ZeRO-3), so that every forward is a collective."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
+
+
+def _largest_over_ranks(device: torch.device | str) -> Sync:
+    def largest(value: int) -> int:
+        shared = torch.tensor(value, device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return int(shared)
+
+    return largest
+
+
+def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: Config, split: str, image_folder: Path, step: int) -> None:
+    """Accuracies and a fixed, evenly spaced choice of answered questions."""
+    writer.add_scalar(f"eval/{split}/accuracy", report.accuracy, step)
+    writer.add_scalar(f"eval/{split}/failed_share", report.failed / max(report.overall.total, 1), step)
+    for name, tally in report.columns.items():
+        if tally.accuracy is not None and name != "Average":
+            writer.add_scalar(f"eval/{split}/accuracy_by/{name}", tally.accuracy, step)
+    shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
+    cards = []
+    for number in shown:
+        names = samples[number].images
+        images = [open_rgb(read_image(image_folder, name), config.data.max_image_pixels, str(image_folder / name)) for name in names]
+        cards.append((report.answers[number], images))
+    write_gallery(writer, f"eval/{split}", cards, step)
+    writer.flush()

@@ -1,0 +1,69 @@
+"""Prepared samples for evaluation: read, thinned out evenly, dealt to ranks, and their images found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from vltrain.data.images import decode_image
+from vltrain.errors import InputError
+from vltrain.schema import Sample
+
+T = TypeVar("T")
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a JSONL file. Raises InputError naming file and line for anything malformed, and for repeated ids."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected prepared samples (vltrain prepare)") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); expected prepared samples") from None
+    samples = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not samples:
+        raise InputError(f"{path}: no samples in it, expected one JSON object per line")
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:
+            raise InputError(f"{path}: the id '{sample.id}' occurs twice; answers could not be told apart")
+        seen.add(sample.id)
+    return samples
+
+
+def _parse(line: str, where: str) -> Sample:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    return Sample.from_json(record, where)
+
+
+def thin_out(samples: list[T], max_samples: int | None) -> list[T]:
+    """At most `max_samples`, evenly spaced over the file: the same ones each time, and not the first few images only."""
+    if max_samples is None or len(samples) <= max_samples:
+        return samples
+    return [samples[number * len(samples) // max_samples] for number in range(max_samples)]
+
+
+def deal(samples: list[Sample], rank: int, world_size: int) -> list[int]:
+    """Numbers of the samples that a rank answers: every `world_size`-th in the order of their texts' lengths."""
+    by_length = sorted(range(len(samples)), key=lambda number: sum(len(turn.text) for turn in samples[number].turns[:-1]))
+    return by_length[rank::world_size]
+
+
+def image_loader(folder: Path, image_size: int, max_pixels: int) -> Callable[[str], np.ndarray]:
+    """name -> uint8 [3, image_size, image_size] of the image file of that name in `folder`."""
+    return lambda name: decode_image(read_image(folder, name), image_size, max_pixels, str(folder / name))
+
+
+def read_image(folder: Path, name: str) -> bytes:
+    """The bytes of an image file. Raises InputError naming it."""
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise InputError(f"{folder / name}: the image cannot be read ({error.strerror})") from None

@@ -1,0 +1,127 @@
+"""What a scorer is, and the report that comes of one.
+
+A scorer is two plain functions over an answered sample: `judge` (is this text right, and could an answer be found in it at
+all?) and `columns` (which columns of the table the sample counts in; columns may overlap). Everything else is counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+Metadata = Mapping[str, Any]
+
+
+class Verdict(NamedTuple):
+    """`expected`: the right answer as a text; `failed`: no answer could be found in the prediction, which counts as wrong."""
+
+    correct: bool
+    failed: bool
+    expected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a scorer may know of a sample. `where` (file, id) is named in the errors that missing facts raise."""
+
+    id: str
+    reference: str
+    """The text of the last assistant turn."""
+    metadata: Metadata
+    has_image: bool
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """`column_order`: the columns that are always shown, first; others follow in alphabetical order."""
+
+    judge: Callable[[str, Question], Verdict]
+    columns: Callable[[Question], tuple[str, ...]]
+    column_order: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answered question, as a line of `predictions.jsonl`."""
+
+    id: str
+    prompt: str
+    prediction: str
+    answer: str
+    correct: bool
+    failed: bool
+
+
+@dataclass
+class Tally:
+    """Right answers of how many."""
+
+    correct: int = 0
+    total: int = 0
+
+    def add(self, correct: bool) -> None:
+        self.correct += correct
+        self.total += 1
+
+    @property
+    def accuracy(self) -> float | None:
+        """None where there was no question."""
+        return self.correct / self.total if self.total else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of an evaluation."""
+
+    scorer: str
+    overall: Tally
+    failed: int
+    columns: dict[str, Tally]
+    answers: tuple[Answer, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; 0 where there was no question."""
+        return self.overall.accuracy or 0.0
+
+    def headline(self) -> str:
+        """The one line to remember: `accuracy=0.9012 (9673 questions) failed=3`."""
+        return f"accuracy={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the answers."""
+        columns = {name: {"accuracy": tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
+        counts = {"accuracy": self.accuracy, "correct": self.overall.correct, "total": self.overall.total, "failed": self.failed}
+        return {"scorer": self.scorer, **counts, "columns": columns}
+
+    def to_markdown(self) -> str:
+        """A table of the columns: accuracy in per cent, and how many questions that is of."""
+        names = list(self.columns)
+        shares = ["–" if tally.accuracy is None else f"{100 * tally.accuracy:.2f}" for tally in self.columns.values()]
+        totals = [str(tally.total) for tally in self.columns.values()]
+        widths = [max(map(len, cells)) for cells in zip(names, shares, totals)]
+        lines = [["", *names], ["%", *shares], ["of", *totals]]
+        rows = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, [2, *widths])) + " |" for line in lines]
+        rule = "|" + "|".join("-" * (width + 1) + ":" for width in [2, *widths]) + "|"
+        return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str]]) -> Report:
+    """Judges (question, prompt, prediction) triples in the given order."""
+    overall, failed = Tally(), 0
+    columns = {column: Tally() for column in scorer.column_order}
+    answers = []
+    for question, prompt, prediction in answered:
+        verdict = scorer.judge(prediction, question)
+        overall.add(verdict.correct)
+        failed += verdict.failed
+        for column in scorer.columns(question):
+            columns.setdefault(column, Tally()).add(verdict.correct)
+        answers.append(
+            Answer(id=question.id, prompt=prompt, prediction=prediction, answer=verdict.expected, correct=verdict.correct, failed=verdict.failed)
+        )
+    found = sorted(columns.keys() - set(scorer.column_order))
+    ordered = {column: columns[column] for column in (*scorer.column_order, *found)}
+    return Report(scorer=name, overall=overall, failed=failed, columns={**ordered, "Average": overall}, answers=tuple(answers))
