@@ -100,7 +100,7 @@ def _read_config(key: str, source: str, config_class: type[Config], model_types:
             found, _ = PreTrainedConfig.get_config_dict(place, **arguments)
             model_type = found.get("model_type")
             if model_type in model_types:
-                return config_class.from_pretrained(place, **arguments)
+                return config_class.from_dict(found["vision_config"] if model_type == "clip" else found)
     except LOAD_ERRORS as error:
         raise _cannot_load(key, source, place, error) from None
     raise InputError(f"{key}.source: '{source}' ({place}) is a model of type {model_type!r}, expected {' or '.join(map(repr, model_types))}")

@@ -30,8 +30,9 @@ def bottleneck_adapter(
 
     Returns: [..., d], in the dtype of autocast where that is on.
     """
-    hidden = F.linear(z, grouped_matrix(down_weight), down_bias)
+    flat = z.flatten(0, -2)
+    hidden = F.linear(flat, grouped_matrix(down_weight), down_bias)
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
-    flat = hidden.flatten(0, -2)
-    return torch.addmm(z.reshape(len(flat), -1), flat, grouped_matrix(up_weight).t()).add(up_bias).view_as(z)
+    result = torch.addmm(flat, hidden, grouped_matrix(up_weight).t())
+    return (result + up_bias.to(result.dtype)).view_as(z)

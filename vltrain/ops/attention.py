@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 PACKED_SDPA = "vltrain_packed_sdpa"
 # A segment joins a padded group if it is at least this share of the group's longest: bounds what padding wastes.
-MIN_FILL = 0.7
+MIN_FILL = 0.8
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def packed_sdpa_forward(
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
-    query, key, value = (states[0].transpose(0, 1)[packing.pad] for states in (query, key, value))  # [P, H, D]
+    query, key, value = (states[0].transpose(0, 1).index_select(0, packing.pad) for states in (query, key, value))  # [P, H, D]
     outputs = []
     start = 0
     for num_segments, length in packing.groups:
@@ -153,7 +153,7 @@ def packed_sdpa_forward(
         )  # [S, H, L, D]
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = part.stop
-    return torch.cat(outputs)[packing.unpad][None], None
+    return torch.cat(outputs).index_select(0, packing.unpad)[None], None
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)

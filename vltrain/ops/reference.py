@@ -1,0 +1,53 @@
+"""The truth that the hot path is tested against: the same functions, written as the equations read, in float64.
+
+Slow on purpose: one group, one segment, one token after another, and no trick that a faster version shares. Each has the
+signature of what it is the truth of.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def grouped_linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Eq. 2: [Z_1 W_1, ..., Z_k W_k] + b. `z` [..., in], `weight` [k, out / k, in / k], `bias` [out] -> [..., out]."""
+    pieces = z.double().chunk(len(weight), dim=-1)
+    return torch.cat([piece @ matrix.double().t() for piece, matrix in zip(pieces, weight, strict=True)], dim=-1) + bias.double()
+
+
+def bottleneck_adapter(
+    z: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Eq. 1: Z + psi_u(psi_d(Z)); see `vltrain.ops.adapter.bottleneck_adapter`. Without dropout only."""
+    assert dropout == 0.0, "dropout has no truth to compare with"
+    return z.double() + grouped_linear(grouped_linear(z, down_weight, down_bias), up_weight, up_bias)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(hidden @ weight.T)[label], summed, and each by itself; see `vltrain.ops.loss.linear_cross_entropy`."""
+    logits = hidden.double() @ weight.double().t()
+    losses = torch.stack([-row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True)]) if len(labels) else logits.sum(-1)
+    return losses.sum(), losses.detach()
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_lengths: Tensor, scaling: float | None = None) -> Tensor:
+    """Causal attention within each segment of a row, one segment and one head at a time.
+
+    `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D] -> [1, T, H, D].
+    """
+    scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    share = query.shape[1] // key.shape[1]
+    segments = zip(*(states[0].double().split(segment_lengths.tolist(), dim=1) for states in (query, key, value)), strict=True)
+    rows = []
+    for q_HLD, k_HLD, v_HLD in segments:
+        length = q_HLD.shape[1]
+        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+        heads = []
+        for head, q_LD in enumerate(q_HLD):
+            scores = (q_LD @ k_HLD[head // share].t() * scaling).masked_fill(future, -math.inf)
+            heads.append(scores.softmax(-1) @ v_HLD[head // share])
+        rows.append(torch.stack(heads, dim=1))
+    return torch.cat(rows)[None]
