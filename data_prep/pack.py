@@ -1,0 +1,285 @@
+"""Samples -> packed shards: `python -m data_prep.pack --samples FILE.jsonl --tokenizer PLACE --visual-tokens V --pack-length T --output DIR`.
+
+Reads and checks every sample, tokenises them in several processes, deals them to packs (`vltrain.data.packing`), and writes the shards with
+each distinct image once. Tokens wait on disk between the two passes, so memory grows only by some tens of bytes per sample
+(and its id). A sample that does not fit into a pack is never cut: it is an error, or with `--over-long drop` left out
+and listed in `over_long.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.parallel import in_chunks, ordered_map, usable_cores
+from data_prep.prepare import MAX_IMAGE_PIXELS, read_image
+from vltrain.data.conversation import TEMPLATES, encode_sample, find_template
+from vltrain.data.images import open_rgb
+from vltrain.data.packing import pack_lengths
+from vltrain.data.shard_writer import ShardWriter, describe, write_shards
+from vltrain.data.shards import Manifest, ShardFile
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.errors import InputError, exits_cleanly
+from vltrain.schema import PackedRow, Sample, Segment
+
+OVER_LONG = "over_long.jsonl"
+_LINES_PER_CHUNK = 512
+_IMAGES_PER_CHUNK = 16
+
+
+def pack(
+    samples: Path,
+    tokenizer: str,
+    template: str,
+    visual_tokens: int,
+    pack_length: int,
+    output: Path,
+    *,
+    max_images: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    over_long: str = "error",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> Manifest:
+    """Packs a file of samples.
+
+    Args:
+        samples: JSONL, a `vltrain.schema.Sample` per line; image paths are relative to its folder.
+        tokenizer: any notation of `vltrain.locate`.
+        template: a name of `vltrain.data.conversation.TEMPLATES`.
+        visual_tokens: V, tokens that an image takes.
+        pack_length: tokens that a pack holds.
+        output: new folder.
+        max_images: images that a pack may hold; None: no bound.
+        seed: of the deal to packs.
+        workers: processes; None: all usable cores. The result does not depend on it.
+        over_long: "error" or "drop", for samples that do not fit into a pack.
+
+    Returns:
+        The manifest of the written shards.
+
+    Raises:
+        InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image path outside the samples'
+            folder, a sample that does not fit, an output that exists or cannot be written.
+    """
+    find_template(template)
+    for name, value in (("visual tokens", visual_tokens), ("pack length", pack_length), ("images per pack", max_images)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}: found {value}, expected at least 1")
+    if over_long not in ("error", "drop"):
+        raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
+    workers = usable_cores() if workers is None else workers
+    loaded = load_tokenizer(tokenizer)
+    with write_shards(output) as writer:
+        spool = _Spool(writer.folder)
+        spool.fill(_tokenised(samples, loaded, template, visual_tokens, workers))
+        fits = spool.fitting(pack_length, max_images)
+        extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
+        kept = np.flatnonzero(fits)
+        image_ids = _store_images(samples.parent, spool, kept, writer, workers, max_image_pixels)
+        order, starts = pack_lengths(spool.lengths[kept], pack_length, spool.num_images[kept], max_images, seed)
+        for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
+            writer.add_row(spool.row(kept[order[first:last]], image_ids))
+        spool.remove()
+        return writer.finish(
+            extra_files,
+            tokenizer_fingerprint=loaded.fingerprint, tokenizer=tokenizer, template=template, visual_tokens=visual_tokens,
+            pack_length=pack_length, max_images=max_images, seed=seed, over_long=len(fits) - len(kept),
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class _Tokens:
+    """Some tokenised samples, as arrays: cheap to send between processes."""
+
+    ids: list[str] = field(default_factory=list)
+    images: list[tuple[str, ...]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    input_ids: bytes = b""  # int32
+    loss_mask: bytes = b""  # bool
+
+
+def _tokenised(samples: Path, tokenizer: Tokenizer, template: str, visual_tokens: int, workers: int) -> Iterator[_Tokens]:
+    try:
+        num_bytes = samples.stat().st_size
+        stream = samples.open("rb")
+    except OSError as error:
+        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
+    shared = (str(samples), tokenizer, template, visual_tokens)
+    with stream, tqdm(total=num_bytes, desc="samples", unit="B", unit_scale=True, disable=None) as progress:
+        chunks = in_chunks(enumerate(stream, start=1), _LINES_PER_CHUNK)
+        # A small file is done before a second process has started.
+        for tokens in ordered_map(_tokenise, chunks, workers if num_bytes > 1 << 20 else 1, shared):
+            yield tokens
+            progress.update(stream.tell() - progress.n)
+
+
+def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> _Tokens:
+    segments: list[Segment] = []
+    for number, line in lines:
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        sample = Sample.from_json(record, where)
+        segments.append(encode_sample(sample, tokenizer, template, visual_tokens))
+    return _Tokens(
+        ids=[segment.sample_id for segment in segments],
+        images=[segment.images for segment in segments],
+        lengths=[len(segment.input_ids) for segment in segments],
+        input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
+        loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
+    )
+
+
+class _Spool:
+    """All tokenised samples: their tokens in two flat files, the rest in memory.
+
+    lengths [n] tokens, num_images [n]; `paths` are the distinct image paths, `image_refs` each sample's, one after another.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = (folder / "tokens.spool", folder / "mask.spool")
+        self.ids: list[str] = []
+        self.paths: dict[str, int] = {}
+
+    def fill(self, parts: Iterator[_Tokens]) -> None:
+        """Takes all samples; InputError if there is none or an id comes twice."""
+        lengths, num_images, image_refs = array("q"), array("q"), array("q")
+        seen: set[str] = set()
+        with self._files[0].open("wb") as tokens, self._files[1].open("wb") as mask:
+            for part in parts:
+                tokens.write(part.input_ids)
+                mask.write(part.loss_mask)
+                lengths.extend(part.lengths)
+                self.ids.extend(part.ids)
+                for sample_id, images in zip(part.ids, part.images, strict=True):
+                    if sample_id in seen:
+                        raise InputError(f"sample id '{sample_id}' comes twice; ids must be unique")
+                    seen.add(sample_id)
+                    num_images.append(len(images))
+                    image_refs.extend(self.paths.setdefault(path, len(self.paths)) for path in images)
+        if not self.ids:
+            raise InputError("the file of samples is empty; there is nothing to pack")
+        self.lengths, self.num_images, self.image_refs = (np.frombuffer(one, np.int64) for one in (lengths, num_images, image_refs))
+        self._starts, self._image_starts = np.cumsum(self.lengths) - self.lengths, np.cumsum(self.num_images) - self.num_images
+        self._tokens, self._mask = np.memmap(self._files[0], np.int32, "r"), np.memmap(self._files[1], bool, "r")
+
+    def fitting(self, pack_length: int, max_images: int | None) -> np.ndarray:
+        """bool [n], whether the sample fits into a pack by itself."""
+        fits = self.lengths <= pack_length
+        return fits if max_images is None else fits & (self.num_images <= max_images)
+
+    def refs(self, sample: int) -> np.ndarray:
+        """Which of `paths` a sample shows, int64."""
+        first = self._image_starts[sample]
+        return self.image_refs[first : first + self.num_images[sample]]
+
+    def row(self, samples: np.ndarray, image_ids: np.ndarray) -> PackedRow:
+        """The pack of some samples. `image_ids` int64 [paths]: the stored image behind each path."""
+        spans = [slice(self._starts[sample], self._starts[sample] + self.lengths[sample]) for sample in samples]
+        shown = np.concatenate([image_ids[self.refs(sample)] for sample in samples])
+        distinct, slots = np.unique(shown, return_inverse=True)
+        return PackedRow(
+            input_ids=np.concatenate([self._tokens[span] for span in spans]),
+            loss_mask=np.concatenate([self._mask[span] for span in spans]),
+            segment_lengths=self.lengths[samples].astype(np.int32),
+            image_ids=distinct,
+            image_slots=slots.astype(np.int32),
+            sample_ids=tuple(self.ids[sample] for sample in samples),
+        )
+
+    def remove(self) -> None:
+        del self._tokens, self._mask
+        for file in self._files:
+            file.unlink()
+
+
+def _settle_over_long(
+    spool: _Spool, fits: np.ndarray, pack_length: int, max_images: int | None, over_long: str, folder: Path
+) -> tuple[ShardFile, ...]:
+    """Refuses or lists the samples that fit into no pack; returns the list's entry for the manifest."""
+    if fits.all():
+        return ()
+    misfits = np.flatnonzero(~fits)
+    if over_long == "error":
+        named = ", ".join(f"'{spool.ids[one]}' ({spool.lengths[one]} tokens, {spool.num_images[one]} images)" for one in misfits[:8])
+        bound = "" if max_images is None else f" and {max_images} images"
+        raise InputError(
+            f"{len(misfits)} of {len(fits)} samples do not fit into a pack of {pack_length} tokens{bound}: {named}{', ...' if len(misfits) > 8 else ''}. "
+            f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or leave such samples out with --over-long drop"
+        )
+    if not fits.any():
+        raise InputError(f"none of {len(fits)} samples fits into a pack of {pack_length} tokens; the shortest has {spool.lengths.min()}")
+    path = folder / OVER_LONG
+    records = ({"id": spool.ids[one], "num_tokens": int(spool.lengths[one]), "num_images": int(spool.num_images[one])} for one in misfits)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return (describe(path, len(misfits)),)
+
+
+def _store_images(
+    root: Path, spool: _Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int
+) -> np.ndarray:
+    """Decodes (to check) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
+    first_user: dict[int, int] = {}
+    for sample in kept[spool.num_images[kept] > 0].tolist():
+        for ref in spool.refs(sample).tolist():
+            first_user.setdefault(ref, sample)
+    paths = list(spool.paths)
+    wanted = [(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]
+    image_ids = np.full(len(paths), -1, np.int64)
+    chunks = in_chunks(wanted, _IMAGES_PER_CHUNK)
+    checked = ordered_map(_check_images, chunks, min(workers, 1 + len(wanted) // 64), (str(root), max_image_pixels))
+    with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
+        for chunk in checked:
+            for ref, data in chunk:
+                image_ids[ref] = writer.add_image(data)
+            progress.update(len(chunk))
+    return image_ids
+
+
+def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int) -> list[tuple[int, bytes]]:
+    """Reads and decodes images (number, path, sample); returns their numbers and file bytes."""
+    checked = []
+    folder = Path(root).resolve()
+    for ref, name, sample_id in wanted:
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
+        data = read_image(path, sample_id)
+        open_rgb(data, max_pixels, f"sample '{sample_id}', image {path}")
+        checked.append((ref, data))
+    return checked
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.pack", description="Tokenise and pack samples.")
+    parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
+    parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
+    parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
+    parser.add_argument("--visual-tokens", type=int, required=True, help="tokens that an image takes in the model")
+    parser.add_argument("--pack-length", type=int, required=True, help="tokens that a pack holds")
+    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--max-images", type=int, help="images that a pack may hold (default: no bound)")
+    parser.add_argument("--seed", type=int, default=0, help="of the deal to packs")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
+    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    manifest = pack(**vars(parser.parse_args(arguments)))
+    print(
+        f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, {manifest.num_tokens} tokens "
+        f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}" + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""Raw data set -> samples: `python -m data_prep.prepare --source NAME --input PLACE --output DIR [--options key=value ...]`.
+
+Writes `DIR/SPLIT.jsonl`, a sample per line, and `DIR/images/`, to which the samples refer relative to the file. Every image is
+opened and decoded once here, so that a damaged one is found now and not in the middle of a training run. Images are hard links where
+the file system allows it, else copies. DIR appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from data_prep.parallel import in_chunks, ordered_map, usable_cores
+from data_prep.sources import SOURCES
+from data_prep.sources.raw import RawSample
+from vltrain.config import DataConfig
+from vltrain.data.folder import new_folder
+from vltrain.data.images import open_rgb
+from vltrain.errors import InputError, exits_cleanly, nearest
+
+IMAGES = "images"
+MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
+_CHUNK = 64
+
+
+def prepare(
+    source: str,
+    input: Path | None,
+    output: Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    workers: int | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+) -> dict[str, int]:
+    """Prepares a raw data set.
+
+    Args:
+        source: a name of `data_prep.sources.SOURCES`.
+        input: where the raw data is; None where the source finds it by itself.
+        output: new folder.
+        options: of the source.
+        workers: processes that check images; None: all usable cores.
+        max_image_pixels: larger images are refused.
+
+    Returns:
+        Samples per split.
+
+    Raises:
+        InputError: unknown source or option, malformed or empty data, an id or image name that comes twice, an image that is missing or damaged,
+            an output that exists or cannot be written.
+    """
+    if source not in SOURCES:
+        raise InputError(f"unknown source '{source}'; {nearest(source, SOURCES)}")
+    workers = usable_cores() if workers is None else workers
+    with new_folder(output) as folder:
+        counts, images = _write_samples(SOURCES[source](input, options or {}), folder)
+        if not counts:
+            raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
+        chunks = in_chunks(images.items(), _CHUNK)
+        checked = ordered_map(_check_images, chunks, min(workers, 1 + len(images) // _CHUNK), (max_image_pixels,))
+        progress = tqdm(total=len(images), desc="images", unit="image", disable=None)
+        for names in checked:
+            for name in names:
+                _link_or_copy(images[name][0], folder / name)
+            progress.update(len(names))
+        progress.close()
+    return dict(counts)
+
+
+def _write_samples(samples: Iterable[RawSample], folder: Path) -> tuple[Counter[str], dict[str, tuple[Path, str]]]:
+    """Writes the JSONL files; returns samples per split, and per image name its source and the first sample that uses it."""
+    counts: Counter[str] = Counter()
+    images: dict[str, tuple[Path, str]] = {}
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        files: dict[str, TextIO] = {}
+        for raw in tqdm(samples, desc="samples", unit="sample", disable=None):
+            sample = raw.sample
+            if sample.id in seen:
+                raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
+            seen.add(sample.id)
+            names = [_image_name(name, sample.id) for name in sample.images]
+            for name, path in zip(names, raw.image_sources, strict=True):
+                if images.setdefault(name, (path, sample.id))[0] != path:
+                    raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {images[name][0]} and {path}")
+            if raw.split not in files:
+                files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
+            files[raw.split].write(json.dumps({**sample.to_json(), "images": names}, ensure_ascii=False) + "\n")
+            counts[raw.split] += 1
+    return counts, images
+
+
+def _image_name(name: str, sample_id: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise InputError(f"sample '{sample_id}': image name '{name}' leads out of the image folder")
+    return str(IMAGES / path)
+
+
+def _check_images(images: list[tuple[str, tuple[Path, str]]], max_pixels: int) -> list[str]:
+    """Decodes each image (name, (source, sample)); returns the names."""
+    for _, (path, sample_id) in images:
+        open_rgb(read_image(path, sample_id), max_pixels, f"sample '{sample_id}', image {path}")
+    return [name for name, _ in images]
+
+
+def read_image(path: Path, sample_id: str) -> bytes:
+    """The bytes of an image file; InputError naming file and sample if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"sample '{sample_id}': image {path} cannot be read ({error.strerror})") from None
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
+            raise
+        shutil.copyfile(source, target)
+
+
+def parse_options(pairs: list[str]) -> dict[str, str]:
+    """`key=value` texts to a dictionary."""
+    options = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise InputError(f"--options: found '{pair}', expected key=value")
+        options[key] = value
+    return options
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.prepare", description="Turn a raw data set into samples.")
+    parser.add_argument("--source", required=True, help=f"one of {', '.join(sorted(SOURCES))}")
+    parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
+    parser.add_argument("--workers", type=int, help="processes that check images (default: all cores)")
+    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    given = parser.parse_args(arguments)
+    counts = prepare(
+        given.source, given.input, given.output, parse_options(given.options), workers=given.workers, max_image_pixels=given.max_image_pixels
+    )
+    for split, count in counts.items():
+        print(f"{given.output / split}.jsonl: {count} samples")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

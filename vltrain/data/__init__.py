@@ -1,0 +1,1 @@
+"""From files to batches: tokens, packs, shards, the plan of steps and the loader. Knows no model."""

@@ -1,0 +1,60 @@
+"""A folder that appears whole or not at all.
+
+Everything is written into a hidden folder beside the final name, flushed to disk and renamed; an error on the way removes it. What a
+killed process leaves behind is `.NAME.PID.tmp`, never a half-written NAME.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vltrain.errors import InputError
+
+
+def refuse_existing(output: Path) -> None:
+    """InputError if something other than an empty folder has that name: results are never overwritten or mixed."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if os.path.lexists(output):
+        raise InputError(f"{output}: exists already; remove it or name another output")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `output` when the block ends without an error.
+
+    Raises:
+        InputError: `output` exists, or the place cannot be written to (no permission, disk full, read-only, not a folder).
+    """
+    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    try:
+        refuse_existing(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _flush(temporary)
+        os.rename(temporary, output)
+        _flush_one(output.parent)
+    except OSError as error:
+        raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _flush_one(Path(place, name))
+        _flush_one(Path(place))
+
+
+def _flush_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,184 @@
+"""Packs to batches, ahead of the training loop, for one rank.
+
+Worker processes read a pack and decode its images, one pack per task, each distinct image once. The little that is left (labels, positions) is
+done in the training process: it takes microseconds, and so only two small arrays and one block of pixels pass between processes.
+The order is the plan's, whatever the number of workers. What this gives up: decoding on the accelerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vltrain.data.images import decode_image
+from vltrain.data.plan import FILLER, Plan, StepPlan
+from vltrain.data.shards import PackedDataset
+from vltrain.errors import InputError
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Batch, PackedRow
+
+PREFETCH_PACKS = 4  # per worker
+
+
+@dataclass(kw_only=True)
+class LoadedStep:
+    """One optimizer step of one rank: a batch per micro-step."""
+
+    step: int
+    batches: list[Batch]
+    plan: StepPlan
+
+
+def blank_image(image_size: int) -> np.ndarray:
+    """The image of a batch that has none but must run the vision tower: uint8 [3, H, W], black."""
+    return np.zeros((3, image_size, image_size), np.uint8)
+
+
+def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
+    """Makes a batch of a pack.
+
+    Args:
+        images: uint8 [3, H, W] each, one for each of `row.image_ids`; or one blank image for a row that has none.
+        image_size: H and W, the shape of `pixels` where there is no image.
+
+    Returns:
+        A Batch. labels[t] is input_ids[t + 1] where that token is to be predicted and of the same segment, else IGNORE_INDEX.
+    """
+    pixels = np.stack(images) if images else np.empty((0, 3, image_size, image_size), np.uint8)
+    return _assemble(row, torch.from_numpy(pixels))
+
+
+def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
+    assert len(pixels) == max(len(row.image_ids), min(len(pixels), 1)), (len(pixels), len(row.image_ids))
+    lengths = row.segment_lengths.astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    input_ids = row.input_ids.astype(np.int64)
+    labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
+    labels[:-1] = np.where(row.loss_mask[1:], input_ids[1:], IGNORE_INDEX)
+    labels[starts[1:] - 1] = IGNORE_INDEX  # a segment's last token predicts nothing, least of all the next segment
+    num_label_tokens = int((labels != IGNORE_INDEX).sum())
+    assert num_label_tokens == int(row.loss_mask.sum()), "a segment's first token cannot be predicted"
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
+        segment_lengths=torch.from_numpy(lengths),
+        pixels=pixels,
+        image_slots=torch.from_numpy(row.image_slots.astype(np.int64)),
+        sample_ids=row.sample_ids,
+        num_label_tokens=num_label_tokens,
+    )
+
+
+def filler(image: bool, image_size: int) -> Batch:
+    """A batch of two tokens and no label for a rank without a pack; with `image`, one blank image that no slot refers to."""
+    images = [blank_image(image_size)] if image else []
+    row = PackedRow(
+        input_ids=np.array([IMAGE_MODALITY_TOKEN if image else TEXT_MODALITY_TOKEN, 0], np.int32),
+        loss_mask=np.zeros(2, bool),
+        segment_lengths=np.array([2], np.int32),
+        image_ids=np.empty(0, np.int64),
+        image_slots=np.empty(0, np.int32),
+        sample_ids=("filler",),
+    )
+    batch = collate(row, images, image_size)
+    batch.is_filler = True
+    return batch
+
+
+class _Fetcher(Dataset):
+    """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's text."""
+
+    def __init__(self, dataset: PackedDataset, image_size: int, max_image_pixels: int) -> None:
+        self._dataset, self._image_size, self._max_image_pixels = dataset, image_size, max_image_pixels
+
+    def __getitem__(self, item: tuple[int, bool]) -> tuple[PackedRow, torch.Tensor] | str:
+        number, has_images = item
+        row = self._dataset.row(number)
+        size = self._image_size
+        blank = has_images and len(row.image_ids) == 0
+        pixels = np.zeros((1 if blank else len(row.image_ids), 3, size, size), np.uint8)
+        try:
+            for place, image_id in enumerate(row.image_ids.tolist()):
+                where = f"{self._dataset.folder}: image {image_id} of pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
+                pixels[place] = decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where)
+        except InputError as error:
+            return str(error)  # an exception would come out of the DataLoader with the worker's traceback in its message
+        return row, torch.from_numpy(pixels)
+
+
+class _PlanSampler(Sampler):
+    """The packs of one rank, in order, fillers left out."""
+
+    def __init__(self, plan: Plan, rank: int, start_step: int) -> None:
+        self._plan, self._rank, self._start_step = plan, rank, start_step
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        for number in range(self._start_step, self._plan.num_steps):
+            for pack, has_images in _share(self._plan.step(number), self._rank):
+                if pack != FILLER:
+                    yield pack, has_images
+
+
+def _share(step: StepPlan, rank: int) -> Iterator[tuple[int, bool]]:
+    """A rank's part of a step: per micro-step its pack and whether any rank has an image then."""
+    return zip(step.packs[:, rank].tolist(), step.has_images.tolist(), strict=True)
+
+
+class StepLoader:
+    """Iterates the steps of one rank, from `start_step` on, as `LoadedStep`s."""
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        plan: Plan,
+        rank: int,
+        image_size: int,
+        max_image_pixels: int,
+        workers: int,
+        start_step: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Args:
+        workers: processes that decode; 0 decodes in this one.
+        pin_memory: pin the pixels, for copies to a GPU that overlap with computing.
+        """
+        self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
+        self._loader = DataLoader(
+            _Fetcher(dataset, image_size, max_image_pixels),
+            sampler=_PlanSampler(plan, rank, start_step),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH_PACKS if workers else None,
+            persistent_workers=workers > 0,
+            multiprocessing_context="spawn" if workers else None,  # forking a process that has threads or a GPU is not safe
+            worker_init_fn=_use_one_thread if workers else None,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else the loader would draw from the generator that dropout uses
+        )
+
+    def __len__(self) -> int:
+        return max(0, self._plan.num_steps - self._start_step)
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        fetched = iter(self._loader)
+        for number in range(self._start_step, self._plan.num_steps):
+            step = self._plan.step(number)
+            batches = [
+                filler(has_images, self._image_size) if pack == FILLER else _unwrap(next(fetched))
+                for pack, has_images in _share(step, self._rank)
+            ]
+            yield LoadedStep(step=number, batches=batches, plan=step)
+
+
+def _unwrap(fetched: tuple[PackedRow, torch.Tensor] | str) -> Batch:
+    if isinstance(fetched, str):
+        raise InputError(fetched)
+    return _assemble(*fetched)
+
+
+def _use_one_thread(_: int) -> None:
+    torch.set_num_threads(1)

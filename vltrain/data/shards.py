@@ -1,0 +1,253 @@
+"""Packed shards: a folder of memory-mapped Arrow files with random access to every pack, and its proof of wholeness.
+
+    manifest.json        what was packed with what, and rows, bytes and SHA-256 of every other file; carries its own checksum
+    index.arrow          per pack: tokens, label tokens, images, samples, sum of squared segment lengths
+    packs-NNNNN.arrow    the packs
+    images-NNNNN.arrow   each distinct image once, as the bytes of its file; packs refer to it by number
+
+Opening reads the manifest and maps files when they are first needed: nothing is kept in memory per pack, so a set of 1e8 packs opens like
+a small one. Two sizes are fixed so that a row's place is arithmetic: rows of a record batch, and (but for the last) rows
+of a file. What this gives up: adding to a set, and compression. `vltrain.data.shard_writer` writes such a folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from vltrain.errors import InputError
+from vltrain.schema import PackedRow
+
+FORMAT_VERSION = 1
+MANIFEST, INDEX = "manifest.json", "index.arrow"
+ROWS_PER_BATCH = 64
+PACK_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.bool_()),
+        "segment_lengths": pa.list_(pa.int32()),
+        "image_ids": pa.list_(pa.int64()),
+        "image_slots": pa.list_(pa.int32()),
+        "sample_ids": pa.list_(pa.string()),
+    }
+)
+IMAGE_SCHEMA = pa.schema({"data": pa.large_binary()})
+INDEX_SCHEMA = pa.schema(
+    {
+        "num_tokens": pa.int32(),
+        "num_label_tokens": pa.int32(),
+        "num_images": pa.int32(),
+        "num_samples": pa.int32(),
+        "sum_squares": pa.int64(),
+    }
+)
+_REMAKE = "pack the samples again (python -m data_prep.pack)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """One file of the set, as the manifest lists it."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a set of shards holds and what it was made with.
+
+    tokenizer_fingerprint, template, visual_tokens and pack_length must agree with the model that trains on it.
+    `over_long` counts the samples left out because they do not fit into a pack; over_long.jsonl lists them.
+    """
+
+    tokenizer_fingerprint: str
+    tokenizer: str
+    template: str
+    visual_tokens: int
+    pack_length: int
+    max_images: int | None
+    seed: int
+    num_packs: int
+    num_samples: int
+    num_images: int
+    num_tokens: int
+    num_label_tokens: int
+    over_long: int
+    files: tuple[ShardFile, ...]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' room that holds tokens."""
+        return self.num_tokens / (self.num_packs * self.pack_length)
+
+    def dumps(self) -> str:
+        fields = {**vars(self), "files": [vars(file) for file in self.files]}
+        return json.dumps({**fields, "checksum": _checksum(fields)}, indent=1) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and checks `folder/manifest.json`.
+
+    Raises:
+        InputError: no such file, not JSON, changed since it was written, or of another format version.
+    """
+    path = folder / MANIFEST
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not a folder of packed shards (it has no {MANIFEST})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); {_REMAKE}") from None
+    found = fields.pop("checksum", None) if isinstance(fields, dict) else None
+    if found is None or found != _checksum(fields):
+        raise InputError(f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}")
+    if fields["format_version"] != FORMAT_VERSION:
+        raise InputError(f"{path}: format version {fields['format_version']}, this program reads {FORMAT_VERSION}; {_REMAKE}")
+    fields["files"] = tuple(ShardFile(**file) for file in fields["files"])
+    return Manifest(**fields)
+
+
+def require_match(manifest: Manifest, tokenizer_fingerprint: str, visual_tokens: int, template: str, pack_length: int) -> None:
+    """InputError, with every difference, if the shards were packed for another model or recipe than the one given."""
+    expected = {
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "visual_tokens": visual_tokens,
+        "template": template,
+        "pack_length": pack_length,
+    }
+    differences = [
+        f"{name} is {getattr(manifest, name)!r}, the recipe's model needs {value!r}"
+        for name, value in expected.items()
+        if getattr(manifest, name) != value
+    ]
+    if differences:
+        raise InputError(f"the shards were packed for another model: {'; '.join(differences)}. {_REMAKE[0].upper() + _REMAKE[1:]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Per pack, memory-mapped and read-only: int32 [packs], `sum_squares` (of segment lengths) int64 [packs]."""
+
+    num_tokens: np.ndarray
+    num_label_tokens: np.ndarray
+    num_images: np.ndarray
+    num_samples: np.ndarray
+    sum_squares: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+class PackedDataset:
+    """A folder of packed shards. Picklable: a worker process that gets one maps the files anew and does not verify again."""
+
+    def __init__(self, folder: Path | str, verify: bool = True) -> None:
+        """Opens `folder`.
+
+        Args:
+            verify: read every file and compare its SHA-256 with the manifest; else only sizes are compared.
+
+        Raises:
+            InputError: not a set of shards, or a file that is missing, truncated or changed.
+        """
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        for file in self.manifest.files:
+            self._check(file, verify)
+        self._packs = _Table(self.folder, self._files("packs-"))
+        self._images = _Table(self.folder, self._files("images-"))
+
+    def _files(self, prefix: str) -> list[ShardFile]:
+        return [file for file in self.manifest.files if file.name.startswith(prefix)]
+
+    def _check(self, file: ShardFile, verify: bool) -> None:
+        path = self.folder / file.name
+        try:
+            size = path.stat().st_size
+            if size != file.bytes:
+                raise InputError(f"{path}: {size} bytes, the manifest says {file.bytes}; {_REMAKE}")
+            if verify:
+                found = sha256_of(path)
+                if found != file.sha256:
+                    raise InputError(f"{path}: SHA-256 is {found}, the manifest says {file.sha256}: the file is damaged; {_REMAKE}")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}), the manifest lists it; {_REMAKE}") from None
+
+    def __len__(self) -> int:
+        return self.manifest.num_packs
+
+    @functools.cached_property
+    def index(self) -> Index:
+        batch = pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX))).get_batch(0)
+        return Index(**{name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names})
+
+    def row(self, number: int) -> PackedRow:
+        """Pack `number`; its arrays are read-only views of the mapped file."""
+        batch, place = self._packs.find(number)
+        values = {name: batch.column(name)[place].values for name in PACK_SCHEMA.names}
+        return PackedRow(
+            sample_ids=tuple(values.pop("sample_ids").to_pylist()),
+            loss_mask=values.pop("loss_mask").to_numpy(zero_copy_only=False),
+            **{name: value.to_numpy(zero_copy_only=True) for name, value in values.items()},
+        )
+
+    def sample_ids(self, number: int) -> tuple[str, ...]:
+        """Ids of the samples in pack `number`."""
+        batch, place = self._packs.find(number)
+        return tuple(batch.column("sample_ids")[place].as_py())
+
+    def image(self, image_id: int) -> bytes:
+        """The file bytes of an image."""
+        batch, place = self._images.find(image_id)
+        return batch.column("data")[place].as_py()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._packs = _Table(self.folder, self._files("packs-"))
+        self._images = _Table(self.folder, self._files("images-"))
+
+
+class _Table:
+    """Rows spread over several Arrow files, each file mapped when it is first needed."""
+
+    def __init__(self, folder: Path, files: list[ShardFile]) -> None:
+        self._paths = [str(folder / file.name) for file in files]
+        self._ends = list(accumulate(file.rows for file in files))
+        # Mapped files cost address space and a file handle each, so only the last used stay open.
+        self._open = functools.lru_cache(maxsize=64)(lambda path: pa.ipc.open_file(pa.memory_map(path)))
+
+    def find(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """The record batch that holds `row`, and its place in it."""
+        if not 0 <= row < (self._ends[-1] if self._ends else 0):
+            raise IndexError(f"row {row} of {self._ends[-1] if self._ends else 0}")
+        number = bisect_right(self._ends, row)
+        inside = row - (self._ends[number - 1] if number else 0)
+        return self._open(self._paths[number]).get_batch(inside // ROWS_PER_BATCH), inside % ROWS_PER_BATCH
