@@ -53,6 +53,11 @@ class BottleneckAdapter(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return bottleneck_adapter(z, self.down_weight, self.down_bias, self.up_weight, self.up_bias, dropout)
 
+    def flops_per_row(self, input_needs_grad: bool) -> float:
+        """Operations, forward and backward, for one row of `z`; see `vltrain.models.flops`."""
+        down, up = self.down_weight.numel(), self.up_weight.numel()
+        return 2.0 * (down * (2 + input_needs_grad) + up * 3)
+
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor]:
         """(M [d, d], b [d]) in float64 with g(z) = M z + b, for merging: a linear layer (W, c) that reads g becomes

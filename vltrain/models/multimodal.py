@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from vltrain.models.flops import Flops, count_flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.vision import ClipTaps
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Batch
@@ -47,6 +48,10 @@ class MultimodalModel(nn.Module):
     def image_size(self) -> int:
         """Height and width of the images the ViT reads, in pixels."""
         return self.vision.image_size
+
+    def flops(self) -> Flops:
+        """What a training step costs, given which parameters are trained now. To be asked before ZeRO-3 cuts them up."""
+        return count_flops(self.vision, self.neck, self.modality_embedding, self.llm)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> visual tokens [N, V, d]. Without images no ViT pass happens."""

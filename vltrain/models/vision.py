@@ -1,13 +1,16 @@
 """The image encoder: [cls] states of a CLIP-style ViT's residual stream, read at several depths.
 
-Follows transformers' `CLIPVisionModel` and reuses its blocks, but runs them itself: it stops at the last tap, keeps only the
-[cls] rows of the others, and normalises uint8 pixels on the device they are needed on, so that loaders send a
-quarter of the bytes. Blocks after the last tap and the final norm never run.
+Follows transformers' `CLIPVisionModel` and reuses its modules, but runs them itself: it stops at the last tap, and in that
+block works for [cls] alone (of the others only keys and values are read), which saves five sixths of it. Pixels come
+as uint8 and are normalised on the device, so that loaders send a quarter of the bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel
@@ -67,13 +70,28 @@ class ClipTaps(nn.Module):
         """uint8 [N, 3, H, W] -> [N, V, d_vision]."""
         states = self.clip.pre_layrnorm(self.clip.embeddings(self.normalise(pixels)))
         taps = []
-        for number, block in enumerate(self.live_blocks, start=1):
-            states = self._run(block, states)
+        *blocks, last = self.live_blocks
+        for number, block in enumerate(blocks, start=1):
+            states = self._run(block, states, None)
             if number % self.tap_every == 0:
                 taps.append(states[:, 0])
+        taps.append(self._run(_cls_of_block, last, states))
         return torch.stack(taps, dim=1)
 
-    def _run(self, block: nn.Module, states: Tensor) -> Tensor:
+    def _run(self, function: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.activation_checkpointing and self.training:
-            return checkpoint(block, states, None, use_reentrant=False)
-        return block(states, None)
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+def _cls_of_block(block: nn.Module, states: Tensor) -> Tensor:
+    """Row 0 of what a `CLIPEncoderLayer` makes of `states` [N, P, d] -> [N, d], without computing the other rows."""
+    attention = block.self_attn
+    normed = block.layer_norm1(states)
+    query, key, value = (
+        projection(rows).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        for projection, rows in ((attention.q_proj, normed[:, :1]), (attention.k_proj, normed), (attention.v_proj, normed))
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=attention.scale).transpose(1, 2).flatten(2)
+    cls = states[:, :1] + attention.out_proj(mixed)
+    return (cls + block.mlp(block.layer_norm2(cls)))[:, 0]

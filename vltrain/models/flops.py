@@ -1,0 +1,155 @@
+"""How much arithmetic a training step needs, in closed form: for utilisation figures and for dealing work to ranks.
+
+Counted are the multiplications and additions of matrix products that the mathematics needs: forward, gradients of the
+weights that are trained, gradients of the states that something trained lies before. Not counted: norms, activations,
+softmax, and what is done twice or for nothing (recomputed blocks, padding, the zeros of block-diagonal matrices). So the
+figures belong to the model and the recipe, not to the implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from vltrain.models.vision import ClipTaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of forward and backward.
+
+    per_token: a position of a packed row, visual tokens included, in the LLM's blocks.
+    per_pair:  a (query, key) pair of a segment, of which a segment of L tokens has L * L. Causality needs only
+               L * (L + 1) / 2 of them: the half is in `per_pair`, the rest in `per_token`.
+    per_image: an image in the ViT, and its visual tokens in the neck.
+    per_label: a label position in the LLM's head.
+    """
+
+    per_token: float
+    per_pair: float
+    per_image: float
+    per_label: float
+
+    def of(self, *, num_tokens: float, num_pairs: float, num_images: float, num_label_tokens: float) -> float:
+        """Of so many of each together."""
+        return (
+            self.per_token * num_tokens + self.per_pair * num_pairs + self.per_image * num_images + self.per_label * num_label_tokens
+        )
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What stands in one transformer block, in the order the states go through it."""
+
+    attention_norm: nn.Module
+    queries: nn.Linear
+    keys_values: tuple[nn.Linear, nn.Linear]
+    attention_out: nn.Linear
+    ffn_norm: nn.Module
+    ffn_in: tuple[nn.Linear, ...]
+    ffn_out: nn.Linear
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Operations so far: per row that asks (`query`), per row that is only looked at (`key`), per pair of them; and whether
+    the states that leave need a gradient."""
+
+    query: float = 0.0
+    key: float = 0.0
+    pair: float = 0.0
+    needs_grad: bool = False
+
+
+def vision_flops(vision: ClipTaps, neck: nn.Module) -> tuple[float, bool]:
+    """(operations per image, do the features need a gradient?) of the ViT up to its last tap, and of the neck."""
+    embeddings = vision.clip.embeddings
+    num_rows = embeddings.num_positions
+    patch = embeddings.patch_embedding
+    total = (num_rows - 1) * _matrix(patch.weight, needs_grad=False)
+    grad = any(parameter.requires_grad for module in (embeddings, vision.clip.pre_layrnorm) for parameter in module.parameters())
+    *blocks, last = (_clip_layers(block) for block in vision.live_blocks)
+    for layers in blocks:
+        count = _block(layers, grad)
+        total += num_rows * (count.query + count.key + num_rows * count.pair)
+        grad = count.needs_grad
+    count = _block(last, grad)  # only [cls] asks, and goes on
+    total += count.query + num_rows * (count.key + count.pair)
+    for weight in (parameter for parameter in neck.parameters() if parameter.ndim == 2):
+        total += vision.num_taps * _matrix(weight, needs_grad=count.needs_grad)
+        count = replace(count, needs_grad=count.needs_grad or weight.requires_grad)
+    return total, count.needs_grad
+
+
+def llm_flops(llm: LlamaForCausalLM, embeds_need_grad: bool) -> tuple[float, float, float]:
+    """(per token, per causal pair, per label) of the blocks and the head."""
+    per_token = per_pair = 0.0
+    grad = embeds_need_grad or llm.model.embed_tokens.weight.requires_grad
+    for block in llm.model.layers:
+        count = _block(_llama_layers(block), grad)
+        per_token += count.query + count.key
+        per_pair += count.pair
+        grad = count.needs_grad
+    grad = grad or llm.model.norm.weight.requires_grad
+    return per_token, per_pair, _matrix(llm.lm_head.weight, needs_grad=grad)
+
+
+def count_flops(vision: ClipTaps, neck: nn.Module, modality_embedding: nn.Embedding, llm: LlamaForCausalLM) -> Flops:
+    """The `Flops` of a whole model, given which of its parameters are trained now."""
+    per_image, visual_need_grad = vision_flops(vision, neck)
+    per_token, per_causal_pair, per_label = llm_flops(llm, visual_need_grad or modality_embedding.weight.requires_grad)
+    half = per_causal_pair / 2
+    return Flops(per_token=per_token + half, per_pair=half, per_image=per_image, per_label=per_label)
+
+
+def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
+    """A row times a matrix: forward, the weight's gradient where it is trained, the row's where that is needed."""
+    return 2.0 * weight.numel() * (1 + weight.requires_grad + needs_grad)
+
+
+def _block(layers: _Layers, grad: bool) -> _Count:
+    """One pre-norm transformer block. `grad`: do the states that enter need a gradient?"""
+    normed_cost, normed_grad = _norm(layers.attention_norm, grad)
+    query = _matrix(layers.queries.weight, needs_grad=normed_grad)
+    key = normed_cost + sum(_matrix(linear.weight, needs_grad=normed_grad) for linear in layers.keys_values)
+    mixed_grad = normed_grad or _trained(layers.queries, *layers.keys_values)
+    # Scores and their use: two products of `width` numbers each; backward, two for each of those.
+    pair = 4.0 * len(layers.queries.weight) * (3 if mixed_grad else 1)
+    query += _matrix(layers.attention_out.weight, needs_grad=mixed_grad)
+    grad = grad or mixed_grad or _trained(layers.attention_out)
+
+    normed_cost, normed_grad = _norm(layers.ffn_norm, grad)
+    query += normed_cost + sum(_matrix(linear.weight, needs_grad=normed_grad) for linear in layers.ffn_in)
+    inner_grad = normed_grad or _trained(*layers.ffn_in)
+    query += _matrix(layers.ffn_out.weight, needs_grad=inner_grad)
+    return _Count(query, key, pair, grad or inner_grad or _trained(layers.ffn_out))
+
+
+def _norm(norm: nn.Module, grad: bool) -> tuple[float, bool]:
+    """(operations per row, does the result need a gradient?) of a norm and the adapter behind it, if there is one."""
+    if not isinstance(norm, nn.Sequential):
+        return 0.0, grad or _trained(norm)
+    grad = grad or _trained(norm.norm)
+    return norm.adapter.flops_per_row(grad), grad or _trained(norm.adapter)
+
+
+def _trained(*modules: nn.Module) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def _clip_layers(block: nn.Module) -> _Layers:
+    attention = block.self_attn
+    return _Layers(
+        block.layer_norm1, attention.q_proj, (attention.k_proj, attention.v_proj), attention.out_proj,
+        block.layer_norm2, (block.mlp.fc1,), block.mlp.fc2,
+    )  # fmt: skip
+
+
+def _llama_layers(block: nn.Module) -> _Layers:
+    attention = block.self_attn
+    return _Layers(
+        block.input_layernorm, attention.q_proj, (attention.k_proj, attention.v_proj), attention.o_proj,
+        block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj,
+    )  # fmt: skip
