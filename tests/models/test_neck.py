@@ -1,0 +1,34 @@
+"""The visual neck against Eq. 3."""
+
+import pytest
+import torch
+
+from vltrain.config import NeckConfig
+from vltrain.models.neck import make_neck
+
+
+def test_bottleneck_is_equation_3() -> None:
+    neck = make_neck(10, 14, NeckConfig(dim=6)).double()
+    for parameter in neck.parameters():
+        torch.nn.init.normal_(parameter)
+    features = torch.randn(2, 3, 10, dtype=torch.float64)
+    (w_v, b_v), (w_t, b_t) = ((linear.weight.t(), linear.bias) for linear in (neck.down, neck.up))
+    hidden = features @ w_v + b_v
+    torch.testing.assert_close(neck(features), (hidden / (1 + (-hidden).exp())) @ w_t + b_t, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind, count", [("bottleneck", 659_584), ("linear", 4_198_400)])
+def test_counts_of_the_paper(kind: str, count: int) -> None:
+    """For ViT-L and LLaMA-2-7B; the paper calls the neck six times smaller than LLaVA's."""
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in make_neck(1024, 4096, NeckConfig(kind=kind)).parameters()) == count
+
+
+def test_weights_are_xavier_and_biases_zero() -> None:
+    torch.manual_seed(0)
+    for parameter in make_neck(256, 256, NeckConfig(dim=128)).parameters():
+        if parameter.ndim == 1:
+            assert not parameter.any()
+        else:
+            bound = (6 / (256 + 128)) ** 0.5
+            assert 0.98 * bound < parameter.abs().max() <= bound
