@@ -79,6 +79,8 @@ class StepPlan:
     has_images        bool  [G]     whether any rank has an image in that micro-step
     num_label_tokens                of the whole step: what the loss is divided by
     num_tokens                      of the whole step, all of them useful
+    num_pairs                       (query, key) pairs inside segments, of the whole step
+    num_images                      of the whole step, one that several segments show counted once
     num_samples                     of the whole step
     """
 
@@ -87,6 +89,8 @@ class StepPlan:
     has_images: np.ndarray
     num_label_tokens: int
     num_tokens: int
+    num_pairs: int
+    num_images: int
     num_samples: int
 
 
@@ -103,12 +107,21 @@ class Plan:
         world_size: int,
         cost: PackCost,
         max_steps: int | None = None,
+        images_always: bool = False,
     ) -> None:
+        """Args:
+        epochs: passes over the packs, not necessarily whole ones.
+        max_steps: ends the run earlier.
+        images_always: let every micro-step reach the ViT, with a blank image where there is none. Optimizer offload needs
+            that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one reaches.
+
+        Raises: InputError for a set without packs.
+        """
         if len(index) == 0:
             raise InputError("there are no packs to train on")
         assert packs_per_step >= 1 and world_size >= 1 and epochs > 0
         self._index, self._seed, self._cost = index, seed, cost
-        self._packs_per_step, self._world_size = packs_per_step, world_size
+        self._packs_per_step, self._world_size, self._images_always = packs_per_step, world_size, images_always
         self.num_positions = max(1, round(epochs * len(index)))
         self.steps_per_epoch = len(index) / packs_per_step
         whole = -(-self.num_positions // packs_per_step)
@@ -135,9 +148,11 @@ class Plan:
         return StepPlan(
             step=number,
             packs=grid,
-            has_images=((grid != FILLER) & (index.num_images[grid] > 0)).any(axis=1),
+            has_images=((grid != FILLER) & (index.num_images[grid] > 0)).any(axis=1) | self._images_always,
             num_label_tokens=int(index.num_label_tokens[packs].sum()),
             num_tokens=int(index.num_tokens[packs].sum()),
+            num_pairs=int(index.sum_squares[packs].sum()),
+            num_images=int(index.num_images[packs].sum()),
             num_samples=int(index.num_samples[packs].sum()),
         )
 

@@ -92,9 +92,16 @@ class Manifest:
         """Share of the packs' room that holds tokens."""
         return self.num_tokens / (self.num_packs * self.pack_length)
 
+    @property
+    def checksum(self) -> str:
+        """SHA-256 (hex) of all the above: two sets with the same one hold the same packs."""
+        return _checksum(self._fields())
+
     def dumps(self) -> str:
-        fields = {**vars(self), "files": [vars(file) for file in self.files]}
-        return json.dumps({**fields, "checksum": _checksum(fields)}, indent=1) + "\n"
+        return json.dumps({**self._fields(), "checksum": self.checksum}, indent=1) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        return {**vars(self), "files": [vars(file) for file in self.files]}
 
 
 def sha256_of(path: Path) -> str:

@@ -61,7 +61,8 @@ def _prepare(config: Config) -> None:
     from data_prep.prepare import prepare
 
     logger.info("data: preparing %s into %s", config.data.source, samples_folder(config))
-    prepare(config.data.source, config.data.input, samples_folder(config), config.data.options)
+    raw = Path(config.data.input) if config.data.input else None
+    prepare(config.data.source, raw, samples_folder(config), config.data.options, max_image_pixels=config.data.max_image_pixels)
 
 
 def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> None:
@@ -69,6 +70,6 @@ def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> No
 
     logger.info("data: packing %s into %s", samples, folder)
     pack(
-        samples, folder, tokenizer=config.model.llm.tokenizer or config.model.llm.source, template=config.data.template,
-        visual_tokens=visual_tokens, pack_length=config.data.pack_length, max_images=config.data.max_images,
+        samples, config.model.llm.tokenizer or config.model.llm.source, config.data.template, visual_tokens,
+        config.data.pack_length, folder, max_images=config.data.max_images, max_image_pixels=config.data.max_image_pixels,
     )

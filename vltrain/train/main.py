@@ -132,8 +132,7 @@ def _announce(trainer: Trainer, parameters: dict[str, tuple[int, int]], dataset:
     parts = ", ".join(f"{part} {trained:,}" for part, (_, trained) in parameters.items() if trained)
     logger.info("parameters: %s of %s are trained (%.2f%%): %s", f"{trainable:,}", f"{total:,}", 100 * trainable / total, parts)
     manifest = dataset.manifest
-    fill = manifest.num_tokens / (manifest.num_packs * manifest.pack_length)
-    logger.info("data: %d samples in %d packs of %d tokens, %.2f%% full", manifest.num_samples, manifest.num_packs, manifest.pack_length, 100 * fill)
+    logger.info("data: %d samples in %d packs of %d tokens, %.2f%% full", manifest.num_samples, manifest.num_packs, manifest.pack_length, 100 * manifest.fill)
     logger.info(
         "run: %d steps of %d packs on %d rank(s), ZeRO stage %d, from step %d, into %s", trainer.plan.num_steps,
         trainer.config.train.packs_per_step, trainer.engine.world_size, trainer.engine.stage, checkpoint.step if checkpoint else 0, trainer.folder,

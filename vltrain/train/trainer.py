@@ -22,7 +22,7 @@ from vltrain.errors import InputError
 from vltrain.models.build import part_of
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
-from vltrain.train.ds_config import resolve_ds_config
+from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
 from vltrain.train.engine import Engine
 from vltrain.train.guard import FiniteGuard, StepResult
 from vltrain.train.hardware import peak_flops
@@ -112,7 +112,7 @@ def _num_positions(plan: Any) -> int:
 
 
 def pack_cost(model: MultimodalModel) -> PackCost:
-    """What a pack costs, in FLOPs, for the deal of packs to ranks."""
+    """What a pack costs, in FLOPs, for the deal of packs to ranks. Label positions are few and left out."""
     flops = model.flops()
     return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
 
@@ -123,7 +123,7 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     model = dataclasses.asdict(config.model)
     model["llm"].pop("attention")
     optim = {**dataclasses.asdict(config.optim), "betas": list(config.optim.betas)}
-    return {"model": model, "optim": optim, "train": train, "data": dataset.fingerprint}
+    return {"model": model, "optim": optim, "train": train, "data": dataset.manifest.checksum}
 
 
 def make_trainer(
@@ -145,7 +145,7 @@ def make_trainer(
         first_step = checkpoint.step
     plan = Plan(
         dataset.index, seed=config.train.seed, epochs=config.train.epochs, packs_per_step=config.train.packs_per_step,
-        world_size=world_size, cost=pack_cost(model), max_steps=config.train.max_steps,
+        world_size=world_size, cost=pack_cost(model), max_steps=config.train.max_steps, images_always=offloads_optimizer(ds_config),
     )
     image_size, flops = model.image_size, model.flops()
     engine = Engine(
@@ -156,7 +156,7 @@ def make_trainer(
         engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step)
     loader = StepLoader(
         dataset, plan, rank, image_size=image_size, max_image_pixels=config.data.max_image_pixels,
-        workers=config.data.workers, start_step=first_step,
+        workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda",
     )
     monitor = Monitor(
         folder, active=rank == 0, first_step=first_step, num_steps=plan.num_steps, log_every_steps=config.train.log_every_steps,

@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, packs made by hand, and groups of real processes."""

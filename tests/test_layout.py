@@ -1,0 +1,77 @@
+"""The house's rules that a machine can check: imports go down only, deepspeed has one door, files stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A room may import from itself and from rooms further left.
+ROOMS = ("errors", "schema", "config", "recipe", "settings", "locate", "ops", "data", "models", "evaluate", "check", "train", "cli", "__main__")
+FILES = sorted(path for folder in ("vltrain", "data_prep", "launch") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "vltrain" and len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.is_relative_to(ROOT / "vltrain")], ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    own = path.relative_to(ROOT / "vltrain").parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    for module in imported_modules(path):
+        room = room_of(module)
+        if room in ROOMS:
+            assert ROOMS.index(room) <= ROOMS.index(own), f"vltrain.{own} must not import {module}"
+
+
+def test_every_room_is_in_the_order():
+    found = {path.name.removesuffix(".py") for path in (ROOT / "vltrain").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert found - {"__init__"} <= set(ROOMS)
+
+
+def test_deepspeed_has_one_door():
+    importers = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == "deepspeed" for name in imported_modules(path))}
+    assert importers == {"vltrain/train/engine.py"}
+
+
+def test_the_data_room_knows_no_modules_of_torch():
+    for path in (ROOT / "vltrain" / "data").glob("*.py"):
+        assert not any(name == "torch.nn" or name.startswith("torch.nn.") for name in imported_modules(path)), path
+
+
+def test_model_and_data_rooms_do_not_know_each_other():
+    for room, forbidden in (("models", "data"), ("ops", "data"), ("ops", "models"), ("data", "models")):
+        for path in (ROOT / "vltrain" / room).rglob("*.py"):
+            assert all(room_of(name) != forbidden for name in imported_modules(path)), f"{path} imports {forbidden}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "a module opens with what it is and why"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+
+
+def test_top_level_is_what_the_design_says():
+    named = {"setup.cfg", "launch", "vltrain", "ds_configs", "data_prep", "tests", "README.md", "LICENSE", "pyproject.toml"}
+    made = {"data", "runs", "docs"}  # by running the programs; pictures of the README
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")}
+    assert found <= named | made, found - named - made

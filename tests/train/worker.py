@@ -1,0 +1,70 @@
+"""Runs training scenarios in this rank's process: `python -m tests.train.worker SCENARIOS.json`.
+
+A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}. Rank 0 writes, per
+scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the final weights.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.support.tiny import tiny_config
+from vltrain.data.shards import PackedDataset
+from vltrain.models.build import build_model
+from vltrain.train.checkpoint import newest_checkpoint
+from vltrain.train.engine import Engine, init_distributed, shutdown_distributed
+from vltrain.train.hardware import choose_dtype
+from vltrain.train.trainer import make_trainer
+
+GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
+
+
+def run(scenario: dict, rank: int, world_size: int) -> None:
+    folder = Path(scenario["output"])
+    config = tiny_config(output=str(folder), **scenario["changes"])
+    dataset = PackedDataset(scenario["packs"])
+    checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
+    dtype = choose_dtype(config.train.precision)
+    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
+    trainer = make_trainer(
+        config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
+        evaluate=lambda steps_done: None,
+    )
+    result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
+    trainer.train()
+    trainer.monitor.close()
+    for name, weight, states in trainer.engine.full_state():
+        result[f"weight/{name}"] = weight.clone()
+        result.update({f"{key}/{name}": value.clone() for key, value in states.items()})
+    if rank == 0:
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        result["losses"] = torch.tensor([line["loss"] for line in log], dtype=torch.float64)
+        result["grad_norms"] = torch.tensor([line["grad_norm"] for line in log], dtype=torch.float64)
+        save_file({name: value.contiguous() for name, value in result.items()}, folder / "result.safetensors")
+
+
+def catch_gradients(engine: Engine, at_step: int) -> dict[str, torch.Tensor]:
+    """Keeps every parameter's whole gradient of the `at_step`-th step that this process does."""
+    caught: dict[str, torch.Tensor] = {}
+    step, num_steps = engine.step, itertools.count()
+
+    def catching_step() -> None:
+        if next(num_steps) == at_step:
+            for name, gradient in engine.full_gradients():
+                caught[f"gradient/{name}"] = gradient.detach().cpu().clone()
+        step()
+
+    engine.step = catching_step
+    return caught
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rank, world_size = init_distributed()
+    for scenario in json.loads(Path(sys.argv[1]).read_text()):
+        run(scenario, rank, world_size)
+    shutdown_distributed()
