@@ -1,0 +1,243 @@
+"""A run's evaluation from end to end: a small random model, a real tokenizer, files on disk, one rank and two."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vltrain.config import AdapterConfig, Config, DataConfig, EvalConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.errors import InputError
+from vltrain.evaluate.main import main
+from vltrain.evaluate.samples import deal, read_samples, thin_out
+from vltrain.models.build import build_model
+from vltrain.recipe import dump_config
+from vltrain.schema import Sample, Turn
+from vltrain.train.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_SAMPLES = 23
+COLOURS = ("red", "green", "blue", "black")
+
+
+def make_tokenizer(folder: Path) -> Path:
+    folder.mkdir()
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"Question: what colour is picture {number}?\nAnswer: {COLOURS[number % 4]}" for number in range(200)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=9,
+        num_threads=1,
+    )
+    return folder
+
+
+def make_samples(folder: Path) -> list[Sample]:
+    """Questions about no, one or two of five images."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / "images" / f"{number}.png")
+    samples = []
+    for number in range(NUM_SAMPLES):
+        names = tuple(f"images/{name}.png" for name in rng.choice(5, size=number % 3))
+        asked = "<image>\n" * len(names) + "Question: what colour is it" + " now" * (number % 4) + "?\nAnswer:"
+        turns = (Turn(role="user", text=asked), Turn(role="assistant", text=COLOURS[number % 4]))
+        samples.append(Sample(id=f"s{number}", turns=turns, images=names, metadata={"kind": f"{len(names)} images"}))
+    return samples
+
+
+def write_samples(folder: Path, samples: list[Sample]) -> None:
+    for split in ("test", "val"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(sample.to_json()) + "\n" for sample in samples))
+
+
+def make_run(folder: Path) -> tuple[Path, Config]:
+    """A run's folder with a checkpoint whose trained weights are far from fresh ones."""
+    config = Config(
+        model=ModelConfig(
+            vision=VisionConfig(
+                config=dict(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2), tap_every=1
+            ),
+            llm=LLMConfig(
+                config=dict(
+                    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                    initializer_range=0.3, max_position_embeddings=256,
+                ),
+                tokenizer=str(make_tokenizer(folder / "tokenizer")),
+            ),
+            adapter=AdapterConfig(dim=4),
+        ),
+        data=DataConfig(root=str(folder / "data")),
+        eval=EvalConfig(batch_size=4, max_new_tokens=5, max_samples=3, tensorboard_samples=2),
+        output=str(folder / "run"),
+    )
+    model = build_model(config.model)
+    generator = torch.Generator().manual_seed(5)
+    trained = [(name, parameter + 0.3 * torch.randn(parameter.shape, generator=generator)) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(config))
+    state = ((name, weight.detach(), {}) for name, weight in trained)
+    save_checkpoint(state, run / "checkpoints", step=40, belongs_to={}, keep=1, is_writer=True)
+    return run, config
+
+
+def predictions(run: Path, split: str = "test") -> dict[str, dict]:
+    lines = (run / "eval" / split / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["id"]: record for record in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[Path, Path, list[Sample], dict[str, dict]]:
+    """(run, samples' folder, samples, predictions): every third question's answer is set to what the model says."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    run, _ = make_run(folder)
+    data = folder / "data" / "samples"
+    samples = make_samples(data)
+    write_samples(data, samples)
+    assert main([str(run)]) == 0
+    said = predictions(run)
+    for number in range(0, NUM_SAMPLES, 3):
+        turns = (samples[number].turns[0], Turn(role="assistant", text=said[f"s{number}"]["prediction"] or "?"))
+        samples[number] = Sample(id=samples[number].id, turns=turns, images=samples[number].images, metadata=samples[number].metadata)
+    write_samples(data, samples)
+    return run, data, samples, said
+
+
+def test_a_run_is_evaluated_and_scored(evaluated, capsys, tmp_path):
+    run, _, samples, said = evaluated
+    assert len({record["prediction"] for record in said.values()}) > 5
+    assert main([str(run), "--json", str(tmp_path / "out.json")]) == 0
+    answers = predictions(run)
+    assert {identity: record["prediction"] for identity, record in answers.items()} == {identity: record["prediction"] for identity, record in said.items()}
+    expected = [sample.id for sample in samples if answers[sample.id]["prediction"].strip().casefold().removesuffix(".").rstrip() == sample.turns[-1].text.strip().casefold().removesuffix(".").rstrip()]
+    assert len(expected) >= 7
+    assert [identity for identity, record in answers.items() if record["correct"]] == expected
+    metrics = json.loads((run / "eval" / "test" / "metrics.json").read_text())
+    assert (metrics["step"], metrics["split"], metrics["correct"], metrics["total"]) == (40, "test", len(expected), NUM_SAMPLES)
+    assert sum(column["total"] for name, column in metrics["columns"].items() if name.endswith("images")) == NUM_SAMPLES
+    assert json.loads((tmp_path / "out.json").read_text())["correct"] == len(expected)
+    failed = sum(not record["prediction"] for record in answers.values())
+    assert capsys.readouterr().out.splitlines()[-1] == f"accuracy={len(expected) / NUM_SAMPLES:.4f} ({NUM_SAMPLES} questions) failed={failed}"
+
+
+def test_tensorboard_gets_the_accuracy_and_pictures(evaluated):
+    run, *_ = evaluated
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Scalars("eval/test/accuracy")[-1].step == 40
+    assert {"eval/test/00", "eval/test/01"} == set(events.Tags()["images"])
+    assert events.Images("eval/test/00")[-1].width == 384
+
+
+def test_the_checkpoint_matters_and_batches_and_settings_do_not_leak(evaluated):
+    run, _, _, said = evaluated
+    assert main([str(run), "--split", "val", "--eval.batch_size", "1"]) == 0
+    assert {key: record["prediction"] for key, record in predictions(run, "val").items()} == {key: record["prediction"] for key, record in said.items()}
+    assert main([str(run), "--split", "val", "--checkpoint", "none", "--eval.max_samples", "9"]) == 0
+    untuned = predictions(run, "val")
+    assert len(untuned) == 9
+    assert any(record["prediction"] != said[key]["prediction"] for key, record in untuned.items())
+    assert json.loads((run / "eval" / "val" / "metrics.json").read_text())["step"] == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_ranks_give_the_same_predictions(evaluated):
+    run, _, _, said = evaluated
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
+    ranks = [
+        subprocess.Popen(
+            [*command, f"--local_rank={rank}", str(run), "--split", "val"], env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert outputs[0][0].splitlines()[-1].startswith("accuracy=") and outputs[1][0] == ""
+    assert {key: record["prediction"] for key, record in predictions(run, "val").items()} == {key: record["prediction"] for key, record in said.items()}
+    assert list(predictions(run, "val")) == [f"s{number}" for number in range(NUM_SAMPLES)]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["{run}", "--split", "nowhere"], "nowhere.jsonl"),
+        (["{run}", "--checkpoint", "{run}"], "not a complete checkpoint"),
+        (["{run}", "--eval.scorer", "exakt"], "'exakt', did you mean 'exact'"),
+        (["{run}", "--model.adapter.dim", "8"], "shape"),
+        (["{run}", "--lr", "1"], "did you mean 'optim.lr'"),
+        (["{data}"], "no config.yaml"),
+        (["{run}", "{run}"], "expected run"),
+        ([], "expected run"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_line(evaluated, capsys, words, part):
+    run, data, *_ = evaluated
+    assert main([word.format(run=run, data=data) for word in words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and part in error
+
+
+def test_a_run_without_a_checkpoint_says_so(evaluated, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((evaluated[0] / "config.yaml").read_text())
+    assert main([str(tmp_path)]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_missing_image_is_named(evaluated, tmp_path, capsys):
+    run, data, samples, _ = evaluated
+    (tmp_path / "samples").mkdir()
+    write_samples(tmp_path / "samples", samples)
+    assert main([str(run), "--data.root", str(tmp_path)]) == 2
+    assert "images/" in capsys.readouterr().err
+
+
+def test_malformed_samples_name_file_and_line(tmp_path):
+    good = json.dumps(Sample(id="a", turns=(Turn(role="user", text="q"), Turn(role="assistant", text="x"))).to_json())
+    for text, part in (
+        (f"{good}\n{{\n", "line 2: not JSON"),
+        (f"{good}\n[]\n", "line 2: not a sample"),
+        (f"{good}\n{good}\n", "'a' occurs twice"),
+        ("\n", "no samples"),
+    ):
+        path = tmp_path / "samples.jsonl"
+        path.write_text(text)
+        with pytest.raises(InputError, match=part):
+            read_samples(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_samples(tmp_path / "absent.jsonl")
+
+
+def test_thinning_out_is_even_and_keeps_all_where_it_can():
+    assert thin_out(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert thin_out(list(range(10)), None) == thin_out(list(range(10)), 10) == thin_out(list(range(10)), 99) == list(range(10))
+    assert thin_out(list(range(7)), 3) == [0, 2, 4]
+
+
+def test_the_deal_covers_every_sample_once_with_equal_shares_of_like_length():
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(id=str(number), turns=(Turn(role="user", text="x" * int(rng.integers(1, 500))), Turn(role="assistant", text="y"))) for number in range(101)
+    ]
+    shares = [deal(samples, rank, 4) for rank in range(4)]
+    assert sorted(number for share in shares for number in share) == list(range(101))
+    lengths = [sum(len(samples[number].turns[0].text) for number in share) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(lengths) - min(lengths) <= 500
