@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -35,7 +36,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 # The other half of a whole CLIP, and buffers that older files hold; a CLIPVisionModel has no use for them.
 CLIP_IGNORED = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|.*\bposition_ids$")
 LLAMA_IGNORED = re.compile(r".*\brotary_emb\.inv_freq$")
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError, StrictDataclassError)
+# What reading a broken or foreign file ends in, by format: JSON, safetensors, pickle, GGUF (a binary layout read field by field).
+LOAD_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError, struct.error, IndexError,
+    StrictDataclassError,
+)  # fmt: skip
 
 
 def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaConfig:
