@@ -3,14 +3,16 @@
 Classic best-fit-decreasing fills well but sorts by length; length goes with the kind of question, so every pack would hold one
 kind, which makes bad gradient steps. Here length decides only where it must:
 
-1. Long samples (over a quarter of a pack) are placed by best fit, longest first: there are few of them in a pack.
-2. Short samples are dealt in random order into the room that is left and into new packs, as many as come nearest to full.
-3. Each pack that is not exactly full then swaps single samples against a random reserve until it is.
-4. The reserve is dealt in the same way, and what remains of it goes by best fit.
+1. Long samples, if any, are placed by best fit, longest first.
+2. The others are dealt in random order into the room that is left and into new packs, as many as come nearest to full.
+3. Each pack that is not exactly full then swaps single samples against a random reserve until it is. Packs that do not
+   get there are undone and their samples dealt again, until too few come out full.
+4. What remains goes by best fit.
 
-Swaps keep the number of images, so a bound on images per pack holds throughout. All of it is O(n log n) and works on whole
-arrays or whole length classes. What this gives up: the last tenth of a per cent that best fit alone would reach on
-data of many long samples.
+What counts as long is tried out on a part of the samples: nothing, if that fills the packs; everything (plain best fit), where few
+samples go into a pack and only the right ones fit together. Swaps keep the number of images, so a bound on images per pack holds
+throughout. All of it is O(n log n) and works on whole arrays or whole length classes. What this gives up: up to
+FILL_FOR_MIXING of the room, and every notion of which samples would go well together.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from bisect import bisect_right, insort
 
 import numpy as np
 
-LONG = 1 / 4  # of the capacity
-RESERVE = 1 / 8  # of the short samples
+LONG_SHARES = (1.0, 1 / 2, 1 / 4, 1 / 8, 0.0)  # of the capacity, from best mixed to best filled (usually)
+FILL_FOR_MIXING = 0.002  # of the packs' room that a better mixture may cost
+TRIED_SAMPLES = 20_000
+RESERVE = 1 / 8  # of the samples dealt
 SMALLEST_RESERVE = 16  # samples; with fewer there is too little to choose from
-SWAP_ROUNDS = 24
+SWAP_ROUNDS = 6
+MOST_UNDONE = 0.9  # of the samples dealt; beyond, dealing again is not worth it
 _NO_BOUND = np.iinfo(np.int64).max
 
 
@@ -49,34 +54,40 @@ def pack_lengths(
         assert images is not None and len(images) == len(lengths)
         images = np.asarray(images, np.int64)
         assert len(images) == 0 or images.max() <= max_images, "a sample has more images than a pack may hold"
-    packer = _Packer(lengths, capacity, images, max_images, np.random.default_rng(seed))
-    packer.place_all()
-    return packer.result()
+    tried = np.random.default_rng(seed).permutation(len(lengths))[:TRIED_SAMPLES]
+    trials = [_Packer(lengths[tried], capacity, images[tried], max_images, seed).place_all(share) for share in LONG_SHARES]
+    fewest = min(len(trial.room) for trial in trials)
+    good = next(share for share, trial in zip(LONG_SHARES, trials, strict=True) if fewest >= (1 - FILL_FOR_MIXING) * len(trial.room))
+    return _Packer(lengths, capacity, images, max_images, seed).place_all(good).result()
 
 
 class _Packer:
     """Rows (packs) being filled: `row_of` [n] gives each sample's row, `room` and `image_room` what each row has left."""
 
-    def __init__(self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, rng: np.random.Generator) -> None:
-        self.lengths, self.capacity, self.images, self.max_images, self.rng = lengths, capacity, images, max_images, rng
+    def __init__(self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int) -> None:
+        self.lengths, self.capacity, self.images, self.max_images = lengths, capacity, images, max_images
+        self.rng = np.random.default_rng(seed)
         self.row_of = np.full(len(lengths), -1, np.int64)
         self.room = np.empty(0, np.int64)
         self.image_room = np.empty(0, np.int64)
 
-    def place_all(self) -> None:
-        is_long = self.lengths > self.capacity * LONG
-        self.best_fit(np.flatnonzero(is_long))
+    def place_all(self, long_share: float) -> _Packer:
+        """Places every sample; those over `long_share` of the capacity by best fit."""
+        is_long = self.lengths > self.capacity * long_share
+        self._best_fit(np.flatnonzero(is_long))
         begun = self.rng.permutation(np.flatnonzero(self.room > 0))
         pending = self.rng.permutation(np.flatnonzero(~is_long))
-        while (num_reserve := int(len(pending) * RESERVE)) >= SMALLEST_RESERVE:
-            reserve, dealt = pending[:num_reserve], pending[num_reserve:]
-            if self.lengths[dealt].sum() < self.capacity:
+        while len(pending) * RESERVE >= SMALLEST_RESERVE and self.lengths[pending].sum() > 2 * self.capacity:
+            before = len(pending)
+            pending, begun = self._deal(pending, begun, largest_gap=0)
+            if len(pending) > MOST_UNDONE * before:
+                pending, begun = self._deal(pending, begun, largest_gap=self.capacity)
                 break
-            pending = self.deal(dealt, reserve, begun)
-            begun = begun[:0]  # what a dealt and mended row still lacks, only best fit may find
-        self.best_fit(pending)
+        self._best_fit(pending)
+        return self
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """`order` and `row_starts` of `pack_lengths`."""
         # A row's samples in random order: nothing is to be learned from a place in the pack.
         shuffled = self.rng.permutation(len(self.lengths))
         order = shuffled[np.argsort(self.row_of[shuffled], kind="stable")]
@@ -84,7 +95,7 @@ class _Packer:
         assert (counts > 0).all() and (self.room >= 0).all() and (self.image_room >= 0).all()
         return order, np.concatenate([[0], np.cumsum(counts)])
 
-    def best_fit(self, samples: np.ndarray) -> None:
+    def _best_fit(self, samples: np.ndarray) -> None:
         """Best-fit-decreasing over length classes: each sample goes where it leaves the least room, longest first.
 
         All samples of one length and image count, and all rows of one remaining room, are handled at once: m = room // length
@@ -130,53 +141,57 @@ class _Packer:
         self.image_room = np.concatenate([self.image_room, np.full(count, self.max_images)])
         return np.arange(first, first + count)
 
-    def deal(self, dealt: np.ndarray, reserve: np.ndarray, begun: np.ndarray) -> np.ndarray:
-        """Deals samples in the given order to the rows `begun` and to new rows, then mends each row by swaps with `reserve`.
+    def _deal(self, pending: np.ndarray, begun: np.ndarray, largest_gap: int) -> tuple[np.ndarray, np.ndarray]:
+        """Deals samples in the given order to the rows `begun` and to new rows, then mends each row by swaps with a reserve.
 
-        Returns the samples that are not placed: the reserve as it is after the swaps, and what a row had to give back.
+        Rows left with a gap of at most `largest_gap` tokens are kept, the others are undone.
+
+        Returns the samples that are not placed, in random order, and those of `begun` that were not kept.
         """
-        rows, starts, ends = self._cut(dealt, begun)
-        filled = np.flatnonzero(ends > starts)
-        rows, starts, ends = rows[filled], starts[filled], ends[filled]
+        num_reserve = int(len(pending) * RESERVE)
+        reserve, dealt = pending[:num_reserve].copy(), pending[num_reserve:].copy()
+        starts, ends = self._cut(dealt, begun)
+        begun, waiting = begun[: len(starts)], begun[len(starts) :]
+        rooms = np.concatenate([self.room[begun], np.full(len(starts) - len(begun), self.capacity)])
         sums = np.concatenate([[0], np.cumsum(self.lengths[dealt])])
-        gaps = self.room[rows] - (sums[ends] - sums[starts])  # below zero: overfull
-        dealt, reserve = dealt.copy(), reserve.copy()
-        unplaced = [dealt[ends[-1] if len(ends) else 0 :]]
+        gaps = rooms - (sums[ends] - sums[starts])  # below zero: overfull
+        unplaced = [reserve, dealt[ends[-1] if len(ends) else 0 :]]
         self._swap(dealt, starts, ends, gaps, reserve)
         while len(overfull := np.flatnonzero(gaps < 0)):
             ends[overfull] -= 1
             unplaced.append(dealt[ends[overfull]])
             gaps[overfull] += self.lengths[unplaced[-1]]
         self._swap(dealt, starts, ends, gaps, reserve)
-        counts = ends - starts
-        kept = dealt[_ranges(starts, counts)]
-        self.row_of[kept] = np.repeat(rows, counts)
-        self.room[rows] = gaps
-        np.subtract.at(self.image_room, self.row_of[kept], self.images[kept])
-        return self.rng.permutation(np.concatenate([reserve, *unplaced]))
 
-    def _cut(self, dealt: np.ndarray, begun: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        kept = (gaps <= largest_gap) & (ends > starts)
+        unplaced.append(dealt[_ranges(starts[~kept], (ends - starts)[~kept])])
+        rows = np.concatenate([begun[kept[: len(begun)]], self._new_rows(int(kept[len(begun) :].sum()))])
+        placed = dealt[_ranges(starts[kept], (ends - starts)[kept])]
+        self.row_of[placed] = np.repeat(rows, (ends - starts)[kept])
+        self.room[rows] = gaps[kept]
+        np.subtract.at(self.image_room, self.row_of[placed], self.images[placed])
+        return self.rng.permutation(np.concatenate(unplaced)), np.concatenate([begun[~kept[: len(begun)]], waiting])
+
+    def _cut(self, dealt: np.ndarray, begun: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cuts `dealt` into consecutive runs, one per row (those `begun` first), each as near to the row's room as can be.
 
-        Returns rows, starts and ends; a run may be empty, or over its row's room by less than half a sample.
+        Returns starts and ends of the runs; a run may be empty, or over its row's room by less than half a sample.
         """
         sums = np.concatenate([[0], np.cumsum(self.lengths[dealt])]).tolist()
         image_sums = np.concatenate([[0], np.cumsum(self.images[dealt])]).tolist()
-        rooms, image_rooms = self.room[begun].tolist(), self.image_room[begun].tolist()
-        start, starts = 0, []
+        rooms = zip(self.room[begun].tolist(), self.image_room[begun].tolist(), strict=True)
+        bounds = [0]
         while True:
-            number = len(starts)
-            room, image_room = (rooms[number], image_rooms[number]) if number < len(rooms) else (self.capacity, self.max_images)
+            start = bounds[-1]
+            room, image_room = next(rooms, (self.capacity, self.max_images))
             full = sums[start] + room
             end = bisect_right(sums, full) - 1
             end_by_images = bisect_right(image_sums, image_sums[start] + image_room) - 1
             if end == len(dealt) <= end_by_images:  # the samples ran out: an unfilled row is not started
-                break
-            end += sums[end + 1] - full < full - sums[end] if end < len(dealt) else 0
-            starts.append(start)
-            start = min(end, end_by_images)
-        rows = np.concatenate([begun[: len(starts)], self._new_rows(max(0, len(starts) - len(begun)))])
-        return rows, np.array(starts, np.int64), np.array([*starts[1:], start][: len(starts)], np.int64)
+                return np.array(bounds[:-1], np.int64), np.array(bounds[1:], np.int64)
+            if end < len(dealt) and sums[end + 1] - full < full - sums[end]:
+                end += 1
+            bounds.append(min(end, end_by_images))
 
     def _swap(self, dealt: np.ndarray, starts: np.ndarray, ends: np.ndarray, gaps: np.ndarray, reserve: np.ndarray) -> None:
         """Swaps samples of rows whose gap is not zero for samples of the reserve that close it. Changes all but starts and ends in place.
@@ -189,7 +204,6 @@ class _Packer:
             rows = np.flatnonzero((gaps != 0) & (ends > starts))
             if len(rows) == 0 or len(reserve) == 0:
                 return
-            reserve.sort()  # what follows must not depend on the order of earlier swaps
             reserve[:] = reserve[np.argsort(self.images[reserve] * width + self.lengths[reserve], kind="stable")]
             keys = self.images[reserve] * width + self.lengths[reserve]
             places = starts[rows] + (self.rng.random(len(rows)) * (ends[rows] - starts[rows])).astype(np.int64)
