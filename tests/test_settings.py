@@ -140,7 +140,8 @@ def test_a_mistake_in_a_recipe_names_file_and_key(tmp_path, text, parts):
 def test_unreadable_recipes_are_named(tmp_path):
     (tmp_path / "latin1.yaml").write_bytes(b"output: caf\xe9\n")
     (tmp_path / "large.yaml").write_bytes(b"# " + b"x" * (1 << 20))
-    for name, part in (("latin1.yaml", "not UTF-8"), ("large.yaml", "larger than"), ("missing.yaml", "cannot be read"), ("", "cannot be read")):
+    wrong = {"latin1.yaml": "not UTF-8", "large.yaml": "larger than", "missing.yaml": "cannot be read", ".": "cannot be read"}
+    for name, part in wrong.items():
         with pytest.raises(InputError, match=part):
             load("--recipe", str(tmp_path / name))
 

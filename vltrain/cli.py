@@ -20,7 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The text of `vltrain --help`."""
     lines = [f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", "vltrain COMMAND --help tells more; several ranks: deepspeed launch/*.py"])
+    closing = "vltrain COMMAND --help tells more; several ranks: deepspeed launch/*.py"
+    return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", closing])
 
 
 @exits_cleanly

@@ -23,7 +23,8 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from vltrain.config import Config
 from vltrain.errors import InputError, nearest
-from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, load_text, read_recipe, suggest
+from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
+from vltrain.recipe import load_text as load_recipe_text
 
 COMMAND_LINE = "command line"
 FLAGS = ("help", "print_config")
@@ -41,7 +42,9 @@ class Option:
 
 TRAIN_OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs, a file such as ds_configs/zero2.json", metavar="JSON"),
-    "resume": Option("auto: from the newest whole checkpoint in the output folder, if any; never; or a checkpoint's folder", "auto", "{auto,never,PATH}"),
+    "resume": Option(
+        "auto: from the newest whole checkpoint in the output folder, if any; never; or a checkpoint's folder", "auto", "{auto,never,PATH}"
+    ),
 }
 
 
@@ -152,7 +155,8 @@ def _check_names(arguments: Arguments, options: Mapping[str, Option], positional
         raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {hint if hint.startswith('did you mean') else suggest(name)}")
     if len(arguments.positionals) != len(positionals):
         expected = " ".join(positionals) or "options only (--KEY VALUE)"
-        raise InputError(f"{COMMAND_LINE}: found {' '.join(map(repr, arguments.positionals)) or 'no word that stands alone'}, expected {expected}")
+        found = " ".join(map(repr, arguments.positionals)) or "no word that stands alone"
+        raise InputError(f"{COMMAND_LINE}: found {found}, expected {expected}")
     if sum(name == "recipe" for name, _ in arguments.options) > 1:
         raise InputError(f"{COMMAND_LINE}: found several --recipe, expected one (override single keys with --KEY VALUE)")
 
@@ -198,10 +202,12 @@ def _values_parser() -> ArgumentParser:
 
 def _parser(program: str, description: str, options: Mapping[str, Option], positionals: tuple[str, ...]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("recipe", load_text, exceptions=(yaml.YAMLError,))
+    set_loader("recipe", load_recipe_text, exceptions=(yaml.YAMLError,))
     words = " ".join(positionals).upper()
     usage = f"{program} {words} [--recipe FILE] [--KEY VALUE ...]".replace("  ", " ")
-    parser = ArgumentParser(prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="recipe")
+    parser = ArgumentParser(
+        prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="recipe"
+    )
     for name, option in options.items():
         parser.add_argument(f"--{name}", help=option.help, default=option.default, metavar=option.metavar, type=str)
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and end")
@@ -222,8 +228,8 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
         for name in ("kind", "dim", "groups", "down_groups", "dropout")
     ),
-    ("optim.vision_lr", lambda c: c.model.tune != "full" and not c.model.vision.train, "the ViT's weights are not tuned (model.vision.train)"),
-    ("optim.llm_lr", lambda c: c.model.tune != "full" and not c.model.llm.train, "the LLM's weights are not tuned (model.llm.train)"),
+    ("optim.vision_lr", lambda c: not (c.model.tune == "full" or c.model.vision.train), "the ViT's own weights are not tuned"),
+    ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),
     ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
 )
 

@@ -23,7 +23,9 @@ STOP = (36, 17)
 def tiny_model(attention: str = "sdpa") -> MultimodalModel:
     config = ModelConfig(
         vision=VisionConfig(
-            config=dict(image_size=IMAGE_SIZE, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2),
+            config=dict(
+                image_size=IMAGE_SIZE, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+            ),
             tap_every=1,
         ),
         llm=LLMConfig(
@@ -45,7 +47,8 @@ def tiny_model(attention: str = "sdpa") -> MultimodalModel:
 
 
 MODEL = tiny_model()
-IMAGES = {f"image{number}": np.random.default_rng(number).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8) for number in range(4)}
+PIXELS = np.random.default_rng(1).integers(0, 256, (4, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+IMAGES = {f"image{number}": pixels for number, pixels in enumerate(PIXELS)}
 
 
 def make_prompts(count: int, seed: int = 0) -> list[Segment]:
@@ -58,21 +61,25 @@ def make_prompts(count: int, seed: int = 0) -> list[Segment]:
         for _ in names:
             ids += [*rng.integers(0, VOCABULARY, rng.integers(1, 4)), *[IMAGE_TOKEN] * MODEL.visual_tokens]
         ids += [*rng.integers(0, VOCABULARY, rng.integers(1, 18))]
-        prompts.append(
-            Segment(sample_id=f"sample{number}", input_ids=np.array(ids, np.int32), loss_mask=np.zeros(len(ids), bool), images=tuple(map(str, names)))
-        )
+        tokens = {"input_ids": np.array(ids, np.int32), "loss_mask": np.zeros(len(ids), bool)}
+        prompts.append(Segment(sample_id=f"sample{number}", images=tuple(map(str, names)), **tokens))
     return prompts
 
 
-def run(prompts: list[Segment], batch_size: int, model: MultimodalModel = MODEL, load_image=IMAGES.__getitem__, **kwargs) -> list[list[int]]:
-    sampling = Sampling(**{"max_new_tokens": 12, **kwargs.pop("sampling", {})})
-    return generate(model, prompts, load_image, sampling=sampling, stop_ids=STOP, vocab_size=kwargs.pop("vocab_size", VOCABULARY), batch_size=batch_size, device="cpu", **kwargs)
+def run(
+    prompts: list[Segment], batch_size: int, model: MultimodalModel = MODEL, load_image=IMAGES.__getitem__, **changes
+) -> list[list[int]]:
+    sampling = Sampling(**{"max_new_tokens": 12, **changes.pop("sampling", {})})
+    settings = {"stop_ids": STOP, "vocab_size": VOCABULARY, "device": "cpu", **changes}
+    return generate(model, prompts, load_image, sampling=sampling, batch_size=batch_size, **settings)
 
 
 @torch.no_grad()
 def plain_answer(prompt: Segment, max_new_tokens: int, choose) -> list[int]:
     """One prompt, the whole sequence anew for each token."""
-    visual = MODEL.encode_images(torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images]))) if prompt.images else torch.empty(0, 3, 32)
+    visual = torch.empty(0, 3, 32)
+    if prompt.images:
+        visual = MODEL.encode_images(torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images])))
     answer: list[int] = []
     for step in range(max_new_tokens):
         ids = torch.tensor([*prompt.input_ids.tolist(), *answer])

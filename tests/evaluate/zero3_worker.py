@@ -9,7 +9,7 @@ from test_generate import IMAGES, PLAIN, PROMPTS, STOP, VOCABULARY, make_prompts
 
 from vltrain.config import OptimConfig
 from vltrain.evaluate.generate import Sampling, alone, generate
-from vltrain.evaluate.run import _largest_over_ranks, is_sharded
+from vltrain.evaluate.run import largest_over_ranks, is_sharded
 from vltrain.models.build import part_of
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.schema import IGNORE_INDEX, Batch
@@ -44,8 +44,8 @@ def make_batch(seed: int) -> Batch:
 def answer(model: MultimodalModel, share: slice) -> list[list[int]]:
     model.eval()
     answers = generate(
-        model, PROMPTS[share], IMAGES.__getitem__, sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS), stop_ids=STOP, vocab_size=VOCABULARY, batch_size=4,
-        device="cpu", sync=_largest_over_ranks("cpu") if is_sharded(model) else alone,
+        model, PROMPTS[share], IMAGES.__getitem__, sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS), stop_ids=STOP, vocab_size=VOCABULARY,
+        batch_size=4, device="cpu", sync=largest_over_ranks("cpu") if is_sharded(model) else alone,
     )
     model.train()
     return answers

@@ -3,7 +3,8 @@
 An answer depends on its own prompt, its own images and (when sampling) random numbers drawn from (seed, sample id); nothing of its
 neighbours reaches it. Prompts of a batch are padded on the right, where causality hides the padding during prefill, and the padding's keys
 are masked while decoding; rotary positions count real tokens only. What remains is the rounding of matrix products of
-different shapes, about 1e-6 of a logit in fp32: only an exact tie of two tokens can fall either way.
+different shapes. In fp32, about 1e-6 of a logit, only a tie of two tokens can fall either way; in bf16, about 1e-2, near-ties can too:
+`--train.precision fp32` gives figures that are exact at any batch size.
 
 Under ZeRO-3 every forward is a collective. With `sync` all ranks make the same forwards in the same order: those with nothing
 left to do answer an empty prompt. Given up: continuous batching; a batch lasts as long as its longest answer, but finished
@@ -209,7 +210,8 @@ class _Decoder:
         finite = torch.isfinite(logits).all(dim=-1).tolist()
         for prompt, is_finite in zip(self.rows, finite):
             if not is_finite:
-                raise InputError(f"sample '{self.sample_ids[prompt]}': the model's outputs are not finite; the weights have diverged or do not fit the dtype")
+                name = self.sample_ids[prompt]
+                raise InputError(f"sample '{name}': the model's outputs are not finite; the weights have diverged or do not fit the dtype")
         if self.sampling.temperature == 0 or not self.rows:
             return logits.argmax(dim=-1)
         uniforms = self.uniforms[self.rows, step].to(self.device)

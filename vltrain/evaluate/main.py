@@ -3,8 +3,8 @@
     vltrain evaluate RUN [--split test] [--checkpoint FOLDER|none] [--json OUT] [--eval.batch_size 64 ...]
     vltrain evaluate --predictions FILE --data FOLDER [--split test] [--json OUT]
 
-The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a whole copy of
-the model. The second scores a file of ScienceQA answers without any model. Both print a table and end with the accuracy.
+The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a
+whole copy of the model. The second scores a file of ScienceQA answers without any model. Both print a table and end with the accuracy.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _evaluate_file(arguments: Arguments) -> Report:
         if name not in (*FILE_OPTIONS, *LAUNCHER_OPTIONS):
             raise InputError(f"{COMMAND_LINE}: --{name} does not go with --predictions, {nearest(name, FILE_OPTIONS)}")
     if arguments.positionals:
-        raise InputError(f"{COMMAND_LINE}: found '{arguments.positionals[0]}' beside --predictions, expected either a run or a file of answers")
+        raise InputError(f"{COMMAND_LINE}: found '{arguments.positionals[0]}' beside --predictions, expected one of the two")
     predictions, data = arguments.last("predictions"), arguments.last("data")
     assert predictions is not None
     if data is None:
@@ -124,7 +124,8 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
         return open_checkpoint(Path(named))
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is None:
-        raise InputError(f"{folder / 'checkpoints'}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
+        root = folder / "checkpoints"
+        raise InputError(f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
     return newest
 
 

@@ -33,7 +33,8 @@ def score_predictions(predictions: Path, data: Path, split: str) -> Report:
     known = {question.id for question in questions}
     for problem, ids in (("has no answer to", known - texts.keys()), ("answers unknown", texts.keys() - known)):
         if ids:
-            raise InputError(f"{predictions}: {problem} {len(ids)} question(s) of split '{split}' ({_some(ids)}); expected its {len(known)} ids exactly")
+            found = f"{problem} {len(ids)} question(s) of split '{split}' ({_some(ids)})"
+            raise InputError(f"{predictions}: {found}; expected its {len(known)} ids exactly")
     return score("scienceqa", find_scorer("scienceqa"), ((question, question.reference, texts[question.id]) for question in questions))
 
 
@@ -52,7 +53,8 @@ def read_questions(data: Path, split: str) -> list[Question]:
         for key in ("question", "image"):
             if key not in problem:
                 raise InputError(f"{where}: {key}: found nothing, expected {'a text' if key == 'question' else 'a file name or null'}")
-        questions.append(Question(id=pid, reference=str(problem["question"]), metadata=problem, has_image=problem["image"] is not None, where=where))
+        has_image = problem["image"] is not None
+        questions.append(Question(id=pid, reference=str(problem["question"]), metadata=problem, has_image=has_image, where=where))
     return questions
 
 

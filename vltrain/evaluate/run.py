@@ -67,7 +67,14 @@ def evaluate_split(
 
 
 def predict(
-    model: MultimodalModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, *, image_folder: Path, device: torch.device | str, title: str
+    model: MultimodalModel,
+    samples: list[Sample],
+    tokenizer: Tokenizer,
+    config: Config,
+    *,
+    image_folder: Path,
+    device: torch.device | str,
+    title: str,
 ) -> list[str] | None:
     """The model's answers, one text for each sample, on rank 0; None elsewhere. A collective."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -86,7 +93,7 @@ def predict(
             vocab_size=tokenizer.vocab_size,
             batch_size=chosen.batch_size,
             device=device,
-            sync=_largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
+            sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
             on_answered=lambda count: bar.update(min(count * world_size, len(samples) - bar.n)),
         )
     texts = [(number, tokenizer.decode(answer).strip()) for number, answer in zip(own, answers, strict=True)]
@@ -102,7 +109,9 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "ds_tensor") for parameter in model.parameters())
 
 
-def _largest_over_ranks(device: torch.device | str) -> Sync:
+def largest_over_ranks(device: torch.device | str) -> Sync:
+    """The `sync` of ranks that make every forward together: an all-reduce on the model's device."""
+
     def largest(value: int) -> int:
         shared = torch.tensor(value, device=device)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)

@@ -119,9 +119,8 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
         failed += verdict.failed
         for column in scorer.columns(question):
             columns.setdefault(column, Tally()).add(verdict.correct)
-        answers.append(
-            Answer(id=question.id, prompt=prompt, prediction=prediction, answer=verdict.expected, correct=verdict.correct, failed=verdict.failed)
-        )
+        told = {"prompt": prompt, "prediction": prediction, "answer": verdict.expected}
+        answers.append(Answer(id=question.id, **told, correct=verdict.correct, failed=verdict.failed))
     found = sorted(columns.keys() - set(scorer.column_order))
     ordered = {column: columns[column] for column in (*scorer.column_order, *found)}
     return Report(scorer=name, overall=overall, failed=failed, columns={**ordered, "Average": overall}, answers=tuple(answers))
