@@ -77,6 +77,7 @@ def test_a_later_option_wins():
         (["--optim.lr", "null"], ["optim.lr", "'null'", "a finite number"]),
         (["--optim.betas", "[0.9]"], ["optim.betas", "a list of 2 numbers"]),
         (["--optim.clip", "-1"], ["optim.clip", "-1.0", "0 or a positive number"]),
+        (["--data.options", "[" * 400], ["--data.options", "a mapping"]),
         (["--optim.clip"], ["--optim.clip", "no value"]),
         (["--optim.clip", "--train.seed", "1"], ["--optim.clip", "no value"]),
         (["--print_config=yes"], ["--print_config", "takes no value"]),

@@ -190,7 +190,7 @@ def _overrides(arguments: Arguments, from_recipe: Mapping[str, Any]) -> dict[str
 def _read_value(name: str, key: str, text: str | None) -> Any:
     try:
         return _values_parser().parse_args([f"--{name}={text}"], defaults=False)[key]
-    except argparse.ArgumentError:
+    except (argparse.ArgumentError, RecursionError):
         expected = describe_type(known_keys()[key].annotation)
         raise InputError(f"{COMMAND_LINE}: --{name}: found {text!r}, expected {expected}") from None
 
