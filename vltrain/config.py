@@ -34,6 +34,12 @@ class AdapterConfig:
     """Groups of the down projection; 1 is dense, as in Eq. 2."""
     dropout: float = 0.0
     """Dropout on the bottleneck's activations; 0 keeps the adapter linear and mergeable."""
+    rank: int = 4
+    """Rank of the factors of LoHa kinds."""
+    scale: float = 1.0
+    """Fixed factor s on what the adapter adds, of kinds other than `bottleneck`."""
+    temperature: float = 10.0
+    """Temperature t of the routing weights of routed kinds (LaVIN: 10 for 7B, 5 for 13B)."""
     vision: Placement = "attention"
     """Before which sublayers of each ViT block an adapter stands."""
     llm: Placement = "attention"
@@ -41,6 +47,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _require(self.dim >= 1, "model.adapter.dim", self.dim, "a positive number")
+        _require(self.rank >= 1, "model.adapter.rank", self.rank, "a positive number")
+        _require(self.temperature > 0, "model.adapter.temperature", self.temperature, "a positive number")
         _require(0 <= self.dropout < 1, "model.adapter.dropout", self.dropout, "a number in [0, 1)")
         for name in ("groups", "down_groups"):
             groups = getattr(self, name)

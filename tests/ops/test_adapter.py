@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vltrain.ops import reference
-from vltrain.ops.adapter import bottleneck_adapter, grouped_matrix
+from vltrain.ops.adapter import bottleneck_adapter, face_split, grouped_matrix, routed_adapter
 
 
 def tensors(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -23,7 +23,7 @@ def tensors(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[
 @pytest.mark.parametrize("lead", [(5,), (1, 9), (2, 3, 4), (0,)])
 def test_values_and_gradients_are_those_of_the_equation(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...]) -> None:
     ours, truth = (tensors(width, dim, up_groups, down_groups, lead, torch.float64) for _ in range(2))
-    result, expected = bottleneck_adapter(*ours), reference.bottleneck_adapter(*truth)
+    result, expected = bottleneck_adapter(*ours, scale=0.7), reference.bottleneck_adapter(*truth, scale=0.7)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     result.backward(upstream)
@@ -60,3 +60,24 @@ def test_dropout_keeps_the_expectation_and_changes_from_call_to_call() -> None:
 def test_grouped_matrix_is_zero_outside_its_groups() -> None:
     matrix = grouped_matrix(torch.ones(2, 3, 2))
     assert matrix.tolist() == [[1, 1, 0, 0]] * 3 + [[0, 0, 1, 1]] * 3
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3])
+@pytest.mark.parametrize("lead, routed_by", [((5,), (5,)), ((1, 9), (1, 1)), ((2, 4), (2, 4)), ((3, 4), (3, 1))])
+def test_routed_values_and_gradients(num_experts: int, lead: tuple[int, ...], routed_by: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*lead, 12), (*routed_by, num_experts), (4, 12), (4,), (num_experts, 12, 4), (num_experts, 12)]
+    ours = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    truth = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    result, expected = routed_adapter(*ours, scale=0.7), reference.routed_adapter(*truth, scale=0.7)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    result.backward(upstream)
+    expected.backward(upstream)
+    for mine, other in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-11, atol=1e-11)
+
+
+def test_hadamard_product_of_low_ranks_is_the_product_of_face_splits() -> None:
+    x1, x2, y1, y2 = (torch.randn(rows, 3, dtype=torch.float64) for rows in (7, 7, 5, 5))
+    torch.testing.assert_close(face_split(x1, x2) @ face_split(y1, y2).t(), reference.loha_matrix(x1, y1, x2, y2), rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
-from vltrain.models.adapters import insert_adapters
+from vltrain.models.adapters import Routing, insert_adapters, is_routed
 from vltrain.models.llm import LLM_NORMS, llm_blocks, prepare_llm
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
@@ -46,15 +46,16 @@ def build_model(
     with torch.device("meta") if torch.device(device).type == "meta" else nullcontext():
         vision = ClipTaps(_make_clip(model, "vision" in parts, dtype), model.vision.tap_every, activation_checkpointing)
         llm = _make_llm(model, "llm" in parts, dtype, device)
-        prepare_llm(llm, activation_checkpointing)
-        insert_adapters(vision.live_blocks, VISION_NORMS, model.adapter.vision, model.adapter, model.seed, "vision")
-        insert_adapters(llm_blocks(llm), LLM_NORMS, model.adapter.llm, model.adapter, model.seed, "llm")
+        routing = Routing() if is_routed(model.adapter) else None
+        prepare_llm(llm, activation_checkpointing, routing)
+        insert_adapters(vision.live_blocks, VISION_NORMS, model.adapter.vision, model.adapter, seed=model.seed, part="vision")
+        insert_adapters(llm_blocks(llm), LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing)
         with seeded(model.seed, "neck"):
             neck = make_neck(vision.width, llm.config.hidden_size, model.neck)
         with seeded(model.seed, "modality"):
             modality_embedding = nn.Embedding(2, llm.config.hidden_size)
             nn.init.normal_(modality_embedding.weight, std=MODALITY_STD)
-    built = MultimodalModel(vision, neck, modality_embedding, llm)
+    built = MultimodalModel(vision, neck, modality_embedding, llm, routing)
     _set_trainable(built, parts, dtype)
     return built.to(device).train()
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from vltrain.models.adapters import Routing
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.loss import LossHead
 
 LLM_NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
 
 
-def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool) -> None:
+def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: Routing | None) -> None:
     """Puts in the head that computes losses and switches activation checkpointing, in place."""
     llm.lm_head = LossHead.take_over(llm.lm_head)
     if activation_checkpointing:
         # Not re-entrant: gradients of blocks whose inputs need none, and ZeRO-3's gathered weights, come out right.
-        llm.activation_checkpointing_enable({"use_reentrant": False})
+        settings = {"use_reentrant": False} if routing is None else {"use_reentrant": False, "context_fn": routing.for_checkpoint}
+        llm.activation_checkpointing_enable(settings)
 
 
 def packed_hidden_states(llm: LlamaForCausalLM, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ parameter. Their gradients are exact zeros, not missing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from vltrain.models.adapters import Routing
 from vltrain.models.flops import Flops, count_flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.vision import ClipTaps
@@ -30,14 +32,21 @@ class LossOutput(NamedTuple):
 
 
 class MultimodalModel(nn.Module):
-    """ViT with taps, neck, modality embedding and LLM (Eq. 3-5)."""
+    """ViT with taps, neck, modality embedding and LLM (Eq. 3-5).
 
-    def __init__(self, vision: ClipTaps, neck: nn.Module, modality_embedding: nn.Embedding, llm: LlamaForCausalLM) -> None:
+    `routing` is there if the LLM has routed adapters. Then a segment's modality token decides for its segment and no other
+    token may attend to it: see `vltrain.models.adapters.routing`.
+    """
+
+    def __init__(
+        self, vision: ClipTaps, neck: nn.Module, modality_embedding: nn.Embedding, llm: LlamaForCausalLM, routing: Routing | None = None
+    ) -> None:
         super().__init__()
         self.vision = vision
         self.neck = neck
         self.modality_embedding = modality_embedding  # row 0: text, row 1: image
         self.llm = llm
+        self.routing = routing
 
     @property
     def visual_tokens(self) -> int:
@@ -85,20 +94,56 @@ class MultimodalModel(nn.Module):
         if batch.input_ids.device.type == "cpu":
             self._check(batch)
         embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
-        hidden = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
+        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
+        owner = owner.to(embeds.device, non_blocking=True)
+        hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)
         labelled = torch.nonzero_static(batch.labels != IGNORE_INDEX, size=batch.num_label_tokens).squeeze(1)
         loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
         if batch.is_filler:
             loss_sum = loss_sum * 0.0
-        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = owner.to(labelled.device, non_blocking=True)[labelled]
-        segment_losses = token_losses.new_zeros(len(batch.segment_lengths)).index_add(0, owner, token_losses)
+        segment_losses = token_losses.new_zeros(len(batch.segment_lengths)).index_add(0, owner[labelled], token_losses)
         return LossOutput(loss_sum, segment_losses)
+
+    def _hidden_states(self, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor, owner: Tensor) -> Tensor:
+        if self.routing is None:
+            return packed_hidden_states(self.llm, embeds, position_ids, segment_lengths)
+        starts = segment_lengths.cumsum(0) - segment_lengths
+        # The decision token and the rest of its segment, isolated from each other.
+        split = torch.stack([torch.ones_like(segment_lengths), segment_lengths - 1], dim=1).flatten()
+        with self.routing.packed(starts.to(embeds.device, non_blocking=True), owner):
+            return packed_hidden_states(self.llm, embeds, position_ids, split[split > 0])
+
+    @torch.no_grad()
+    def decide_routing(self) -> None:
+        """Lets routed adapters decide for both modalities, for `language_model` calls to come. Once after each change of weights.
+
+        Runs the LLM on two tokens: under ZeRO-3 a collective. Without routed adapters it does nothing.
+        """
+        if self.routing is not None:
+            device = self.modality_embedding.weight.device
+            embeds = self.modality_embedding(torch.arange(2, device=device))[:, None]
+            with self.routing.deciding():
+                self.llm.model(inputs_embeds=embeds.to(self.llm.model.embed_tokens.weight.dtype), use_cache=False)
+
+    def language_model(self, embeds: Tensor, modality: Tensor, **arguments: Any) -> Any:
+        """The LLM's blocks on a batch, for generation: transformers' `llm.model`, routed where there are routed adapters.
+
+        Args:
+            embeds: [B, L, d]. With `routing` they hold no modality token: it decides (`decide_routing`) but is not seen.
+            modality: int64 [B], of each row: 0 text, 1 image.
+            arguments: of transformers' `LlamaModel.forward`.
+        """
+        with nullcontext() if self.routing is None else self.routing.decided(modality):
+            return self.llm.model(inputs_embeds=embeds, **arguments)
 
     def _check(self, batch: Batch) -> None:
         """The loader's promises that the forward relies on. On a device the checks would wait for it."""
         num_labels, num_tokens = int((batch.labels != IGNORE_INDEX).sum()), len(batch.input_ids)
         assert num_labels == batch.num_label_tokens, f"{num_labels} labels, the batch says {batch.num_label_tokens}"
         assert int(batch.segment_lengths.sum()) == num_tokens, f"segments of {batch.segment_lengths.tolist()} in a row of {num_tokens}"
+        starts = batch.segment_lengths.cumsum(0) - batch.segment_lengths
+        if self.routing is not None:
+            first = batch.input_ids[starts]
+            assert ((first == TEXT_MODALITY_TOKEN) | (first == IMAGE_MODALITY_TOKEN)).all(), "a segment that starts with no modality token"
         places, shown = int((batch.input_ids == IMAGE_TOKEN).sum()), len(batch.image_slots) * self.visual_tokens
         assert places == shown, f"{places} visual places for {len(batch.image_slots)} images of {self.visual_tokens} tokens"

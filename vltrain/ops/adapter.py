@@ -1,4 +1,4 @@
-"""The bottleneck adapter as one function of tensors, so that a fused kernel can take its place.
+"""Adapters as functions of tensors, so that fused kernels can take their place.
 
 The grouped up projection is laid out as a block-diagonal matrix and run as one dense product: with a bottleneck of some
 16 numbers the step is bound by reading Z and writing the result, and a batched product per group would add a transposing
@@ -18,9 +18,16 @@ def grouped_matrix(weight: Tensor) -> Tensor:
 
 
 def bottleneck_adapter(
-    z: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor, dropout: float = 0.0
+    z: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Eq. 1-2: Z + psi_u(psi_d(Z)), without a non-linearity.
+    """Eq. 1-2: Z + s psi_u(psi_d(Z)), without a non-linearity; s is 1 in the paper.
 
     Args:
         z: [..., d].
@@ -34,5 +41,41 @@ def bottleneck_adapter(
     hidden = F.linear(flat, grouped_matrix(down_weight), down_bias)
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
-    result = torch.addmm(flat, hidden, grouped_matrix(up_weight).t())
-    return (result + up_bias.to(result.dtype)).view_as(z)
+    result = torch.addmm(flat, hidden, grouped_matrix(up_weight).t(), alpha=scale)
+    return result.add(up_bias.to(result.dtype), alpha=scale).view_as(z)
+
+
+def routed_adapter(
+    z: Tensor,
+    weights: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Z + s sum_e w_e (U_e z + b_e), z = D Z + c: experts on one bottleneck under given weights.
+
+    Args:
+        z: [..., d].
+        weights: w, broadcasting to [..., E].
+        down_weight, down_bias: D [h, d] and c [h].
+        up_weight, up_bias: U [E, d, h] and b [E, d].
+
+    Returns: [..., d]. All experts and their biases are one product with the weighted bottlenecks side by side.
+    """
+    flat = z.flatten(0, -2)
+    hidden = F.linear(flat, down_weight, down_bias)
+    if dropout > 0:
+        hidden = F.dropout(hidden, dropout)
+    weights = weights.expand(*z.shape[:-1], len(up_weight)).flatten(0, -2).to(hidden.dtype)
+    weighted = torch.cat([(weights[:, :, None] * hidden[:, None, :]).flatten(1), weights], dim=1)  # [rows, E * h + E]
+    experts = torch.cat([up_weight.transpose(1, 2).flatten(0, 1), up_bias])  # [E * h + E, d]
+    return torch.addmm(flat, weighted, experts, alpha=scale).view_as(z)
+
+
+def face_split(left: Tensor, right: Tensor) -> Tensor:
+    """All products of a row's entries: [n, r] and [n, r] -> [n, r * r]."""
+    return (left[:, :, None] * right[:, None, :]).flatten(1)

@@ -19,11 +19,40 @@ def grouped_linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def bottleneck_adapter(
-    z: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor, dropout: float = 0.0
+    z: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor, *, scale: float = 1.0, dropout: float = 0.0
 ) -> Tensor:
-    """Eq. 1: Z + psi_u(psi_d(Z)); see `vltrain.ops.adapter.bottleneck_adapter`. Without dropout only."""
+    """Eq. 1: Z + s psi_u(psi_d(Z)); see `vltrain.ops.adapter.bottleneck_adapter`. Without dropout only."""
     assert dropout == 0.0, "dropout has no truth to compare with"
-    return z.double() + grouped_linear(grouped_linear(z, down_weight, down_bias), up_weight, up_bias)
+    return z.double() + scale * grouped_linear(grouped_linear(z, down_weight, down_bias), up_weight, up_bias)
+
+
+def routed_adapter(
+    z: Tensor,
+    weights: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Z + s sum_e w_e (U_e (D Z + c) + b_e), a row and an expert at a time; see `vltrain.ops.adapter.routed_adapter`."""
+    assert dropout == 0.0, "dropout has no truth to compare with"
+    shape = z.shape
+    z, weights = z.double().flatten(0, -2), weights.double().expand(*shape[:-1], len(up_weight)).flatten(0, -2)
+    rows = []
+    for row, row_weights in zip(z, weights, strict=True):
+        hidden = down_weight.double() @ row + down_bias.double()
+        for weight, matrix, bias in zip(row_weights, up_weight, up_bias, strict=True):
+            row = row + scale * weight * (matrix.double() @ hidden + bias.double())
+        rows.append(row)
+    return torch.stack(rows).view(shape)
+
+
+def loha_matrix(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
+    """(X1 Y1^T) o (X2 Y2^T) [out, in], of X [out, r] and Y [in, r]."""
+    return (x1.double() @ y1.double().t()) * (x2.double() @ y2.double().t())
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,55 @@
+"""What every adapter is: a module that keeps a state's shape, starts as the identity, and knows what it costs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vltrain.config import AdapterConfig
+from vltrain.errors import InputError
+from vltrain.models.adapters.routing import Routing
+
+
+class Adapter(nn.Module):
+    """Maps states [..., d] to [..., d]. All of its parameters are trained.
+
+    A subclass lists in `settings` the fields of `AdapterConfig` that it reads, so that one which has no effect can be refused.
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset()
+    routed: ClassVar[bool] = False
+    """Whether it asks for the modality of a position; see `vltrain.models.adapters.routing`."""
+
+    def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
+        super().__init__()
+        self.width, self.dim, self.dropout, self.scale = width, config.dim, config.dropout, config.scale
+
+    def reset_parameters(self) -> None:
+        """Draws the starting weights from torch's generator; the adapter is the identity afterwards."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def flops_per_row(self, input_needs_grad: bool) -> float:
+        """Operations of the matrix products, forward and backward, for one row of `z`; see `vltrain.models.flops`."""
+        raise NotImplementedError
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+def require_divisible(width: int, config: AdapterConfig, name: str, parts: int = 1) -> int:
+    """The number of groups that `config` names, after checking that each of `parts` equal pieces of `width` divides into them.
+
+    Raises: InputError.
+    """
+    groups = getattr(config, name)
+    if width % (groups * parts):
+        raise InputError(
+            f"model.adapter.{name}: found {groups}, expected a divisor of the width {width // parts if width % parts == 0 else width} "
+            "of the layers that get an adapter"
+        )
+    return groups

@@ -1,0 +1,66 @@
+"""The paper's own adapter, and the one it comes from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vltrain.config import AdapterConfig
+from vltrain.models.adapters.base import Adapter, require_divisible
+from vltrain.models.adapters.routing import Routing
+from vltrain.ops.adapter import bottleneck_adapter, grouped_matrix
+
+
+class BottleneckAdapter(Adapter):
+    """The paper's Bottleneck Adapter, Eq. 1-2: g(Z) = Z + psi_u(psi_d(Z)), with no non-linearity.
+
+    psi_d: Linear d -> h in `down_groups` groups (1: dense, as in Eq. 2); psi_u: Linear h -> d in `groups` groups. Each of k
+    groups maps its own 1/k of the inputs to its own 1/k of the outputs. Parameters: d h / k_d + h + h d / k_u + d.
+    Only the down weight starts non-zero (Xavier-uniform per group), so g starts as the identity.
+    """
+
+    settings = frozenset({"dim", "groups", "down_groups", "dropout"})
+
+    def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
+        super().__init__(width, config)
+        k_up, k_down = require_divisible(width, config, "groups"), require_divisible(width, config, "down_groups")
+        self.down_weight = nn.Parameter(torch.empty(k_down, self.dim // k_down, width // k_down))
+        self.down_bias = nn.Parameter(torch.empty(self.dim))
+        self.up_weight = nn.Parameter(torch.empty(k_up, width // k_up, self.dim // k_up))
+        self.up_bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for group in self.down_weight:
+            nn.init.xavier_uniform_(group)
+        for parameter in (self.down_bias, self.up_weight, self.up_bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """`z` [..., d] -> [..., d]."""
+        weights = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
+        return bottleneck_adapter(z, *weights, scale=self.scale, dropout=self.active_dropout)
+
+    def flops_per_row(self, input_needs_grad: bool) -> float:
+        return 2.0 * (self.down_weight.numel() * (2 + input_needs_grad) + self.up_weight.numel() * 3)
+
+    @torch.no_grad()
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """(M [d, d], b [d]) in float64 with g(z) = M z + b, for merging: a linear layer (W, c) that reads g becomes
+        (W M, W b + c)."""
+        down, up = (grouped_matrix(weight.double()) for weight in (self.down_weight, self.up_weight))
+        identity = torch.eye(self.width, dtype=torch.float64, device=up.device)
+        return identity + self.scale * (up @ down), self.scale * (up @ self.down_bias.double() + self.up_bias.double())
+
+    def extra_repr(self) -> str:
+        return f"{self.width}, dim={self.dim}, groups={len(self.up_weight)}, down_groups={len(self.down_weight)}, scale={self.scale}"
+
+
+class RepAdapter(BottleneckAdapter):
+    """RepAdapter (Luo et al. 2023, https://arxiv.org/abs/2302.08106): f(Z) = Z + s psi_u(psi_d(Z)), half of Table 3's row 10.
+
+    The same parameters as the Bottleneck Adapter; what it has more is the fixed factor `scale`. Row 10 puts LoRA in the LLM
+    and this into the ViT: `llm: none` gives its ViT half.
+    """
+
+    settings = BottleneckAdapter.settings | {"scale"}

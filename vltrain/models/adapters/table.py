@@ -1,0 +1,90 @@
+"""The kinds of adapters by name, and how they get into a network.
+
+An adapter is put in by replacement: a block's norm becomes `Sequential(norm, adapter)`, so that no forward is patched and
+checkpointing, compilation and ZeRO's hooks see ordinary modules. Every adapter starts as the identity, so that training starts
+from the pretrained network's function.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import fields
+
+from torch import nn
+
+from vltrain.config import AdapterConfig
+from vltrain.errors import InputError, nearest
+from vltrain.models.adapters.base import Adapter
+from vltrain.models.adapters.bottleneck import BottleneckAdapter, RepAdapter
+from vltrain.models.adapters.loha import LohaAdapter, LohaRouterAdapter, LohaSiluAdapter
+from vltrain.models.adapters.router import ConcatRouterAdapter, RouterAdapter, WeightedBottleneckAdapter
+from vltrain.models.adapters.routing import Routing
+from vltrain.models.random import seeded
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "bottleneck": BottleneckAdapter,
+    "bottleneck_weighted": WeightedBottleneckAdapter,
+    "repadapter": RepAdapter,
+    "router": RouterAdapter,
+    "router_concat": ConcatRouterAdapter,
+    "loha_weighted": LohaAdapter,
+    "loha_router": LohaRouterAdapter,
+    "loha_silu": LohaSiluAdapter,
+}
+NOT_OF_A_KIND = {"kind", "vision", "llm"}  # fields of AdapterConfig that every kind obeys
+
+
+def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = None) -> Adapter:
+    """The adapter that `config` asks for, for states of `width` numbers.
+
+    Raises: InputError for an unknown kind, a setting that this kind does not have, or a width its groups do not divide.
+    """
+    kind = _kind(config)
+    defaults = AdapterConfig()
+    for entry in fields(config):
+        if entry.name not in kind.settings | NOT_OF_A_KIND and getattr(config, entry.name) != getattr(defaults, entry.name):
+            raise InputError(
+                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind '{config.kind}' has no such setting "
+                f"(it has {', '.join(sorted(kind.settings))}); leave it out"
+            )
+    return kind(width, config, routing)
+
+
+def is_routed(config: AdapterConfig) -> bool:
+    """Whether adapters of that kind stand in the LLM and ask for the modality of a position."""
+    return _kind(config).routed and config.llm != "none"
+
+
+def insert_adapters(
+    blocks: list[nn.Module],
+    norms: dict[str, str],
+    placement: str,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    part: str,
+    routing: Routing | None = None,
+) -> None:
+    """Puts an adapter behind the chosen norms of each block, in place.
+
+    Args:
+        blocks: the network's blocks, first to last.
+        norms: the norm's attribute name by sublayer: {"attention": "input_layernorm", "ffn": ...}.
+        placement: "none", "attention", "ffn" or "both".
+        seed: of the adapters' random weights.
+        part: "vision" or "llm"; with the block's number and the sublayer it makes the name behind the seed.
+        routing: for routed adapters of an LLM.
+    """
+    chosen = {"none": (), "both": ("attention", "ffn")}.get(placement, (placement,))
+    for number, block in enumerate(blocks):
+        for sublayer in chosen:
+            norm = getattr(block, norms[sublayer])
+            with seeded(seed, f"adapter/{part}/{number}/{sublayer}"):
+                adapter = make_adapter(norm.weight.shape[-1], config, routing)
+            setattr(block, norms[sublayer], nn.Sequential(OrderedDict(norm=norm, adapter=adapter)))
+
+
+def _kind(config: AdapterConfig) -> type[Adapter]:
+    if config.kind not in ADAPTERS:
+        raise InputError(f"model.adapter.kind: found '{config.kind}'; {nearest(config.kind, ADAPTERS)}")
+    return ADAPTERS[config.kind]
