@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin
@@ -21,7 +21,7 @@ from typing import Any, get_origin
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from vltrain.config import Config
+from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
 from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
 from vltrain.recipe import load_text as load_recipe_text
@@ -226,7 +226,7 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("model.neck.dim", lambda c: c.model.neck.kind == "linear", "model.neck.kind = linear has no hidden width"),
     *(
         (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
-        for name in ("kind", "dim", "groups", "down_groups", "dropout")
+        for name in (entry.name for entry in fields(AdapterConfig) if entry.name not in ("vision", "llm"))
     ),
     ("optim.vision_lr", lambda c: not (c.model.tune == "full" or c.model.vision.train), "the ViT's own weights are not tuned"),
     ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),

@@ -20,7 +20,7 @@ IMAGE_SIZE = 16
 STOP = (36, 17)
 
 
-def tiny_model(attention: str = "sdpa") -> MultimodalModel:
+def tiny_model(attention: str = "sdpa", **adapter) -> MultimodalModel:
     config = ModelConfig(
         vision=VisionConfig(
             config=dict(
@@ -36,7 +36,7 @@ def tiny_model(attention: str = "sdpa") -> MultimodalModel:
             tokenizer="none",
             attention=attention,
         ),
-        adapter=AdapterConfig(dim=4, groups=2),
+        adapter=AdapterConfig(**{"dim": 4, "groups": 2, **adapter}),
     )
     model = build_model(config).eval()
     with torch.no_grad():  # a neck and adapters that matter
@@ -74,18 +74,25 @@ def run(
     return generate(model, prompts, load_image, sampling=sampling, batch_size=batch_size, **settings)
 
 
+def plain_hidden_states(model: MultimodalModel, embeds: torch.Tensor) -> torch.Tensor:
+    """[T, d] -> [T, d]; with routed adapters as training computes them, for a row of one segment."""
+    if model.routing is None:
+        return model.llm.model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
+    num_tokens = len(embeds)
+    return model._hidden_states(embeds, torch.arange(num_tokens), torch.tensor([num_tokens]), torch.zeros(num_tokens, dtype=torch.int64))
+
+
 @torch.no_grad()
-def plain_answer(prompt: Segment, max_new_tokens: int, choose) -> list[int]:
-    """One prompt, the whole sequence anew for each token."""
+def plain_answer(model: MultimodalModel, prompt: Segment, max_new_tokens: int = 12) -> list[int]:
+    """One prompt, greedy, the whole sequence anew for each token."""
     visual = torch.empty(0, 3, 32)
     if prompt.images:
-        visual = MODEL.encode_images(torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images])))
+        visual = model.encode_images(torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images])))
     answer: list[int] = []
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         ids = torch.tensor([*prompt.input_ids.tolist(), *answer])
-        embeds = MODEL.embed(ids, visual, torch.arange(len(prompt.images)))
-        logits = MODEL.llm(inputs_embeds=embeds[None], use_cache=False).logits[0, -1]
-        token = choose(logits, step)
+        embeds = model.embed(ids, visual, torch.arange(len(prompt.images)))
+        token = int(model.llm.lm_head(plain_hidden_states(model, embeds)[-1]).argmax())
         if token in STOP:
             break
         answer.append(token)
@@ -93,7 +100,7 @@ def plain_answer(prompt: Segment, max_new_tokens: int, choose) -> list[int]:
 
 
 PROMPTS = make_prompts(40)
-PLAIN = [plain_answer(prompt, 12, lambda logits, step: int(logits.argmax())) for prompt in PROMPTS]
+PLAIN = [plain_answer(MODEL, prompt) for prompt in PROMPTS]
 
 
 def test_the_reference_is_worth_comparing_with():
@@ -112,6 +119,25 @@ def test_greedy_answers_equal_the_plain_loop_at_any_batch_size(batch_size):
 
 def test_greedy_answers_equal_the_plain_loop_with_eager_attention():
     assert run(PROMPTS, 16, model=tiny_model("eager")) == PLAIN
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_routed_adapters_answer_as_they_were_trained(batch_size):
+    model = tiny_model(kind="router", temperature=0.5)
+    with torch.no_grad():  # experts and decisions that differ by modality
+        for name, parameter in model.llm.named_parameters():
+            if ".adapter." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    expected = [plain_answer(model, prompt) for prompt in PROMPTS]
+    decided = model.decide_routing
+    model.decide_routing = lambda: None  # the modality decides: other decisions, other answers
+    with torch.no_grad():
+        decided()
+    for router in model.routing.decisions:
+        model.routing.decisions[router] = model.routing.decisions[router].flip(0)
+    assert run(PROMPTS, batch_size, model=model) != expected
+    del model.decide_routing
+    assert run(PROMPTS, batch_size, model=model) == expected
 
 
 def test_answers_do_not_depend_on_the_neighbours_or_their_order():

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from vltrain.errors import InputError
 from vltrain.models.multimodal import MultimodalModel
-from vltrain.schema import TEXT_MODALITY_TOKEN, Segment
+from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 LoadImage = Callable[[str], np.ndarray]
 Sync = Callable[[int], int]
@@ -80,6 +80,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].input_ids), prompts[index].images))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     batches += [[]] * (sync(len(batches)) - len(batches))
+    model.decide_routing()
     answers: list[list[int]] = [[] for _ in prompts]
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
         images = _start_loading(pool, load_image, [prompts[index] for index in batches[0]]) if batches else {}
@@ -121,8 +122,11 @@ def _encode(model: MultimodalModel, pixels: Tensor, sync: Sync) -> Tensor:
 class _Decoder:
     """One batch from prefill to its last token. B rows of the cache, L the longest prompt; rows leave as they finish.
 
+    Where adapters are routed, a prompt's modality token has decided already (`decide_routing`) and is left out of its row.
+
     rows       for each row of the cache, which prompt it answers
-    positions  int64 [B], the position of the row's next token: real tokens so far
+    modality   int64 [B], 0 text or 1 image
+    positions  int64 [B], the position of the row's next token: real tokens so far, the one left out included
     mask       int64 [B, L + max_new_tokens], which columns of the cache hold real tokens
     """
 
@@ -141,14 +145,18 @@ class _Decoder:
         self.sample_ids = [prompt.sample_id for prompt in prompts]
         self.visual, self.slots = visual, slots
         self.cache = DynamicCache(config=model.llm.config)
-        ids = [prompt.input_ids for prompt in prompts] or [np.array([TEXT_MODALITY_TOKEN])]
+        ids = [prompt.input_ids for prompt in prompts] or [np.array([TEXT_MODALITY_TOKEN, 0])]
+        self.modality = torch.tensor([int(row[0] == IMAGE_MODALITY_TOKEN) for row in ids], device=device)
+        self.num_left_out = 0 if model.routing is None else 1
+        ids = [row[self.num_left_out :] for row in ids]
         lengths = torch.tensor([len(row) for row in ids])
         width = int(lengths.max())
         self.input_ids = torch.zeros(len(ids), width, dtype=torch.int64)
         for row, tokens in enumerate(ids):
             self.input_ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
         self.rows = list(range(len(prompts)))
-        self.positions = lengths.to(device)
+        self.last = (lengths - 1).to(device)
+        self.positions = (lengths + self.num_left_out).to(device)
         mask = torch.ones(len(ids), width + sampling.max_new_tokens, dtype=torch.int64)
         mask[:, :width] = torch.arange(width) < lengths[:, None]
         self.mask = mask.to(device)
@@ -176,16 +184,17 @@ class _Decoder:
         """Runs the whole prompts. Returns the logits [B, vocabulary] that follow each prompt's last token."""
         num_rows, width = self.input_ids.shape
         embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(0, (num_rows, width))
-        positions = torch.arange(width, device=self.device).expand(num_rows, width)
-        outputs = self.model.llm.model(inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True)
-        last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.positions - 1]
+        positions = (self.num_left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
+        outputs = self.model.language_model(embeds, self.modality, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.last]
         return self.model.llm.lm_head(last)[:, : self.vocab_size]
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Runs one more token per row, int64 [B]. Returns the logits [B, vocabulary] that follow it."""
         embeds = self.model.embed(tokens, self.visual[:0], self.slots[:0])[:, None]
-        outputs = self.model.llm.model(
-            inputs_embeds=embeds,
+        outputs = self.model.language_model(
+            embeds,
+            self.modality,
             position_ids=self.positions[:, None],
             attention_mask=self.mask[:, : self.cache.get_seq_length() + 1],
             past_key_values=self.cache,
@@ -202,7 +211,7 @@ class _Decoder:
         self.rows = [self.rows[row] for row in kept]
         places = torch.tensor(kept, device=self.device)
         self.cache.batch_select_indices(places)
-        self.mask, self.positions = self.mask[places], self.positions[places]
+        self.mask, self.positions, self.modality = self.mask[places], self.positions[places], self.modality[places]
         return tokens[places]
 
     def _choose(self, logits: Tensor, step: int) -> Tensor:
