@@ -125,3 +125,12 @@ def test_user_mistakes_are_named() -> None:
         build_model(tiny_config(vision={"config": {**VISION, "hiden_size": 3}}))
     with pytest.raises(InputError, match="model.adapter.groups: found 3, expected a divisor of the width 32"):
         build_model(tiny_config(adapter={"dim": 6, "groups": 3, "vision": "none"}))
+
+
+def test_a_wrong_trained_set_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If naming and modules ever disagree about what is an adapter, building fails."""
+    from vltrain.models import build
+
+    monkeypatch.setattr(build, "part_of", lambda name: "llm" if ".adapter." in name else part_of(name))
+    with pytest.raises(AssertionError, match="trained but should not be, or the other way round.*adapter.down_weight"):
+        build_model(tiny_config())

@@ -118,3 +118,12 @@ def test_an_unrouted_call_is_caught_and_unrouted_kinds_need_none() -> None:
     assert torch.equal(
         plain.language_model(embeds, torch.zeros(2, dtype=torch.int64)).last_hidden_state, plain.llm.model(inputs_embeds=embeds).last_hidden_state
     )
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_fillers_reach_the_routers_too(kind: str) -> None:
+    model = build(kind)
+    model(make_batch([(1, [])], num_images=0, is_filler=True, labels=False)).loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(("vision.", "neck.")):
+            assert parameter.grad is not None and not parameter.grad.any(), name

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
-from vltrain.models.adapters import Routing, insert_adapters, is_routed
+from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
 from vltrain.models.llm import LLM_NORMS, llm_blocks, prepare_llm
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
@@ -114,6 +114,15 @@ def _set_trainable(model: MultimodalModel, parts: set[str], dtype: torch.dtype) 
         trained = part_of(name) in parts and parameter not in unused
         parameter.requires_grad_(trained)
         parameter.data = parameter.data.to(torch.float32 if trained else dtype)
-    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    expected = {name for name, parameter in model.named_parameters() if part_of(name) in parts and parameter not in unused}
-    assert found == expected, f"trained parameters differ from what the recipe means: {sorted(found ^ expected)}"
+    _assert_trainable(model, parts)
+
+
+def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
+    """By module, not by name: what is trained are whole adapters, neck and modality embedding, and a part's own weights if it is."""
+    adapters = {parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()}
+    expected = adapters | {*model.neck.parameters(), *model.modality_embedding.parameters()}
+    for part, module in (("vision", model.vision), ("llm", model.llm)):
+        expected |= set(module.parameters()) if part in parts else set()
+    expected -= model.vision.unused_parameters()
+    wrong = [name for name, parameter in model.named_parameters() if parameter.requires_grad != (parameter in expected)]
+    assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong}"

@@ -4,8 +4,9 @@
 tells routed adapters which modality a position belongs to. A new adapter is a class and a line in the table.
 """
 
+from vltrain.models.adapters.base import Adapter
 from vltrain.models.adapters.bottleneck import BottleneckAdapter
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.adapters.table import ADAPTERS, insert_adapters, is_routed, make_adapter
 
-__all__ = ["ADAPTERS", "BottleneckAdapter", "Routing", "insert_adapters", "is_routed", "make_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "BottleneckAdapter", "Routing", "insert_adapters", "is_routed", "make_adapter"]

@@ -1,0 +1,70 @@
+"""Linear adapters folded into the linear layers that read them: a plain Hugging Face network that computes the same.
+
+An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one of z with
+W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. What it gives up: the merged weights are
+whole matrices again, rounded to their own dtype, and LLaMA's projections get biases, which its config has a switch for
+(`attention_bias`, `mlp_bias`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vltrain.errors import InputError
+from vltrain.models.adapters import Adapter
+from vltrain.models.llm import LLM_NORMS, llm_blocks
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.vision import VISION_NORMS
+
+# Which linear layers of a block read the norm of a sublayer, and which else belong to it (they need a bias where the others have one).
+VISION_READERS = {"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "ffn": ("mlp.fc1",)}
+LLM_READERS = {"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "ffn": ("mlp.gate_proj", "mlp.up_proj")}
+LLM_WRITERS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
+LLM_BIAS_SWITCH = {"attention": "attention_bias", "ffn": "mlp_bias"}
+
+
+@torch.no_grad()
+def merge_adapters(model: MultimodalModel) -> None:
+    """Folds every adapter into its readers, in place: the ViT and the LLM are plain transformers models afterwards.
+
+    Products are taken in float64. `model.llm.config` says so where projections got biases.
+
+    Raises: InputError if the adapters are of a kind that is no linear map.
+    """
+    for block in model.vision.live_blocks:
+        for sublayer, norm in VISION_NORMS.items():
+            _merge(block, norm, VISION_READERS[sublayer])
+    for sublayer, norm in LLM_NORMS.items():
+        merged = [_merge(block, norm, LLM_READERS[sublayer]) for block in llm_blocks(model.llm)]
+        if any(merged):
+            for block in llm_blocks(model.llm):
+                _with_zero_bias(block.get_submodule(LLM_WRITERS[sublayer]))
+            setattr(model.llm.config, LLM_BIAS_SWITCH[sublayer], True)
+
+
+def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
+    """Folds the adapter behind that norm of `block`, if there is one."""
+    place = getattr(block, norm_name)
+    if not isinstance(place, nn.Sequential):
+        return False
+    matrix, offset = _linear_map(place.adapter)
+    for name in readers:
+        linear = block.get_submodule(name)
+        _with_zero_bias(linear)
+        weight = linear.weight.double()
+        linear.bias.copy_(weight @ offset + linear.bias.double())
+        linear.weight.copy_(weight @ matrix)
+    setattr(block, norm_name, place.norm)
+    return True
+
+
+def _linear_map(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    if not hasattr(adapter, "linear_map"):
+        raise InputError(f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep the adapters apart")
+    return adapter.linear_map()
+
+
+def _with_zero_bias(linear: nn.Linear) -> None:
+    if linear.bias is None:
+        linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=linear.weight.requires_grad)
