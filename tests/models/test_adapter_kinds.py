@@ -181,7 +181,9 @@ def test_settings_that_a_kind_does_not_have_are_refused(kind: str) -> None:
     others = {"down_groups": 2, "dropout": 0.5, "rank": 7, "scale": 3.0, "temperature": 3.0}
     for name, value in others.items():
         if name not in ADAPTERS[kind].settings:
-            with pytest.raises(InputError, match=f"model.adapter.{name}: found {value}, but an adapter of kind '{kind}' has no such setting"):
+            with pytest.raises(
+                InputError, match=f"model.adapter.{name}: found {value}, but an adapter of kind '{kind}' has no such setting"
+            ):
                 make_adapter(WIDTH, AdapterConfig(kind=kind, **{name: value}))
 
 
@@ -193,9 +195,18 @@ def test_concatenated_experts_need_half_the_width_to_divide() -> None:
 @pytest.mark.parametrize("llm, count", [((4096, 11008, 32, 32), 3_781_296), ((5120, 13824, 40, 40), 5_390_080)])
 def test_lavins_counts(llm: tuple[int, int, int, int], count: int) -> None:
     """LaVIN on CLIP ViT-L/14 and LLaMA 7B and 13B, h = 8: all that is trained."""
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    }
     sizes = dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), llm, strict=True))
     config = ModelConfig(
-        vision=VisionConfig(config=vision, tap_every=4), llm=LLMConfig(config=sizes, tokenizer="none"), adapter=AdapterConfig(kind="router", dim=8)
+        vision=VisionConfig(config=vision, tap_every=4),
+        llm=LLMConfig(config=sizes, tokenizer="none"),
+        adapter=AdapterConfig(kind="router", dim=8),
     )
     assert sum(trained for _, trained in count_parameters(build_model(config, device="meta")).values()) == count

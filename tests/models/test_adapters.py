@@ -82,6 +82,7 @@ def test_an_inserted_adapter_reads_the_norm_and_feeds_the_sublayer() -> None:
 
 def test_adapters_do_not_depend_on_each_other_nor_on_what_was_drawn_before() -> None:
     """With adapters in more places, those in the same places start with the same weights."""
+
     def drawn(**adapter: str) -> dict[str, torch.Tensor]:
         torch.randn(3)
         model = build_model(tiny_config(adapter=adapter))

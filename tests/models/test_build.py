@@ -8,13 +8,23 @@ from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, Vi
 from vltrain.errors import InputError
 from vltrain.models.build import PARTS, build_model, count_parameters, part_of
 
-VIT_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+VIT_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 
 
 def paper_size(adapter: AdapterConfig, neck: NeckConfig | None = None) -> dict[str, tuple[int, int]]:
     config = ModelConfig(
-        vision=VisionConfig(config=VIT_L_336, tap_every=4), llm=LLMConfig(config=LLAMA_2_7B, tokenizer="none"), adapter=adapter, neck=neck or NeckConfig()
+        vision=VisionConfig(config=VIT_L_336, tap_every=4),
+        llm=LLMConfig(config=LLAMA_2_7B, tokenizer="none"),
+        adapter=adapter,
+        neck=neck or NeckConfig(),
     )
     return count_parameters(build_model(config, device="meta"))
 
@@ -121,7 +131,9 @@ def test_an_adapter_leaves_the_networks_function_as_it_was() -> None:
 
 
 def test_user_mistakes_are_named() -> None:
-    with pytest.raises(InputError, match="model.vision.config.hiden_size: CLIPVisionConfig has no such setting; did you mean 'hidden_size'"):
+    with pytest.raises(
+        InputError, match="model.vision.config.hiden_size: CLIPVisionConfig has no such setting; did you mean 'hidden_size'"
+    ):
         build_model(tiny_config(vision={"config": {**VISION, "hiden_size": 3}}))
     with pytest.raises(InputError, match="model.adapter.groups: found 3, expected a divisor of the width 32"):
         build_model(tiny_config(adapter={"dim": 6, "groups": 3, "vision": "none"}))

@@ -124,7 +124,8 @@ def meta_forward(weights: dict[str, Tensor], ids: Tensor) -> Tensor:
         w = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items() if name.startswith(f"layers.{layer}.")}
         normed = norm(x, w["attention_norm.weight"])
         q, k, v = (
-            (normed @ w[f"attention.w{name}.weight"].t()).unflatten(-1, (heads, head_dim)) for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))
+            (normed @ w[f"attention.w{name}.weight"].t()).unflatten(-1, (heads, head_dim))
+            for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))
         )
         k, v = (states.repeat_interleave(HEADS // KV_HEADS, dim=1) for states in (rotate(k), v))
         scores = torch.einsum("ihd,jhd->hij", rotate(q), k) / head_dim**0.5
@@ -140,14 +141,22 @@ def meta_folder(folder: Path, num_shards: int) -> dict[str, Tensor]:
     """Meta's model-parallel shards: columns of embeddings, wo and w2, rows of the other matrices, norms in each."""
     weights = meta_weights()
     folder.mkdir(parents=True)
-    params = {"dim": DIM, "n_layers": DEPTH, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "norm_eps": 1e-5, "rope_theta": THETA, "vocab_size": -1}
+    params = {
+        "dim": DIM,
+        "n_layers": DEPTH,
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+        "norm_eps": 1e-5,
+        "rope_theta": THETA,
+        "vocab_size": -1,
+    }
     (folder / "params.json").write_text(json.dumps(params))
     (folder.parent / "tokenizer.model").write_bytes(b"tokenizer")
     for number in range(num_shards):
         shard = {"rope.freqs": torch.ones(4)}
         for name, weight in weights.items():
             by_input = name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight"))
-            split = num_shards > 1 and weight.ndim == 2 and not (name == "output.weight")
+            split = num_shards > 1 and weight.ndim == 2 and name != "output.weight"
             shard[name] = weight.chunk(num_shards, dim=int(by_input))[number].clone() if split else weight
         if num_shards > 1:
             shard["output.weight"] = weights["output.weight"].tensor_split(num_shards)[number].clone()

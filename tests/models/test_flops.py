@@ -43,7 +43,14 @@ def test_closed_form_is_what_torch_counts(name: str) -> None:
 
 def test_known_size() -> None:
     """LLaMA-2-7B, frozen, with adapters: forward 2 and backward 2 operations per weight of a block; the attention's pairs."""
-    llm = {**LLM, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+    llm = {
+        **LLM,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    }
     model = build_model(tiny_config(llm={"config": llm}, adapter={"dim": 16}), device="meta")
     flops = model.flops()
     blocks = 32 * (4 * 4096**2 + 3 * 4096 * 11008)

@@ -67,7 +67,9 @@ def test_packed_row_equals_its_samples_one_at_a_time(attention: str, tune: str) 
     tolerance = 1e-5 if attention == "eager" else 1e-7  # transformers' eager attention takes its softmax in fp32
     assert set(packed_gradients) == set(single_gradients)
     for name, gradient in packed_gradients.items():
-        torch.testing.assert_close(gradient, single_gradients[name], rtol=tolerance, atol=tolerance / 100, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, single_gradients[name], rtol=tolerance, atol=tolerance / 100, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_segments_do_not_see_each_other() -> None:
@@ -78,7 +80,9 @@ def test_segments_do_not_see_each_other() -> None:
     changed.input_ids[start + 1 : start + 4] = (changed.input_ids[start + 1 : start + 4] + 1) % LLM["vocab_size"]
     lengths = batch.segment_lengths.tolist()
     before, after = (
-        packed_hidden_states(model.llm, model.embed(row.input_ids, model.encode_images(row.pixels), row.image_slots), row.position_ids, row.segment_lengths)
+        packed_hidden_states(
+            model.llm, model.embed(row.input_ids, model.encode_images(row.pixels), row.image_slots), row.position_ids, row.segment_lengths
+        )
         for row in (batch, changed)
     )
     for number, (old, new) in enumerate(zip(before.split(lengths), after.split(lengths), strict=True)):

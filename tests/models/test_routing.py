@@ -64,7 +64,9 @@ def test_generation_routes_as_training_does(kind: str) -> None:
     model.decide_routing()
     segments = [segment[1:] for segment in embeds.split(lengths.tolist())]
     for rows, modality in (([0, 2], [1, 1]), ([1], [0])):
-        states = model.language_model(torch.stack([segments[row] for row in rows]), torch.tensor(modality), use_cache=False).last_hidden_state
+        states = model.language_model(
+            torch.stack([segments[row] for row in rows]), torch.tensor(modality), use_cache=False
+        ).last_hidden_state
         for row, state in zip(rows, states, strict=True):
             torch.testing.assert_close(state, packed[row][1:], rtol=1e-4, atol=1e-5)
 
@@ -74,7 +76,9 @@ def test_recomputed_blocks_are_routed_as_at_first() -> None:
     rows = [make_batch([(7, [0]), (5, [])], num_images=1), make_batch([(4, []), (3, []), (6, [0])], num_images=1, seed=1)]
     results = []
     for checkpointing in (False, True):
-        model = build_model(tiny_config(adapter={"kind": "router", "llm": "both", "temperature": 0.5}), activation_checkpointing=checkpointing)
+        model = build_model(
+            tiny_config(adapter={"kind": "router", "llm": "both", "temperature": 0.5}), activation_checkpointing=checkpointing
+        )
         randomise_adapters(model)
         torch.stack([model(row).loss_sum for row in rows]).sum().backward()
         results.append(gradients(model))
@@ -116,7 +120,8 @@ def test_an_unrouted_call_is_caught_and_unrouted_kinds_need_none() -> None:
     plain.decide_routing()
     embeds = torch.randn(2, 3, 32)
     assert torch.equal(
-        plain.language_model(embeds, torch.zeros(2, dtype=torch.int64)).last_hidden_state, plain.llm.model(inputs_embeds=embeds).last_hidden_state
+        plain.language_model(embeds, torch.zeros(2, dtype=torch.int64)).last_hidden_state,
+        plain.llm.model(inputs_embeds=embeds).last_hidden_state,
     )
 
 

@@ -100,7 +100,9 @@ def test_build_keeps_the_precision_of_what_is_trained(tmp_path: Path) -> None:
 
 def test_a_built_model_computes_with_the_loaded_weights(tmp_path: Path) -> None:
     llm, clip = save_llama(tmp_path / "llm"), save_clip(tmp_path / "clip", whole=True)
-    loaded = build_model(tiny_config(llm={"config": {}, "source": str(tmp_path / "llm")}, vision={"config": {}, "source": str(tmp_path / "clip")}))
+    loaded = build_model(
+        tiny_config(llm={"config": {}, "source": str(tmp_path / "llm")}, vision={"config": {}, "source": str(tmp_path / "clip")})
+    )
     same = build_model(tiny_config(vision={"config": {**VISION, "hidden_act": "gelu"}}))
     same.llm.load_state_dict(llm.state_dict(), strict=False)
     same.vision.clip.load_state_dict(clip.state_dict(), strict=False)
@@ -131,7 +133,10 @@ NORM = "model.layers.1.input_layernorm.weight"
     [
         (lambda w: w.pop(NORM), rf"1 missing: {NORM}"),
         (lambda w: w.update({NORM: torch.ones(3)}), rf"1 of another shape: {NORM} \[3\] \(expected \[32\]\)"),
-        (lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}), r"1 not of this model: model.layers.0.self_attn.q_proj.bias"),
+        (
+            lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
+            r"1 not of this model: model.layers.0.self_attn.q_proj.bias",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str) -> None:

@@ -10,11 +10,20 @@ from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, Vi
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Batch
 
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
-LLM = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61}
+LLM = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+}
 VISUAL_TOKENS = 2
 
 
-def tiny_config(*, vision: dict[str, Any] | None = None, llm: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None, **model: Any) -> ModelConfig:
+def tiny_config(
+    *, vision: dict[str, Any] | None = None, llm: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None, **model: Any
+) -> ModelConfig:
     """A ViT of 5 blocks with taps after 2 and 4, and a LLaMA of 3 blocks with grouped-query attention."""
     vision, llm = vision or {}, llm or {}
     return ModelConfig(
@@ -26,7 +35,9 @@ def tiny_config(*, vision: dict[str, Any] | None = None, llm: dict[str, Any] | N
     )
 
 
-def make_batch(segments: list[tuple[int, list[int]]], *, num_images: int, seed: int = 0, is_filler: bool = False, labels: bool = True) -> Batch:
+def make_batch(
+    segments: list[tuple[int, list[int]]], *, num_images: int, seed: int = 0, is_filler: bool = False, labels: bool = True
+) -> Batch:
     """A row of random text. `segments`: (number of text tokens, images that stand in front of them)."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []

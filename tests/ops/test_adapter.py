@@ -21,7 +21,9 @@ def tensors(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[
 
 @pytest.mark.parametrize("width, dim, up_groups, down_groups", [(12, 4, 1, 1), (12, 4, 2, 1), (12, 4, 4, 2), (30, 6, 3, 6), (7, 1, 1, 1)])
 @pytest.mark.parametrize("lead", [(5,), (1, 9), (2, 3, 4), (0,)])
-def test_values_and_gradients_are_those_of_the_equation(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...]) -> None:
+def test_values_and_gradients_are_those_of_the_equation(
+    width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...]
+) -> None:
     ours, truth = (tensors(width, dim, up_groups, down_groups, lead, torch.float64) for _ in range(2))
     result, expected = bottleneck_adapter(*ours, scale=0.7), reference.bottleneck_adapter(*truth, scale=0.7)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)

@@ -20,7 +20,9 @@ def test_layout_places_every_token_once_and_wastes_little(lengths: list[int]) ->
     assert sum(count for count, _ in packing.groups) == len(lengths)
     assert len(packing.pad) * attention.MIN_FILL <= num_tokens
     # Each padded row starts with one whole segment in order, and only padding (token 0) follows it.
-    starts = {start: length for start, length in zip(torch.tensor(lengths).cumsum(0).sub(torch.tensor(lengths)).tolist(), lengths, strict=True)}
+    starts = {
+        start: length for start, length in zip(torch.tensor(lengths).cumsum(0).sub(torch.tensor(lengths)).tolist(), lengths, strict=True)
+    }
     place = 0
     for count, longest in packing.groups:
         for row in packing.pad[place : place + count * longest].view(count, longest):

@@ -37,7 +37,13 @@ CLIP_NAMES = {
     "ln_pre": "pre_layrnorm",
     "ln_post": "post_layernorm",
 }
-CLIP_BLOCK_NAMES = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+CLIP_BLOCK_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 LLAMA_BLOCK_NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -83,7 +89,9 @@ def convert_clip(source: Path, output: Path, hidden_act: str) -> CLIPVisionConfi
     found = {name: tuple(weight.shape) for name, weight in renamed.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise InputError(f"{source}: not the vision part of a CLIP; {len(wrong)} weights missing, unknown or of another shape: {', '.join(wrong[:5])}")
+        raise InputError(
+            f"{source}: not the vision part of a CLIP; {len(wrong)} weights missing, unknown or of another shape: {', '.join(wrong[:5])}"
+        )
     with _written_whole(output) as folder:
         config.architectures = ["CLIPVisionModel"]
         config.save_pretrained(folder)
@@ -202,7 +210,9 @@ def _read_params(source: Path) -> dict[str, Any]:
     try:
         return json.loads((source / "params.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{source / 'params.json'}: cannot be read ({error}); expected Meta's layout (params.json and consolidated.NN.pth)") from None
+        raise InputError(
+            f"{source / 'params.json'}: cannot be read ({error}); expected Meta's layout (params.json and consolidated.NN.pth)"
+        ) from None
 
 
 def _read_torch(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -236,7 +246,9 @@ def _written_whole(output: Path) -> Iterator[Path]:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m vltrain.models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m vltrain.models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     layouts = parser.add_subparsers(dest="layout", required=True)
     clip = layouts.add_parser("clip", help="a state dict with OpenAI-CLIP's names: OpenAI, DiHT, ALIP")
     clip.add_argument("--hidden-act", required=True, choices=("gelu", "quick_gelu"), help="gelu: DiHT; quick_gelu: OpenAI and ALIP")
@@ -245,7 +257,11 @@ def main(arguments: list[str] | None = None) -> None:
         layout.add_argument("--input", required=True, type=Path)
         layout.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     chosen = parser.parse_args(arguments)
-    config = convert_clip(chosen.input, chosen.output, chosen.hidden_act) if chosen.layout == "clip" else convert_llama(chosen.input, chosen.output)
+    config = (
+        convert_clip(chosen.input, chosen.output, chosen.hidden_act)
+        if chosen.layout == "clip"
+        else convert_llama(chosen.input, chosen.output)
+    )
     print(f"{chosen.output}: {config.architectures[0]}, {config.num_hidden_layers} blocks of width {config.hidden_size}")
 
 

@@ -34,9 +34,7 @@ class Flops:
 
     def of(self, *, num_tokens: float, num_pairs: float, num_images: float, num_label_tokens: float) -> float:
         """Of so many of each together."""
-        return (
-            self.per_token * num_tokens + self.per_pair * num_pairs + self.per_image * num_images + self.per_label * num_label_tokens
-        )
+        return self.per_token * num_tokens + self.per_pair * num_pairs + self.per_image * num_images + self.per_label * num_label_tokens
 
 
 @dataclass(frozen=True)

@@ -37,4 +37,5 @@ def packed_hidden_states(llm: LlamaForCausalLM, embeds: Tensor, position_ids: Te
 
 
 def llm_blocks(llm: LlamaForCausalLM) -> list[nn.Module]:
+    """The transformer blocks, first to last."""
     return list(llm.model.layers)

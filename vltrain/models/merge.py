@@ -61,7 +61,9 @@ def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
 
 def _linear_map(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
     if not hasattr(adapter, "linear_map"):
-        raise InputError(f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep the adapters apart")
+        raise InputError(
+            f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep the adapters apart"
+        )
     return adapter.linear_map()
 
 

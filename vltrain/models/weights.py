@@ -108,7 +108,9 @@ def _read_config(key: str, source: str, config_class: type[Config], model_types:
                 return config_class.from_dict(found["vision_config"] if model_type == "clip" else found)
     except LOAD_ERRORS as error:
         raise _cannot_load(key, source, place, error) from None
-    raise InputError(f"{key}.source: '{source}' ({place}) is a model of type {model_type!r}, expected {' or '.join(map(repr, model_types))}")
+    raise InputError(
+        f"{key}.source: '{source}' ({place}) is a model of type {model_type!r}, expected {' or '.join(map(repr, model_types))}"
+    )
 
 
 def _load(
@@ -132,11 +134,15 @@ def _load(
     problems = {
         "missing": sorted(report["missing_keys"]),
         "not of this model": sorted(name for name in report["unexpected_keys"] if not ignored.match(name)),
-        "of another shape": [f"{name} {list(found)} (expected {list(expected)})" for name, found, expected in sorted(report["mismatched_keys"])],
+        "of another shape": [
+            f"{name} {list(found)} (expected {list(expected)})" for name, found, expected in sorted(report["mismatched_keys"])
+        ],
     }
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names)
-        raise InputError(f"{key}.source: the weights of '{source}' ({place}) do not fit a {model_class.__name__} of its config.json. Weights {told}")
+        raise InputError(
+            f"{key}.source: the weights of '{source}' ({place}) do not fit a {model_class.__name__} of its config.json. Weights {told}"
+        )
     logger.info("%s: %s from %s", key, model_class.__name__, place)
     return model
 
@@ -158,7 +164,9 @@ def _cannot_load(key: str, source: str, place: str, error: Exception) -> InputEr
     broken = _broken_file(Path(place))
     where = f"{broken}: not a whole safetensors file" if broken else place
     reason = (str(error).strip() or "no reason given").splitlines()[0]
-    return InputError(f"{key}.source: cannot load '{source}' from {where} ({type(error).__name__}: {reason}). Fetch it again, or name another source")
+    return InputError(
+        f"{key}.source: cannot load '{source}' from {where} ({type(error).__name__}: {reason}). Fetch it again, or name another source"
+    )
 
 
 def _broken_file(folder: Path) -> Path | None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
@@ -42,9 +41,7 @@ class LossHead(nn.Linear):
         return linear_cross_entropy(hidden, self.weight, labels, self.chunk_elements)
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `labels`, without ever holding all logits.
 
     Products run in autocast's dtype where that is on, else in `hidden`'s; softmax and sums run in fp32 at least.

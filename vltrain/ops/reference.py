@@ -58,7 +58,9 @@ def loha_matrix(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """-log softmax(hidden @ weight.T)[label], summed, and each by itself; see `vltrain.ops.loss.linear_cross_entropy`."""
     logits = hidden.double() @ weight.double().t()
-    losses = torch.stack([-row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True)]) if len(labels) else logits.sum(-1)
+    losses = (
+        torch.stack([-row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True)]) if len(labels) else logits.sum(-1)
+    )
     return losses.sum(), losses.detach()
 
 

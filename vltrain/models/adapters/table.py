@@ -44,8 +44,8 @@ def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = No
     for entry in fields(config):
         if entry.name not in kind.settings | NOT_OF_A_KIND and getattr(config, entry.name) != getattr(defaults, entry.name):
             raise InputError(
-                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind '{config.kind}' has no such setting "
-                f"(it has {', '.join(sorted(kind.settings))}); leave it out"
+                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind '{config.kind}' has no such "
+                f"setting (it has {', '.join(sorted(kind.settings))}); leave it out"
             )
     return kind(width, config, routing)
 
