@@ -7,7 +7,7 @@
 
 import sys
 
-from vltrain.evaluate.main import main
+from vltrain.programs.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], program="launch/evaluate.py"))

@@ -20,8 +20,8 @@ if [ "$accelerators" = 0 ]; then
 fi
 run=$(python launch/train_mmt.py --print_config "$@" | sed -n 's/^output: //p')
 
-deepspeed --num_accelerators "$accelerators" launch/train_mmt.py --ds ds_configs/zero2.json "$@"
-deepspeed --num_accelerators "$accelerators" launch/evaluate.py "$run" --split test
+deepspeed --log_level warning --num_accelerators "$accelerators" launch/train_mmt.py --ds ds_configs/zero2.json "$@"
+deepspeed --log_level warning --num_accelerators "$accelerators" launch/evaluate.py "$run" --split test
 
 accuracy=$(python -c 'import json, sys; m = json.load(open(sys.argv[1])); print(f"accuracy={m[\"accuracy\"]:.4f} ({m[\"total\"]} questions)")' "$run/eval/test/metrics.json")
 echo "quickstart: watch it: .venv/bin/tensorboard --logdir $run/tensorboard"

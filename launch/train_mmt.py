@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from vltrain.train.main import main
+from vltrain.programs.train import main
 
 if __name__ == "__main__":
     recipe = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"

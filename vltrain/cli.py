@@ -12,8 +12,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("data_prep.prepare", "raw data set -> samples (JSONL and images)"),
     "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
-    "train": ("vltrain.train.main", "train a recipe"),
-    "evaluate": ("vltrain.evaluate.main", "answer a split with a trained run, or score a file of answers"),
+    "train": ("vltrain.programs.train", "train a recipe"),
+    "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 
 

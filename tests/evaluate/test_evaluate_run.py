@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vltrain.config import AdapterConfig, Config, DataConfig, EvalConfig, LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.exact import normalise
-from vltrain.evaluate.main import main
+from vltrain.programs.evaluate import main
 from vltrain.evaluate.samples import deal, read_samples, thin_out
 from vltrain.models.build import build_model
 from vltrain.recipe import dump_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate.main import main
+from vltrain.programs.evaluate import main
 from vltrain.evaluate.predictions import read_predictions, score_predictions
 
 ROOT = Path(__file__).resolve().parents[2]

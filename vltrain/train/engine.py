@@ -13,6 +13,7 @@ import datetime
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +39,8 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
         (rank, world size)
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has begun to rename: true, and nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

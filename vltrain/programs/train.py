@@ -21,7 +21,7 @@ from vltrain.models.multimodal import MultimodalModel
 from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.train.data_ready import packed_folder, ready_packs, ready_samples
+from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples
 from vltrain.train.ds_config import load_ds_json
 from vltrain.train.engine import init_distributed, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, limit_threads

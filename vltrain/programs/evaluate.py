@@ -27,7 +27,7 @@ from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
 from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
-from vltrain.train.data_ready import ready_samples
+from vltrain.programs.data_ready import ready_samples
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 
 RUN_OPTIONS: dict[str, Option] = {
