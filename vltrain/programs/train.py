@@ -22,7 +22,7 @@ from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples
-from vltrain.train.ds_config import load_ds_json
+from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, limit_threads
 from vltrain.train.provenance import make_run_folder, write_provenance
@@ -51,6 +51,8 @@ def run(settings: Settings) -> None:
     """One run of this rank, from its settings to its last evaluation."""
     config = settings.config
     ds_json = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
+    # Resolved again by the trainer: here only so that a conflict is found before hours of preparation.
+    resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
     folder = Path(config.output)
     if int(os.environ.get("RANK", "0")) == 0:
         make_run_folder(folder)

@@ -1,0 +1,108 @@
+"""The main job as a user starts it: DeepSpeed's launcher, two ranks, real images and questions; then stopped, resumed, evaluated."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.processes import ROOT, free_port
+
+pytest.importorskip("easy_vqa", reason="the easy-vqa package has the images; install the extra `test`")
+NUM_STEPS = 60
+
+
+def deepspeed(*words: str, num_ranks: int = 2) -> subprocess.CompletedProcess:
+    """`deepspeed launch/...` as in the README."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The default recipe, cut short. Also what it printed."""
+    folder = tmp_path_factory.mktemp("main-job")
+    words = ["--data.root", str(folder / "data"), "--output", str(folder / "run"), "--train.max_steps", str(NUM_STEPS), "--train.save_every_steps", "25"]
+    words += ["--eval.max_samples", "200", "--train.eval_every_steps", "40"]
+    done = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run", words, done
+
+
+def test_it_learns(trained):
+    folder, _, _ = trained
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == NUM_STEPS
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_the_run_folder_says_what_it_was_made_of(trained):
+    folder, _, done = trained
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["packages"].keys() >= {"torch", "deepspeed", "transformers"} and facts["ranks"] == 2
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", facts["commit"])
+    assert facts["parameters"]["neck"] == {"total": 33_024, "trainable": 33_024} and facts["parameters"]["llm"]["trainable"] == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_steps"] == NUM_STEPS
+    assert json.loads((folder / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-00000050", "step-00000060"]
+    fill = float(re.search(r"([\d.]+)% full", done.stderr + done.stdout).group(1))
+    assert fill >= 99
+
+
+def test_tensorboard_shows_the_promised_curves_and_pictures(trained):
+    folder, _, _ = trained
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    promised = {
+        "train/loss", "train/lr", "train/grad_norm", "speed/useful_tokens_per_second", "speed/samples_per_second", "speed/padding_share",
+        "speed/waiting_for_data_share", "speed/mfu", "memory/peak_gib", "eval/val/accuracy",
+    }
+    assert promised <= scalars
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(NUM_STEPS))
+    assert [event.step for event in events.Scalars("eval/val/accuracy")] == [40, NUM_STEPS]
+    assert all(0 < event.value < 1.5 for event in events.Scalars("speed/mfu"))
+    assert all(event.value == 0 for event in events.Scalars("speed/padding_share"))
+    assert len(events.Tags()["images"]) >= 4
+
+
+def test_a_finished_run_is_left_as_it_is(trained):
+    folder, words, _ = trained
+    before = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
+    again = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()} == before
+    assert len((folder / "log.jsonl").read_text().splitlines()) == NUM_STEPS
+
+
+def test_another_recipe_does_not_go_on_from_it(trained):
+    _, words, _ = trained
+    refused = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *words, "--optim.lr", "0.5")
+    assert refused.returncode == 2
+    assert "optim.lr was 0.002, is 0.5" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_evaluation_by_free_generation(trained):
+    folder, _, _ = trained
+    done = deepspeed("launch/evaluate.py", str(folder), "--split", "val", "--eval.max_samples", "300")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((folder / "eval" / "val" / "metrics.json").read_text())
+    assert metrics["total"] == 300 and f"accuracy={metrics['accuracy']:.4f} (300 questions)" in done.stdout
+    assert metrics["accuracy"] > 0.55  # always answering the commoner word gives less than 0.4
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_samples(trained, tmp_path):
+    folder, words, _ = trained
+    changed = [*words, "--output", str(tmp_path / "run"), "--optim.lr", "1e30", "--optim.warmup_epochs", "0"]
+    stopped = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *changed)
+    assert stopped.returncode == 2
+    assert re.search(r"error: step \d+: loss (nan|inf).*sample\(s\) train/", stopped.stderr), stopped.stderr[-2000:]
+    assert "Traceback" not in stopped.stderr
+    assert list((tmp_path / "run").glob("checkpoints/step-*")) == []
