@@ -37,7 +37,14 @@ JITTER = 10  # how far a channel may stray from the named hue
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A picture and its truth. `pixels` uint8 [3, 64, 64]; `place` float [3]: centre x, centre y and radius, all in image sides."""
+    """A picture and its truth.
+
+    pixels  uint8 [3, 64, 64]
+    figure  number of `FIGURES`
+    colour  number of `COLOURS`
+    place   centre x, centre y and radius, in image sides
+    mask    bool [64, 64], true where the figure is
+    """
 
     pixels: np.ndarray
     figure: int
@@ -49,11 +56,11 @@ class Drawing:
 def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
     """One random drawing: a figure of `FIGURES` in a colour of `COLOURS`.
 
-    `variety` in [0, 1]: how often it is turned, uneven, soft, or on another than a plain pale ground.
+    `variety` in [0, 1]: how much its size and place vary and how often it is turned, uneven, soft, or on another than a plain
+    pale ground. At 0 it is large and in the middle.
     """
     figure, colour = int(rng.integers(len(FIGURES))), int(rng.integers(len(COLOURS)))
-    # Three times the weight on the three most common figures: they differ least when small.
-    if rng.random() < 0.4:
+    if rng.random() < 0.4:  # more of the three plainest: they differ least when small
         figure = int(rng.integers(3))
     ink = _hue(rng, COLOURS[colour])
     ground = _ground(rng, ink, variety)

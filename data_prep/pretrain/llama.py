@@ -1,8 +1,10 @@
 """Pretrains the tiny LLaMA: to answer questions about a scene told in words, and about one told in blurred vectors.
 
-Half of the samples replace the scene's word embeddings by random mixtures of them, plus noise: a visual neck will put
-vectors there that are no word's, and a LLaMA that has read only words does not make sense of them. The loss is on the
-answer, and lightly on all other words. What it gives up: any knowledge beyond `data_prep.pretrain.sentences`.
+Its words, its questions and its scenes grow in number over the first half of the training (`Writer.variety`), and part of
+the lessons are checklists: with all words at once and whole questions alone, yes and no stay at chance. Half of the batches
+replace the scene's word embeddings by random mixtures of them, plus noise: a visual neck will put vectors there that are no
+word's, and a LLaMA that has read only words does not make sense of them. The loss is on the answer, and lightly on all
+other words. What it gives up: any knowledge beyond `data_prep.pretrain.sentences`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ LLAMA_CONFIG = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
-POOL = 16  # batches drawn at once
+POOL = 16  # batches written at once
 CONTEXT_WEIGHT = 0.1  # weight of a word that is no answer, against one that is
 
 
@@ -61,22 +63,23 @@ def tokenise(lesson: Lesson, tokenizer: Tokenizer) -> Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """A padded batch: `ids` int64 [B, L]; `scene` bool [B, L]; `weight` float32 [B, L] of predicting each token."""
+    """A padded batch, all [B, L]: `ids` int64; `scene`, `answer` bool; `weight` float32, of predicting that token."""
 
     ids: torch.Tensor
     scene: torch.Tensor
+    answer: torch.Tensor
     weight: torch.Tensor
 
 
 def collate(rows: list[Tokens]) -> Lines:
     shape = len(rows), max(len(row.ids) for row in rows)
-    ids, scene, weight = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, np.float32)
+    ids, weight = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    scene, answer = np.zeros(shape, bool), np.zeros(shape, bool)
     for number, row in enumerate(rows):
-        length = len(row.ids)
-        ids[number, :length] = row.ids
-        scene[number, :length] = row.scene
-        weight[number, 1:length] = np.where(row.answer, 1.0, CONTEXT_WEIGHT)[1:]
-    return Lines(ids=torch.from_numpy(ids), scene=torch.from_numpy(scene), weight=torch.from_numpy(weight))
+        here = number, slice(len(row.ids))
+        ids[here], scene[here], answer[here] = row.ids, row.scene, row.answer
+        weight[here] = np.where(row.answer, 1.0, CONTEXT_WEIGHT)
+    return Lines(ids=torch.from_numpy(ids), scene=torch.from_numpy(scene), answer=torch.from_numpy(answer), weight=torch.from_numpy(weight))
 
 
 def blur(embeddings: torch.Tensor, scene: torch.Tensor, noise: float) -> torch.Tensor:
@@ -106,7 +109,7 @@ def loss_of(llama: LlamaForCausalLM, lines: Lines, *, noise: float | None) -> to
 
 
 def train_llama(
-    tokenizer: Tokenizer, *, num_steps: int, batch_size: int = 64, lr: float = 2e-3, noise: float = 0.5, seed: int = 0
+    tokenizer: Tokenizer, *, num_steps: int, batch_size: int = 48, lr: float = 2e-3, noise: float = 0.5, seed: int = 0
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """Returns the trained LLaMA and its accuracy on fresh lessons, told in words and blurred."""
     torch.manual_seed(seed)
@@ -127,10 +130,9 @@ def train_llama(
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == num_steps - 1:
-            share = accuracy(llama, [tokenise(writer.lesson(), tokenizer) for _ in range(200)], noise=None)
+            share = accuracy(llama, _questions(writer, tokenizer, 200), noise=None)
             print(f"llama step {step}/{num_steps} loss {loss.item():.4f} right {share:.2f} {time.monotonic() - started:.0f} s", flush=True)
-    fresh = Writer(seed + 1)
-    rows = [tokenise(fresh.lesson(), tokenizer) for _ in range(2000)]
+    rows = _questions(Writer(seed + 1), tokenizer, 2000)
     return llama, {"words": accuracy(llama, rows, noise=None), "blurred": accuracy(llama, rows, noise=noise)}
 
 
@@ -138,6 +140,16 @@ def _batches(writer: Writer, tokenizer: Tokenizer, batch_size: int) -> list[Line
     """The next `POOL` batches, each of lessons of like length (less padding), in random order."""
     rows = sorted((tokenise(writer.lesson(), tokenizer) for _ in range(POOL * batch_size)), key=lambda row: len(row.ids))
     return [collate(rows[start * batch_size : (start + 1) * batch_size]) for start in torch.randperm(POOL).tolist()]
+
+
+def _questions(writer: Writer, tokenizer: Tokenizer, count: int) -> list[Tokens]:
+    """The next `count` lessons with an answer of one word, so no checklists: half of their words cannot be foretold."""
+    rows = []
+    while len(rows) < count:
+        lesson = writer.lesson()
+        if " " not in lesson.answer:
+            rows.append(tokenise(lesson, tokenizer))
+    return rows
 
 
 @torch.no_grad()
@@ -150,6 +162,6 @@ def accuracy(llama: LlamaForCausalLM, rows: list[Tokens], *, noise: float | None
         if noise is not None:
             embeddings = blur(embeddings, lines.scene, noise)
         likeliest = llama(inputs_embeds=embeddings).logits[:, :-1].argmax(-1)
-        wrong = (likeliest != lines.ids[:, 1:]) & (lines.weight[:, 1:] == 1.0)
+        wrong = (likeliest != lines.ids[:, 1:]) & lines.answer[:, 1:]
         right += int((~wrong.any(1)).sum())
     return right / len(rows)

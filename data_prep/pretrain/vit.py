@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_prep.pretrain.drawings import COLOURS, FIGURES, IMAGE_SIZE, draw
 
-# What the model subtracts and divides by (OpenAI CLIP's statistics), on pixels in [0, 1].
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT_CONFIG = dict(
     image_size=IMAGE_SIZE,
     patch_size=16,
@@ -62,7 +60,7 @@ def draw_many(rng: np.random.Generator, count: int, variety: float = 1.0) -> Dra
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 [N, 3, H, W] -> float32 of the same shape, as the model does it."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (pixels.float() / 255 - mean) / std
 
 
@@ -115,8 +113,8 @@ def train_vit(*, num_steps: int, batch_size: int = 64, lr: float = 1e-3, seed: i
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == num_steps - 1:
-            seen = evaluate(vit, heads, drawings)
-            print(f"vit step {step}/{num_steps} loss {loss.item():.4f} figures {seen['figure_4']:.2f} {time.monotonic() - started:.0f} s", flush=True)
+            share = evaluate(vit, heads, drawings)[f"figure_{len(heads)}"]
+            print(f"vit step {step}/{num_steps} loss {loss.item():.4f} figures {share:.2f} {time.monotonic() - started:.0f} s", flush=True)
     return vit, evaluate(vit, heads, draw_many(rng, 2000))
 
 
