@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import easyvqa
+from data_prep.sources import easyvqa, llava_json, scienceqa
 from data_prep.sources.raw import RawSample
 
 SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample]]] = {
     "easyvqa": easyvqa.read,
+    "llava_json": llava_json.read,
+    "scienceqa": scienceqa.read,
 }

@@ -1,0 +1,81 @@
+"""Shows what is in packed shards: `python -m data_prep.peek FOLDER [--row N]`.
+
+Prints one pack segment by segment as the model sees it. What carries loss stands between `>>` and `<<`; images and modality tokens
+are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vltrain.data.shards import PackedDataset
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.errors import InputError, exits_cleanly
+from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
+
+MODALITY = {TEXT_MODALITY_TOKEN: "[u_text]", IMAGE_MODALITY_TOKEN: "[u_image]"}
+
+
+def describe(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
+    """The text that shows pack `number`. Raises InputError if there is no such pack."""
+    if not 0 <= number < len(dataset):
+        raise InputError(f"{dataset.folder}: --row {number}: it has packs 0 to {len(dataset) - 1}")
+    row = dataset.row(number)
+    slots = iter(row.image_slots.tolist())
+    lines = [
+        f"pack {number}: {len(row.input_ids)} of {dataset.manifest.pack_length} tokens, {int(row.loss_mask.sum())} with loss, "
+        f"{len(row.sample_ids)} samples, {len(row.image_ids)} images"
+    ]
+    start = 0
+    for length, name in zip(row.segment_lengths.tolist(), row.sample_ids, strict=True):
+        tokens, losses = row.input_ids[start : start + length].tolist(), row.loss_mask[start : start + length].tolist()
+        lines.append(f"--- {name} ({length} tokens, at {start})\n{_segment(tokens, losses, row.image_ids.tolist(), slots, dataset, tokenizer)}")
+        start += length
+    return "\n".join(lines)
+
+
+def _segment(tokens, losses, image_ids, slots, dataset: PackedDataset, tokenizer: Tokenizer) -> str:
+    visual_tokens = dataset.manifest.visual_tokens
+    text, place = "", 0
+    while place < len(tokens):
+        token, has_loss = tokens[place], losses[place]
+        if token == IMAGE_TOKEN:
+            text += f"[image {image_ids[next(slots)]}: {visual_tokens} tokens]"
+            place += visual_tokens
+            continue
+        if token in MODALITY:
+            text, place = text + MODALITY[token], place + 1
+            continue
+        end = place
+        while end < len(tokens) and tokens[end] >= 0 and losses[end] == has_loss:
+            end += 1
+        words = _words(tokens[place:end], tokenizer)
+        text, place = text + (f">>{words}<<" if has_loss else words), end
+    return text
+
+
+def _words(ids: list[int], tokenizer: Tokenizer) -> str:
+    marks = {tokenizer.bos_id: "[BOS]", tokenizer.eos_id: "[EOS]"}
+    text, run = "", []
+    for one in [*ids, None]:
+        if one is None or one in marks:
+            text += (tokenizer.decode(run) if run else "") + marks.get(one, "")
+            run = []
+        else:
+            run.append(one)
+    return text
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="vltrain peek", description="Show a pack as the model sees it.")
+    parser.add_argument("folder", type=Path, help="packed shards")
+    parser.add_argument("--row", type=int, default=0, help="which pack")
+    options = parser.parse_args(arguments)
+    dataset = PackedDataset(options.folder, verify=False)
+    print(describe(dataset, options.row, load_tokenizer(dataset.manifest.tokenizer)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
