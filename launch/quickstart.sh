@@ -23,6 +23,6 @@ run=$(python launch/train_mmt.py --print_config "$@" | sed -n 's/^output: //p')
 deepspeed --log_level warning --num_accelerators "$accelerators" launch/train_mmt.py --ds ds_configs/zero2.json "$@"
 deepspeed --log_level warning --num_accelerators "$accelerators" launch/evaluate.py "$run" --split test
 
-accuracy=$(python -c 'import json, sys; m = json.load(open(sys.argv[1])); print(f"accuracy={m[\"accuracy\"]:.4f} ({m[\"total\"]} questions)")' "$run/eval/test/metrics.json")
+accuracy=$(python -c "import json, sys; m = json.load(open(sys.argv[1])); print('accuracy=%.4f (%d questions)' % (m['accuracy'], m['total']))" "$run/eval/test/metrics.json")
 echo "quickstart: watch it: .venv/bin/tensorboard --logdir $run/tensorboard"
 echo "quickstart: $accuracy seconds=$(( $(date +%s) - started ))"
