@@ -63,7 +63,11 @@ class VisionConfig:
     """The image encoder: a CLIP-style ViT whose [cls] states after every `tap_every`-th block are the visual tokens."""
 
     source: str | None = None
-    """Folder, hub name, `package://MODULE/PATH` or `asset://NAME`; null: random weights of the size in `config`."""
+    """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors) with OpenAI-CLIP's
+    names; null: random weights of the size in `config`."""
+    kind: Literal["clip", "diht", "alip"] | None = None
+    """Whose ViT a state dict is, which tells its activation (diht: exact GELU; clip, alip: x sigmoid(1.702 x)); Hugging Face folders say it
+    themselves."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' CLIPVisionConfig."""
     tap_every: int = 4
@@ -77,6 +81,7 @@ class VisionConfig:
             (self.source is None) == bool(self.config), "model.vision", {"source": self.source, "config": self.config},
             "either `source` (weights to load) or `config` (sizes of a random ViT)",
         )
+        _require(self.kind is None or self.source is not None, "model.vision.kind", self.kind, "null, since random weights are nobody's")
 
 
 @dataclass(kw_only=True)
@@ -84,7 +89,8 @@ class LLMConfig:
     """The language model: a LLaMA."""
 
     source: str | None = None
-    """Folder, hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`; null: random weights of the size in `config`."""
+    """Folder (Hugging Face's or Meta's layout), hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`; null: random weights
+    of the size in `config`."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' LlamaConfig."""
     tokenizer: str | None = None

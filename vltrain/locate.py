@@ -16,7 +16,7 @@ from vltrain.errors import InputError, nearest
 
 ASSETS = Path(__file__).parent / "assets"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_FILE_SUFFIXES = (".model", ".gguf", ".json", ".safetensors", ".bin", ".pth", ".pt")
+_FILE_SUFFIXES = (".model", ".gguf", ".json", ".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 
 
 def locate(source: str) -> str:

@@ -61,7 +61,7 @@ def build_model(
 
 
 def _make_clip(model: ModelConfig, trained: bool, dtype: torch.dtype) -> CLIPVisionModel:
-    config = clip_config("model.vision", model.vision.source, model.vision.config)
+    config = clip_config("model.vision", model.vision.source, model.vision.config, model.vision.kind)
     attention = "eager" if model.llm.attention == "eager" else "sdpa"
     if model.vision.source is None or _on_meta():
         with seeded(model.seed, "vision"):

@@ -1,8 +1,10 @@
-"""Pretrained weights: Hugging Face folders and hub names, GGUF files, and what ships with the package.
+"""Pretrained weights, in whichever layout they lie: Hugging Face folders and hub names, GGUF files, and the makers' own.
 
-Loading is transformers' own (safetensors, or torch files read with `weights_only`). What is added is refusal: transformers
-fills a missing weight with random numbers and drops one it does not know, with a line in the log. Here a checkpoint that does
-not give the model exactly its weights is an `InputError` that names the file and the keys.
+What a source is, its content says: a LLaMA in Meta's layout goes to `meta_llama`, a ViT's state dict with OpenAI-CLIP's names to
+`clip_state`, the rest to transformers (safetensors, or torch files read with `weights_only`), which maps files and so holds one
+copy of the weights at most. What is added there is refusal: transformers fills a missing weight with random numbers and drops
+one it does not know, with a line in the log. Here a checkpoint that does not give the model exactly its weights is an
+`InputError` that names the file and the keys.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from vltrain.errors import InputError, nearest
 from vltrain.locate import locate
+from vltrain.models.clip_state import ACTIVATIONS, clip_state_config, is_state_file, load_clip_state
+from vltrain.models.meta_llama import is_meta_folder, load_meta_llama, meta_llama_config
+from vltrain.models.tensor_files import TENSOR_FILE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +55,8 @@ def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaC
         (`model.llm`) is named in it.
     """
     if source is not None:
-        return _read_config(key, source, LlamaConfig, ("llama",))
+        path = _located(key, source)
+        return meta_llama_config(key, Path(path)) if is_meta_folder(path) else _read_config(key, source, LlamaConfig, ("llama",))
     config = _config_from_values(key, LlamaConfig, values)
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(
@@ -60,11 +66,24 @@ def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaC
     return config
 
 
-def clip_config(key: str, source: str | None, values: dict[str, Any]) -> CLIPVisionConfig:
-    """The ViT's sizes, as `llama_config`; of a whole CLIP, its vision part's."""
-    if source is not None:
-        return _read_config(key, source, CLIPVisionConfig, ("clip_vision_model", "clip"))
-    return _config_from_values(key, CLIPVisionConfig, values)
+def clip_config(key: str, source: str | None, values: dict[str, Any], kind: str | None = None) -> CLIPVisionConfig:
+    """The ViT's sizes, as `llama_config`; of a whole CLIP, its vision part's.
+
+    Args:
+        kind: whose ViT it is, a name of `clip_state.ACTIVATIONS`: needed for a state dict. What brings a config must agree with it.
+    """
+    if source is None:
+        return _config_from_values(key, CLIPVisionConfig, values)
+    path = _located(key, source)
+    if is_state_file(path):
+        return clip_state_config(key, Path(path), kind)
+    config = _read_config(key, source, CLIPVisionConfig, ("clip_vision_model", "clip"))
+    if kind is not None and config.hidden_act != ACTIVATIONS[kind]:
+        raise InputError(
+            f"{key}.kind: '{kind}' has the activation {ACTIVATIONS[kind]}, but the config.json of '{source}' ({path}) says "
+            f"{config.hidden_act}; leave the kind out, or mend the file"
+        )
+    return config
 
 
 def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
@@ -72,6 +91,11 @@ def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, a
 
     Raises: InputError for a file that is missing or broken, and for weights that are missing, unknown or of another shape.
     """
+    path = _located(key, source)
+    if is_meta_folder(path):
+        llm = load_meta_llama(key, Path(path), config, dtype, attention)
+        logger.info("%s: LLaMA in Meta's layout from %s", key, path)
+        return llm
     llm = _load(key, source, LlamaForCausalLM, config, dtype, attention, LLAMA_IGNORED)
     # From GGUF the weights are plain tensors by now, yet the marks of a quantised model would forbid training and saving.
     llm.is_quantized, llm.hf_quantizer = False, None
@@ -80,7 +104,12 @@ def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, a
 
 
 def load_clip(key: str, source: str, config: CLIPVisionConfig, dtype: torch.dtype, attention: str) -> CLIPVisionModel:
-    """A ViT with the weights of `source`, a `CLIPVisionModel` or a whole `CLIPModel`. Raises: as `load_llama`."""
+    """A ViT with the weights of `source`: a `CLIPVisionModel`, a whole `CLIPModel`, or a state dict. Raises: as `load_llama`."""
+    path = _located(key, source)
+    if is_state_file(path):
+        clip = load_clip_state(key, Path(path), config, dtype, attention)
+        logger.info("%s: ViT with OpenAI-CLIP's names from %s", key, path)
+        return clip
     return _load(key, source, CLIPVisionModel, config, dtype, attention, CLIP_IGNORED)
 
 
@@ -147,16 +176,23 @@ def _load(
     return model
 
 
-def _place(key: str, source: str) -> tuple[str, dict[str, str]]:
-    """What transformers' `from_pretrained` is to be called with: (folder or hub name, further arguments)."""
+def _located(key: str, source: str) -> str:
     try:
-        path = locate(source)
+        return locate(source)
     except InputError as error:
         raise InputError(f"{key}.source: {error}") from None
+
+
+def _place(key: str, source: str) -> tuple[str, dict[str, str]]:
+    """What transformers' `from_pretrained` is to be called with: (folder or hub name, further arguments)."""
+    path = _located(key, source)
     if not os.path.isfile(path):
         return path, {}
     if not path.endswith(".gguf"):
-        raise InputError(f"{key}.source: '{source}' is a file ({path}); expected a .gguf file or a folder with config.json and weights")
+        raise InputError(
+            f"{key}.source: '{source}' is a file ({path}); expected a .gguf file, a folder with weights, or for a ViT a state dict "
+            f"({', '.join(TENSOR_FILE_SUFFIXES)})"
+        )
     return os.path.dirname(path), {"gguf_file": os.path.basename(path)}
 
 
