@@ -132,7 +132,7 @@ NORM = "model.layers.1.input_layernorm.weight"
     "change, message",
     [
         (lambda w: w.pop(NORM), rf"1 missing: {NORM}"),
-        (lambda w: w.update({NORM: torch.ones(3)}), rf"1 of another shape: {NORM} \[3\] \(expected \[32\]\)"),
+        (lambda w: w.update({NORM: torch.ones(3)}), rf"1 of another shape: {NORM} \[3\], expected \[32\]"),
         (
             lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
             r"1 not of this model: model.layers.0.self_attn.q_proj.bias",
@@ -161,6 +161,38 @@ def test_a_cut_off_file_is_named(tmp_path: Path) -> None:
         read_llama(tmp_path)
 
 
+def second_file(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+def change_second_file(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(second_file(folder))
+    change(weights)
+    save_file(weights, second_file(folder), metadata={"format": "pt"})
+
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: second_file(folder).unlink(), "FILE"),
+        (lambda folder: change_second_file(folder, lambda w: w.pop(GATE)), rf"1 missing: {GATE} \(FILE\)"),
+        (lambda folder: change_second_file(folder, lambda w: w.update(foo=torch.ones(1))), r"1 not of this model: foo \(FILE\)"),
+        (lambda folder: change_second_file(folder, lambda w: w.update({GATE: torch.ones(2)})), rf"{GATE} \[2\], expected \[56, 32\] \(FILE\)"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: not JSON"),
+    ],
+)  # fmt: skip
+def test_of_several_files_the_one_that_does_not_fit_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    save_llama(tmp_path, "20KB")
+    name = second_file(tmp_path).name
+    assert GATE in load_file(second_file(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=message.replace("FILE", name)):
+        read_llama(tmp_path)
+
+
 def test_missing_files_and_foreign_models_are_refused(tmp_path: Path) -> None:
     save_clip(tmp_path / "clip", whole=False)
     with pytest.raises(InputError, match="is a model of type 'clip_vision_model', expected 'llama'"):
@@ -173,9 +205,12 @@ def test_missing_files_and_foreign_models_are_refused(tmp_path: Path) -> None:
         read_clip(tmp_path / "clip")
     with pytest.raises(InputError, match="model.vision.source: .*/nowhere': no such file or folder"):
         read_clip(tmp_path / "nowhere")
+    (tmp_path / "weights.onnx").write_bytes(b"")
+    with pytest.raises(InputError, match="is a file .* expected a .gguf file, a folder with weights, or for a ViT a state dict"):
+        read_clip(tmp_path / "weights.onnx")
     (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(InputError, match="is a file .* expected a .gguf file or a folder"):
-        read_clip(tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="is a file .* expected a .gguf file, a folder with weights"):
+        read_llama(tmp_path / "weights.pth")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF nothing")
     with pytest.raises(InputError, match="broken.gguf"):
         read_llama(tmp_path / "broken.gguf")

@@ -9,6 +9,7 @@ one it does not know, with a line in the log. Here a checkpoint that does not gi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -160,15 +161,19 @@ def _load(
             )
     except LOAD_ERRORS as error:
         raise _cannot_load(key, source, place, error) from None
+    shapes = {name: f" {list(found)}, expected {list(expected)}" for name, found, expected in report["mismatched_keys"]}
     problems = {
         "missing": sorted(report["missing_keys"]),
         "not of this model": sorted(name for name in report["unexpected_keys"] if not ignored.match(name)),
-        "of another shape": [
-            f"{name} {list(found)} (expected {list(expected)})" for name, found, expected in sorted(report["mismatched_keys"])
-        ],
+        "of another shape": sorted(shapes),
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(names)} {problem}: {_some(names)}" for problem, names in problems.items() if names)
+        files = _files_of_weights(Path(place))
+        named = {
+            problem: [f"{name}{shapes.get(name, '')}{f' ({files[name]})' if name in files else ''}" for name in names]
+            for problem, names in problems.items()
+        }
+        told = "; ".join(f"{len(names)} {problem}: {_some(names)}" for problem, names in named.items() if names)
         raise InputError(
             f"{key}.source: the weights of '{source}' ({place}) do not fit a {model_class.__name__} of its config.json. Weights {told}"
         )
@@ -197,23 +202,39 @@ def _place(key: str, source: str) -> tuple[str, dict[str, str]]:
 
 
 def _cannot_load(key: str, source: str, place: str, error: Exception) -> InputError:
-    broken = _broken_file(Path(place))
-    where = f"{broken}: not a whole safetensors file" if broken else place
+    where = _broken_file(Path(place)) or place
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     return InputError(
         f"{key}.source: cannot load '{source}' from {where} ({type(error).__name__}: {reason}). Fetch it again, or name another source"
     )
 
 
-def _broken_file(folder: Path) -> Path | None:
-    """The first safetensors file of `folder` whose header and size do not agree; the errors of a load do not name it."""
+def _broken_file(folder: Path) -> str | None:
+    """The first file of `folder` that is not what its name says, and what it should be; the errors of a load do not name it."""
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError):
+            return f"{path}: not JSON"
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         try:
             with safe_open(path, framework="pt"):
                 continue
         except (SafetensorError, OSError):
-            return path
+            return f"{path}: not a whole safetensors file"
     return None
+
+
+def _files_of_weights(folder: Path) -> dict[str, str]:
+    """Which shard of a loadable folder holds each weight, or by the index should hold it; empty where there are no shards."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    files = dict(json.loads(index.read_text())["weight_map"])
+    for name in sorted(set(files.values())):
+        with safe_open(folder / name, framework="pt") as shard:
+            files |= dict.fromkeys(shard.keys(), name)
+    return files
 
 
 def _some(names: list[str], most: int = 5) -> str:
