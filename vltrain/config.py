@@ -89,8 +89,8 @@ class LLMConfig:
     """The language model: a LLaMA."""
 
     source: str | None = None
-    """Folder (Hugging Face's or Meta's layout), hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`; null: random weights
-    of the size in `config`."""
+    """Folder (Hugging Face's or Meta's layout), hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`; null: random
+    weights of the size in `config`."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' LlamaConfig."""
     tokenizer: str | None = None

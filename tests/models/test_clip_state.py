@@ -21,7 +21,7 @@ WIDTH, PATCH, GRID, DEPTH = 128, 16, 2, 5
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "image_size": PATCH * GRID,
          "patch_size": PATCH}  # fmt: skip
 PIXELS = torch.randn(2, 3, PATCH * GRID, PATCH * GRID, generator=torch.Generator().manual_seed(0))
-TEXT_TOWER = {"transformer.resblocks.0.ln_1.weight": torch.ones(4), "positional_embedding": torch.ones(7, 4), "logit_scale": torch.tensor(1.0)}
+TEXT_TOWER = {"transformer.resblocks.0.ln_1.weight": torch.ones(4), "positional_embedding": torch.ones(7, 4), "logit_scale": torch.ones(())}
 
 
 class Block(nn.Module):
@@ -87,7 +87,8 @@ def exported(model: CLIPVisionModel) -> dict[str, Tensor]:
     pairs = {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
     for number in range(DEPTH):
         theirs, ours = f"transformer.resblocks.{number}", f"encoder.layers.{number}"
-        inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+        inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"}
+        inner |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
         pairs |= {f"{theirs}.{a}": f"{ours}.{b}" for a, b in inner.items()}
         for leaf in ("weight", "bias"):
             qkv = [weights[f"{ours}.self_attn.{part}_proj.{leaf}"] for part in ("q", "k", "v")]
@@ -203,12 +204,12 @@ def drop_visual(state: dict[str, Tensor]) -> None:
     [
         (lambda s: s.pop(f"module.{LN}"), f"1 missing: module.{LN}"),
         (lambda s: s.pop("module.visual.conv1.weight"), "1 missing: module.visual.conv1.weight"),
-        (lambda s: s.update({"module.visual.attnpool.q_proj.weight": torch.ones(2)}), "1 not of a ViT: module.visual.attnpool.q_proj.weight"),
-        (lambda s: s.update({f"module.{IN_PROJ}": torch.ones(WIDTH, WIDTH)}), rf"module.{IN_PROJ} is \[128, 128\] .*, expected \[384, 128\]"),
-        (lambda s: s.update({"module.visual.positional_embedding": torch.ones(7, WIDTH)}), "width 128 and 7 positions, expected .* a square"),
+        (lambda s: s.update({"module.visual.attnpool.weight": torch.ones(2)}), "1 not of a ViT: module.visual.attnpool.weight"),
+        (lambda s: s.update({f"module.{IN_PROJ}": torch.ones(WIDTH, WIDTH)}), rf"module.{IN_PROJ} is \[128, 128\] .* \[384, 128\]"),
+        (lambda s: s.update({"module.visual.positional_embedding": torch.ones(7, WIDTH)}), "128 and 7 positions, expected .* a square"),
         (lambda s: s.update({"module.visual.conv1.weight": torch.ones(WIDTH, 3)}), "have other dimensions than a ViT's"),
         (lambda s: s.update({"module.visual.conv1.weight": torch.ones(96, 3, 16, 16)}), "width 96 .* a multiple of 64"),
-        (lambda s: s.update({"module.visual.ln_post.bias": torch.ones(WIDTH).int()}), "module.visual.ln_post.bias .* torch.int32, .* floats"),
+        (lambda s: s.update({"module.visual.ln_post.bias": torch.ones(WIDTH).int()}), "visual.ln_post.bias .* torch.int32, .* floats"),
         (drop_visual, "no name begins with 'visual.'"),
         (lambda s: (s.clear(), s.update({"vision_model.x": torch.ones(1)})), "Hugging Face weights are named by their folder"),
         (lambda s: (s.clear(), s.update(epoch=3)), "holds no named tensors"),

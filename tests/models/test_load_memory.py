@@ -27,7 +27,8 @@ def write_meta(folder: Path, num_layers: int, num_shards: int) -> None:
         for layer in range(num_layers):
             block = {f"attention.{name}": (width // num_shards, WIDTH) for name, width in rows.items()}
             block |= {f"attention.{name}": (WIDTH, width // num_shards) for name, width in columns.items()}
-            block |= {f"feed_forward.{name}": (FFN // num_shards, WIDTH) for name in ("w1", "w3")} | {"feed_forward.w2": (WIDTH, FFN // num_shards)}
+            block |= {f"feed_forward.{name}": (FFN // num_shards, WIDTH) for name in ("w1", "w3")}
+            block |= {"feed_forward.w2": (WIDTH, FFN // num_shards)}
             block |= {"attention_norm": (WIDTH,), "ffn_norm": (WIDTH,)}
             shard |= {f"layers.{layer}.{name}.weight": torch.ones(shape) for name, shape in block.items()}
         torch.save({name: weight.half() for name, weight in shard.items()}, folder / f"consolidated.{number:02d}.pth")

@@ -1,4 +1,4 @@
-"""LLaMAs in Meta's layout compute what Meta's network does, written here from its definition, and what Hugging Face's folder of them does."""
+"""LLaMAs in Meta's layout compute what Meta's network does, written here from its definition, and what Hugging Face's does."""
 
 import json
 import shutil
@@ -113,7 +113,8 @@ def test_meta_and_hugging_face_give_the_same_weights(tmp_path: Path, kv_heads: i
     for theirs, ours in names.items():
         weight = original.get_parameter(f"{ours}.weight").data
         if theirs.endswith(("wq", "wk")):
-            rows = [h * HEAD_DIM + pair + second * half for h in range(len(weight) // HEAD_DIM) for pair in range(half) for second in (0, 1)]
+            starts = range(0, len(weight), HEAD_DIM)
+            rows = [start + pair + second * half for start in starts for pair in range(half) for second in (0, 1)]
             weight = weight[rows]
         weights[f"{theirs}.weight"] = weight
     write_meta(tmp_path / "meta", weights, 2, kv_heads)
@@ -182,7 +183,7 @@ WO = "layers.1.attention.wo.weight"
     [
         (renumber, "", r"found 2 shard\(s\), but no consolidated.01.pth"),
         (lambda folder: (folder / "consolidated.00.pth").unlink(), "", "no consolidated.00.pth"),
-        (lambda folder: (folder / "consolidated.01.pth").unlink(), "params.json", "feed-forward width is 48 but the weights of 1 shard.* 24"),
+        (lambda folder: (folder / "consolidated.01.pth").unlink(), "params.json", "width is 48 but the weights of 1 shard.* 24"),
         (truncate, "consolidated.01.pth", "cut off"),
         (lambda folder: (folder / "consolidated.01.pth").write_bytes(b""), "consolidated.01.pth", "not a"),
         (lambda folder: (folder / "params.json").unlink(), "params.json", "cannot be read"),
@@ -205,7 +206,7 @@ WO = "layers.1.attention.wo.weight"
         (edit_shard(0, lambda shard: shard.pop("tok_embeddings.weight")), "consolidated.00.pth", "1 missing: tok_embeddings.weight"),
         (edit_shard(1, lambda shard: shard.update({"lora.weight": torch.ones(2)})), "consolidated.01.pth", "1 unknown: lora.weight"),
         (edit_shard(1, lambda shard: shard.update({WO: torch.ones(32, 8)})), "consolidated.01.pth", rf"{WO} is \[32, 8\] .* \[32, 16\]"),
-        (edit_shard(1, lambda shard: shard.update({WO: shard[WO].to(torch.int8)})), "consolidated.01.pth", f"{WO} is .* torch.int8, .* of floats"),
+        (edit_shard(1, lambda shard: shard.update({WO: shard[WO].int()})), "consolidated.01.pth", f"{WO} .* torch.int32, .* floats"),
         (from_another_model, "consolidated.01.pth", "differs from consolidated.00.pth's"),
     ],
 )  # fmt: skip

@@ -180,7 +180,7 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
         (lambda folder: second_file(folder).unlink(), "FILE"),
         (lambda folder: change_second_file(folder, lambda w: w.pop(GATE)), rf"1 missing: {GATE} \(FILE\)"),
         (lambda folder: change_second_file(folder, lambda w: w.update(foo=torch.ones(1))), r"1 not of this model: foo \(FILE\)"),
-        (lambda folder: change_second_file(folder, lambda w: w.update({GATE: torch.ones(2)})), rf"{GATE} \[2\], expected \[56, 32\] \(FILE\)"),
+        (lambda folder: change_second_file(folder, lambda w: w.update({GATE: torch.ones(2)})), rf"{GATE} \[2\], .* \[56, 32\] \(FILE\)"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json: not JSON"),
     ],
 )  # fmt: skip

@@ -48,7 +48,8 @@ def clip_state_config(key: str, path: Path, kind: str | None) -> CLIPVisionConfi
     Raises: InputError if no kind is given, and for a file without a ViT of OpenAI-CLIP's names.
     """
     if kind is None:
-        raise InputError(f"{key}.kind: found null, expected one of {', '.join(ACTIVATIONS)}: the activation is not in a state dict ({path})")
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"{key}.kind: found null, expected one of {known}: the activation is not in a state dict ({path})")
     prefix, visual = _visual(key, path)
     patches, positions, feed_forward = (
         visual.get(name, torch.empty(0)) for name in ("conv1.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
@@ -117,7 +118,8 @@ def _visual(key: str, path: Path) -> tuple[str, dict[str, Tensor]]:
     prefix = next((found[0] for name in tensors if (found := VISUAL.match(name))), None)
     if prefix is None:
         hint = "; Hugging Face weights are named by their folder" if any("vision_model." in name for name in tensors) else ""
-        raise InputError(f"{key}.source: {path}: no name begins with 'visual.'; expected a state dict with OpenAI-CLIP's names and a ViT{hint}")
+        expected = "a state dict with OpenAI-CLIP's names and a ViT"
+        raise InputError(f"{key}.source: {path}: no name begins with 'visual.'; expected {expected}{hint}")
     return prefix, {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -125,5 +127,6 @@ def _check_names(key: str, path: Path, prefix: str, visual: dict[str, Tensor], d
     expected = _names(max(depth, 1)).keys()
     problems = {"missing": sorted(expected - visual.keys()), "not of a ViT": sorted(visual.keys() - expected - UNUSED)}
     if any(problems.values()):
-        told = "; ".join(f"{len(names)} {what}: {', '.join(prefix + name for name in names[:5])}" for what, names in problems.items() if names)
+        named = {what: [prefix + name for name in names] for what, names in problems.items() if names}
+        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in named.items())
         raise InputError(f"{key}.source: {path}: not a whole ViT with OpenAI-CLIP's names. Weights {told}")

@@ -73,7 +73,10 @@ def meta_llama_config(key: str, folder: Path) -> LlamaConfig:
     # LLaMA and LLaMA-2 cut the table's columns, LLaMA-3 its rows.
     vocabulary = embeddings.shape[0] * (num_shards if embeddings.shape[1] == width else 1)
     feed_forward = gate.shape[0] * num_shards
-    for name, said, found in (("vocab_size", params.get("vocab_size"), vocabulary), ("feed-forward width", _feed_forward(params), feed_forward)):
+    for name, said, found in (
+        ("vocab_size", params.get("vocab_size"), vocabulary),
+        ("feed-forward width", _feed_forward(params), feed_forward),
+    ):
         if said not in (None, found):
             raise InputError(
                 f"{key}.source: {folder / 'params.json'}: {name} is {said} but the weights of {num_shards} shard(s) say {found}; "
@@ -167,12 +170,13 @@ def _check(key: str, paths: list[Path], model: LlamaForCausalLM) -> None:
             split_dim = _split_dim(theirs, first[theirs], len(paths), config)
             if split_dim is not None:
                 expected[split_dim] //= len(paths)
-            if list(shard[theirs].shape) != expected or not shard[theirs].is_floating_point():
+            found = shard[theirs]
+            if list(found.shape) != expected or not found.is_floating_point():
                 raise InputError(
-                    f"{key}.source: {path}: {theirs} is {list(shard[theirs].shape)} of {shard[theirs].dtype}, expected {expected} of floats "
+                    f"{key}.source: {path}: {theirs} is {list(found.shape)} of {found.dtype}, expected {expected} of floats "
                     f"(by params.json and {len(paths)} shard(s)); a shard is missing, or the files are of different models"
                 )
-            if shard[theirs].ndim == 1 and not torch.allclose(shard[theirs].float(), first[theirs].float(), rtol=0, atol=NORM_TOLERANCE):
+            if found.ndim == 1 and not torch.allclose(found.float(), first[theirs].float(), rtol=0, atol=NORM_TOLERANCE):
                 raise InputError(
                     f"{key}.source: {path}: {theirs} differs from {paths[0].name}'s, but norms are the same in every shard of a model; "
                     "the shards are of different models"
@@ -184,7 +188,8 @@ def _check_names(key: str, path: Path, shard: dict[str, Tensor], expected: KeysV
     missing = sorted(expected - shard.keys())
     unknown = sorted(name for name in shard.keys() - expected if not ROTARY_BUFFER.fullmatch(name))
     if missing or unknown:
-        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in (("missing", missing), ("unknown", unknown)) if names)
+        problems = {"missing": missing, "unknown": unknown}
+        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in problems.items() if names)
         raise InputError(
             f"{key}.source: {path}: not a shard of a LLaMA of {config.num_hidden_layers} blocks (n_layers of params.json). Weights {told}"
         )
@@ -212,7 +217,8 @@ def _shard_paths(key: str, folder: Path) -> list[Path]:
     by_number = {int(found[1]): path for path in folder.iterdir() if (found := SHARD_NAME.fullmatch(path.name))}
     missing = [number for number in range(max(by_number, default=0) + 1) if number not in by_number]
     if missing:
-        raise InputError(f"{key}.source: {folder}: found {len(by_number)} shard(s), but no consolidated.{missing[0]:02d}.pth. Fetch it again")
+        absent = f"consolidated.{missing[0]:02d}.pth"
+        raise InputError(f"{key}.source: {folder}: found {len(by_number)} shard(s), but no {absent}. Fetch it again")
     return [by_number[number] for number in sorted(by_number)]
 
 
@@ -238,7 +244,8 @@ def _read_params(key: str, folder: Path) -> dict[str, Any]:
         if value is None and name in OPTIONAL_SIZES:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-            raise InputError(f"{key}.source: {path}: {name} is {value!r}, expected a positive {'number' if kind is float else 'whole number'}")
+            expected = "number" if kind is float else "whole number"
+            raise InputError(f"{key}.source: {path}: {name} is {value!r}, expected a positive {expected}")
     params["n_kv_heads"] = params.get("n_kv_heads") or params["n_heads"]
     if params["dim"] % (2 * params["n_heads"]) or params["n_heads"] % params["n_kv_heads"]:
         sizes = ", ".join(f"{name} {params[name]}" for name in ("dim", "n_heads", "n_kv_heads"))
