@@ -8,16 +8,14 @@ profiles (ICC) and the later frames of animations.
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vltrain.errors import InputError
 
-# What Pillow raises on damaged files, by format.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes, image_size: int, max_pixels: int, where: str) -> np.ndarray:
@@ -42,20 +40,22 @@ def decode_image(data: bytes, image_size: int, max_pixels: int, where: str) -> n
 
 def open_rgb(data: bytes, max_pixels: int, where: str) -> Image.Image:
     """Decodes an image file's bytes at its own size, upright and in RGB; raises as `decode_image` does."""
+    # Pillow itself judges the size, before it decodes, also that of pictures inside pictures (icons, frames).
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size is judged here, and odd metadata does not matter
+            warnings.simplefilter("ignore")  # odd metadata does not matter
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise InputError(
-                    f"{where}: {image.width} x {image.height} pixels, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)"
-                )
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
-    except InputError:
-        raise
-    except _DAMAGE as error:
-        raise InputError(f"{where}: not a readable image ({len(data)} bytes; {error or type(error).__name__})") from None
+    except _TOO_LARGE as error:
+        found = str(error).partition(" exceeds")[0]  # "Image size (N pixels)"
+        raise InputError(f"{where}: {found}, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{where}: not a readable image ({len(data)} bytes, of no known format)") from None
+    except Exception as error:  # on damaged files Pillow's readers raise whatever their arithmetic happens to run into
+        raise InputError(f"{where}: not a readable image ({len(data)} bytes; {str(error) or type(error).__name__})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -63,7 +63,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow would clip to 255. Integers are 16-bit values; floats are taken as already in [0, 255].
         values = np.asarray(image)
         scaled = values / 257 if image.mode != "F" else values
-        image = Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+        grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        if "transparency" in image.info:  # the one value that a PNG of greys may call transparent
+            grey[values == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -7,6 +7,7 @@ The order is the plan's, whatever the number of workers. What this gives up: dec
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -163,21 +164,37 @@ class StepLoader:
     def __len__(self) -> int:
         return max(0, self._plan.num_steps - self._start_step)
 
-    def __iter__(self) -> Iterator[LoadedStep]:
+    def _start(self) -> Iterator[tuple[PackedRow, torch.Tensor] | str]:
+        """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid a training step."""
+        before = signal.getsignal(signal.SIGCHLD)
         fetched = iter(self._loader)
+        if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler, which raises wherever the process is just then
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return fetched
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        fetched = self._start()
         for number in range(self._start_step, self._plan.num_steps):
             step = self._plan.step(number)
             batches = [
-                filler(has_images, self._image_size) if pack == FILLER else _unwrap(next(fetched))
+                filler(has_images, self._image_size) if pack == FILLER else _unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
             yield LoadedStep(step=number, batches=batches, plan=step)
 
 
-def _unwrap(fetched: tuple[PackedRow, torch.Tensor] | str) -> Batch:
-    if isinstance(fetched, str):
-        raise InputError(fetched)
-    return _assemble(*fetched)
+def _unwrap(fetched: Iterator[tuple[PackedRow, torch.Tensor] | str]) -> Batch:
+    """The next batch; InputError if its images cannot be decoded, or if a worker process died."""
+    try:
+        found = next(fetched)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        detail = str(error).splitlines()[0].strip()
+        raise InputError(f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers") from None
+    if isinstance(found, str):
+        raise InputError(found)
+    return _assemble(*found)
 
 
 def _use_one_thread(_: int) -> None:
