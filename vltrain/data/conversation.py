@@ -76,7 +76,8 @@ def _mmt_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: in
         if turn.role == "user":
             yield from _user_pieces(turn.text, tokenizer, visual_tokens)
         else:
-            prefix = tokenizer.word_prefix if before and not before[-1].isspace() else ""
+            apart = not before or before[-1].isspace() or turn.text[:1].isspace()
+            prefix = "" if apart else tokenizer.word_prefix
             yield Piece([*tokenizer.encode(prefix + turn.text), tokenizer.eos_id], predicted=True, opens_answer=True)
         before = turn.text
 

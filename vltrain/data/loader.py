@@ -187,10 +187,10 @@ def _unwrap(fetched: Iterator[tuple[PackedRow, torch.Tensor] | str]) -> Batch:
     """The next batch; InputError if its images cannot be decoded, or if a worker process died."""
     try:
         found = next(fetched)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died while handing over
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
-        detail = str(error).splitlines()[0].strip()
+        detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise InputError(f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers") from None
     if isinstance(found, str):
         raise InputError(found)

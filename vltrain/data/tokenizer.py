@@ -62,7 +62,7 @@ class Tokenizer(ABC):
 
     def _settle(self, vocabulary: Any) -> None:
         """Derives `word_prefix` and `fingerprint` once encoding works; `vocabulary` is what JSON can hold."""
-        self.word_prefix = "" if self.encode("x a")[-len(self.encode("a")) :] == self.encode("a") else " "
+        self.word_prefix = "" if self.encode("x a") == self.encode("x") + self.encode("a") else " "
         probes = [self.encode(text) for text in _PROBES]
         facts = [vocabulary, self.bos_id, self.eos_id, self.chat_template, probes]
         self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -100,12 +100,13 @@ class SentencePieceTokenizer(Tokenizer):
 class TransformersTokenizer(Tokenizer):
     """Any fast tokenizer that transformers can load, GGUF files included."""
 
-    def __init__(self, name: str, **where: Any) -> None:
+    def __init__(self, name: str, gguf_file: str | None = None) -> None:
         from transformers import AutoTokenizer  # takes a second to import and is not needed for sentencepiece
 
         try:
-            self._outer = AutoTokenizer.from_pretrained(name, **where)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            self._outer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+        except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
+            name = f"{name}/{gguf_file}" if gguf_file else name
             detail = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"{name}: no tokenizer could be loaded from there ({detail[0]})") from None
         if not self._outer.is_fast:
@@ -115,7 +116,8 @@ class TransformersTokenizer(Tokenizer):
         self.bos_id = self._outer.bos_token_id
         self.eos_id = self._outer.eos_token_id
         self.vocab_size = len(self._outer)
-        self.special_ids = frozenset(self._outer.all_special_ids)
+        added = self._outer.added_tokens_decoder.items()
+        self.special_ids = frozenset([*self._outer.all_special_ids, *(number for number, token in added if token.special)])
         self.chat_template = self._outer.chat_template
         merges = json.loads(self._outer.backend_tokenizer.to_str())["model"].get("merges", [])
         self._settle([self._outer.get_vocab(), merges])
