@@ -8,7 +8,6 @@ and listed in `over_long.jsonl`.
 
 from __future__ import annotations
 
-import argparse
 import json
 from array import array
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.prepare import MAX_IMAGE_PIXELS, read_image
 from vltrain.data.conversation import TEMPLATES, encode_sample, find_template
@@ -215,7 +215,7 @@ def _settle_over_long(
         bound = "" if max_images is None else f" and {max_images} images"
         raise InputError(
             f"{len(misfits)} of {len(fits)} samples do not fit into a pack of {pack_length} tokens{bound}: {named}{', ...' if len(misfits) > 8 else ''}. "
-            f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or leave such samples out with --over-long drop"
+            f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or leave such samples out with --over-long drop (in a recipe: data.over_long: drop)"
         )
     if not fits.any():
         raise InputError(f"none of {len(fits)} samples fits into a pack of {pack_length} tokens; the shortest has {spool.lengths.min()}")
@@ -262,7 +262,7 @@ def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.pack", description="Tokenise and pack samples.")
+    parser = CommandLine("pack", "Tokenise and pack samples.", arguments)
     parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
     parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
     parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
-    manifest = pack(**vars(parser.parse_args(arguments)))
+    manifest = pack(**vars(parser.read()))
     print(
         f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, {manifest.num_tokens} tokens "
         f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}" + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")

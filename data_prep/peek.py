@@ -6,9 +6,9 @@ are named.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from data_prep.command_line import CommandLine
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -69,10 +69,10 @@ def _words(ids: list[int], tokenizer: Tokenizer) -> str:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="vltrain peek", description="Show a pack as the model sees it.")
+    parser = CommandLine("peek", "Show a pack as the model sees it.", arguments)
     parser.add_argument("folder", type=Path, help="packed shards")
     parser.add_argument("--row", type=int, default=0, help="which pack")
-    options = parser.parse_args(arguments)
+    options = parser.read()
     dataset = PackedDataset(options.folder, verify=False)
     print(describe(dataset, options.row, load_tokenizer(dataset.manifest.tokenizer)))
 

@@ -7,7 +7,6 @@ the file system allows it, else copies. DIR appears whole or not at all.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.sources import SOURCES
 from data_prep.sources.raw import RawSample
@@ -145,14 +145,14 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.prepare", description="Turn a raw data set into samples.")
+    parser = CommandLine("prepare", "Turn a raw data set into samples.", arguments)
     parser.add_argument("--source", required=True, help=f"one of {', '.join(sorted(SOURCES))}")
     parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa")
     parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
     parser.add_argument("--workers", type=int, help="processes that check images (default: all cores)")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
-    given = parser.parse_args(arguments)
+    given = parser.read()
     counts = prepare(
         given.source, given.input, given.output, parse_options(given.options), workers=given.workers, max_image_pixels=given.max_image_pixels
     )

@@ -6,12 +6,12 @@ normalisation), unk 0, bos 1, eos 2: the settings of LLaMA's own `tokenizer.mode
 
 from __future__ import annotations
 
-import argparse
 import io
 from pathlib import Path
 
 import sentencepiece
 
+from data_prep.command_line import CommandLine
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 
@@ -45,11 +45,11 @@ def train_tokenizer(text: list[Path], vocab_size: int, output: Path) -> None:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.tokenizer", description="Train a small LLaMA-style tokenizer.")
+    parser = CommandLine("tokenizer", "Train a small LLaMA-style tokenizer.", arguments)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text files, a sentence per line")
     parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes and 3 control tokens included")
     parser.add_argument("--output", type=Path, required=True, help="new folder, gets tokenizer.model")
-    options = parser.parse_args(arguments)
+    options = parser.read()
     train_tokenizer(options.text, options.vocab_size, options.output)
     print(f"wrote {options.output / 'tokenizer.model'} ({options.vocab_size} pieces)")
 

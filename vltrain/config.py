@@ -160,6 +160,9 @@ class DataConfig:
     """Tokens a pack may hold: what a micro-step of one rank trains on."""
     max_images: int | None = None
     """Images a pack may hold, to bound the ViT's memory; null: no bound."""
+    over_long: Literal["error", "drop"] = "error"
+    """What becomes of samples that do not fit into a pack. `error`: nothing is packed, and they are named; `drop`: they are left out and
+    listed in the packs' `over_long.jsonl`. None is ever cut."""
     workers: int = 1
     """Processes per rank that decode images; 0: in the training process."""
     max_image_pixels: int = 50_000_000

@@ -230,6 +230,8 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ),
     ("optim.vision_lr", lambda c: not (c.model.tune == "full" or c.model.vision.train), "the ViT's own weights are not tuned"),
     ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),
+    ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
+    ("data.max_images", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
 )
 

@@ -6,7 +6,6 @@ makes up. The same seed and number of threads give the same weights on the same 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from data_prep.command_line import CommandLine
 from data_prep.pretrain.llama import LLAMA_CONFIG, train_llama
 from data_prep.pretrain.sentences import Writer
 from data_prep.pretrain.vit import train_vit
@@ -62,14 +62,14 @@ def make_vit(output: Path, num_steps: int, seed: int) -> dict[str, float]:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     about = "Pretrain the tiny ViT and the tiny LLaMA of the quickstart."
-    parser = argparse.ArgumentParser(prog="python -m data_prep.pretrain", description=about)
+    parser = CommandLine("pretrain", about, arguments)
     parser.add_argument("--output", type=Path, required=True, help="gets tiny_vit/ and tiny_llama/, which must not exist")
     parser.add_argument("--only", choices=("vit", "llama"), help="make one of the two")
     parser.add_argument("--vit-steps", type=int, default=3500)
     parser.add_argument("--llama-steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="torch threads; models this small gain nothing from more")
-    options = parser.parse_args(arguments)
+    options = parser.read()
     torch.set_num_threads(options.threads)
     if options.only != "llama":
         print("tiny_vit on fresh drawings:", make_vit(options.output / "tiny_vit", options.vit_steps, options.seed))

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -117,17 +116,6 @@ def test_another_run_is_refused_naming_each_difference(tmp_path):
     require_same_run(found, json.loads(json.dumps(BELONGS_TO)))
     with pytest.raises(InputError, match="data was 'abc', is 'xyz'; optim.lr was 0.1, is 0.2"):
         require_same_run(found, {"optim": {"lr": 0.2}, "data": "xyz"})
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_loses_nothing_older(small_disk):

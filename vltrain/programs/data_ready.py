@@ -37,6 +37,8 @@ def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> P
     """Where the packs of a recipe are: a folder named after everything that they depend on."""
     data = config.data
     depends_on = [tokenizer.fingerprint, data.template, visual_tokens, data.pack_length, data.max_images]
+    if data.over_long == "drop":  # packs made under `error` hold every sample
+        depends_on.append("drop")
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
     return Path(data.root) / "packed" / f"{data.train_split}-{digest}"
 
@@ -66,10 +68,13 @@ def _prepare(config: Config) -> None:
 
 
 def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> None:
-    from data_prep.pack import pack
+    from data_prep.pack import OVER_LONG, pack
 
     logger.info("data: packing %s into %s", samples, folder)
-    pack(
+    manifest = pack(
         samples, config.model.llm.tokenizer or config.model.llm.source, config.data.template, visual_tokens,
-        config.data.pack_length, folder, max_images=config.data.max_images, max_image_pixels=config.data.max_image_pixels,
+        config.data.pack_length, folder, max_images=config.data.max_images, over_long=config.data.over_long,
+        max_image_pixels=config.data.max_image_pixels,
     )
+    if manifest.over_long:
+        logger.warning("data: %d sample(s) do not fit into a pack and were left out; %s lists them", manifest.over_long, folder / OVER_LONG)

@@ -1,0 +1,34 @@
+"""Command lines of the data programs: argparse, but a mistake is one line with the nearest option, never a usage dump.
+
+Options are not abbreviated: what a script says today must not become ambiguous by an option added tomorrow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import NoReturn
+
+from vltrain.errors import InputError, nearest
+
+
+class CommandLine(argparse.ArgumentParser):
+    """The parser of `data_prep.NAME`, called by `python -m` or, for those that are its commands, by `vltrain`."""
+
+    def __init__(self, name: str, description: str, arguments: list[str] | None) -> None:
+        """Args: name: the module below `data_prep`. arguments: what `main` was given; None where it is the program itself."""
+        typed = f"python -m data_prep.{name}" if arguments is None else f"vltrain {name}"
+        super().__init__(prog=typed, description=description, allow_abbrev=False)
+        self._words = sys.argv[1:] if arguments is None else arguments
+
+    def read(self) -> argparse.Namespace:
+        """The options' values. Raises InputError for anything unknown, missing or of a wrong type."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in self._words:
+            option = word.partition("=")[0]
+            if word.startswith("--") and option not in known:
+                raise InputError(f"{self.prog}: unknown option '{option}', {nearest(option, known)}")
+        return self.parse_args(self._words)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}; {self.prog} --help tells more")

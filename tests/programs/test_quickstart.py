@@ -1,0 +1,28 @@
+"""The README's first command, from a fresh clone with an environment of its own: one line at the end, and a model that answers."""
+
+import os
+import re
+import subprocess
+
+import pytest
+
+from tests.support.processes import ROOT
+
+
+@pytest.mark.slow
+def test_the_quickstart_from_a_fresh_clone(tmp_path):
+    """Takes minutes, most of them for the environment, which comes from the package index. What is committed is what is tried."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(clone)], check=True)
+    outside = ("PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in outside}
+    done = subprocess.run(["bash", "launch/quickstart.sh"], cwd=clone, env=environment, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = done.stdout.splitlines()[-1]
+    found = re.fullmatch(r"quickstart: accuracy=(\d\.\d{4}) \((\d+) questions\) seconds=\d+", last)
+    assert found, last
+    assert float(found[1]) >= 0.95 and int(found[2]) == 9673
+    again = subprocess.run(["bash", "launch/quickstart.sh"], cwd=clone, env=environment, capture_output=True, text=True, timeout=3000)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith(f"quickstart: accuracy={found[1]} "), "run again, it says the same"
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert changed == "", "the quickstart leaves the tracked tree as it was"
