@@ -75,6 +75,13 @@ def test_a_later_option_wins():
         (["--model.adapter.vision", "sideways"], ["'sideways'", "one of none, attention, ffn, both"]),
         (["--optim.lr", "nan"], ["optim.lr", "a finite number"]),
         (["--optim.lr", "null"], ["optim.lr", "'null'", "a finite number"]),
+        (["--model.llm.peft.kind", "lorra"], ["'lorra'", "one of lora, adaption_prompt or null"]),
+        (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[1]"], ["targets", "a list, each of it a text"]),
+        (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[]"], ["targets", "one or more layers, each once"]),
+        (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[q_proj,q_proj]"], ["targets", "each once"]),
+        (["--model.llm.peft.kind", "lora", "--model.llm.peft.rank", "0"], ["rank", "a positive number"]),
+        (["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "0"], ["adapter_layers", "or null"]),
+        (["--model.llm.pft.rank", "3"], ["did you mean 'model.llm.peft.rank'"]),
         (["--optim.betas", "[0.9]"], ["optim.betas", "a list of 2 numbers"]),
         (["--optim.clip", "-1"], ["optim.clip", "-1.0", "0 or a positive number"]),
         (["--data.options", "[" * 400], ["--data.options", "a mapping"]),
@@ -162,6 +169,9 @@ def test_scalars_follow_yaml_1_2(tmp_path):
         (["--optim.vision_lr", "1e-4"], "optim.vision_lr"),
         (["--optim.llm_lr", "1e-4", "--model.vision.train", "true"], "optim.llm_lr"),
         (["--model.adapter.vision", "none", "--model.adapter.llm", "none", "--model.adapter.dim", "8"], "model.adapter.dim"),
+        (["--model.llm.peft.rank", "4"], "model.llm.peft.rank"),
+        (["--model.llm.peft.kind", "lora", "--model.llm.peft.adapter_len", "4"], "model.llm.peft.adapter_len"),
+        (["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.targets", "[q_proj]"], "model.llm.peft.targets"),
     ],
 )
 def test_a_setting_without_effect_fails(words, key):
@@ -175,6 +185,8 @@ def test_the_same_settings_pass_where_they_have_an_effect():
     load("--optim.vision_lr", "1e-4", "--model.vision.train", "true")
     load("--optim.llm_lr", "1e-4", "--model.tune", "full")
     load("--model.adapter.vision", "none", "--model.adapter.dim", "8")
+    assert load("--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[o_proj,k_proj]").config.model.llm.peft.targets == ("o_proj", "k_proj")
+    load("--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "3")
 
 
 def test_a_recipes_setting_without_effect_fails_but_a_resolved_configuration_loads(tmp_path):

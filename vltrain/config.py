@@ -85,6 +85,36 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
+class PeftConfig:
+    """What peft puts into the LLM's blocks, beside the adapters behind their norms or in their stead; always trained."""
+
+    kind: Literal["lora", "adaption_prompt"] | None = None
+    """lora: low-rank updates of linear layers; adaption_prompt: LLaMA-Adapter's gated prompts; null: neither."""
+    rank: int = 8
+    """lora: rank r of the updates."""
+    alpha: float = 16.0
+    """lora: the updates are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """lora: dropout on what the updates read."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """lora: which linear layers of every block, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    adapter_len: int = 10
+    """adaption_prompt: learned prompts in each adapted block."""
+    adapter_layers: int | None = None
+    """adaption_prompt: how many of the topmost blocks are adapted; null: all."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "model.llm.peft.rank", self.rank, "a positive number")
+        _require(self.alpha > 0, "model.llm.peft.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "model.llm.peft.dropout", self.dropout, "a number in [0, 1)")
+        distinct = 0 < len(self.targets) == len(set(self.targets))
+        _require(distinct, "model.llm.peft.targets", list(self.targets), "one or more layers, each once")
+        _require(self.adapter_len >= 1, "model.llm.peft.adapter_len", self.adapter_len, "a positive number")
+        at_least_one = self.adapter_layers is None or self.adapter_layers >= 1
+        _require(at_least_one, "model.llm.peft.adapter_layers", self.adapter_layers, "a positive number or null")
+
+
+@dataclass(kw_only=True)
 class LLMConfig:
     """The language model: a LLaMA."""
 
@@ -97,6 +127,7 @@ class LLMConfig:
     """Where the tokenizer is, if not beside the weights; required with random weights."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention of packed rows; auto: flash-attn on CUDA where it is installed, else SDPA with a block-diagonal mask."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
     train: bool = False
     """Also tune the LLM's own weights."""
 
@@ -130,7 +161,8 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     neck: NeckConfig = field(default_factory=NeckConfig)
     tune: Literal["adapters", "full"] = "adapters"
-    """`adapters`: adapters, neck and modality embedding (and what `vision.train` and `llm.train` add); `full`: everything that carries gradient."""
+    """`adapters`: adapters, peft's layers, neck and modality embedding (and what `vision.train` and `llm.train` add);
+    `full`: everything that carries gradient."""
     seed: int = 0
     """Seed of every weight that is not loaded."""
 

@@ -75,6 +75,8 @@ def describe_type(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(describe_type(part) for part in get_args(annotation))
     if get_origin(annotation) is tuple:
+        if get_args(annotation)[-1] is ...:
+            return f"a list, each of it {describe_type(get_args(annotation)[0])}"
         return f"a list of {len(get_args(annotation))} numbers"
     names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
     return names.get(annotation, "a mapping of names to plain values")
@@ -89,6 +91,8 @@ def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
         return next((found for part in get_args(annotation) if (found := check_type(value, part))[0]), (False, value))
     if origin is tuple:
         parts = get_args(annotation)
+        if parts[-1] is ... and isinstance(value, (list, tuple)):
+            parts = parts[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(parts):
             return False, value
         checked = [check_type(item, part) for item, part in zip(value, parts)]

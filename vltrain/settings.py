@@ -228,6 +228,14 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
         for name in (entry.name for entry in fields(AdapterConfig) if entry.name not in ("vision", "llm"))
     ),
+    *(
+        (f"model.llm.peft.{name}", lambda c: c.model.llm.peft.kind != "lora", "model.llm.peft.kind is not lora")
+        for name in ("rank", "alpha", "dropout", "targets")
+    ),
+    *(
+        (f"model.llm.peft.{name}", lambda c: c.model.llm.peft.kind != "adaption_prompt", "model.llm.peft.kind is not adaption_prompt")
+        for name in ("adapter_len", "adapter_layers")
+    ),
     ("optim.vision_lr", lambda c: not (c.model.tune == "full" or c.model.vision.train), "the ViT's own weights are not tuned"),
     ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),
     ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import LLM, VISION, make_batch, mixed_batch, tiny_config
 
-from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
+from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.models.build import PARTS, build_model, count_parameters, part_of
 
@@ -69,13 +69,15 @@ def test_what_is_trained_is_what_gets_a_gradient(choice: dict[str, object], part
 
 
 def test_parts_cover_every_parameter_once() -> None:
-    model = build_model(tiny_config(adapter={"vision": "both", "llm": "both"}))
+    model = build_model(tiny_config(adapter={"vision": "both", "llm": "both"}, llm={"peft": PeftConfig(kind="lora")}))
     counts = count_parameters(model)
     assert tuple(counts) == PARTS
     assert sum(total for total, _ in counts.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert all(counts[part][0] > 0 for part in PARTS)
     assert part_of("llm.model.layers.0.input_layernorm.adapter.up_bias") == "adapter"
     assert part_of("llm.model.layers.0.input_layernorm.norm.weight") == "llm"
+    assert part_of("llm.model.layers.0.self_attn.q_proj.lora_A.default.weight") == "peft"
+    assert part_of("llm.model.layers.0.self_attn.q_proj.base_layer.weight") == "llm"
     assert part_of("modality_embedding.weight") == "modality"
     with pytest.raises(AssertionError, match="'optimiser.state' belongs to no part"):
         part_of("optimiser.state")

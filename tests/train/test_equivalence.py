@@ -25,7 +25,14 @@ NUM_STEPS = 20
 TOLERANCE = 1e-5
 CHANGES = {"train__packs_per_step": 5, "train__max_steps": NUM_STEPS, "train__epochs": 10.0, "train__save_every_steps": 1000, "optim__warmup_epochs": 0.5}
 ADAPTERS = {**CHANGES}
+LORA = {**CHANGES, "model__llm__peft__kind": "lora", "model__adapter__llm": "none"}
+PROMPTS = {**CHANGES, "model__llm__peft__kind": "adaption_prompt", "model__llm__peft__adapter_len": 3}
 FULL = {**CHANGES, "model__tune": "full", "optim__clip": 0.5, "optim__lr": 1e-3}
+
+# What is trained, at which ZeRO stages, and on how many ranks.
+KINDS = {
+    "adapters": (ADAPTERS, range(4), (1, 2)), "full": (FULL, range(4), (1, 2)), "lora": (LORA, (0, 2, 3), (2,)), "prompts": (PROMPTS, (0, 2, 3), (2,)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def assert_same(found, expected, what):
 @pytest.fixture(scope="module")
 def references(packs):
     torch.set_num_threads(1)
-    return {"adapters": plain_run(packs, ADAPTERS), "full": plain_run(packs, FULL)}
+    return {kind: plain_run(packs, changes) for kind, (changes, _, _) in KINDS.items()}
 
 
 def test_the_reference_learns_and_meets_every_kind_of_pack(references, packs):
@@ -124,8 +131,8 @@ def test_every_stage_and_number_of_ranks_gives_the_plain_loops_losses_and_gradie
     scenario = partial(dict, packs=str(packs))
     scenarios = [
         scenario(name=f"{kind}-{number}", ds=stage(number), changes=changes, output=str(tmp_path / f"{kind}-{number}"))
-        for kind, changes in (("adapters", ADAPTERS), ("full", FULL))
-        for number in range(4)
+        for kind, (changes, stages, world_sizes) in KINDS.items() if world_size in world_sizes
+        for number in stages
     ]
     file = tmp_path / "scenarios.json"
     file.write_text(json.dumps(scenarios))

@@ -15,6 +15,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from vltrain.config import ModelConfig
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
 from vltrain.models.llm import LLM_NORMS, llm_blocks, prepare_llm
+from vltrain.models.lora import insert_peft, is_peft_parameter, peft_parameters
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
 from vltrain.models.random import seeded
@@ -22,7 +23,7 @@ from vltrain.models.vision import VISION_NORMS, ClipTaps
 from vltrain.models.weights import clip_config, llama_config, load_clip, load_llama
 from vltrain.ops.attention import choose_attention
 
-PARTS = ("adapter", "neck", "modality", "vision", "llm")
+PARTS = ("adapter", "peft", "neck", "modality", "vision", "llm")
 MODALITY_STD = 0.02  # as LLaMA's own token embeddings
 
 
@@ -50,6 +51,7 @@ def build_model(
         prepare_llm(llm, activation_checkpointing, routing)
         insert_adapters(vision.live_blocks, VISION_NORMS, model.adapter.vision, model.adapter, seed=model.seed, part="vision")
         insert_adapters(llm_blocks(llm), LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing)
+        insert_peft(llm, model.llm.peft, model.seed)
         with seeded(model.seed, "neck"):
             neck = make_neck(vision.width, llm.config.hidden_size, model.neck)
         with seeded(model.seed, "modality"):
@@ -86,6 +88,8 @@ def part_of(name: str) -> str:
     """Which of `PARTS` the parameter of that name (of `MultimodalModel.named_parameters`) belongs to."""
     if ".adapter." in name:
         return "adapter"
+    if is_peft_parameter(name):
+        return "peft"
     root = name.split(".", 1)[0]
     part = {"modality_embedding": "modality"}.get(root, root)
     assert part in PARTS, f"parameter '{name}' belongs to no part"
@@ -94,7 +98,7 @@ def part_of(name: str) -> str:
 
 def trained_parts(model: ModelConfig) -> set[str]:
     """The parts of `PARTS` whose parameters a recipe trains."""
-    parts = {"adapter", "neck", "modality"}
+    parts = {"adapter", "peft", "neck", "modality"}
     full = model.tune == "full"
     return parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
 
@@ -118,9 +122,10 @@ def _set_trainable(model: MultimodalModel, parts: set[str], dtype: torch.dtype) 
 
 
 def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
-    """By module, not by name: what is trained are whole adapters, neck and modality embedding, and a part's own weights if it is."""
+    """By module, not by name: what is trained are whole adapters, peft's factors and prompts, neck and modality embedding, and a part's own
+    weights if it is."""
     adapters = {parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()}
-    expected = adapters | {*model.neck.parameters(), *model.modality_embedding.parameters()}
+    expected = adapters | peft_parameters(model.llm) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
     for part, module in (("vision", model.vision), ("llm", model.llm)):
         expected |= set(module.parameters()) if part in parts else set()
     expected -= model.vision.unused_parameters()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from vltrain.models.lora import lora_factors, plain_attention
 from vltrain.models.vision import ClipTaps
 
 
@@ -48,6 +49,8 @@ class _Layers:
     ffn_norm: nn.Module
     ffn_in: tuple[nn.Linear, ...]
     ffn_out: nn.Linear
+    prompts: int = 0
+    """Learned prompts that every row attends to; their own keys and values are made once a forward, and left out."""
 
 
 @dataclass(frozen=True)
@@ -107,21 +110,32 @@ def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
     return 2.0 * weight.numel() * (1 + weight.requires_grad + needs_grad)
 
 
+def _linear(linear: nn.Linear, *, needs_grad: bool) -> float:
+    """A row through a linear layer and, where it has LoRA, through A and B, between which there is always a gradient."""
+    total = _matrix(linear.weight, needs_grad=needs_grad)
+    for factor, factor_needs_grad in zip(lora_factors(linear), (needs_grad, True)):
+        total += _matrix(factor.weight, needs_grad=factor_needs_grad)
+    return total
+
+
 def _block(layers: _Layers, grad: bool) -> _Count:
     """One pre-norm transformer block. `grad`: do the states that enter need a gradient?"""
     normed_cost, normed_grad = _norm(layers.attention_norm, grad)
-    query = _matrix(layers.queries.weight, needs_grad=normed_grad)
-    key = normed_cost + sum(_matrix(linear.weight, needs_grad=normed_grad) for linear in layers.keys_values)
+    query = _linear(layers.queries, needs_grad=normed_grad)
+    key = normed_cost + sum(_linear(linear, needs_grad=normed_grad) for linear in layers.keys_values)
     mixed_grad = normed_grad or _trained(layers.queries, *layers.keys_values)
     # Scores and their use: two products of `width` numbers each; backward, two for each of those.
     pair = 4.0 * len(layers.queries.weight) * (3 if mixed_grad else 1)
-    query += _matrix(layers.attention_out.weight, needs_grad=mixed_grad)
+    # Prompts have a gradient, so both of their products have both of theirs.
+    query += layers.prompts * 4.0 * len(layers.queries.weight) * 3
+    mixed_grad = mixed_grad or layers.prompts > 0
+    query += _linear(layers.attention_out, needs_grad=mixed_grad)
     grad = grad or mixed_grad or _trained(layers.attention_out)
 
     normed_cost, normed_grad = _norm(layers.ffn_norm, grad)
-    query += normed_cost + sum(_matrix(linear.weight, needs_grad=normed_grad) for linear in layers.ffn_in)
+    query += normed_cost + sum(_linear(linear, needs_grad=normed_grad) for linear in layers.ffn_in)
     inner_grad = normed_grad or _trained(*layers.ffn_in)
-    query += _matrix(layers.ffn_out.weight, needs_grad=inner_grad)
+    query += _linear(layers.ffn_out, needs_grad=inner_grad)
     return _Count(query, key, pair, grad or inner_grad or _trained(layers.ffn_out))
 
 
@@ -146,8 +160,8 @@ def _clip_layers(block: nn.Module) -> _Layers:
 
 
 def _llama_layers(block: nn.Module) -> _Layers:
-    attention = block.self_attn
+    attention, prompts = plain_attention(block.self_attn)
     return _Layers(
         block.input_layernorm, attention.q_proj, (attention.k_proj, attention.v_proj), attention.o_proj,
-        block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj,
+        block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj, prompts,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linear adapters folded into the linear layers that read them: a plain Hugging Face network that computes the same.
+"""Linear adapters and LoRA folded into the linear layers that they belong to: a plain Hugging Face network that computes the same.
 
 An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one of z with
 W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. What it gives up: the merged weights are
@@ -14,6 +14,7 @@ from torch import nn
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
 from vltrain.models.llm import LLM_NORMS, llm_blocks
+from vltrain.models.lora import merge_lora, require_no_prompts
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.vision import VISION_NORMS
 
@@ -28,10 +29,15 @@ LLM_BIAS_SWITCH = {"attention": "attention_bias", "ffn": "mlp_bias"}
 def merge_adapters(model: MultimodalModel) -> None:
     """Folds every adapter into its readers, in place: the ViT and the LLM are plain transformers models afterwards.
 
-    Products are taken in float64. `model.llm.config` says so where projections got biases.
+    Products are taken in float64. `model.llm.config` says so where projections got biases. LoRA is folded in first, since what an
+    adapter is folded into is the layer with it.
 
-    Raises: InputError if the adapters are of a kind that is no linear map.
+    Raises: InputError, before anything is changed, if the adapters are of a kind that is no linear map, or the LLM has learned prompts.
     """
+    require_no_prompts(model.llm)
+    for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
+        _require_linear(adapter)
+    merge_lora(model.llm)
     for block in model.vision.live_blocks:
         for sublayer, norm in VISION_NORMS.items():
             _merge(block, norm, VISION_READERS[sublayer])
@@ -48,7 +54,7 @@ def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
     place = getattr(block, norm_name)
     if not isinstance(place, nn.Sequential):
         return False
-    matrix, offset = _linear_map(place.adapter)
+    matrix, offset = place.adapter.linear_map()
     for name in readers:
         linear = block.get_submodule(name)
         _with_zero_bias(linear)
@@ -59,12 +65,11 @@ def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
     return True
 
 
-def _linear_map(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+def _require_linear(adapter: Adapter) -> None:
     if not hasattr(adapter, "linear_map"):
         raise InputError(
             f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep the adapters apart"
         )
-    return adapter.linear_map()
 
 
 def _with_zero_bias(linear: nn.Linear) -> None:

@@ -6,6 +6,7 @@ fetch -> forward -> backward (per micro-step) -> step -> log -> save -> evaluate
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,8 +123,8 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     train = {name: getattr(config.train, name) for name in ("epochs", "max_steps", "packs_per_step", "precision", "seed")}
     model = dataclasses.asdict(config.model)
     model["llm"].pop("attention")
-    optim = {**dataclasses.asdict(config.optim), "betas": list(config.optim.betas)}
-    return {"model": model, "optim": optim, "train": train, "data": dataset.manifest.checksum}
+    identity = {"model": model, "optim": dataclasses.asdict(config.optim), "train": train, "data": dataset.manifest.checksum}
+    return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: tuples are lists there
 
 
 def make_trainer(

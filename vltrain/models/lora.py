@@ -1,0 +1,140 @@
+"""LoRA and LLaMA-Adapter inside the LLM, both peft's: rivals of the adapters behind its norms, partners of those in the ViT.
+
+lora             W x + (alpha / r) B A x for chosen linear layers of every block (Hu et al. 2021, https://arxiv.org/abs/2106.09685). B
+                 starts at zero. Merges into W.
+adaption_prompt  LLaMA-Adapter (Zhang et al. 2023, https://arxiv.org/abs/2303.16199): in the topmost blocks every token also attends to
+                 learned prompts, by a softmax of their own that a gate scales, which starts at zero. The gate is one number a
+                 block, without the tanh of the authors' code. Prompts belong to no segment and every token sees all of them,
+                 so packing and caches change nothing. They depend on the states: no linear layer can take them in.
+
+Both leave the network's function as it was at the start. peft's layers are put in one by one, not by its model wrappers: names of
+parameters keep their beginnings, and a layer needs no weight of its own to be wrapped, so quantised ones fit. All linear layers keep
+their place; what wraps one keeps it as `base_layer` (LoRA), what wraps an attention as `model` (prompts).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from vltrain.config import PeftConfig
+from vltrain.errors import InputError, nearest
+from vltrain.models.llm import llm_blocks
+from vltrain.models.random import seeded
+
+# peft imports bitsandbytes where it is installed, which on some CPUs warns of a kernel that it does well without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+from peft import LoraConfig  # noqa: E402
+from peft.tuners.adaption_prompt import AdaptedAttention  # noqa: E402
+from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
+
+LORA_NAME = "default"  # peft's name of a layer's first, here only, pair of factors
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AdaptedLlamaAttention(AdaptedAttention):
+    """peft's attention with prompts, around any LLaMA attention.
+
+    Its own constructor asks the query projection's weight for a dtype and the first parameter for a device; quantised layers
+    have neither. What it computes is peft's.
+    """
+
+    def __init__(self, attention: nn.Module, adapter_len: int) -> None:
+        nn.Module.__init__(self)
+        self.model_type, self.model, self.adapter_len = "llama", attention, adapter_len
+        self.num_heads = attention.config.num_attention_heads
+        self.adaption_prompt = nn.Parameter(torch.empty(1, adapter_len, attention.config.hidden_size).normal_())
+        self.adaption_gate = nn.Parameter(torch.zeros(1))
+
+
+def insert_peft(llm: LlamaForCausalLM, config: PeftConfig, seed: int) -> None:
+    """Puts in what `model.llm.peft` asks for, in place; nothing where its kind is null.
+
+    Raises: InputError for targets that no LLaMA has, more blocks than there are, and heads that peft's prompts cannot serve.
+    """
+    if config.kind == "lora":
+        _insert_lora(llm, config, seed)
+    elif config.kind == "adaption_prompt":
+        _insert_prompts(llm, config, seed)
+
+
+def _insert_lora(llm: LlamaForCausalLM, config: PeftConfig, seed: int) -> None:
+    for target in config.targets:
+        if target not in TARGETS:
+            raise InputError(f"model.llm.peft.targets: a LLaMA's blocks have no linear layer '{target}', {nearest(target, TARGETS)}")
+    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets))
+    for number, block in enumerate(llm_blocks(llm)):
+        for name, linear in list(block.named_modules()):
+            parent, _, leaf = name.rpartition(".")
+            if leaf in config.targets:
+                with seeded(seed, f"peft/{number}/{leaf}"):
+                    layer = LoraLinear(linear, LORA_NAME, config=settings, r=config.rank, lora_alpha=config.alpha)
+                setattr(block.get_submodule(parent), leaf, layer)
+
+
+def _insert_prompts(llm: LlamaForCausalLM, config: PeftConfig, seed: int) -> None:
+    blocks = llm_blocks(llm)
+    num_adapted = len(blocks) if config.adapter_layers is None else config.adapter_layers
+    if num_adapted > len(blocks):
+        raise InputError(f"model.llm.peft.adapter_layers: found {num_adapted}, expected at most the LLM's {len(blocks)} blocks")
+    attention = blocks[0].self_attn
+    if attention.head_dim * attention.config.num_attention_heads != attention.config.hidden_size:
+        raise InputError(
+            f"model.llm.peft.kind: adaption_prompt wants heads of hidden_size / num_attention_heads; this LLM has "
+            f"{attention.config.num_attention_heads} heads of {attention.head_dim} for a width of {attention.config.hidden_size}; take lora"
+        )
+    for number in range(len(blocks) - num_adapted, len(blocks)):
+        with seeded(seed, f"peft/{number}/adaption_prompt"):
+            blocks[number].self_attn = AdaptedLlamaAttention(blocks[number].self_attn, config.adapter_len)
+
+
+def is_peft_parameter(name: str) -> bool:
+    """Whether a parameter of that full name is one that this module put in."""
+    return ".lora_" in name or ".adaption_" in name
+
+
+def peft_parameters(llm: LlamaForCausalLM) -> set[nn.Parameter]:
+    """What is trained of the layers that this module put in, found by module."""
+    parameters: set[nn.Parameter] = set()
+    for module in llm.modules():
+        if isinstance(module, LoraLinear):
+            parameters |= {*module.lora_A.parameters(), *module.lora_B.parameters()}
+        elif isinstance(module, AdaptedAttention):
+            parameters |= {module.adaption_prompt, module.adaption_gate}
+    return parameters
+
+
+def lora_factors(linear: nn.Module) -> tuple[nn.Linear, ...]:
+    """(A, B) of a linear layer with LoRA, () of a plain one."""
+    return (linear.lora_A[LORA_NAME], linear.lora_B[LORA_NAME]) if isinstance(linear, LoraLinear) else ()
+
+
+def plain_attention(attention: nn.Module) -> tuple[nn.Module, int]:
+    """(the LLaMA attention itself, how many prompts every token attends to) of a block's `self_attn`."""
+    return (attention.model, attention.adapter_len) if isinstance(attention, AdaptedAttention) else (attention, 0)
+
+
+def require_no_prompts(llm: LlamaForCausalLM) -> None:
+    """Raises InputError if the LLM has prompts, which no weight of it can take in."""
+    if any(isinstance(module, AdaptedAttention) for module in llm.modules()):
+        raise InputError(
+            "model.llm.peft.kind: the prompts of adaption_prompt depend on the states and cannot be merged into the LLM's weights; "
+            "keep the adapters apart"
+        )
+
+
+@torch.no_grad()
+def merge_lora(llm: LlamaForCausalLM) -> None:
+    """Folds every LoRA into its linear layer, in place: W' = W + (alpha / r) B A, the sum taken in float64."""
+    for name, module in list(llm.named_modules()):
+        if not isinstance(module, LoraLinear):
+            continue
+        first, second = lora_factors(module)
+        linear = module.get_base_layer()
+        delta = module.scaling[LORA_NAME] * (second.weight.double() @ first.weight.double())
+        linear.weight.copy_(linear.weight.double() + delta)
+        parent, _, leaf = name.rpartition(".")
+        setattr(llm.get_submodule(parent), leaf, linear)
