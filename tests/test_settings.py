@@ -185,7 +185,8 @@ def test_the_same_settings_pass_where_they_have_an_effect():
     load("--optim.vision_lr", "1e-4", "--model.vision.train", "true")
     load("--optim.llm_lr", "1e-4", "--model.tune", "full")
     load("--model.adapter.vision", "none", "--model.adapter.dim", "8")
-    assert load("--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[o_proj,k_proj]").config.model.llm.peft.targets == ("o_proj", "k_proj")
+    lora = load("--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[o_proj,k_proj]").config.model.llm.peft
+    assert lora.targets == ("o_proj", "k_proj")
     load("--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "3")
 
 

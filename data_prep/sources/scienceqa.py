@@ -3,7 +3,8 @@
 A prompt format is INPUT-OUTPUT. Input letters, in order: C context (hint), Q question, M options, then L lecture and E explanation
 where the input shows them. Output letters, in order: A answer, L lecture, E explanation, P (as L and E) of LLaVA's LEPA.
 `QCM-ALE`, the paper's: "Question: ... Context: ... Options: (A) ... (B) ...  Response:" -> "The answer is A. BECAUSE: lecture explanation".
-Each format does what its letters say; where lecture and explanation are empty, no "BECAUSE:" is left standing.
+Each format does what its letters say; where lecture and explanation are empty, no "BECAUSE:" is left standing. `LE` alone is
+the rationale without the answer, "N/A" where there is none: the first of the two stages of Multimodal-CoT (https://arxiv.org/abs/2302.00923).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INPUTS = tuple(order + shown for order in ("CQM", "QCM") for shown in ("", "L", "E", "LE"))
-OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "LEPA")
+OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "LEPA", "LE")
 FORMATS = tuple(f"{given}-{wanted}" for given in INPUTS for wanted in OUTPUTS if given in ("CQM", "QCM") or wanted == "A")
 FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "grade": str, "subject": str, "lecture": str, "solution": str}
 
@@ -102,7 +103,9 @@ def answer_of(problem: dict[str, Any], wanted: str) -> str:
     answer = f"The answer is {LETTERS[problem['answer']]}."
     texts = {"L": problem["lecture"].strip(), "E": problem["solution"].strip()}
     reason = " ".join(texts[letter] for letter in wanted if texts.get(letter))
-    if wanted.startswith("A"):
+    if "A" not in wanted and "P" not in wanted:
+        text = reason or "N/A"
+    elif wanted.startswith("A"):
         text = f"{answer} BECAUSE: {reason}" if reason else answer
     else:
         text = f"{reason} {answer}".strip()

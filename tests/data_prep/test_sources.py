@@ -27,7 +27,7 @@ PROBLEM = {
     ("wanted", "text"),
     [
         ("A", "The answer is B."), ("AL", "The answer is B. BECAUSE: LL"), ("AE", "The answer is B. BECAUSE: EE"),
-        ("ALE", "The answer is B. BECAUSE: LL EE"), ("LA", "LL The answer is B."), ("ELA", "EE LL The answer is B."), ("LEPA", "LL EE The answer is B."),
+        ("ALE", "The answer is B. BECAUSE: LL EE"), ("LA", "LL The answer is B."), ("ELA", "EE LL The answer is B."), ("LEPA", "LL EE The answer is B."), ("LE", "LL EE"),
     ],
 )  # fmt: skip
 def test_targets(wanted, text):
@@ -36,6 +36,7 @@ def test_targets(wanted, text):
 
 def test_no_because_is_left_standing():
     assert answer_of({**PROBLEM, "lecture": "", "solution": " "}, "ALE") == "The answer is B."
+    assert answer_of({**PROBLEM, "lecture": "", "solution": " "}, "LE") == "N/A"
 
 
 def test_prompts():

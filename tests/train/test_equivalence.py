@@ -31,7 +31,10 @@ FULL = {**CHANGES, "model__tune": "full", "optim__clip": 0.5, "optim__lr": 1e-3}
 
 # What is trained, at which ZeRO stages, and on how many ranks.
 KINDS = {
-    "adapters": (ADAPTERS, range(4), (1, 2)), "full": (FULL, range(4), (1, 2)), "lora": (LORA, (0, 2, 3), (2,)), "prompts": (PROMPTS, (0, 2, 3), (2,)),
+    "adapters": (ADAPTERS, range(4), (1, 2)),
+    "full": (FULL, range(4), (1, 2)),
+    "lora": (LORA, (0, 2, 3), (2,)),
+    "prompts": (PROMPTS, (0, 2, 3), (2,)),
 }
 
 
