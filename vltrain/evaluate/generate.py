@@ -14,6 +14,7 @@ rows leave it as soon as they are half of it.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 
 from vltrain.errors import InputError
 from vltrain.models.multimodal import MultimodalModel
@@ -30,6 +31,8 @@ from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 LoadImage = Callable[[str], np.ndarray]
 Sync = Callable[[int], int]
 DECODING_THREADS = 2
+# What transformers calls the cache that a LLaMA is given: another word since 5.24, where the old one warns at every call.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +188,7 @@ class _Decoder:
         num_rows, width = self.input_ids.shape
         embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(0, (num_rows, width))
         positions = (self.num_left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
-        outputs = self.model.language_model(embeds, self.modality, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        outputs = self.model.language_model(embeds, self.modality, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: self.cache})
         last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.last]
         return self.model.llm.lm_head(last)[:, : self.vocab_size]
 
@@ -197,8 +200,8 @@ class _Decoder:
             self.modality,
             position_ids=self.positions[:, None],
             attention_mask=self.mask[:, : self.cache.get_seq_length() + 1],
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE_ARGUMENT: self.cache},
         )
         self.positions = self.positions + 1
         return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])[:, : self.vocab_size]
