@@ -1,8 +1,14 @@
 """Fixtures that several rooms' tests use."""
 
+import os
 import subprocess
 
 import pytest
+import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter. It is chosen when a kernel is defined, so before anything imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

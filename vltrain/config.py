@@ -44,6 +44,9 @@ class AdapterConfig:
     """Before which sublayers of each ViT block an adapter stands."""
     llm: Placement = "attention"
     """Before which sublayers of each LLM block an adapter stands."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """What computes it. triton: one fused kernel, in the LLM together with the RMSNorm before it where that is frozen and whole; torch: plain
+    operations; auto: triton on CUDA where the kernel can do it, else torch."""
 
     def __post_init__(self) -> None:
         _require(self.dim >= 1, "model.adapter.dim", self.dim, "a positive number")

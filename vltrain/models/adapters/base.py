@@ -21,6 +21,9 @@ class Adapter(nn.Module):
     routed: ClassVar[bool] = False
     """Whether it asks for the modality of a position; see `vltrain.models.adapters.routing`."""
 
+    takes_norm: ClassVar[bool] = False
+    """Whether its forward can be given the norm before it, to run both in one kernel."""
+
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__()
         self.width, self.dim, self.dropout, self.scale = width, config.dim, config.dropout, config.scale

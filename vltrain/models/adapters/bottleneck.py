@@ -9,6 +9,12 @@ from vltrain.config import AdapterConfig
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Routing
 from vltrain.ops.adapter import bottleneck_adapter, grouped_matrix
+from vltrain.ops.fused import fused_adapter, require_fused, runs_fused
+
+
+def _is_frozen_rms_norm(norm: nn.Module) -> bool:
+    """Whether the kernel can take in this norm. ZeRO-3 gathers weights for a module's own call only, so a norm that it cut up is called."""
+    return hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad and not hasattr(norm.weight, "ds_id")
 
 
 class BottleneckAdapter(Adapter):
@@ -19,10 +25,14 @@ class BottleneckAdapter(Adapter):
     Only the down weight starts non-zero (Xavier-uniform per group), so g starts as the identity.
     """
 
-    settings = frozenset({"dim", "groups", "down_groups", "dropout"})
+    settings = frozenset({"dim", "groups", "down_groups", "dropout", "impl"})
+    takes_norm = True
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__(width, config)
+        self.impl = config.impl
+        if self.impl == "triton":
+            require_fused(self.dim, self.dropout)
         k_up, k_down = require_divisible(width, config, "groups"), require_divisible(width, config, "down_groups")
         self.down_weight = nn.Parameter(torch.empty(k_down, self.dim // k_down, width // k_down))
         self.down_bias = nn.Parameter(torch.empty(self.dim))
@@ -36,10 +46,20 @@ class BottleneckAdapter(Adapter):
         for parameter in (self.down_bias, self.up_weight, self.up_bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """`z` [..., d] -> [..., d]."""
+    def forward(self, z: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """`z` [..., d] -> [..., d]: g(z), or g(norm(z)), in one kernel where that can be."""
+        fused = runs_fused(self.impl, z, self.dim, self.dropout)
+        if norm is not None:
+            if fused and _is_frozen_rms_norm(norm):
+                return fused_adapter(z, *self._dense(), scale=self.scale, norm_weight=norm.weight, eps=norm.variance_epsilon)
+            z = norm(z)
+        if fused:
+            return fused_adapter(z, *self._dense(), scale=self.scale)
         weights = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return bottleneck_adapter(z, *weights, scale=self.scale, dropout=self.active_dropout)
+
+    def _dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return grouped_matrix(self.down_weight), self.down_bias, grouped_matrix(self.up_weight), self.up_bias
 
     def flops_per_row(self, input_needs_grad: bool) -> float:
         return 2.0 * (self.down_weight.numel() * (2 + input_needs_grad) + self.up_weight.numel() * 3)

@@ -1,6 +1,6 @@
 """The kinds of adapters by name, and how they get into a network.
 
-An adapter is put in by replacement: a block's norm becomes `Sequential(norm, adapter)`, so that no forward is patched and
+An adapter is put in by replacement: a block's norm becomes a `Sequential` of norm and adapter, so that no forward is patched and
 checkpointing, compilation and ZeRO's hooks see ordinary modules. Every adapter starts as the identity, so that training starts
 from the pretrained network's function.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import fields
 
-from torch import nn
+from torch import Tensor, nn
 
 from vltrain.config import AdapterConfig
 from vltrain.errors import InputError, nearest
@@ -31,7 +31,16 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "loha_router": LohaRouterAdapter,
     "loha_silu": LohaSiluAdapter,
 }
+
 NOT_OF_A_KIND = {"kind", "vision", "llm"}  # fields of AdapterConfig that every kind obeys
+
+
+class NormThenAdapter(nn.Sequential):
+    """A block's norm and the adapter behind it: by turns, or in one kernel where the adapter has one that takes in the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., d] -> [..., d]."""
+        return self.adapter(x, self.norm) if self.adapter.takes_norm else super().forward(x)
 
 
 def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = None) -> Adapter:
@@ -81,7 +90,7 @@ def insert_adapters(
             norm = getattr(block, norms[sublayer])
             with seeded(seed, f"adapter/{part}/{number}/{sublayer}"):
                 adapter = make_adapter(norm.weight.shape[-1], config, routing)
-            setattr(block, norms[sublayer], nn.Sequential(OrderedDict(norm=norm, adapter=adapter)))
+            setattr(block, norms[sublayer], NormThenAdapter(OrderedDict(norm=norm, adapter=adapter)))
 
 
 def _kind(config: AdapterConfig) -> type[Adapter]:
