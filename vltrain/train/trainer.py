@@ -123,6 +123,7 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     train = {name: getattr(config.train, name) for name in ("epochs", "max_steps", "packs_per_step", "precision", "seed")}
     model = dataclasses.asdict(config.model)
     model["llm"].pop("attention")
+    model["adapter"].pop("impl")
     identity = {"model": model, "optim": dataclasses.asdict(config.optim), "train": train, "data": dataset.manifest.checksum}
     return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: tuples are lists there
 
