@@ -212,7 +212,7 @@ def sizes_are_read_once() -> Iterator[None]:
     """A GGUF file takes seconds to tell its sizes, and many rows share one. No recipe here has random weights."""
     read = cache(lambda key, source: llama_config(key, source, {}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "llama_config", lambda key, source, values: copy.deepcopy(read(key, source)))
+        patch.setattr(build, "llama_config", lambda key, source, *_: copy.deepcopy(read(key, source)))
         yield
 
 
