@@ -29,6 +29,7 @@ from vltrain.data.images import open_rgb
 from vltrain.errors import InputError, exits_cleanly, nearest
 
 IMAGES = "images"
+RECORD = "prepared.json"  # the source and its options, for whoever finds the samples made already
 MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
 _CHUNK = 64
 
@@ -74,6 +75,8 @@ def prepare(
                 _link_or_copy(images[name][0], folder / name)
             progress.update(len(names))
         progress.close()
+        told = {name: str(value) for name, value in (options or {}).items()}
+        (folder / RECORD).write_text(json.dumps({"source": source, "options": told}, indent=2) + "\n")
     return dict(counts)
 
 

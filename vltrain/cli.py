@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
     "train": ("vltrain.programs.train", "train a recipe"),
+    "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 

@@ -272,7 +272,8 @@ class EvalConfig:
     """Free generation and its scoring."""
 
     scorer: str = "exact"
-    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word) or `scienceqa`."""
+    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, or `rouge` (how much of
+    a longer text, such as a rationale, is the reference's)."""
     batch_size: int = 64
     """Questions answered at once by a rank; changes speed and memory, never an answer."""
     max_new_tokens: int = 8

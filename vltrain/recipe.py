@@ -1,9 +1,14 @@
 """Recipes: strict YAML files of the keys that `vltrain.config` declares, read into dotted keys and written back whole.
 
-Strict means that a recipe can only say what it seems to say: unknown and repeated keys fail, scalars follow YAML 1.2 (`1e-3` is
-a number; `no` and `on` are words), types are those of the dataclasses with no conversion, and anchors, aliases, tags and very deep
-or very large files are refused, so that a small file cannot grow into a large one. The price: YAML's sharing of sections
-between places is not available; overrides on the command line are.
+Strict means that a recipe can only say what it seems to say: unknown keys fail, types are those of the dataclasses with no
+conversion, and the YAML itself is read strictly (`vltrain.strict_yaml`). Recipes that have much in common are written once: a
+recipe may stand on another, and a table holds several:
+
+    base: OTHER.yaml      (seen from this file's folder) its settings hold where this file is silent; keys of a mapping join its mapping
+    output: runs/NAME     with a base, always this file's own
+    rows:                 makes the file a table: a row's settings stand on those of the file. `FILE#ROW` names a row wherever a recipe is
+      NAME: {...}         named; its run goes into the table's output, below its own name
+    ablation: {...}       how `vltrain ablate` runs the rows, see `Ablation`
 """
 
 from __future__ import annotations
@@ -17,13 +22,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from vltrain.config import Config
 from vltrain.errors import InputError, nearest
+from vltrain.strict_yaml import dump_text, load_yaml
 
-MAX_RECIPE_BYTES = 1 << 20
-MAX_DEPTH = 20
+BASE, ROWS, ABLATION = "base", "rows", "ablation"  # keys of a recipe's file beside the settings
+ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,132 @@ def checked_value(key: str, value: Any, where: str) -> Any:
     return value
 
 
+@dataclass(kw_only=True)
+class Ablation:
+    """How the rows of a table are run: the keys of its section `ablation`."""
+
+    program: str = "train_mmt"
+    """Which program of launch/ trains a row."""
+    evaluate: str = "evaluate"
+    """Which program of launch/ evaluates it."""
+    split: str | None = None
+    """The split that is answered; null: each row's data.test_split."""
+    max_samples: int | None = None
+    """Questions that are answered, evenly spaced over the split; null: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A recipe with rows. `rows`: what each row sets itself, by dotted name; `settings`: what holds for all of them."""
+
+    path: Path
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    ablation: Ablation
+
+    def recipe_of(self, row: str) -> Path:
+        """What `--recipe` takes for a row."""
+        return Path(f"{self.path}#{row}")
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of the recipe at `path` by dotted name, types checked. Raises InputError naming the file and the key."""
+    """The settings of the recipe at `path` (or of the row `FILE#ROW`) by dotted name, types checked, its bases' included.
+
+    Raises: InputError naming the file, the row and the key; for bases that lead back to themselves; for a table without a row's name.
+    """
+    return _read(path, ())
+
+
+def read_table(path: Path) -> Table:
+    """The table at `path`. Raises InputError as `read_recipe`, and for a recipe that has no rows."""
+    content = _open(path)
+    if not isinstance(content, dict) or ROWS not in content:
+        raise InputError(f"{path}: no '{ROWS}' in it, expected a table: a recipe with {ROWS}: {{NAME: {{settings}}, ...}}")
+    return _table(path, content, ())
+
+
+def _open(path: Path) -> Any:
     content = load_yaml(path)
-    given: dict[str, Any] = {}
-    if content is not None:  # an empty file changes nothing
-        _collect(content, "", str(path), given)
-    return given
+    return {} if content is None else content  # an empty file changes nothing
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """`above`: the recipes that stand on this one, the first that was named first."""
+    file, row = _split_row(path)
+    here = Path(f"{file.resolve()}#{row}") if row is not None else file.resolve()
+    if here in above:
+        chain = " -> ".join(place.name for place in (*above[above.index(here) :], here))
+        raise InputError(f"{above[-1]}: {BASE}: leads back to itself ({chain}); expected a recipe that stands on its own feet in the end")
+    content = _open(file)
+    is_table = isinstance(content, dict) and ROWS in content
+    if row is None and not is_table:
+        return _settings(file, content, str(file), (*above, here))
+    if not is_table:
+        raise InputError(f"{path}: {file} has no '{ROWS}', so no row '{row}'; name the file alone")
+    table = _table(file, content, (*above, here))
+    if row is None:
+        raise InputError(f"{file}: found a table, expected {file}#ROW for one of its rows: {', '.join(table.rows)} (all: vltrain ablate)")
+    if row not in table.rows:
+        raise InputError(f"{path}: no row '{row}' in {file}, {nearest(row, table.rows)}")
+    return _overlay(table.settings, {**table.rows[row], "output": str(Path(table.settings["output"]) / row)})
+
+
+def _split_row(path: Path) -> tuple[Path, str | None]:
+    file, mark, row = str(path).rpartition("#")
+    return (path, None) if not mark or path.exists() else (Path(file), row)
+
+
+def _settings(path: Path, content: Any, where: str, above: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file's content says over what its base says."""
+    own: dict[str, Any] = {}
+    if not isinstance(content, dict) or BASE not in content:
+        _collect(content, "", where, own)
+        return own
+    base = content[BASE]
+    if not isinstance(base, str):
+        raise InputError(f"{where}: {BASE}: found {'null' if base is None else repr(base)}, expected another recipe's file")
+    _collect({name: value for name, value in content.items() if name != BASE}, "", where, own)
+    if "output" not in own:
+        raise InputError(f"{where}: output: found nothing, expected this recipe's own folder; a base's holds the base's run")
+    return _overlay(_read(path.parent / base, above), own)
+
+
+def _overlay(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`; a mapping's keys join the base's mapping."""
+    return {**base, **{key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in own.items()}}
+
+
+def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Table:
+    found, where = content[ROWS], str(path)
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{where}: {ROWS}: found {'null' if found is None else repr(found)}, expected a mapping of row names to settings")
+    settings = _settings(path, {name: value for name, value in content.items() if name not in (ROWS, ABLATION)}, where, above)
+    if "output" not in settings:
+        raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all rows")
+    rows: dict[str, dict[str, Any]] = {}
+    for name, row in found.items():
+        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
+            raise InputError(f"{where}: {ROWS}: found the name {name!r}, expected a folder's name of letters, digits, '_', '-' and '.'")
+        rows[name] = {}
+        _collect(row, "", f"{where}: row '{name}'", rows[name])
+        if "output" in rows[name]:
+            raise InputError(f"{where}: row '{name}': output: found a folder, expected none: its run goes into {settings['output']}/{name}")
+    return Table(path=path, settings=settings, rows=rows, ablation=_ablation(content.get(ABLATION, {}), where))
+
+
+def _ablation(content: Any, where: str) -> Ablation:
+    declared = get_type_hints(Ablation)
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: {ABLATION}: found {content!r}, expected a section with keys of its own")
+    for name, value in content.items():
+        if name not in declared:
+            raise InputError(f"{where}: unknown key '{ABLATION}.{name}', {nearest(str(name), declared)}")
+        if not check_type(value, declared[name])[0]:
+            found = "null" if value is None else repr(value)
+            raise InputError(f"{where}: {ABLATION}.{name}: found {found}, expected {describe_type(declared[name])}")
+    if content.get("max_samples") is not None and content["max_samples"] < 1:
+        raise InputError(f"{where}: {ABLATION}.max_samples: found {content['max_samples']}, expected at least 1")
+    return Ablation(**content)
 
 
 def _collect(content: Any, prefix: str, where: str, given: dict[str, Any]) -> None:
@@ -163,99 +286,10 @@ def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML that `read_recipe` reads back to an equal one."""
-    return yaml.dump(_plain(asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_text(_plain(asdict(config)))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def load_yaml(path: Path) -> Any:
-    """The one document in the YAML file at `path`, read strictly (see the module). Raises InputError naming file and line."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a YAML recipe") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); expected a YAML recipe") from None
-    if len(data) > MAX_RECIPE_BYTES:
-        raise InputError(f"{path}: larger than {MAX_RECIPE_BYTES} bytes; expected a YAML recipe")
-    try:
-        _refuse_expansion(text, path)
-        return load_text(text)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: {error.problem or error.context}; expected YAML") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}; expected YAML") from None
-
-
-def load_text(text: str) -> Any:
-    """The one YAML document in `text`, with the scalars of YAML 1.2. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-
-
-def _refuse_expansion(text: str, path: Path) -> None:
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise InputError(f"{path}, line {line}: found an anchor or alias (& or *), expected every value written out")
-        if getattr(event, "tag", None):
-            raise InputError(f"{path}, line {line}: found the tag '{event.tag}', expected plain values")
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise InputError(f"{path}, line {line}: nested deeper than {MAX_DEPTH} levels")
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 scalars and without repeated keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for name, _ in node.value:
-            if not isinstance(name, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "found a key that is no plain word", name.start_mark)
-            if name.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"found the key '{name.value}' a second time", name.start_mark)
-            seen.add(name.value)
-        return super().construct_mapping(node, deep=True)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the strings that `_Loader` would read as something else, and never writes an alias."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-# The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema); tried in this order.
-_SCALARS = (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("tag:yaml.org,2002:float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-)
-for _tag, _pattern, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    if len(text) > 100:
-        raise yaml.constructor.ConstructorError(None, None, "found a number of more than 100 digits", node.start_mark)
-    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
-    return int(text[2:] if base != 10 else text, base)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)  # PyYAML's reads 010 as octal, 1:30 as 90

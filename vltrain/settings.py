@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
 from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
-from vltrain.recipe import load_text as load_recipe_text
+from vltrain.strict_yaml import load_text as load_recipe_text
 
 COMMAND_LINE = "command line"
 FLAGS = ("help", "print_config")
@@ -118,7 +118,8 @@ def load_settings(
     `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.
     Raises InputError for anything unknown, of a wrong type, contradictory or without effect.
     """
-    options = {"recipe": Option("YAML file of settings", str(default_recipe) if default_recipe else None, "FILE"), **(options or {})}
+    recipe_option = Option("YAML file of settings; FILE#ROW: a row of a table", str(default_recipe) if default_recipe else None, "FILE")
+    options = {"recipe": recipe_option, **(options or {})}
     arguments = split_arguments(argv)
     if ("help", None) in arguments.options:
         _parser(program, description, options, positionals).print_help()

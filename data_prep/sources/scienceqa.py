@@ -1,25 +1,31 @@
 """ScienceQA (Lu et al., 2022) from its official files: problems.json, pid_splits.json, images/{split}/{pid}/image.png.
 
 A prompt format is INPUT-OUTPUT. Input letters, in order: C context (hint), Q question, M options, then L lecture and E explanation
-where the input shows them. Output letters, in order: A answer, L lecture, E explanation, P (as L and E) of LLaVA's LEPA.
+where the input shows them, or G a rationale. Output letters, in order: A answer, L lecture, E explanation, P (as L and E) of LLaVA's LEPA.
 `QCM-ALE`, the paper's: "Question: ... Context: ... Options: (A) ... (B) ...  Response:" -> "The answer is A. BECAUSE: lecture explanation".
-Each format does what its letters say; where lecture and explanation are empty, no "BECAUSE:" is left standing. `LE` alone is
-the rationale without the answer, "N/A" where there is none: the first of the two stages of Multimodal-CoT (https://arxiv.org/abs/2302.00923).
+Each format does what its letters say; where lecture and explanation are empty, no "BECAUSE:" is left standing.
+
+Multimodal-CoT (https://arxiv.org/abs/2302.00923) is two runs. The first, `QCM-LE`, learns the rationale (lecture and explanation, "N/A"
+where there is neither) without the answer. The second, `QCMG-A`, reads a rationale behind the options ("Solution: ...") and learns the
+answer. Val and test questions always show what the first run wrote (option `rationales`), never the data's own; train questions show
+the data's own, as its authors do, or with `train_rationales: generated` what the first run wrote about them too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample, read_json
 from vltrain.errors import InputError, nearest
+from vltrain.evaluate.predictions import name_some, read_predictions
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-INPUTS = tuple(order + shown for order in ("CQM", "QCM") for shown in ("", "L", "E", "LE"))
+INPUTS = tuple(order + shown for order in ("CQM", "QCM") for shown in ("", "L", "E", "LE", "G"))
 OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "LEPA", "LE")
 FORMATS = tuple(f"{given}-{wanted}" for given in INPUTS for wanted in OUTPUTS if given in ("CQM", "QCM") or wanted == "A")
 FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "grade": str, "subject": str, "lecture": str, "solution": str}
@@ -30,20 +36,20 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the folder of the official files.
-        options: `prompt_format` (QCM-ALE) and `missing_images`: `error`, or `drop` to leave such questions out, each one printed.
+        options: `prompt_format` (QCM-ALE); `missing_images`: `error`, or `drop` to leave such questions out, each one printed; and for
+            formats with G `rationales`, a run's folder (its `eval/SPLIT/predictions.jsonl` are read) or a file of {pid: text}, and
+            `train_rationales`: `gold` or `generated`.
 
     Raises:
-        InputError: a missing file or field, an answer that is none of the choices, an unknown format: named with file, pid and key.
+        InputError: a missing file or field, an answer that is none of the choices, an unknown format, a question without a rationale or a
+            rationale without a question: named with file, pid and key.
     """
-    settled = settle("scienceqa", options, {"prompt_format": "QCM-ALE", "missing_images": "error"})
-    if settled["prompt_format"] not in FORMATS:
-        raise InputError(f"prompt_format: unknown '{settled['prompt_format']}', {nearest(settled['prompt_format'], FORMATS)}")
-    if settled["missing_images"] not in ("error", "drop"):
-        raise InputError(f"missing_images: found '{settled['missing_images']}', expected error or drop")
+    settled = _settled(options)
     if input is None:
         raise InputError("source 'scienceqa' needs --input, the folder with problems.json, pid_splits.json and images/")
     problems, splits = read_json(input / "problems.json"), read_json(input / "pid_splits.json")
     for split in ("train", "val", "test"):
+        rationales = _rationales(settled, split, splits)
         for pid in splits.get(split, ()):
             if pid not in problems:
                 raise InputError(f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks")
@@ -52,7 +58,61 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             if image is not None and settled["missing_images"] == "drop" and not image.is_file():
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
-            yield to_sample(pid, split, problem, image, settled["prompt_format"])
+            yield to_sample(pid, split, problem, image, settled["prompt_format"], rationales.of(pid, problem))
+
+
+def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, checked one by one and against each other."""
+    defaults = {"prompt_format": "QCM-ALE", "missing_images": "error", "rationales": None, "train_rationales": "gold"}
+    settled = settle("scienceqa", options, defaults)
+    if settled["prompt_format"] not in FORMATS:
+        raise InputError(f"prompt_format: unknown '{settled['prompt_format']}', {nearest(settled['prompt_format'], FORMATS)}")
+    for name, known in (("missing_images", ("error", "drop")), ("train_rationales", ("gold", "generated"))):
+        if settled[name] not in known:
+            raise InputError(f"{name}: found '{settled[name]}', expected {' or '.join(known)}")
+    reads_rationales = settled["prompt_format"].split("-")[0].endswith("G")
+    if reads_rationales and settled["rationales"] is None:
+        needed = "rationales: the folder of the run that wrote them, or a file of {pid: text}"
+        raise InputError(f"prompt_format {settled['prompt_format']} needs the option {needed}")
+    if not reads_rationales and (settled["rationales"] is not None or settled["train_rationales"] != "gold"):
+        name = "rationales" if settled["rationales"] is not None else "train_rationales"
+        raise InputError(f"{name}: has no effect: prompt_format {settled['prompt_format']} shows no rationale; QCMG-A does")
+    return settled
+
+
+@dataclass(frozen=True)
+class Rationales:
+    """What G shows in one split. `written`: by pid, read from `where`; None: the data's own."""
+
+    written: Mapping[str, str] | None
+    where: str = ""
+
+    def of(self, pid: str, problem: dict[str, Any]) -> str:
+        """The rationale of a problem. Raises InputError if the file has none; an empty one is one."""
+        if self.written is None:
+            return answer_of(problem, "LE")
+        if pid not in self.written:
+            raise InputError(f"{self.where}: no rationale of problem '{pid}'; answer the whole split: vltrain evaluate RUN --split SPLIT")
+        return self.written[pid]
+
+
+def _rationales(settled: Mapping[str, Any], split: str, splits: Mapping[str, Any]) -> Rationales:
+    """Those of a split: the data's own only where the format shows none, or for training."""
+    if settled["rationales"] is None or (split == "train" and settled["train_rationales"] == "gold") or not splits.get(split):
+        return Rationales(None)
+    place = Path(settled["rationales"])
+    file = place / "eval" / split / "predictions.jsonl" if place.is_dir() else place
+    if not file.is_file():
+        expected = "expected a run's folder or a file of {pid: text}"
+        way_out = f"write it: vltrain evaluate {place} --split {split}" if place.is_dir() else expected
+        raise InputError(f"rationales: {file}: no such file; {way_out}")
+    written = read_predictions(file)
+    splits_of_file = {split: splits[split]} if place.is_dir() else splits
+    unknown = written.keys() - {pid for pids in splits_of_file.values() for pid in pids}
+    if unknown:
+        named = f"{len(unknown)} problem(s) that are not in {', '.join(splits_of_file)} of pid_splits.json ({name_some(unknown)})"
+        raise InputError(f"{file}: rationales of {named}; are they of another data set or split?")
+    return Rationales(written, str(file))
 
 
 def checked(problem: Any, where: str) -> dict[str, Any]:
@@ -68,10 +128,12 @@ def checked(problem: Any, where: str) -> dict[str, Any]:
     return problem
 
 
-def to_sample(pid: str, split: str, problem: dict[str, Any], image: Path | None, prompt_format: str) -> RawSample:
-    """One problem as a sample in the given format."""
+def to_sample(
+    pid: str, split: str, problem: dict[str, Any], image: Path | None, prompt_format: str, rationale: str = ""
+) -> RawSample:  # fmt: skip
+    """One problem as a sample in the given format. `rationale`: what G shows."""
     given, wanted = prompt_format.split("-")
-    prompt = prompt_of(problem, given)
+    prompt = prompt_of(problem, given, rationale)
     metadata = {name: problem[name] for name in ("choices", "answer", "subject", "hint", "grade")}
     sample = Sample(
         id=pid,
@@ -85,12 +147,12 @@ def to_sample(pid: str, split: str, problem: dict[str, Any], image: Path | None,
     return RawSample(split=split, sample=sample, image_sources=(image,) if image else ())
 
 
-def prompt_of(problem: dict[str, Any], given: str) -> str:
+def prompt_of(problem: dict[str, Any], given: str, rationale: str = "") -> str:
     """The question as the input letters order it. `<image>` in the data's own text would be taken for an image, so it loses its brackets."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     parts = {
         "Q": f"Question: {problem['question']}", "C": f"Context: {problem['hint'].strip() or 'N/A'}", "M": f"Options: {options}",
-        "L": f"BECAUSE: {problem['lecture'].strip()}", "E": problem["solution"].strip(),
+        "L": f"BECAUSE: {problem['lecture'].strip()}", "E": problem["solution"].strip(), "G": f"Solution: {rationale.strip() or 'N/A'}",
     }  # fmt: skip
     if "L" not in given and parts["E"]:
         parts["E"] = f"BECAUSE: {parts['E']}"

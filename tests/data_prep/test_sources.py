@@ -46,6 +46,71 @@ def test_prompts():
     assert {"QCM-ALE", "CQM-A", "QCM-LEPA", "QCMLE-A", "QCML-A", "QCME-A"} <= set(FORMATS)
 
 
+def write_rationales(folder: Path, **splits: dict[str, str]) -> Path:
+    """A run's folder with predictions of those splits."""
+    for split, texts in splits.items():
+        (folder / "eval" / split).mkdir(parents=True)
+        lines = (json.dumps({"id": pid, "prediction": text}) + "\n" for pid, text in texts.items())
+        (folder / "eval" / split / "predictions.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def three_problems(tmp_path) -> Path:
+    """One problem in each split: 1 in train, 2 in val, 3 in test."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    (folder / "problems.json").write_text(json.dumps({pid: PROBLEM for pid in "123"}))
+    (folder / "pid_splits.json").write_text(json.dumps({"train": ["1"], "val": ["2"], "test": ["3"]}))
+    return folder
+
+
+def prompts(folder: Path) -> dict[str, tuple[str, str]]:
+    """(prompt, target) of each split's one sample."""
+    samples = {split: json.loads((folder / f"{split}.jsonl").read_text()) for split in ("train", "val", "test")}
+    return {split: (sample["turns"][0]["text"], sample["turns"][1]["text"]) for split, sample in samples.items()}
+
+
+@pytest.mark.parametrize("train", ["gold", "generated"])
+def test_the_second_stage_reads_written_rationales_and_gold_ones_only_for_training(tmp_path, three_problems, train):
+    run = write_rationales(tmp_path / "run", train={"1": "written for 1"}, val={"2": "written for 2 <image>"}, test={"3": " "})
+    options = {"prompt_format": "QCMG-A", "rationales": str(run), "train_rationales": train}
+    prepare("scienceqa", three_problems, tmp_path / "out", options)
+    shown = {"train": "LL EE" if train == "gold" else "written for 1", "val": "written for 2 image", "test": "N/A"}
+    asked = "Question: Q?\nContext: H\nOptions: (A) x (B) y\nSolution: {}\nResponse:"
+    assert prompts(tmp_path / "out") == {split: (asked.format(text), "The answer is B.") for split, text in shown.items()}
+
+
+def test_rationales_may_be_a_file_of_all_splits(tmp_path, three_problems):
+    (tmp_path / "all.json").write_text(json.dumps({pid: f"written for {pid}" for pid in "123"}))
+    prepare("scienceqa", three_problems, tmp_path / "out", {"prompt_format": "CQMG-A", "rationales": str(tmp_path / "all.json")})
+    shown = {split: prompt.split("Solution: ")[1].split("\n")[0] for split, (prompt, _) in prompts(tmp_path / "out").items()}
+    assert shown == {"train": "LL EE", "val": "written for 2", "test": "written for 3"}
+
+
+@pytest.mark.parametrize(
+    ("written", "changes", "named"),
+    [
+        ({"val": {"2": "x"}}, {}, "test/predictions.jsonl: no such file; write it: vltrain evaluate .*run --split test"),
+        ({"val": {}, "test": {"3": "x"}}, {}, "val/predictions.jsonl: no rationale of problem '2'"),
+        ({"val": {"2": "x", "3": "y"}, "test": {"3": "x"}}, {}, "1 problem.* not in val of pid_splits.json .3."),
+        ({"val": {"2": "x"}, "test": {"3": "x"}}, {"train_rationales": "generated"}, "--split train"),
+        ({}, {"rationales": "gone"}, "gone: no such file; expected a run's folder or a file"),
+        ({}, {"rationales": None}, "QCMG-A needs the option rationales"),
+        ({}, {"prompt_format": "QCM-A"}, "rationales: has no effect: prompt_format QCM-A"),
+        ({}, {"prompt_format": "QCM-A", "rationales": None, "train_rationales": "generated"}, "train_rationales: has no effect"),
+        ({}, {"train_rationales": "golden"}, "found 'golden', expected gold or generated"),
+    ],
+)
+def test_mistakes_about_rationales_name_file_and_problem(tmp_path, three_problems, written, changes, named):
+    run = write_rationales(tmp_path / "run", **written)
+    run.mkdir(exist_ok=True)
+    options = {"prompt_format": "QCMG-A", "rationales": str(run), **changes}
+    with pytest.raises(InputError, match=named):
+        prepare("scienceqa", three_problems, tmp_path / "out", {name: value for name, value in options.items() if value is not None})
+    assert not (tmp_path / "out").exists()
+
+
 def write_scienceqa(folder: Path, **changes) -> Path:
     folder.mkdir()
     (folder / "problems.json").write_text(json.dumps({"7": {**PROBLEM, **changes}}))

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate import exact, scienceqa
+from vltrain.evaluate import exact, rouge, scienceqa
 from vltrain.evaluate.report import SCORERS, find_scorer, score_samples, write_report, write_whole
 from vltrain.evaluate.scoring import Question, Verdict
 from vltrain.schema import Sample, Turn
@@ -38,6 +38,32 @@ def science(**changes) -> Question:
 )
 def test_exact_answers_are_compared_up_to_case_space_and_a_full_stop(prediction, reference, correct):
     assert exact.judge(prediction, question(reference)) == Verdict(correct, False, reference.strip())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "f"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("the cats sat on it", "The cat sat on the mat.", 8 / 11),  # the cat sat on: 4 of 5 and of 6 words; stemmed, lower-cased
+        ("mat on sat cat the", "the cat sat on the mat", 4 / 11),  # order counts: two words in common, of 5 and of 6
+        ("dog", "the cat", 0.0),
+    ],
+)
+def test_rouge_l_by_hand(prediction, reference, f):
+    assert rouge.judge(prediction, question(reference)) == Verdict(pytest.approx(f), False, reference)
+
+
+def test_a_report_of_degrees_calls_their_mean_by_its_name():
+    asked = [Sample(id=str(number), turns=(Turn(role="user", text="q"), Turn(role="assistant", text="a b"))) for number in range(3)]
+    report = score_samples("rouge", asked, ["a b", "a c", " "], "file")
+    assert report.headline() == "rougeL=0.5000 (3 questions) failed=1"
+    figures = report.to_json()
+    assert (figures["measure"], figures["rougeL"], figures["correct"], figures["failed"]) == ("rougeL", 0.5, 1.5, 1)
+    assert "accuracy" not in figures and figures["columns"]["Average"]["rougeL"] == 0.5
+
+
+def test_rationales_of_scienceqa_have_its_columns():
+    assert rouge.columns(science(hint="h")) == ("NAT", "TXT", "G1-6") and rouge.columns(question()) == ()
 
 
 def test_an_empty_exact_answer_is_a_failure():

@@ -8,6 +8,7 @@ smaller denominator; ids that the split does not have are one too, since they me
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def score_predictions(predictions: Path, data: Path, split: str) -> Report:
     known = {question.id for question in questions}
     for problem, ids in (("has no answer to", known - texts.keys()), ("answers unknown", texts.keys() - known)):
         if ids:
-            found = f"{problem} {len(ids)} question(s) of split '{split}' ({_some(ids)})"
+            found = f"{problem} {len(ids)} question(s) of split '{split}' ({name_some(ids)})"
             raise InputError(f"{predictions}: {found}; expected its {len(known)} ids exactly")
     return score("scienceqa", find_scorer("scienceqa"), ((question, question.reference, texts[question.id]) for question in questions))
 
@@ -118,6 +119,7 @@ def _expect(value: Any, kind: type, where: str, expected: str) -> Any:
     return value
 
 
-def _some(ids: set[str]) -> str:
+def name_some(ids: Set[str]) -> str:
+    """The first of `ids`, for an error."""
     first = sorted(ids, key=lambda pid: (len(pid), pid))[:MAX_NAMED]
     return ", ".join(first) + (", ..." if len(ids) > MAX_NAMED else "")

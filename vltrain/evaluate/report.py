@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError, nearest
-from vltrain.evaluate import exact, scienceqa
+from vltrain.evaluate import exact, rouge, scienceqa
 from vltrain.evaluate.scoring import Question, Report, Scorer, score
 from vltrain.schema import Sample
 
-SCORERS: dict[str, Scorer] = {"exact": exact.SCORER, "scienceqa": scienceqa.SCORER}
+SCORERS: dict[str, Scorer] = {"exact": exact.SCORER, "rouge": rouge.SCORER, "scienceqa": scienceqa.SCORER}
 
 
 def find_scorer(name: str) -> Scorer:

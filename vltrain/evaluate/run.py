@@ -122,11 +122,11 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
 
 def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: Config, split: str, image_folder: Path, step: int) -> None:
     """Accuracies and a fixed, evenly spaced choice of answered questions."""
-    writer.add_scalar(f"eval/{split}/accuracy", report.accuracy, step)
+    writer.add_scalar(f"eval/{split}/{report.measure}", report.accuracy, step)
     writer.add_scalar(f"eval/{split}/failed_share", report.failed / max(report.overall.total, 1), step)
     for name, tally in report.columns.items():
         if tally.accuracy is not None and name != "Average":
-            writer.add_scalar(f"eval/{split}/accuracy_by/{name}", tally.accuracy, step)
+            writer.add_scalar(f"eval/{split}/{report.measure}_by/{name}", tally.accuracy, step)
     shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
     cards = []
     for number in shown:

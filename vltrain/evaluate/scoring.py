@@ -1,7 +1,8 @@
 """What a scorer is, and the report that comes of one.
 
 A scorer is two plain functions over an answered sample: `judge` (is this text right, and could an answer be found in it at
-all?) and `columns` (which columns of the table the sample counts in; columns may overlap). Everything else is counting.
+all?) and `columns` (which columns of the table the sample counts in; columns may overlap). Everything else is counting. Where a text is
+not right or wrong but more or less like another, `judge` says how much, from 0 to 1, and the scorer names the mean of that.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ Metadata = Mapping[str, Any]
 
 
 class Verdict(NamedTuple):
-    """`expected`: the right answer as a text; `failed`: no answer could be found in the prediction, which counts as wrong."""
+    """`correct`: true or false, or a degree from 0 to 1; `expected`: the right answer as a text; `failed`: no answer could be found in the
+    prediction, which counts as wrong."""
 
-    correct: bool
+    correct: bool | float
     failed: bool
     expected: str
 
@@ -35,11 +37,12 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """`column_order`: the columns that are always shown, first; others follow in alphabetical order."""
+    """`column_order`: the columns that are always shown, first; others follow in alphabetical order. `measure`: the mean's name."""
 
     judge: Callable[[str, Question], Verdict]
     columns: Callable[[Question], tuple[str, ...]]
     column_order: tuple[str, ...] = ()
+    measure: str = "accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +53,18 @@ class Answer:
     prompt: str
     prediction: str
     answer: str
-    correct: bool
+    correct: bool | float
     failed: bool
 
 
 @dataclass
 class Tally:
-    """Right answers of how many."""
+    """Right answers (or the sum of their degrees) of how many."""
 
-    correct: int = 0
+    correct: int | float = 0
     total: int = 0
 
-    def add(self, correct: bool) -> None:
+    def add(self, correct: bool | float) -> None:
         self.correct += correct
         self.total += 1
 
@@ -80,6 +83,7 @@ class Report:
     failed: int
     columns: dict[str, Tally]
     answers: tuple[Answer, ...]
+    measure: str = "accuracy"
 
     @property
     def accuracy(self) -> float:
@@ -88,13 +92,13 @@ class Report:
 
     def headline(self) -> str:
         """The one line to remember: `accuracy=0.9012 (9673 questions) failed=3`."""
-        return f"accuracy={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}"
+        return f"{self.measure}={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the answers."""
-        columns = {name: {"accuracy": tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
-        counts = {"accuracy": self.accuracy, "correct": self.overall.correct, "total": self.overall.total, "failed": self.failed}
-        return {"scorer": self.scorer, **counts, "columns": columns}
+        """Everything but the answers; the mean stands under its own name."""
+        columns = {name: {self.measure: tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
+        counts = {self.measure: self.accuracy, "correct": self.overall.correct, "total": self.overall.total, "failed": self.failed}
+        return {"scorer": self.scorer, "measure": self.measure, **counts, "columns": columns}
 
     def to_markdown(self) -> str:
         """A table of the columns: accuracy in per cent, and how many questions that is of."""
@@ -123,4 +127,5 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
         answers.append(Answer(id=question.id, **told, correct=verdict.correct, failed=verdict.failed))
     found = sorted(columns.keys() - set(scorer.column_order))
     ordered = {column: columns[column] for column in (*scorer.column_order, *found)}
-    return Report(scorer=name, overall=overall, failed=failed, columns={**ordered, "Average": overall}, answers=tuple(answers))
+    columns = {**ordered, "Average": overall}
+    return Report(scorer=name, overall=overall, failed=failed, columns=columns, answers=tuple(answers), measure=scorer.measure)

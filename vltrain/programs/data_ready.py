@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vltrain.config import Config
 from vltrain.data.tokenizer import Tokenizer
+from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,29 @@ def samples_folder(config: Config) -> Path:
 
 
 def ready_samples(config: Config, split: str) -> Path:
-    """The JSONL file of one split's samples, prepared from the raw data if it is missing. Every rank may call this."""
-    file = samples_folder(config) / f"{split}.jsonl"
-    if not samples_folder(config).exists():
-        _rank_0_makes(lambda: _prepare(config), samples_folder(config))
-    return file
+    """The JSONL file of one split's samples, prepared from the raw data if it is missing. Every rank may call this.
+
+    Raises: InputError if the samples that are there were made from the same source with another option.
+    """
+    folder = samples_folder(config)
+    if not folder.exists():
+        _rank_0_makes(lambda: _prepare(config), folder)
+    _require_same_options(config, folder)
+    return folder / f"{split}.jsonl"
+
+
+def _require_same_options(config: Config, folder: Path) -> None:
+    """What either side leaves to the source's default is not compared; nor are samples of other makers, which have no record."""
+    from data_prep.prepare import RECORD
+
+    record = folder / RECORD
+    made = json.loads(record.read_text()) if record.exists() else {"source": None}
+    if made["source"] != config.data.source:
+        return
+    for name, value in config.data.options.items():
+        if made["options"].get(name, str(value)) != str(value):
+            found = f"its samples were made with {name} = {made['options'][name]}, the recipe says {value}"
+            raise InputError(f"data.options.{name}: has no effect on {folder}: {found}; name another data.root, or remove the folder")
 
 
 def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Trains and evaluates every row of a table of recipes: `python launch/ablate.py TABLE.yaml [--ds JSON] [--only ROW ...] [--KEY VALUE ...]`."""
+
+import sys
+
+from vltrain.programs.ablate import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], program="launch/ablate.py"))

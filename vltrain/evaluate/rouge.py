@@ -1,0 +1,40 @@
+"""Scorer `rouge`: ROUGE-L of a longer text against the reference, as Multimodal-CoT reports of its rationales.
+
+The F-measure over the longest common subsequence of words (Lin 2004, https://aclanthology.org/W04-1013), lower-cased and stemmed, by
+Google's `rouge-score`, whose figures papers compare. It tells how alike two texts are, not whether one is true.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from vltrain.evaluate import scienceqa
+from vltrain.evaluate.scoring import Question, Scorer, Verdict
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
+
+@cache
+def _scorer() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which takes a second that other scorers need not spend
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def judge(prediction: str, question: Question) -> Verdict:
+    """An empty prediction is one in which no rationale could be found."""
+    reference = question.reference.strip()
+    return Verdict(_scorer().score(reference, prediction)["rougeL"].fmeasure, not prediction.strip(), reference)
+
+
+def columns(question: Question) -> tuple[str, ...]:
+    """ScienceQA's, where the sample is one of its; else the sample's `kind`, if it has one."""
+    if "subject" in question.metadata:
+        return scienceqa.columns(question)
+    kind = question.metadata.get("kind")
+    return () if kind is None else (str(kind),)
+
+
+SCORER = Scorer(judge=judge, columns=columns, measure="rougeL")

@@ -1,0 +1,256 @@
+"""`vltrain ablate` and launch/ablate.py: trains and evaluates every row of a table of recipes, and makes the table.
+
+    vltrain ablate TABLE.yaml [--ds ds_configs/zero2.json] [--only ROW ...] [--ranks N] [--split NAME] [--KEY VALUE ...]
+
+TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipes/table2.yaml. Each row is a run of its own, started as
+`deepspeed launch/train_mmt.py --recipe TABLE.yaml#ROW` and `launch/evaluate.py`, in the folder ROW below the table's output.
+
+    --ds JSON          DeepSpeed's knobs for every row
+    --only ROW ...     these rows alone
+    --ranks N          ranks of this machine; left out: its accelerators, or two on a CPU
+    --split NAME       the split to answer; left out: the table's `ablation.split`, or the recipe's data.test_split
+    --KEY VALUE        overrides for all rows (vltrain train --help names them); --output: the folder of the table; --eval.max_samples
+                       bounds the questions of every evaluation, the last one too
+
+Started again, it leaves finished rows alone and goes on with interrupted ones from their checkpoints. A row that fails is told, and
+the others are run. After every row the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed,
+2 for a mistake in the input, 130 where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vltrain.config import Config
+from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
+from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
+from vltrain.recipe import Table, known_keys, read_table
+from vltrain.settings import COMMAND_LINE, Arguments, Option, load_settings, split_arguments
+from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.provenance import make_run_folder
+
+logger = logging.getLogger(__name__)
+
+OPTIONS: dict[str, Option] = {
+    "ds": Option("DeepSpeed's knobs", metavar="JSON"), "only": Option("rows", metavar="ROW ..."), "ranks": Option("ranks", metavar="N"),
+    "split": Option("split to answer", metavar="NAME"),
+}  # fmt: skip
+# Settings that change no figure of a row's line: a finished row stays finished under others.
+CHANGE_NOTHING = {
+    "output", "data.workers", "data.eval_split", "train.log_every_steps", "train.save_every_steps", "train.keep_checkpoints",
+    "train.eval_every_steps", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
+}  # fmt: skip
+INTERRUPTED = 130  # as shells report Ctrl-C
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A row to run: its folder, the words of its two programs, and the settings that make its figures what they are."""
+
+    row: str
+    folder: Path
+    train_words: tuple[str, ...]
+    evaluate_words: tuple[str, ...]
+    split: str
+    made_with: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a command line asks for. `jobs`: all rows of the table; `chosen`: those to run."""
+
+    table: Table
+    folder: Path
+    jobs: tuple[Job, ...]
+    chosen: tuple[str, ...]
+    ranks: int
+    train: Path
+    evaluate: Path
+
+
+@exits_cleanly
+def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
+    """Runs the table that the command line names. Returns the exit code, see the module."""
+    arguments = split_arguments(argv)
+    if ("help", None) in arguments.options:
+        print(__doc__)
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    plan = make_plan(arguments)
+    make_run_folder(plan.folder)
+    with _alone_in(plan.folder), interruptible():
+        return run(plan)
+
+
+def run(plan: Plan) -> int:
+    """Runs the chosen rows that are not done, one after another. Returns the exit code."""
+    outcomes = {job.row: _settled(job) for job in plan.jobs}
+    jobs = [job for job in plan.jobs if job.row in plan.chosen]
+    rows = plan.table.rows
+    print(write_table(plan.folder, rows, outcomes), flush=True)
+    for number, job in enumerate(jobs, start=1):
+        outcome = outcomes[job.row]
+        title = f"row {number} of {len(jobs)}, {job.row}"
+        if outcome.state == DONE:
+            logger.info("%s: done already", title)
+            continue
+        try:
+            _run_row(plan, job, outcome, title)
+        except KeyboardInterrupt:
+            write_table(plan.folder, rows, outcomes)
+            logger.warning("%s: interrupted; the same command goes on from its newest checkpoint", title)
+            return INTERRUPTED
+        print(write_table(plan.folder, rows, outcomes), flush=True)
+    failed = [job.row for job in jobs if outcomes[job.row].state == FAILED]
+    for row in failed:
+        logger.error("row %s failed: %s", row, outcomes[row].reason)
+    logger.info("the table: %s", plan.folder / "table.md")
+    return 1 if failed else 0
+
+
+def make_plan(arguments: Arguments) -> Plan:
+    """Checks table, rows and command line before anything runs. Raises InputError naming file, row and key."""
+    if not arguments.positionals:
+        raise InputError(f"{COMMAND_LINE}: found no table, expected TABLE.yaml, such as launch/recipes/table2.yaml")
+    table = read_table(Path(arguments.positionals[0]))
+    chosen = _chosen_rows(arguments, table)
+    for name in ("recipe", "resume", "print_config"):
+        if any(option == name for option, _ in arguments.options):
+            told = f"one row by itself: vltrain train --recipe {table.recipe_of(chosen[0])} --{name} ..."
+            raise InputError(f"{COMMAND_LINE}: --{name} does not go with a table; {told}")
+    ranks = _number_of_ranks(arguments.last("ranks"))
+    folder = Path(arguments.last("output") or table.settings["output"])
+    jobs = tuple(_job(arguments, table, row, folder, ranks) for row in table.rows)
+    programs = {
+        "train": find_program(table.ablation.program, f"{table.path}: ablation.program"),
+        "evaluate": find_program(table.ablation.evaluate, f"{table.path}: ablation.evaluate"),
+    }
+    return Plan(table=table, folder=folder, jobs=jobs, chosen=chosen, ranks=ranks, **programs)
+
+
+def _chosen_rows(arguments: Arguments, table: Table) -> tuple[str, ...]:
+    named = [value for option, value in arguments.options if option == "only" and value is not None]
+    others = arguments.positionals[1:]  # --only a b: the parser gives `only` one word and leaves the others standing
+    if others and not named:
+        raise InputError(f"{COMMAND_LINE}: found '{others[0]}' behind the table, expected --only {' '.join(others)}")
+    for row in (*named, *others):
+        if row not in table.rows:
+            raise InputError(f"{COMMAND_LINE}: --only: no row '{row}' in {table.path}, {nearest(row, table.rows)}")
+    return tuple(row for row in table.rows if not named or row in named or row in others)
+
+
+def _number_of_ranks(text: str | None) -> int:
+    if text is None:
+        return default_ranks()
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise InputError(f"{COMMAND_LINE}: --ranks: found {text!r}, expected a number of 1 or more")
+    return int(text)
+
+
+def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int) -> Job:
+    overrides = tuple(f"--{name}={value}" for name, value in arguments.options if name not in OPTIONS and name != "output")
+    recipe = ("--recipe", str(table.recipe_of(row)), "--output", str(folder / row))
+    try:
+        config = load_settings([*recipe, *overrides], program="vltrain ablate", options=OPTIONS).config
+    except InputError as error:
+        raise InputError(f"{error} (row '{row}' of {table.path})") from None
+    ds = arguments.last("ds")
+    resolve_ds_config(load_ds_json(ds) if ds else {}, config, ranks)
+    split = arguments.last("split") or table.ablation.split or config.data.test_split
+    bounded = arguments.last("eval.max_samples") is not None
+    max_samples = config.eval.max_samples if bounded else table.ablation.max_samples
+    bound = () if max_samples is None else ("--eval.max_samples", str(max_samples))
+    return Job(
+        row=row, folder=folder / row, train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ())),
+        evaluate_words=(str(folder / row), "--split", split, *bound), split=split,
+        made_with={**_figures(config), "split": split, "questions": max_samples},
+    )  # fmt: skip
+
+
+def _figures(config: Config) -> dict[str, Any]:
+    """The settings by dotted name, as they come back from JSON, that a row's figures depend on."""
+    values: dict[str, Any] = {}
+    for key in known_keys().keys() - CHANGE_NOTHING:
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        values[key] = value
+    return json.loads(json.dumps(values))
+
+
+def _settled(job: Job) -> Outcome:
+    """What is on the disk of a row. Raises InputError if other settings made it: a table compares only what is comparable."""
+    outcome = read_outcome(job.folder)
+    if outcome.state not in (DONE, TRAINED):
+        return outcome
+    for key, value in sorted(job.made_with.items()):
+        default = json.loads(json.dumps(known_keys()[key].default)) if key in known_keys() else None
+        before = outcome.made_with.get(key, default)
+        if before != value:
+            found = f"{key} was {before!r}, is {value!r}"
+            raise InputError(f"{job.folder}: holds row '{job.row}' of other settings: {found}; choose another --output, or remove it")
+    return outcome
+
+
+def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
+    """Trains and evaluates a row, keeping `outcome` and its file up to date. KeyboardInterrupt passes through."""
+    make_run_folder(job.folder)
+    if outcome.state != TRAINED:
+        outcome.state, outcome.reason, outcome.made_with = RUNNING, None, job.made_with
+        if not _run_program("train", plan.train, job.train_words, plan.ranks, job, outcome, title):
+            return
+        outcome.state = TRAINED
+    if not _run_program("evaluate", plan.evaluate, job.evaluate_words, plan.ranks, job, outcome, title):
+        return
+    parameters = _read(job.folder / "run.json")["parameters"].values()
+    outcome.parameters, outcome.trained = (sum(part[name] for part in parameters) for name in ("total", "trainable"))
+    outcome.metrics = _read(job.folder / "eval" / job.split / "metrics.json")
+    outcome.steps, outcome.state = outcome.metrics["step"], DONE
+    write_outcome(job.folder, outcome)
+
+
+def _run_program(name: str, program: Path, words: tuple[str, ...], ranks: int, job: Job, outcome: Outcome, title: str) -> bool:
+    """Runs one of a row's two programs; its output goes to NAME.log. Returns whether it succeeded; if not, `outcome` says why."""
+    log = job.folder / f"{name}.log"
+    write_outcome(job.folder, outcome)
+    logger.info("%s: %s on %d rank(s); watch it: tail -f %s", title, name, ranks, log)
+    started, code = time.monotonic(), None
+    try:
+        code = launch(program, words, ranks, log)
+    finally:
+        spent = time.monotonic() - started
+        outcome.seconds += spent if name == "train" else 0.0
+        outcome.evaluation_seconds = spent if name == "evaluate" else outcome.evaluation_seconds
+        if code:
+            outcome.state, outcome.reason = FAILED, f"{name} ended with exit code {code}: {reason_of_failure(log)} (whole output: {log})"
+            logger.error("%s: %s", title, outcome.reason)
+        write_outcome(job.folder, outcome)
+    return code == 0
+
+
+def _read(path: Path) -> Any:
+    """A file that a row's program has just written."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}), though the row's program ended well; is its output folder this one?") from None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds the table's folder. Raises InputError if another `vltrain ablate` does."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another `vltrain ablate` is at work in it; wait for it, or choose another --output") from None
+        yield
