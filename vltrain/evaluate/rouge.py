@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 @cache
 def _scorer() -> RougeScorer:
-    from rouge_score.rouge_scorer import RougeScorer  # it imports nltk, which takes a second that other scorers need not spend
+    # Imports nltk, which takes a second that other scorers need not spend.
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 
 
 def judge(prediction: str, question: Question) -> Verdict:

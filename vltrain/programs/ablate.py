@@ -46,8 +46,8 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 # Settings that change no figure of a row's line: a finished row stays finished under others.
 CHANGE_NOTHING = {
-    "output", "data.workers", "data.eval_split", "train.log_every_steps", "train.save_every_steps", "train.keep_checkpoints",
-    "train.eval_every_steps", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
+    "output", "model.llm.attention", "model.adapter.impl", "data.workers", "data.eval_split", "train.log_every_steps", "train.save_every_steps",
+    "train.keep_checkpoints", "train.eval_every_steps", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
 }  # fmt: skip
 INTERRUPTED = 130  # as shells report Ctrl-C
 

@@ -1,0 +1,57 @@
+"""The table of an ablation, against one written out by hand; its files."""
+
+import json
+
+import pytest
+
+from vltrain.errors import InputError
+from vltrain.evaluate.ablation import DONE, FAILED, Outcome, read_outcome, to_markdown, write_outcome, write_table
+
+
+TABLE = """
+| row  | different                   | trained | % trained | accuracy | rougeL |   NAT | IMG | questions | failed | seconds | steps |
+| ---- | --------------------------- | ------: | --------: | -------: | -----: | ----: | --: | --------: | -----: | ------: | ----: |
+| a    | adapter.dim 8, optim.lr 0.1 |   5,000 |      2.50 |    50.00 |        | 25.00 |   – |        40 |      2 |      62 |   150 |
+| b    | llm.peft.targets q v        |   5,000 |      2.50 |          |  12.50 |     – |   – |        40 |      2 |      62 |   150 |
+| c\\|d | nothing                     |         |           |  waiting |        |       |     |           |        |       0 |       |
+| e    | data.max_images null        |         |           |   failed |        |       |     |           |        |       3 |       |
+"""
+
+
+def done(measure: str, value: float, **columns: float | None) -> Outcome:
+    shares = {name: {measure: share} for name, share in columns.items()}
+    metrics = {"measure": measure, measure: value, "total": 40, "failed": 2, "columns": {**shares, "Average": {measure: value}}}
+    return Outcome(state=DONE, seconds=61.6, parameters=200_000, trained=5_000, steps=150, metrics=metrics)
+
+
+def test_the_table_is_as_by_hand():
+    differences = {
+        "a": {"model.adapter.dim": 8, "optim.lr": 0.1}, "b": {"model.llm.peft.targets": ("q", "v")}, "c|d": {},
+        "e": {"data.max_images": None},
+    }  # fmt: skip
+    failed = Outcome(state=FAILED, seconds=3.2)
+    outcomes = {"a": done("accuracy", 0.5, NAT=0.25), "b": done("rougeL", 0.125, IMG=None), "c|d": Outcome(), "e": failed}
+    assert to_markdown(differences, outcomes) == TABLE.strip()
+
+
+def test_its_files_say_the_same_without_the_settings_of_each_run(tmp_path):
+    outcome = done("accuracy", 0.5, NAT=0.25)
+    outcome.made_with = {"optim.lr": 0.5}
+    text = write_table(tmp_path, {"a": {"model.adapter.dim": 8}}, {"a": outcome})
+    assert (tmp_path / "table.md").read_text() == text + "\n"
+    (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert (row["row"], row["settings"], row["trained"], row["metrics"]["failed"]) == ("a", {"model.adapter.dim": 8}, 5_000, 2)
+    assert "made_with" not in row
+
+
+def test_an_outcome_comes_back_from_its_file(tmp_path):
+    assert read_outcome(tmp_path) == Outcome()
+    write_outcome(tmp_path, done("accuracy", 0.5, NAT=0.25))
+    assert read_outcome(tmp_path) == done("accuracy", 0.5, NAT=0.25)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"state": "done", "no_such": 1}'])
+def test_a_damaged_outcome_is_named(tmp_path, text):
+    (tmp_path / "row.json").write_text(text)
+    with pytest.raises(InputError, match="row.json"):
+        read_outcome(tmp_path)
