@@ -143,6 +143,8 @@ def test_tensorboard_gets_the_accuracy_and_pictures(evaluated):
     events.Reload()
     assert events.Scalars("eval/test/accuracy")[-1].step == 40
     assert {"eval/test/00", "eval/test/01"} == set(events.Tags()["images"])
+    table = events.Tensors("eval/test/table/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert table == (run / "eval" / "test" / "table.md").read_text().rstrip("\n") and "| Average |" in table
     assert events.Images("eval/test/00")[-1].width == 384
 
 

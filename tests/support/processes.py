@@ -60,3 +60,11 @@ def run_ranks(module: str, arguments: list[str], world_size: int, output: Path, 
     if any(codes):
         logs = "\n".join(f"--- rank {rank}\n{Path(f'{output}.{rank}').read_text(errors='replace')[-3000:]}" for rank in range(world_size))
         raise AssertionError(f"{module} on {world_size} rank(s) ended with {codes}\n{logs}")
+
+
+def deepspeed(*words: str, num_ranks: int = 2) -> subprocess.CompletedProcess:
+    """`deepspeed launch/...` as in the README."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

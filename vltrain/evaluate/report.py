@@ -1,4 +1,4 @@
-"""The table of scorers, and a report on disk: `predictions.jsonl` and `metrics.json`, each whole or not there."""
+"""The table of scorers, and a report on disk: `predictions.jsonl`, `metrics.json` and `table.md`, each whole or not there."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ def prompt_text(sample: Sample) -> str:
 
 
 def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes `folder`/predictions.jsonl and metrics.json (the counts and `facts`). Raises InputError if that is not possible."""
+    """Writes `folder`/predictions.jsonl, metrics.json (the counts and `facts`) and table.md. Raises InputError if that is not possible."""
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in report.answers)
     write_whole(folder / "predictions.jsonl", lines)
     write_json(folder / "metrics.json", {**facts, **report.to_json()})
+    write_whole(folder / "table.md", report.to_markdown() + "\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

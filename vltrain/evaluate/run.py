@@ -1,6 +1,6 @@
 """One evaluation: a split's questions answered by all ranks, scored, written and shown by rank 0.
 
-    samples.jsonl -> deal to ranks -> generate -> gather on rank 0 -> score -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json}, TensorBoard
+    samples.jsonl -> deal to ranks -> generate -> gather on rank 0 -> score -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json, table.md}, TensorBoard
 
 Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain evaluate` with a plain one.
 """
@@ -45,7 +45,7 @@ def evaluate_split(
     Args:
         model: in evaluation mode, plain or under DeepSpeed at any ZeRO stage; the caller's autocast context holds.
         samples_file: JSONL; images are found beside it.
-        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl` and `metrics.json` there.
+        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there.
         step: optimizer steps that the model has behind it, for the files and TensorBoard.
         max_samples: None: all.
         writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy`, the columns, and some questions with their images.
@@ -127,6 +127,7 @@ def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: 
     for name, tally in report.columns.items():
         if tally.accuracy is not None and name != "Average":
             writer.add_scalar(f"eval/{split}/{report.measure}_by/{name}", tally.accuracy, step)
+    writer.add_text(f"eval/{split}/table", report.to_markdown(), step)
     shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
     cards = []
     for number in shown:

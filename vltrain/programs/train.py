@@ -9,8 +9,6 @@ import logging
 import os
 from pathlib import Path
 
-import torch
-
 from vltrain.config import Config
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
