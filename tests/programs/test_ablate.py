@@ -63,8 +63,9 @@ def steps_of(row: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (row / "log.jsonl").read_text().splitlines()]
 
 
-def test_rows_are_trained_and_evaluated_interrupted_and_gone_on_with(table, monkeypatch, caplog):
-    command = [sys.executable, str(ROOT / "launch" / "ablate.py"), str(table), "--ranks", "1", "--train.precision", "fp32"]
+def test_a_row_is_interrupted_gone_on_with_evaluated_and_left_alone(table, monkeypatch, caplog):
+    """For real, so of one row: starting each program takes seconds. The order of several is below."""
+    command = [sys.executable, str(ROOT / "launch" / "ablate.py"), str(table), "--only", "small", "--ranks", "1", "--train.precision", "fp32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = table.parent / "out"
     first = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -76,29 +77,28 @@ def test_rows_are_trained_and_evaluated_interrupted_and_gone_on_with(table, monk
     assert first.returncode == 130, told
     assert "the same command goes on" in told and ranks
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
-    assert json.loads((out / "small" / "row.json").read_text())["state"] == "running" and not (out / "silu").exists()
+    assert json.loads((out / "small" / "row.json").read_text())["state"] == "running"
 
     second = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert second.returncode == 0, second.stderr
     log = (out / "small" / "train.log").read_text()
     _, fresh, resumed = log.split("$ deepspeed --num_accelerators 1")
     assert "from step 0" in fresh and "from step 0" not in resumed
-    assert steps_of(out / "small") == steps_of(out / "silu") == list(range(NUM_STEPS))
+    assert steps_of(out / "small") == list(range(NUM_STEPS))
     rows = {row["row"]: row for row in json.loads((out / "table.json").read_text())["rows"]}
     # tiny: 4 live ViT blocks and 2 LLM blocks of width 32; a neck 32 -> 8 -> 32; two modality vectors
     shared = 32 * 8 + 8 + 8 * 32 + 32 + 2 * 32
     assert rows["small"]["trained"] == shared + 6 * (32 * 2 + 2 + 2 * 32 // 2 + 32)
-    assert rows["silu"]["trained"] == shared + 6 * (8 * 2 * 32 + 2 * 32)
-    for row in rows.values():
-        assert (row["state"], row["steps"], row["metrics"]["total"]) == ("done", NUM_STEPS, 4) and row["seconds"] > 0
-    assert rows["small"]["settings"] == {"model.adapter.dim": 2}
+    assert (rows["small"]["state"], rows["small"]["steps"], rows["small"]["metrics"]["total"]) == ("done", NUM_STEPS, 4)
+    assert rows["small"]["seconds"] > 0 and rows["small"]["settings"] == {"model.adapter.dim": 2}
+    assert rows["silu"]["state"] == "waiting" and not (out / "silu").exists()
     assert (out / "table.md").read_text() in second.stdout
 
     monkeypatch.setattr(ablate, "launch", lambda *_: pytest.fail("a finished row is left alone"))
     before = (out / "table.json").read_text()
     caplog.set_level("INFO")
     assert main(command[2:]) == 0
-    assert (out / "table.json").read_text() == before and caplog.text.count("done already") == 2
+    assert (out / "table.json").read_text() == before and "small: done already" in caplog.text
 
 
 class Pretender:
