@@ -27,17 +27,17 @@ from vltrain.ops import triton_adapter
 from vltrain.ops.fused import fused_adapter
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
-NUM_WARPS = 4  # Triton's default, which the launches keep
 ROWS = 8192
 # Types of the arguments, by name; what is not named is an int32, or a constant.
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "dy": "*bf16", "dx": "*bf16", "norm_weight": "*bf16", "scale": "fp32", "eps": "fp32",
-    **dict.fromkeys(("down", "down_bias", "up", "up_bias", "hidden", "dhidden", "inverse_rms", "d_down", "d_up", "d_up_bias"), "*fp32"),
+    **dict.fromkeys(("down", "down_bias", "up", "up_bias", "hidden", "dhidden", "inverse_rms", "shared", "d_down", "d_up", "d_up_bias"), "*fp32"),
 }  # fmt: skip
+# The kernel, its warps, and further constants.
 KERNELS = {
-    "forward": (triton_adapter._forward_kernel, {}),
-    "backward rows": (triton_adapter._backward_rows_kernel, {"NEEDS_DX": True}),
-    "backward weights": (triton_adapter._backward_weights_kernel, {}),
+    "forward": (triton_adapter._forward_kernel, 4, {}),
+    "backward rows": (triton_adapter._backward_rows_kernel, triton_adapter.BACKWARD_WARPS, {}),
+    "backward columns": (triton_adapter._backward_columns_kernel, triton_adapter.BACKWARD_WARPS, {"NEEDS_DX": True}),
 }
 
 
@@ -49,7 +49,7 @@ def compile_all(widths: list[int], dims: list[int]) -> list[dict]:
     ]  # fmt: skip
 
 
-def _compile(kernel: triton.JITFunction, more: dict, norm: bool, dim: int, capability: int) -> dict:
+def _compile(kernel: triton.JITFunction, num_warps: int, more: dict, norm: bool, dim: int, capability: int) -> dict:
     constants = {"NORM": norm, "PRECISION": triton_adapter.input_precision(torch.bfloat16), **triton_adapter.block_sizes(dim), **more}
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in kernel.arg_names}
     aligned = {(number,): [["tt.divisibility", 16]] for number, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "d"}
@@ -57,7 +57,7 @@ def _compile(kernel: triton.JITFunction, more: dict, norm: bool, dim: int, capab
     unit = {name: 1 for name in ("stride_column", "dy_stride_column") if name in signature}
     signature |= dict.fromkeys(unit, "constexpr")
     source = ASTSource(kernel, signature, {**constants, **unit}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": NUM_WARPS})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
     registers, spills = _resources(compiled.asm["cubin"])
     return {"registers": registers, "spills": spills, "shared_bytes": compiled.metadata.shared, "blocks": triton_adapter.block_sizes(dim)}
 
@@ -75,16 +75,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def bytes_moved(rows: int, width: int, dim: int, norm: bool, size: int = 2) -> dict[str, float]:
-    """Bytes of device memory that the kernels move, and the least that any could; weights and `hidden` (rows x dim fp32) included.
+    """Bytes of device memory that the kernels move, and the least that any could.
 
-    forward: x in, y out. backward: dy in and dx out by rows, dy and x in by columns, and x once more by rows for the norm;
-    the least: dy and x in, dx out.
+    The least: x in and y out; dy and x in, dx out; and each weight and gradient once. Ours are more by `hidden` (rows x dim, fp32) and `dhidden`,
+    written once and read once each, one number a row for the norm, and the partial sums of the weights' gradients. That a band is read from
+    the cache the second time is arithmetic here, not a measurement.
     """
-    states, small = rows * width * size, 4 * (rows * dim + 2 * width * dim)
-    return {
-        "forward": 2 * states + small, "forward_least": 2 * states + small,
-        "backward": (5 if norm else 4) * states + 3 * small, "backward_least": 3 * states + 2 * small,
-    }  # fmt: skip
+    states, weights = rows * width * size, 4 * (2 * width * dim + width + dim)
+    _, shares, _ = triton_adapter.bands(rows, width, size, triton_adapter.CHUNK_COLUMNS)
+    small, sums = 4 * rows * (dim + norm), 4 * shares * (2 * width * dim + width)
+    least = {"forward": 2 * states + weights, "backward": 3 * states + 2 * weights}
+    ours = {"forward": least["forward"] + small, "backward": least["backward"] + 3 * small + 2 * sums}
+    return {**ours, **{f"{name}_least": value for name, value in least.items()}, **{f"{name}_ratio": ours[name] / least[name] for name in least}}
 
 
 def time_all(widths: list[int], dims: list[int]) -> list[dict]:
@@ -138,7 +140,7 @@ def show(rows: list[dict]) -> None:
     names = list(rows[0])
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
-        print("| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()) + " |")
+        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()) + " |")
 
 
 def main() -> None:

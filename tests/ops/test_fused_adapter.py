@@ -86,14 +86,17 @@ def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, wit
         assert_near(mine.grad, other.grad, ROUNDING[dtype] if name == "x" else max(ROUNDING[torch.float32], ROUNDING[dtype] / 5), f"gradient of {name}")
 
 
-def test_rows_in_several_shares_add_up(monkeypatch):
-    """More rows than one program of the weights' gradients takes."""
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_bands_and_shares_of_rows_add_up(monkeypatch, with_norm):
+    """More rows than a band holds, and more than one program of the columns' kernel takes; the last band is cut short."""
+    monkeypatch.setattr(triton_adapter, "BAND_BYTES", 2 * 140 * 4 * 64)
     monkeypatch.setattr(triton_adapter, "TARGET_PROGRAMS", 4)
+    assert triton_adapter.bands(150, 140, 4, 128) == (64, 2, 32)
     ours = tensors(150, 140, 4, torch.float32)
-    assert triton_adapter.rows_per_share(150, 140, 128) < 150
+    norm_weight = torch.rand(140, device=DEVICE) + 0.5 if with_norm else None
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
-    fused_adapter(*ours).square().sum().backward()
-    truth(*exact, None, 1.0).square().sum().backward()
+    fused_adapter(*ours, norm_weight=norm_weight).square().sum().backward()
+    truth(*exact, norm_weight, 1.0).square().sum().backward()
     for name, mine, other in zip(NAMES, ours, exact, strict=True):
         assert_near(mine.grad, other.grad, 5e-6, f"gradient of {name}")
 
@@ -218,7 +221,8 @@ def test_it_compiles_ahead_of_time_for_a100_and_h100_without_spills(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(out.read_text())["compiled"]
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"} and {row["kernel"] for row in rows} == {"forward", "backward rows", "backward weights"}
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90"} and {row["kernel"] for row in rows} == {"forward", "backward rows", "backward columns"}
     for row in rows:
         assert row["spills"] == 0, row
         assert row["shared_bytes"] <= 163 * 1024, row  # what an A100 gives a block
+    assert all(row[f"{name}_ratio"] <= 1.1 for row in json.loads(out.read_text())["bytes"] for name in ("forward", "backward"))

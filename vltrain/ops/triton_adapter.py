@@ -6,13 +6,13 @@
 Memory-bound: 4 h d operations a row beside 2 d numbers moved. So what counts is that each state is fetched once from the device's memory.
 Forward: a program owns a block of rows. Its first sweep over the width makes `hidden` (and the norm's sum of squares: D z = D (x w) / rms(x),
 so both come of one sweep); the second, whose reads hit the cache, writes y. Unfused, torch reads and writes the states twice more for the
-norm and twice more for the adapter. Backward: one kernel by rows for dz (and through the norm), one by columns for the
-weights' gradients. The latter add up in a fixed order, through partial sums and never by atomic additions, so that a run can be repeated bit for bit.
+norm and twice more for the adapter. Backward goes by bands of rows that the cache holds: over each, a kernel by rows makes dhidden (and what the
+norm's gradient needs of a whole row), then one by columns reads the same rows again, from the cache, for dx and for the weights'
+gradients. These add up in a fixed order, through partial sums and never by atomic additions, so that a run can be repeated bit for bit.
 Kept for backward are x, `hidden` (h numbers a row) and 1 / rms (one).
 
 States may be bf16, fp16 or fp32; weights are fp32 (or any of these) and products accumulate in fp32. Grouped projections come as the dense
-matrices that `vltrain.ops.adapter.grouped_matrix` makes of them. What it gives up: dropout, trained norm weights (a frozen norm's only), and a third read of
-dy and x in backward that a kernel with atomic additions would not need.
+matrices that `vltrain.ops.adapter.grouped_matrix` makes of them. What it gives up: dropout, and norms whose own weight is trained.
 
 Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of two.
 """
@@ -27,7 +27,9 @@ from torch import Tensor
 BLOCK_ROWS = 32
 CHUNK_COLUMNS = 128
 MIN_DOT = 16  # the smallest side of Triton's matrix products
-TARGET_PROGRAMS = 512  # of the weights' gradients: enough for every multiprocessor of a large GPU to have some
+BAND_BYTES = 16 * 2**20  # of dy and x together that the two kernels of backward read one after the other: less than half of an A100's cache
+TARGET_PROGRAMS = 128  # of the kernel by columns: about one for each multiprocessor
+BACKWARD_WARPS = 8  # with four, the rows' kernel spills registers where it goes through the norm
 
 
 @triton.jit
@@ -89,82 +91,81 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_rows_kernel(
-    dy, x, norm_weight, inverse_rms, hidden, down, down_bias, up, dx, dhidden,
-    num_rows, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column, scale,
-    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    dy, x, norm_weight, inverse_rms, hidden, down_bias, up, dhidden, shared,
+    first_row, last_row, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column, scale,
+    NORM: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * B + tl.arange(0, B)
-    in_rows = rows < num_rows
+    """dhidden = s U^T dy of rows first_row to last_row; with the norm also `shared` = sum(z dz) / (d rms^2), of which dx takes x times that."""
+    rows = first_row + tl.program_id(0) * B + tl.arange(0, B)
+    in_rows = rows < last_row
     bottleneck = tl.arange(0, H)
     accumulated = tl.zeros((B, H), tl.float32)
-    direct = tl.zeros((B,), tl.float32)  # sum over the width of z dy
-    if NORM:
-        inverse = tl.load(inverse_rms + rows, mask=in_rows, other=0.0)
+    direct = tl.zeros((B,), tl.float32)  # sum over the width of w x dy
     for start in range(0, d, C):
         columns = start + tl.arange(0, C)
         dy_chunk = _load_chunk(dy, rows, columns, dy_stride_row, dy_stride_column, in_rows, d)
         accumulated += tl.dot(dy_chunk, tl.trans(_load_up(up, bottleneck, columns, d, h)), input_precision=PRECISION)
-        if NORM and NEEDS_DX:
+        if NORM:
             weight = tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
             direct += tl.sum(dy_chunk * weight * _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d), axis=1)
     accumulated *= scale
     in_hidden = in_rows[:, None] & (bottleneck[None, :] < h)
     places = rows[:, None].to(tl.int64) * h + bottleneck[None, :]
     tl.store(dhidden + places, accumulated, mask=in_hidden)
-    if NEEDS_DX:
-        if NORM:
-            # sum over the width of z dz, where z D^T dhidden = (hidden - c) dhidden.
-            bias = tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
-            through = tl.sum((tl.load(hidden + places, mask=in_hidden, other=0.0) - bias) * accumulated, axis=1)
-            shared = (direct * inverse + through) * inverse * inverse / d
-        for start in range(0, d, C):
-            columns = start + tl.arange(0, C)
-            in_chunk = in_rows[:, None] & (columns[None, :] < d)
-            dz = _load_chunk(dy, rows, columns, dy_stride_row, dy_stride_column, in_rows, d)
-            dz += tl.dot(accumulated, _load_down(down, bottleneck, columns, d, h), input_precision=PRECISION)
-            if NORM:
-                weight = tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
-                x_chunk = _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d)
-                dz = inverse[:, None] * weight * dz - shared[:, None] * x_chunk
-            tl.store(dx + rows[:, None].to(tl.int64) * d + columns[None, :], dz.to(dx.dtype.element_ty), mask=in_chunk)
+    if NORM:
+        # z dz = z dy + z D^T dhidden, and the sum of the latter is that of (hidden - c) dhidden.
+        bias = tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
+        through = tl.sum((tl.load(hidden + places, mask=in_hidden, other=0.0) - bias) * accumulated, axis=1)
+        inverse = tl.load(inverse_rms + rows, mask=in_rows, other=0.0)
+        tl.store(shared + rows, (direct * inverse + through) * inverse * inverse / d, mask=in_rows)
 
 
 @triton.jit
-def _backward_weights_kernel(
-    dy, x, norm_weight, inverse_rms, hidden, dhidden, d_down, d_up, d_up_bias,
-    num_rows, d, h, rows_per_share, dy_stride_row, dy_stride_column, stride_row, stride_column, scale,
-    NORM: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+def _backward_columns_kernel(
+    dy, x, norm_weight, inverse_rms, hidden, dhidden, shared, down, dx, d_down, d_up, d_up_bias,
+    first_row, last_row, rows_per_share, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column, scale,
+    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
-    """Of C columns, the sums over one share of the rows: d_down [shares, h, d], d_up [shares, h, d], d_up_bias [shares, d]."""
+    """C columns of one share of the rows: dx, and what they add to that share's d_down and d_up [shares, h, d] and d_up_bias [shares, d]."""
     columns = tl.program_id(0) * C + tl.arange(0, C)
     share = tl.program_id(1)
-    first = share * rows_per_share
-    last = tl.minimum(first + rows_per_share, num_rows)
+    first = first_row + share * rows_per_share
+    last = tl.minimum(first + rows_per_share, last_row)
     bottleneck = tl.arange(0, H)
-    down_sum = tl.zeros((H, C), tl.float32)
-    up_sum = tl.zeros((H, C), tl.float32)
-    bias_sum = tl.zeros((C,), tl.float32)
+    matrix = share.to(tl.int64) * h * d + bottleneck[:, None] * d + columns[None, :]
+    in_matrix = (bottleneck[:, None] < h) & (columns[None, :] < d)
+    bias_places = d_up_bias + share.to(tl.int64) * d + columns
+    down_sum = tl.load(d_down + matrix, mask=in_matrix, other=0.0)
+    up_sum = tl.load(d_up + matrix, mask=in_matrix, other=0.0)
+    bias_sum = tl.load(bias_places, mask=columns < d, other=0.0)
     if NORM:
         weight = tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
+    if NEEDS_DX:
+        down_chunk = _load_down(down, bottleneck, columns, d, h)
     for start in range(first, last, B):
         rows = start + tl.arange(0, B)
         in_rows = rows < last
         places = rows[:, None].to(tl.int64) * h + bottleneck[None, :]
         in_hidden = in_rows[:, None] & (bottleneck[None, :] < h)
         dy_chunk = _load_chunk(dy, rows, columns, dy_stride_row, dy_stride_column, in_rows, d)
-        z = _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d)
+        x_chunk = _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d)
+        z = x_chunk
         if NORM:
-            z *= tl.load(inverse_rms + rows, mask=in_rows, other=0.0)[:, None] * weight
-        hidden_block = tl.load(hidden + places, mask=in_hidden, other=0.0)
+            inverse = tl.load(inverse_rms + rows, mask=in_rows, other=0.0)[:, None]
+            z = x_chunk * inverse * weight
         dhidden_block = tl.load(dhidden + places, mask=in_hidden, other=0.0)
-        up_sum += tl.dot(tl.trans(hidden_block), dy_chunk, input_precision=PRECISION)
+        up_sum += scale * tl.dot(tl.trans(tl.load(hidden + places, mask=in_hidden, other=0.0)), dy_chunk, input_precision=PRECISION)
         down_sum += tl.dot(tl.trans(dhidden_block), z, input_precision=PRECISION)
-        bias_sum += tl.sum(dy_chunk, axis=0)
-    matrix = share.to(tl.int64) * h * d + bottleneck[:, None] * d + columns[None, :]
-    in_matrix = (bottleneck[:, None] < h) & (columns[None, :] < d)
+        bias_sum += scale * tl.sum(dy_chunk, axis=0)
+        if NEEDS_DX:
+            dz = dy_chunk + tl.dot(dhidden_block, down_chunk, input_precision=PRECISION)
+            if NORM:
+                dz = inverse * weight * dz - tl.load(shared + rows, mask=in_rows, other=0.0)[:, None] * x_chunk
+            in_chunk = in_rows[:, None] & (columns[None, :] < d)
+            tl.store(dx + rows[:, None].to(tl.int64) * d + columns[None, :], dz.to(dx.dtype.element_ty), mask=in_chunk)
     tl.store(d_down + matrix, down_sum, mask=in_matrix)
-    tl.store(d_up + matrix, scale * up_sum, mask=in_matrix)
-    tl.store(d_up_bias + share.to(tl.int64) * d + columns, scale * bias_sum, mask=columns < d)
+    tl.store(d_up + matrix, up_sum, mask=in_matrix)
+    tl.store(bias_places, bias_sum, mask=columns < d)
 
 
 def block_sizes(dim: int) -> dict[str, int]:
@@ -177,10 +178,12 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def rows_per_share(num_rows: int, width: int, chunk: int) -> int:
-    """How many rows of a column chunk one program of the weights' gradients sums up: a multiple of `BLOCK_ROWS`, by shapes alone."""
-    shares = max(1, TARGET_PROGRAMS // triton.cdiv(width, chunk))
-    return triton.cdiv(triton.cdiv(num_rows, shares), BLOCK_ROWS) * BLOCK_ROWS
+def bands(num_rows: int, width: int, item_bytes: int, chunk: int) -> tuple[int, int, int]:
+    """(rows of a band, shares that it is cut into, rows of a share), the rows in multiples of `BLOCK_ROWS`; by shapes alone."""
+    rows = max(1, BAND_BYTES // (2 * width * item_bytes * BLOCK_ROWS)) * BLOCK_ROWS
+    rows = min(rows, triton.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS)
+    shares = min(max(1, TARGET_PROGRAMS // triton.cdiv(width, chunk)), rows // BLOCK_ROWS)
+    return rows, shares, triton.cdiv(triton.cdiv(rows, shares), BLOCK_ROWS) * BLOCK_ROWS
 
 
 @torch.library.custom_op("vltrain::bottleneck_adapter", mutates_args=())
@@ -229,20 +232,22 @@ def bottleneck_adapter_backward(
     dx = x.new_empty(x.shape if needs_dx else (0, width))
     if not num_rows:
         return (dx, *(torch.zeros(shape, device=x.device) for shape in ((dim, width), (dim,), (width, dim), (width,))))
-    dhidden = torch.empty_like(hidden)
+    dhidden, shared = torch.empty_like(hidden), torch.empty_like(inverse_rms)
     down, down_bias, up = down.contiguous(), down_bias.contiguous(), up.contiguous()
-    _backward_rows_kernel[(triton.cdiv(num_rows, sizes["B"]),)](
-        dy, x, weight, inverse_rms, hidden, down, down_bias, up, dx, dhidden, num_rows, width, dim, *dy.stride(), *x.stride(), scale,
-        NORM=norm, NEEDS_DX=needs_dx, PRECISION=precision, **sizes,
-    )  # fmt: skip
-    share_rows = rows_per_share(num_rows, width, sizes["C"])
-    shares = triton.cdiv(num_rows, share_rows)
-    d_down, d_up = (hidden.new_empty(shares, dim, width) for _ in range(2))
-    d_up_bias = hidden.new_empty(shares, width)
-    _backward_weights_kernel[(triton.cdiv(width, sizes["C"]), shares)](
-        dy, x, weight, inverse_rms, hidden, dhidden, d_down, d_up, d_up_bias, num_rows, width, dim, share_rows,
-        *dy.stride(), *x.stride(), scale, NORM=norm, PRECISION=precision, **sizes,
-    )  # fmt: skip
+    band, shares, share_rows = bands(num_rows, width, x.element_size(), sizes["C"])
+    d_down, d_up = (hidden.new_zeros(shares, dim, width) for _ in range(2))
+    d_up_bias = hidden.new_zeros(shares, width)
+    strides = (*dy.stride(), *x.stride())
+    for first in range(0, num_rows, band):
+        last = min(first + band, num_rows)
+        _backward_rows_kernel[(triton.cdiv(last - first, sizes["B"]),)](
+            dy, x, weight, inverse_rms, hidden, down_bias, up, dhidden, shared, first, last, width, dim, *strides, scale,
+            NORM=norm, PRECISION=precision, num_warps=BACKWARD_WARPS, **sizes,
+        )  # fmt: skip
+        _backward_columns_kernel[(triton.cdiv(width, sizes["C"]), shares)](
+            dy, x, weight, inverse_rms, hidden, dhidden, shared, down, dx, d_down, d_up, d_up_bias, first, last, share_rows, width, dim,
+            *strides, scale, NORM=norm, NEEDS_DX=needs_dx, PRECISION=precision, num_warps=BACKWARD_WARPS, **sizes,
+        )  # fmt: skip
     return dx, d_down.sum(0), dhidden.sum(0), d_up.sum(0).t().contiguous(), d_up_bias.sum(0)
 
 
