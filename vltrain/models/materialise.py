@@ -36,7 +36,7 @@ class Weights(Protocol):
 
 def empty_model(model_class: type[Model], config: PreTrainedConfig, attention: str) -> Model:
     """The network with every parameter on the meta device. Its buffers (rotary frequencies, position ids) are real."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):  # constructors draw what is thrown away here
         return model_class._from_config(config, attn_implementation=attention).eval()
 
 
