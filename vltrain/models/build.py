@@ -159,7 +159,7 @@ def _load(
         weights.fill(name, unit, torch.float32 if trained else _frozen_dtype(model, dtype))
     unit.requires_grad_(trained)
     if weights is not None and is_block and not trained and model.bits in QUANTISED_BITS:
-        quantise_linears(unit, model.bits, dtype)
+        quantise_linears(unit, model.bits)
 
 
 def part_of(name: str) -> str:

@@ -1,7 +1,7 @@
 """Frozen linear layers in 4 or 8 bits, by bitsandbytes: NF4 with double quantisation, and LLM.int8.
 
 nf4   Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314): blocks of 64 weights share a scale, 256 scales one of their own; about 4.13
-      bits a weight. A product is that of the dequantised weights in the compute dtype, forward and backward.
+      bits a weight. A product is that of the dequantised weights in autocast's dtype, forward and backward.
 int8  Dettmers et al. 2022 (https://arxiv.org/abs/2208.07339): one scale a row; on a GPU inputs are quantised too, row by row, except
       for columns with an entry beyond 6, which stay 16-bit. On a CPU inputs are left as they are. Backward is that of the
       dequantised weights.
@@ -26,6 +26,7 @@ from vltrain.errors import InputError
 
 QUANTISED_BITS = (4, 8)
 OUTLIER_THRESHOLD = 6.0
+NF4_BLOCK = 64
 
 
 def bitsandbytes() -> ModuleType:
@@ -41,107 +42,131 @@ def bitsandbytes() -> ModuleType:
         ) from None
 
 
-class Int8Linear(nn.Linear):
-    """A linear layer of int8 weights [out, in] with a scale for each row; LLM.int8's products by bitsandbytes' kernels.
+class FrozenLinear(nn.Linear):
+    """A linear layer of packed weights, whose numbers are a parameter without gradient and buffers.
 
-    bitsandbytes' own layer keeps scales that do not follow the model to its device, and activations that checkpointing meant to drop.
+    bitsandbytes' own layers have the same kernels and formats, but keep scales that do not follow a model to its device, activations
+    that checkpointing meant to drop, and on some CPUs dequantise rows wrongly that are no multiple of 64 long, or pack weights anew
+    in an evaluation for a kernel that has no backward.
     """
-
-    scale: Tensor  # fp32 [out]; a weight is weight * scale / 127
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """[out, in]."""
-        return (self.weight * (self.scale / 127)[:, None]).to(dtype)
+        raise NotImplementedError
 
-    def product(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], without a graph."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.device.type == "cpu":
-            return F.linear(x, self.dequantised(x.dtype), bias)
-        library = bitsandbytes()
-        state = library.MatmulLtState(CB=self.weight, SCB=self.scale, has_fp16_weights=False, is_training=False)
-        state.threshold = OUTLIER_THRESHOLD
-        return library.matmul(x, self.weight, bias=bias, state=state)
+    def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out] by the library's kernel for devices other than a CPU."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Int8Product.apply(x, self)
+        return _FrozenProduct.apply(x, self)
 
 
-class _Int8Product(torch.autograd.Function):
-    """Keeps nothing between forward and backward: the weights are frozen, so the input's gradient needs them alone."""
+class _FrozenProduct(torch.autograd.Function):
+    """Keeps nothing between forward and backward: the input's gradient needs the weights alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: Int8Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
-        return linear.product(x)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, linear.dequantised(x.dtype), bias) if x.device.type == "cpu" else linear.packed_product(x, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.linear.dequantised(gradient.dtype), None
 
 
-def _nf4_linear(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Linear:
-    library = bitsandbytes()
-    packed = library.nn.LinearNF4(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, compress_statistics=True, device="meta"
-    )
-    weight = library.nn.Params4bit(
-        linear.weight.detach(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=packed
-    )
-    packed.weight = weight.to(linear.weight.device)  # packs it
-    packed.bias = linear.bias
-    # In evaluation some CPUs would have the weights packed anew, for a bf16 kernel without a backward, and left so for training.
-    packed.support_avx512bf16_for_cpu = False
-    return packed
+class Int8Linear(FrozenLinear):
+    """int8 weights [out, in], each row with a scale: a weight is weight * scale / 127."""
+
+    scale: Tensor  # fp32 [out]
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight * (self.scale / 127)[:, None]).to(dtype)
+
+    def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        library = bitsandbytes()
+        state = library.MatmulLtState(CB=self.weight, SCB=self.scale, has_fp16_weights=False, is_training=False)
+        state.threshold = OUTLIER_THRESHOLD
+        return library.matmul(x, self.weight, bias=bias, state=state)
+
+
+class Nf4Linear(FrozenLinear):
+    """Two weights a byte: codes of 64 consecutive ones are times their block's scale, which is an 8-bit code times a scale, plus `offset`."""
+
+    absmax: Tensor  # uint8 [blocks]
+    code: Tensor  # fp32 [16]
+    offset: Tensor  # fp32 scalar
+    nested_absmax: Tensor  # fp32 [blocks / 256]
+    nested_code: Tensor  # fp32 [256]
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight, state = bitsandbytes().functional.quantize_4bit(
+            linear.weight.detach(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight.num_packed = linear.weight.numel()
+        for name, value in (("absmax", state.absmax), ("code", state.code), ("offset", state.offset),
+                            ("nested_absmax", state.state2.absmax), ("nested_code", state.state2.code)):  # fmt: skip
+            self.register_buffer(name, value)
+        self._nested_block = state.state2.blocksize
+
+    def _state(self, shape: tuple[int, int]) -> Any:
+        state = bitsandbytes().functional.QuantState
+        nested = state(absmax=self.nested_absmax, code=self.nested_code, blocksize=self._nested_block, dtype=torch.float32)
+        return state(
+            absmax=self.absmax, shape=torch.Size(shape), code=self.code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=torch.float32,
+            offset=self.offset, state2=nested,
+        )  # fmt: skip
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        # As one row: a kernel for CPUs takes rows that no whole number of blocks fills for others' scales.
+        weight = bitsandbytes().functional.dequantize_4bit(self.weight, self._state((1, self.out_features * self.in_features)))
+        return weight.view(self.out_features, self.in_features).to(dtype)
+
+    def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return bitsandbytes().matmul_4bit(x, self.weight, quant_state=self._state((self.out_features, self.in_features)), bias=bias)
 
 
 @torch.no_grad()
-def quantise_linears(block: nn.Module, bits: int, compute_dtype: torch.dtype) -> None:
+def quantise_linears(block: nn.Module, bits: int) -> None:
     """Replaces every linear layer of a transformer block that nothing is put into yet, in place; each one's old weights go at once.
 
     Args:
-        bits: 4 or 8.
-        compute_dtype: of the products of 4-bit layers; 8-bit ones follow autocast.
+        bits: 4 or 8. The dtype of products is autocast's, else that of the input.
     """
+    kind = {4: Nf4Linear, 8: Int8Linear}[bits]
     for name, linear in list(block.named_modules()):
         if isinstance(linear, nn.Linear):
-            linear.requires_grad_(False)
             parent, _, leaf = name.rpartition(".")
-            packed = _nf4_linear(linear, compute_dtype) if bits == 4 else Int8Linear(linear)
-            setattr(block.get_submodule(parent), leaf, packed)
+            setattr(block.get_submodule(parent), leaf, kind(linear))
 
 
 @torch.no_grad()
 def dequantise_linears(root: nn.Module) -> None:
     """Puts plain fp32 layers of exactly the same function in the place of all quantised ones under `root`."""
     for name, linear in list(root.named_modules()):
-        weight = _dequantised(linear)
-        if weight is not None:
+        if isinstance(linear, FrozenLinear):
             plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(weight, requires_grad=False)
+            plain.weight = nn.Parameter(linear.dequantised(torch.float32), requires_grad=False)
             plain.bias = linear.bias
             parent, _, leaf = name.rpartition(".")
             setattr(root.get_submodule(parent), leaf, plain)
 
 
-def _dequantised(module: nn.Module) -> Tensor | None:
-    """The fp32 weights [out, in] of a quantised layer, None of anything else."""
-    if isinstance(module, Int8Linear):
-        return module.dequantised(torch.float32)
-    state = getattr(getattr(module, "weight", None), "quant_state", None) if isinstance(module, nn.Linear) else None
-    return None if state is None else bitsandbytes().functional.dequantize_4bit(module.weight, state).float()
-
-
 def num_weights(parameter: Tensor) -> int:
     """How many numbers a parameter stands for: two 4-bit ones share a byte, and what ZeRO-3 has cut up remembers its size."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return getattr(parameter, "num_packed", getattr(parameter, "ds_numel", parameter.numel()))
