@@ -247,3 +247,24 @@ def test_a_program_ends_with_code_2_and_one_line(capsys):
     assert main(["--lr", "1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+
+
+def test_bits_has_a_short_name(capsys):
+    for words in (["--bits", "4"], ["--bits=4"], ["--model.bits", "4"]):
+        loaded = load(*words)
+        assert loaded.config.model.bits == 4 and loaded.overrides == {"model.bits"}
+    assert load("--bits", "4", "--model.bits", "null").config.model.bits is None
+    with pytest.raises(InputError, match="--model.bits: found '5', expected one of 4, 8, 16, 32 or null"):
+        load("--bits", "5")
+    with pytest.raises(InputError, match="model.bits: has no effect: ViT and LLM are both tuned themselves"):
+        load("--bits", "32", "--model.tune", "full")
+    with pytest.raises(SystemExit):
+        load("--help")
+    assert "--bits" in capsys.readouterr().out
+
+
+def test_bits_in_a_recipe_are_a_number(tmp_path):
+    assert load("--recipe", str(recipe(tmp_path, "model: {bits: 8}\n"))).config.model.bits == 8
+    for wrong in ("'8'", "8.0", "true", "7"):
+        with pytest.raises(InputError, match="model.bits: found .*, expected one of 4, 8, 16, 32 or null"):
+            load("--recipe", str(recipe(tmp_path, f"model: {{bits: {wrong}}}\n")))

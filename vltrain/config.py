@@ -166,8 +166,24 @@ class ModelConfig:
     tune: Literal["adapters", "full"] = "adapters"
     """`adapters`: adapters, peft's layers, neck and modality embedding (and what `vision.train` and `llm.train` add);
     `full`: everything that carries gradient."""
+    bits: Literal[4, 8, 16, 32] | None = None
+    """Bits of the frozen weights of ViT and LLM; also `--bits`. 4: NF4 with double quantisation, 8: LLM.int8 with threshold 6, both of the
+    blocks' linear layers by bitsandbytes (extra `quant`), the rest as with null; 16: bf16; 32: fp32; null: as `train.precision` says. Where
+    one of both networks is tuned itself, it is fp32 and the bits are the other's."""
     seed: int = 0
     """Seed of every weight that is not loaded."""
+
+    def __post_init__(self) -> None:
+        if self.bits in (4, 8) and self.trains_all:
+            raise InputError(
+                f"model.bits: found {self.bits}, but only frozen weights can be quantised, and here ViT and LLM are both tuned themselves "
+                "(model.tune = full, or model.vision.train and model.llm.train); leave the bits out, or tune adapters"
+            )
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the own weights of both networks are tuned."""
+        return self.tune == "full" or (self.vision.train and self.llm.train)
 
 
 @dataclass(kw_only=True)
@@ -247,7 +263,8 @@ class TrainConfig:
     """Packs of one optimizer step over all ranks. The global batch is the same for any number of ranks; what the ranks do
     not take at once they accumulate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware is fast at it, else fp32."""
+    """Of matrix products and, unless `model.bits` says otherwise, of frozen weights. auto: bf16 where the hardware is fast at it or
+    `model.bits` is 16, else fp32."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     seed: int = 0
@@ -301,3 +318,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     output: str = "runs/quickstart"
     """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.model.bits == 16 and self.train.precision == "fp32":
+            raise InputError(
+                "model.bits: found 16, but bf16 weights make bf16 products and train.precision says fp32; "
+                "take model.bits 32, or train.precision auto or bf16"
+            )

@@ -75,7 +75,7 @@ def suggest(name: str) -> str:
 def describe_type(annotation: Any) -> str:
     """An annotation in a user's words: `int or null`, `one of none, attention, ffn, both`."""
     if get_origin(annotation) is Literal:
-        return f"one of {', '.join(get_args(annotation))}"
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(describe_type(part) for part in get_args(annotation))
     if get_origin(annotation) is tuple:
@@ -90,7 +90,7 @@ def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
     """Whether `value` is of the type, and the value as the dataclass holds it (lists as tuples, whole numbers as floats)."""
     origin = get_origin(annotation)
     if origin is Literal:
-        return isinstance(value, str) and value in get_args(annotation), value
+        return any(type(value) is type(known) and value == known for known in get_args(annotation)), value
     if origin in (Union, types.UnionType):
         return next((found for part in get_args(annotation) if (found := check_type(value, part))[0]), (False, value))
     if origin is tuple:

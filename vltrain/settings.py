@@ -3,7 +3,7 @@
     load_settings(sys.argv[1:], program="vltrain train", options=TRAIN_OPTIONS) -> Settings(config, given, options, ...)
 
 `--KEY VALUE` and `--KEY=VALUE` override the recipe, KEY being any dotted key of `vltrain.config` (`--model.adapter.dim 8`) or a key
-inside a mapping (`--model.llm.config.hidden_size 64`). jsonargparse reads the values and writes the help from the docstrings in
+inside a mapping (`--model.llm.config.hidden_size 64`); `SHORT_NAMES` abbreviate some. jsonargparse reads the values and writes the help from the docstrings in
 `vltrain.config`; names are checked here first, so that a mistake is one line with the nearest name and never a usage dump. It
 gives up abbreviated options and whole sections on the command line.
 """
@@ -28,6 +28,7 @@ from vltrain.strict_yaml import load_text as load_recipe_text
 
 COMMAND_LINE = "command line"
 FLAGS = ("help", "print_config")
+SHORT_NAMES = {"bits": "model.bits"}  # settings that have a name of one word on the command line, too
 LAUNCHER_OPTIONS = ("local_rank", "local-rank")  # `deepspeed` hands its workers this; the environment says the same
 
 
@@ -85,6 +86,7 @@ def split_arguments(argv: list[str]) -> Arguments:
             positionals.append(word)
             continue
         name, equals, value = word[2:].partition("=")
+        name = SHORT_NAMES.get(name, name)
         if name in FLAGS:
             if equals:
                 raise InputError(f"{COMMAND_LINE}: --{name} takes no value, found '{value}'")
@@ -211,6 +213,8 @@ def _parser(program: str, description: str, options: Mapping[str, Option], posit
     )
     for name, option in options.items():
         parser.add_argument(f"--{name}", help=option.help, default=option.default, metavar=option.metavar, type=str)
+    for name, key in SHORT_NAMES.items():
+        parser.add_argument(f"--{name}", help=f"short for --{key}", metavar="VALUE", type=str)
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and end")
     parser.add_class_arguments(Config, None)
     for action in parser._actions:  # sections are set in a recipe; their own options would only lengthen the help
@@ -237,6 +241,7 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (f"model.llm.peft.{name}", lambda c: c.model.llm.peft.kind != "adaption_prompt", "model.llm.peft.kind is not adaption_prompt")
         for name in ("adapter_len", "adapter_layers")
     ),
+    ("model.bits", lambda c: c.model.trains_all, "ViT and LLM are both tuned themselves, in fp32"),
     ("optim.vision_lr", lambda c: not (c.model.tune == "full" or c.model.vision.train), "the ViT's own weights are not tuned"),
     ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),
     ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),

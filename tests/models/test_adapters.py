@@ -102,4 +102,4 @@ def test_unknown_kinds_and_widths_that_do_not_divide_are_refused() -> None:
         make_adapter(10, AdapterConfig(dim=4, groups=4))
     with pytest.raises(InputError, match="model.adapter.down_groups: found 4, expected a divisor of the width 10"):
         block = nn.ModuleDict({"norm": nn.LayerNorm(10)})
-        insert_adapters([block], {"attention": "norm"}, "attention", AdapterConfig(dim=4, groups=2, down_groups=4), seed=0, part="llm")
+        insert_adapters(block, 0, {"attention": "norm"}, "attention", AdapterConfig(dim=4, groups=2, down_groups=4), seed=0, part="llm")

@@ -6,6 +6,7 @@ from tiny_models import LLM, VISION, make_batch, mixed_batch, tiny_config
 
 from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
+from vltrain.models import build
 from vltrain.models.build import PARTS, build_model, count_parameters, part_of
 
 VIT_L_336 = {
@@ -148,3 +149,13 @@ def test_a_wrong_trained_set_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(build, "part_of", lambda name: "llm" if ".adapter." in name else part_of(name))
     with pytest.raises(AssertionError, match="trained but should not be, or the other way round.*adapter.down_weight"):
         build_model(tiny_config())
+
+
+def test_attention_is_chosen_for_the_device_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is made on the CPU and moved: what runs it is a GPU's to say."""
+    asked = []
+    monkeypatch.setattr(build, "choose_attention", lambda requested, device: asked.append(str(device)) or "sdpa")
+    build.build_model(tiny_config(), runs_on="cuda:0")
+    build.build_model(tiny_config())
+    build.outline_model(tiny_config(), "cuda:0")
+    assert asked == ["cuda:0", "cpu", "cuda:0", "cuda:0"]

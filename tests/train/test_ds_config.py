@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vltrain.config import Config, OptimConfig, TrainConfig
+from vltrain.config import Config, ModelConfig, OptimConfig, TrainConfig
 from vltrain.errors import InputError
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 
@@ -76,3 +76,12 @@ def test_broken_files(tmp_path, text, named):
 def test_missing_file_names_itself(tmp_path):
     with pytest.raises(InputError, match="nowhere.json"):
         load_ds_json(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero3_does_not_take_packed_weights(bits):
+    packed = Config(model=ModelConfig(bits=bits))
+    with pytest.raises(InputError, match=f"stage' is 3 and model.bits is {bits}: .*take stage 2"):
+        resolve_ds_config({"zero_optimization": {"stage": 3}}, packed, world_size=2)
+    resolve_ds_config({"zero_optimization": {"stage": 2}}, packed, world_size=2)
+    resolve_ds_config({"zero_optimization": {"stage": 3}}, Config(model=ModelConfig(bits=16)), world_size=2)

@@ -16,7 +16,8 @@ from tests.support.tiny import tiny_config
 from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
 from vltrain.train.checkpoint import newest_checkpoint
-from vltrain.train.engine import Engine, init_distributed, shutdown_distributed
+from vltrain.train.ds_config import resolve_ds_config
+from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype
 from vltrain.train.trainer import make_trainer
 
@@ -28,8 +29,9 @@ def run(scenario: dict, rank: int, world_size: int) -> None:
     config = tiny_config(output=str(folder), **scenario["changes"])
     dataset = PackedDataset(scenario["packs"])
     checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
-    dtype = choose_dtype(config.train.precision)
-    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
+    dtype = choose_dtype(config.train.precision, config.model.bits)
+    place = partitioner(resolve_ds_config(scenario["ds"], config, world_size))
+    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, place=place)
     trainer = make_trainer(
         config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
         evaluate=lambda steps_done: None,

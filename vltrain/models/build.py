@@ -6,7 +6,9 @@ model is handed out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -14,74 +16,148 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
-from vltrain.models.llm import LLM_NORMS, llm_blocks, prepare_llm
+from vltrain.models.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
 from vltrain.models.lora import insert_peft, is_peft_parameter, peft_parameters
+from vltrain.models.materialise import RandomWeights, Weights, assert_materialised, empty_model
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
+from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights, quantise_linears
 from vltrain.models.random import seeded
-from vltrain.models.vision import VISION_NORMS, ClipTaps
-from vltrain.models.weights import clip_config, llama_config, load_clip, load_llama
+from vltrain.models.vision import VISION_NORMS, ClipTaps, vision_units
+from vltrain.models.weights import clip_config, llama_config, open_clip, open_llama
 from vltrain.ops.attention import choose_attention
 
+Place: TypeAlias = Callable[[nn.Module], None] | None
 PARTS = ("adapter", "peft", "neck", "modality", "vision", "llm")
 MODALITY_STD = 0.02  # as LLaMA's own token embeddings
 
 
+@torch.no_grad()
 def build_model(
     model: ModelConfig,
     *,
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
     device: torch.device | str = "cpu",
+    runs_on: torch.device | str | None = None,
+    place: Place = None,
 ) -> MultimodalModel:
     """The model of a recipe, in training mode.
 
+    Each unit of the networks (embeddings, a block, the head) gets its weights, is quantised, gets its adapters and is placed, in this
+    order, before the next one has weights.
+
     Args:
-        dtype: of frozen weights; trained ones are always fp32.
+        dtype: of matrix products and, where `model.bits` leaves it open, of frozen weights; trained ones are always fp32.
         activation_checkpointing: recompute each block in the backward pass.
-        device: where it is put; "meta" builds shapes only, to count with.
+        device: where it is put; "meta" builds shapes only, to count with, and nothing is quantised.
+        runs_on: the device of its forwards, which decides how attention is computed; left out: `device`.
+        place: called with each unit that is finished, instead of putting it on `device`; ZeRO-3 cuts it up there.
 
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
     """
-    parts = trained_parts(model)
-    with torch.device("meta") if torch.device(device).type == "meta" else nullcontext():
-        vision = ClipTaps(_make_clip(model, "vision" in parts, dtype), model.vision.tap_every, activation_checkpointing)
-        llm = _make_llm(model, "llm" in parts, dtype, device)
+    on_meta = torch.device(device).type == "meta"
+    with torch.device("meta") if on_meta else nullcontext():
+        clip = _empty_clip(model)
+        vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing)
+        llm = _empty_llm(model, device if runs_on is None else runs_on)
+        weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
         prepare_llm(llm, activation_checkpointing, routing)
-        insert_adapters(vision.live_blocks, VISION_NORMS, model.adapter.vision, model.adapter, seed=model.seed, part="vision")
-        insert_adapters(llm_blocks(llm), LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing)
-        insert_peft(llm, model.llm.peft, model.seed)
+        _finish_vision(vision, model, weights[0], dtype, place)
+        _finish_llm(llm, model, weights[1], dtype, place, routing)
         with seeded(model.seed, "neck"):
             neck = make_neck(vision.width, llm.config.hidden_size, model.neck)
         with seeded(model.seed, "modality"):
             modality_embedding = nn.Embedding(2, llm.config.hidden_size)
             nn.init.normal_(modality_embedding.weight, std=MODALITY_STD)
     built = MultimodalModel(vision, neck, modality_embedding, llm, routing)
-    _set_trainable(built, parts, dtype)
-    return built.to(device).train()
+    _assert_trainable(built, trained_parts(model))
+    if on_meta:
+        return built.train()
+    assert_materialised(built)
+    if place is None:
+        return built.to(device).train()
+    place(neck)
+    place(modality_embedding)
+    return built.train()
 
 
-def _make_clip(model: ModelConfig, trained: bool, dtype: torch.dtype) -> CLIPVisionModel:
+def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu") -> MultimodalModel:
+    """The model on the meta device, after everything was checked that shows without reading weights: settings, files, names, shapes.
+
+    Raises: what `build_model` raises.
+    """
+    if model.bits in QUANTISED_BITS:
+        bitsandbytes()
+    _open_weights(model, _empty_clip(model), _empty_llm(model, runs_on), torch.float32)
+    return build_model(model, device="meta", runs_on=runs_on)
+
+
+def _empty_clip(model: ModelConfig) -> CLIPVisionModel:
     config = clip_config("model.vision", model.vision.source, model.vision.config, model.vision.kind)
-    attention = "eager" if model.llm.attention == "eager" else "sdpa"
-    if model.vision.source is None or _on_meta():
-        with seeded(model.seed, "vision"):
-            return CLIPVisionModel._from_config(config, attn_implementation=attention)
-    return load_clip("model.vision", model.vision.source, config, torch.float32 if trained else dtype, attention)
+    return empty_model(CLIPVisionModel, config, "eager" if model.llm.attention == "eager" else "sdpa")
 
 
-def _make_llm(model: ModelConfig, trained: bool, dtype: torch.dtype, device: torch.device | str) -> LlamaForCausalLM:
+def _empty_llm(model: ModelConfig, device: torch.device | str) -> LlamaForCausalLM:
     config = llama_config("model.llm", model.llm.source, model.llm.config)
-    attention = choose_attention(model.llm.attention, device)
-    if model.llm.source is None or _on_meta():
-        with seeded(model.seed, "llm"):
-            return LlamaForCausalLM._from_config(config, attn_implementation=attention)
-    return load_llama("model.llm", model.llm.source, config, torch.float32 if trained else dtype, attention)
+    return empty_llama(config, choose_attention(model.llm.attention, device))
 
 
-def _on_meta() -> bool:
-    return torch.get_default_device().type == "meta"
+def _open_weights(model: ModelConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype) -> tuple[Weights, Weights]:
+    """Where the weights of ViT and LLM come from, checked against the empty networks."""
+    parts = trained_parts(model)
+    vision_dtype, llm_dtype = (torch.float32 if part in parts else _frozen_dtype(model, dtype) for part in ("vision", "llm"))
+    vision_source, llm_source = model.vision.source, model.llm.source
+    return (
+        open_clip("model.vision", vision_source, clip, vision_dtype) if vision_source else RandomWeights(clip, model.seed, "vision"),
+        open_llama("model.llm", llm_source, llm, llm_dtype) if llm_source else RandomWeights(llm, model.seed, "llm"),
+    )
+
+
+def _frozen_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    return {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
+
+
+def _finish_vision(vision: ClipTaps, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place) -> None:
+    live = vision.live_blocks
+    blocks = list(vision.clip.encoder.layers)
+    unused = vision.unused_parameters()
+    for name, unit in vision_units(vision.clip):
+        trained = "vision" in trained_parts(model) and not unused.issuperset(unit.parameters())
+        _load(name, unit, weights, trained, unit in blocks, model, dtype)
+        if unit in live:
+            insert_adapters(unit, live.index(unit), VISION_NORMS, model.adapter.vision, model.adapter, seed=model.seed, part="vision")
+        if place is not None:
+            place(unit)
+
+
+def _finish_llm(
+    llm: LlamaForCausalLM, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place, routing: Routing | None
+) -> None:
+    blocks = llm_blocks(llm)
+    for name, unit in llm_units(llm):
+        _load(name, unit, weights, "llm" in trained_parts(model), unit in blocks, model, dtype)
+        tie_head(llm)
+        if unit in blocks:
+            number = blocks.index(unit)
+            insert_adapters(unit, number, LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing)
+            insert_peft(unit, number, len(blocks), model.llm.peft, model.seed)
+            for parameter in peft_parameters(unit):  # peft takes over the dtype of what it wraps
+                parameter.data = parameter.data.float()
+        if place is not None:
+            place(unit)
+
+
+def _load(
+    name: str, unit: nn.Module, weights: Weights | None, trained: bool, is_block: bool, model: ModelConfig, dtype: torch.dtype
+) -> None:
+    """Gives a unit its weights, in the dtype and bits that they will have."""
+    if weights is not None:
+        weights.fill(name, unit, torch.float32 if trained else _frozen_dtype(model, dtype))
+    unit.requires_grad_(trained)
+    if weights is not None and is_block and not trained and model.bits in QUANTISED_BITS:
+        quantise_linears(unit, model.bits)
 
 
 def part_of(name: str) -> str:
@@ -108,26 +184,19 @@ def count_parameters(model: MultimodalModel) -> dict[str, tuple[int, int]]:
     counts = {part: (0, 0) for part in PARTS}
     for name, parameter in model.named_parameters():
         total, trained = counts[part_of(name)]
-        counts[part_of(name)] = (total + parameter.numel(), trained + parameter.numel() * parameter.requires_grad)
+        counts[part_of(name)] = (total + num_weights(parameter), trained + num_weights(parameter) * parameter.requires_grad)
     return counts
 
 
-def _set_trainable(model: MultimodalModel, parts: set[str], dtype: torch.dtype) -> None:
-    unused = model.vision.unused_parameters()
-    for name, parameter in model.named_parameters():
-        trained = part_of(name) in parts and parameter not in unused
-        parameter.requires_grad_(trained)
-        parameter.data = parameter.data.to(torch.float32 if trained else dtype)
-    _assert_trainable(model, parts)
-
-
 def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
-    """By module, not by name: what is trained are whole adapters, peft's factors and prompts, neck and modality embedding, and a part's own
+    """By module and by name: what is trained are whole adapters, peft's factors and prompts, neck and modality embedding, and a part's own
     weights if it is."""
     adapters = {parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()}
     expected = adapters | peft_parameters(model.llm) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
     for part, module in (("vision", model.vision), ("llm", model.llm)):
         expected |= set(module.parameters()) if part in parts else set()
-    expected -= model.vision.unused_parameters()
-    wrong = [name for name, parameter in model.named_parameters() if parameter.requires_grad != (parameter in expected)]
+    unused = model.vision.unused_parameters()
+    expected -= unused
+    by_name = {parameter for name, parameter in model.named_parameters() if part_of(name) in parts} - unused
+    wrong = [name for name, parameter in model.named_parameters() if len({parameter.requires_grad, parameter in expected, parameter in by_name}) > 1]
     assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong}"

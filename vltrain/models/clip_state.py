@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vltrain.errors import InputError
-from vltrain.models.materialise import assert_materialised, empty_model, materialise
+from vltrain.models.materialise import fill_by_name
 from vltrain.models.tensor_files import TENSOR_FILE_SUFFIXES, open_tensors
 
 # The activation of each kind's feed-forward: exact GELU, or x * sigmoid(1.702 x).
@@ -75,29 +75,34 @@ def clip_state_config(key: str, path: Path, kind: str | None) -> CLIPVisionConfi
     )
 
 
-@torch.no_grad()
-def load_clip_state(key: str, path: Path, config: CLIPVisionConfig, dtype: torch.dtype, attention: str) -> CLIPVisionModel:
-    """The ViT in the file `path`, in `dtype`.
-
-    Args:
-        config: what `clip_state_config` says of the file.
+class ClipStateWeights:
+    """The weights in the file `path`, for a `CLIPVisionModel` of the sizes that `clip_state_config` reads off them.
 
     Raises: InputError for weights of another shape, named as the file names them.
     """
-    model = empty_model(CLIPVisionModel, config, attention)
-    prefix, visual = _visual(key, path)
-    for theirs, names in _names(config.num_hidden_layers).items():
-        rows, *others = model.get_parameter(names[0]).shape
-        found, expected = visual[theirs], [len(names) * rows, *others]
-        if list(found.shape) != expected or not found.is_floating_point():
-            raise InputError(
-                f"{key}.source: {path}: {prefix}{theirs} is {list(found.shape)} of {found.dtype}, expected {expected} of floats, "
-                f"beside a width of {config.hidden_size}"
-            )
-        for ours, piece in zip(names, found.chunk(len(names)), strict=True):
-            materialise(model, ours, dtype).copy_(piece)
-    assert_materialised(model)
-    return model
+
+    def __init__(self, key: str, path: Path, network: CLIPVisionModel) -> None:
+        self.key, self.path = key, path
+        self._pieces: dict[str, tuple[str, int, int]] = {}  # our name -> (theirs, which piece of it, of how many)
+        prefix, visual = _visual(key, path)
+        for theirs, names in _names(network.config.num_hidden_layers).items():
+            rows, *others = network.get_parameter(names[0]).shape
+            found, expected = visual[theirs], [len(names) * rows, *others]
+            if list(found.shape) != expected or not found.is_floating_point():
+                raise InputError(
+                    f"{key}.source: {path}: {prefix}{theirs} is {list(found.shape)} of {found.dtype}, expected {expected} of floats, "
+                    f"beside a width of {network.config.hidden_size}"
+                )
+            self._pieces |= {ours: (theirs, place, len(names)) for place, ours in enumerate(names)}
+
+    def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
+        _, visual = _visual(self.key, self.path)
+
+        def write(ours: str, target: Tensor) -> None:
+            theirs, place, count = self._pieces[ours]
+            target.copy_(visual[theirs].chunk(count)[place])
+
+        fill_by_name(name, unit, dtype, write)
 
 
 def _names(depth: int) -> dict[str, tuple[str, ...]]:

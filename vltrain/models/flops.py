@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from vltrain.models.lora import lora_factors, plain_attention
+from vltrain.models.quantise import num_weights
 from vltrain.models.vision import ClipTaps
 
 
@@ -78,9 +79,9 @@ def vision_flops(vision: ClipTaps, neck: nn.Module) -> tuple[float, bool]:
         grad = count.needs_grad
     count = _block(last, grad)  # only [cls] asks, and goes on
     total += count.query + num_rows * (count.key + count.pair)
-    for weight in (parameter for parameter in neck.parameters() if parameter.ndim == 2):
-        total += vision.num_taps * _matrix(weight, needs_grad=count.needs_grad)
-        count = replace(count, needs_grad=count.needs_grad or weight.requires_grad)
+    for linear in (module for module in neck.modules() if isinstance(module, nn.Linear)):
+        total += vision.num_taps * _matrix(linear.weight, needs_grad=count.needs_grad)
+        count = replace(count, needs_grad=count.needs_grad or linear.weight.requires_grad)
     return total, count.needs_grad
 
 
@@ -107,7 +108,7 @@ def count_flops(vision: ClipTaps, neck: nn.Module, modality_embedding: nn.Embedd
 
 def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
     """A row times a matrix: forward, the weight's gradient where it is trained, the row's where that is needed."""
-    return 2.0 * weight.numel() * (1 + weight.requires_grad + needs_grad)
+    return 2.0 * num_weights(weight) * (1 + weight.requires_grad + needs_grad)
 
 
 def _linear(linear: nn.Linear, *, needs_grad: bool) -> float:
@@ -125,9 +126,9 @@ def _block(layers: _Layers, grad: bool) -> _Count:
     key = normed_cost + sum(_linear(linear, needs_grad=normed_grad) for linear in layers.keys_values)
     mixed_grad = normed_grad or _trained(layers.queries, *layers.keys_values)
     # Scores and their use: two products of `width` numbers each; backward, two for each of those.
-    pair = 4.0 * len(layers.queries.weight) * (3 if mixed_grad else 1)
+    pair = 4.0 * layers.queries.out_features * (3 if mixed_grad else 1)
     # Prompts have a gradient, so both of their products have both of theirs.
-    query += layers.prompts * 4.0 * len(layers.queries.weight) * 3
+    query += layers.prompts * 4.0 * layers.queries.out_features * 3
     mixed_grad = mixed_grad or layers.prompts > 0
     query += _linear(layers.attention_out, needs_grad=mixed_grad)
     grad = grad or mixed_grad or _trained(layers.attention_out)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vltrain.models.adapters import Routing
+from vltrain.models.materialise import empty_model
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.loss import LossHead
 
 LLM_NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
+
+
+def empty_llama(config: LlamaConfig, attention: str) -> LlamaForCausalLM:
+    """`empty_model`, with a head that shares the embeddings' weight where the config says so."""
+    llm = empty_model(LlamaForCausalLM, config, attention)
+    tie_head(llm)
+    return llm
+
+
+def tie_head(llm: LlamaForCausalLM) -> None:
+    """Lets the head share the embeddings' weight where the config says so: to be called whenever they were given another."""
+    if llm.config.tie_word_embeddings:
+        llm.lm_head.weight = llm.model.embed_tokens.weight
 
 
 def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: Routing | None) -> None:
@@ -39,3 +53,9 @@ def packed_hidden_states(llm: LlamaForCausalLM, embeds: Tensor, position_ids: Te
 def llm_blocks(llm: LlamaForCausalLM) -> list[nn.Module]:
     """The transformer blocks, first to last."""
     return list(llm.model.layers)
+
+
+def llm_units(llm: LlamaForCausalLM) -> list[tuple[str, nn.Module]]:
+    """Name and module of what is loaded at once, in the order of the forward; together all parameters."""
+    blocks = [(f"model.layers.{number}", block) for number, block in enumerate(llm.model.layers)]
+    return [("model.embed_tokens", llm.model.embed_tokens), *blocks, ("model.norm", llm.model.norm), ("lm_head", llm.lm_head)]

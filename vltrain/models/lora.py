@@ -22,7 +22,6 @@ from transformers import LlamaForCausalLM
 
 from vltrain.config import PeftConfig
 from vltrain.errors import InputError, nearest
-from vltrain.models.llm import llm_blocks
 from vltrain.models.random import seeded
 
 # peft imports bitsandbytes where it is installed, which on some CPUs warns of a kernel that it does well without.
@@ -50,45 +49,46 @@ class AdaptedLlamaAttention(AdaptedAttention):
         self.adaption_gate = nn.Parameter(torch.zeros(1))
 
 
-def insert_peft(llm: LlamaForCausalLM, config: PeftConfig, seed: int) -> None:
-    """Puts in what `model.llm.peft` asks for, in place; nothing where its kind is null.
+def insert_peft(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
+    """Puts what `model.llm.peft` asks for into a block, in place; nothing where its kind is null.
+
+    Args:
+        number: the block's, from the first of `num_blocks`.
 
     Raises: InputError for targets that no LLaMA has, more blocks than there are, and heads that peft's prompts cannot serve.
     """
     if config.kind == "lora":
-        _insert_lora(llm, config, seed)
+        _insert_lora(block, number, config, seed)
     elif config.kind == "adaption_prompt":
-        _insert_prompts(llm, config, seed)
+        _insert_prompts(block, number, num_blocks, config, seed)
 
 
-def _insert_lora(llm: LlamaForCausalLM, config: PeftConfig, seed: int) -> None:
+def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int) -> None:
     for target in config.targets:
         if target not in TARGETS:
             raise InputError(f"model.llm.peft.targets: a LLaMA's blocks have no linear layer '{target}', {nearest(target, TARGETS)}")
     settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets))
-    for number, block in enumerate(llm_blocks(llm)):
-        for name, linear in list(block.named_modules()):
-            parent, _, leaf = name.rpartition(".")
-            if leaf in config.targets:
-                with seeded(seed, f"peft/{number}/{leaf}"):
-                    layer = LoraLinear(linear, LORA_NAME, config=settings, r=config.rank, lora_alpha=config.alpha)
-                setattr(block.get_submodule(parent), leaf, layer)
+    for name, linear in list(block.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if leaf in config.targets:
+            with seeded(seed, f"peft/{number}/{leaf}"):
+                layer = LoraLinear(linear, LORA_NAME, config=settings, r=config.rank, lora_alpha=config.alpha)
+            setattr(block.get_submodule(parent), leaf, layer)
 
 
-def _insert_prompts(llm: LlamaForCausalLM, config: PeftConfig, seed: int) -> None:
-    blocks = llm_blocks(llm)
-    num_adapted = len(blocks) if config.adapter_layers is None else config.adapter_layers
-    if num_adapted > len(blocks):
-        raise InputError(f"model.llm.peft.adapter_layers: found {num_adapted}, expected at most the LLM's {len(blocks)} blocks")
-    attention = blocks[0].self_attn
+def _insert_prompts(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
+    num_adapted = num_blocks if config.adapter_layers is None else config.adapter_layers
+    if num_adapted > num_blocks:
+        raise InputError(f"model.llm.peft.adapter_layers: found {num_adapted}, expected at most the LLM's {num_blocks} blocks")
+    attention = block.self_attn
     if attention.head_dim * attention.config.num_attention_heads != attention.config.hidden_size:
         raise InputError(
             f"model.llm.peft.kind: adaption_prompt wants heads of hidden_size / num_attention_heads; this LLM has "
             f"{attention.config.num_attention_heads} heads of {attention.head_dim} for a width of {attention.config.hidden_size}; take lora"
         )
-    for number in range(len(blocks) - num_adapted, len(blocks)):
+    if number >= num_blocks - num_adapted:
         with seeded(seed, f"peft/{number}/adaption_prompt"):
-            blocks[number].self_attn = AdaptedLlamaAttention(blocks[number].self_attn, config.adapter_len)
+            block.self_attn = AdaptedLlamaAttention(attention, config.adapter_len)
 
 
 def is_peft_parameter(name: str) -> bool:
@@ -96,7 +96,7 @@ def is_peft_parameter(name: str) -> bool:
     return ".lora_" in name or ".adaption_" in name
 
 
-def peft_parameters(llm: LlamaForCausalLM) -> set[nn.Parameter]:
+def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
     """What is trained of the layers that this module put in, found by module."""
     parameters: set[nn.Parameter] = set()
     for module in llm.modules():

@@ -1,33 +1,79 @@
-"""Networks that get their weights one by one: built without memory, each parameter then made in its final dtype and written.
+"""Networks that get their weights unit by unit: built without memory, each unit (embeddings, one block, head) then made and written.
 
-So a load never holds two copies of a network, whatever the layout and dtype of its files.
+A unit that has its weights can be packed into fewer bits or cut up among ranks before the next one is made, so a load holds what
+becomes of the network and one unit more, whatever the layout and dtype of the files. What it gives up: files are opened once
+for every unit, so that what was read for the last one leaves memory.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vltrain.models.random import seeded
+
 Model = TypeVar("Model", bound=PreTrainedModel)
+Write = Callable[[str, Tensor], None]
+"""Copies the weight of that name, as transformers names it, into the tensor, whatever its dtype."""
+
+
+class Weights(Protocol):
+    """Where a network's weights come from. Making one checks names and shapes, as far as files tell without being read."""
+
+    def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
+        """Gives every parameter of a unit that is still on the meta device memory on the CPU, and its value in `dtype`.
+
+        Args:
+            name: the unit's in its network; the unit is still as transformers made it.
+        """
+        ...
 
 
 def empty_model(model_class: type[Model], config: PreTrainedConfig, attention: str) -> Model:
     """The network with every parameter on the meta device. Its buffers (rotary frequencies, position ids) are real."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):  # constructors draw what is thrown away here
         return model_class._from_config(config, attn_implementation=attention).eval()
 
 
-def materialise(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+@torch.no_grad()
+def fill_by_name(name: str, unit: nn.Module, dtype: torch.dtype, write: Write) -> None:
+    """`Weights.fill` where each weight is written by itself."""
+    for inner, parameter in list(unit.named_parameters()):
+        if parameter.is_meta:
+            write(f"{name}.{inner}", materialise(unit, inner, dtype))
+
+
+def materialise(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     """Gives parameter `name` memory on the CPU and returns it for writing; what it holds is undefined until then."""
     parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    written = torch.empty(getattr(module, leaf).shape, dtype=dtype, device="cpu")
-    setattr(module, leaf, nn.Parameter(written))
+    owner = module.get_submodule(parent)
+    written = torch.empty(getattr(owner, leaf).shape, dtype=dtype, device="cpu")
+    setattr(owner, leaf, nn.Parameter(written))
     return written
+
+
+class RandomWeights:
+    """transformers' own initialisation, each unit's numbers drawn by themselves: whoever draws them, alone or after others."""
+
+    def __init__(self, network: PreTrainedModel, seed: int, part: str) -> None:
+        self.network, self.seed, self.part = network, seed, part
+
+    @torch.no_grad()
+    def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
+        made = [inner for inner, parameter in unit.named_parameters() if parameter.is_meta]
+        for inner in made:
+            materialise(unit, inner, torch.float32)
+        if made:  # else a head that shares the embeddings' weight
+            with seeded(self.seed, f"{self.part}/{name}"):
+                unit.apply(self.network._init_weights)
+        for inner in made:
+            parameter = unit.get_parameter(inner)
+            parameter.data = parameter.data.to(dtype)
 
 
 def assert_materialised(model: nn.Module) -> None:

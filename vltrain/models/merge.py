@@ -16,6 +16,7 @@ from vltrain.models.adapters import Adapter
 from vltrain.models.llm import LLM_NORMS, llm_blocks
 from vltrain.models.lora import merge_lora, require_no_prompts
 from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.quantise import dequantise_linears
 from vltrain.models.vision import VISION_NORMS
 
 # Which linear layers of a block read the norm of a sublayer, and which else belong to it (they need a bias where the others have one).
@@ -29,7 +30,8 @@ LLM_BIAS_SWITCH = {"attention": "attention_bias", "ffn": "mlp_bias"}
 def merge_adapters(model: MultimodalModel) -> None:
     """Folds every adapter into its readers, in place: the ViT and the LLM are plain transformers models afterwards.
 
-    Products are taken in float64. `model.llm.config` says so where projections got biases. LoRA is folded in first, since what an
+    Quantised layers become fp32 ones of the same function first, so what was tuned around them is kept exactly. Products are taken in
+    float64. `model.llm.config` says so where projections got biases. LoRA is folded in first, since what an
     adapter is folded into is the layer with it.
 
     Raises: InputError, before anything is changed, if the adapters are of a kind that is no linear map, or the LLM has learned prompts.
@@ -37,6 +39,7 @@ def merge_adapters(model: MultimodalModel) -> None:
     require_no_prompts(model.llm)
     for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
         _require_linear(adapter)
+    dequantise_linears(model)
     merge_lora(model.llm)
     for block in model.vision.live_blocks:
         for sublayer, norm in VISION_NORMS.items():

@@ -1,7 +1,6 @@
 """LLaMA and LLaMA-2 as Meta gives them out: a folder with `params.json` and `consolidated.NN.pth`, one file per tensor-parallel rank.
 
-Shards are put together while they are copied into the network, block by block; each block opens the files anew, so that what
-was read for the last one leaves memory. Names follow transformers. So do the rows of queries and keys: Meta rotates
+Shards are put together while they are copied into the network, block by block. Names follow transformers. So do the rows of queries and keys: Meta rotates
 neighbouring pairs of a head's channels (0 with 1, 2 with 3), transformers the halves (0 with d/2), hence rows 0, 2, 4, ...
 come first and 1, 3, 5, ... second. Later LLaMAs with scaled rotary frequencies are refused: their Hugging Face folders load.
 """
@@ -11,16 +10,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, KeysView
+from collections.abc import KeysView
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vltrain.errors import InputError
-from vltrain.models.materialise import assert_materialised, empty_model, materialise
+from vltrain.models.materialise import fill_by_name
 from vltrain.models.tensor_files import open_tensors
 
 BLOCK_NAMES = {
@@ -95,34 +94,35 @@ def meta_llama_config(key: str, folder: Path) -> LlamaConfig:
     )
 
 
-@torch.no_grad()
-def load_meta_llama(key: str, folder: Path, config: LlamaConfig, dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
-    """The LLaMA in `folder`, in `dtype`.
-
-    Args:
-        config: what `meta_llama_config` says of the folder.
+class MetaWeights:
+    """The shards in `folder`, for the empty network of the sizes that `meta_llama_config` says.
 
     Raises: InputError for weights that are missing, unknown or of another shape, and for shards of different models.
     """
-    model = empty_model(LlamaForCausalLM, config, attention)
-    paths = _shard_paths(key, folder)
-    _check(key, paths, model)
-    for names in _groups(config.num_hidden_layers):
-        shards = [open_tensors(key, path) for path in paths]
-        for theirs, ours in names.items():
+
+    def __init__(self, key: str, folder: Path, network: LlamaForCausalLM) -> None:
+        self.key, self.config = key, network.config
+        self._paths = _shard_paths(key, folder)
+        _check(key, self._paths, network)
+        self._theirs = {ours: theirs for theirs, ours in _names(self.config.num_hidden_layers).items()}
+
+    def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
+        shards = [open_tensors(self.key, path) for path in self._paths]  # let go at the end, and with them what was mapped
+
+        def write(ours: str, target: Tensor) -> None:
+            theirs = self._theirs[ours]
             pieces = [shard[theirs] for shard in shards]
-            split_dim = _split_dim(theirs, pieces[0], len(pieces), config)
-            _write(materialise(model, ours, dtype), pieces, split_dim, _rotated_heads(theirs, config))
-        del shards, pieces  # the last references to the mapped files
-    assert_materialised(model)
-    return model
+            _write(target, pieces, _split_dim(theirs, pieces[0], len(pieces), self.config), _rotated_heads(theirs, self.config))
+
+        fill_by_name(name, unit, dtype, write)
 
 
-def _groups(num_layers: int) -> Iterator[dict[str, str]]:
-    """Meta's names -> transformers', in the portions that are loaded at once."""
-    yield {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in OUTER_NAMES.items()}
+def _names(num_layers: int) -> dict[str, str]:
+    """Meta's names -> transformers'."""
+    names = {f"{theirs}.weight": f"{ours}.weight" for theirs, ours in OUTER_NAMES.items()}
     for layer in range(num_layers):
-        yield {f"layers.{layer}.{theirs}.weight": f"model.layers.{layer}.{ours}.weight" for theirs, ours in BLOCK_NAMES.items()}
+        names |= {f"layers.{layer}.{theirs}.weight": f"model.layers.{layer}.{ours}.weight" for theirs, ours in BLOCK_NAMES.items()}
+    return names
 
 
 def _split_dim(name: str, piece: Tensor, num_shards: int, config: LlamaConfig) -> int | None:
@@ -160,7 +160,7 @@ def _check(key: str, paths: list[Path], model: LlamaForCausalLM) -> None:
             f"{key}.source: {paths[0].parent}: {len(paths)} shards cannot share {config.num_attention_heads} heads and "
             f"{config.num_key_value_heads} key-value heads evenly; a shard is missing or one too many"
         )
-    names = {theirs: ours for group in _groups(config.num_hidden_layers) for theirs, ours in group.items()}
+    names = _names(config.num_hidden_layers)
     first = open_tensors(key, paths[0])
     for path in paths:
         shard = open_tensors(key, path)

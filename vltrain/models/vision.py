@@ -21,6 +21,13 @@ from vltrain.errors import InputError
 VISION_NORMS = {"attention": "layer_norm1", "ffn": "layer_norm2"}
 
 
+def vision_units(clip: CLIPVisionModel) -> list[tuple[str, nn.Module]]:
+    """Name and module of what is loaded at once, in the order of the forward; together all parameters."""
+    blocks = [(f"encoder.layers.{number}", block) for number, block in enumerate(clip.encoder.layers)]
+    before = [("embeddings", clip.embeddings), ("pre_layrnorm", clip.pre_layrnorm)]
+    return [*before, *blocks, ("post_layernorm", clip.post_layernorm)]
+
+
 class ClipTaps(nn.Module):
     """[cls] after blocks `tap_every`, 2 `tap_every`, ...: equals `hidden_states[tap_every::tap_every][:, 0]` of the ViT.
 

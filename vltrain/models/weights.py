@@ -1,52 +1,39 @@
 """Pretrained weights, in whichever layout they lie: Hugging Face folders and hub names, GGUF files, and the makers' own.
 
 What a source is, its content says: a LLaMA in Meta's layout goes to `meta_llama`, a ViT's state dict with OpenAI-CLIP's names to
-`clip_state`, the rest to transformers (safetensors, or torch files read with `weights_only`), which maps files and so holds one
-copy of the weights at most. What is added there is refusal: transformers fills a missing weight with random numbers and drops
-one it does not know, with a line in the log. Here a checkpoint that does not give the model exactly its weights is an
-`InputError` that names the file and the keys.
+`clip_state`, the rest to `hugging_face`. Each gives the sizes first, then, for an empty network of these sizes, its weights unit by
+unit (`materialise.Weights`).
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import pickle
 import re
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.utils import logging as transformers_logging
 
 from vltrain.errors import InputError, nearest
 from vltrain.locate import locate
-from vltrain.models.clip_state import ACTIVATIONS, clip_state_config, is_state_file, load_clip_state
-from vltrain.models.meta_llama import is_meta_folder, load_meta_llama, meta_llama_config
+from vltrain.models.clip_state import ACTIVATIONS, ClipStateWeights, clip_state_config, is_state_file
+from vltrain.models.hugging_face import LOAD_ERRORS, GgufWeights, HuggingFaceWeights, cannot_load, quiet_transformers
+from vltrain.models.llm import empty_llama, llm_units, tie_head
+from vltrain.models.materialise import Weights, assert_materialised, empty_model
+from vltrain.models.meta_llama import MetaWeights, is_meta_folder, meta_llama_config
 from vltrain.models.tensor_files import TENSOR_FILE_SUFFIXES
-
-logger = logging.getLogger(__name__)
+from vltrain.models.vision import vision_units
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 # The other half of a whole CLIP, and buffers that older files hold; a CLIPVisionModel has no use for them.
 CLIP_IGNORED = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|.*\bposition_ids$")
 LLAMA_IGNORED = re.compile(r".*\brotary_emb\.inv_freq$")
-# What reading a broken or foreign file ends in, by format: JSON, safetensors, pickle, GGUF (a binary layout read field by field).
-LOAD_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError, struct.error, IndexError,
-    StrictDataclassError,
-)  # fmt: skip
 
 
 def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaConfig:
@@ -87,31 +74,55 @@ def clip_config(key: str, source: str | None, values: dict[str, Any], kind: str 
     return config
 
 
-def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
-    """A LLaMA with the weights of `source` in `dtype`; GGUF weights come out dequantised.
+def open_llama(key: str, source: str, network: LlamaForCausalLM, dtype: torch.dtype) -> Weights:
+    """The weights of `source` for an empty network of the sizes that `llama_config` says.
 
-    Raises: InputError for a file that is missing or broken, and for weights that are missing, unknown or of another shape.
+    Args:
+        dtype: most of them will be asked for in it; a GGUF file is dequantised to it.
+
+    Raises: InputError for a file that is missing or broken, and for weights that are missing, unknown or of another shape. Of a GGUF
+        file that is told when it is read.
     """
     path = _located(key, source)
     if is_meta_folder(path):
-        llm = load_meta_llama(key, Path(path), config, dtype, attention)
-        logger.info("%s: LLaMA in Meta's layout from %s", key, path)
-        return llm
-    llm = _load(key, source, LlamaForCausalLM, config, dtype, attention, LLAMA_IGNORED)
-    # From GGUF the weights are plain tensors by now, yet the marks of a quantised model would forbid training and saving.
-    llm.is_quantized, llm.hf_quantizer = False, None
-    llm.config.__dict__.pop("quantization_config", None)
+        return MetaWeights(key, Path(path), network)
+    names = {name for name, _ in network.named_parameters()}
+
+    def ours(name: str) -> str:
+        return f"model.{name}" if f"model.{name}" in names else name  # of a LLaMA saved without its head
+
+    # A head that shares the embeddings' weight may be in the file once more.
+    ignored = re.compile(rf"{LLAMA_IGNORED.pattern}|lm_head\.weight$") if network.config.tie_word_embeddings else LLAMA_IGNORED
+    return _open(key, source, network, dtype, ours, ignored)
+
+
+def open_clip(key: str, source: str, network: CLIPVisionModel, dtype: torch.dtype) -> Weights:
+    """As `open_llama`, of a ViT: a `CLIPVisionModel`, a whole `CLIPModel`, or a state dict with OpenAI-CLIP's names."""
+    path = _located(key, source)
+    if is_state_file(path):
+        return ClipStateWeights(key, Path(path), network)
+    return _open(key, source, network, dtype, lambda name: name.removeprefix("vision_model."), CLIP_IGNORED)
+
+
+def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
+    """A plain LLaMA with the weights of `source` in `dtype`. Raises: as `open_llama`."""
+    llm = empty_llama(config, attention)
+    weights = open_llama(key, source, llm, dtype)
+    for name, unit in llm_units(llm):
+        weights.fill(name, unit, dtype)
+        tie_head(llm)
+    assert_materialised(llm)
     return llm
 
 
 def load_clip(key: str, source: str, config: CLIPVisionConfig, dtype: torch.dtype, attention: str) -> CLIPVisionModel:
-    """A ViT with the weights of `source`: a `CLIPVisionModel`, a whole `CLIPModel`, or a state dict. Raises: as `load_llama`."""
-    path = _located(key, source)
-    if is_state_file(path):
-        clip = load_clip_state(key, Path(path), config, dtype, attention)
-        logger.info("%s: ViT with OpenAI-CLIP's names from %s", key, path)
-        return clip
-    return _load(key, source, CLIPVisionModel, config, dtype, attention, CLIP_IGNORED)
+    """A plain ViT with the weights of `source` in `dtype`. Raises: as `open_clip`."""
+    clip = empty_model(CLIPVisionModel, config, attention)
+    weights = open_clip(key, source, clip, dtype)
+    for name, unit in vision_units(clip):
+        weights.fill(name, unit, dtype)
+    assert_materialised(clip)
+    return clip
 
 
 def _config_from_values(key: str, config_class: type[Config], values: dict[str, Any]) -> Config:
@@ -131,54 +142,25 @@ def _config_from_values(key: str, config_class: type[Config], values: dict[str, 
 def _read_config(key: str, source: str, config_class: type[Config], model_types: tuple[str, ...]) -> Config:
     place, arguments = _place(key, source)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             found, _ = PreTrainedConfig.get_config_dict(place, **arguments)
             model_type = found.get("model_type")
             if model_type in model_types:
                 return config_class.from_dict(found["vision_config"] if model_type == "clip" else found)
     except LOAD_ERRORS as error:
-        raise _cannot_load(key, source, place, error) from None
+        raise cannot_load(key, source, place, error) from None
     raise InputError(
         f"{key}.source: '{source}' ({place}) is a model of type {model_type!r}, expected {' or '.join(map(repr, model_types))}"
     )
 
 
-def _load(
-    key: str, source: str, model_class: type[Model], config: PreTrainedConfig, dtype: torch.dtype, attention: str, ignored: re.Pattern[str]
-) -> Model:
+def _open(
+    key: str, source: str, network: PreTrainedModel, dtype: torch.dtype, ours: Callable[[str], str], ignored: re.Pattern[str]
+) -> Weights:
     place, arguments = _place(key, source)
-    try:
-        with _quiet_transformers():
-            # Mismatched shapes are let through here, to be named below together with everything else that is wrong.
-            model, report = model_class.from_pretrained(
-                place,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **arguments,
-            )
-    except LOAD_ERRORS as error:
-        raise _cannot_load(key, source, place, error) from None
-    shapes = {name: f" {list(found)}, expected {list(expected)}" for name, found, expected in report["mismatched_keys"]}
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "not of this model": sorted(name for name in report["unexpected_keys"] if not ignored.match(name)),
-        "of another shape": sorted(shapes),
-    }
-    if any(problems.values()):
-        files = _files_of_weights(Path(place))
-        named = {
-            problem: [f"{name}{shapes.get(name, '')}{f' ({files[name]})' if name in files else ''}" for name in names]
-            for problem, names in problems.items()
-        }
-        told = "; ".join(f"{len(names)} {problem}: {_some(names)}" for problem, names in named.items() if names)
-        raise InputError(
-            f"{key}.source: the weights of '{source}' ({place}) do not fit a {model_class.__name__} of its config.json. Weights {told}"
-        )
-    logger.info("%s: %s from %s", key, model_class.__name__, place)
-    return model
+    if "gguf_file" in arguments:
+        return GgufWeights(key, source, place, arguments["gguf_file"], network, dtype)
+    return HuggingFaceWeights(key, source, place, network, ours, ignored)
 
 
 def _located(key: str, source: str) -> str:
@@ -199,57 +181,3 @@ def _place(key: str, source: str) -> tuple[str, dict[str, str]]:
             f"({', '.join(TENSOR_FILE_SUFFIXES)})"
         )
     return os.path.dirname(path), {"gguf_file": os.path.basename(path)}
-
-
-def _cannot_load(key: str, source: str, place: str, error: Exception) -> InputError:
-    where = _broken_file(Path(place)) or place
-    reason = (str(error).strip() or "no reason given").splitlines()[0]
-    return InputError(
-        f"{key}.source: cannot load '{source}' from {where} ({type(error).__name__}: {reason}). Fetch it again, or name another source"
-    )
-
-
-def _broken_file(folder: Path) -> str | None:
-    """The first file of `folder` that is not what its name says, and what it should be; the errors of a load do not name it."""
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        try:
-            json.loads(path.read_text())
-        except (OSError, ValueError):
-            return f"{path}: not JSON"
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        try:
-            with safe_open(path, framework="pt"):
-                continue
-        except (SafetensorError, OSError):
-            return f"{path}: not a whole safetensors file"
-    return None
-
-
-def _files_of_weights(folder: Path) -> dict[str, str]:
-    """Which shard of a loadable folder holds each weight, or by the index should hold it; empty where there are no shards."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {}
-    files = dict(json.loads(index.read_text())["weight_map"])
-    for name in sorted(set(files.values())):
-        with safe_open(folder / name, framework="pt") as shard:
-            files |= dict.fromkeys(shard.keys(), name)
-    return files
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' load report and progress bars: what they would tell is checked and raised here."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

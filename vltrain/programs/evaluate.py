@@ -93,8 +93,8 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
     tokenizer = load_tokenizer(_tokenizer_source(config))
     samples_file = ready_samples(config, split)
-    dtype, place = choose_dtype(config.train.precision), device()
-    model = build_model(config.model, dtype=dtype)
+    dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
+    model = build_model(config.model, dtype=dtype, runs_on=place)
     if checkpoint is not None:
         load_trainable(model, checkpoint)
     if world_size > 1:

@@ -1,6 +1,6 @@
 """`vltrain train` and launch/train_mmt.py: from a command line to a trained run.
 
-    settings -> data (made if missing) -> process group -> model, at a checkpoint or fresh -> loop -> evaluation
+    settings -> outline of the model -> data (made if missing) -> process group -> model, at a checkpoint or fresh -> loop -> evaluation
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.run import evaluate_split
-from vltrain.models.build import build_model, count_parameters
+from vltrain.models.build import build_model, count_parameters, outline_model
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
-from vltrain.train.engine import init_distributed, shutdown_distributed
-from vltrain.train.hardware import choose_dtype, limit_threads
+from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
+from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.provenance import make_run_folder, write_provenance
 from vltrain.train.trainer import Trainer, make_trainer
 
@@ -50,19 +50,22 @@ def run(settings: Settings) -> None:
     config = settings.config
     ds_json = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
     # Resolved again by the trainer: here only so that a conflict is found before hours of preparation.
-    resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
+    ds_config = resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
     folder = Path(config.output)
     if int(os.environ.get("RANK", "0")) == 0:
         make_run_folder(folder)
     checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
     tokenizer = load_tokenizer(config.model.llm.tokenizer or config.model.llm.source)
-    dtype = choose_dtype(config.train.precision)
-    # The model is made before the process group: its mistakes, and those of the data, end the run before ranks wait for each other.
-    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing)
-    _require_tokenizer_fits(tokenizer, model)
-    dataset = open_packs(config, tokenizer, model.visual_tokens)
+    dtype = choose_dtype(config.train.precision, config.model.bits)
+    # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
+    outline = outline_model(config.model, device())
+    _require_tokenizer_fits(tokenizer, outline)
+    dataset = open_packs(config, tokenizer, outline.visual_tokens)
+    parameters = count_parameters(outline)
     rank, world_size = init_distributed()
-    parameters = count_parameters(model)
+    model = build_model(
+        config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(), place=partitioner(ds_config)
+    )
     trainer = make_trainer(
         config, ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
         evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples),

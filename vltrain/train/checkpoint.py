@@ -17,7 +17,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,13 @@ def _differences(saved: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {saved!r}, is {now!r}"
 
 
-def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Copies the checkpoint's weights into the model's trainable parameters, before any ZeRO partitioning.
+def load_trainable(
+    model: torch.nn.Module, checkpoint: Checkpoint, whole: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext
+) -> None:
+    """Copies the checkpoint's weights into the model's trainable parameters.
+
+    Args:
+        whole: a context in which a parameter that is cut up among ranks is whole and can be written; see `vltrain.train.engine.whole`.
 
     Raises:
         InputError: names or shapes differ: a checkpoint of another model.
@@ -214,11 +220,12 @@ def load_trainable(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     for name, tensor in checkpoint.weights():
         if name not in expected:
             raise InputError(f"{checkpoint.path}: has '{name}', which this model does not train: a checkpoint of another model or recipe")
-        if tensor.shape != expected[name].shape:
-            raise InputError(
-                f"{checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, this model's is {tuple(expected[name].shape)}: a checkpoint of another model or recipe"
-            )
-        expected[name].data.copy_(tensor)
+        with whole(expected[name]):
+            if tensor.shape != expected[name].shape:
+                raise InputError(
+                    f"{checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, this model's is {tuple(expected[name].shape)}: a checkpoint of another model or recipe"
+                )
+            expected[name].data.copy_(tensor)
         found.add(name)
     missing = sorted(expected.keys() - found)
     if missing:

@@ -91,6 +91,11 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> d
     for key, value in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
         if resolved.get(key, value) != value:
             raise InputError(f"DeepSpeed's '{key}' is {resolved[key]!r}, expected {value!r}: the loss is normalised over all ranks already")
+    if zero_stage(resolved) == 3 and config.model.bits in (4, 8):
+        raise InputError(
+            f"DeepSpeed's 'zero_optimization.stage' is 3 and model.bits is {config.model.bits}: ZeRO-3 cuts weights up among the ranks, and packed "
+            "ones are nothing without their scales, which it does not know; take stage 2 (whole, but packed, weights on each rank) or bits 16"
+        )
     if offloads_optimizer(resolved) and zero_stage(resolved) == 0:
         raise InputError("DeepSpeed's 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; stage is 0")
     # DeepSpeed's own progress lines are replaced by the monitor's.

@@ -14,7 +14,8 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,11 +60,30 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
+def partitioner(ds_config: dict[str, Any]) -> Callable[[torch.nn.Module], None] | None:
+    """For ZeRO-3 what cuts a module's parameters up among the ranks, so that a model can be made part by part; None at other stages.
+
+    A collective: all ranks call it with the same modules in the same order, in the process group of `init_distributed`.
+    """
+    if zero_stage(ds_config) < 3:
+        return None
+
+    def cut_up(module: torch.nn.Module) -> None:
+        deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+
+    return cut_up
+
+
+def whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter that ZeRO-3 has cut up is whole; afterwards it is what rank 0 made of it. A collective, then."""
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else nullcontext()
+
+
 class Engine:
     """A model under DeepSpeed.
 
     Args:
-        model: its trainable parameters are fp32 and already hold the values to start from.
+        model: its trainable parameters are fp32 and already hold the values to start from; cut up by `partitioner` or whole.
         groups: parameter groups, see `vltrain.train.optim.parameter_groups`.
         ds_config: resolved, see `vltrain.train.ds_config.resolve_ds_config`.
         betas, eps: AdamW's.
@@ -79,6 +99,9 @@ class Engine:
         self._autocast_dtype = autocast_dtype
         # Full names, before ZeRO-3 turns parameters into shells.
         self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for module in model.modules():  # DeepSpeed leaves them where they are if the parameters are cut up already
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
         optimizer = _build_optimizer(groups, ds_config, betas, eps)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self.model: torch.nn.Module = self._engine.module

@@ -45,8 +45,10 @@ def cpu_has_fast_bf16() -> bool:
     return "amx_bf16" in flags or ("avx512_bf16" in flags and capabilities.startswith("AVX512"))
 
 
-def choose_dtype(precision: str) -> torch.dtype:
-    """The dtype of frozen weights and of matrix products for `train.precision`."""
+def choose_dtype(precision: str, bits: int | None = None) -> torch.dtype:
+    """The dtype of matrix products for `train.precision` and `model.bits`, and of frozen weights where the bits leave it open."""
+    if precision == "auto" and bits == 16:
+        return torch.bfloat16
     if precision == "auto":
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else cpu_has_fast_bf16()
         chosen = torch.bfloat16 if fast else torch.float32

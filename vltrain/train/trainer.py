@@ -24,7 +24,7 @@ from vltrain.models.build import part_of
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
-from vltrain.train.engine import Engine
+from vltrain.train.engine import Engine, whole
 from vltrain.train.guard import FiniteGuard, StepResult
 from vltrain.train.hardware import peak_flops
 from vltrain.train.monitor import Monitor
@@ -143,7 +143,7 @@ def make_trainer(
     first_step = 0
     if checkpoint is not None:
         require_same_run(checkpoint, belongs_to)
-        load_trainable(model, checkpoint)
+        load_trainable(model, checkpoint, whole)
         first_step = checkpoint.step
     plan = Plan(
         dataset.index, seed=config.train.seed, epochs=config.train.epochs, packs_per_step=config.train.packs_per_step,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vltrain.config import AdapterConfig
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Routing
+from vltrain.models.quantise import num_weights
 from vltrain.ops.adapter import bottleneck_adapter, grouped_matrix
 from vltrain.ops.fused import fused_adapter, require_fused, runs_fused
 
@@ -62,7 +63,7 @@ class BottleneckAdapter(Adapter):
         return grouped_matrix(self.down_weight), self.down_bias, grouped_matrix(self.up_weight), self.up_bias
 
     def flops_per_row(self, input_needs_grad: bool) -> float:
-        return 2.0 * (self.down_weight.numel() * (2 + input_needs_grad) + self.up_weight.numel() * 3)
+        return 2.0 * (num_weights(self.down_weight) * (2 + input_needs_grad) + num_weights(self.up_weight) * 3)
 
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor]:

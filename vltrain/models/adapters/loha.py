@@ -25,12 +25,13 @@ class LohaMatrix(nn.Module):
 
     def __init__(self, out: int, inputs: int, rank: int) -> None:
         super().__init__()
+        self.out, self.inputs, self.rank = out, inputs, rank
         self.x1, self.x2 = (nn.Parameter(torch.empty(out, rank)) for _ in range(2))
         self.y1, self.y2 = (nn.Parameter(torch.empty(inputs, rank)) for _ in range(2))
 
     def reset_parameters(self, zero: bool) -> None:
         # An entry of W is a product of two sums of r products each: its deviation is r times the factors' to the fourth.
-        (out, rank), (inputs, _) = self.x1.shape, self.y1.shape
+        out, inputs, rank = self.out, self.inputs, self.rank
         xavier = (2 / (out + inputs)) ** 0.5
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=(xavier / rank) ** 0.25)
@@ -48,7 +49,7 @@ class LohaMatrix(nn.Module):
     @property
     def products_per_row(self) -> int:
         """Multiplications of W z through the factors."""
-        return self.x1.shape[1] ** 2 * (len(self.x1) + len(self.y1))
+        return self.rank**2 * (self.out + self.inputs)
 
 
 class LohaAdapter(Adapter):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vltrain.config import AdapterConfig
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Router, Routing
+from vltrain.models.quantise import num_weights
 from vltrain.ops.adapter import grouped_matrix, routed_adapter
 
 
@@ -55,8 +56,8 @@ class RouterAdapter(Adapter):
         return matrices, biases
 
     def flops_per_row(self, input_needs_grad: bool) -> float:
-        per_token_routing = self.router.linear.weight.numel() if self.router.routing is None else 0
-        return 2.0 * ((self.down_weight.numel() + per_token_routing) * (2 + input_needs_grad) + self.up_weight.numel() * 3)
+        per_token_routing = num_weights(self.router.linear.weight) if self.router.routing is None else 0
+        return 2.0 * ((num_weights(self.down_weight) + per_token_routing) * (2 + input_needs_grad) + num_weights(self.up_weight) * 3)
 
     def extra_repr(self) -> str:
         return f"{self.width}, dim={self.dim}, groups={self.up_weight.shape[1]}, temperature={self.router.temperature}, scale={self.scale}"

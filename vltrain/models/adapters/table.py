@@ -65,7 +65,8 @@ def is_routed(config: AdapterConfig) -> bool:
 
 
 def insert_adapters(
-    blocks: list[nn.Module],
+    block: nn.Module,
+    number: int,
     norms: dict[str, str],
     placement: str,
     config: AdapterConfig,
@@ -74,10 +75,10 @@ def insert_adapters(
     part: str,
     routing: Routing | None = None,
 ) -> None:
-    """Puts an adapter behind the chosen norms of each block, in place.
+    """Puts an adapter behind the chosen norms of a block, in place.
 
     Args:
-        blocks: the network's blocks, first to last.
+        number: the block's, from the first.
         norms: the norm's attribute name by sublayer: {"attention": "input_layernorm", "ffn": ...}.
         placement: "none", "attention", "ffn" or "both".
         seed: of the adapters' random weights.
@@ -85,12 +86,11 @@ def insert_adapters(
         routing: for routed adapters of an LLM.
     """
     chosen = {"none": (), "both": ("attention", "ffn")}.get(placement, (placement,))
-    for number, block in enumerate(blocks):
-        for sublayer in chosen:
-            norm = getattr(block, norms[sublayer])
-            with seeded(seed, f"adapter/{part}/{number}/{sublayer}"):
-                adapter = make_adapter(norm.weight.shape[-1], config, routing)
-            setattr(block, norms[sublayer], NormThenAdapter(OrderedDict(norm=norm, adapter=adapter)))
+    for sublayer in chosen:
+        norm = getattr(block, norms[sublayer])
+        with seeded(seed, f"adapter/{part}/{number}/{sublayer}"):
+            adapter = make_adapter(norm.weight.shape[-1], config, routing)
+        setattr(block, norms[sublayer], NormThenAdapter(OrderedDict(norm=norm, adapter=adapter)))
 
 
 def _kind(config: AdapterConfig) -> type[Adapter]:
