@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("data_prep.prepare", "raw data set -> samples (JSONL and images)"),
     "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
+    "plan": ("vltrain.programs.plan", "parameters, memory per GPU and disk of a recipe, before it is run"),
     "train": ("vltrain.programs.train", "train a recipe"),
     "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),

@@ -1,0 +1,1 @@
+"""What a user runs before paying for GPUs: will a recipe fit?"""

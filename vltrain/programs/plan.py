@@ -1,0 +1,174 @@
+"""`vltrain plan`: parameters, memory per rank, disk and arithmetic of a recipe, before anybody pays for GPUs.
+
+    vltrain plan RECIPE [--ds ds_configs/zero2.json] [--gpus N] [--gpu-memory GIB] [--json OUT] [--KEY VALUE ...]
+
+RECIPE is a file or a name of launch/recipes; `--recipe FILE` does as well. Runs anywhere in seconds: networks are outlines without weights,
+and where weights are not on this machine their sizes go by the network's name (`vltrain.check.sizes`), which the output says.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vltrain.check.memory_plan import (
+    CARDS_GIB, GIB, MemoryPlan, checkpoint_bytes, largest_pack, parameters_by_part, plan_memory, step_flops,
+)  # fmt: skip
+from vltrain.check.sizes import assume_sizes, is_here
+from vltrain.config import Config
+from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.tokenizer import load_tokenizer
+from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.evaluate.report import write_json
+from vltrain.models.build import build_model, part_of
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.programs.data_ready import packed_folder
+from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
+from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
+from vltrain.train.optim import parameter_groups
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+DEFAULT_DS_JSON = {"zero_optimization": {"stage": 2}}
+OPTIONS: dict[str, Option] = {
+    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2 with DeepSpeed's defaults", metavar="JSON"),
+    "gpus": Option("how many GPUs train together", "1", "N"),
+    "gpu-memory": Option("memory of one GPU in GiB; left out: common cards are compared", metavar="GIB"),
+    "json": Option("also write all figures to this file", metavar="FILE"),
+    "llm-size": Option("plan with a published LLaMA's sizes, such as llama-2-7b, whatever the recipe names", metavar="NAME"),
+    "vision-size": Option("plan with a published ViT's sizes, such as vit-l/14-336, whatever the recipe names", metavar="NAME"),
+}
+
+
+@exits_cleanly
+def main(argv: list[str], *, program: str = "vltrain plan") -> int:
+    """Plans what the command line names. Returns the exit code: 0, also where nothing fits, or 2 for a mistake in the input."""
+    words = split_arguments(argv).positionals
+    if len(words) == 1:
+        argv = [word for word in argv if word is not words[0]] + ["--recipe", str(find_recipe(words[0]))]
+    settings = load_settings(argv, program=program, description="Plans parameters and memory of a recipe.", options=OPTIONS)
+    if settings.recipe is None:
+        raise InputError(f"{COMMAND_LINE}: found no recipe, expected a file or a name of launch/recipes")
+    logging.getLogger("vltrain").setLevel(logging.WARNING)
+    plan = plan_recipe(settings)
+    if settings.options["json"] is not None:
+        write_json(Path(settings.options["json"]), plan)
+    print(describe(plan), flush=True)
+    return 0
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given as a path or as a bare name of launch/recipes. Raises InputError for an unknown bare name."""
+    if os.path.exists(name) or Path(name).name != name or ".yaml" in name:
+        return Path(name)
+    known = [path.stem for path in RECIPES.glob("*.yaml")]
+    if name not in known:
+        raise InputError(f"recipe '{name}': no such file, and none of that name in {RECIPES}; {nearest(name, known)}")
+    return RECIPES / f"{name}.yaml"
+
+
+def plan_recipe(settings: Settings) -> dict[str, Any]:
+    """All figures, ready for JSON. Raises InputError for contradictions between recipe, DeepSpeed's JSON and options."""
+    options, config = settings.options, settings.config
+    num_gpus = _number(options, "gpus", int)
+    memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
+    ds_json = load_ds_json(options["ds"]) if options["ds"] else DEFAULT_DS_JSON
+    ds_config = resolve_ds_config(ds_json, config, num_gpus)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16  # auto is bf16 on all GPUs worth planning for
+    bits = getattr(config.model, "bits", None)
+    model_config, assumed = assume_sizes(config.model, options["llm-size"], options["vision-size"])
+    sized = replace(config, model=model_config)
+    model = build_model(model_config, device="meta")
+    index, no_packs = _packs(config, model.visual_tokens)
+    pack = largest_pack(config, model.visual_tokens, index)
+
+    def groups(outline: MultimodalModel) -> list[list[nn.Parameter]]:
+        return [group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, part_of)]
+
+    memory = plan_memory(sized, ds_config, num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
+    parameters = parameters_by_part(model)
+    per_checkpoint = checkpoint_bytes(parameters["all"]["trainable"])
+    cards = CARDS_GIB if memory_gib is None else {f"{memory_gib:g} GiB": memory_gib}
+    return {
+        "recipe": str(settings.recipe), "gpus": num_gpus, "zero_stage": zero_stage(ds_config),
+        "micro_steps_per_step": micro_steps_per_step(config.train.packs_per_step, num_gpus), "bits": bits,
+        "products": str(dtype).removeprefix("torch."), "activation_checkpointing": config.train.activation_checkpointing,
+        "assumed": assumed, "pack": asdict(pack), "parameters": parameters, "memory_per_rank": _memory_to_json(memory),
+        "cards": {name: {"gib": gib, "verdict": memory.verdict(gib)} for name, gib in cards.items()},
+        "disk": {"checkpoint_bytes": per_checkpoint, "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1)},
+        "steps_per_epoch": None if index is None else len(index) / config.train.packs_per_step, "packs": no_packs,
+        "flops_per_step": step_flops(config, model, pack, index),
+    }  # fmt: skip
+
+
+def _number(options: dict[str, str | None], name: str, kind: type[int] | type[float]) -> Any:
+    text = options[name]
+    try:
+        value = kind(text or "")
+    except ValueError:
+        value = 0
+    if not 0 < value < 1e6:
+        raise InputError(f"{COMMAND_LINE}: --{name}: found '{text}', expected a positive {'whole ' if kind is int else ''}number")
+    return value
+
+
+def _packs(config: Config, visual_tokens: int) -> tuple[Index | None, str]:
+    """The index of the packs to train on, if they are on this machine, and where they are or why there are none."""
+    try:
+        if config.data.train_packs is not None:
+            folder = Path(config.data.train_packs)
+        else:
+            source = config.model.llm.tokenizer or config.model.llm.source
+            if not is_here(source, ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+                return None, f"not looked for: the tokenizer of {source} is not on this machine"
+            tokenizer = load_tokenizer(source)
+            folder = packed_folder(config, tokenizer, visual_tokens)
+        if not folder.exists():
+            return None, f"none at {folder}"
+    except InputError as error:
+        return None, f"not looked for: {error}"
+    return PackedDataset(folder, verify=False).index, str(folder)
+
+
+def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:
+    activations = {
+        name: {**asdict(entry), "kept": entry.kept, "peak": entry.peak} for name, entry in memory.activations.items()
+    }
+    return {
+        "held_bytes": memory.held, "at_work_bytes": memory.at_work, "in_step_bytes": memory.in_step, "host_bytes": memory.host,
+        "peak_bytes": memory.peak, "peak_gib": round(memory.peak / GIB, 3),
+        "activations_bytes": {"without_checkpointing": activations["kept"], "with_checkpointing": activations["recomputed"]},
+    }  # fmt: skip
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The figures as tables to read."""
+    pack, memory = plan["pack"], plan["memory_per_rank"]
+    lines = [f"{plan['recipe']}: {plan['gpus']} GPU(s), ZeRO stage {plan['zero_stage']}, products in {plan['products']}"]
+    lines += [f"assumed: {assumption}" for assumption in plan["assumed"]]
+    lines += ["", f"{'parameters':44}{'total':>18}{'trained':>18}"]
+    lines += [f"  {part:42}{count['total']:18,}{count['trainable']:18,}" for part, count in plan["parameters"].items() if count["total"]]
+    for key, title in (("held", "held all the time"), ("at_work", "and in forward and backward"), ("in_step", "or in the step instead"),
+                       ("host", "in CPU memory, of each rank")):  # fmt: skip
+        kinds = memory[f"{key}_bytes"]
+        lines += ["", f"{title:44}{sum(kinds.values()) / GIB:14.2f} GiB"] if kinds else []
+        lines += [f"  {kind:42}{num_bytes / GIB:14.2f} GiB{num_bytes:18,}" for kind, num_bytes in kinds.items()]
+    lines += ["", f"{'peak on each GPU':44}{memory['peak_gib']:14.2f} GiB"]
+    lines += [f"  on {name:39}{card['gib']:14.1f} GiB: {card['verdict']}" for name, card in plan["cards"].items()]
+    both = memory["activations_bytes"]
+    lines += ["", f"activations and working memory {'with' if plan['activation_checkpointing'] else 'without'} checkpointing, as above; "
+              f"with: {both['with_checkpointing']['peak'] / GIB:.2f} GiB, without: "
+              f"{both['without_checkpointing']['peak'] / GIB:.2f} GiB"]  # fmt: skip
+    sizes = f"{pack['num_tokens']} tokens, {pack['num_images']} image(s), {pack['num_label_tokens']} labels"
+    lines += [f"of a pack of {sizes} ({pack['origin']})"]
+    lines += [f"a step: {plan['flops_per_step']:.3g} FLOPs, {plan['micro_steps_per_step']} micro-step(s) on each GPU"]
+    epoch = plan["steps_per_epoch"]
+    lines += [f"an epoch: {epoch:,.1f} steps ({plan['packs']})" if epoch else f"an epoch: unknown, no packs here ({plan['packs']})"]
+    disk = plan["disk"]
+    lines += [f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"]
+    return "\n".join(lines)
