@@ -73,6 +73,8 @@ def to_sample(pid: str, split: str, problem: dict[str, Any], image: Path | None,
     given, wanted = prompt_format.split("-")
     prompt = prompt_of(problem, given)
     metadata = {name: problem[name] for name in ("choices", "answer", "subject", "hint", "grade")}
+    if wanted.startswith("A"):  # what the answer can begin with; behind a rationale there is nothing to rank
+        metadata["candidates"] = [answer_of({**problem, "answer": number}, "A") for number in range(len(problem["choices"]))]
     sample = Sample(
         id=pid,
         turns=(
