@@ -40,7 +40,7 @@ def draw_card(answer: Answer, images: Sequence[Image.Image]) -> Image.Image:
     font = ImageFont.load_default(FONT_SIZE)
     texts = [
         (answer.prompt.replace(IMAGE_MARKER, "").strip(), INK),
-        (f"predicted: {answer.prediction.strip() or '(nothing)'}", RIGHT if answer.correct else WRONG),
+        (f"predicted: {answer.prediction.strip() or '(nothing)'}", RIGHT if answer.correct >= 0.5 else WRONG),
         (f"answer: {answer.answer}", INK),
     ]
     lines = [(line, colour) for text, colour in texts for line in wrap(text, font, WIDTH - 2 * MARGIN)]
