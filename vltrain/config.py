@@ -269,8 +269,8 @@ class EvalConfig:
     """How questions are answered, and how answers are scored."""
 
     scorer: str = "exact"
-    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy against ten
-    answers), or `caption` (CIDEr and BLEU)."""
+    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy
+    against ten answers), or `caption` (CIDEr and BLEU)."""
     method: Literal["generate", "rank"] = "generate"
     """generate: the model writes an answer; rank: of a question's candidate answers the likeliest is taken (multiple choice)."""
     normalise_length: bool = False

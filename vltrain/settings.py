@@ -115,8 +115,8 @@ def load_settings(
         options: further options of this program, each with one value.
         positionals: names of the words that must stand alone, in order.
         default_recipe: what is read where no `--recipe` is given.
-        default_is_checked: it is a run's resolved configuration, checked when the run was made. The command line may make a setting of it idle
-            (`--eval.method rank` that of how to generate); only the command line's own settings must have an effect.
+        default_is_checked: it is a run's resolved configuration, checked when the run was made. The command line may make a setting of
+            it idle (`--eval.method rank` that of how to generate); only the command line's own settings must have an effect.
 
     `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.
     Raises InputError for anything unknown, of a wrong type, contradictory or without effect.

@@ -105,9 +105,8 @@ def _read_tokens(path: Path) -> dict[str, list[str]]:
 
 def _hold_out(captions: dict[str, list[str]], num_val: int, num_test: int, path: Path) -> Iterator[tuple[str, str, list[str]]]:
     if num_val < 0 or num_test < 0 or num_val + num_test >= len(captions):
-        raise InputError(
-            f"{path}: val_images {num_val} and test_images {num_test} of {len(captions)} images; expected 0 or more, and some left to train on"
-        )
+        found = f"val_images {num_val} and test_images {num_test} of {len(captions)} images"
+        raise InputError(f"{path}: {found}; expected 0 or more, and some left to train on")
     drawn = sorted(captions, key=lambda name: hashlib.sha256(name.encode()).digest())
     splits = dict.fromkeys(drawn[:num_val], "val") | dict.fromkeys(drawn[num_val : num_val + num_test], "test")
     for name, captions_of_image in captions.items():

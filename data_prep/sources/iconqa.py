@@ -11,8 +11,8 @@ Levels above the question types may be missing. Without a split level and withou
 questions are held out by a hash of their ids.
 
 choose_txt: the choices are listed as `(a) x (b) y`, and the answer is the right one, letter and text. choose_img (which the paper's code
-leaves out): each choice is an image of its own and stands behind its letter, and the answer is the letter, `(b)`. A model that takes one image
-only is trained on the other two types (option `ques_types`). fill_in_blank: the answer is the text.
+leaves out): each choice is an image of its own and stands behind its letter, and the answer is the letter, `(b)`. A model that takes one
+image only is trained on the other two types (option `ques_types`). fill_in_blank: the answer is the text.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: see the module.
-        options: `ques_types`, a list (all three); `prompt` of questions with choices, with places {question} and {options}; `open_prompt` of
-            those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), see the module.
+        options: `ques_types`, a list (all three); `prompt` of questions with choices, with places {question} and {options};
+            `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), see the module.
 
     Raises:
-        InputError: nothing there, an unknown question type, missing or malformed fields, no choices, an answer that is none of them: named with
-            file, pid and key.
+        InputError: nothing there, an unknown question type, missing or malformed fields, no choices, an answer that is none of them:
+            named with file, pid and key.
     """
     settled = _settled(options)
     if input is None:

@@ -2,8 +2,10 @@
 
 Each image shows one to six plain figures on a pale ground; questions are of counting, colour, shape and position:
 
-    How many stars are there?  Options: (a) 2 (b) 1 (c) 4.            Which shape is green?  Options: (a) heart (b) circle.
-    Which color is the star?  Options: (a) red (b) blue (c) black.   Where is the red star? It is (_) the blue circle.  Options: (a) above (b) left of.
+    How many stars are there? Options: (a) 2 (b) 1 (c) 4.
+    Which shape is green? Options: (a) heart (b) circle.
+    Which color is the star? Options: (a) red (b) blue (c) black.
+    Where is the red star? It is (_) the blue circle. Options: (a) above (b) left of.
 
 Everything follows from the seed. No scene comes twice, so no image of one split is in another. It is small enough to train a Q-Former from
 scratch on, which tells full tuning, LoRA and AdaLoRA apart where no data set can be downloaded; it says nothing about photographs.
@@ -102,7 +104,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     """
     settled = settle("shapes", options, DEFAULTS)
     check_template("shapes", "prompt", settled["prompt"], ("question", "options"))
-    for name, least in (("train_images", 0), ("val_images", 0), ("test_images", 0), ("questions_per_image", 1), ("image_size", 16), ("seed", 0)):
+    least_of = {"train_images": 0, "val_images": 0, "test_images": 0, "questions_per_image": 1, "image_size": 16, "seed": 0}
+    for name, least in least_of.items():
         if settled[name] < least:
             raise InputError(f"source 'shapes', option '{name}': found {settled[name]}, expected at least {least}")
     for name in settled["skills"]:

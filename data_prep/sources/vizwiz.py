@@ -28,8 +28,9 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the folder of the files above.
-        options: `prompt` with the place {question}; `target`, which of the ten answers is learned: the `majority` (of equals the first) or the
-            `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave questions out that are marked so, in train only.
+        options: `prompt` with the place {question}; `target`, which of the ten answers is learned: the `majority` (of equals the first)
+            or the `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave questions out that are marked so, in
+            train only.
 
     Raises:
         InputError: nothing there, or a missing or malformed field: named with file, number, image and key.
@@ -67,12 +68,13 @@ def _read_split(path: Path, split: str, images: Path, settled: Mapping[str, Any]
             raise InputError(f"{where}: answerable: found {answerable}, expected 0 or 1")
         if split == "train" and settled["unanswerable"] == "drop" and not answerable:
             continue
+        question = plain(field(record, "question", str, where))
         texts = [answer for answer in answers if answer]
         target = texts[0] if settled["target"] == "first" else Counter(texts).most_common(1)[0][0]
         sample = Sample(
             id=f"{split}/{number}",
             turns=(
-                Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt'].format(question=plain(field(record, 'question', str, where)))}"),
+                Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt'].format(question=question)}"),
                 Turn(role="assistant", text=target),
             ),
             images=(f"{split}/{name}",),

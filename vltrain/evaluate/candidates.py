@@ -1,8 +1,9 @@
 """Candidate answers under a `MultimodalModel`: its LLM's loss on each, for `vltrain.evaluate.ranking`.
 
-Each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the right,
-where causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys and values among its
-candidates, which would save computing and cost the plain forward that training, too, goes through. Images are encoded once a batch.
+Each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the
+right, where causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys and
+values among its candidates, which would save computing and cost the plain forward that training, too, goes through. Images are encoded
+once a batch.
 """
 
 from __future__ import annotations

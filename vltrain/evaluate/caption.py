@@ -1,12 +1,12 @@
 """Scorer `caption`: CIDEr-D and BLEU of captions against several references each, as image captioning reports them.
 
-CIDEr-D (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726, Eq. 2-4 with the clipping and length penalty of its section 7) is written here,
-after the paper: the one well-known library for it has seen no release since 2020 and brings 100 MB of Java programs. BLEU-1 to BLEU-4 are
-NLTK's corpus BLEU. Words come of NLTK's Penn Treebank tokenizer, lower-cased, without punctuation; the official evaluation uses Stanford's (in
-Java), which differs in rare cases (abbreviations, brackets).
+CIDEr-D (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726: Eq. 1-3, with CIDEr-D's clipping and penalty on length) is written here,
+after the paper: the one well-known library for it has seen no release since 2020 and brings 100 MB of Java programs. BLEU-1 to
+BLEU-4 are NLTK's corpus BLEU. Words come of NLTK's Penn Treebank tokenizer, lower-cased, without punctuation; the official evaluation
+uses Stanford's (in Java), which differs in rare cases (abbreviations, brackets).
 
-A caption's degree is its CIDEr-D (0 to 10; the mean over all images is the corpus's CIDEr). How rare an n-gram is, is told by the references of
-the evaluated images: figures on a part of a split are not comparable with those on the whole of it.
+A caption's degree is its CIDEr-D (0 to 10; the mean over all images is the corpus's CIDEr). How rare an n-gram is, is told by the
+references of the evaluated images: figures on a part of a split are not comparable with those on the whole of it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]]) ->
         num_images_with.update({ngram for lengths in of_image for counts in lengths for ngram in counts})
 
     def weigh(counts: Counter[NGram]) -> tuple[dict[NGram, float], float]:
-        """The tf-idf vector of Eq. 2 (up to a factor that the cosine removes) and its norm."""
+        """The tf-idf vector of Eq. 1 (up to a factor that the cosine removes) and its norm."""
         vector = {ngram: count * math.log(len(captions) / max(1, num_images_with[ngram])) for ngram, count in counts.items()}
         return vector, math.sqrt(sum(weight * weight for weight in vector.values()))
 
@@ -78,7 +78,8 @@ def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]]) ->
         total = 0.0
         for (vector, norm), counts in zip(caption, reference, strict=True):
             of_reference, reference_norm = weigh(counts)
-            product = sum(min(weight, of_reference[ngram]) * of_reference[ngram] for ngram, weight in vector.items() if ngram in of_reference)
+            common = vector.keys() & of_reference.keys()
+            product = math.fsum(min(vector[ngram], of_reference[ngram]) * of_reference[ngram] for ngram in common)
             total += product / (norm * reference_norm) if norm and reference_norm else 0.0
         return total / LONGEST_NGRAM
 

@@ -1,8 +1,8 @@
 """Multiple choice: the candidate answers of a question, and whether a text is the right one of them.
 
 `metadata["candidates"]` holds the texts that an answer can be, in the order of the choices, and `metadata["answer"]` the number of
-the right one. A prediction counts if it is that text, up to case, surrounding space and a closing full stop; one that is none of the candidates
-is reported as failed. Ranking (`vltrain.evaluate.ranking`) never fails.
+the right one. A prediction counts if it is that text, up to case, surrounding space and a closing full stop; one that is none of the
+candidates is reported as failed. Ranking (`vltrain.evaluate.ranking`) never fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ def candidates_of(question: Question) -> tuple[list[str], int]:
 
     Raises: InputError naming file, id and key for fewer than two, for empty ones, or an answer that is none of them.
     """
-    candidates = fact(question, "candidates", list, "the texts that an answer can be (prepare the data again, with a source that has choices)")
+    expected = "the texts that an answer can be (prepare the data again, with a source that has choices)"
+    candidates = fact(question, "candidates", list, expected)
     if len(candidates) < 2 or not all(isinstance(text, str) and text.strip() for text in candidates):
         raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected two or more texts that are not empty")
     answer = fact(question, "answer", int, "the number of the right candidate")

@@ -1,8 +1,8 @@
 """Scorer `iconqa`: accuracy on IconQA's three question types, in columns by type, grade and skill.
 
-choose_txt and choose_img: exact match with the right candidate (`vltrain.evaluate.choices`), whether generated or ranked. fill_in_blank: the
-answer's text, word for word, up to case, space and a closing full stop. Columns as in Lu et al. 2021 (https://arxiv.org/abs/2110.13214),
-where a question counts in each of its skills; grades and skills appear as far as the data tells them.
+choose_txt and choose_img: exact match with the right candidate (`vltrain.evaluate.choices`), whether generated or ranked. fill_in_blank:
+the answer's text, word for word, up to case, space and a closing full stop. Columns as in Lu et al. 2021
+(https://arxiv.org/abs/2110.13214), where a question counts in each of its skills; grades and skills appear as far as the data tells them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Multiple choice by ranking: the candidate answer that the model finds likeliest, without generating a token.
 
-For each candidate of a question the model tells the negative log-likelihood of its text after the prompt, summed over its tokens; the lowest
-wins, and of equal ones the first. Summed, short candidates have an advantage over long ones; with `normalise_length` each sum is divided by its
-number of tokens. Every question has candidates of its own, and neither its neighbours in a batch nor the number of ranks decide an answer: what
-remains is rounding, as in `vltrain.evaluate.generate`.
+For each candidate of a question the model tells the negative log-likelihood of its text after the prompt, summed over its tokens; the
+lowest wins, and of equal ones the first. Summed, short candidates have an advantage over long ones; with `normalise_length` each sum is
+divided by its number of tokens. Every question has candidates of its own, and neither its neighbours in a batch nor the number of ranks
+decide an answer: what remains is rounding, as in `vltrain.evaluate.generate`.
 
 Any model can be ranked with that implements `CandidateModel`; `vltrain.evaluate.candidates` does for `MultimodalModel`.
 """
@@ -27,7 +27,7 @@ from vltrain.schema import Sample
 class RankingItem:
     """A question to be answered by one of its candidates.
 
-    sample      all turns but the last are the prompt, `<image>` markers included; the last one is the right answer and is not to be looked at
+    sample      all turns but the last are the prompt, `<image>` markers included; the last one is the right answer, not to be looked at
     candidates  texts that can stand in the last turn's place, two or more, all different, in the order of the choices
     whole       each candidate is a whole answer, so whatever ends an answer (EOS) belongs to it; else it is the beginning of one
     """
@@ -57,8 +57,8 @@ class CandidateModel(Protocol):
         A row must not depend on the other rows of the batch. Prompts and images may be encoded once and shared by an item's candidates.
 
         Args:
-            items: at most some tens of rows in all; none at all where only other ranks have something to do. Then a model whose forwards are
-                collectives (ZeRO-3) makes the same ones on something empty, and R is 0.
+            items: at most some tens of rows in all; none at all where only other ranks have something to do. Then a model whose forwards
+                are collectives (ZeRO-3) makes the same ones on something empty, and R is 0.
             sync: the largest of a whole number over all ranks, to agree on which forwards are made (has any rank an image?). Every rank
                 calls it equally often, also with no items; where ranks need not keep step it returns its argument.
 
@@ -79,7 +79,8 @@ def to_item(sample: Sample, where: str) -> RankingItem:
     if len(set(candidates)) < len(candidates):
         raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected different ones")
     if not question.reference.startswith(candidates[answer]):
-        raise InputError(f"{question.where}: the answer {question.reference!r:.80} does not begin with its right candidate {candidates[answer]!r:.80}")
+        found = f"the answer {question.reference!r:.80} does not begin with its right candidate {candidates[answer]!r:.80}"
+        raise InputError(f"{question.where}: {found}")
     return RankingItem(sample=sample, candidates=tuple(candidates), whole=question.reference == candidates[answer])
 
 
@@ -123,7 +124,7 @@ def rank(
 
 
 def _batches(items: Sequence[RankingItem], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of items, similar lengths together so that padding is small, and those about the same images, so that these are encoded once."""
+    """Numbers of items: similar lengths together, so that padding is small, and those about one image, so that it is encoded once."""
     lengths = [sum(len(turn.text) for turn in item.sample.turns[:-1]) + max(map(len, item.candidates)) for item in items]
     batch: list[int] = []
     num_rows = 0

@@ -32,15 +32,21 @@ def find_scorer(name: str) -> Scorer:
 
 def score_samples(scorer: str, samples: Sequence[Sample], predictions: Sequence[str], where: str) -> Report:
     """The report on `predictions`, one for each sample. `where` (the samples' file) is named in errors."""
-    pairs = zip(samples, predictions, strict=True)
-    return score(scorer, find_scorer(scorer), ((question_of(sample, where), prompt_text(sample), prediction) for sample, prediction in pairs))
+    answered = (
+        (question_of(sample, where), prompt_text(sample), prediction) for sample, prediction in zip(samples, predictions, strict=True)
+    )
+    return score(scorer, find_scorer(scorer), answered)
 
 
 def question_of(sample: Sample, where: str) -> Question:
     """What a scorer may know of a sample of the file `where`."""
     return Question(
-        id=sample.id, reference=sample.turns[-1].text, metadata=sample.metadata, has_image=bool(sample.images), where=f"{where}: sample '{sample.id}'",
-    )  # fmt: skip
+        id=sample.id,
+        reference=sample.turns[-1].text,
+        metadata=sample.metadata,
+        has_image=bool(sample.images),
+        where=f"{where}: sample '{sample.id}'",
+    )
 
 
 def prompt_text(sample: Sample) -> str:

@@ -1,6 +1,7 @@
 """One evaluation: a split's questions answered by all ranks, scored, written and shown by rank 0.
 
-    samples.jsonl -> deal to ranks -> generate or rank -> gather on rank 0 -> score -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json}, TensorBoard
+    samples.jsonl -> deal to ranks -> generate or rank -> gather on rank 0 -> score
+        -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json}, TensorBoard
 
 Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain evaluate` with a plain one.
 """
@@ -51,13 +52,13 @@ def evaluate_split(
         folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl` and `metrics.json` there.
         step: optimizer steps that the model has behind it, for the files and TensorBoard.
         max_samples: None: all.
-        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further figures, and
-            some questions with their images.
+        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
+            figures, and some questions with their images.
 
     Returns: the report on rank 0, None elsewhere.
 
-    Raises: InputError for an unknown scorer, malformed samples, unreadable images, a folder that cannot be written to; and for samples without
-        candidates that are to be ranked.
+    Raises: InputError for an unknown scorer, malformed samples, unreadable images, a folder that cannot be written to; and for samples
+        without candidates that are to be ranked.
     """
     find_scorer(config.eval.scorer)  # before hours of work
     samples = thin_out(read_samples(samples_file), max_samples)
@@ -87,7 +88,8 @@ def predict(
         for sample in samples:  # all of them on every rank, so that ranks refuse the same ones and none waits for another
             to_item(sample, str(samples_file))
     own = deal(samples, rank_number, world_size)
-    with tqdm(total=len(samples), desc=title, unit="question", disable=rank_number != 0, dynamic_ncols=True, mininterval=1.0, leave=False) as bar:
+    look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": False}
+    with tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
         answer = _rank if config.eval.method == "rank" else _generate
         answers = answer(
             model, [samples[number] for number in own], tokenizer, config, samples_file, device,

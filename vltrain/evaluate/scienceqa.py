@@ -2,9 +2,9 @@
 
 The first `The answer is X.` of a prediction counts. Without one the question counts as wrong and is reported as failed (the
 reference implementations draw a random choice, which makes scores irreproducible and a point or so higher). Questions whose candidate
-answers are no such sentences ("(a) text") are judged by exact match with the right one (`vltrain.evaluate.choices`). Columns as in Lu et al.
-2022 (https://arxiv.org/abs/2209.09513): by subject; by context (TXT: there is a hint; IMG: there is an image; both may be; NO: neither); by
-grade; and the average over all questions.
+answers are no such sentences ("(a) text") are judged by exact match with the right one (`vltrain.evaluate.choices`). Columns as in Lu et
+al. 2022 (https://arxiv.org/abs/2209.09513): by subject; by context (TXT: there is a hint; IMG: there is an image; both may be; NO:
+neither); by grade; and the average over all questions.
 """
 
 from __future__ import annotations

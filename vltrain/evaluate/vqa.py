@@ -1,11 +1,12 @@
-"""Scorer `vqa`: VQA accuracy against ten people's answers, VizWiz's and VQA v2's measure (Antol et al., 2015, https://arxiv.org/abs/1505.00468).
+"""Scorer `vqa`: VQA accuracy against ten people's answers, VizWiz's and VQA v2's measure (Antol et al., 2015,
+https://arxiv.org/abs/1505.00468).
 
     accuracy = mean over the ten ways to leave one answer out of min(1, matches among the other nine / 3)
 
 Both sides are normalised as the official evaluation does it, step for step: punctuation, lower case, number words, articles, contractions
-without their apostrophe. Three of its quirks are kept, since scores are compared with published ones: a mark goes without leaving a space if it
-touches a space anywhere in the text; "somebody'd" loses its apostrophe; full stops stay only before a digit. One is not: the official program
-leaves both sides as they are where all ten answers agree, which counts "Yes." wrong against ten times "yes".
+without their apostrophe. Three of its quirks are kept, since scores are compared with published ones: a mark goes without leaving a
+space if it touches a space anywhere in the text; "somebody'd" loses its apostrophe; full stops stay only before a digit. One is not: the
+official program leaves both sides as they are where all ten answers agree, which counts "Yes." wrong against ten times "yes".
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 _CONTRACTIONS = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't
-might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd
-something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
-where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've
-wouldn't've y'all'll you'd've y'all'd've 'ow's'at
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am
+mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd
+someone'll someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've
+weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've
+wouldn't y'all you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've
+someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've y'all'd've 'ow's'at
 """.split()
 
 
