@@ -59,7 +59,8 @@ def iconqa(tmp_path: Path, below: str = "") -> Path:
 @pytest.mark.parametrize("below", ["", "iconqa", "iconqa_data/iconqa"])
 def test_iconqa_in_its_official_layout(tmp_path, below):
     root = iconqa(tmp_path, below)
-    (root / Path(below).parent / "pid2skills.json").write_text(json.dumps({pid: ["counting", "scene"] for pid in ("10", "11", "9", "2", "3")}))
+    skills = dict.fromkeys(("10", "11", "9", "2", "3"), ["counting", "scene"])
+    (root / Path(below).parent / "pid2skills.json").write_text(json.dumps(skills))
     found = read("iconqa", root)
     assert {pid: split for pid, (split, _) in found.items()} == {"10": "train", "11": "val", "9": "test", "2": "train", "3": "train"}
     choose_txt, choose_img, blank = (found[pid][1] for pid in ("10", "2", "3"))
@@ -74,7 +75,8 @@ def test_iconqa_in_its_official_layout(tmp_path, below):
 
 
 def test_iconqa_of_chosen_types_with_prompts_of_ones_own(tmp_path):
-    found = read("iconqa", iconqa(tmp_path), ques_types="choose_txt,fill_in_blank", prompt="{options}? {question}", open_prompt="{question}")
+    prompts = {"prompt": "{options}? {question}", "open_prompt": "{question}"}
+    found = read("iconqa", iconqa(tmp_path), ques_types="choose_txt,fill_in_blank", **prompts)
     assert set(found) == {"10", "11", "9", "3"}
     assert texts(found["10"][1])[0] == "<image>\n(a) one (b) two (c) six? How many?" and texts(found["3"][1])[0] == "<image>\nTake (_)."
     assert set(read("iconqa", iconqa(tmp_path), ques_types=["choose_img"])) == {"2"}
@@ -114,7 +116,8 @@ def test_iconqa_reads_problems_json_where_folders_have_no_data_json(tmp_path):
 
 def test_iconqas_own_text_cannot_be_taken_for_an_image(tmp_path):
     question(tmp_path / "train", "1", {**TXT, "question": "An <image>?", "choices": ["<image>", "{options}"], "answer": 0})
-    assert texts(read("iconqa", tmp_path)["1"][1]) == ["<image>\nQuestion: An image? Options: (a) image (b) {options}. Short answer:", "(a) image"]
+    prompt, answer = texts(read("iconqa", tmp_path)["1"][1])
+    assert (prompt, answer) == ("<image>\nQuestion: An image? Options: (a) image (b) {options}. Short answer:", "(a) image")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +164,7 @@ def test_more_iconqa_mistakes(tmp_path):
     question(tmp_path / "train", "2", TXT, ques_type="choose_text")
     with pytest.raises(InputError, match="choose_text: unknown question type 'choose_text', did you mean 'choose_txt'"):
         read("iconqa", tmp_path)
-    with pytest.raises(InputError, match="below 1|together less than 1"):
+    with pytest.raises(InputError, match="together less than 1"):
         read("iconqa", tmp_path, val_fraction=0.6, test_fraction=0.4)
 
 
@@ -203,9 +206,11 @@ def test_flickr30k_holds_out_whole_images(tmp_path):
     held_out = {sample.images for sample in splits["val"] + splits["test"]}
     assert len(held_out) == 5 and not held_out & {sample.images for sample in splits["train"]}
     sample = splits["val"][0]
-    assert texts(sample) == ["<image>\nA short image description:", sample.metadata["captions"][0]] and len(sample.metadata["captions"]) == 5
+    captions = sample.metadata["captions"]
+    assert texts(sample) == ["<image>\nA short image description:", captions[0]] and len(captions) == 5
     assert len({sample.turns[-1].text for sample in splits["train"]}) == 35
-    assert sum(split == "train" for split, _ in read("flickr30k", tmp_path / "raw", val_images=3, test_images=2, train_captions="first").values()) == 7
+    first = read("flickr30k", tmp_path / "raw", val_images=3, test_images=2, train_captions="first")
+    assert sum(split == "train" for split, _ in first.values()) == 7
 
 
 def test_flickr30k_with_karpathys_splits(tmp_path):
@@ -264,7 +269,8 @@ def test_vizwiz_learns_what_most_people_say(tmp_path, capsys):
     found = read("vizwiz", raw)
     assert "test.json: left out, it has no answers" in capsys.readouterr().out
     split, sample = found["train/0"]
-    assert split == "train" and texts(sample) == ["<image>\nQuestion: What is this? Short answer:", "cup"] and len(sample.metadata["answers"]) == 10
+    assert split == "train" and len(sample.metadata["answers"]) == 10
+    assert texts(sample) == ["<image>\nQuestion: What is this? Short answer:", "cup"]
     assert found["val/0"][1].metadata == {
         "answer": "unanswerable", "answers": ["unanswerable"] * 10, "answer_type": "unanswerable", "answerable": 0,
     }  # fmt: skip
@@ -309,8 +315,8 @@ def test_vizwiz_needs_its_files(tmp_path):
 
 
 SCIENCE = {
-    "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "H", "image": "image.png", "grade": "grade2", "subject": "s", "lecture": "LL",
-    "solution": "EE", "skill": "look",
+    "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "H", "image": "image.png", "grade": "grade2", "subject": "s",
+    "lecture": "LL", "solution": "EE", "skill": "look",
 }  # fmt: skip
 
 
@@ -335,7 +341,9 @@ def test_scienceqas_image_questions_as_instructblip_is_asked(tmp_path):
         read("scienceqa_image", scienceqa(tmp_path, answer=5))
 
 
-@pytest.mark.parametrize(("prompt_format", "whole"), [("QCM-A", True), ("QCM-ALE", False), ("CQM-AE", False), ("QCM-LEA", None), ("QCM-LE", None)])
+@pytest.mark.parametrize(
+    ("prompt_format", "whole"), [("QCM-A", True), ("QCM-ALE", False), ("CQM-AE", False), ("QCM-LEA", None), ("QCM-LE", None)]
+)
 def test_scienceqas_answers_can_be_ranked_where_they_begin_with_the_letter(tmp_path, prompt_format, whole):
     sample = read("scienceqa", scienceqa(tmp_path), prompt_format=prompt_format)["7"][1]
     if whole is None:

@@ -55,8 +55,7 @@ def answer_by_looking(question: str, figures: tuple[Figure, ...]) -> str:
     if question.startswith("How many"):
         kind = " ".join(words[2:-2])
         color = kind.removesuffix(" shapes")
-        chosen = [f for f in figures if kind == "shapes" or kinds.get(kind) == f.shape or (color in COLORS and f.color == COLORS.index(color))]
-        return str(len(chosen))
+        return str(sum(kind == "shapes" or kinds.get(kind) == figure.shape or color == COLORS[figure.color] for figure in figures))
     if question.startswith("Which color"):
         (figure,) = [figure for figure in figures if SHAPES[figure.shape] == words[-1]]
         return COLORS[figure.color]

@@ -39,14 +39,14 @@ def test_cider_by_hand():
     """Three images; `a` is in all references and weighs nothing, `cat` in two of three, the other words in one."""
     references = [["a cat sits".split(), "a dog".split()], ["a cat".split()], ["a bird".split()]]
     common, rare = math.log(3 / 2), math.log(3)
-    # "a cat" against "a cat sits": unigrams {a: 0, cat: common} . {a: 0, cat: common, sits: rare}; bigrams {a cat: common} . {a cat: common,
-    # cat sits: rare}; longer n-grams: none, 0. Clipping changes nothing here. One word less: exp(-1 / 72).
+    # "a cat" against "a cat sits": unigrams {a: 0, cat: common} . {a: 0, cat: common, sits: rare}; bigrams {a cat: common} .
+    # {a cat: common, cat sits: rare}; longer n-grams: none, 0. Clipping changes nothing here. One word less: exp(-1 / 72).
     cosine = common / math.hypot(common, rare)
     first = (cosine + cosine) / 4 * math.exp(-1 / 72)
     # against "a dog": no common word but `a`, which weighs nothing: 0. The mean over the two references, times 10:
     by_hand = 10 * (first + 0) / 2
-    # "a bird bird" against "a bird": unigrams {bird: 2 rare} . {bird: rare}, clipped to rare . rare: 1 / 2; bigrams {a bird: rare, bird bird: rare}
-    # . {a bird: rare}: 1 / sqrt(2).
+    # "a bird bird" against "a bird": unigrams {bird: 2 rare} . {bird: rare}, clipped to rare . rare: 1 / 2; bigrams
+    # {a bird: rare, bird bird: rare} . {a bird: rare}: 1 / sqrt(2).
     clipped = 10 * (1 / 2 + 1 / math.sqrt(2)) / 4 * math.exp(-1 / 72)
     found = caption.cider_d(["a cat".split(), "a cat".split(), "a bird bird".split()], references)
     assert found == pytest.approx([by_hand, 10 * (1 + 1) / 4, clipped], rel=1e-12)

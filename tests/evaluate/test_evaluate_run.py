@@ -200,7 +200,8 @@ def choosable(evaluated) -> Path:
         candidates = colours[: 2 + number % 3]
         answer = number % len(candidates)
         facts = {
-            "question_type": "choose_txt", "candidates": candidates, "answer": answer, "grade": f"grade{1 + number % 2}", "skills": ["scene"] * (number % 2),
+            "question_type": "choose_txt", "candidates": candidates, "answer": answer, "grade": f"grade{1 + number % 2}",
+            "skills": ["scene"] * (number % 2),
         }  # fmt: skip
         turns = (sample.turns[0], Turn(role="assistant", text=candidates[answer]))
         records.append(Sample(id=sample.id, turns=turns, images=sample.images, metadata=facts))
@@ -220,7 +221,8 @@ def test_multiple_choice_is_ranked_the_same_in_any_batch_and_on_two_ranks(choosa
     metrics = json.loads((choosable / "eval" / "choices" / "metrics.json").read_text())
     right = [record["prediction"] == samples[name].turns[-1].text for name, record in ranked.items()]
     assert [record["correct"] for record in ranked.values()] == right and metrics["correct"] == sum(right)
-    assert (metrics["failed"], metrics["columns"]["choose_txt"]["total"], metrics["columns"]["scene"]["total"]) == (0, NUM_SAMPLES, NUM_SAMPLES // 2)
+    totals = {name: column["total"] for name, column in metrics["columns"].items()}
+    assert (metrics["failed"], totals["choose_txt"], totals["scene"]) == (0, NUM_SAMPLES, NUM_SAMPLES // 2)
     assert main([str(choosable), *RANKED, "--eval.batch_size", "1"]) == 0
     assert predictions(choosable, "choices") == ranked
     evaluate_on_two_ranks(choosable, *RANKED)

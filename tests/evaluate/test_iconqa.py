@@ -10,7 +10,9 @@ from vltrain.evaluate.report import score_samples
 from vltrain.evaluate.scoring import Question, Verdict
 from vltrain.schema import Sample, Turn
 
-CHOICES = {"question_type": "choose_txt", "candidates": ["(a) cat", "(b) dog"], "answer": 1, "grade": "grade1", "skills": ["scene", "counting"]}
+CHOICES = {
+    "question_type": "choose_txt", "candidates": ["(a) cat", "(b) dog"], "answer": 1, "grade": "grade1", "skills": ["scene", "counting"],
+}  # fmt: skip
 
 
 def question(reference: str = "", **metadata) -> Question:
@@ -57,8 +59,8 @@ def test_the_table():
     report = score_samples("iconqa", samples, ["(b) dog", "(a) cat", "(b) dog"], "x")
     counts = {name: (tally.correct, tally.total) for name, tally in report.columns.items()}
     assert counts == {
-        "choose_txt": (1, 2), "choose_img": (0, 0), "fill_in_blank": (1, 1), "counting": (2, 3), "grade1": (1, 2), "prek": (1, 1), "scene": (1, 2),
-        "Average": (2, 3),
+        "choose_txt": (1, 2), "choose_img": (0, 0), "fill_in_blank": (1, 1), "counting": (2, 3), "grade1": (1, 2), "prek": (1, 1),
+        "scene": (1, 2), "Average": (2, 3),
     }  # fmt: skip
 
 

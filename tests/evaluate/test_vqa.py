@@ -63,11 +63,14 @@ def test_normalisation(text, normalised):
 
 
 def test_the_table_of_contractions_is_the_official_one():
-    assert len(vqa.CONTRACTIONS) == 114  # all but "let's" and "she's", which stay, and those with a capital I, which lower-cased words never match
+    # All but "let's" and "she's", which stay as they are, and those with a capital I, which no lower-cased word is.
+    assert len(vqa.CONTRACTIONS) == 114
     official = {
-        "aint": "ain't", "cant": "can't", "couldve": "could've", "couldn'tve": "couldn't've", "hed": "he'd", "hed've": "he'd've", "he'dve": "he'd've",
+        "aint": "ain't", "cant": "can't", "couldve": "could've", "couldn'tve": "couldn't've", "hed": "he'd", "hed've": "he'd've",
+        "he'dve": "he'd've",
         "im": None, "ive": None, "maam": "ma'am", "notve": "not've", "oclock": "o'clock", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at",
-        "'ow'sat": "'ow's'at", "shed": None, "shed've": "she'd've", "well": None, "were": None, "ill": None, "its": None, "theyre": "they're",
+        "'ow'sat": "'ow's'at", "shed": None, "shed've": "she'd've", "well": None, "were": None, "ill": None, "its": None,
+        "theyre": "they're",
         "twas": "'twas", "yall": "y'all", "y'allll": "y'all'll", "yall'll": "y'all'll", "youve": "you've",
     }  # fmt: skip
     assert {word: vqa.CONTRACTIONS.get(word) for word in official} == official
