@@ -159,8 +159,6 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
 def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: Config, split: str, image_folder: Path, step: int) -> None:
     """Accuracies and a fixed, evenly spaced choice of answered questions."""
     writer.add_scalar(f"eval/{split}/{report.measure}", report.accuracy, step)
-    for name, value in report.figures.items():
-        writer.add_scalar(f"eval/{split}/{name}", value, step)
     writer.add_scalar(f"eval/{split}/failed_share", report.failed / max(report.overall.total, 1), step)
     for name, tally in report.columns.items():
         if tally.accuracy is not None and name != "Average":
@@ -172,4 +170,6 @@ def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: 
         images = [open_rgb(read_image(image_folder, name), config.data.max_image_pixels, str(image_folder / name)) for name in names]
         cards.append((report.answers[number], images))
     write_gallery(writer, f"eval/{split}", cards, step)
+    for name, value in report.figures.items():
+        writer.add_scalar(f"eval/{split}/{name}", value, step)
     writer.flush()
