@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.sources import SOURCES
-from data_prep.sources.raw import RawSample
+from data_prep.sources.raw import ImageSource, RawSample
 from vltrain.config import DataConfig
 from vltrain.data.folder import new_folder
 from vltrain.data.images import open_rgb
@@ -68,11 +68,13 @@ def prepare(
         if not counts:
             raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
         chunks = in_chunks(images.items(), _CHUNK)
-        checked = ordered_map(_check_images, chunks, min(workers, 1 + len(images) // _CHUNK), (max_image_pixels,))
+        checked = ordered_map(_check_or_draw, chunks, min(workers, 1 + len(images) // _CHUNK), (folder, max_image_pixels))
         progress = tqdm(total=len(images), desc="images", unit="image", disable=None)
         for names in checked:
             for name in names:
-                _link_or_copy(images[name][0], folder / name)
+                source_of_image = images[name][0]
+                if isinstance(source_of_image, Path):
+                    _link_or_copy(source_of_image, folder / name)
             progress.update(len(names))
         progress.close()
         told = {name: str(value) for name, value in (options or {}).items()}
@@ -80,10 +82,10 @@ def prepare(
     return dict(counts)
 
 
-def _write_samples(samples: Iterable[RawSample], folder: Path) -> tuple[Counter[str], dict[str, tuple[Path, str]]]:
+def _write_samples(samples: Iterable[RawSample], folder: Path) -> tuple[Counter[str], dict[str, tuple[ImageSource, str]]]:
     """Writes the JSONL files; returns samples per split, and per image name its source and the first sample that uses it."""
     counts: Counter[str] = Counter()
-    images: dict[str, tuple[Path, str]] = {}
+    images: dict[str, tuple[ImageSource, str]] = {}
     seen: set[str] = set()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
@@ -93,9 +95,9 @@ def _write_samples(samples: Iterable[RawSample], folder: Path) -> tuple[Counter[
                 raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
             seen.add(sample.id)
             names = [_image_name(name, sample.id) for name in sample.images]
-            for name, path in zip(names, raw.image_sources, strict=True):
-                if images.setdefault(name, (path, sample.id))[0] != path:
-                    raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {images[name][0]} and {path}")
+            for name, source in zip(names, raw.image_sources, strict=True):
+                if images.setdefault(name, (source, sample.id))[0] != source:
+                    raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {images[name][0]} and {source}")
             if raw.split not in files:
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
             files[raw.split].write(json.dumps({**sample.to_json(), "images": names}, ensure_ascii=False) + "\n")
@@ -110,10 +112,14 @@ def _image_name(name: str, sample_id: str) -> str:
     return str(IMAGES / path)
 
 
-def _check_images(images: list[tuple[str, tuple[Path, str]]], max_pixels: int) -> list[str]:
-    """Decodes each image (name, (source, sample)); returns the names."""
-    for _, (path, sample_id) in images:
-        open_rgb(read_image(path, sample_id), max_pixels, f"sample '{sample_id}', image {path}")
+def _check_or_draw(images: list[tuple[str, tuple[ImageSource, str]]], folder: Path, max_pixels: int) -> list[str]:
+    """Decodes each image file, and draws into `folder` what is to be drawn: (name, (source, sample)). Returns the names."""
+    for name, (source, sample_id) in images:
+        if isinstance(source, Path):
+            open_rgb(read_image(source, sample_id), max_pixels, f"sample '{sample_id}', image {source}")
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(source())
     return [name for name, _ in images]
 
 
@@ -150,7 +156,7 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine("prepare", "Turn a raw data set into samples.", arguments)
     parser.add_argument("--source", required=True, help=f"one of {', '.join(sorted(SOURCES))}")
-    parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa")
+    parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa and shapes")
     parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
     parser.add_argument("--workers", type=int, help="processes that check images (default: all cores)")

@@ -166,6 +166,9 @@ def test_scalars_follow_yaml_1_2(tmp_path):
         (["--model.neck.kind", "linear", "--model.neck.dim", "64"], "model.neck.dim"),
         (["--model.neck.kind", "linear", "--model.neck.dim", "128"], "model.neck.dim"),
         (["--eval.top_p", "0.5"], "eval.top_p"),
+        (["--eval.method", "rank", "--eval.max_new_tokens", "4"], "eval.max_new_tokens"),
+        (["--eval.method", "rank", "--eval.temperature", "0.5"], "eval.temperature"),
+        (["--eval.normalise_length", "true"], "eval.normalise_length"),
         (["--optim.vision_lr", "1e-4"], "optim.vision_lr"),
         (["--optim.llm_lr", "1e-4", "--model.vision.train", "true"], "optim.llm_lr"),
         (["--model.adapter.vision", "none", "--model.adapter.llm", "none", "--model.adapter.dim", "8"], "model.adapter.dim"),
@@ -182,6 +185,7 @@ def test_a_setting_without_effect_fails(words, key):
 def test_the_same_settings_pass_where_they_have_an_effect():
     load("--model.neck.dim", "64")
     load("--eval.top_p", "0.5", "--eval.temperature", "0.1")
+    load("--eval.normalise_length", "true", "--eval.method", "rank")
     load("--optim.vision_lr", "1e-4", "--model.vision.train", "true")
     load("--optim.llm_lr", "1e-4", "--model.tune", "full")
     load("--model.adapter.vision", "none", "--model.adapter.dim", "8")
@@ -195,6 +199,18 @@ def test_a_recipes_setting_without_effect_fails_but_a_resolved_configuration_loa
         load("--recipe", str(recipe(tmp_path, "model: {neck: {kind: linear, dim: 64}}")))
     resolved = load("--model.neck.kind", "linear").config
     assert load("--recipe", str(recipe(tmp_path, dump_config(resolved)))).config == resolved
+
+
+def test_the_command_line_may_make_a_finished_runs_setting_idle_but_not_its_own(tmp_path):
+    run = recipe(tmp_path, dump_config(load("--eval.max_new_tokens", "4").config))
+    load("--eval.method", "rank", default_recipe=run, default_is_checked=True)
+    for words, facts in (
+        (["--eval.method", "rank"], {"default_recipe": run}),
+        (["--eval.method", "rank", "--eval.max_new_tokens", "3"], {"default_recipe": run, "default_is_checked": True}),
+        (["--eval.method", "rank", "--recipe", str(recipe(tmp_path, "eval: {max_new_tokens: 5}"))], {"default_is_checked": True}),
+    ):
+        with pytest.raises(InputError, match="eval.max_new_tokens: has no effect"):
+            load(*words, **facts)
 
 
 def test_the_printed_configuration_is_the_whole_and_loads_back_equal(tmp_path, capsys):

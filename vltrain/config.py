@@ -286,13 +286,17 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Free generation and its scoring."""
+    """How questions are answered, and how answers are scored."""
 
     scorer: str = "exact"
-    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, or `rouge` (how much of
-    a longer text, such as a rationale, is the reference's)."""
+    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy
+    against ten answers), `caption` (CIDEr and BLEU), or `rouge` (how much of a longer text, such as a rationale, is the reference's)."""
+    method: Literal["generate", "rank"] = "generate"
+    """generate: the model writes an answer; rank: of a question's candidate answers the likeliest is taken (multiple choice)."""
+    normalise_length: bool = False
+    """rank: compare losses per token instead of their sums."""
     batch_size: int = 64
-    """Questions answered at once by a rank; changes speed and memory, never an answer."""
+    """Questions (rank: candidates) answered at once by a rank; changes speed and memory, never an answer."""
     max_new_tokens: int = 8
     temperature: float = 0.0
     """0: greedy."""
@@ -303,6 +307,8 @@ class EvalConfig:
     """Answered questions written to TensorBoard with their images."""
 
     def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "a positive number")
+        _require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "a positive number")
         _require(self.temperature >= 0, "eval.temperature", self.temperature, "0 or a positive number")
         _require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "a number in (0, 1]")
 

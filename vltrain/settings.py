@@ -107,6 +107,7 @@ def load_settings(
     options: Mapping[str, Option] | None = None,
     positionals: tuple[str, ...] = (),
     default_recipe: Path | None = None,
+    default_is_checked: bool = False,
 ) -> Settings:
     """Reads a program's command line.
 
@@ -116,6 +117,8 @@ def load_settings(
         options: further options of this program, each with one value.
         positionals: names of the words that must stand alone, in order.
         default_recipe: what is read where no `--recipe` is given.
+        default_is_checked: it is a run's resolved configuration, checked when the run was made. The command line may make a setting of
+            it idle (`--eval.method rank` that of how to generate); only the command line's own settings must have an effect.
 
     `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.
     Raises InputError for anything unknown, of a wrong type, contradictory or without effect.
@@ -133,7 +136,8 @@ def load_settings(
     from_command_line = _overrides(arguments, from_recipe)
     given = {**from_recipe, **from_command_line}
     config = build_config(given)
-    refuse_without_effect(config, from_recipe, frozenset(from_command_line))
+    judged = {} if default_is_checked and recipe == default_recipe else from_recipe
+    refuse_without_effect(config, judged, frozenset(from_command_line))
     if ("print_config", None) in arguments.options:
         sys.stdout.write(dump_config(config))
         raise SystemExit(0)
@@ -246,7 +250,12 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
     ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),
     ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     ("data.max_images", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
+    *(
+        (f"eval.{name}", lambda c: c.eval.method == "rank", "eval.method = rank generates nothing")
+        for name in ("max_new_tokens", "temperature", "top_p")
+    ),
     ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
+    ("eval.normalise_length", lambda c: c.eval.method == "generate", "eval.method = generate ranks nothing"),
 )
 
 

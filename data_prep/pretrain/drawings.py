@@ -62,7 +62,7 @@ def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
     figure, colour = int(rng.integers(len(FIGURES))), int(rng.integers(len(COLOURS)))
     if rng.random() < 0.4:  # more of the three plainest: they differ least when small
         figure = int(rng.integers(3))
-    ink = _hue(rng, COLOURS[colour])
+    ink = hue(rng, COLOURS[colour])
     ground = _ground(rng, ink, variety)
     smallest, largest = 12 - 7.5 * variety, 20 + 8 * variety
     radius = float(rng.uniform(smallest, largest if rng.random() < 0.3 else 18))
@@ -71,7 +71,7 @@ def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
     soft = 2 if rng.random() < 0.4 * variety else 1
     image = Image.fromarray(ground.repeat(soft, axis=0).repeat(soft, axis=1))
     mask = Image.new("1", (IMAGE_SIZE,) * 2)
-    points = _outline(rng, FIGURES[figure], radius, variety)
+    points = outline(rng, FIGURES[figure], radius, variety)
     pen = ImageDraw.Draw(image)
     for number, part in enumerate(points):
         fill = tuple(ink) if number == 0 else tuple(int(v) for v in ground[int(y), int(x)])
@@ -84,7 +84,7 @@ def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
     return Drawing(pixels=pixels, figure=figure, colour=colour, place=place, mask=np.asarray(mask))
 
 
-def _hue(rng: np.random.Generator, name: str) -> np.ndarray:
+def hue(rng: np.random.Generator, name: str) -> np.ndarray:
     """int [3]: a colour that goes by `name`."""
     names = HUES[name]
     base = np.array(ImageColor.getrgb(names[int(rng.integers(len(names)))]))
@@ -106,7 +106,7 @@ def _ground(rng: np.random.Generator, ink: np.ndarray, variety: float) -> np.nda
     return ground
 
 
-def _outline(rng: np.random.Generator, figure: str, radius: float, variety: float) -> list[np.ndarray]:
+def outline(rng: np.random.Generator, figure: str, radius: float, variety: float) -> list[np.ndarray]:
     """Polygons around the origin, [P, 2] each; every one after the first is a hole."""
     ring = _regular(48, radius)
     if figure == "circle":

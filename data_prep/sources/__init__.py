@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import easyvqa, llava_json, scienceqa
+from data_prep.sources import easyvqa, flickr30k, iconqa, llava_json, scienceqa, scienceqa_image, shapes, vizwiz
 from data_prep.sources.raw import RawSample
 
 SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample]]] = {
     "easyvqa": easyvqa.read,
+    "flickr30k": flickr30k.read,
+    "iconqa": iconqa.read,
     "llava_json": llava_json.read,
     "scienceqa": scienceqa.read,
+    "scienceqa_image": scienceqa_image.read,
+    "shapes": shapes.read,
+    "vizwiz": vizwiz.read,
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vltrain.errors import InputError, nearest
 
 
 def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults, overridden by what is given and converted to the default's type (a default of None takes text).
+    """The defaults, overridden by what is given and converted to the default's type (None takes text, a tuple a list or `a,b,c`).
 
     Raises:
         InputError: an unknown option, or a value that is not of the option's type.
@@ -21,7 +21,14 @@ def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -
             raise InputError(f"source '{source}' has no option '{name}'; {hint}")
         kind = str if defaults[name] is None else type(defaults[name])
         try:
-            settled[name] = kind(value)
+            settled[name] = tuple(value.split(",")) if kind is tuple and isinstance(value, str) else kind(value)
         except (TypeError, ValueError):
             raise InputError(f"source '{source}', option '{name}': found {value!r}, expected {kind.__name__}") from None
     return settled
+
+
+def choose(source: str, name: str, value: str, known: Iterable[str]) -> str:
+    """`value`, one of `known`. Raises InputError naming the option and the nearest."""
+    if value not in known:
+        raise InputError(f"source '{source}', option '{name}': unknown '{value}', {nearest(value, known)}")
+    return value

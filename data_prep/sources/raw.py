@@ -1,8 +1,9 @@
-"""What a reader of a raw data set yields, and how it reads JSON."""
+"""What a reader of a raw data set yields, and how it reads JSON and its fields."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,20 @@ from vltrain.errors import InputError
 from vltrain.schema import Sample
 
 
+ImageSource = Path | Callable[[], bytes]
+"""An image file, or what draws one: called in a worker process for the file's bytes, so it can be pickled and compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """A sample, its split, and the files that its images come from.
+    """A sample, its split, and where its images come from.
 
-    `image_sources` has a path for each of `sample.images`; those are the names the images get in the prepared folder, below `images/`.
+    `image_sources` has one for each of `sample.images`; those are the names the images get in the prepared folder, below `images/`.
     """
 
     split: str
     sample: Sample
-    image_sources: tuple[Path, ...] = ()
+    image_sources: tuple[ImageSource, ...] = ()
 
 
 def read_json(path: Path) -> Any:
@@ -31,3 +36,17 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+_NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+
+
+def field(record: Any, key: str, kind: type, where: str) -> Any:
+    """`record[key]`, a non-empty text where `kind` is str. Raises InputError naming `where` (file and item) and the key."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: found {record!r:.80}, expected an object")
+    value = record.get(key)
+    if type(value) is not kind or (kind is str and not value.strip()):
+        found = f"{value!r:.80}" if key in record else "nothing"
+        raise InputError(f"{where}: {key}: found {found}, expected {_NAMES[kind]}{' that is not empty' if kind is str else ''}")
+    return value

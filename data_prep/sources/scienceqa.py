@@ -135,6 +135,8 @@ def to_sample(
     given, wanted = prompt_format.split("-")
     prompt = prompt_of(problem, given, rationale)
     metadata = {name: problem[name] for name in ("choices", "answer", "subject", "hint", "grade")}
+    if wanted.startswith("A"):  # what the answer can begin with; behind a rationale there is nothing to rank
+        metadata["candidates"] = [answer_of({**problem, "answer": number}, "A") for number in range(len(problem["choices"]))]
     sample = Sample(
         id=pid,
         turns=(

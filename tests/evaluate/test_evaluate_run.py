@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -165,14 +166,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_ranks_give_the_same_predictions(evaluated):
-    run, _, _, said = evaluated
+def evaluate_on_two_ranks(run: Path, *words: str) -> list[tuple[str, str]]:
+    """Evaluates; returns each rank's stdout and stderr."""
     port = str(free_port())
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
     ranks = [
         subprocess.Popen(
-            [*command, f"--local_rank={rank}", str(run), "--split", "val"],
+            [*command, f"--local_rank={rank}", str(run), *words],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
@@ -180,9 +181,73 @@ def test_two_ranks_give_the_same_predictions(evaluated):
     ]
     outputs = [process.communicate(timeout=240) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
+    return outputs
+
+
+def test_two_ranks_give_the_same_predictions(evaluated):
+    run, _, _, said = evaluated
+    outputs = evaluate_on_two_ranks(run, "--split", "val")
     assert outputs[0][0].splitlines()[-1].startswith("accuracy=") and outputs[1][0] == ""
     assert texts(predictions(run, "val")) == texts(said)
     assert list(predictions(run, "val")) == [f"s{number}" for number in range(NUM_SAMPLES)]
+
+
+@pytest.fixture(scope="module")
+def choosable(evaluated) -> Path:
+    """The run, with a split `choices` of the same questions, the colours as candidates and skills of IconQA."""
+    run, data, samples, _ = evaluated
+    colours = [f"({letter}) {colour}" for letter, colour in zip("abcd", COLOURS)]
+    records = []
+    for number, sample in enumerate(samples):
+        candidates = colours[: 2 + number % 3]
+        answer = number % len(candidates)
+        facts = {
+            "question_type": "choose_txt", "candidates": candidates, "answer": answer, "grade": f"grade{1 + number % 2}",
+            "skills": ["scene"] * (number % 2),
+        }  # fmt: skip
+        turns = (sample.turns[0], Turn(role="assistant", text=candidates[answer]))
+        records.append(Sample(id=sample.id, turns=turns, images=sample.images, metadata=facts))
+    (data / "choices.jsonl").write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
+    return run
+
+
+RANKED = ("--split", "choices", "--eval.scorer", "iconqa", "--eval.method", "rank")
+
+
+def test_multiple_choice_is_ranked_the_same_in_any_batch_and_on_two_ranks(choosable):
+    assert main([str(choosable), *RANKED]) == 0
+    ranked = predictions(choosable, "choices")
+    samples = {sample.id: sample for sample in read_samples(Path(load_data_root(choosable)) / "samples" / "choices.jsonl")}
+    assert all(record["prediction"] in samples[name].metadata["candidates"] for name, record in ranked.items())
+    assert len({record["prediction"] for record in ranked.values()}) > 1
+    metrics = json.loads((choosable / "eval" / "choices" / "metrics.json").read_text())
+    right = [record["prediction"] == samples[name].turns[-1].text for name, record in ranked.items()]
+    assert [record["correct"] for record in ranked.values()] == right and metrics["correct"] == sum(right)
+    totals = {name: column["total"] for name, column in metrics["columns"].items()}
+    assert (metrics["failed"], totals["choose_txt"], totals["scene"]) == (0, NUM_SAMPLES, NUM_SAMPLES // 2)
+    assert main([str(choosable), *RANKED, "--eval.batch_size", "1"]) == 0
+    assert predictions(choosable, "choices") == ranked
+    evaluate_on_two_ranks(choosable, *RANKED)
+    assert predictions(choosable, "choices") == ranked
+    assert main([str(choosable), *RANKED, "--eval.normalise_length", "true"]) == 0
+
+
+def load_data_root(run: Path) -> str:
+    return yaml.safe_load((run / "config.yaml").read_text())["data"]["root"]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([*RANKED[:-2], "--eval.method", "rnak"], "rank"),
+        ([*RANKED, "--eval.max_new_tokens", "9"], "eval.max_new_tokens: has no effect: eval.method = rank generates nothing"),
+        (["--split", "val", "--eval.method", "rank"], "val.jsonl: sample 's0': candidates: found none"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(choosable, capsys, words, part):
+    assert main([str(choosable), *words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and part in error
 
 
 @pytest.mark.parametrize(

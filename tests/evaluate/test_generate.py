@@ -17,7 +17,7 @@ from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKE
 
 VOCABULARY = 61
 IMAGE_SIZE = 16
-STOP = (36, 17)
+STOP = (49, 14)
 
 
 def tiny_model(attention: str = "sdpa", **adapter) -> MultimodalModel:
@@ -107,9 +107,10 @@ def test_the_reference_is_worth_comparing_with():
     """Answers differ from each other, in length too, and images change them."""
     assert len({tuple(answer) for answer in PLAIN}) > 30
     assert {0, 12} < {len(answer) for answer in PLAIN} and len({len(answer) for answer in PLAIN}) > 4
-    with_image = next(number for number, prompt in enumerate(PROMPTS) if prompt.images)
+    with_image = [number for number, prompt in enumerate(PROMPTS) if prompt.images]
     other = {name: IMAGES[name][::-1].copy() for name in IMAGES}
-    assert run([PROMPTS[with_image]], 1, load_image=other.__getitem__) != [PLAIN[with_image]]
+    changed = run([PROMPTS[number] for number in with_image], 16, load_image=other.__getitem__)
+    assert sum(answer != PLAIN[number] for number, answer in zip(with_image, changed, strict=True)) > len(with_image) / 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 64])

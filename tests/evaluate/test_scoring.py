@@ -184,7 +184,7 @@ def test_a_report_is_written_whole_and_again(tmp_path):
         assert [json.loads(line)["prediction"] for line in lines] == predictions
         metrics = json.loads((tmp_path / "eval" / "test" / "metrics.json").read_text())
         assert (metrics["split"], metrics["step"], metrics["correct"]) == ("test", 3, report.overall.correct)
-    assert sorted(path.name for path in (tmp_path / "eval" / "test").iterdir()) == ["metrics.json", "predictions.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "eval" / "test").iterdir()) == ["metrics.json", "predictions.jsonl", "table.md"]
 
 
 def test_a_place_that_cannot_be_written_to_is_named_and_nothing_is_left(tmp_path):

@@ -1,4 +1,5 @@
-"""A rank of test_generate_zero3.py: trains under ZeRO-3 with evaluations in between; checks answers and losses; prints `fine`."""
+"""A rank of test_generate_zero3.py: trains under ZeRO-3 with evaluations in between, by generation and by ranking; checks answers and
+losses; prints `fine`."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from test_generate import IMAGES, PLAIN, PROMPTS, STOP, VOCABULARY, make_prompts, tiny_model
+from test_ranking import ITEMS, WINNERS, candidates_of
 
 from vltrain.config import OptimConfig
 from vltrain.evaluate.generate import Sampling, alone, generate
-from vltrain.evaluate.run import largest_over_ranks, is_sharded
+from vltrain.evaluate.ranking import rank as rank_candidates
+from vltrain.evaluate.run import is_sharded, largest_over_ranks
 from vltrain.models.build import part_of
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.schema import IGNORE_INDEX, Batch
@@ -41,14 +44,17 @@ def make_batch(seed: int) -> Batch:
     )
 
 
-def answer(model: MultimodalModel, share: slice) -> list[list[int]]:
+def answer(model: MultimodalModel, share: slice) -> tuple[list[list[int]], list[int]]:
+    """(generated answers, winning candidates)."""
     model.eval()
+    sync = largest_over_ranks("cpu") if is_sharded(model) else alone
     answers = generate(
         model, PROMPTS[share], IMAGES.__getitem__, sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS), stop_ids=STOP, vocab_size=VOCABULARY,
-        batch_size=4, device="cpu", sync=largest_over_ranks("cpu") if is_sharded(model) else alone,
+        batch_size=4, device="cpu", sync=sync,
     )
+    winners = rank_candidates(candidates_of(model), ITEMS[share], batch_size=20, sync=sync)
     model.train()
-    return answers
+    return answers, winners
 
 
 def train(engine: Engine, rank: int, share: slice | None) -> list[float]:
@@ -67,7 +73,7 @@ def train(engine: Engine, rank: int, share: slice | None) -> list[float]:
 def main() -> None:
     rank, world_size = init_distributed()
     share = slice(0, 10) if rank == 0 else slice(10, 12)  # one rank is done long before the other
-    untuned = [tokens[:MAX_NEW_TOKENS] for tokens in PLAIN[share]]
+    untuned = [tokens[:MAX_NEW_TOKENS] for tokens in PLAIN[share]], WINNERS[share]
     undisturbed = train(make_engine(world_size), rank, None)
     engine = make_engine(world_size)
     assert is_sharded(engine.model) and answer(engine.model, share) == untuned
@@ -77,7 +83,7 @@ def main() -> None:
     weights = {name: weight for name, weight, _ in engine.full_state()}
     assert not plain.load_state_dict(weights, strict=False).unexpected_keys
     assert not is_sharded(plain) and tuned == answer(plain, share)
-    changed = torch.tensor(int(tuned != untuned))
+    changed = torch.tensor(int(tuned[0] != untuned[0]))
     dist.all_reduce(changed)
     assert changed > 0, "two steps of training changed no answer: the comparison shows nothing"
     shutdown_distributed()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,11 +33,15 @@ _MARKER = re.compile(re.escape(IMAGE_MARKER) + r"\n?")
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens that are all predicted or all given; `opens_answer` marks the first piece of an answer."""
+    """Consecutive tokens that are all predicted or all given.
+
+    `opens_answer` marks the first piece of an answer; the last `num_closing` tokens of the piece end it.
+    """
 
     ids: list[int]
     predicted: bool = False
     opens_answer: bool = False
+    num_closing: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,7 @@ def _mmt_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: in
         else:
             apart = not before or before[-1].isspace() or turn.text[:1].isspace()
             prefix = "" if apart else tokenizer.word_prefix
-            yield Piece([*tokenizer.encode(prefix + turn.text), tokenizer.eos_id], predicted=True, opens_answer=True)
+            yield Piece([*tokenizer.encode(prefix + turn.text), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
         before = turn.text
 
 
@@ -115,7 +119,7 @@ def _chat_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: i
             yield Piece(ids)
             continue
         closing = _closing(ids, tokenizer)
-        yield Piece([*tokenizer.encode(turn.text.strip()), *ids[:closing]], predicted=True, opens_answer=True)
+        yield Piece([*tokenizer.encode(turn.text.strip()), *ids[:closing]], predicted=True, opens_answer=True, num_closing=closing)
         yield Piece(ids[closing:])
 
 
@@ -162,6 +166,20 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_to
     pieces = list(_pieces(sample, tokenizer, template, visual_tokens))
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
     return _join(sample, pieces[:last_answer])
+
+
+def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Segment:
+    """Tokenises the sample with `text` in the place of its last answer, the only tokens that `loss_mask` marks.
+
+    Args:
+        whole: `text` is the whole answer, so the tokens that end it are predicted too; else they are left out.
+    """
+    answered = replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=text)))
+    pieces = list(_pieces(answered, tokenizer, template, visual_tokens))
+    last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
+    given = [replace(piece, predicted=False) for piece in pieces[:last_answer]]
+    ids = pieces[last_answer].ids
+    return _join(sample, [*given, Piece(ids if whole else ids[: len(ids) - pieces[last_answer].num_closing], predicted=True)])
 
 
 def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Iterator[Piece]:

@@ -91,8 +91,8 @@ def generate(
             following = batches[number + 1] if number + 1 < len(batches) else []
             images, loading = _start_loading(pool, load_image, [prompts[index] for index in following]), images
             asked = [prompts[index] for index in indices]
-            pixels, slots = _gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
-            visual = _encode(model, pixels.to(device), sync)
+            pixels, slots = gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
+            visual = encode_together(model, pixels.to(device), sync)
             batch_answers = _Decoder(model, asked, visual, slots.to(device), sampling, stop_ids, vocab_size, torch.device(device)).run(sync)
             for index, answer in zip(indices, batch_answers):
                 answers[index] = answer
@@ -105,7 +105,7 @@ def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: lis
     return {name: pool.submit(load_image, name) for name in names}
 
 
-def _gather_pixels(model: MultimodalModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+def gather_pixels(model: MultimodalModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
     """Each distinct image once: (uint8 [N, 3, H, W], int64 [K] which of them stands at each image run of the batch)."""
     places = {name: place for place, name in enumerate(images)}
     slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
@@ -114,7 +114,7 @@ def _gather_pixels(model: MultimodalModel, prompts: list[Segment], images: dict[
     return torch.from_numpy(np.stack(list(images.values()))), slots
 
 
-def _encode(model: MultimodalModel, pixels: Tensor, sync: Sync) -> Tensor:
+def encode_together(model: MultimodalModel, pixels: Tensor, sync: Sync) -> Tensor:
     """Visual tokens [N, V, d]; a blank image is encoded where only other ranks have images."""
     anyone_has_images = sync(int(len(pixels) > 0))
     if anyone_has_images and len(pixels) == 0:

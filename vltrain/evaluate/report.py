@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError, nearest
-from vltrain.evaluate import exact, rouge, scienceqa
+from vltrain.evaluate import caption, exact, iconqa, rouge, scienceqa, vqa
 from vltrain.evaluate.scoring import Question, Report, Scorer, score
 from vltrain.schema import Sample
 
-SCORERS: dict[str, Scorer] = {"exact": exact.SCORER, "rouge": rouge.SCORER, "scienceqa": scienceqa.SCORER}
+SCORERS: dict[str, Scorer] = {
+    "caption": caption.SCORER,
+    "exact": exact.SCORER,
+    "iconqa": iconqa.SCORER,
+    "rouge": rouge.SCORER,
+    "scienceqa": scienceqa.SCORER,
+    "vqa": vqa.SCORER,
+}
 
 
 def find_scorer(name: str) -> Scorer:
@@ -26,21 +33,20 @@ def find_scorer(name: str) -> Scorer:
 
 def score_samples(scorer: str, samples: Sequence[Sample], predictions: Sequence[str], where: str) -> Report:
     """The report on `predictions`, one for each sample. `where` (the samples' file) is named in errors."""
-    judged = find_scorer(scorer)
-    return score(
-        scorer,
-        judged,
-        (
-            (
-                Question(
-                    id=sample.id, reference=sample.turns[-1].text, metadata=sample.metadata, has_image=bool(sample.images),
-                    where=f"{where}: sample '{sample.id}'",
-                ),
-                prompt_text(sample),
-                prediction,
-            )
-            for sample, prediction in zip(samples, predictions, strict=True)
-        ),
+    answered = (
+        (question_of(sample, where), prompt_text(sample), prediction) for sample, prediction in zip(samples, predictions, strict=True)
+    )
+    return score(scorer, find_scorer(scorer), answered)
+
+
+def question_of(sample: Sample, where: str) -> Question:
+    """What a scorer may know of a sample of the file `where`."""
+    return Question(
+        id=sample.id,
+        reference=sample.turns[-1].text,
+        metadata=sample.metadata,
+        has_image=bool(sample.images),
+        where=f"{where}: sample '{sample.id}'",
     )
 
 

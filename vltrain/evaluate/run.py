@@ -1,12 +1,14 @@
 """One evaluation: a split's questions answered by all ranks, scored, written and shown by rank 0.
 
-    samples.jsonl -> deal to ranks -> generate -> gather on rank 0 -> score -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json, table.md}, TensorBoard
+    samples.jsonl -> deal to ranks -> generate or rank -> gather on rank 0 -> score
+        -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json, table.md}, TensorBoard
 
 Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain evaluate` with a plain one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +20,10 @@ from vltrain.config import Config
 from vltrain.data.conversation import encode_prompt, stop_ids
 from vltrain.data.images import open_rgb
 from vltrain.data.tokenizer import Tokenizer
+from vltrain.evaluate.candidates import MultimodalCandidates
 from vltrain.evaluate.gallery import write_gallery
 from vltrain.evaluate.generate import Sampling, Sync, alone, generate
+from vltrain.evaluate.ranking import rank, to_item
 from vltrain.evaluate.report import find_scorer, score_samples, write_report
 from vltrain.evaluate.samples import deal, image_loader, read_image, read_samples, thin_out
 from vltrain.evaluate.scoring import Report
@@ -48,15 +52,17 @@ def evaluate_split(
         folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there.
         step: optimizer steps that the model has behind it, for the files and TensorBoard.
         max_samples: None: all.
-        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy`, the columns, and some questions with their images.
+        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
+            figures, and some questions with their images.
 
     Returns: the report on rank 0, None elsewhere.
 
-    Raises: InputError for an unknown scorer, malformed samples, unreadable images, or a folder that cannot be written to.
+    Raises: InputError for an unknown scorer, malformed samples, unreadable images, a folder that cannot be written to; and for samples
+        without candidates that are to be ranked.
     """
     find_scorer(config.eval.scorer)  # before hours of work
     samples = thin_out(read_samples(samples_file), max_samples)
-    predictions = predict(model, samples, tokenizer, config, image_folder=samples_file.parent, device=device, title=f"evaluate {split}")
+    predictions = predict(model, samples, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}")
     if predictions is None:
         return None
     report = score_samples(config.eval.scorer, samples, predictions, str(samples_file))
@@ -72,36 +78,66 @@ def predict(
     tokenizer: Tokenizer,
     config: Config,
     *,
-    image_folder: Path,
+    samples_file: Path,
     device: torch.device | str,
     title: str,
 ) -> list[str] | None:
     """The model's answers, one text for each sample, on rank 0; None elsewhere. A collective."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = deal(samples, rank, world_size)
-    prompts = [encode_prompt(samples[number], tokenizer, config.data.template, model.visual_tokens) for number in own]
-    chosen = config.eval
-    with tqdm(total=len(samples), desc=title, unit="question", disable=rank != 0, dynamic_ncols=True, mininterval=1.0, leave=False) as bar:
-        answers = generate(
-            model,
-            prompts,
-            image_loader(image_folder, model.image_size, config.data.max_image_pixels),
-            sampling=Sampling(
-                max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
-            ),
-            stop_ids=stop_ids(tokenizer, config.data.template),
-            vocab_size=tokenizer.vocab_size,
-            batch_size=chosen.batch_size,
-            device=device,
+    rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.eval.method == "rank":
+        for sample in samples:  # all of them on every rank, so that ranks refuse the same ones and none waits for another
+            to_item(sample, str(samples_file))
+    own = deal(samples, rank_number, world_size)
+    look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": False}
+    with tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
+        answer = _rank if config.eval.method == "rank" else _generate
+        answers = answer(
+            model, [samples[number] for number in own], tokenizer, config, samples_file, device,
             sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
             on_answered=lambda count: bar.update(min(count * world_size, len(samples) - bar.n)),
-        )
-    texts = [(number, tokenizer.decode(answer).strip()) for number, answer in zip(own, answers, strict=True)]
+        )  # fmt: skip
+    texts = list(zip(own, answers, strict=True))
     if world_size == 1:
         return [text for _, text in sorted(texts)]
-    gathered: list | None = [None] * world_size if rank == 0 else None
+    gathered: list | None = [None] * world_size if rank_number == 0 else None
     dist.gather_object(texts, gathered)
     return None if gathered is None else [text for _, text in sorted(pair for share in gathered for pair in share)]
+
+
+def _generate(
+    model: MultimodalModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
+    *, sync: Sync, on_answered: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """The text that the model writes in answer to each sample."""
+    chosen = config.eval
+    answers = generate(
+        model,
+        [encode_prompt(sample, tokenizer, config.data.template, model.visual_tokens) for sample in samples],
+        image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels),
+        sampling=Sampling(
+            max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
+        ),
+        stop_ids=stop_ids(tokenizer, config.data.template),
+        vocab_size=tokenizer.vocab_size,
+        batch_size=chosen.batch_size,
+        device=device,
+        sync=sync,
+        on_answered=on_answered,
+    )
+    return [tokenizer.decode(answer).strip() for answer in answers]
+
+
+def _rank(
+    model: MultimodalModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
+    *, sync: Sync, on_answered: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """The likeliest candidate of each sample."""
+    load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels)
+    candidates = MultimodalCandidates(model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=device)
+    items = [to_item(sample, str(samples_file)) for sample in samples]
+    settings = {"batch_size": config.eval.batch_size, "normalise_length": config.eval.normalise_length}
+    winners = rank(candidates, items, **settings, sync=sync, on_answered=on_answered)
+    return [item.candidates[winner] for item, winner in zip(items, winners, strict=True)]
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -135,4 +171,6 @@ def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: 
         images = [open_rgb(read_image(image_folder, name), config.data.max_image_pixels, str(image_folder / name)) for name in names]
         cards.append((report.answers[number], images))
     write_gallery(writer, f"eval/{split}", cards, step)
+    for name, value in report.figures.items():
+        writer.add_scalar(f"eval/{split}/{name}", value, step)
     writer.flush()

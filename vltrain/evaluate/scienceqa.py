@@ -1,18 +1,19 @@
 """Scorer `scienceqa`: the letter after "The answer is", and the nine columns of ScienceQA's tables.
 
 The first `The answer is X.` of a prediction counts. Without one the question counts as wrong and is reported as failed (the
-reference implementations draw a random choice, which makes scores irreproducible and a point or so higher). Columns as in Lu et al.
-2022 (https://arxiv.org/abs/2209.09513): by subject; by context (TXT: there is a hint; IMG: there is an image; both may be; NO: neither); by
-grade; and the average over all questions.
+reference implementations draw a random choice, which makes scores irreproducible and a point or so higher). Questions whose candidate
+answers are no such sentences ("(a) text") are judged by exact match with the right one (`vltrain.evaluate.choices`). Columns as in Lu et
+al. 2022 (https://arxiv.org/abs/2209.09513): by subject; by context (TXT: there is a hint; IMG: there is an image; both may be; NO:
+neither); by grade; and the average over all questions.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.evaluate.scoring import Question, Scorer, Verdict
+from vltrain.evaluate.choices import judge_choice
+from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
 
 _ANSWER = re.compile(r"The answer is ([A-Z])\.")
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -20,18 +21,13 @@ _LAST_LOWER_GRADE = 6
 _NUM_GRADES = 12
 
 
-def _fact(question: Question, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
-    value = question.metadata.get(key)
-    if key not in question.metadata or not isinstance(value, kind) or isinstance(value, bool):
-        found = repr(value) if key in question.metadata else "nothing"
-        raise InputError(f"{question.where}: {key}: found {found}, expected {expected}")
-    return value
-
-
 def judge(prediction: str, question: Question) -> Verdict:
     """Raises InputError if the question's metadata lacks `choices` or `answer`."""
-    choices = _fact(question, "choices", list, "a list of texts")
-    answer = _fact(question, "answer", int, "the number of the right choice")
+    candidates = question.metadata.get("candidates")
+    if candidates and not _ANSWER.match(str(candidates[0])):
+        return judge_choice(prediction, question)
+    choices = fact(question, "choices", list, "a list of texts")
+    answer = fact(question, "answer", int, "the number of the right choice")
     if not 0 <= answer < len(choices) <= 26:
         raise InputError(f"{question.where}: answer: found {answer}, expected a number below the {len(choices)} choices (26 at most)")
     expected = chr(ord("A") + answer)
@@ -41,9 +37,9 @@ def judge(prediction: str, question: Question) -> Verdict:
 
 def columns(question: Question) -> tuple[str, ...]:
     """Raises InputError if the question's metadata lacks `subject`, `hint` or `grade`."""
-    subject = _fact(question, "subject", str, f"one of {', '.join(_SUBJECTS)}")
-    hint = _fact(question, "hint", str, "a text")
-    grade = _fact(question, "grade", str, "grade1 to grade12")
+    subject = fact(question, "subject", str, f"one of {', '.join(_SUBJECTS)}")
+    hint = fact(question, "hint", str, "a text")
+    grade = fact(question, "grade", str, "grade1 to grade12")
     if subject not in _SUBJECTS:
         raise InputError(f"{question.where}: subject: found '{subject}', expected one of {', '.join(_SUBJECTS)}")
     number = grade.removeprefix("grade")

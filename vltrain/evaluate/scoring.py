@@ -3,13 +3,18 @@
 A scorer is two plain functions over an answered sample: `judge` (is this text right, and could an answer be found in it at
 all?) and `columns` (which columns of the table the sample counts in; columns may overlap). Everything else is counting. Where a text is
 not right or wrong but more or less like another, `judge` says how much, from 0 to 1, and the scorer names the mean of that.
+
+Where that depends on all other samples (CIDEr weighs words by how rare they are among them), or a figure is of all answers together and no
+mean (BLEU), a scorer has `judge_all` in `judge`'s stead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+
+from vltrain.errors import InputError
 
 Metadata = Mapping[str, Any]
 
@@ -35,14 +40,28 @@ class Question:
     where: str
 
 
+class Judgement(NamedTuple):
+    """`verdicts`: one for each answer, in order; `figures`: by name, of all answers together."""
+
+    verdicts: list[Verdict]
+    figures: dict[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """`column_order`: the columns that are always shown, first; others follow in alphabetical order. `measure`: the mean's name."""
+    """`judge` or `judge_all`: see the module; `judge_all` gets (prediction, question) pairs.
 
-    judge: Callable[[str, Question], Verdict]
+    `column_order`: the columns that are always shown, first; others follow in alphabetical order. `measure`: the mean's name.
+    """
+
+    judge: Callable[[str, Question], Verdict] | None = None
+    judge_all: Callable[[Sequence[tuple[str, Question]]], Judgement] | None = None
     columns: Callable[[Question], tuple[str, ...]]
     column_order: tuple[str, ...] = ()
     measure: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        assert (self.judge is None) != (self.judge_all is None), "a scorer judges answers one by one or all together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +103,8 @@ class Report:
     columns: dict[str, Tally]
     answers: tuple[Answer, ...]
     measure: str = "accuracy"
+    figures: dict[str, float] = field(default_factory=dict)
+    """Further figures, of all answers together."""
 
     @property
     def accuracy(self) -> float:
@@ -91,14 +112,15 @@ class Report:
         return self.overall.accuracy or 0.0
 
     def headline(self) -> str:
-        """The one line to remember: `accuracy=0.9012 (9673 questions) failed=3`."""
-        return f"{self.measure}={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}"
+        """The one line to remember: `accuracy=0.9012 (9673 questions) failed=3`, and the further figures."""
+        figures = "".join(f" {name}={value:.4f}" for name, value in self.figures.items())
+        return f"{self.measure}={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}{figures}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the answers; the mean stands under its own name."""
         columns = {name: {self.measure: tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
         counts = {self.measure: self.accuracy, "correct": self.overall.correct, "total": self.overall.total, "failed": self.failed}
-        return {"scorer": self.scorer, "measure": self.measure, **counts, "columns": columns}
+        return {"scorer": self.scorer, "measure": self.measure, **counts, **self.figures, "columns": columns}
 
     def to_markdown(self) -> str:
         """A table of the columns: accuracy in per cent, and how many questions that is of."""
@@ -112,13 +134,23 @@ class Report:
         return "\n".join([rows[0], rule, *rows[1:]])
 
 
+def fact(question: Question, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
+    """What the question's metadata says under `key`. Raises InputError naming file, id and key if it is missing or of another type."""
+    value = question.metadata.get(key)
+    if key not in question.metadata or not isinstance(value, kind) or isinstance(value, bool):
+        found = repr(value) if key in question.metadata else "nothing"
+        raise InputError(f"{question.where}: {key}: found {found}, expected {expected}")
+    return value
+
+
 def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str]]) -> Report:
     """Judges (question, prompt, prediction) triples in the given order."""
     overall, failed = Tally(), 0
     columns = {column: Tally() for column in scorer.column_order}
     answers = []
-    for question, prompt, prediction in answered:
-        verdict = scorer.judge(prediction, question)
+    answered = list(answered)
+    verdicts, figures = _judge(scorer, [(prediction, question) for question, _, prediction in answered])
+    for (question, prompt, prediction), verdict in zip(answered, verdicts, strict=True):
         overall.add(verdict.correct)
         failed += verdict.failed
         for column in scorer.columns(question):
@@ -128,4 +160,12 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
     found = sorted(columns.keys() - set(scorer.column_order))
     ordered = {column: columns[column] for column in (*scorer.column_order, *found)}
     columns = {**ordered, "Average": overall}
-    return Report(scorer=name, overall=overall, failed=failed, columns=columns, answers=tuple(answers), measure=scorer.measure)
+    told = {"columns": columns, "answers": tuple(answers), "measure": scorer.measure, "figures": figures}
+    return Report(scorer=name, overall=overall, failed=failed, **told)
+
+
+def _judge(scorer: Scorer, answered: list[tuple[str, Question]]) -> Judgement:
+    if scorer.judge_all is not None:
+        return scorer.judge_all(answered)
+    assert scorer.judge is not None
+    return Judgement([scorer.judge(prediction, question) for prediction, question in answered], {})

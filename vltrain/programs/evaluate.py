@@ -50,7 +50,7 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
         raise InputError(f"{folder}: no config.yaml in it, expected the folder of a run (the recipe's `output`)")
     settings = load_settings(
         argv, program=program, description="Answers a split with a trained run and scores the answers.", options=RUN_OPTIONS,
-        positionals=("run",), default_recipe=folder / "config.yaml" if folder else None,
+        positionals=("run",), default_recipe=folder / "config.yaml" if folder else None, default_is_checked=True,
     )
     assert folder is not None, "load_settings asks for the run"
     try:

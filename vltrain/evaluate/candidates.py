@@ -1,0 +1,77 @@
+"""Candidate answers under a `MultimodalModel`: its LLM's loss on each, for `vltrain.evaluate.ranking`.
+
+Each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the
+right, where causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys and
+values among its candidates, which would save computing and cost the plain forward that training, too, goes through. Images are encoded
+once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from vltrain.data.conversation import encode_candidate
+from vltrain.data.tokenizer import Tokenizer
+from vltrain.evaluate.generate import DECODING_THREADS, LoadImage, Sync, encode_together, gather_pixels
+from vltrain.evaluate.ranking import CandidateLosses, RankingItem
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
+
+
+@dataclass(kw_only=True)
+class MultimodalCandidates:
+    """A `CandidateModel`. Making one is a collective under ZeRO-3: routed adapters decide then.
+
+    model       in evaluation mode, plain or under DeepSpeed at any stage
+    load_image  name -> uint8 [3, H, W] of the model's image size
+    """
+
+    model: MultimodalModel
+    tokenizer: Tokenizer
+    template: str
+    load_image: LoadImage
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        assert not self.model.training, "ranking with a model in training mode"
+        self.model.decide_routing()
+
+    @torch.no_grad()
+    def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
+        """See `CandidateModel`."""
+        rows = [
+            encode_candidate(item.sample, text, item.whole, self.tokenizer, self.template, self.model.visual_tokens)
+            for item in items
+            for text in item.candidates
+        ]
+        names = dict.fromkeys(name for item in items for name in item.sample.images)
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            images = dict(zip(names, pool.map(self.load_image, names)))
+        pixels, slots = gather_pixels(self.model, rows, images)
+        visual = encode_together(self.model, pixels.to(self.device), sync)
+        input_ids, labelled, modality, left_out = self._pad(rows)
+        num_rows, width = input_ids.shape
+        embeds = self.model.embed(input_ids.flatten(), visual, slots.to(self.device)).unflatten(0, (num_rows, width))
+        positions = (left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
+        hidden = self.model.language_model(embeds, modality, position_ids=positions, use_cache=False).last_hidden_state
+        row, place = labelled.nonzero(as_tuple=True)  # place - 1 predicts the token at place
+        _, token_losses = self.model.llm.lm_head(hidden[row, place - 1], input_ids[row, place])
+        sums = token_losses.new_zeros(num_rows).index_add(0, row, token_losses)
+        return CandidateLosses(sums[: len(rows)], labelled.sum(dim=1)[: len(rows)])
+
+    def _pad(self, rows: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """(input_ids int64 [B, L], labelled bool [B, L], modality int64 [B], tokens left out in front); one empty row where there are none.
+
+        Where adapters are routed, the modality token has decided already and is left out of its row.
+        """
+        left_out = 0 if self.model.routing is None else 1
+        ids = [torch.from_numpy(row.input_ids).long() for row in rows] or [torch.tensor([TEXT_MODALITY_TOKEN, 0])]
+        masks = [torch.from_numpy(row.loss_mask) for row in rows] or [torch.zeros(2, dtype=torch.bool)]
+        modality = torch.tensor([int(row[0] == IMAGE_MODALITY_TOKEN) for row in ids])
+        padded = [torch.nn.utils.rnn.pad_sequence([row[left_out:] for row in part], batch_first=True) for part in (ids, masks)]
+        input_ids, labelled, modality = (tensor.to(self.device) for tensor in (*padded, modality))
+        return input_ids, labelled, modality, left_out

@@ -1,0 +1,40 @@
+"""Scorer `iconqa`: accuracy on IconQA's three question types, in columns by type, grade and skill.
+
+choose_txt and choose_img: exact match with the right candidate (`vltrain.evaluate.choices`), whether generated or ranked. fill_in_blank:
+the answer's text, word for word, up to case, space and a closing full stop. Columns as in Lu et al. 2021
+(https://arxiv.org/abs/2110.13214), where a question counts in each of its skills; grades and skills appear as far as the data tells them.
+"""
+
+from __future__ import annotations
+
+from vltrain.errors import InputError, nearest
+from vltrain.evaluate import exact
+from vltrain.evaluate.choices import judge_choice
+from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
+
+CHOICE_TYPES = ("choose_txt", "choose_img")
+TYPES = (*CHOICE_TYPES, "fill_in_blank")
+
+
+def _type_of(question: Question) -> str:
+    name = fact(question, "question_type", str, f"one of {', '.join(TYPES)}")
+    if name not in TYPES:
+        raise InputError(f"{question.where}: question_type: unknown '{name}', {nearest(name, TYPES)}")
+    return name
+
+
+def judge(prediction: str, question: Question) -> Verdict:
+    """Raises InputError naming file, id and key for an unknown question type, no candidates, or an answer that is none of them."""
+    if _type_of(question) in CHOICE_TYPES:
+        return judge_choice(prediction, question)
+    return exact.judge(prediction, question)
+
+
+def columns(question: Question) -> tuple[str, ...]:
+    """Raises InputError for metadata of other types than text and lists of texts."""
+    grade = (fact(question, "grade", str, "a grade"),) if "grade" in question.metadata else ()
+    skills = fact(question, "skills", list, "a list of skills") if "skills" in question.metadata else []
+    return _type_of(question), *grade, *dict.fromkeys(map(str, skills))
+
+
+SCORER = Scorer(judge=judge, columns=columns, column_order=TYPES)
