@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.vocabularies import CHATML, make_sentencepiece, make_transformers
-from vltrain.data.conversation import encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.data.conversation import encode_candidate, encode_prompt, encode_sample, find_template, stop_ids
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Turn
@@ -183,6 +183,20 @@ def test_a_template_that_ends_turns_by_the_next_ones_start_is_refused_and_not_ha
     t = load_tokenizer(make_transformers(tmp_path / "open", chat_template=CHATML.replace("<|im_end|>", "")))
     with pytest.raises(InputError, match="no special token"):
         encode_sample(sample("red?", "yes"), t, "chat", V)
+
+
+@pytest.mark.parametrize(("name", "template"), KINDS)
+@pytest.mark.parametrize("asked", [("red?",), ("<image>\nred?", "yes", "and <image> blue?")])
+def test_a_candidate_stands_where_the_answer_does_and_alone_carries_loss(tokenizers, name, template, asked):
+    t = pick(tokenizers, name)
+    prompt = encode_prompt(sample(*asked, "no"), t, template, V).input_ids.tolist()
+    trained = encode_sample(sample(*asked, "(b) blue"), t, template, V)
+    whole, beginning = (encode_candidate(sample(*asked, "no"), "(b) blue", complete, t, template, V) for complete in (True, False))
+    assert whole.images == trained.images and whole.input_ids[: len(prompt)].tolist() == prompt
+    assert answers_of(whole) == answers_of(trained)[-1:] and trained.input_ids.tolist()[: len(whole.input_ids)] == whole.input_ids.tolist()
+    (complete,), (opening,) = answers_of(whole), answers_of(beginning)
+    assert complete[: len(opening)] == opening and t.decode(opening).strip() == "(b) blue"
+    assert complete[-1] in stop_ids(t, template) and len(opening) < len(complete)
 
 
 def test_an_unknown_template_names_the_nearest():

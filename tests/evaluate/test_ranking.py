@@ -81,8 +81,8 @@ def flat(losses: list[list[tuple[float, int]]]) -> tuple[list[float], list[int]]
 
 
 def test_the_reference_is_worth_comparing_with():
-    """Every place wins somewhere, the shortest candidate does not always, and images matter."""
-    assert {0, 1, 2, 3} <= set(WINNERS)
+    """Winners differ, the shortest candidate does not always win, and images matter."""
+    assert len(set(WINNERS)) >= 4
     per_token = [min(range(len(losses)), key=lambda place: losses[place][0] / losses[place][1]) for losses in PLAIN]
     assert sum(one != other for one, other in zip(per_token, WINNERS)) >= 3
     assert sum(losses[winner][1] > min(count for _, count in losses) for winner, losses in zip(WINNERS, PLAIN)) >= 3
