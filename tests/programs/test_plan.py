@@ -1,7 +1,6 @@
 """`vltrain plan` at full size, on a machine without the weights, and its mistakes: one line and exit code 2, nothing written."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import yaml
 from tests.support.tiny import SETTINGS, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.check.memory_plan import GIB, parameters_by_part
 from vltrain.check.sizes import assume_sizes
-from vltrain.config import ModelConfig
 from vltrain.models.build import build_model
 from vltrain.programs.plan import find_recipe, main
 from vltrain.settings import load_settings
@@ -19,7 +17,6 @@ from vltrain.settings import load_settings
 ROOT = Path(__file__).parents[2]
 PAPER = "llama2_7b_diht_scienceqa"
 ROUTER = ["--model.adapter.kind", "router", "--model.adapter.dim", "8", "--model.adapter.groups", "2"]
-has_bits = pytest.mark.skipif("bits" not in {entry.name for entry in fields(ModelConfig)}, reason="this ModelConfig has no bits")
 
 
 def planned(tmp_path: Path, *arguments: str) -> dict[str, Any]:
@@ -57,7 +54,6 @@ def test_published_counts_of_trained_parameters(changes: list[str], llm: str | N
     assert parameters_by_part(build_model(model, device="meta"))["all"]["trainable"] == trained
 
 
-@has_bits
 def test_adapters_on_four_bits_on_one_gpu(tmp_path: Path) -> None:
     """LaVIN reports 9 GB for its lite run, with batches of short samples; with its own 512 tokens the plan stays below."""
     plan = planned(tmp_path, PAPER, "--model.bits", "4", "--data.pack_length", "512", "--data.max_images", "1")
@@ -110,7 +106,7 @@ def test_packs_that_are_there_are_planned_with(tiny: Path, tmp_path: Path) -> No
         ([PAPER, "--gpus", "8", "--model.llm.source", "weights/unheard-of"], "model.llm.source: 'weights/unheard-of'"),
         ([PAPER, "--llm-size", "llama-2-7"], "did you mean 'llama-2-7b'"),
         ([PAPER, "--gpu", "8"], "did you mean 'gpus'"),
-        pytest.param([PAPER, "--model.bits", "4", "--model.tune", "full"], "model.bits", marks=has_bits),
+        ([PAPER, "--model.bits", "4", "--model.tune", "full"], "model.bits"),
     ],
 )  # fmt: skip
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

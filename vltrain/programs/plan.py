@@ -80,7 +80,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     ds_json = load_ds_json(options["ds"]) if options["ds"] else DEFAULT_DS_JSON
     ds_config = resolve_ds_config(ds_json, config, num_gpus)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16  # auto is bf16 on all GPUs worth planning for
-    bits = getattr(config.model, "bits", None)
+    bits = config.model.bits
     model_config, assumed = assume_sizes(config.model, options["llm-size"], options["vision-size"])
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
