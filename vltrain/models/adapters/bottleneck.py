@@ -35,6 +35,7 @@ class BottleneckAdapter(Adapter):
         if self.impl == "triton":
             require_fused(self.dim, self.dropout)
         k_up, k_down = require_divisible(width, config, "groups"), require_divisible(width, config, "down_groups")
+        self.groups, self.down_groups = k_up, k_down
         self.down_weight = nn.Parameter(torch.empty(k_down, self.dim // k_down, width // k_down))
         self.down_bias = nn.Parameter(torch.empty(self.dim))
         self.up_weight = nn.Parameter(torch.empty(k_up, width // k_up, self.dim // k_up))
@@ -74,7 +75,7 @@ class BottleneckAdapter(Adapter):
         return identity + self.scale * (up @ down), self.scale * (up @ self.down_bias.double() + self.up_bias.double())
 
     def extra_repr(self) -> str:
-        return f"{self.width}, dim={self.dim}, groups={len(self.up_weight)}, down_groups={len(self.down_weight)}, scale={self.scale}"
+        return f"{self.width}, dim={self.dim}, groups={self.groups}, down_groups={self.down_groups}, scale={self.scale}"
 
 
 class RepAdapter(BottleneckAdapter):

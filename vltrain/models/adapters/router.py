@@ -26,10 +26,10 @@ class RouterAdapter(Adapter):
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__(width, config)
-        groups, out = self._expert_shape(width, config)
+        self.groups, out = self._expert_shape(width, config)
         self.down_weight = nn.Parameter(torch.empty(self.dim, width))
         self.down_bias = nn.Parameter(torch.empty(self.dim))
-        self.up_weight = nn.Parameter(torch.empty(self.num_experts, groups, out // groups, self.dim // groups))
+        self.up_weight = nn.Parameter(torch.empty(self.num_experts, self.groups, out // self.groups, self.dim // self.groups))
         self.up_bias = nn.Parameter(torch.empty(self.num_experts, out))
         self.router = Router(width, self.num_weights, config.temperature, routing)
         self.reset_parameters()
@@ -60,7 +60,7 @@ class RouterAdapter(Adapter):
         return 2.0 * ((num_weights(self.down_weight) + per_token_routing) * (2 + input_needs_grad) + num_weights(self.up_weight) * 3)
 
     def extra_repr(self) -> str:
-        return f"{self.width}, dim={self.dim}, groups={self.up_weight.shape[1]}, temperature={self.router.temperature}, scale={self.scale}"
+        return f"{self.width}, dim={self.dim}, groups={self.groups}, temperature={self.router.temperature}, scale={self.scale}"
 
 
 class ConcatRouterAdapter(RouterAdapter):
