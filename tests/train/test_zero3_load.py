@@ -34,8 +34,10 @@ def test_one_unit_is_whole_at_a_time(tmp_path, peft):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["files", "random"])
-def test_a_ranks_memory_stays_well_below_the_model(tmp_path, source):
-    """A LLaMA of 57 blocks and 400 MB on two ranks: each keeps a half, and one block beside it."""
+def test_a_ranks_memory_stays_well_below_the_model(tmp_path, monkeypatch, source):
+    """A LLaMA of 31 blocks and 400 MB on two ranks: each keeps a half, and one block beside it."""
+    # glibc would keep freed blocks between the halves that stay: half as much again, and nothing of what is measured here.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 64}
     config = {**sizes, "num_hidden_layers": 31}
     changes = {"model__llm__config": config}
