@@ -69,7 +69,7 @@ def test_a_later_option_wins():
         (["--lr", "3"], ["--lr", "did you mean 'optim.lr'"]),
         (["--model.adaptr.dim", "3"], ["did you mean 'model.adapter.dim'"]),
         (["--resum", "auto"], ["--resum", "did you mean 'resume'"]),
-        (["--model", "{}"], ["--model is a section", "--model.vision.source"]),
+        (["--model", "{}"], ["--model is a section", "--model.architecture"]),
         (["--model.adapter.dim", "x"], ["--model.adapter.dim", "'x'", "a whole number"]),
         (["--model.adapter.dim", "8.5"], ["'8.5'", "a whole number"]),
         (["--model.adapter.vision", "sideways"], ["'sideways'", "one of none, attention, ffn, both"]),

@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vltrain.errors import InputError
+from vltrain.errors import require as _require
+from vltrain.instructblip_config import InstructBlipConfig
 
 Placement = Literal["none", "attention", "ffn", "both"]
-
-
-def _require(condition: bool, key: str, found: Any, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{key}: found {found!r}, expected {expected}")
 
 
 @dataclass(kw_only=True)
@@ -157,8 +154,12 @@ class NeckConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """ViT, adapters, neck and LLM."""
+    """ViT, adapters, neck and LLM; or an InstructBLIP."""
 
+    architecture: Literal["mmt", "instructblip"] = "mmt"
+    """mmt: ViT, adapters, neck and LLaMA of Multimodal Model Tuning, from the sections vision, llm, adapter and neck; instructblip: ViT, Q-Former
+    and LLM, from the section instructblip."""
+    instructblip: InstructBlipConfig = field(default_factory=InstructBlipConfig)
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(source="asset://tiny_vit", tap_every=1))
     llm: LLMConfig = field(default_factory=lambda: LLMConfig(source="asset://tiny_llama"))
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -174,15 +175,19 @@ class ModelConfig:
     """Seed of every weight that is not loaded."""
 
     def __post_init__(self) -> None:
+        if self.architecture == "instructblip":
+            self.instructblip.require_source()
         if self.bits in (4, 8) and self.trains_all:
             raise InputError(
-                f"model.bits: found {self.bits}, but only frozen weights can be quantised, and here ViT and LLM are both tuned themselves "
-                "(model.tune = full, or model.vision.train and model.llm.train); leave the bits out, or tune adapters"
+                f"model.bits: found {self.bits}, but only frozen weights can be quantised, and here ViT and LLM are both tuned themselves; "
+                "leave the bits out, or tune adapters"
             )
 
     @property
     def trains_all(self) -> bool:
         """Whether the own weights of both networks are tuned."""
+        if self.architecture == "instructblip":
+            return self.instructblip.vision == self.instructblip.llm.mode == "full"
         return self.tune == "full" or (self.vision.train and self.llm.train)
 
 

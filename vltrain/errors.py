@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 P = ParamSpec("P")
 EXIT_USER_ERROR = 2
@@ -19,6 +19,12 @@ EXIT_USER_ERROR = 2
 
 class InputError(ValueError):
     """A mistake in the user's input. Ends the program with exit code 2 and without a traceback."""
+
+
+def require(condition: bool, key: str, found: Any, expected: str) -> None:
+    """Raises InputError for the setting `key` unless the condition holds."""
+    if not condition:
+        raise InputError(f"{key}: found {found!r}, expected {expected}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,8 +13,8 @@ per image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,12 +88,17 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One tokenised sample. `input_ids` int32 [L]; `loss_mask` bool [L], true on tokens that are to be predicted."""
+    """One tokenised sample. `input_ids` int32 [L]; `loss_mask` bool [L], true on tokens that are to be predicted.
+
+    `instruction_ids` int32 [I]: the prompt as a Q-Former reads it, without its last `instruction_cut` tokens; empty where there is none.
+    """
 
     sample_id: str
     input_ids: np.ndarray
     loss_mask: np.ndarray
     images: tuple[str, ...]
+    instruction_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    instruction_cut: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +111,8 @@ class PackedRow:
     image_ids       int64 [N]   rows of the shard set's image table, each distinct image once
     image_slots     int32 [K]   for the k-th image run of the row: which of `image_ids` stands there
     sample_ids      S strings
+    instruction_ids     int32 [sum of the next], what a Q-Former reads, segment after segment; empty where there is none
+    instruction_lengths int32 [S], or [0] where there is none
     """
 
     input_ids: np.ndarray
@@ -114,6 +121,8 @@ class PackedRow:
     image_ids: np.ndarray
     image_slots: np.ndarray
     sample_ids: tuple[str, ...]
+    instruction_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    instruction_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass(kw_only=True)
@@ -125,8 +134,10 @@ class Batch:
                                        never across a segment's end
     position_ids    int64 [T]          restarts at 0 with every segment
     segment_lengths int64 [S]          on the CPU
+    label_lengths   int64 [S]          on the CPU: labels that carry loss, by segment; an encoder-decoder asks for it
     pixels          uint8 [N, 3, H, W] resized, not normalised (the model does that on its device)
     image_slots     int64 [K]
+    instruction_ids int64 [S, I]       what a Q-Former reads, -1 where padded; I is 0 where there is none
     sample_ids      S strings
     num_label_tokens                   labels that carry loss
     is_filler                          its loss is multiplied by zero; its forward and backward only match collectives
@@ -140,24 +151,18 @@ class Batch:
     image_slots: torch.Tensor
     sample_ids: tuple[str, ...]
     num_label_tokens: int
+    label_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    instruction_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     is_filler: bool = False
 
+    _MOVED: ClassVar = ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids")
+
     def to(self, device: torch.device | str) -> Batch:
-        """Moves what the model computes on; `segment_lengths` stays on the CPU."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots")
-        }
-        return Batch(
-            **moved,
-            segment_lengths=self.segment_lengths,
-            sample_ids=self.sample_ids,
-            num_label_tokens=self.num_label_tokens,
-            is_filler=self.is_filler,
-        )
+        """Moves what the model computes on; lengths stay on the CPU."""
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in self._MOVED})
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
-        for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots"):
+        for name in self._MOVED:
             setattr(self, name, getattr(self, name).pin_memory())
         return self

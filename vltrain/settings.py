@@ -231,7 +231,42 @@ def _adapters_nowhere(config: Config) -> bool:
     return config.model.adapter.vision == config.model.adapter.llm == "none"
 
 
+def _is_blip(config: Config) -> bool:
+    return config.model.architecture == "instructblip"
+
+
+def _mode(config: Config, network: str) -> str:
+    return getattr(config.model.instructblip, network).mode
+
+
+def _trains(config: Config, network: str) -> bool:
+    """Whether the own weights of `vision` or `llm` are tuned."""
+    model = config.model
+    if _is_blip(config):
+        return (model.instructblip.vision if network == "vision" else model.instructblip.llm.mode) == "full"
+    return model.tune == "full" or getattr(model, network).train
+
+
+_MMT_SECTIONS = ("model.vision.", "model.llm.", "model.adapter.", "model.neck.", "model.tune")
 _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
+    *(
+        (key, _is_blip, "model.architecture = instructblip reads the section model.instructblip instead")
+        for key in known_keys() if key.startswith(_MMT_SECTIONS)
+    ),
+    *(
+        (key, lambda c: not _is_blip(c), "it is of the architecture instructblip, and model.architecture is mmt")
+        for key in known_keys() if key.startswith("model.instructblip.")
+    ),
+    *(
+        (f"model.instructblip.{network}.{name}", lambda c, network=network, modes=modes: _mode(c, network) not in modes,
+         f"model.instructblip.{network}.mode is not {' or '.join(modes)}")
+        for network in ("qformer", "llm")
+        for name, modes in (("targets", ("lora", "adalora")), ("rank", ("lora",)), ("alpha", ("lora", "adalora")), ("dropout", ("lora", "adalora")))
+    ),
+    *(
+        (key, lambda c: "adalora" not in (_mode(c, "qformer"), _mode(c, "llm")), "neither network's mode is adalora")
+        for key in known_keys() if key.startswith("model.instructblip.adalora.")
+    ),
     ("model.neck.dim", lambda c: c.model.neck.kind == "linear", "model.neck.kind = linear has no hidden width"),
     *(
         (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
@@ -246,8 +281,8 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         for name in ("adapter_len", "adapter_layers")
     ),
     ("model.bits", lambda c: c.model.trains_all, "ViT and LLM are both tuned themselves, in fp32"),
-    ("optim.vision_lr", lambda c: not (c.model.tune == "full" or c.model.vision.train), "the ViT's own weights are not tuned"),
-    ("optim.llm_lr", lambda c: not (c.model.tune == "full" or c.model.llm.train), "the LLM's own weights are not tuned"),
+    ("optim.vision_lr", lambda c: not _trains(c, "vision"), "the ViT's own weights are not tuned"),
+    ("optim.llm_lr", lambda c: not _trains(c, "llm"), "the LLM's own weights are not tuned"),
     ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     ("data.max_images", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     *(

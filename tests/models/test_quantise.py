@@ -160,7 +160,7 @@ def test_every_bit_count_has_its_dtypes() -> None:
             model(mixed_batch()).loss_sum.backward()
     assert choose_dtype("auto", 16) == choose_dtype("bf16", 4) == torch.bfloat16 and choose_dtype("fp32", 4) == torch.float32
     packed = build(4, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in packed.parameters() if not parameter.requires_grad} == {torch.bfloat16, torch.uint8}
+    assert {parameter.dtype for parameter in packed.parameters() if not parameter.requires_grad} == {torch.bfloat16, torch.int8}
     with torch.autocast("cpu", torch.bfloat16):
         packed(mixed_batch()).loss_sum.backward()
 

@@ -8,6 +8,10 @@ Template `mmt` is the input of Eq. 4 of "Multimodal Model Tuning with the Bottle
 `u_m` is the modality embedding (image or text). Template `chat` keeps the tokenizer's own chat template, with the images
 written into the user's text as above. Loss lies on the answers and on the token that ends each of them.
 
+Templates `instructblip` (LLaMA) and `instructblip_t5` are what InstructBLIP was trained on; the prompt goes to its Q-Former, too:
+
+    [V visual tokens] [BOS] prompt   answer [EOS]        T5: no BOS, the prompt ends with EOS, and the decoder predicts the answer
+
 Every piece of text between placeholders, turns and markup is tokenised by itself. So the ids of a prompt are the same whether an
 answer follows or not: what is asked when generating is what was trained on. The price is that no token spans two pieces.
 Only markup can become special tokens; a sample's text that spells one stays text.
@@ -19,6 +23,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -46,10 +51,18 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """How turns become pieces, and which ids end a generated answer."""
+    """How turns become pieces, and which ids end a generated answer.
+
+    modality     whether the modality embedding stands in front
+    instruction  whether a Q-Former reads the prompt too, by `Tokenizer.instruction`
+    padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is predicted, the decoder predicts
+    """
 
     pieces: Callable[[tuple[Turn, ...], Tokenizer, int], Iterator[Piece]]
     stop_ids: Callable[[Tokenizer], tuple[int, ...]]
+    modality: bool = True
+    instruction: bool = False
+    padded: bool = False
 
 
 def _user_pieces(text: str, tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
@@ -128,9 +141,33 @@ def _chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((ids[_closing(ids, tokenizer) - 1], tokenizer.eos_id)))
 
 
+def _prompt_text(turns: tuple[Turn, ...]) -> str:
+    """What an InstructBLIP is asked: the user's text; its images always stand in front."""
+    return _MARKER.sub("", turns[0].text).strip()
+
+
+def _instructblip_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int, *, ends_prompt: bool) -> Iterator[Piece]:
+    if len(turns) != 2:
+        raise InputError(f"found {len(turns)} turns, expected one question and one answer: an InstructBLIP holds no conversation")
+    yield from (Piece([IMAGE_TOKEN] * visual_tokens) for _ in range(turns[0].text.count(IMAGE_MARKER)))
+    opening = [] if tokenizer.bos_id is None or ends_prompt else [tokenizer.bos_id]
+    yield Piece([*opening, *tokenizer.encode(_prompt_text(turns)), *([tokenizer.eos_id] if ends_prompt else [])])
+    yield Piece([*tokenizer.encode(turns[1].text), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
+
+
+def _only_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return (tokenizer.eos_id,)
+
+
 TEMPLATES: dict[str, Template] = {
-    "mmt": Template(pieces=_mmt_pieces, stop_ids=lambda tokenizer: (tokenizer.eos_id,)),
+    "mmt": Template(pieces=_mmt_pieces, stop_ids=_only_eos),
     "chat": Template(pieces=_chat_pieces, stop_ids=_chat_stop_ids),
+    "instructblip": Template(
+        pieces=functools.partial(_instructblip_pieces, ends_prompt=False), stop_ids=_only_eos, modality=False, instruction=True
+    ),
+    "instructblip_t5": Template(
+        pieces=functools.partial(_instructblip_pieces, ends_prompt=True), stop_ids=_only_eos, modality=False, instruction=True, padded=True
+    ),
 }
 
 
@@ -155,7 +192,7 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer, template: str, visual_to
     Returns:
         A Segment: input_ids int32 [L] with placeholders below zero, loss_mask bool [L].
     """
-    return _join(sample, list(_pieces(sample, tokenizer, template, visual_tokens)))
+    return _join(sample, list(_pieces(sample, tokenizer, template, visual_tokens)), tokenizer, template)
 
 
 def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Segment:
@@ -165,7 +202,7 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_to
     """
     pieces = list(_pieces(sample, tokenizer, template, visual_tokens))
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
-    return _join(sample, pieces[:last_answer])
+    return _join(sample, pieces[:last_answer], tokenizer, template)
 
 
 def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Segment:
@@ -179,16 +216,28 @@ def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenize
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
     given = [replace(piece, predicted=False) for piece in pieces[:last_answer]]
     ids = pieces[last_answer].ids
-    return _join(sample, [*given, Piece(ids if whole else ids[: len(ids) - pieces[last_answer].num_closing], predicted=True)])
+    asked = Piece(ids if whole else ids[: len(ids) - pieces[last_answer].num_closing], predicted=True)
+    return _join(sample, [*given, asked], tokenizer, template)
 
 
 def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Iterator[Piece]:
     assert visual_tokens >= 1, visual_tokens
-    yield Piece([IMAGE_MODALITY_TOKEN if sample.images else TEXT_MODALITY_TOKEN])
-    yield from find_template(template).pieces(sample.turns, tokenizer, visual_tokens)
+    found = find_template(template)
+    if found.modality:
+        yield Piece([IMAGE_MODALITY_TOKEN if sample.images else TEXT_MODALITY_TOKEN])
+    try:
+        yield from found.pieces(sample.turns, tokenizer, visual_tokens)
+    except InputError as error:
+        raise InputError(f"sample '{sample.id}', template '{template}': {error}") from None
 
 
-def _join(sample: Sample, pieces: list[Piece]) -> Segment:
+def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: str) -> Segment:
     ids = [token for piece in pieces for token in piece.ids]
     mask = np.repeat([piece.predicted for piece in pieces], [len(piece.ids) for piece in pieces])
-    return Segment(sample_id=sample.id, input_ids=np.array(ids, np.int32), loss_mask=mask, images=sample.images)
+    instruction: dict[str, Any] = {}
+    if find_template(template).instruction:
+        if tokenizer.instruction is None:
+            raise InputError(f"template '{template}' is read by a Q-Former too: it needs a tokenizer for that (--qformer-tokenizer)")
+        read, cut = tokenizer.instruction.encode(_prompt_text(sample.turns))
+        instruction = {"instruction_ids": np.array(read, np.int32), "instruction_cut": cut}
+    return Segment(sample_id=sample.id, input_ids=np.array(ids, np.int32), loss_mask=mask, images=sample.images, **instruction)

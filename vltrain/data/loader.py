@@ -8,7 +8,7 @@ The order is the plan's, whatever the number of workers. What this gives up: dec
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Batch, PackedRow
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Batch, PackedRow, Segment
 
 PREFETCH_PACKS = 4  # per worker
 
@@ -52,6 +52,30 @@ def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
     return _assemble(row, torch.from_numpy(pixels))
 
 
+def batch_of(segments: Sequence[Segment], images: Mapping[str, np.ndarray], image_size: int, blank: bool = False) -> Batch:
+    """A batch of tokenised samples that come from no shard.
+
+    Args:
+        images: by name, uint8 [3, H, W], those that the segments show.
+        blank: give the batch a blank image if they show none.
+    """
+    names = list(dict.fromkeys(name for segment in segments for name in segment.images))
+    instructions = [segment.instruction_ids for segment in segments]
+    has_instruction = any(map(len, instructions))
+    row = PackedRow(
+        input_ids=np.concatenate([segment.input_ids for segment in segments]),
+        loss_mask=np.concatenate([segment.loss_mask for segment in segments]),
+        segment_lengths=np.array([len(segment.input_ids) for segment in segments], np.int32),
+        image_ids=np.arange(len(names), dtype=np.int64),
+        image_slots=np.array([names.index(name) for segment in segments for name in segment.images], np.int32),
+        sample_ids=tuple(segment.sample_id for segment in segments),
+        instruction_ids=np.concatenate(instructions),
+        instruction_lengths=np.array([len(ids) for ids in instructions] if has_instruction else [], np.int32),
+    )
+    shown = [images[name] for name in names]
+    return collate(row, [blank_image(image_size)] if blank and not shown else shown, image_size)
+
+
 def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
     assert len(pixels) == max(len(row.image_ids), min(len(pixels), 1)), (len(pixels), len(row.image_ids))
     lengths = row.segment_lengths.astype(np.int64)
@@ -67,11 +91,22 @@ def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
         segment_lengths=torch.from_numpy(lengths),
+        label_lengths=torch.from_numpy(np.add.reduceat(row.loss_mask, starts, dtype=np.int64)),
         pixels=pixels,
         image_slots=torch.from_numpy(row.image_slots.astype(np.int64)),
+        instruction_ids=_padded(row.instruction_ids, row.instruction_lengths, len(lengths)),
         sample_ids=row.sample_ids,
         num_label_tokens=num_label_tokens,
     )
+
+
+def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor:
+    """Rows one after another -> int64 [num_rows, longest], -1 behind each; [num_rows, 0] where there is none."""
+    if len(lengths) == 0:
+        return torch.empty(num_rows, 0, dtype=torch.int64)
+    rows = np.full((num_rows, int(lengths.max())), -1, np.int64)
+    rows[np.arange(rows.shape[1]) < lengths[:, None]] = ids
+    return torch.from_numpy(rows)
 
 
 def filler(image: bool, image_size: int) -> Batch:
@@ -84,6 +119,8 @@ def filler(image: bool, image_size: int) -> Batch:
         image_ids=np.empty(0, np.int64),
         image_slots=np.empty(0, np.int32),
         sample_ids=("filler",),
+        instruction_ids=np.zeros(1, np.int32),
+        instruction_lengths=np.ones(1, np.int32),
     )
     batch = collate(row, images, image_size)
     batch.is_filler = True

@@ -27,7 +27,7 @@ import pyarrow as pa
 from vltrain.errors import InputError
 from vltrain.schema import PackedRow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, INDEX = "manifest.json", "index.arrow"
 ROWS_PER_BATCH = 64
 PACK_SCHEMA = pa.schema(
@@ -38,6 +38,8 @@ PACK_SCHEMA = pa.schema(
         "image_ids": pa.list_(pa.int64()),
         "image_slots": pa.list_(pa.int32()),
         "sample_ids": pa.list_(pa.string()),
+        "instruction_ids": pa.list_(pa.int32()),
+        "instruction_lengths": pa.list_(pa.int32()),
     }
 )
 IMAGE_SCHEMA = pa.schema({"data": pa.large_binary()})

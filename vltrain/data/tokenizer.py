@@ -17,6 +17,7 @@ from typing import Any
 
 import sentencepiece
 
+from vltrain.data.instruction import InstructionSource, InstructionTokenizer
 from vltrain.errors import InputError
 from vltrain.locate import locate
 
@@ -34,6 +35,7 @@ class Tokenizer(ABC):
     chat_template  Jinja source, or None
     word_prefix    "" where a text's first word is tokenised like a later word (LLaMA), else " "
     fingerprint    SHA-256 (hex) over the vocabulary as used
+    instruction    what a Q-Former reads prompts with, or None; part of the fingerprint
     """
 
     bos_id: int | None
@@ -43,6 +45,7 @@ class Tokenizer(ABC):
     chat_template: str | None = None
     word_prefix: str = ""
     fingerprint: str = ""
+    instruction: InstructionTokenizer | None = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -146,8 +149,8 @@ class TransformersTokenizer(Tokenizer):
             raise InputError(f"the tokenizer's chat template refuses these turns: {error}") from None
 
 
-def load_tokenizer(source: str) -> Tokenizer:
-    """Loads the tokenizer at `source`, in any notation of `vltrain.locate`.
+def load_tokenizer(source: str, instruction: InstructionSource | None = None) -> Tokenizer:
+    """Loads the tokenizer at `source`, in any notation of `vltrain.locate`, and with it a Q-Former's, where there is one.
 
     A `.model` file, or a folder that has `tokenizer.model` and no `tokenizer.json`, is read by sentencepiece; a `.gguf` file by
     transformers' GGUF reader; anything else by AutoTokenizer.
@@ -155,7 +158,15 @@ def load_tokenizer(source: str) -> Tokenizer:
     Raises:
         InputError: nothing loadable there, no end-of-sequence token, or no fast backend.
     """
-    place = locate(source)
+    tokenizer = _load(locate(source))
+    if instruction is not None:
+        tokenizer.instruction = InstructionTokenizer(instruction)
+        both = tokenizer.fingerprint + tokenizer.instruction.fingerprint
+        tokenizer.fingerprint = hashlib.sha256(both.encode()).hexdigest()
+    return tokenizer
+
+
+def _load(place: str) -> Tokenizer:
     path = Path(place)
     if path.is_dir() and (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return SentencePieceTokenizer(path / "tokenizer.model")

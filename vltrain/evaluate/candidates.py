@@ -1,6 +1,6 @@
-"""Candidate answers under a `MultimodalModel`: its LLM's loss on each, for `vltrain.evaluate.ranking`.
+"""Candidate answers under a model of ours: its LLM's loss on each, for `vltrain.evaluate.ranking`.
 
-Each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the
+Of an `InstructBlip` the candidates are segments of one batch, and their losses those of the training's forward. Of a `MultimodalModel` each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the
 right, where causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys and
 values among its candidates, which would save computing and cost the plain forward that training, too, goes through. Images are encoded
 once a batch.
@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from vltrain.data.conversation import encode_candidate
+from vltrain.data.loader import batch_of, filler
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.evaluate.generate import DECODING_THREADS, LoadImage, Sync, encode_together, gather_pixels
 from vltrain.evaluate.ranking import CandidateLosses, RankingItem
 from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.qformer import InstructBlip
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 
@@ -52,10 +54,10 @@ class MultimodalCandidates:
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
             images = dict(zip(names, pool.map(self.load_image, names)))
         pixels, slots = gather_pixels(self.model, rows, images)
-        visual = encode_together(self.model, pixels.to(self.device), sync)
+        visual, slots = encode_together(self.model, pixels.to(self.device), slots.to(self.device), rows, sync)
         input_ids, labelled, modality, left_out = self._pad(rows)
         num_rows, width = input_ids.shape
-        embeds = self.model.embed(input_ids.flatten(), visual, slots.to(self.device)).unflatten(0, (num_rows, width))
+        embeds = self.model.embed(input_ids.flatten(), visual, slots).unflatten(0, (num_rows, width))
         positions = (left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
         hidden = self.model.language_model(embeds, modality, position_ids=positions, use_cache=False).last_hidden_state
         row, place = labelled.nonzero(as_tuple=True)  # place - 1 predicts the token at place
@@ -75,3 +77,37 @@ class MultimodalCandidates:
         padded = [torch.nn.utils.rnn.pad_sequence([row[left_out:] for row in part], batch_first=True) for part in (ids, masks)]
         input_ids, labelled, modality = (tensor.to(self.device) for tensor in (*padded, modality))
         return input_ids, labelled, modality, left_out
+
+
+@dataclass(kw_only=True)
+class BlipCandidates:
+    """A `CandidateModel` for InstructBLIPs.
+
+    model       in evaluation mode, plain or under DeepSpeed at any stage
+    load_image  name -> uint8 [3, H, W] of the model's image size
+    """
+
+    model: InstructBlip
+    tokenizer: Tokenizer
+    load_image: LoadImage
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        assert not self.model.training, "ranking with a model in training mode"
+
+    @torch.no_grad()
+    def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
+        """See `CandidateModel`."""
+        rows = [
+            encode_candidate(item.sample, text, item.whole, self.tokenizer, self.model.template, self.model.visual_tokens)
+            for item in items
+            for text in item.candidates
+        ]
+        names = dict.fromkeys(name for item in items for name in item.sample.images)
+        with ThreadPoolExecutor(DECODING_THREADS) as pool:
+            images = dict(zip(names, pool.map(self.load_image, names)))
+        anyone_has_images = bool(sync(int(len(images) > 0)))
+        size = self.model.image_size
+        batch = batch_of(rows, images, size, blank=anyone_has_images) if rows else filler(anyone_has_images, size)
+        losses = self.model(batch.to(self.device)).segment_losses
+        return CandidateLosses(losses[: len(rows)], batch.label_lengths[: len(rows)])

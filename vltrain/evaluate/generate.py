@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel
+from transformers import DynamicCache, EncoderDecoderCache, LlamaModel
 
 from vltrain.errors import InputError
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.build import AnyModel
+from vltrain.models.qformer import InstructBlip
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 LoadImage = Callable[[str], np.ndarray]
@@ -52,7 +53,7 @@ def alone(value: int) -> int:
 
 @torch.no_grad()  # inference_mode is no faster here, and would leave its tensors in what ZeRO-3 gathers for the training to come
 def generate(
-    model: MultimodalModel,
+    model: AnyModel,
     prompts: Sequence[Segment],
     load_image: LoadImage,
     *,
@@ -92,8 +93,9 @@ def generate(
             images, loading = _start_loading(pool, load_image, [prompts[index] for index in following]), images
             asked = [prompts[index] for index in indices]
             pixels, slots = gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
-            visual = encode_together(model, pixels.to(device), sync)
-            batch_answers = _Decoder(model, asked, visual, slots.to(device), sampling, stop_ids, vocab_size, torch.device(device)).run(sync)
+            visual, slots = encode_together(model, pixels.to(device), slots.to(device), asked, sync)
+            decoder = T5Decoder if isinstance(model, InstructBlip) and model.is_encoder_decoder else _Decoder
+            batch_answers = decoder(model, asked, visual, slots, sampling, stop_ids, vocab_size, torch.device(device)).run(sync)
             for index, answer in zip(indices, batch_answers):
                 answers[index] = answer
             on_answered(len(indices))
@@ -105,7 +107,7 @@ def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: lis
     return {name: pool.submit(load_image, name) for name in names}
 
 
-def gather_pixels(model: MultimodalModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+def gather_pixels(model: AnyModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
     """Each distinct image once: (uint8 [N, 3, H, W], int64 [K] which of them stands at each image run of the batch)."""
     places = {name: place for place, name in enumerate(images)}
     slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
@@ -114,12 +116,21 @@ def gather_pixels(model: MultimodalModel, prompts: list[Segment], images: dict[s
     return torch.from_numpy(np.stack(list(images.values()))), slots
 
 
-def encode_together(model: MultimodalModel, pixels: Tensor, sync: Sync) -> Tensor:
-    """Visual tokens [N, V, d]; a blank image is encoded where only other ranks have images."""
-    anyone_has_images = sync(int(len(pixels) > 0))
-    if anyone_has_images and len(pixels) == 0:
-        model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]))
-    return model.encode_images(pixels)
+def encode_together(model: AnyModel, pixels: Tensor, slots: Tensor, prompts: Sequence[Segment], sync: Sync) -> tuple[Tensor, Tensor]:
+    """Visual tokens of a batch's images; a blank image is encoded where only other ranks have images.
+
+    Args: `pixels` and `slots` as of `gather_pixels`, of these prompts.
+
+    Returns: ([M, V, d], int64 [K] which of them stands at each image run). A Q-Former looks at an image anew for every prompt.
+    """
+    blank = bool(sync(int(len(pixels) > 0))) and len(pixels) == 0
+    states = model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]) if blank else pixels)
+    if not isinstance(model, InstructBlip):
+        return (states[:0] if blank else states), slots
+    asked = [torch.from_numpy(prompt.instruction_ids).long() for prompt in prompts for _ in prompt.images]
+    instruction = torch.nn.utils.rnn.pad_sequence(asked, batch_first=True, padding_value=-1) if asked else torch.empty(0, 2, dtype=torch.int64)
+    visual = model.ask_images(states, slots, instruction.to(slots.device))
+    return visual, torch.arange(len(visual), device=slots.device)
 
 
 class _Decoder:
@@ -135,7 +146,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: MultimodalModel,
+        model: AnyModel,
         prompts: list[Segment],
         visual: Tensor,
         slots: Tensor,
@@ -228,6 +239,26 @@ class _Decoder:
             return logits.argmax(dim=-1)
         uniforms = self.uniforms[self.rows, step].to(self.device)
         return sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
+
+
+class T5Decoder(_Decoder):
+    """One batch under an encoder-decoder: the encoder reads the prompts, the cache holds what the decoder wrote and what it sees of them."""
+
+    def _prefill(self) -> Tensor:
+        num_rows, width = self.input_ids.shape
+        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(0, (num_rows, width))
+        self.is_read = self.mask[:, :width]
+        self.encoded = self.model.llm.encoder(inputs_embeds=embeds, attention_mask=self.is_read).last_hidden_state
+        self.cache = EncoderDecoderCache(DynamicCache(config=self.model.llm.config), DynamicCache(config=self.model.llm.config))
+        return self._decode(self.model.shifted(torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device))[:, 0])
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        arguments = {"use_cache": True, CACHE_ARGUMENT: self.cache}
+        states = self.model.decoder_states(tokens[:, None], self.encoded, self.is_read, **arguments)
+        return self.model.llm.lm_head(states[:, 0])[:, : self.vocab_size]
+
+    def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
+        return tokens  # all rows stay: answers are short beside the prompts, which are read once
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:

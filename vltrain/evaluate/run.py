@@ -20,19 +20,20 @@ from vltrain.config import Config
 from vltrain.data.conversation import encode_prompt, stop_ids
 from vltrain.data.images import open_rgb
 from vltrain.data.tokenizer import Tokenizer
-from vltrain.evaluate.candidates import MultimodalCandidates
+from vltrain.evaluate.candidates import BlipCandidates, MultimodalCandidates
 from vltrain.evaluate.gallery import write_gallery
 from vltrain.evaluate.generate import Sampling, Sync, alone, generate
-from vltrain.evaluate.ranking import rank, to_item
+from vltrain.evaluate.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.report import find_scorer, score_samples, write_report
 from vltrain.evaluate.samples import deal, image_loader, read_image, read_samples, thin_out
 from vltrain.evaluate.scoring import Report
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.build import AnyModel
+from vltrain.models.qformer import InstructBlip
 from vltrain.schema import Sample
 
 
 def evaluate_split(
-    model: MultimodalModel,
+    model: AnyModel,
     samples_file: Path,
     tokenizer: Tokenizer,
     config: Config,
@@ -73,7 +74,7 @@ def evaluate_split(
 
 
 def predict(
-    model: MultimodalModel,
+    model: AnyModel,
     samples: list[Sample],
     tokenizer: Tokenizer,
     config: Config,
@@ -105,7 +106,7 @@ def predict(
 
 
 def _generate(
-    model: MultimodalModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
+    model: AnyModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
     *, sync: Sync, on_answered: Callable[[int], None],
 ) -> list[str]:  # fmt: skip
     """The text that the model writes in answer to each sample."""
@@ -128,12 +129,16 @@ def _generate(
 
 
 def _rank(
-    model: MultimodalModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
+    model: AnyModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
     *, sync: Sync, on_answered: Callable[[int], None],
 ) -> list[str]:  # fmt: skip
     """The likeliest candidate of each sample."""
     load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels)
-    candidates = MultimodalCandidates(model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=device)
+    place = {"tokenizer": tokenizer, "load_image": load_image, "device": device}
+    if isinstance(model, InstructBlip):
+        candidates: CandidateModel = BlipCandidates(model=model, **place)
+    else:
+        candidates = MultimodalCandidates(model=model, template=config.data.template, **place)
     items = [to_item(sample, str(samples_file)) for sample in samples]
     settings = {"batch_size": config.eval.batch_size, "normalise_length": config.eval.normalise_length}
     winners = rank(candidates, items, **settings, sync=sync, on_answered=on_answered)

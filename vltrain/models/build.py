@@ -15,20 +15,23 @@ from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
+from vltrain.models.build_blip import blip_part_of, build_blip, check_blip_sources
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
 from vltrain.models.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
 from vltrain.models.lora import insert_peft, is_peft_parameter, peft_parameters
 from vltrain.models.materialise import RandomWeights, Weights, assert_materialised, empty_model
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
+from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights, quantise_linears
 from vltrain.models.random import seeded
 from vltrain.models.vision import VISION_NORMS, ClipTaps, vision_units
 from vltrain.models.weights import clip_config, llama_config, open_clip, open_llama
 from vltrain.ops.attention import choose_attention
 
+AnyModel: TypeAlias = MultimodalModel | InstructBlip
 Place: TypeAlias = Callable[[nn.Module], None] | None
-PARTS = ("adapter", "peft", "neck", "modality", "vision", "llm")
+PARTS = ("adapter", "peft", "neck", "modality", "bridge", "qformer", "vision", "llm")
 MODALITY_STD = 0.02  # as LLaMA's own token embeddings
 
 
@@ -41,7 +44,7 @@ def build_model(
     device: torch.device | str = "cpu",
     runs_on: torch.device | str | None = None,
     place: Place = None,
-) -> MultimodalModel:
+) -> AnyModel:
     """The model of a recipe, in training mode.
 
     Each unit of the networks (embeddings, a block, the head) gets its weights, is quantised, gets its adapters and is placed, in this
@@ -56,11 +59,16 @@ def build_model(
 
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
     """
+    runs_on = device if runs_on is None else runs_on
+    if model.architecture == "instructblip":
+        return build_blip(
+            model, dtype=dtype, activation_checkpointing=activation_checkpointing, device=device, runs_on=runs_on, place=place
+        )
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         clip = _empty_clip(model)
         vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing)
-        llm = _empty_llm(model, device if runs_on is None else runs_on)
+        llm = _empty_llm(model, runs_on)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
         prepare_llm(llm, activation_checkpointing, routing)
@@ -83,13 +91,16 @@ def build_model(
     return built.train()
 
 
-def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu") -> MultimodalModel:
+def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu") -> AnyModel:
     """The model on the meta device, after everything was checked that shows without reading weights: settings, files, names, shapes.
 
     Raises: what `build_model` raises.
     """
     if model.bits in QUANTISED_BITS:
         bitsandbytes()
+    if model.architecture == "instructblip":
+        check_blip_sources(model)
+        return build_model(model, device="meta", runs_on=runs_on)
     _open_weights(model, _empty_clip(model), _empty_llm(model, runs_on), torch.float32)
     return build_model(model, device="meta", runs_on=runs_on)
 
@@ -161,7 +172,9 @@ def _load(
 
 
 def part_of(name: str) -> str:
-    """Which of `PARTS` the parameter of that name (of `MultimodalModel.named_parameters`) belongs to."""
+    """Which of `PARTS` the parameter of that name (of a built model's `named_parameters`) belongs to."""
+    if name.startswith(("qformer.", "queries.", "projection.", "vision.post_layernorm.")):
+        return blip_part_of(name)
     if ".adapter." in name:
         return "adapter"
     if is_peft_parameter(name):
@@ -179,7 +192,7 @@ def trained_parts(model: ModelConfig) -> set[str]:
     return parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
 
 
-def count_parameters(model: MultimodalModel) -> dict[str, tuple[int, int]]:
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """By part: (parameters, trained parameters). A tied weight is counted once."""
     counts = {part: (0, 0) for part in PARTS}
     for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from vltrain.models.lora import lora_factors, plain_attention
+from vltrain.models.lora import low_rank_factors, plain_attention
 from vltrain.models.quantise import num_weights
 from vltrain.models.vision import ClipTaps
 
@@ -111,32 +111,32 @@ def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
     return 2.0 * num_weights(weight) * (1 + weight.requires_grad + needs_grad)
 
 
-def _linear(linear: nn.Linear, *, needs_grad: bool) -> float:
-    """A row through a linear layer and, where it has LoRA, through A and B, between which there is always a gradient."""
+def linear_flops(linear: nn.Linear, *, needs_grad: bool) -> float:
+    """A row through a linear layer and, where it has LoRA or AdaLoRA, through A and B, between which there is always a gradient."""
     total = _matrix(linear.weight, needs_grad=needs_grad)
-    for factor, factor_needs_grad in zip(lora_factors(linear), (needs_grad, True)):
-        total += _matrix(factor.weight, needs_grad=factor_needs_grad)
+    for factor, factor_needs_grad in zip(low_rank_factors(linear), (needs_grad, True)):
+        total += _matrix(factor, needs_grad=factor_needs_grad)
     return total
 
 
 def _block(layers: _Layers, grad: bool) -> _Count:
     """One pre-norm transformer block. `grad`: do the states that enter need a gradient?"""
     normed_cost, normed_grad = _norm(layers.attention_norm, grad)
-    query = _linear(layers.queries, needs_grad=normed_grad)
-    key = normed_cost + sum(_linear(linear, needs_grad=normed_grad) for linear in layers.keys_values)
+    query = linear_flops(layers.queries, needs_grad=normed_grad)
+    key = normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.keys_values)
     mixed_grad = normed_grad or _trained(layers.queries, *layers.keys_values)
     # Scores and their use: two products of `width` numbers each; backward, two for each of those.
     pair = 4.0 * layers.queries.out_features * (3 if mixed_grad else 1)
     # Prompts have a gradient, so both of their products have both of theirs.
     query += layers.prompts * 4.0 * layers.queries.out_features * 3
     mixed_grad = mixed_grad or layers.prompts > 0
-    query += _linear(layers.attention_out, needs_grad=mixed_grad)
+    query += linear_flops(layers.attention_out, needs_grad=mixed_grad)
     grad = grad or mixed_grad or _trained(layers.attention_out)
 
     normed_cost, normed_grad = _norm(layers.ffn_norm, grad)
-    query += normed_cost + sum(_linear(linear, needs_grad=normed_grad) for linear in layers.ffn_in)
+    query += normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.ffn_in)
     inner_grad = normed_grad or _trained(*layers.ffn_in)
-    query += _linear(layers.ffn_out, needs_grad=inner_grad)
+    query += linear_flops(layers.ffn_out, needs_grad=inner_grad)
     return _Count(query, key, pair, grad or inner_grad or _trained(layers.ffn_out))
 
 

@@ -15,9 +15,10 @@ their place; what wraps one keeps it as `base_layer` (LoRA), what wraps an atten
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from vltrain.config import PeftConfig
@@ -27,6 +28,7 @@ from vltrain.models.random import seeded
 # peft imports bitsandbytes where it is installed, which on some CPUs warns of a kernel that it does well without.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 from peft import LoraConfig  # noqa: E402
+from peft.tuners.adalora.layer import SVDLinear  # noqa: E402
 from peft.tuners.adaption_prompt import AdaptedAttention  # noqa: E402
 from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
 
@@ -110,6 +112,26 @@ def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
 def lora_factors(linear: nn.Module) -> tuple[nn.Linear, ...]:
     """(A, B) of a linear layer with LoRA, () of a plain one."""
     return (linear.lora_A[LORA_NAME], linear.lora_B[LORA_NAME]) if isinstance(linear, LoraLinear) else ()
+
+
+def low_rank_factors(linear: nn.Module) -> tuple[Tensor, ...]:
+    """The matrices (A, B) of a linear layer with LoRA or AdaLoRA, () of a plain one."""
+    if isinstance(linear, SVDLinear):
+        return linear.lora_A[LORA_NAME], linear.lora_B[LORA_NAME]
+    return tuple(factor.weight for factor in lora_factors(linear))
+
+
+def outer_linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear layer under `root`, in order; of one with LoRA or AdaLoRA what wraps it, and not the layer inside."""
+    inside = None
+    for name, module in root.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, (LoraLinear, SVDLinear)):
+            inside = f"{name}."
+            yield name, module
+        elif isinstance(module, nn.Linear):
+            yield name, module
 
 
 def plain_attention(attention: nn.Module) -> tuple[nn.Module, int]:

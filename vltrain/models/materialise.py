@@ -29,13 +29,17 @@ class Weights(Protocol):
         """Gives every parameter of a unit that is still on the meta device memory on the CPU, and its value in `dtype`.
 
         Args:
-            name: the unit's in its network; the unit is still as transformers made it.
+            name: the unit's in its network, "" for the network itself; the unit is still as transformers made it.
         """
         ...
 
 
-def empty_model(model_class: type[Model], config: PreTrainedConfig, attention: str) -> Model:
-    """The network with every parameter on the meta device. Its buffers (rotary frequencies, position ids) are real."""
+def empty_model(model_class: type[Model], config: PreTrainedConfig, attention: str | dict[str, str]) -> Model:
+    """The network with every parameter on the meta device. Its buffers (rotary frequencies, position ids) are real.
+
+    Args:
+        attention: transformers' name of it; of a network of several, by the name of each one's config.
+    """
     with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):  # constructors draw what is thrown away here
         return model_class._from_config(config, attn_implementation=attention).eval()
 
@@ -45,7 +49,7 @@ def fill_by_name(name: str, unit: nn.Module, dtype: torch.dtype, write: Write) -
     """`Weights.fill` where each weight is written by itself."""
     for inner, parameter in list(unit.named_parameters()):
         if parameter.is_meta:
-            write(f"{name}.{inner}", materialise(unit, inner, dtype))
+            write(f"{name}.{inner}" if name else inner, materialise(unit, inner, dtype))
 
 
 def materialise(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:

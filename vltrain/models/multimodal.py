@@ -85,7 +85,7 @@ class MultimodalModel(nn.Module):
         if len(visual) == 0:
             return embeds
         shown = visual.index_select(0, image_slots).flatten(0, 1).to(embeds.dtype)  # [K * V, d]
-        return embeds.index_copy(0, _places(input_ids == IMAGE_TOKEN, len(shown)), shown)
+        return embeds.index_copy(0, places(input_ids == IMAGE_TOKEN, len(shown)), shown)
 
     def forward(self, batch: Batch) -> LossOutput:
         """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
@@ -95,7 +95,7 @@ class MultimodalModel(nn.Module):
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
         owner = owner.to(embeds.device, non_blocking=True)
         hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)
-        labelled = _places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+        labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
         loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
         if batch.is_filler:
             loss_sum = loss_sum * 0.0
@@ -147,7 +147,7 @@ class MultimodalModel(nn.Module):
         assert places == shown, f"{places} visual places for {len(batch.image_slots)} images of {self.visual_tokens} tokens"
 
 
-def _places(holds: Tensor, count: int) -> Tensor:
+def places(holds: Tensor, count: int) -> Tensor:
     """Where `holds` (bool [T]) is true, int64 [count]. That it is `count` times is known: the device need not be asked."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=holds.device)

@@ -117,7 +117,8 @@ class Nf4Linear(FrozenLinear):
         weight, state = bitsandbytes().functional.quantize_4bit(
             linear.weight.detach(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        # As int8: transformers' T5 casts states to the dtype of its last matrix, whatever it is but int8.
+        self.weight = nn.Parameter(weight.view(torch.int8), requires_grad=False)
         self.weight.num_packed = linear.weight.numel()
         for name, value in (("absmax", state.absmax), ("code", state.code), ("offset", state.offset),
                             ("nested_absmax", state.state2.absmax), ("nested_code", state.state2.code)):  # fmt: skip
@@ -134,11 +135,11 @@ class Nf4Linear(FrozenLinear):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         # As one row: a kernel for CPUs takes rows that no whole number of blocks fills for others' scales.
-        weight = bitsandbytes().functional.dequantize_4bit(self.weight, self._state((1, self.out_features * self.in_features)))
+        weight = bitsandbytes().functional.dequantize_4bit(self.weight.view(torch.uint8), self._state((1, self.out_features * self.in_features)))
         return weight.view(self.out_features, self.in_features).to(dtype)
 
     def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return bitsandbytes().matmul_4bit(x, self.weight, quant_state=self._state((self.out_features, self.in_features)), bias=bias)
+        return bitsandbytes().matmul_4bit(x, self.weight.view(torch.uint8), quant_state=self._state((self.out_features, self.in_features)), bias=bias)
 
 
 @torch.no_grad()

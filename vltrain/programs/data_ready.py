@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 from vltrain.config import Config
+from vltrain.data.instruction import SUBFOLDER, InstructionSource
+from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
 
@@ -52,10 +54,23 @@ def _require_same_options(config: Config, folder: Path) -> None:
             raise InputError(f"data.options.{name}: has no effect on {folder}: {found}; name another data.root, or remove the folder")
 
 
+def tokenizer_sources(config: Config) -> tuple[str, InstructionSource | None]:
+    """Where the LLM's tokenizer is, and the Q-Former's where there is one: the arguments of `load_tokenizer`."""
+    if config.model.architecture == "mmt":
+        source = config.model.llm.tokenizer or config.model.llm.source
+        assert source is not None, "LLMConfig asks for one of them"
+        return source, None
+    blip = config.model.instructblip
+    source, read_with = blip.tokenizer or blip.source, blip.qformer_tokenizer or blip.source
+    assert source is not None and read_with is not None, "InstructBlipConfig asks for them"
+    subfolder = "" if blip.qformer_tokenizer else SUBFOLDER
+    return source, InstructionSource(source=read_with, subfolder=subfolder, max_tokens=blip.qformer_tokens)
+
+
 def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:
     """Where the packs of a recipe are: a folder named after everything that they depend on."""
     data = config.data
-    depends_on = [tokenizer.fingerprint, data.template, visual_tokens, data.pack_length, data.max_images]
+    depends_on = [FORMAT_VERSION, tokenizer.fingerprint, data.template, visual_tokens, data.pack_length, data.max_images]
     if data.over_long == "drop":  # packs made under `error` hold every sample
         depends_on.append("drop")
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
@@ -90,9 +105,9 @@ def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> No
     from data_prep.pack import OVER_LONG, pack
 
     logger.info("data: packing %s into %s", samples, folder)
+    source, instruction = tokenizer_sources(config)
     manifest = pack(
-        samples, config.model.llm.tokenizer or config.model.llm.source, config.data.template, visual_tokens,
-        config.data.pack_length, folder, max_images=config.data.max_images, over_long=config.data.over_long,
+        samples, source, config.data.template, visual_tokens, instruction=instruction, pack_length=config.data.pack_length, output=folder, max_images=config.data.max_images, over_long=config.data.over_long,
         max_image_pixels=config.data.max_image_pixels,
     )
     if manifest.over_long:

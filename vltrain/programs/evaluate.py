@@ -27,7 +27,7 @@ from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
 from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
-from vltrain.programs.data_ready import ready_samples
+from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 
 RUN_OPTIONS: dict[str, Option] = {
@@ -91,7 +91,7 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
     split = settings.options["split"] or config.data.test_split
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
-    tokenizer = load_tokenizer(_tokenizer_source(config))
+    tokenizer = load_tokenizer(*tokenizer_sources(config))
     samples_file = ready_samples(config, split)
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
     model = build_model(config.model, dtype=dtype, runs_on=place)
@@ -128,8 +128,3 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
         raise InputError(f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
     return newest
 
-
-def _tokenizer_source(config: Config) -> str:
-    source = config.model.llm.tokenizer or config.model.llm.source
-    assert source is not None, "LLMConfig asks for one of them"
-    return source

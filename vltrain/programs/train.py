@@ -10,16 +10,18 @@ import os
 from pathlib import Path
 
 from vltrain.config import Config
+from vltrain.data.conversation import TEMPLATES
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.run import evaluate_split
-from vltrain.models.build import build_model, count_parameters, outline_model
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.build import AnyModel, build_model, count_parameters, outline_model
+from vltrain.models.build_blip import full_qformer_size
+from vltrain.models.qformer import InstructBlip
 from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples
+from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
@@ -55,11 +57,11 @@ def run(settings: Settings) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         make_run_folder(folder)
     checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
-    tokenizer = load_tokenizer(config.model.llm.tokenizer or config.model.llm.source)
+    tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
     outline = outline_model(config.model, device())
-    _require_tokenizer_fits(tokenizer, outline)
+    _require_data_fits(config, tokenizer, outline)
     dataset = open_packs(config, tokenizer, outline.visual_tokens)
     parameters = count_parameters(outline)
     rank, world_size = init_distributed()
@@ -73,6 +75,8 @@ def run(settings: Settings) -> None:
     if rank == 0:
         write_provenance(folder, resolved_config=dump_config(config), ds_config=ds_json, world_size=world_size, parameters=parameters)
         _announce(trainer, parameters, dataset, checkpoint)
+        if isinstance(outline, InstructBlip):
+            _tell_share(parameters, full_qformer_size(outline))
     trainer.train()
     trainer.run_evaluation(trainer.plan.num_steps)
     trainer.monitor.close()
@@ -113,10 +117,25 @@ def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Pack
     return dataset
 
 
-def _require_tokenizer_fits(tokenizer: Tokenizer, model: MultimodalModel) -> None:
+def _require_data_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) -> None:
+    """Tokenizers and template belong to the model. Raises InputError."""
+    is_blip = isinstance(model, InstructBlip)
     rows = model.llm.config.vocab_size
     if tokenizer.vocab_size > rows:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens but the LLM embeds {rows}: they do not belong together (model.llm.tokenizer)")
+        key = "model.instructblip.tokenizer" if is_blip else "model.llm.tokenizer"
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens but the LLM embeds {rows}: they do not belong together ({key})")
+    wanted = (model.template,) if is_blip else [name for name, template in TEMPLATES.items() if not template.instruction]
+    if config.data.template not in wanted:
+        raise InputError(f"data.template: found '{config.data.template}', expected {' or '.join(wanted)}, which this model reads")
+    if not is_blip:
+        return
+    sizes, read = model.config.qformer_config, tokenizer.instruction
+    if read is None or read.vocab_size > sizes.vocab_size:
+        found = f"the Q-Former's tokenizer has {read and read.vocab_size} tokens but the Q-Former embeds {sizes.vocab_size}"
+        raise InputError(f"{found}: they do not belong together (model.instructblip.qformer_tokenizer)")
+    if config.model.instructblip.qformer_tokens > sizes.max_position_embeddings:
+        found = f"found {config.model.instructblip.qformer_tokens}, but the Q-Former has positions for {sizes.max_position_embeddings}"
+        raise InputError(f"model.instructblip.qformer_tokens: {found}")
 
 
 def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> None:
@@ -128,6 +147,13 @@ def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_sampl
     )
     if report is not None:
         logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+
+
+def _tell_share(parameters: dict[str, tuple[int, int]], full: int) -> None:
+    """The paper's percentages: of low-rank updates, and of everything trained, against full tuning of the Q-Former."""
+    updates, trained = parameters["peft"][1], sum(trained for _, trained in parameters.values())
+    told = "of full Q-Former tuning (%s): low-rank updates %s (%.2f%%), everything trained %s (%.2f%%)"
+    logger.info(told, f"{full:,}", f"{updates:,}", 100 * updates / full, f"{trained:,}", 100 * trained / full)
 
 
 def _announce(trainer: Trainer, parameters: dict[str, tuple[int, int]], dataset: PackedDataset, checkpoint: Checkpoint | None) -> None:

@@ -20,8 +20,7 @@ from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
-from vltrain.models.build import part_of
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.build import AnyModel, part_of
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
 from vltrain.train.engine import Engine, whole
@@ -112,7 +111,7 @@ def _num_positions(plan: Any) -> int:
     return plan.num_tokens + 2 * int((plan.packs < 0).sum())
 
 
-def pack_cost(model: MultimodalModel) -> PackCost:
+def pack_cost(model: AnyModel) -> PackCost:
     """What a pack costs, in FLOPs, for the deal of packs to ranks. Label positions are few and left out."""
     flops = model.flops()
     return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
@@ -122,14 +121,20 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     """What must be equal for two runs to have the same steps: not ranks, ZeRO stage, workers, logging or evaluation."""
     train = {name: getattr(config.train, name) for name in ("epochs", "max_steps", "packs_per_step", "precision", "seed")}
     model = dataclasses.asdict(config.model)
-    model["llm"].pop("attention")
-    model["adapter"].pop("impl")
+    if config.model.architecture == "instructblip":
+        model["instructblip"].pop("attention")
+        for section in ("vision", "llm", "adapter", "neck", "tune"):
+            del model[section]
+    else:
+        del model["architecture"], model["instructblip"]
+        model["llm"].pop("attention")
+        model["adapter"].pop("impl")
     identity = {"model": model, "optim": dataclasses.asdict(config.optim), "train": train, "data": dataset.manifest.checksum}
     return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: tuples are lists there
 
 
 def make_trainer(
-    config: Config, ds_json: dict[str, Any], *, model: MultimodalModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
+    config: Config, ds_json: dict[str, Any], *, model: AnyModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
     rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], None],
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.

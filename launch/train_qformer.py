@@ -1,0 +1,11 @@
+#!/usr/bin/env python3
+"""Q-Former tuning of InstructBLIP: `deepspeed launch/train_qformer.py --ds ds_configs/zero2.json [--recipe FILE] [--KEY VALUE ...]`."""
+
+import sys
+from pathlib import Path
+
+from vltrain.programs.train import main
+
+if __name__ == "__main__":
+    recipe = Path(__file__).resolve().parent / "recipes" / "qformer_shapes.yaml"
+    sys.exit(main(sys.argv[1:], program="launch/train_qformer.py", default_recipe=recipe))

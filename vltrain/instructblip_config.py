@@ -1,0 +1,114 @@
+"""What a recipe may say of an InstructBLIP: `model.instructblip`, read where `model.architecture` is `instructblip`.
+
+Paper: "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks": LoRA and AdaLoRA on the Q-Former, the LLM, or both.
+Query tokens, the norm behind the ViT and the projection into the LLM are always tuned, as there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vltrain.errors import InputError, require
+
+Mode = Literal["frozen", "full", "lora", "adalora"]
+QFormerTarget = Literal["self", "cross", "ffn"]
+LanguageTarget = Literal["attn", "ffn"]
+
+
+@dataclass(kw_only=True)
+class QFormerTuning:
+    """How the Q-Former is tuned."""
+
+    mode: Mode = "lora"
+    """frozen; full: all its own weights; lora, adalora: low-rank updates of the linear layers in `targets`, by peft."""
+    targets: tuple[QFormerTarget, ...] = ("self", "cross", "ffn")
+    """self: query and value of self-attention; cross: query, key, value and output of cross-attention; ffn: both matrices of both FFNs, that
+    of the queries and that of the text."""
+    rank: int = 8
+    """lora: rank r (the paper: 1, 2, 4, 8). adalora has `model.instructblip.adalora.init_rank` and `target_rank`."""
+    alpha: float = 8.0
+    """Updates are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on what the updates read."""
+
+    def __post_init__(self) -> None:
+        _check_low_rank("model.instructblip.qformer", self)
+
+
+@dataclass(kw_only=True)
+class LanguageTuning:
+    """How the LLM is tuned."""
+
+    mode: Mode = "frozen"
+    """As `model.instructblip.qformer.mode`."""
+    targets: tuple[LanguageTarget, ...] = ("attn", "ffn")
+    """attn: query and value (of T5: of self- and cross-attention); ffn: the three matrices of the FFN."""
+    rank: int = 8
+    """lora: rank r."""
+    alpha: float = 8.0
+    """Updates are scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on what the updates read."""
+
+    def __post_init__(self) -> None:
+        _check_low_rank("model.instructblip.llm", self)
+
+
+def _check_low_rank(key: str, tuning: QFormerTuning | LanguageTuning) -> None:
+    require(tuning.rank >= 1, f"{key}.rank", tuning.rank, "a positive number")
+    require(tuning.alpha > 0, f"{key}.alpha", tuning.alpha, "a positive number")
+    require(0 <= tuning.dropout < 1, f"{key}.dropout", tuning.dropout, "a number in [0, 1)")
+    distinct = 0 < len(tuning.targets) == len(set(tuning.targets))
+    require(distinct, f"{key}.targets", list(tuning.targets), "one or more sublayers, each once")
+
+
+@dataclass(kw_only=True)
+class AdaLoraSchedule:
+    """When and how far AdaLoRA prunes."""
+
+    init_rank: int = 12
+    target_rank: int = 8
+
+
+@dataclass(kw_only=True)
+class InstructBlipConfig:
+    """ViT, Q-Former and LLM (Flan-T5 or a LLaMA such as Vicuna) in transformers' layout."""
+
+    source: str | None = None
+    """Folder or hub name of an InstructBLIP; null: random weights of the sizes in `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """For random weights: transformers' InstructBlipConfig, i.e. vision_config, qformer_config, text_config (with model_type t5 or llama) and
+    num_query_tokens."""
+    tokenizer: str | None = None
+    """Where the LLM's tokenizer is, if not beside the weights; required with random weights."""
+    qformer_tokenizer: str | None = None
+    """Where the Q-Former's tokenizer is; null: `qformer_tokenizer` beside the weights. Required with random weights."""
+    qformer_tokens: int = 128
+    """Tokens of the prompt that the Q-Former reads, at most (the paper's code: 128; it has positions for 512). What is beyond is cut off for
+    the Q-Former alone, and counted when packing; the LLM reads the whole."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
+    dropout: float | None = None
+    """Every dropout rate of ViT, Q-Former and LLM while training; null: as their config says (the released ones: 0.1 in Q-Former and T5)."""
+    vision: Literal["frozen", "full"] = "frozen"
+    """full: also tune the ViT's own weights (the paper does not)."""
+    qformer: QFormerTuning = field(default_factory=QFormerTuning)
+    llm: LanguageTuning = field(default_factory=LanguageTuning)
+    adalora: AdaLoraSchedule = field(default_factory=AdaLoraSchedule)
+
+    def __post_init__(self) -> None:
+        require(self.qformer_tokens >= 3, "model.instructblip.qformer_tokens", self.qformer_tokens, "at least 3")
+        fits = self.dropout is None or 0 <= self.dropout < 1
+        require(fits, "model.instructblip.dropout", self.dropout, "null or a number in [0, 1)")
+
+    def require_source(self) -> None:
+        """Raises InputError if it is not said where the model comes from; asked only where the architecture is this one."""
+        if (self.source is None) != bool(self.config):
+            raise InputError(
+                f"model.instructblip: found source {self.source!r} and config {self.config!r:.60}, expected either `source` (weights to load) or "
+                "`config` (sizes of random ones)"
+            )
+        for name in ("tokenizer", "qformer_tokenizer"):
+            if self.source is None and getattr(self, name) is None:
+                raise InputError(f"model.instructblip.{name}: found None, expected a tokenizer's place, since random weights bring none")

@@ -1,0 +1,82 @@
+"""LoRA and AdaLoRA by peft in an InstructBLIP's Q-Former and LLM, at exactly the linear layers that the paper's grid names.
+
+lora     W x + (alpha / r) B A x (Hu et al. 2021, https://arxiv.org/abs/2106.09685); B starts at zero.
+adalora  W x + (alpha / r) B (E * A) x with A [r, in], E [r, 1], B [out, r] (Zhang et al. 2023, https://arxiv.org/abs/2303.10512); E starts at zero,
+         and `vltrain.train.adalora` zeroes its least important entries in the course of the training.
+
+Layers are told by their whole names within a block: a suffix such as `output.dense` would also hit attention outputs. They are put in one
+by one, without peft's model wrappers, so names of parameters keep their beginnings, and quantised layers fit.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from vltrain.instructblip_config import LanguageTuning, QFormerTuning
+from vltrain.models.random import seeded
+
+# peft imports bitsandbytes where it is installed, which on some CPUs warns of a kernel that it does well without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+from peft import AdaLoraConfig, LoraConfig  # noqa: E402
+from peft.tuners.adalora.layer import SVDLinear  # noqa: E402
+from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
+
+NAME = "default"  # peft's name of a layer's first, here only, update
+ATTENTION = {"q_proj", "v_proj"}
+# By network and target: names of linear layers within a block. A block has some of them; T5's decoder counts its sublayers one further.
+TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "qformer": {
+        "self": ("attention.attention.query", "attention.attention.value"),
+        "cross": (
+            "crossattention.attention.query", "crossattention.attention.key", "crossattention.attention.value", "crossattention.output.dense",
+        ),
+        "ffn": ("intermediate.dense", "output.dense", "intermediate_query.dense", "output_query.dense"),
+    },
+    "llama": {
+        "attn": ("self_attn.q_proj", "self_attn.v_proj"),
+        "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    },
+    "t5": {
+        "attn": ("layer.0.SelfAttention.q", "layer.0.SelfAttention.v", "layer.1.EncDecAttention.q", "layer.1.EncDecAttention.v"),
+        "ffn": tuple(f"layer.{place}.DenseReluDense.{name}" for place in (1, 2) for name in ("wi", "wi_0", "wi_1", "wo")),
+    },
+}  # fmt: skip
+
+
+def targeted(network: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the linear layers, within a block, that `targets` mean in a network of `TARGETS`."""
+    return tuple(name for target in targets for name in TARGETS[network][target])
+
+
+def insert_low_rank(
+    block: nn.Module, name: str, network: str, tuning: QFormerTuning | LanguageTuning, init_rank: int, seed: int
+) -> int:
+    """Puts what `tuning` asks for into a block, in place; nothing where its mode is neither lora nor adalora.
+
+    Args:
+        name: the block's, from which with `seed` its factors are drawn.
+        network: a key of `TARGETS`.
+        init_rank: of AdaLoRA before it prunes.
+
+    Returns: how many layers were wrapped. Their factors have their layer's dtype or fp32, as peft finds right.
+    """
+    if tuning.mode not in ("lora", "adalora"):
+        return 0
+    wanted = set(targeted(network, tuning.targets))
+    layers = [(inner, module) for inner, module in block.named_modules() if inner in wanted]
+    for inner, linear in layers:
+        parent, _, leaf = inner.rpartition(".")
+        with seeded(seed, f"peft/{name}/{inner}"):
+            setattr(block.get_submodule(parent), leaf, _wrapped(linear, tuning, init_rank))
+    return len(layers)
+
+
+def _wrapped(linear: nn.Module, tuning: QFormerTuning | LanguageTuning, init_rank: int) -> nn.Module:
+    if tuning.mode == "lora":
+        settings = LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout)
+        return LoraLinear(linear, NAME, config=settings, r=tuning.rank, lora_alpha=tuning.alpha)
+    # Schedule and target rank are the allocator's; peft's layer has only the first rank, and wants a length of the run to be named.
+    settings = AdaLoraConfig(init_r=init_rank, target_r=max(1, init_rank - 1), total_step=1, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout)
+    return SVDLinear(linear, NAME, config=settings, r=init_rank, lora_alpha=tuning.alpha)
