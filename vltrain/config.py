@@ -273,8 +273,14 @@ class TrainConfig:
     save_every_steps: int = 200
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    async_save: bool = False
+    """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
     eval_every_steps: int = 0
-    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end."""
+    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end. Each evaluated step is saved first."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best evaluation, beside the newest; `checkpoints/best` names it."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row that are not better than the best one before them; null: never."""
 
     def __post_init__(self) -> None:
         for name in ("packs_per_step", "log_every_steps", "save_every_steps", "keep_checkpoints"):
@@ -282,6 +288,11 @@ class TrainConfig:
         _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
         _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
+        patience = self.early_stopping_patience
+        _require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "at least 1, or null")
+        if self.eval_every_steps == 0 and (self.keep_best or patience is not None):
+            name = "keep_best" if self.keep_best else "early_stopping_patience"
+            raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it too, or leave this out")
 
 
 @dataclass(kw_only=True)

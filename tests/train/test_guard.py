@@ -14,16 +14,16 @@ from vltrain.train.guard import FiniteGuard, StepResult
 
 rank, world_size = init_distributed()
 seen = []
-guard = FiniteGuard(lambda *values: seen.append(values))
+guard = FiniteGuard(lambda read: seen.append((read.step, read.loss, read.grad_norm, read.lr, read.label_tokens, read.samples)))
 
 def result(step, losses, grad_norm=1.0):
     return StepResult(step=step, losses=[torch.tensor(sum(losses))], segment_losses=[torch.tensor(losses)],
-                      sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4, grad_norm=grad_norm, lr=0.1)
+                      sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4, own_label_tokens=4, samples=(1, 2**32 - 1, 3, 4), grad_norm=grad_norm, lr=0.1)
 
 guard.push(result(0, [1.0, 1.0]))
 assert seen == []  # one step late
 guard.push(result(1, [2.0, 2.0]))
-assert seen == [(0, 0.5 * world_size, 1.0, 0.1)], seen
+assert seen == [(0, 0.5 * world_size, 1.0, 0.1, 4 * world_size, "00000001ffffffff0000000300000004")], seen
 kind = sys.argv[1]
 bad = {"sample": [1.0, float("nan") if rank == world_size - 1 else 1.0], "gradient": [3.0, 9.0 + rank]}[kind]
 guard.push(result(2, bad, float("inf") if kind == "gradient" else 1.0))

@@ -1,6 +1,6 @@
 """`vltrain evaluate` and launch/evaluate.py.
 
-    vltrain evaluate RUN [--split test] [--checkpoint FOLDER|none] [--json OUT] [--eval.batch_size 64 ...]
+    vltrain evaluate RUN [--split test] [--checkpoint FOLDER|best|none] [--json OUT] [--eval.batch_size 64 ...]
     vltrain evaluate --predictions FILE --data FOLDER [--split test] [--json OUT]
 
 The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a
@@ -28,11 +28,15 @@ from vltrain.models.build import build_model
 from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import ready_samples
+from vltrain.train.retention import BEST, pointed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 
 RUN_OPTIONS: dict[str, Option] = {
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
-    "checkpoint": Option("a checkpoint's folder, or none for the model before tuning; left out: the run's newest", metavar="{FOLDER,none}"),
+    "checkpoint": Option(
+        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning; left out: the "
+        "run's newest", metavar="{FOLDER,best,none}",
+    ),
     "json": Option("also write the figures to this file", metavar="FILE"),
     "predictions": Option("instead of a run: score this file of ScienceQA answers against the problems in --data FOLDER", metavar="FILE"),
 }
@@ -114,12 +118,17 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
-    """The checkpoint to evaluate: the run's newest whole one, the one that is named, or None for `none`.
+    """The checkpoint to evaluate: the run's newest whole one, its best, the one that is named, or None for `none`.
 
     Raises: InputError if the run has none, or the named one is damaged.
     """
     if named == "none":
         return None
+    if named == BEST:
+        best = pointed(folder / "checkpoints", BEST)
+        if best is None:
+            raise InputError(f"{folder / 'checkpoints'}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
+        return open_checkpoint(best)
     if named is not None:
         return open_checkpoint(Path(named))
     newest = newest_checkpoint(folder / "checkpoints")

@@ -74,7 +74,6 @@ def run(settings: Settings) -> None:
         write_provenance(folder, resolved_config=dump_config(config), ds_config=ds_json, world_size=world_size, parameters=parameters)
         _announce(trainer, parameters, dataset, checkpoint)
     trainer.train()
-    trainer.run_evaluation(trainer.plan.num_steps)
     trainer.monitor.close()
 
 
@@ -119,15 +118,18 @@ def _require_tokenizer_fits(tokenizer: Tokenizer, model: MultimodalModel) -> Non
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens but the LLM embeds {rows}: they do not belong together (model.llm.tokenizer)")
 
 
-def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> None:
+def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> float | None:
+    """The figure of the report on rank 0, None elsewhere."""
     config = trainer.config
     samples = ready_samples(config, config.data.eval_split)
     report = evaluate_split(
         trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
         step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,
     )
-    if report is not None:
-        logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+    if report is None:
+        return None
+    logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+    return report.accuracy
 
 
 def _announce(trainer: Trainer, parameters: dict[str, tuple[int, int]], dataset: PackedDataset, checkpoint: Checkpoint | None) -> None:

@@ -30,6 +30,10 @@ import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_optimizer_state  # noqa: E402
 
+# DeepSpeed would compile, for CPU ranks, an all-reduce over shared memory that only its inference calls. It leaves 69 MB of memory behind for each
+# rank that is killed, and the compiler's lock, for which later runs wait without end.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
 
@@ -58,6 +62,13 @@ def shutdown_distributed() -> None:
     """Leaves the process group, so that no rank ends while another still needs it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 gives, on every rank. A collective."""
+    shared = [value]
+    dist.broadcast_object_list(shared, device=device())
+    return shared[0]
 
 
 def partitioner(ds_config: dict[str, Any]) -> Callable[[torch.nn.Module], None] | None:

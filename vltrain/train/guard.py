@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from vltrain.check.receipt import samples_text
 from vltrain.errors import InputError
 
 
@@ -21,6 +22,8 @@ class StepResult:
     """What one rank knows of a step it has done.
 
     losses: per micro-step the summed loss [fp32 scalars]; segment_losses: per micro-step [S] of the batch's samples.
+    num_label_tokens: of the whole step; own_label_tokens: of this rank's batches.
+    samples: fingerprint of this rank's samples, see `vltrain.check.receipt.fingerprint`.
     """
 
     step: int
@@ -28,25 +31,42 @@ class StepResult:
     segment_losses: list[torch.Tensor]
     sample_ids: list[tuple[str, ...]]
     num_label_tokens: int
+    own_label_tokens: int
+    samples: tuple[int, ...]
     grad_norm: float | torch.Tensor
     lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReading:
+    """What all ranks together know of a step, read on the host.
+
+    loss: mean per label token; label_tokens, samples: counted by the ranks in what they trained on, `samples` as a receipt writes it.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    label_tokens: int
+    samples: str
 
 
 class FiniteGuard:
     """Holds the newest step's result until it can be read for free.
 
     Args:
-        report: called with (step, mean loss per label token over all ranks, gradient norm, learning rate), in order of steps.
+        report: called with each step's reading, in order of steps.
     """
 
-    def __init__(self, report: Callable[[int, float, float, float], None]) -> None:
+    def __init__(self, report: Callable[[StepReading], None]) -> None:
         self._report = report
         self._pending: tuple[StepResult, torch.Tensor, dist.Work | None] | None = None
 
     def push(self, result: StepResult) -> None:
         """Takes a step's result, after reading the one before. A collective."""
         self.flush()
-        total = torch.stack(result.losses).sum() / result.num_label_tokens
+        total = _shared(result)
         work = dist.all_reduce(total, async_op=True) if dist.get_world_size() > 1 else None
         self._pending = (result, total, work)
 
@@ -57,10 +77,19 @@ class FiniteGuard:
         (result, total, work), self._pending = self._pending, None
         if work is not None:
             work.wait()
-        loss, grad_norm = float(total), float(result.grad_norm)
+        loss, label_tokens, *samples = total.tolist()
+        grad_norm = float(result.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise InputError(_diagnosis(result, loss, grad_norm))
-        self._report(result.step, loss, grad_norm, result.lr)
+        told = {"label_tokens": int(label_tokens), "samples": samples_text(samples)}
+        self._report(StepReading(step=result.step, loss=loss, grad_norm=grad_norm, lr=result.lr, **told))
+
+
+def _shared(result: StepResult) -> torch.Tensor:
+    """This rank's part of what is summed over ranks, fp64: mean loss, label tokens, fingerprint of the samples."""
+    loss = torch.stack(result.losses).sum() / result.num_label_tokens
+    counted = torch.tensor([result.own_label_tokens, *result.samples], dtype=torch.float64).to(loss.device, non_blocking=True)
+    return torch.cat([loss.double().reshape(1), counted])
 
 
 def _diagnosis(result: StepResult, loss: float, grad_norm: float) -> str:

@@ -6,15 +6,19 @@ fetch -> forward -> backward (per micro-step) -> step -> log -> save -> evaluate
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vltrain.check.receipt import Header, ReceiptWriter, fingerprint
 from vltrain.config import Config
 from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
@@ -22,13 +26,17 @@ from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.models.build import part_of
 from vltrain.models.multimodal import MultimodalModel
+from vltrain.train.background import BackgroundTask
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
-from vltrain.train.engine import Engine, whole
-from vltrain.train.guard import FiniteGuard, StepResult
+from vltrain.train.engine import Engine, from_rank_0, whole
+from vltrain.train.guard import FiniteGuard, StepReading, StepResult
 from vltrain.train.hardware import peak_flops
 from vltrain.train.monitor import Monitor
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
+from vltrain.train.selection import Selection, name_best
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -42,27 +50,55 @@ class Trainer:
     plan: Plan
     loader: StepLoader
     monitor: Monitor
+    receipt: ReceiptWriter
+    selection: Selection
     belongs_to: dict[str, Any]
-    evaluate: Callable[[int], None]
-    """Called with the number of steps done, on every rank, in evaluation mode."""
+    evaluate: Callable[[int], float | None]
+    """Called with the number of steps done, on every rank, in evaluation mode; rank 0 returns the report's figure."""
+    first_step: int = 0
+    background: BackgroundTask = field(default_factory=BackgroundTask)
 
     def train(self) -> None:
-        """Trains from the loader's first step to the plan's last, and leaves a checkpoint of the end."""
-        guard = FiniteGuard(self.monitor.loss)
+        """Trains from the loader's first step to the plan's last, or until early stopping, leaves a checkpoint of the end, and evaluates it."""
+        try:
+            self._train()
+        finally:
+            self.background.wait()
+            self.receipt.close()
+
+    def _train(self) -> None:
+        guard = FiniteGuard(self._read)
         self.engine.model.train()
+        # A checkpoint is from before its step's evaluation, which is owed then.
+        if self.first_step and self.evaluates_after(self.first_step):
+            self.run_evaluation(self.first_step)
         fetched_from = time.perf_counter()
-        for loaded in self.loader:
+        for loaded in () if self.selection.exhausted else self.loader:
             self.monitor.fetched(loaded.plan, time.perf_counter() - fetched_from, _num_positions(loaded.plan))
             result = self.step(loaded)
             guard.push(result)
+            self.background.check()
             self.monitor.stepped(result.step, result.lr)
             done = result.step + 1
-            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps:
+            evaluates = self.evaluates_after(done)
+            # Before an evaluation, too: what that decides is decided again by a run that goes on from here.
+            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates:
                 guard.flush()
                 self.save(done)
-            if self.config.train.eval_every_steps and done % self.config.train.eval_every_steps == 0 and done < self.plan.num_steps:
+            if evaluates:
                 self.run_evaluation(done)
+                if self.selection.exhausted:
+                    break
             fetched_from = time.perf_counter()
+
+    def evaluates_after(self, steps_done: int) -> bool:
+        """Whether an evaluation follows so many steps: every `train.eval_every_steps`, and at the end."""
+        every = self.config.train.eval_every_steps
+        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
+
+    def _read(self, reading: StepReading) -> None:
+        self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
+        self.receipt.add(step=reading.step, samples=reading.samples, label_tokens=reading.label_tokens, loss=reading.loss)
 
     def step(self, loaded: LoadedStep) -> StepResult:
         """One optimizer step on the batches that this rank was dealt."""
@@ -79,9 +115,11 @@ class Trainer:
             losses.append(output.loss_sum.detach())
             segment_losses.append(output.segment_losses)
         self.engine.step()
+        seen = [batch for batch in loaded.batches if not batch.is_filler]
         return StepResult(
             step=number, losses=losses, segment_losses=segment_losses, sample_ids=[batch.sample_ids for batch in loaded.batches],
-            num_label_tokens=loaded.plan.num_label_tokens, grad_norm=self.engine.grad_norm(), lr=lr,
+            num_label_tokens=loaded.plan.num_label_tokens, own_label_tokens=sum(batch.num_label_tokens for batch in seen),
+            samples=fingerprint(batch.sample_ids for batch in seen), grad_norm=self.engine.grad_norm(), lr=lr,
         )
 
     @property
@@ -89,21 +127,43 @@ class Trainer:
         return self.config.optim.warmup_epochs * self.plan.steps_per_epoch
 
     def save(self, steps_done: int) -> None:
-        """Saves the state after `steps_done` steps. A collective."""
+        """Saves the state after `steps_done` steps, or with `train.async_save` takes a copy that is written meanwhile. A collective."""
         self.monitor.pause()
-        save_checkpoint(
-            self.engine.full_state(), self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to,
-            keep=self.config.train.keep_checkpoints, is_writer=self.rank == 0,
+        self.background.wait()
+        self.receipt.sync()
+        is_writer, state = self.rank == 0, self.engine.full_state()
+        write = partial(
+            save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, keep=self.config.train.keep_checkpoints,
+            is_writer=is_writer, run_state=self.run_state(), keep_best=self.config.train.keep_best,
         )
+        if self.config.train.async_save and is_writer:
+            copy = [(name, weight.clone(), {key: value.clone() for key, value in states.items()}) for name, weight, states in state]
+            self.background.start(partial(write, iter(copy)))
+        else:
+            write(state)
         self.monitor.pause()
 
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: plain JSON."""
+        return {"receipt": self.receipt.head, "selection": self.selection.state()}
+
     def run_evaluation(self, steps_done: int) -> None:
-        """Evaluates in evaluation mode and goes back to training. A collective."""
+        """Evaluates in evaluation mode, takes the figure into account, and goes back to training. A collective."""
         self.monitor.pause()
+        self.background.wait()
         self.engine.model.eval()
         with self.engine.autocast():
-            self.evaluate(steps_done)
+            figure = from_rank_0(self.evaluate(steps_done))
         self.engine.model.train()
+        if figure is not None:
+            best = self.selection.take(steps_done, figure)
+            if best and self.config.train.keep_best and self.rank == 0:
+                name_best(self.folder / "checkpoints", steps_done)
+            if self.selection.exhausted:
+                logger.info(
+                    "stopped after %d steps: no evaluation was better than that of step %s for %d evaluations", steps_done, self.selection.best_step,
+                    self.selection.stale,
+                )
         self.monitor.pause()
 
 
@@ -130,7 +190,7 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
 
 def make_trainer(
     config: Config, ds_json: dict[str, Any], *, model: MultimodalModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
-    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], None],
+    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], float | None],
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
 
@@ -166,6 +226,24 @@ def make_trainer(
     )
     if plan.num_steps == 0:
         raise InputError(f"nothing to train: {len(dataset)} pack(s), train.epochs = {config.train.epochs}")
+    selection = Selection(patience=config.train.early_stopping_patience)
+    run_state = checkpoint.run_state if checkpoint is not None else {}
+    if "selection" in run_state:
+        selection.load(run_state["selection"])
+    receipt = ReceiptWriter(
+        folder, receipt_header(config, plan, dataset, belongs_to), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
+    )
     return Trainer(
-        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, belongs_to=belongs_to, evaluate=evaluate
+        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt, selection=selection,
+        belongs_to=belongs_to, evaluate=evaluate, first_step=first_step,
+    )
+
+
+def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, belongs_to: dict[str, Any]) -> Header:
+    """What a run's receipt begins with."""
+    run = hashlib.sha256(json.dumps(belongs_to, sort_keys=True).encode()).hexdigest()
+    train = config.train
+    return Header(
+        run=run, data=dataset.manifest.checksum, packs=str(dataset.folder), seed=train.seed, epochs=train.epochs,
+        packs_per_step=train.packs_per_step, num_steps=plan.num_steps,
     )
