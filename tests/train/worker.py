@@ -7,6 +7,7 @@ scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradi
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from vltrain.train.trainer import make_trainer
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
 
 
-def run(scenario: dict, rank: int, world_size: int) -> None:
+def run(scenario: dict, rank: int, world_size: int, evaluate: Callable[[int], float | None] = lambda steps_done: None) -> None:
     folder = Path(scenario["output"])
     config = tiny_config(output=str(folder), **scenario["changes"])
     dataset = PackedDataset(scenario["packs"])
@@ -34,7 +35,7 @@ def run(scenario: dict, rank: int, world_size: int) -> None:
     model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, place=place)
     trainer = make_trainer(
         config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=lambda steps_done: None,
+        evaluate=evaluate,
     )
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
     trainer.train()

@@ -112,7 +112,7 @@ class CheckpointWriter:
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.folder.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": step, "belongs_to": belongs_to, "run_state": run_state, "files": files}
         path = self.folder / MANIFEST
-        path.write_text(json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1))
+        path.write_text(_dumps(manifest))
         sync(path)
         sync(self.folder)
 
@@ -209,7 +209,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(data)
         claimed = manifest.pop("sha256")
         version, *_ = (manifest[key] for key in ("format", "step", "belongs_to", "files"))
-        whole = _checksum(manifest) == claimed
+        # Its text, too, is as it was written: `1e-5` for `1E-5` would be the same number, but a damaged file all the same.
+        whole = _checksum(manifest) == claimed and data == _dumps(manifest).encode()
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a complete checkpoint ({MANIFEST}: {type(error).__name__}: {error})") from None
     if not whole:
@@ -270,6 +271,11 @@ def load_trainable(
     missing = sorted(expected.keys() - found)
     if missing:
         raise InputError(f"{checkpoint.path}: lacks {len(missing)} trained parameter(s), first '{missing[0]}': a checkpoint of another model or recipe")
+
+
+def _dumps(manifest: dict[str, Any]) -> str:
+    """The text of a manifest's file, with its checksum."""
+    return json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1)
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
