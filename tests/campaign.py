@@ -49,7 +49,7 @@ CHANGES = {
 }  # fmt: skip
 # (ZeRO stage, ranks) and how often it is drawn.
 SETUPS = {(0, 1): 2, (1, 1): 2, (2, 1): 3, (3, 1): 3, (2, 2): 1, (3, 2): 1}
-MOMENTS = {"start": 3, "step": 6, "save": 6, "rename": 3, "partial": 3, "worker": 1}
+MOMENTS = {"start": 3, "step": 6, "save": 6, "rename": 3, "partial": 3, "worker": 2}
 LIFE_SECONDS = 240.0
 
 
@@ -136,6 +136,18 @@ def _children(pid: int) -> list[int]:
         return [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
     except OSError:
         return []
+
+
+def _decoders(pid: int) -> list[int]:
+    """The processes of a rank that decode images, not those that only clean up after them."""
+
+    def command(child: int) -> bytes:
+        try:
+            return Path(f"/proc/{child}/cmdline").read_bytes()
+        except OSError:
+            return b""
+
+    return [child for child in _children(pid) if b"spawn_main" in command(child)]
 
 
 def _kill_tree(pid: int) -> None:
@@ -232,7 +244,7 @@ class Campaign:
     def _strike(self, moment: str, life: Life) -> None:
         alive = life.alive()
         if moment == "worker":
-            decoders = [child for pid in alive for child in _children(pid)]
+            decoders = [child for pid in alive for child in _decoders(pid)]
             if decoders:
                 os.kill(self.random.choice(decoders), signal.SIGKILL)
         elif alive:

@@ -273,6 +273,13 @@ class TrainConfig:
     save_every_steps: int = 200
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its update is
+    not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each step's loss)."""
+    spike_factor: float | None = None
+    """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
+    hang_timeout_minutes: float | None = 30.0
+    """On several ranks: when training has not moved for so long, the rank that hangs is named and the run ends; null: never."""
     async_save: bool = False
     """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
     eval_every_steps: int = 0
@@ -288,6 +295,10 @@ class TrainConfig:
         _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
         _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
+        hang = self.hang_timeout_minutes
+        _require(hang is None or hang > 0, "train.hang_timeout_minutes", hang, "a positive number, or null")
+        factor = self.spike_factor
+        _require(factor is None or factor > 1, "train.spike_factor", factor, "a number above 1, or null")
         patience = self.early_stopping_patience
         _require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "at least 1, or null")
         if self.eval_every_steps == 0 and (self.keep_best or patience is not None):

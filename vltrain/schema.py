@@ -156,6 +156,11 @@ class Batch:
             is_filler=self.is_filler,
         )
 
+    def segment_labels(self) -> torch.Tensor:
+        """int64 [S] on the CPU: label tokens of each segment. Of a batch that is still on the CPU."""
+        owner = torch.repeat_interleave(torch.arange(len(self.segment_lengths)), self.segment_lengths)
+        return torch.zeros(len(self.segment_lengths), dtype=torch.int64).index_add_(0, owner, (self.labels != IGNORE_INDEX).long())
+
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""
         for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots"):

@@ -20,12 +20,15 @@ from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.ds_config import resolve_ds_config
 from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype
-from vltrain.train.trainer import make_trainer
+from vltrain.train.trainer import Trainer, make_trainer
 
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
 
 
-def run(scenario: dict, rank: int, world_size: int, evaluate: Callable[[int], float | None] = lambda steps_done: None) -> None:
+def run(
+    scenario: dict, rank: int, world_size: int, evaluate: Callable[[int], float | None] = lambda steps_done: None,
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
+) -> None:
     folder = Path(scenario["output"])
     config = tiny_config(output=str(folder), **scenario["changes"])
     dataset = PackedDataset(scenario["packs"])
@@ -37,6 +40,7 @@ def run(scenario: dict, rank: int, world_size: int, evaluate: Callable[[int], fl
         config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
         evaluate=evaluate,
     )
+    prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
     trainer.train()
     trainer.monitor.close()

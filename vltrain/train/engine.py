@@ -15,7 +15,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -119,6 +119,10 @@ class Engine:
         self.world_size = dist.get_world_size()
         self._grad_norm: torch.Tensor | float = 0.0
         self._clips = ds_config.get("gradient_clipping", 0.0) > 0
+        self.applied = True
+        """Whether the last step was taken: ZeRO drops gradients whose norm is not finite, plain data parallelism with `only_finite`."""
+        self.only_finite = False
+        """Drop such gradients at stage 0 too, for which the host waits for the norm."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -147,13 +151,28 @@ class Engine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """One optimizer step, after the last backward."""
+        """One optimizer step, after the last backward. `applied` tells whether it was taken."""
+        self._step(apply=True)
+
+    def drop_step(self) -> None:
+        """Instead of `step`: the gradients are dropped; weights and optimizer states stay as they are."""
+        self._step(apply=False)
+
+    def _step(self, apply: bool) -> None:
         if self.stage == 0:
             gradients = [parameter.grad for parameter in self._trainable.values() if parameter.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self._engine.step()
-        if self.stage > 0:
-            self._grad_norm = self._engine.get_global_grad_norm()
+            self.applied = apply and (not self.only_finite or bool(torch.isfinite(self._grad_norm)))
+            if self.applied:
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+            return
+        with nullcontext() if apply else _dropping(self._engine.optimizer, self.stage):
+            self._engine.step()
+        self.applied = not self._engine.optimizer.overflow
+        assert apply or not self.applied, "DeepSpeed took a step that it was told to drop"
+        self._grad_norm = self._engine.get_global_grad_norm()
         if self.stage == 3:
             # ZeRO-3 keeps the last step's gradient of a parameter that the next step does not reach (the ViT's, in a step
             # without images) and would use it again; the other stages take zeros, and so must this one.
@@ -216,6 +235,27 @@ class Engine:
             return list(self._trainable.values())
         wrapper = self._engine.optimizer
         return list(wrapper.single_partition_of_fp32_groups if self.stage < 3 else wrapper.fp32_partitioned_groups_flat)
+
+
+@contextmanager
+def _dropping(wrapper: Any, stage: int) -> Iterator[None]:
+    """Lets ZeRO's wrapper find an overflow in its next step, on which it drops the gradients and cleans up after them."""
+    name = "check_overflow" if stage < 3 else "_overflow_check_and_loss_scale_update"
+    checks = stage < 3 and wrapper.check_grad_overflow
+
+    def overflow(*_: Any, **__: Any) -> bool:
+        wrapper.overflow = True
+        return True
+
+    setattr(wrapper, name, overflow)
+    if stage < 3:
+        wrapper.check_grad_overflow = True
+    try:
+        yield
+    finally:
+        delattr(wrapper, name)  # the instance's; the class's is seen again
+        if stage < 3:
+            wrapper.check_grad_overflow = checks
 
 
 def _build_optimizer(groups: list[dict[str, Any]], ds_config: dict[str, Any], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:

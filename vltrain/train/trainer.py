@@ -30,11 +30,15 @@ from vltrain.train.background import BackgroundTask
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
 from vltrain.train.engine import Engine, from_rank_0, whole
-from vltrain.train.guard import FiniteGuard, StepReading, StepResult
+from vltrain.train.guard import QUARANTINE, LossGuard, StepReading, StepResult
 from vltrain.train.hardware import peak_flops
+from vltrain.train.lines import cut_lines
 from vltrain.train.monitor import Monitor
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
+from vltrain.train.out_of_memory import names_pack
 from vltrain.train.selection import Selection, name_best
+from vltrain.train.stragglers import WorkTimes, slowness, straggler
+from vltrain.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -56,29 +60,44 @@ class Trainer:
     evaluate: Callable[[int], float | None]
     """Called with the number of steps done, on every rank, in evaluation mode; rank 0 returns the report's figure."""
     first_step: int = 0
+    guard_state: dict[str, Any] | None = None
     background: BackgroundTask = field(default_factory=BackgroundTask)
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.guard = LossGuard(self._read, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=self.folder, state=self.guard_state)
+        self.engine.only_finite = self.guard.skips
+        self.work = WorkTimes(device=self.engine.device)
+        minutes = train.hang_timeout_minutes
+        self.watchdog = Watchdog(
+            self.folder, rank=self.rank, world_size=self.engine.world_size, timeout_seconds=60 * minutes if minutes else None
+        )
 
     def train(self) -> None:
         """Trains from the loader's first step to the plan's last, or until early stopping, leaves a checkpoint of the end, and evaluates it."""
         try:
-            self._train()
+            with self.watchdog.watching():
+                self._train()
         finally:
             self.background.wait()
             self.receipt.close()
 
     def _train(self) -> None:
-        guard = FiniteGuard(self._read)
+        guard = self.guard
         self.engine.model.train()
         # A checkpoint is from before its step's evaluation, which is owed then.
         if self.first_step and self.evaluates_after(self.first_step):
             self.run_evaluation(self.first_step)
         fetched_from = time.perf_counter()
         for loaded in () if self.selection.exhausted else self.loader:
-            self.monitor.fetched(loaded.plan, time.perf_counter() - fetched_from, _num_positions(loaded.plan))
+            waited = time.perf_counter() - fetched_from
+            self.monitor.fetched(loaded.plan, waited, _num_positions(loaded.plan))
+            self.work.fetched(waited)
             result = self.step(loaded)
             guard.push(result)
             self.background.check()
             self.monitor.stepped(result.step, result.lr)
+            self._look_for_stragglers(result.step)
             done = result.step + 1
             evaluates = self.evaluates_after(done)
             # Before an evaluation, too: what that decides is decided again by a run that goes on from here.
@@ -89,7 +108,18 @@ class Trainer:
                 self.run_evaluation(done)
                 if self.selection.exhausted:
                     break
+            self.watchdog.at(done, "fetch")
             fetched_from = time.perf_counter()
+
+    def _look_for_stragglers(self, step: int) -> None:
+        """On logging steps of several ranks. A collective."""
+        if self.engine.world_size == 1 or (step + 1) % self.config.train.log_every_steps:
+            return
+        times = self.work.gather()
+        self.monitor.scalars({"speed/slowest_rank_over_median": slowness(times)}, step)
+        found = straggler(times)
+        if found is not None and self.rank == 0:
+            logger.warning("step %d: %s", step, found)
 
     def evaluates_after(self, steps_done: int) -> bool:
         """Whether an evaluation follows so many steps: every `train.eval_every_steps`, and at the end."""
@@ -98,7 +128,7 @@ class Trainer:
 
     def _read(self, reading: StepReading) -> None:
         self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
-        self.receipt.add(step=reading.step, samples=reading.samples, label_tokens=reading.label_tokens, loss=reading.loss)
+        self.receipt.add(step=reading.step, samples=reading.samples, label_tokens=reading.label_tokens, loss=reading.loss, skipped=reading.skipped)
 
     def step(self, loaded: LoadedStep) -> StepResult:
         """One optimizer step on the batches that this rank was dealt."""
@@ -109,18 +139,28 @@ class Trainer:
         lr = set_learning_rates(self.engine.optimizer, progress)
         losses, segment_losses = [], []
         for position, batch in enumerate(loaded.batches):
-            output = self.engine.forward(batch.to(self.engine.device))
-            loss = output.loss_sum / loaded.plan.num_label_tokens
-            self.engine.backward(loss, last_micro_step=position == len(loaded.batches) - 1)
+            self.watchdog.at(number, "forward", position)
+            with names_pack(batch, step=number, rank=self.rank):
+                with self.work.forward():
+                    output = self.engine.forward(batch.to(self.engine.device))
+                loss = output.loss_sum / loaded.plan.num_label_tokens
+                self.watchdog.at(number, "backward", position)
+                self.engine.backward(loss, last_micro_step=position == len(loaded.batches) - 1)
             losses.append(output.loss_sum.detach())
             segment_losses.append(output.segment_losses)
-        self.engine.step()
         seen = [batch for batch in loaded.batches if not batch.is_filler]
-        return StepResult(
-            step=number, losses=losses, segment_losses=segment_losses, sample_ids=[batch.sample_ids for batch in loaded.batches],
-            num_label_tokens=loaded.plan.num_label_tokens, own_label_tokens=sum(batch.num_label_tokens for batch in seen),
-            samples=fingerprint(batch.sample_ids for batch in seen), grad_norm=self.engine.grad_norm(), lr=lr,
+        result = StepResult(
+            step=number, losses=losses, segment_losses=segment_losses, segment_labels=[batch.segment_labels() for batch in loaded.batches],
+            sample_ids=[batch.sample_ids for batch in loaded.batches], num_label_tokens=loaded.plan.num_label_tokens,
+            own_label_tokens=sum(batch.num_label_tokens for batch in seen), samples=fingerprint(batch.sample_ids for batch in seen), lr=lr,
         )
+        self.watchdog.at(number, "update", len(loaded.batches))
+        if self.guard.allows(result):
+            self.engine.step()
+        else:
+            self.engine.drop_step()
+        result.applied, result.grad_norm = self.engine.applied, self.engine.grad_norm()
+        return result
 
     @property
     def warmup_steps(self) -> float:
@@ -129,6 +169,7 @@ class Trainer:
     def save(self, steps_done: int) -> None:
         """Saves the state after `steps_done` steps, or with `train.async_save` takes a copy that is written meanwhile. A collective."""
         self.monitor.pause()
+        self.watchdog.at(steps_done, "save")
         self.background.wait()
         self.receipt.sync()
         is_writer, state = self.rank == 0, self.engine.full_state()
@@ -145,11 +186,12 @@ class Trainer:
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: plain JSON."""
-        return {"receipt": self.receipt.head, "selection": self.selection.state()}
+        return {"receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
 
     def run_evaluation(self, steps_done: int) -> None:
         """Evaluates in evaluation mode, takes the figure into account, and goes back to training. A collective."""
         self.monitor.pause()
+        self.watchdog.at(steps_done, "evaluate")
         self.background.wait()
         self.engine.model.eval()
         with self.engine.autocast():
@@ -214,8 +256,12 @@ def make_trainer(
         model, parameter_groups(model.named_parameters(), config.optim, part_of), ds_config,
         betas=config.optim.betas, eps=config.optim.eps, autocast_dtype=dtype,
     )
+    if from_rank_0(first_step) != first_step:
+        raise InputError(f"rank {rank} goes on from step {first_step}, rank 0 does not: they see different checkpoints in {folder}; start again, or name one with --resume")
     if checkpoint is not None:
-        engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step)
+        # AdamW's own count of steps, for its bias correction, has no skipped ones.
+        skipped = checkpoint.run_state.get("guard", {}).get("num_skipped", 0)
+        engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step - skipped)
     loader = StepLoader(
         dataset, plan, rank, image_size=image_size, max_image_pixels=config.data.max_image_pixels,
         workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda",
@@ -230,12 +276,14 @@ def make_trainer(
     run_state = checkpoint.run_state if checkpoint is not None else {}
     if "selection" in run_state:
         selection.load(run_state["selection"])
+    if rank == 0 and (folder / QUARANTINE).exists():
+        cut_lines(folder / QUARANTINE, first_step)
     receipt = ReceiptWriter(
         folder, receipt_header(config, plan, dataset, belongs_to), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
     )
     return Trainer(
         config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt, selection=selection,
-        belongs_to=belongs_to, evaluate=evaluate, first_step=first_step,
+        belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"),
     )
 
 
