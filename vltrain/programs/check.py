@@ -5,10 +5,16 @@
 proves from the run's receipt that every step was done once and in order, and that every sample was seen once a pass; and that OTHER, a run that
 was interrupted or not, on as many ranks or others, had the same samples in the same steps and the same losses (bit for bit, or to a relative
 tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder without a receipt.
+
+    vltrain check replay RUN --step K [--packs FOLDER]
+
+does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those that are
+no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is. See `vltrain.programs.replay`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +55,25 @@ def _resume(arguments: Arguments) -> int:
     return EXIT_DIFFERS if proof.failures else 0
 
 
+def _replay(arguments: Arguments) -> int:
+    from vltrain.programs.replay import replay  # with torch and DeepSpeed, which a proof does without
+
+    _require_known(arguments, ("step", "packs"))
+    step, packs = arguments.last("step"), arguments.last("packs")
+    if len(arguments.positionals) != 1:
+        raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
+    if step is None or not step.isdecimal():
+        raise InputError(f"{COMMAND_LINE}: --step: found {step or 'nothing'}, expected the number of a step, counted from 0")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    losses = replay(Path(arguments.positionals[0]), int(step), Path(packs) if packs else None)
+    print("        loss  label tokens  sample")
+    for name, loss, count in losses:
+        print(f"{loss:12.6g}  {count:12d}  {name}")
+    num_bad = sum(not math.isfinite(loss) for _, loss, _ in losses)
+    print(f"step {step}: {len(losses)} samples, {num_bad} with a loss that is no number")
+    return EXIT_DIFFERS if num_bad else 0
+
+
 def _tolerance(text: str) -> float:
     try:
         value = float(text)
@@ -65,4 +90,4 @@ def _require_known(arguments: Arguments, known: tuple[str, ...]) -> None:
             raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {nearest(name, known)}")
 
 
-CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume}
+CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "replay": _replay}

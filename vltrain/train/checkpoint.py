@@ -66,16 +66,19 @@ class Checkpoint:
         """{parameter name: {"exp_avg": ..., "exp_avg_sq": ...}}"""
         states: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in _tensors(self._files("optimizer")):
-            kind, name = key.split("/", 1)
+            kind, _, name = key.partition("/")
             states.setdefault(name, {})[kind] = tensor
         return states
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:  # the checksums hold, so it was made like that
+            raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
 
 
 class CheckpointWriter:
