@@ -124,7 +124,9 @@ def _check_or_draw(images: list[tuple[str, tuple[ImageSource, str]]], folder: Pa
 
 
 def read_image(path: Path, sample_id: str) -> bytes:
-    """The bytes of an image file; InputError naming file and sample if it cannot be read."""
+    """The bytes of an image file; InputError naming file and sample if it cannot be read, or is no plain file and would never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"sample '{sample_id}': {path} is something else than a file, expected an image")
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,16 +1,17 @@
 """Kills runs over and over, and looks whether anything of them was lost: `python -m tests.campaign --kills 100 --log campaign.log`.
 
 A run of a tiny model is started, killed with SIGKILL at a random moment, resumed, killed again, until it ends; then it is compared with an
-undisturbed run of the same ZeRO stage on as many ranks: the same weights, optimizer states and receipt, bit for bit. Then the next run, until
-there were so many kills. The moments:
+undisturbed run of the same ZeRO stage on as many ranks: the same weights, optimizer states and receipt, bit for bit. Then the next run,
+until there were so many kills. The moments:
 
     start    at any time since the process began          step     at any time once steps are being done
     save     at one of the calls of a save to the file system: before or after an fsync, a rename, ...
     rename   before or after a rename                     partial  as soon as a half-written checkpoint can be seen
     worker   a process that decodes images, not the trainer, which then has to end by itself
 
-Three lives in ten save in the background (train.async_save). On two ranks one of them, or both at once, are killed; the other is ended a little later, as a launcher would. Every life is a process of its
-own, forked from one that has imported everything, since importing takes longer than the training.
+Three lives in ten save in the background (train.async_save). On two ranks one of them, or both at once, are killed; the other is ended a
+little later, as a launcher would. Every life is a process of its own, forked from one that has imported everything, since importing takes
+longer than the training.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def _fork(scenario: dict, rank: int, world_size: int, port: int, log: Path, befo
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
         if before is not None:
             before(rank)
@@ -200,13 +202,18 @@ class Campaign:
     def scenario(self, output: Path, stage: int, workers: int = 0, async_save: bool = False) -> dict:
         zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
         changes = {**CHANGES, "data__workers": workers, "train__async_save": async_save}
-        return {"name": output.name, "packs": str(self.packs), "output": str(output), "ds": {"zero_optimization": zero}, "changes": changes, "resume": True}
+        told = {"name": output.name, "packs": str(self.packs), "output": str(output), "ds": {"zero_optimization": zero}}
+        return {**told, "changes": changes, "resume": True}
+
+    def live(self, output: Path, stage: int, world_size: int) -> list[int]:
+        """A life that is left alone. Returns its exit codes."""
+        return Life(self.scenario(output, stage), world_size, _log_of(output)).finish(time.monotonic() + LIFE_SECONDS)
 
     def undisturbed(self, stage: int, world_size: int) -> Path:
         if (stage, world_size) not in self.whole:
             output = self.folder / f"whole-{stage}-{world_size}"
-            codes = Life(self.scenario(output, stage), world_size, self.folder / f"{output.name}.log").finish(time.monotonic() + LIFE_SECONDS)
-            assert codes == [0] * world_size, f"the undisturbed run failed: {codes}, see {self.folder}/{output.name}.log"
+            codes = self.live(output, stage, world_size)
+            assert codes == [0] * world_size, f"the undisturbed run failed: {codes}, see {_log_of(output)}.*"
             self.whole[stage, world_size] = output
         return self.whole[stage, world_size]
 
@@ -217,7 +224,8 @@ class Campaign:
             names = ("rename",) if moment == "rename" else ("fsync", "rename", "mkdir", "replace", "rmdir", "unlink")
             before = _dies_at(draw.randint(1, 12 if moment == "rename" else 60), draw.random() < 0.5, names)
         began, deadline = time.monotonic(), time.monotonic() + LIFE_SECONDS
-        life = Life(self.scenario(output, stage, int(moment == "worker"), draw.random() < 0.3), world_size, self.folder / f"{output.name}.log", before)
+        scenario = self.scenario(output, stage, workers=int(moment == "worker"), async_save=draw.random() < 0.3)
+        life = Life(scenario, world_size, _log_of(output), before)
         if before is None:
             self._wait_for(moment, life, output, steps, began)
             self._strike(moment, life)
@@ -258,8 +266,7 @@ class Campaign:
         while True:
             moment = self.random.choices(list(MOMENTS), list(MOMENTS.values()))[0]
             if kills >= most_kills:
-                moment = "none"
-                codes = Life(self.scenario(output, stage), world_size, self.folder / f"{output.name}.log").finish(time.monotonic() + LIFE_SECONDS)
+                codes = self.live(output, stage, world_size)
                 if any(codes):
                     self.tally.lost.append(f"{output.name}: undisturbed at last, it ended with {codes}")
                 break
@@ -269,7 +276,8 @@ class Campaign:
             self.tally.kills[moment] += 1
             newest = newest_checkpoint(output / "checkpoints")
             step = newest.step if newest else 0
-            self.say(f"run {number} ZeRO-{stage} x{world_size}: killed at '{moment}', {_lines(output)} steps logged, newest checkpoint {step}")
+            reach = f"{_lines(output)} steps logged, newest checkpoint {step}"
+            self.say(f"run {number} ZeRO-{stage} x{world_size}: killed at '{moment}', {reach}")
             if step < reached:
                 self.tally.lost.append(f"{output.name}: checkpoint {reached} is gone, {step} is left")
             reached = step
@@ -286,11 +294,17 @@ class Campaign:
         except Exception as error:  # whatever it is, this run has come to nothing
             tally.lost.append(f"{name}: {error}")
             return
-        if proof.failures or (output / RECEIPT).read_bytes() != (whole / RECEIPT).read_bytes() or len(read_receipt(output / RECEIPT).lines) != STEPS:
+        same = (output / RECEIPT).read_bytes() == (whole / RECEIPT).read_bytes()
+        if proof.failures or not same or len(read_receipt(output / RECEIPT).lines) != STEPS:
             tally.receipts.append(f"{name}: {proof.failures}")
         differing = [key for key in expected if not key.startswith("gradient/") and not torch.equal(found[key], expected[key])]
         if differing:
             tally.weights.append(f"{name}: {differing[:3]}")
+
+
+def _log_of(output: Path) -> Path:
+    """What the lives of a run say; of rank r in the file of that name and `.r`."""
+    return output.with_name(f"{output.name}.log")
 
 
 def _lines(output: Path) -> int:

@@ -1,6 +1,8 @@
-"""Whatever a file says, it is taken or refused by an InputError: data sets, samples, recipes, DeepSpeed's JSON, answers, manifests, receipts.
+"""Whatever a file says, it is taken or refused by an InputError: data sets, samples, recipes, DeepSpeed's JSON, answers, manifests,
+receipts.
 
-Fuzzed with hypothesis: valid files of which something is replaced by any JSON, texts of any characters, files of any bytes; and bombs by hand.
+Fuzzed with hypothesis: valid files of which something is replaced by any JSON, texts of any characters, files of any bytes; and bombs by
+hand.
 """
 
 import copy

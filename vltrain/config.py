@@ -274,11 +274,12 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
-    """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its update is
-    not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each step's loss)."""
+    """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its
+    update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each
+    step's loss)."""
     spike_factor: float | None = None
     """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
-    hang_timeout_minutes: float | None = 30.0
+    hang_timeout_minutes: float | None = 20.0
     """On several ranks: when training has not moved for so long, the rank that hangs is named and the run ends; null: never."""
     async_save: bool = False
     """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
@@ -303,7 +304,7 @@ class TrainConfig:
         _require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "at least 1, or null")
         if self.eval_every_steps == 0 and (self.keep_best or patience is not None):
             name = "keep_best" if self.keep_best else "early_stopping_patience"
-            raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it too, or leave this out")
+            raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it or leave this out")
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """Runs with evaluations that say what they are told to: `python -m tests.train.selection_worker SCENARIOS.json`, in one process.
 
-A scenario is one of `tests.train.worker`, with "figures": {steps done: figure of the evaluation}; the life ends in the evaluation of step "dies_in".
-Writes to `OUTPUT/evaluated.jsonl` which steps were evaluated.
+A scenario is one of `tests.train.worker`, with "figures": {steps done: figure of the evaluation}; the life ends in the evaluation of step
+"dies_in". Writes to `OUTPUT/evaluated.jsonl` which steps were evaluated.
 """
 
 import json

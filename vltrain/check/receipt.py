@@ -4,12 +4,14 @@
                     {"step": 0, "samples": "9f0c...", "label_tokens": 812, "loss": "0x1.f3a2p+1", "chain": "41d7..."}
                     ...
 
-`chain` is the SHA-256 of the chain before and of the line's other fields, so that no line can be changed, left out or moved without a trace; the
-first chain value is that of the first line. A checkpoint holds the chain's head: a receipt that was written anew does not fit it.
+`chain` is the SHA-256 of the chain before and of the line's other fields, so that no line can be changed, left out or moved without a
+trace; the first chain value is that of the first line. A checkpoint holds the chain's head: a receipt that was written anew does not fit
+it.
 
 `samples` is the sum, over the step's packs, of a hash of the ids in the pack, as the ranks that trained on them saw them. A sum has no
-order, as a step has none, and so it is the same however packs are dealt to ranks, and rides along with the loss when that is summed over ranks.
-What this gives up: 128 bits that add up withstand mistakes, not an adversary who forges sample ids. `loss` is written exactly (`float.hex`).
+order, as a step has none, and so it is the same however packs are dealt to ranks, and rides along with the loss when that is summed over
+ranks. What this gives up: 128 bits that add up withstand mistakes, not an adversary who forges sample ids. `loss` is written exactly
+(`float.hex`).
 """
 
 from __future__ import annotations
@@ -193,7 +195,7 @@ class ReceiptWriter:
         receipt = read_receipt(path) if first_step and path.exists() else None
         if receipt is None:
             if first_step:
-                logger.warning("%s: not there; a new receipt begins at step %d, and proves nothing about the steps before", path, first_step)
+                logger.warning("%s: not there; a new receipt begins at step %d, and proves nothing of the steps before", path, first_step)
             begun = Header(**{**asdict(header), "first_step": first_step, "previous": head})
             text, self.head = json.dumps(asdict(begun)) + "\n", begun.chain
         else:
@@ -230,7 +232,8 @@ def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -
         why = f"{receipt.problem or f'it ends after {reached} step(s)'}; the checkpoint has {first_step} behind it"
         raise InputError(f"{receipt.path}: {why}: lines are missing or were changed; {again}")
     if head is not None and found != head:
-        raise InputError(f"{receipt.path}: its chain after {first_step} step(s) is {found[:12]}..., the checkpoint says {head[:12]}...: it was changed, or is another run's; {again}")
+        chains = f"its chain after {first_step} step(s) is {found[:12]}..., the checkpoint says {head[:12]}..."
+        raise InputError(f"{receipt.path}: {chains}: it was changed, or is another run's; {again}")
     lines = receipt.lines[: first_step - receipt.header.first_step]
     return "".join([json.dumps(asdict(receipt.header)) + "\n", *(line.dumps() for line in lines)])
 

@@ -56,15 +56,17 @@ def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: f
         raise InputError(f"{dataset.folder}: its packs are not those that {run} was trained on; name them with --packs")
     proof = Proof()
     header, num_lines = receipt.header, len(receipt.lines)
-    whole = f"chain: {num_lines} of {header.num_steps} steps, each once and in order" + ("; a last line is cut short" if receipt.cut_short else "")
-    proof.add(receipt.problem, whole)
+    cut_short = "; a last line is cut short" if receipt.cut_short else ""
+    proof.add(receipt.problem, f"chain: {num_lines} of {header.num_steps} steps, each once and in order{cut_short}")
     if header.first_step:
         proof.failures.append(f"begins at step {header.first_step}: the receipt of the steps before was lost")
     plan = _plan(receipt, dataset)
-    proof.add(_first_wrong_step(receipt, plan, dataset), f"samples: those of the plan in every step, {sum(line.label_tokens for line in receipt.lines):,} label tokens")
-    skipped = [line.step for line in receipt.lines if line.skipped]
+    label_tokens = sum(line.label_tokens for line in receipt.lines)
+    proof.add(_first_wrong_step(receipt, plan, dataset), f"samples: those of the plan in every step, {label_tokens:,} label tokens")
+    skipped = [str(line.step) for line in receipt.lines if line.skipped]
     if skipped:
-        proof.facts.append(f"skipped: the update of step(s) {', '.join(map(str, skipped[:8]))}{' ...' if len(skipped) > 8 else ''} (quarantine.jsonl)")
+        more = " ..." if len(skipped) > 8 else ""
+        proof.facts.append(f"skipped: the update of step(s) {', '.join(skipped[:8])}{more} (quarantine.jsonl)")
     _passes(proof, receipt, plan, dataset)
     if other is not None:
         _compare(proof, receipt, read_receipt(other / RECEIPT), tolerance)
@@ -143,8 +145,9 @@ def _compare(proof: Proof, own: Receipt, other: Receipt, tolerance: float) -> No
         proof.failures.append(f"{ours} steps, {other.path.parent} has {theirs}")
     for one, two in pairs:
         for name in ("samples", "label_tokens", "skipped"):
-            if getattr(one, name) != getattr(two, name):
-                proof.failures.append(f"step {one.step}: differs from {other.path.parent} in {name.replace('_', ' ')}: {getattr(one, name)}, {getattr(two, name)}")
+            ours, theirs = getattr(one, name), getattr(two, name)
+            if ours != theirs:
+                proof.failures.append(f"step {one.step}: differs from {other.path.parent} in {name.replace('_', ' ')}: {ours}, {theirs}")
                 return
     differences = [_difference(one.loss_value, two.loss_value) for one, two in pairs]
     first = next((pair for pair, difference in zip(pairs, differences) if difference > tolerance), None)

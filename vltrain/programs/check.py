@@ -2,14 +2,15 @@
 
     vltrain check resume RUN [OTHER] [--packs FOLDER] [--tolerance 1e-5]
 
-proves from the run's receipt that every step was done once and in order, and that every sample was seen once a pass; and that OTHER, a run that
-was interrupted or not, on as many ranks or others, had the same samples in the same steps and the same losses (bit for bit, or to a relative
-tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder without a receipt.
+proves from the run's receipt that every step was done once and in order, and that every sample was seen once a pass; and that OTHER, a
+run that was interrupted or not, on as many ranks or others, had the same samples in the same steps and the same losses (bit for bit, or
+to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder
+without a receipt.
 
     vltrain check replay RUN --step K [--packs FOLDER]
 
-does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those that are
-no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is. See `vltrain.programs.replay`.
+does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those
+that are no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is. See `vltrain.programs.replay`.
 """
 
 from __future__ import annotations

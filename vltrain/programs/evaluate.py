@@ -34,8 +34,8 @@ from vltrain.train.hardware import choose_dtype, device, limit_threads
 RUN_OPTIONS: dict[str, Option] = {
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
     "checkpoint": Option(
-        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning; left out: the "
-        "run's newest", metavar="{FOLDER,best,none}",
+        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning; left "
+        "out: the run's newest", metavar="{FOLDER,best,none}",
     ),
     "json": Option("also write the figures to this file", metavar="FILE"),
     "predictions": Option("instead of a run: score this file of ScienceQA answers against the problems in --data FOLDER", metavar="FILE"),
@@ -127,7 +127,8 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
     if named == BEST:
         best = pointed(folder / "checkpoints", BEST)
         if best is None:
-            raise InputError(f"{folder / 'checkpoints'}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
+            root = folder / "checkpoints"
+            raise InputError(f"{root}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
         return open_checkpoint(best)
     if named is not None:
         return open_checkpoint(Path(named))

@@ -1,8 +1,8 @@
 """`vltrain check replay RUN --step K [--packs FOLDER]`: a step of a run once more, in one process, to see each sample's loss.
 
-The run's newest checkpoint that is not after step K is loaded, the steps from there to K are trained again on the same global batches, and the
-losses of step K's samples are shown, largest first. Nothing in the run's folder is changed. Losses are those of the run to rounding; with dropout
-they are other draws where the run had several ranks.
+The run's newest checkpoint that is not after step K is loaded, the steps from there to K are trained again on the same global batches,
+and the losses of step K's samples are shown, largest first. Nothing in the run's folder is changed. Losses are those of the run to
+rounding; with dropout they are other draws where the run had several ranks.
 """
 
 from __future__ import annotations

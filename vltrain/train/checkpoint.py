@@ -7,9 +7,10 @@
     checkpoints/latest                the name of the newest complete one
     checkpoints/best                  with train.keep_best: the name of the one with the best evaluation
 
-Frozen weights are never saved. A checkpoint is written beside its name, flushed to disk, read back and compared, and renamed, so a crash or a
-full disk leaves the older ones as they were; one whose checksums do not match is skipped with a warning. Nothing but safetensors and JSON is
-read, only files that the manifest lists, and no link is followed: a checkpoint from elsewhere can hold wrong numbers, but no code.
+Frozen weights are never saved. A checkpoint is written beside its name, flushed to disk, read back and compared, and renamed, so a crash
+or a full disk leaves the older ones as they were; one whose checksums do not match is skipped with a warning. Nothing but safetensors and
+JSON is read, only files that the manifest lists, and no link is followed: a checkpoint from elsewhere can hold wrong numbers, but no
+code.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_checkpoint(
-    state: Iterator, root: Path, *, step: int, belongs_to: dict[str, Any], keep: int, is_writer: bool, run_state: dict[str, Any] | None = None,
-    keep_best: bool = False,
+    state: Iterator, root: Path, *, step: int, belongs_to: dict[str, Any], keep: int, is_writer: bool,
+    run_state: dict[str, Any] | None = None, keep_best: bool = False,
 ) -> Path:
     """Writes a checkpoint of `state` (see `Engine.full_state`) and drops all but the newest `keep`.
 

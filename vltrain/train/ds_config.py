@@ -112,7 +112,8 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> d
 def _require_objects(raw: dict[str, Any]) -> None:
     """InputError for a section that is no object."""
     sections = [(name, raw[name]) for name in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16") if name in raw]
-    for outer, names in (("zero_optimization", ("offload_optimizer", "offload_param")), ("optimizer", ("params",)), ("scheduler", ("params",))):
+    below = {"zero_optimization": ("offload_optimizer", "offload_param"), "optimizer": ("params",), "scheduler": ("params",)}
+    for outer, names in below.items():
         inside = raw.get(outer)
         sections += [(f"{outer}.{name}", inside[name]) for name in names if isinstance(inside, dict) and name in inside]
     for name, section in sections:

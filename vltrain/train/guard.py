@@ -1,12 +1,13 @@
 """Judges the loss of every step, and names the samples behind a bad one: one that is no number, or far above those before.
 
 `stop` ends the run before anything of a bad step is saved. The check is one step late: the loss of step k is summed over the ranks without
-waiting, and read when step k+1 has been queued, so the device never waits for the host. A checkpoint reads what is pending first, so none holds a
-poisoned weight.
+waiting, and read when step k+1 has been queued, so the device never waits for the host. A checkpoint reads what is pending first, so none
+holds a poisoned weight.
 
 `skip` drops the update of a bad step, writes its samples into the run's quarantine.jsonl and goes on. To know in time, it reads each loss
-before the optimizer's step: the host waits for the device once a step. Every rank reads the same sum, so all decide alike; what the decision
-depends on is in the checkpoint, so a resumed run decides alike too. The samples stay in the packs: where they come again, they are judged again.
+before the optimizer's step: the host waits for the device once a step. Every rank reads the same sum, so all decide alike; what the
+decision depends on is in the checkpoint, so a resumed run decides alike too. The samples stay in the packs: where they come again, they
+are judged again.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ class LossGuard:
         named = ", ".join(f"{name} {value:.3g}" for name, value in suspects[:NAMED_SAMPLES])
         more = f" and {len(suspects) - NAMED_SAMPLES} more" if len(suspects) > NAMED_SAMPLES else ""
         kind = "not finite" if suspects and not math.isfinite(suspects[0][1]) else "largest"
-        what = f"step {result.step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}: the loss {fault}; per label token {kind}: sample(s) {named}{more}"
+        found = f"step {result.step}: loss {loss:.6g}, gradient norm {grad_norm:.6g}: the loss {fault}"
+        what = f"{found}; per label token {kind}: sample(s) {named}{more}"
         replay = f"vltrain check replay {self._folder or 'RUN'} --step {result.step}"
         if not self.skips:
             raise InputError(
@@ -177,7 +179,7 @@ class LossGuard:
         self.num_skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise InputError(f"{what}. It is step after step now: {self._skipped_in_a_row} in a row were skipped; lower optim.lr or set optim.clip")
+            raise InputError(f"{what}. Step after step: {self._skipped_in_a_row} in a row were skipped; lower optim.lr or set optim.clip")
         if dist.get_rank() == 0 and self._folder is not None:
             losses = [{"id": name, "loss": _plain(value)} for name, value in suspects]
             line = {"step": result.step, "loss": _plain(loss), "reason": f"the loss {fault}", "replay": replay, "samples": losses}

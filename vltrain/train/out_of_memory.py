@@ -15,7 +15,7 @@ NAMED_SAMPLES = 8
 
 @contextmanager
 def names_pack(batch: Batch, *, step: int, rank: int) -> Iterator[None]:
-    """Turns running out of memory inside the block into an InputError that names the pack, its tokens, images and samples, and gives advice."""
+    """Turns running out of memory inside the block into an InputError: names the pack, its tokens, images and samples, and gives advice."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -25,9 +25,10 @@ def names_pack(batch: Batch, *, step: int, rank: int) -> Iterator[None]:
         more = f" and {len(batch.sample_ids) - NAMED_SAMPLES} more" if len(batch.sample_ids) > NAMED_SAMPLES else ""
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"step {step}, rank {rank}: out of memory at a pack of {len(batch.input_ids)} tokens and {len(batch.pixels)} images (samples {names}{more}): "
-            f"{first_line}. Lower data.pack_length or data.max_images (the packs are made anew), set train.activation_checkpointing, take model.bits 4 "
-            "or 8, or a higher ZeRO stage or one with offload (ds_configs/); `vltrain plan` says beforehand what fits"
+            f"step {step}, rank {rank}: out of memory at a pack of {len(batch.input_ids)} tokens and {len(batch.pixels)} images "
+            f"(samples {names}{more}): {first_line}. Lower data.pack_length or data.max_images (the packs are made anew), set "
+            "train.activation_checkpointing, take model.bits 4 or 8, or a higher ZeRO stage or one with offload (ds_configs/); "
+            "`vltrain plan` says beforehand what fits"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Which checkpoints stay, and the files that name one: `latest` and `best`.
 
-Everything is done so that a process that dies in between leaves a folder in which every name holds: a pointer is written beside and renamed,
-a checkpoint that goes is first taken out of the way by a rename, and only then deleted.
+Everything is done so that a process that dies in between leaves a folder in which every name holds: a pointer is written beside and
+renamed, a checkpoint that goes is first taken out of the way by a rename, and only then deleted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pointed(root: Path, pointer: str) -> Path | None:
 
 
 def put_in_place(partial: Path, final: Path) -> None:
-    """Renames a finished folder to its name. One that has that name already makes way, and no pointer names it meanwhile. Raises OSError."""
+    """Renames a finished folder to its name. One that has it already makes way, and no pointer names it meanwhile. Raises OSError."""
     root = final.parent
     if final.exists():
         for pointer in (LATEST, BEST):

@@ -1,7 +1,8 @@
 """The best checkpoint, and when it has been the best for too long: from the evaluations while training.
 
-The figure is the headline of the evaluation's report (accuracy, CIDEr, ...), of which more is better. The checkpoint of an evaluated step is
-saved before the evaluation, and holds the state from before it: a run that goes on from it evaluates first, and so decides as it would have.
+The figure is the headline of the evaluation's report (accuracy, CIDEr, ...), of which more is better. The checkpoint of an evaluated step
+is saved before the evaluation, and holds the state from before it: a run that goes on from it evaluates first, and so decides as it would
+have.
 """
 
 from __future__ import annotations
@@ -59,4 +60,4 @@ def name_best(root: Path, step: int) -> None:
     try:
         point(root, BEST, name)
     except OSError as error:
-        raise InputError(f"{root / BEST}: cannot be written ({error.strerror}); free some disk space and go on with --resume auto") from None
+        raise InputError(f"{root / BEST}: cannot be written ({error.strerror}); free disk space and go on with --resume auto") from None

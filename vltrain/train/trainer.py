@@ -65,7 +65,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         train = self.config.train
-        self.guard = LossGuard(self._read, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=self.folder, state=self.guard_state)
+        self.guard = LossGuard(
+            self._read, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=self.folder, state=self.guard_state
+        )
         self.engine.only_finite = self.guard.skips
         self.work = WorkTimes(device=self.engine.device)
         minutes = train.hang_timeout_minutes
@@ -74,7 +76,7 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Trains from the loader's first step to the plan's last, or until early stopping, leaves a checkpoint of the end, and evaluates it."""
+        """Trains to the plan's last step, or until early stopping; leaves a checkpoint of the end, and evaluates it."""
         try:
             with self.watchdog.watching():
                 self._train()
@@ -128,7 +130,8 @@ class Trainer:
 
     def _read(self, reading: StepReading) -> None:
         self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
-        self.receipt.add(step=reading.step, samples=reading.samples, label_tokens=reading.label_tokens, loss=reading.loss, skipped=reading.skipped)
+        told = {"samples": reading.samples, "label_tokens": reading.label_tokens, "skipped": reading.skipped}
+        self.receipt.add(step=reading.step, loss=reading.loss, **told)
 
     def step(self, loaded: LoadedStep) -> StepResult:
         """One optimizer step on the batches that this rank was dealt."""
@@ -174,8 +177,8 @@ class Trainer:
         self.receipt.sync()
         is_writer, state = self.rank == 0, self.engine.full_state()
         write = partial(
-            save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, keep=self.config.train.keep_checkpoints,
-            is_writer=is_writer, run_state=self.run_state(), keep_best=self.config.train.keep_best,
+            save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, is_writer=is_writer,
+            keep=self.config.train.keep_checkpoints, keep_best=self.config.train.keep_best, run_state=self.run_state(),
         )
         if self.config.train.async_save and is_writer:
             copy = [(name, weight.clone(), {key: value.clone() for key, value in states.items()}) for name, weight, states in state]
@@ -202,10 +205,9 @@ class Trainer:
             if best and self.config.train.keep_best and self.rank == 0:
                 name_best(self.folder / "checkpoints", steps_done)
             if self.selection.exhausted:
-                logger.info(
-                    "stopped after %d steps: no evaluation was better than that of step %s for %d evaluations", steps_done, self.selection.best_step,
-                    self.selection.stale,
-                )
+                selection = self.selection
+                told = (steps_done, selection.stale, selection.best_step)
+                logger.info("stopped after %d steps: %d evaluations in a row were not better than that of step %s", *told)
         self.monitor.pause()
 
 
@@ -257,7 +259,8 @@ def make_trainer(
         betas=config.optim.betas, eps=config.optim.eps, autocast_dtype=dtype,
     )
     if from_rank_0(first_step) != first_step:
-        raise InputError(f"rank {rank} goes on from step {first_step}, rank 0 does not: they see different checkpoints in {folder}; start again, or name one with --resume")
+        found = f"rank {rank} goes on from step {first_step}, rank 0 does not"
+        raise InputError(f"{found}: they see different checkpoints in {folder}; start again, or name one with --resume")
     if checkpoint is not None:
         # AdamW's own count of steps, for its bias correction, has no skipped ones.
         skipped = checkpoint.run_state.get("guard", {}).get("num_skipped", 0)
@@ -282,8 +285,8 @@ def make_trainer(
         folder, receipt_header(config, plan, dataset, belongs_to), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
     )
     return Trainer(
-        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt, selection=selection,
-        belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"),
+        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt,
+        selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"),
     )
 
 

@@ -1,9 +1,10 @@
 """Names the rank that hangs, and ends the run.
 
-When one rank hangs, the others wait for it inside a collective and can say nothing. So each has a thread that writes, every few seconds, where
-its rank is into a file of the run's folder, `ranks/RANK.json`. When its own rank has not moved for the time allowed, the thread looks at all
-files twice: a rank whose file does not change is stopped, or its machine is gone; else the ones that are furthest behind are those that the others
-wait for. It names them and ends the process, whereupon the launcher ends the others, and a scheduler may start again.
+When one rank hangs, the others wait for it inside a collective and can say nothing. So each has a thread that writes, every few seconds,
+where its rank is into a file of the run's folder, `ranks/RANK.json`. When its own rank has not moved for the time allowed, the thread
+looks at all files twice: a rank whose file does not change is stopped, or its machine is gone; else the ones that are furthest behind are
+those that the others wait for. It names them and ends the process, whereupon the launcher ends the others, and a scheduler may start
+again.
 
 Files, not collectives or the rendezvous' store: these are what may hang. The price is a small file per rank, written every few seconds.
 """
@@ -126,8 +127,8 @@ class Watchdog:
             where = f"all ranks are at step {self._step} ({self._phase})"
             return f"{waited}: {where}: one of them hangs inside a collective, or the network between them. Then go on with --resume auto"
         who = ", ".join(map(str, behind[:8]))
-        told = now[behind[0]]
-        return f"{waited}: the others wait for rank {who}, which hangs at step {told['step']} ({told['phase']}). Look at its log, then go on with --resume auto"
+        where = f"step {now[behind[0]]['step']} ({now[behind[0]]['phase']})"
+        return f"{waited}: the others wait for rank {who}, which hangs at {where}. Look at its log, then go on with --resume auto"
 
 
 def _end_process(message: str) -> None:
