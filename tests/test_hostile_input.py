@@ -6,14 +6,19 @@ hand.
 """
 
 import copy
+import io
 import json
 import os
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_prep.sources import SOURCES
 from tests.support.vocabularies import make_sentencepiece, make_transformers
@@ -21,6 +26,7 @@ from tests.train.test_checkpoint import Net, save
 from vltrain.check.receipt import RECEIPT, read_receipt
 from vltrain.config import Config
 from vltrain.data.conversation import TEMPLATES, encode_prompt, encode_sample
+from vltrain.data.images import decode_image
 from vltrain.data.shards import read_manifest
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
@@ -252,3 +258,25 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path):
     with pytest.raises(InputError):
         dict(open_checkpoint(path).weights())
     assert not ran.exists()
+
+
+def png_with_text(compressed: bytes, chunk: bytes = b"zTXt") -> bytes:
+    """A picture of one pixel with a chunk of text in front of it."""
+    stream = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(stream, "PNG")
+    plain = stream.getvalue()
+    body = chunk + b"key\0\0" + compressed
+    text = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    end_of_header = 8 + 25
+    return plain[:end_of_header] + text + plain[end_of_header:]
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 16, 1 << 28])
+def test_metadata_of_images_does_not_grow_without_bounds(num_bytes):
+    """256 MiB of zeros are 256 KiB in a PNG's compressed text: refused, or left out, in either case without unpacking them."""
+    data = png_with_text(zlib.compress(bytes(num_bytes), 9))
+    tracemalloc.start()
+    taken_or_refused(lambda: decode_image(data, 8, 1000, "x.png"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20

@@ -46,6 +46,7 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 # Settings that change no figure of a row's line: a finished row stays finished under others.
 CHANGE_NOTHING = {
+    "train.hang_timeout_minutes", "train.async_save", "train.keep_best",
     "output", "model.llm.attention", "model.adapter.impl", "data.workers", "data.eval_split", "train.log_every_steps", "train.save_every_steps",
     "train.keep_checkpoints", "train.eval_every_steps", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
 }  # fmt: skip
