@@ -148,7 +148,7 @@ class StepLoader:
         pin_memory: pin the pixels, for copies to a GPU that overlap with computing.
         """
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             _Fetcher(dataset, image_size, max_image_pixels),
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,
@@ -164,8 +164,13 @@ class StepLoader:
     def __len__(self) -> int:
         return max(0, self._plan.num_steps - self._start_step)
 
+    def close(self) -> None:
+        """Ends the workers, once nobody iterates any more. Left to the interpreter's end, they would only be asked by a signal."""
+        self._loader = None
+
     def _start(self) -> Iterator[tuple[PackedRow, torch.Tensor] | str]:
         """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid a training step."""
+        assert self._loader is not None, "closed"
         before = signal.getsignal(signal.SIGCHLD)
         fetched = iter(self._loader)
         if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler, which raises wherever the process is just then

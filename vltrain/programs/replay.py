@@ -88,6 +88,7 @@ def replay_steps(trainer: Trainer, step: int) -> list[tuple[str, float, int]]:
                 return sorted(losses, key=lambda one: -one[1] if math.isfinite(one[1]) else -math.inf)
             trainer.guard.push(result)
     finally:
+        trainer.loader.close()
         trainer.monitor.close()
         trainer.receipt.close()
     raise AssertionError("the loader ends with the plan")

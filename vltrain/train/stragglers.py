@@ -1,8 +1,8 @@
 """Names the rank that makes the others wait, from what each spends on its own work: fetching batches and the forwards.
 
-The backward and the optimizer's step are left out, since ranks wait for each other there and all take equally long. On a GPU the forwards
-are timed by events on the device, so nothing waits for it. The ranks' times are gathered on logging steps only. Under ZeRO-3 a forward
-gathers weights, so a slow rank shows less clearly there.
+The backward and the optimizer's step are left out, since ranks wait for each other there and all take equally long. On a GPU the forwards are
+timed by events on the device. The ranks' times are gathered on logging steps only; on those the host waits for the device. Under ZeRO-3 a
+forward gathers weights, so a slow rank shows less clearly there.
 """
 
 from __future__ import annotations

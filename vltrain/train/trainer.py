@@ -81,6 +81,7 @@ class Trainer:
             with self.watchdog.watching():
                 self._train()
         finally:
+            self.loader.close()
             self.background.wait()
             self.receipt.close()
 
