@@ -48,8 +48,8 @@ CHANGES = {
     "train__packs_per_step": 3, "train__max_steps": STEPS, "train__epochs": 30.0, "train__save_every_steps": SAVE_EVERY, "optim__lr": 1e-3,
     "model__adapter__dropout": 0.1,
 }  # fmt: skip
-# (ZeRO stage, ranks) and how often it is drawn.
-SETUPS = {(0, 1): 2, (1, 1): 2, (2, 1): 3, (3, 1): 3, (2, 2): 1, (3, 2): 1}
+# (ZeRO stage, ranks) and how many runs of a dozen it has, in random order.
+SETUPS = {(0, 1): 2, (1, 1): 2, (2, 1): 2, (3, 1): 2, (2, 2): 2, (3, 2): 2}
 MOMENTS = {"start": 3, "step": 6, "save": 6, "rename": 3, "partial": 3, "worker": 2}
 LIFE_SECONDS = 240.0
 
@@ -194,6 +194,7 @@ class Campaign:
         self.folder, self.log, self.random, self.tally = folder, log, random.Random(seed), Tally()
         self.packs = write_packs(folder / "packs", make_segments(14))
         self.whole: dict[tuple[int, int], Path] = {}
+        self.bag: list[tuple[int, int]] = []
 
     def say(self, text: str) -> None:
         self.log.write(text + "\n")
@@ -260,7 +261,10 @@ class Campaign:
 
     def one_run(self, number: int, most_kills: int) -> None:
         """A run from its first life to its last, with at most so many kills; then its comparison with the undisturbed one."""
-        stage, world_size = self.random.choices(list(SETUPS), list(SETUPS.values()))[0]
+        if not self.bag:
+            self.bag = [setup for setup, share in SETUPS.items() for _ in range(share)]
+            self.random.shuffle(self.bag)
+        stage, world_size = self.bag.pop()
         output = self.folder / f"run-{number}"
         reached, kills = 0, 0
         while True:
