@@ -275,6 +275,9 @@ class TrainConfig:
     """How many of the newest checkpoints are kept."""
     eval_every_steps: int = 0
     """Evaluate on `data.eval_split` after each so many steps; 0: only at the end."""
+    time_limit_minutes: float | None = None
+    """Minutes after its start by which the run must be gone: before that it saves and ends with exit code 85, to be started again. Slurm's
+    limit (SLURM_JOB_END_TIME) is kept without it, whichever is earlier; null: no limit of its own."""
 
     def __post_init__(self) -> None:
         for name in ("packs_per_step", "log_every_steps", "save_every_steps", "keep_checkpoints"):
@@ -282,6 +285,8 @@ class TrainConfig:
         _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
         _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
+        limited = self.time_limit_minutes is None or self.time_limit_minutes > 0
+        _require(limited, "train.time_limit_minutes", self.time_limit_minutes, "a positive number or null")
 
 
 @dataclass(kw_only=True)

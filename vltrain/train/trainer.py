@@ -29,6 +29,7 @@ from vltrain.train.guard import FiniteGuard, StepResult
 from vltrain.train.hardware import peak_flops
 from vltrain.train.monitor import Monitor
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
+from vltrain.train.preemption import Preemption
 
 
 @dataclass(kw_only=True)
@@ -43,11 +44,19 @@ class Trainer:
     loader: StepLoader
     monitor: Monitor
     belongs_to: dict[str, Any]
+    preemption: Preemption
     evaluate: Callable[[int], None]
     """Called with the number of steps done, on every rank, in evaluation mode."""
 
     def train(self) -> None:
-        """Trains from the loader's first step to the plan's last, and leaves a checkpoint of the end."""
+        """Trains from the loader's first step to the plan's last, and leaves a checkpoint of the end.
+
+        Raises Preempted, after a checkpoint, when a signal or the time limit asks to leave.
+        """
+        with self.preemption.training():
+            self._train()
+
+    def _train(self) -> None:
         guard = FiniteGuard(self.monitor.loss)
         self.engine.model.train()
         fetched_from = time.perf_counter()
@@ -57,11 +66,18 @@ class Trainer:
             guard.push(result)
             self.monitor.stepped(result.step, result.lr)
             done = result.step + 1
-            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps:
+            leaves = self.preemption.agreed(self.engine.device)
+            evaluates = self.config.train.eval_every_steps and done % self.config.train.eval_every_steps == 0 and done < self.plan.num_steps
+            # Before an evaluation, too: it may take as long as many steps, and a run that is asked to leave then has nothing to lose.
+            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates or leaves:
                 guard.flush()
                 self.save(done)
-            if self.config.train.eval_every_steps and done % self.config.train.eval_every_steps == 0 and done < self.plan.num_steps:
-                self.run_evaluation(done)
+            if leaves:
+                self.monitor.close()
+                self.preemption.leave(done)
+            if evaluates:
+                with self.preemption.nothing_to_lose():
+                    self.run_evaluation(done)
             fetched_from = time.perf_counter()
 
     def step(self, loaded: LoadedStep) -> StepResult:
@@ -91,10 +107,11 @@ class Trainer:
     def save(self, steps_done: int) -> None:
         """Saves the state after `steps_done` steps. A collective."""
         self.monitor.pause()
-        save_checkpoint(
-            self.engine.full_state(), self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to,
-            keep=self.config.train.keep_checkpoints, is_writer=self.rank == 0,
-        )
+        with self.preemption.saving():
+            save_checkpoint(
+                self.engine.full_state(), self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to,
+                keep=self.config.train.keep_checkpoints, is_writer=self.rank == 0,
+            )
         self.monitor.pause()
 
     def run_evaluation(self, steps_done: int) -> None:
@@ -130,7 +147,7 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
 
 def make_trainer(
     config: Config, ds_json: dict[str, Any], *, model: MultimodalModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
-    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], None],
+    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], None], preemption: Preemption | None = None,
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
 
@@ -167,5 +184,6 @@ def make_trainer(
     if plan.num_steps == 0:
         raise InputError(f"nothing to train: {len(dataset)} pack(s), train.epochs = {config.train.epochs}")
     return Trainer(
-        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, belongs_to=belongs_to, evaluate=evaluate
+        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, belongs_to=belongs_to,
+        preemption=preemption or Preemption(), evaluate=evaluate,
     )
