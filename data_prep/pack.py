@@ -4,33 +4,37 @@ Reads and checks every sample, tokenises them in several processes, deals them t
 each distinct image once. Tokens wait on disk between the two passes, so memory grows only by some tens of bytes per sample
 (and its id). A sample that does not fit into a pack is never cut: it is an error, or with `--over-long drop` left out
 and listed in `over_long.jsonl`.
+
+In parts (`data_prep.parts`) each part tokenises and decodes its share of the file, which is what takes time; the merge deals all samples to packs.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
+from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import MAX_IMAGE_PIXELS, read_image
-from vltrain.data.conversation import TEMPLATES, encode_sample, find_template
+from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
+from vltrain.data.conversation import TEMPLATES, find_template
 from vltrain.data.images import open_rgb
 from vltrain.data.packing import pack_lengths
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
-from vltrain.data.shards import Manifest, ShardFile
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.shards import Manifest, ShardFile, sha256_of
+from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.schema import PackedRow, Sample, Segment
+from vltrain.schema import PackedRow
 
 OVER_LONG = "over_long.jsonl"
-_LINES_PER_CHUNK = 512
 _IMAGES_PER_CHUNK = 16
 
 
@@ -47,7 +51,8 @@ def pack(
     workers: int | None = None,
     over_long: str = "error",
     max_image_pixels: int = MAX_IMAGE_PIXELS,
-) -> Manifest:
+    share: Share | None = None,
+) -> Manifest | None:
     """Packs a file of samples.
 
     Args:
@@ -61,83 +66,87 @@ def pack(
         seed: of the deal to packs.
         workers: processes; None: all usable cores. The result does not depend on it.
         over_long: "error" or "drop", for samples that do not fit into a pack.
+        share: do only a part of the work, or merge the parts; None: everything at once.
 
     Returns:
-        The manifest of the written shards.
+        The manifest of the written shards; None after a part.
 
     Raises:
         InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image path outside the samples'
-            folder, a sample that does not fit, an output that exists or cannot be written.
+            folder, a sample that does not fit, an output that exists or cannot be written, parts that are missing or were made of something else.
     """
+    _require_sensible(template, visual_tokens, pack_length, max_images, over_long)
+    workers = usable_cores() if workers is None else workers
+    loaded = load_tokenizer(tokenizer)
+    facts = {
+        "tokenizer_fingerprint": loaded.fingerprint, "tokenizer": tokenizer, "template": template, "visual_tokens": visual_tokens,
+        "pack_length": pack_length, "max_images": max_images, "seed": seed,
+    }  # fmt: skip
+    if share is None:
+        tokens = tokenised(samples, loaded, template, visual_tokens, workers)
+        return _write_packs(tokens, samples.parent, output, facts, over_long, workers, max_image_pixels)
+    made_with = {**facts, "samples": _digest(samples), "over_long": over_long, "max_image_pixels": max_image_pixels}
+    if share.part is None:
+        parts = finished_parts(output, share, made_with)
+        manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), samples.parent, output, facts, over_long, workers, None)
+        remove_parts(output)
+        return manifest
+    if not is_done(output, share, made_with):
+        with new_part(output, share, made_with) as folder:
+            tokens = tokenised(samples, loaded, template, visual_tokens, workers, share)
+            write_tokens(_with_images_checked(tokens, samples.parent, pack_length, max_images, workers, max_image_pixels), folder)
+    return None
+
+
+def _require_sensible(template: str, visual_tokens: int, pack_length: int, max_images: int | None, over_long: str) -> None:
     find_template(template)
     for name, value in (("visual tokens", visual_tokens), ("pack length", pack_length), ("images per pack", max_images)):
         if value is not None and value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
     if over_long not in ("error", "drop"):
         raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
-    workers = usable_cores() if workers is None else workers
-    loaded = load_tokenizer(tokenizer)
+
+
+def _digest(samples: Path) -> str:
+    try:
+        return sha256_of(samples)
+    except OSError as error:
+        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
+
+
+def _with_images_checked(
+    chunks: Iterable[Tokens], root: Path, pack_length: int, max_images: int | None, workers: int, max_image_pixels: int
+) -> Iterator[Tokens]:
+    """Passes a part's tokens on, and then decodes every image of a sample that fits into a pack. Raises InputError for a damaged one."""
+    first_user: dict[str, str] = {}
+    for chunk in chunks:
+        for sample_id, images, length in zip(chunk.ids, chunk.images, chunk.lengths, strict=True):
+            if length <= pack_length and (max_images is None or len(images) <= max_images):
+                for path in images:
+                    first_user.setdefault(path, sample_id)
+        yield chunk
+    wanted = [(number, path, sample_id) for number, (path, sample_id) in enumerate(first_user.items())]
+    for _ in _checked_images(wanted, root, workers, max_image_pixels):
+        pass
+
+
+def _write_packs(
+    tokens: Iterable[Tokens], root: Path, output: Path, facts: dict[str, Any], over_long: str, workers: int, max_image_pixels: int | None
+) -> Manifest:
+    """Deals all samples to packs and writes the shards. `max_image_pixels` None: the images have been decoded and are only read."""
+    pack_length, max_images = facts["pack_length"], facts["max_images"]
     with write_shards(output) as writer:
         spool = _Spool(writer.folder)
-        spool.fill(_tokenised(samples, loaded, template, visual_tokens, workers))
+        spool.fill(tokens)
         fits = spool.fitting(pack_length, max_images)
         extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
-        image_ids = _store_images(samples.parent, spool, kept, writer, workers, max_image_pixels)
-        order, starts = pack_lengths(spool.lengths[kept], pack_length, spool.num_images[kept], max_images, seed)
+        image_ids = _store_images(root, spool, kept, writer, workers, max_image_pixels)
+        order, starts = pack_lengths(spool.lengths[kept], pack_length, spool.num_images[kept], max_images, facts["seed"])
         for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
         spool.remove()
-        return writer.finish(
-            extra_files,
-            tokenizer_fingerprint=loaded.fingerprint, tokenizer=tokenizer, template=template, visual_tokens=visual_tokens,
-            pack_length=pack_length, max_images=max_images, seed=seed, over_long=len(fits) - len(kept),
-        )  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class _Tokens:
-    """Some tokenised samples, as arrays: cheap to send between processes."""
-
-    ids: list[str] = field(default_factory=list)
-    images: list[tuple[str, ...]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    input_ids: bytes = b""  # int32
-    loss_mask: bytes = b""  # bool
-
-
-def _tokenised(samples: Path, tokenizer: Tokenizer, template: str, visual_tokens: int, workers: int) -> Iterator[_Tokens]:
-    try:
-        num_bytes = samples.stat().st_size
-        stream = samples.open("rb")
-    except OSError as error:
-        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
-    shared = (str(samples), tokenizer, template, visual_tokens)
-    with stream, tqdm(total=num_bytes, desc="samples", unit="B", unit_scale=True, disable=None) as progress:
-        chunks = in_chunks(enumerate(stream, start=1), _LINES_PER_CHUNK)
-        # A small file is done before a second process has started.
-        for tokens in ordered_map(_tokenise, chunks, workers if num_bytes > 1 << 20 else 1, shared):
-            yield tokens
-            progress.update(stream.tell() - progress.n)
-
-
-def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> _Tokens:
-    segments: list[Segment] = []
-    for number, line in lines:
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
-        sample = Sample.from_json(record, where)
-        segments.append(encode_sample(sample, tokenizer, template, visual_tokens))
-    return _Tokens(
-        ids=[segment.sample_id for segment in segments],
-        images=[segment.images for segment in segments],
-        lengths=[len(segment.input_ids) for segment in segments],
-        input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
-        loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
-    )
+        return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept))
 
 
 class _Spool:
@@ -151,7 +160,7 @@ class _Spool:
         self.ids: list[str] = []
         self.paths: dict[str, int] = {}
 
-    def fill(self, parts: Iterator[_Tokens]) -> None:
+    def fill(self, parts: Iterable[Tokens]) -> None:
         """Takes all samples; InputError if there is none or an id comes twice."""
         lengths, num_images, image_refs = array("q"), array("q"), array("q")
         seen: set[str] = set()
@@ -226,9 +235,9 @@ def _settle_over_long(
 
 
 def _store_images(
-    root: Path, spool: _Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int
+    root: Path, spool: _Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int | None
 ) -> np.ndarray:
-    """Decodes (to check) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
+    """Decodes (to check, unless `max_image_pixels` is None) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
     first_user: dict[int, int] = {}
     for sample in kept[spool.num_images[kept] > 0].tolist():
         for ref in spool.refs(sample).tolist():
@@ -236,18 +245,25 @@ def _store_images(
     paths = list(spool.paths)
     wanted = [(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]
     image_ids = np.full(len(paths), -1, np.int64)
+    for ref, data in _checked_images(wanted, root, workers, max_image_pixels):
+        image_ids[ref] = writer.add_image(data)
+    return image_ids
+
+
+def _checked_images(
+    wanted: list[tuple[int, str, str]], root: Path, workers: int, max_image_pixels: int | None
+) -> Iterator[tuple[int, bytes]]:
+    """Reads and decodes images (number, path, sample) in several processes; yields their numbers and file bytes, in order."""
     chunks = in_chunks(wanted, _IMAGES_PER_CHUNK)
     checked = ordered_map(_check_images, chunks, min(workers, 1 + len(wanted) // 64), (str(root), max_image_pixels))
     with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
         for chunk in checked:
-            for ref, data in chunk:
-                image_ids[ref] = writer.add_image(data)
+            yield from chunk
             progress.update(len(chunk))
-    return image_ids
 
 
-def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int) -> list[tuple[int, bytes]]:
-    """Reads and decodes images (number, path, sample); returns their numbers and file bytes."""
+def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int | None) -> list[tuple[int, bytes]]:
+    """Reads and, unless `max_pixels` is None, decodes images (number, path, sample); returns their numbers and file bytes."""
     checked = []
     folder = Path(root).resolve()
     for ref, name, sample_id in wanted:
@@ -255,7 +271,8 @@ def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
         data = read_image(path, sample_id)
-        open_rgb(data, max_pixels, f"sample '{sample_id}', image {path}")
+        if max_pixels is not None:
+            open_rgb(data, max_pixels, f"sample '{sample_id}', image {path}")
         checked.append((ref, data))
     return checked
 
@@ -274,7 +291,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
-    manifest = pack(**vars(parser.read()))
+    add_share_options(parser)
+    given = parser.read()
+    share = read_share(given)
+    manifest = pack(**vars(given), share=share)
+    if manifest is None:
+        assert share is not None
+        print(f"part {share.part} of {share.parts} is done")
+        return
     print(
         f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, {manifest.num_tokens} tokens "
         f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}" + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")

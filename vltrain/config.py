@@ -289,6 +289,9 @@ class TrainConfig:
     """Keep the checkpoint with the best evaluation, beside the newest; `checkpoints/best` names it."""
     early_stopping_patience: int | None = None
     """Stop after so many evaluations in a row that are not better than the best one before them; null: never."""
+    time_limit_minutes: float | None = None
+    """Minutes after its start by which the run must be gone: before that it saves and ends with exit code 85, to be started again. Slurm's
+    limit (SLURM_JOB_END_TIME) is kept without it, whichever is earlier; null: no limit of its own."""
 
     def __post_init__(self) -> None:
         for name in ("packs_per_step", "log_every_steps", "save_every_steps", "keep_checkpoints"):
@@ -305,6 +308,8 @@ class TrainConfig:
         if self.eval_every_steps == 0 and (self.keep_best or patience is not None):
             name = "keep_best" if self.keep_best else "early_stopping_patience"
             raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it or leave this out")
+        limited = self.time_limit_minutes is None or self.time_limit_minutes > 0
+        _require(limited, "train.time_limit_minutes", self.time_limit_minutes, "a positive number or null")
 
 
 @dataclass(kw_only=True)

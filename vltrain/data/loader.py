@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
+from vltrain.data.signals import deaf_children
 from vltrain.errors import InputError
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Batch, PackedRow
 
@@ -172,7 +173,8 @@ class StepLoader:
         """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid a training step."""
         assert self._loader is not None, "closed"
         before = signal.getsignal(signal.SIGCHLD)
-        fetched = iter(self._loader)
+        with deaf_children():
+            fetched = iter(self._loader)
         if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler, which raises wherever the process is just then
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return fetched

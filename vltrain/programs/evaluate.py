@@ -9,6 +9,7 @@ whole copy of the model. The second scores a file of ScienceQA answers without a
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 from pathlib import Path
@@ -30,6 +31,7 @@ from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoi
 from vltrain.programs.data_ready import ready_samples
 from vltrain.train.retention import BEST, pointed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.ranks import adopt_ranks, join_process_group
 
 RUN_OPTIONS: dict[str, Option] = {
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
@@ -40,6 +42,7 @@ RUN_OPTIONS: dict[str, Option] = {
     "json": Option("also write the figures to this file", metavar="FILE"),
     "predictions": Option("instead of a run: score this file of ScienceQA answers against the problems in --data FOLDER", metavar="FILE"),
 }
+JOIN_TIMEOUT = datetime.timedelta(minutes=30)
 FILE_OPTIONS = ("predictions", "data", "split", "json")
 
 
@@ -90,6 +93,7 @@ def _evaluate_file(arguments: Arguments) -> Report:
 def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     """Answers and scores a split with a run's checkpoint. Returns the report on rank 0, None elsewhere."""
     config = settings.config
+    adopt_ranks()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
@@ -104,7 +108,7 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
     writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(

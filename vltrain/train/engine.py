@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from vltrain.errors import InputError
 from vltrain.train.ds_config import offloads_optimizer, zero_stage
 from vltrain.train.hardware import device
+from vltrain.train.ranks import adopt_ranks, join_process_group
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
@@ -38,23 +38,24 @@ OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
-    """Joins the process group that the launcher describes; alone, makes one of a single process.
+    """Joins the process group that the launcher or srun describes; alone, makes one of a single process.
 
     Returns:
         (rank, world size)
+
+    Raises:
+        InputError: the environment contradicts itself, or rank 0 cannot listen where it says.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has begun to rename: true, and nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    adopt_ranks()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    join_process_group(backend, timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     return dist.get_rank(), dist.get_world_size()
 
 

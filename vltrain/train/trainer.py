@@ -36,6 +36,7 @@ from vltrain.train.lines import cut_lines
 from vltrain.train.monitor import Monitor
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 from vltrain.train.out_of_memory import names_pack
+from vltrain.train.preemption import Preemption
 from vltrain.train.selection import Selection, name_best
 from vltrain.train.stragglers import WorkTimes, slowness, straggler
 from vltrain.train.watchdog import Watchdog
@@ -59,6 +60,7 @@ class Trainer:
     belongs_to: dict[str, Any]
     evaluate: Callable[[int], float | None]
     """Called with the number of steps done, on every rank, in evaluation mode; rank 0 returns the report's figure."""
+    preemption: Preemption = field(default_factory=Preemption)
     first_step: int = 0
     guard_state: dict[str, Any] | None = None
     background: BackgroundTask = field(default_factory=BackgroundTask)
@@ -76,9 +78,12 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Trains to the plan's last step, or until early stopping; leaves a checkpoint of the end, and evaluates it."""
+        """Trains to the plan's last step, or until early stopping; leaves a checkpoint of the end, and evaluates it.
+
+        Raises Preempted, after a checkpoint, when a signal or the time limit asks to leave.
+        """
         try:
-            with self.watchdog.watching():
+            with self.watchdog.watching(), self.preemption.training():
                 self._train()
         finally:
             self.loader.close()
@@ -102,11 +107,17 @@ class Trainer:
             self.monitor.stepped(result.step, result.lr)
             self._look_for_stragglers(result.step)
             done = result.step + 1
+            leaves = self.preemption.agreed(self.engine.device)
             evaluates = self.evaluates_after(done)
-            # Before an evaluation, too: what that decides is decided again by a run that goes on from here.
-            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates:
+            # Before an evaluation, too: what that decides is decided again by a run that goes on from here. And it may take as long as many
+            # steps: a run that is asked to leave then has nothing to lose.
+            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates or leaves:
                 guard.flush()
                 self.save(done)
+            if leaves:
+                self.background.wait()
+                self.monitor.close()
+                self.preemption.leave(done)
             if evaluates:
                 self.run_evaluation(done)
                 if self.selection.exhausted:
@@ -181,11 +192,12 @@ class Trainer:
             save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, is_writer=is_writer,
             keep=self.config.train.keep_checkpoints, keep_best=self.config.train.keep_best, run_state=self.run_state(),
         )
-        if self.config.train.async_save and is_writer:
-            copy = [(name, weight.clone(), {key: value.clone() for key, value in states.items()}) for name, weight, states in state]
-            self.background.start(partial(write, iter(copy)))
-        else:
-            write(state)
+        with self.preemption.saving():
+            if self.config.train.async_save and is_writer:
+                copy = [(name, weight.clone(), {key: value.clone() for key, value in states.items()}) for name, weight, states in state]
+                self.background.start(partial(write, iter(copy)))
+            else:
+                write(state)
         self.monitor.pause()
 
     def run_state(self) -> dict[str, Any]:
@@ -198,7 +210,7 @@ class Trainer:
         self.watchdog.at(steps_done, "evaluate")
         self.background.wait()
         self.engine.model.eval()
-        with self.engine.autocast():
+        with self.preemption.nothing_to_lose(), self.engine.autocast():
             figure = from_rank_0(self.evaluate(steps_done))
         self.engine.model.train()
         if figure is not None:
@@ -235,7 +247,7 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
 
 def make_trainer(
     config: Config, ds_json: dict[str, Any], *, model: MultimodalModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
-    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], float | None],
+    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], float | None], preemption: Preemption | None = None,
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
 
@@ -288,6 +300,7 @@ def make_trainer(
     return Trainer(
         config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt,
         selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"),
+        preemption=preemption or Preemption(),
     )
 
 
