@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Trainer:
 
     def train(self) -> None:
         """Trains from the loader's first step to the plan's last, and leaves a checkpoint of the end."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[int]:
+        """`train`, a step each time: gives the number of steps done, so that whoever measures can stop between them."""
         guard = FiniteGuard(self.monitor.loss)
         self.engine.model.train()
         fetched_from = time.perf_counter()
@@ -62,6 +67,7 @@ class Trainer:
                 self.save(done)
             if self.config.train.eval_every_steps and done % self.config.train.eval_every_steps == 0 and done < self.plan.num_steps:
                 self.run_evaluation(done)
+            yield done
             fetched_from = time.perf_counter()
 
     def step(self, loaded: LoadedStep) -> StepResult:
