@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -84,13 +84,15 @@ class Trainer:
         """
         try:
             with self.watchdog.watching(), self.preemption.training():
-                self._train()
+                for _ in self.steps():
+                    pass
         finally:
             self.loader.close()
             self.background.wait()
             self.receipt.close()
 
-    def _train(self) -> None:
+    def steps(self) -> Iterator[int]:
+        """`train`, a step each time: gives the number of steps done, so that whoever measures can stop between them."""
         guard = self.guard
         self.engine.model.train()
         # A checkpoint is from before its step's evaluation, which is owed then.
@@ -120,9 +122,10 @@ class Trainer:
                 self.preemption.leave(done)
             if evaluates:
                 self.run_evaluation(done)
-                if self.selection.exhausted:
-                    break
             self.watchdog.at(done, "fetch")
+            yield done
+            if self.selection.exhausted:
+                break
             fetched_from = time.perf_counter()
 
     def _look_for_stragglers(self, step: int) -> None:
