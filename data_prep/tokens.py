@@ -81,7 +81,7 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, t
         where = f"{file}:{number}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         sample = Sample.from_json(record, where)
         segments.append(encode_sample(sample, tokenizer, template, visual_tokens))
