@@ -4,38 +4,36 @@ Reads and checks every sample, tokenises them in several processes, deals them t
 each distinct image once. Tokens wait on disk between the two passes, so memory grows only by some tens of bytes per sample
 (and its id). A sample that does not fit into a pack is never cut: it is an error, or with `--over-long drop` left out
 and listed in `over_long.jsonl`.
+
+In parts (`data_prep.parts`) each part tokenises and decodes its share of the file, which is what takes time; the merge deals all samples to packs.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
+from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import MAX_IMAGE_PIXELS, read_image
-from vltrain.data.batching import batch_lengths
-from vltrain.data.conversation import TEMPLATES, encode_sample, find_template
+from data_prep.spool import Spool
+from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
+from vltrain.data.conversation import TEMPLATES, find_template
 from vltrain.data.images import open_rgb
 from vltrain.data.instruction import InstructionSource
-from vltrain.data.packing import pack_lengths
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
-from vltrain.data.shards import Manifest, ShardFile
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.shards import Manifest, ShardFile, sha256_of
+from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.schema import PackedRow, Sample, Segment
-
-logger = logging.getLogger(__name__)
 
 OVER_LONG = "over_long.jsonl"
-_LINES_PER_CHUNK = 512
 _IMAGES_PER_CHUNK = 16
 
 
@@ -53,7 +51,8 @@ def pack(
     over_long: str = "error",
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     instruction: InstructionSource | None = None,
-) -> Manifest:
+    share: Share | None = None,
+) -> Manifest | None:
     """Packs a file of samples.
 
     Args:
@@ -68,14 +67,41 @@ def pack(
         workers: processes; None: all usable cores. The result does not depend on it.
         over_long: "error" or "drop", for samples that do not fit into a pack.
         instruction: the Q-Former's tokenizer, for templates that one reads.
+        share: do only a part of the work, or merge the parts; None: everything at once.
 
     Returns:
-        The manifest of the written shards.
+        The manifest of the written shards; None after a part.
 
     Raises:
         InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image path outside the samples'
-            folder, a sample that does not fit, an output that exists or cannot be written.
+            folder, a sample that does not fit, an output that exists or cannot be written, parts that are missing or were made of something else.
     """
+    _require_sensible(template, instruction, visual_tokens, pack_length, max_images, over_long)
+    workers = usable_cores() if workers is None else workers
+    loaded = load_tokenizer(tokenizer, instruction)
+    facts = {
+        "tokenizer_fingerprint": loaded.fingerprint, "tokenizer": tokenizer, "template": template, "visual_tokens": visual_tokens,
+        "pack_length": pack_length, "max_images": max_images, "seed": seed,
+    }  # fmt: skip
+    if share is None:
+        tokens = tokenised(samples, loaded, template, visual_tokens, workers)
+        return _write_packs(tokens, samples.parent, output, facts, over_long, workers, max_image_pixels)
+    made_with = {**facts, "samples": _digest(samples), "over_long": over_long, "max_image_pixels": max_image_pixels}
+    if share.part is None:
+        parts = finished_parts(output, share, made_with)
+        manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), samples.parent, output, facts, over_long, workers, None)
+        remove_parts(output)
+        return manifest
+    if not is_done(output, share, made_with):
+        with new_part(output, share, made_with) as folder:
+            tokens = tokenised(samples, loaded, template, visual_tokens, workers, share)
+            write_tokens(_with_images_checked(tokens, samples.parent, pack_length, max_images, workers, max_image_pixels), folder)
+    return None
+
+
+def _require_sensible(
+    template: str, instruction: InstructionSource | None, visual_tokens: int, pack_length: int, max_images: int | None, over_long: str
+) -> None:
     found = find_template(template)
     if found.instruction != (instruction is not None):
         wanted = "which a Q-Former reads too: expected its tokenizer (--qformer-tokenizer)" if found.instruction else "which no Q-Former reads"
@@ -85,175 +111,52 @@ def pack(
             raise InputError(f"{name}: found {value}, expected at least 1")
     if over_long not in ("error", "drop"):
         raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
-    workers = usable_cores() if workers is None else workers
-    loaded = load_tokenizer(tokenizer, instruction)
+
+
+def _digest(samples: Path) -> str:
+    try:
+        return sha256_of(samples)
+    except OSError as error:
+        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
+
+
+def _with_images_checked(
+    chunks: Iterable[Tokens], root: Path, pack_length: int, max_images: int | None, workers: int, max_image_pixels: int
+) -> Iterator[Tokens]:
+    """Passes a part's tokens on, and then decodes every image of a sample that fits into a pack. Raises InputError for a damaged one."""
+    first_user: dict[str, str] = {}
+    for chunk in chunks:
+        for sample_id, images, length in zip(chunk.ids, chunk.images, chunk.lengths, strict=True):
+            if length <= pack_length and (max_images is None or len(images) <= max_images):
+                for path in images:
+                    first_user.setdefault(path, sample_id)
+        yield chunk
+    wanted = [(number, path, sample_id) for number, (path, sample_id) in enumerate(first_user.items())]
+    for _ in _checked_images(wanted, root, workers, max_image_pixels):
+        pass
+
+
+def _write_packs(
+    tokens: Iterable[Tokens], root: Path, output: Path, facts: dict[str, Any], over_long: str, workers: int, max_image_pixels: int | None
+) -> Manifest:
+    """Deals all samples to packs and writes the shards. `max_image_pixels` None: the images have been decoded and are only read."""
+    pack_length, max_images = facts["pack_length"], facts["max_images"]
     with write_shards(output) as writer:
-        spool = _Spool(writer.folder)
-        spool.fill(_tokenised(samples, loaded, template, visual_tokens, workers))
+        spool = Spool(writer.folder)
+        spool.fill(tokens)
         fits = spool.fitting(pack_length, max_images)
         extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
-        image_ids = _store_images(samples.parent, spool, kept, writer, workers, max_image_pixels)
-        spool.tell_cuts(instruction)
-        order, starts = spool.deal(kept, pack_length, max_images, seed, found.padded)
+        image_ids = _store_images(root, spool, kept, writer, workers, max_image_pixels)
+        order, starts = spool.deal(kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded)
         for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
         spool.remove()
-        return writer.finish(
-            extra_files,
-            tokenizer_fingerprint=loaded.fingerprint, tokenizer=tokenizer, template=template, visual_tokens=visual_tokens,
-            pack_length=pack_length, max_images=max_images, seed=seed, over_long=len(fits) - len(kept),
-        )  # fmt: skip
-
-
-@dataclass(kw_only=True)
-class _Tokens:
-    """Some tokenised samples, as arrays: cheap to send between processes."""
-
-    ids: list[str] = field(default_factory=list)
-    images: list[tuple[str, ...]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    num_labels: list[int] = field(default_factory=list)
-    instruction_lengths: list[int] = field(default_factory=list)
-    instruction_cuts: int = 0
-    input_ids: bytes = b""  # int32
-    loss_mask: bytes = b""  # bool
-    instruction_ids: bytes = b""  # int32
-
-
-def _tokenised(samples: Path, tokenizer: Tokenizer, template: str, visual_tokens: int, workers: int) -> Iterator[_Tokens]:
-    try:
-        num_bytes = samples.stat().st_size
-        stream = samples.open("rb")
-    except OSError as error:
-        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
-    shared = (str(samples), tokenizer, template, visual_tokens)
-    with stream, tqdm(total=num_bytes, desc="samples", unit="B", unit_scale=True, disable=None) as progress:
-        chunks = in_chunks(enumerate(stream, start=1), _LINES_PER_CHUNK)
-        # A small file is done before a second process has started.
-        for tokens in ordered_map(_tokenise, chunks, workers if num_bytes > 1 << 20 else 1, shared):
-            yield tokens
-            progress.update(stream.tell() - progress.n)
-
-
-def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> _Tokens:
-    segments: list[Segment] = []
-    for number, line in lines:
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
-        sample = Sample.from_json(record, where)
-        segments.append(encode_sample(sample, tokenizer, template, visual_tokens))
-    return _Tokens(
-        ids=[segment.sample_id for segment in segments],
-        images=[segment.images for segment in segments],
-        lengths=[len(segment.input_ids) for segment in segments],
-        num_labels=[int(segment.loss_mask.sum()) for segment in segments],
-        instruction_lengths=[len(segment.instruction_ids) for segment in segments],
-        instruction_cuts=sum(segment.instruction_cut > 0 for segment in segments),
-        input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
-        loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
-        instruction_ids=b"".join(segment.instruction_ids.tobytes() for segment in segments),
-    )
-
-
-class _Spool:
-    """All tokenised samples: their tokens in two flat files, the rest in memory.
-
-    lengths [n] tokens, num_labels [n] of them predicted, num_images [n], instruction_lengths [n]; `paths` are the distinct image paths,
-    `image_refs` each sample's, one after another.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._files = (folder / "tokens.spool", folder / "mask.spool", folder / "instruction.spool")
-        self.ids: list[str] = []
-        self.paths: dict[str, int] = {}
-
-    def fill(self, parts: Iterator[_Tokens]) -> None:
-        """Takes all samples; InputError if there is none or an id comes twice."""
-        lengths, num_labels, num_images, image_refs, instructions = (array("q") for _ in range(5))
-        seen: set[str] = set()
-        self._cuts = 0
-        with self._files[0].open("wb") as tokens, self._files[1].open("wb") as mask, self._files[2].open("wb") as instruction:
-            for part in parts:
-                tokens.write(part.input_ids)
-                mask.write(part.loss_mask)
-                instruction.write(part.instruction_ids)
-                lengths.extend(part.lengths)
-                num_labels.extend(part.num_labels)
-                instructions.extend(part.instruction_lengths)
-                self._cuts += part.instruction_cuts
-                self.ids.extend(part.ids)
-                for sample_id, images in zip(part.ids, part.images, strict=True):
-                    if sample_id in seen:
-                        raise InputError(f"sample id '{sample_id}' comes twice; ids must be unique")
-                    seen.add(sample_id)
-                    num_images.append(len(images))
-                    image_refs.extend(self.paths.setdefault(path, len(self.paths)) for path in images)
-        if not self.ids:
-            raise InputError("the file of samples is empty; there is nothing to pack")
-        self.lengths, self.num_labels, self.num_images, self.image_refs, self.instruction_lengths = (
-            np.frombuffer(one, np.int64) for one in (lengths, num_labels, num_images, image_refs, instructions)
-        )
-        self._starts, self._image_starts, self._instruction_starts = (
-            np.cumsum(one) - one for one in (self.lengths, self.num_images, self.instruction_lengths)
-        )
-        self._tokens, self._mask = np.memmap(self._files[0], np.int32, "r"), np.memmap(self._files[1], bool, "r")
-        has_instruction = self.instruction_lengths.any()
-        self._instruction = np.memmap(self._files[2], np.int32, "r") if has_instruction else np.empty(0, np.int32)
-
-    def tell_cuts(self, instruction: InstructionSource | None) -> None:
-        """Says how many prompts a Q-Former reads the beginning of only."""
-        if self._cuts and instruction is not None:
-            told = "of %d prompts the Q-Former reads the first %d tokens only (--qformer-tokens, in a recipe model.instructblip.qformer_tokens)"
-            logger.warning(told, self._cuts, instruction.max_tokens)
-
-    def deal(self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, padded: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the samples `kept` share a pack, or a padded batch: see `vltrain.data.packing.pack_lengths`."""
-        lengths, images = self.lengths[kept], self.num_images[kept]
-        if not padded:
-            return pack_lengths(lengths, pack_length, images, max_images, seed)
-        answers = self.num_labels[kept]
-        return batch_lengths(lengths - answers, answers, pack_length, images, max_images, seed)
-
-    def fitting(self, pack_length: int, max_images: int | None) -> np.ndarray:
-        """bool [n], whether the sample fits into a pack by itself."""
-        fits = self.lengths <= pack_length
-        return fits if max_images is None else fits & (self.num_images <= max_images)
-
-    def refs(self, sample: int) -> np.ndarray:
-        """Which of `paths` a sample shows, int64."""
-        first = self._image_starts[sample]
-        return self.image_refs[first : first + self.num_images[sample]]
-
-    def row(self, samples: np.ndarray, image_ids: np.ndarray) -> PackedRow:
-        """The pack of some samples. `image_ids` int64 [paths]: the stored image behind each path."""
-        spans = [slice(self._starts[sample], self._starts[sample] + self.lengths[sample]) for sample in samples]
-        shown = np.concatenate([image_ids[self.refs(sample)] for sample in samples])
-        distinct, slots = np.unique(shown, return_inverse=True)
-        lengths, starts = self.instruction_lengths[samples], self._instruction_starts[samples]
-        instructions = [self._instruction[start : start + length] for start, length in zip(starts, lengths)]
-        return PackedRow(
-            input_ids=np.concatenate([self._tokens[span] for span in spans]),
-            loss_mask=np.concatenate([self._mask[span] for span in spans]),
-            segment_lengths=self.lengths[samples].astype(np.int32),
-            image_ids=distinct,
-            image_slots=slots.astype(np.int32),
-            sample_ids=tuple(self.ids[sample] for sample in samples),
-            instruction_ids=np.concatenate(instructions),
-            instruction_lengths=lengths.astype(np.int32) if lengths.any() else np.empty(0, np.int32),
-        )
-
-    def remove(self) -> None:
-        del self._tokens, self._mask, self._instruction
-        for file in self._files:
-            file.unlink()
+        return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept))
 
 
 def _settle_over_long(
-    spool: _Spool, fits: np.ndarray, pack_length: int, max_images: int | None, over_long: str, folder: Path
+    spool: Spool, fits: np.ndarray, pack_length: int, max_images: int | None, over_long: str, folder: Path
 ) -> tuple[ShardFile, ...]:
     """Refuses or lists the samples that fit into no pack; returns the list's entry for the manifest."""
     if fits.all():
@@ -275,9 +178,9 @@ def _settle_over_long(
 
 
 def _store_images(
-    root: Path, spool: _Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int
+    root: Path, spool: Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int | None
 ) -> np.ndarray:
-    """Decodes (to check) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
+    """Decodes (to check, unless `max_image_pixels` is None) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
     first_user: dict[int, int] = {}
     for sample in kept[spool.num_images[kept] > 0].tolist():
         for ref in spool.refs(sample).tolist():
@@ -285,18 +188,25 @@ def _store_images(
     paths = list(spool.paths)
     wanted = [(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]
     image_ids = np.full(len(paths), -1, np.int64)
+    for ref, data in _checked_images(wanted, root, workers, max_image_pixels):
+        image_ids[ref] = writer.add_image(data)
+    return image_ids
+
+
+def _checked_images(
+    wanted: list[tuple[int, str, str]], root: Path, workers: int, max_image_pixels: int | None
+) -> Iterator[tuple[int, bytes]]:
+    """Reads and decodes images (number, path, sample) in several processes; yields their numbers and file bytes, in order."""
     chunks = in_chunks(wanted, _IMAGES_PER_CHUNK)
     checked = ordered_map(_check_images, chunks, min(workers, 1 + len(wanted) // 64), (str(root), max_image_pixels))
     with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
         for chunk in checked:
-            for ref, data in chunk:
-                image_ids[ref] = writer.add_image(data)
+            yield from chunk
             progress.update(len(chunk))
-    return image_ids
 
 
-def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int) -> list[tuple[int, bytes]]:
-    """Reads and decodes images (number, path, sample); returns their numbers and file bytes."""
+def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int | None) -> list[tuple[int, bytes]]:
+    """Reads and, unless `max_pixels` is None, decodes images (number, path, sample); returns their numbers and file bytes."""
     checked = []
     folder = Path(root).resolve()
     for ref, name, sample_id in wanted:
@@ -304,7 +214,8 @@ def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
         data = read_image(path, sample_id)
-        open_rgb(data, max_pixels, f"sample '{sample_id}', image {path}")
+        if max_pixels is not None:
+            open_rgb(data, max_pixels, f"sample '{sample_id}', image {path}")
         checked.append((ref, data))
     return checked
 
@@ -325,9 +236,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
-    given = vars(parser.read())
-    read_with, max_tokens = given.pop("qformer_tokenizer"), given.pop("qformer_tokens")
-    manifest = pack(**given, instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None)
+    add_share_options(parser)
+    given = parser.read()
+    share = read_share(given)
+    settings = vars(given)
+    read_with, max_tokens = settings.pop("qformer_tokenizer"), settings.pop("qformer_tokens")
+    manifest = pack(**settings, instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None, share=share)
+    if manifest is None:
+        assert share is not None
+        print(f"part {share.part} of {share.parts} is done")
+        return
     print(
         f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, {manifest.num_tokens} tokens "
         f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}" + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")

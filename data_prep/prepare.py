@@ -3,11 +3,14 @@
 Writes `DIR/SPLIT.jsonl`, a sample per line, and `DIR/images/`, to which the samples refer relative to the file. Every image is
 opened and decoded once here, so that a damaged one is found now and not in the middle of a training run. Images are hard links where
 the file system allows it, else copies. DIR appears whole or not at all.
+
+In parts (`data_prep.parts`) each part decodes its share of the images, which is what takes time, and the merge writes the samples.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
+from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.sources import SOURCES
 from data_prep.sources.raw import ImageSource, RawSample
 from vltrain.config import DataConfig
@@ -31,7 +35,11 @@ from vltrain.errors import InputError, exits_cleanly, nearest
 IMAGES = "images"
 RECORD = "prepared.json"  # the source and its options, for whoever finds the samples made already
 MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
+CHECKED = "images.sha256"  # in a part: the digest of the names of the images that it has checked
 _CHUNK = 64
+
+Images = dict[str, tuple[ImageSource, str]]
+"""Per image name its source and the first sample that uses it."""
 
 
 def prepare(
@@ -42,6 +50,7 @@ def prepare(
     *,
     workers: int | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
+    share: Share | None = None,
 ) -> dict[str, int]:
     """Prepares a raw data set.
 
@@ -52,40 +61,85 @@ def prepare(
         options: of the source.
         workers: processes that check images; None: all usable cores.
         max_image_pixels: larger images are refused.
+        share: do only a part of the work, or merge the parts; None: everything at once.
 
     Returns:
         Samples per split.
 
     Raises:
         InputError: unknown source or option, malformed or empty data, an id or image name that comes twice, an image that is missing or damaged,
-            an output that exists or cannot be written.
+            an output that exists or cannot be written, parts that are missing or were made of something else.
     """
     if source not in SOURCES:
         raise InputError(f"unknown source '{source}'; {nearest(source, SOURCES)}")
     workers = usable_cores() if workers is None else workers
+    told = {name: str(value) for name, value in (options or {}).items()}
+    made_with = {"source": source, "input": str(input), "options": told, "max_image_pixels": max_image_pixels}
+    if share is not None and share.part is not None:
+        counts, images = _collect(source, input, options, None)
+        if not is_done(output, share, made_with):
+            names = _names_of_part(images, share, share.part)
+            with new_part(output, share, made_with) as folder:
+                _check_images({name: images[name] for name in names}, folder, workers, max_image_pixels)
+                (folder / CHECKED).write_text(_digest(names))
+        return dict(counts)
+    parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output) as folder:
-        counts, images = _write_samples(SOURCES[source](input, options or {}), folder)
-        if not counts:
-            raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
-        chunks = in_chunks(images.items(), _CHUNK)
-        checked = ordered_map(_check_or_draw, chunks, min(workers, 1 + len(images) // _CHUNK), (folder, max_image_pixels))
-        progress = tqdm(total=len(images), desc="images", unit="image", disable=None)
-        for names in checked:
-            for name in names:
-                source_of_image = images[name][0]
-                if isinstance(source_of_image, Path):
-                    _link_or_copy(source_of_image, folder / name)
-            progress.update(len(names))
-        progress.close()
-        told = {name: str(value) for name, value in (options or {}).items()}
+        counts, images = _collect(source, input, options, folder)
+        if share is None:
+            _check_images(images, folder, workers, max_image_pixels)
+        else:
+            _take_drawn(images, share, parts, folder)
+        for name, (source_of_image, _) in images.items():
+            if isinstance(source_of_image, Path):
+                _link_or_copy(source_of_image, folder / name)
         (folder / RECORD).write_text(json.dumps({"source": source, "options": told}, indent=2) + "\n")
+    if share is not None:
+        remove_parts(output)
     return dict(counts)
 
 
-def _write_samples(samples: Iterable[RawSample], folder: Path) -> tuple[Counter[str], dict[str, tuple[ImageSource, str]]]:
-    """Writes the JSONL files; returns samples per split, and per image name its source and the first sample that uses it."""
+def _collect(source: str, input: Path | None, options: Mapping[str, Any] | None, folder: Path | None) -> tuple[Counter[str], Images]:
+    """`_write_samples` of a source. Raises InputError if it has none."""
+    counts, images = _write_samples(SOURCES[source](input, options or {}), folder)
+    if not counts:
+        raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
+    return counts, images
+
+
+def _names_of_part(images: Images, share: Share, part: int) -> list[str]:
+    first, last = share.bounds(part, len(images))
+    return list(images)[first:last]
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest() + "\n"
+
+
+def _check_images(images: Images, folder: Path, workers: int, max_image_pixels: int) -> None:
+    """Decodes image files in several processes, and draws those that are drawn into `folder`."""
+    chunks = in_chunks(images.items(), _CHUNK)
+    checked = ordered_map(_check_or_draw, chunks, min(workers, 1 + len(images) // _CHUNK), (folder, max_image_pixels))
+    with tqdm(total=len(images), desc="images", unit="image", disable=None) as progress:
+        for names in checked:
+            progress.update(len(names))
+
+
+def _take_drawn(images: Images, share: Share, parts: list[Path], folder: Path) -> None:
+    """Takes the images that the parts have drawn. Raises InputError if a part has checked others than the data has now."""
+    for part, made in enumerate(parts, start=1):
+        names = _names_of_part(images, share, part)
+        if (made / CHECKED).read_text() != _digest(names):
+            raise InputError(f"{made}: was made of other raw data than is there now; remove it and run the part again")
+        for name in names:
+            if not isinstance(images[name][0], Path):
+                _link_or_copy(made / name, folder / name)
+
+
+def _write_samples(samples: Iterable[RawSample], folder: Path | None) -> tuple[Counter[str], Images]:
+    """Checks the samples, and writes the JSONL files if it is told where; returns samples per split, and the images."""
     counts: Counter[str] = Counter()
-    images: dict[str, tuple[ImageSource, str]] = {}
+    images: Images = {}
     seen: set[str] = set()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
@@ -98,10 +152,12 @@ def _write_samples(samples: Iterable[RawSample], folder: Path) -> tuple[Counter[
             for name, source in zip(names, raw.image_sources, strict=True):
                 if images.setdefault(name, (source, sample.id))[0] != source:
                     raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {images[name][0]} and {source}")
+            counts[raw.split] += 1
+            if folder is None:
+                continue
             if raw.split not in files:
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
             files[raw.split].write(json.dumps({**sample.to_json(), "images": names}, ensure_ascii=False) + "\n")
-            counts[raw.split] += 1
     return counts, images
 
 
@@ -124,7 +180,9 @@ def _check_or_draw(images: list[tuple[str, tuple[ImageSource, str]]], folder: Pa
 
 
 def read_image(path: Path, sample_id: str) -> bytes:
-    """The bytes of an image file; InputError naming file and sample if it cannot be read."""
+    """The bytes of an image file; InputError naming file and sample if it cannot be read, or is no plain file and would never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"sample '{sample_id}': {path} is something else than a file, expected an image")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -161,10 +219,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
     parser.add_argument("--workers", type=int, help="processes that check images (default: all cores)")
     parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    add_share_options(parser)
     given = parser.read()
+    share = read_share(given)
     counts = prepare(
-        given.source, given.input, given.output, parse_options(given.options), workers=given.workers, max_image_pixels=given.max_image_pixels
-    )
+        given.source, given.input, given.output, parse_options(given.options), workers=given.workers,
+        max_image_pixels=given.max_image_pixels, share=share,
+    )  # fmt: skip
+    if share is not None and share.part is not None:
+        print(f"part {share.part} of {share.parts} is done")
+        return
     for split, count in counts.items():
         print(f"{given.output / split}.jsonl: {count} samples")
 

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("vltrain.programs.plan", "parameters, memory per GPU and disk of a recipe, before it is run"),
     "train": ("vltrain.programs.train", "train a recipe"),
     "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
+    "check": ("vltrain.programs.check", "prove from its receipt that a run saw every sample once, in order; do one of its steps again"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 

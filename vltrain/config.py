@@ -278,8 +278,25 @@ class TrainConfig:
     save_every_steps: int = 200
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its
+    update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each
+    step's loss)."""
+    spike_factor: float | None = None
+    """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
+    hang_timeout_minutes: float | None = 20.0
+    """On several ranks: when training has not moved for so long, the rank that hangs is named and the run ends; null: never."""
+    async_save: bool = False
+    """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
     eval_every_steps: int = 0
-    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end."""
+    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end. Each evaluated step is saved first."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best evaluation, beside the newest; `checkpoints/best` names it."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row that are not better than the best one before them; null: never."""
+    time_limit_minutes: float | None = None
+    """Minutes after its start by which the run must be gone: before that it saves and ends with exit code 85, to be started again. Slurm's
+    limit (SLURM_JOB_END_TIME) is kept without it, whichever is earlier; null: no limit of its own."""
 
     def __post_init__(self) -> None:
         for name in ("packs_per_step", "log_every_steps", "save_every_steps", "keep_checkpoints"):
@@ -287,6 +304,17 @@ class TrainConfig:
         _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
         _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
+        hang = self.hang_timeout_minutes
+        _require(hang is None or hang > 0, "train.hang_timeout_minutes", hang, "a positive number, or null")
+        factor = self.spike_factor
+        _require(factor is None or factor > 1, "train.spike_factor", factor, "a number above 1, or null")
+        patience = self.early_stopping_patience
+        _require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "at least 1, or null")
+        if self.eval_every_steps == 0 and (self.keep_best or patience is not None):
+            name = "keep_best" if self.keep_best else "early_stopping_patience"
+            raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it or leave this out")
+        limited = self.time_limit_minutes is None or self.time_limit_minutes > 0
+        _require(limited, "train.time_limit_minutes", self.time_limit_minutes, "a positive number or null")
 
 
 @dataclass(kw_only=True)

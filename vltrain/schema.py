@@ -13,7 +13,9 @@ per image.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +29,14 @@ IMAGE_MODALITY_TOKEN = -3  # u_m of Eq. 4 for a sample with image
 IGNORE_INDEX = -100  # a label that carries no loss
 IMAGE_MARKER = "<image>"  # in a turn's text: here stands the next image
 ROLES = ("user", "assistant")
+
+
+def path_fault(path: str) -> str | None:
+    """What is wrong with an image's path in a data file, which may lead nowhere but below its folder; None if nothing is."""
+    if "\0" in path or not path.strip():
+        return "is no path"
+    parts = PurePosixPath(path)
+    return "leads out of its folder" if parts.is_absolute() or ".." in parts.parts else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +71,25 @@ class Sample:
                 )
             if turn.role == "assistant" and IMAGE_MARKER in turn.text:
                 raise InputError(f"sample '{self.id}': {IMAGE_MARKER} in an assistant turn; images belong into user turns")
+        for image in self.images:
+            fault = path_fault(image)
+            if fault is not None:
+                raise InputError(f"sample '{self.id}': image path {image!r} {fault}; paths are relative to the samples' folder")
+        self._require_text()
         num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)
         if num_markers != len(self.images):
             raise InputError(
                 f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} image(s) listed; they must be equal"
             )
+
+    def _require_text(self) -> None:
+        """JSON can spell halves of characters (lone surrogates), which no file and no tokenizer takes."""
+        try:
+            for text in (self.id, *self.images, *(turn.text for turn in self.turns)):
+                text.encode()
+            json.dumps(self.metadata, ensure_ascii=False, default=str).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise InputError(f"sample {self.id!a}: holds what is no text ({type(error).__name__}: {error})") from None
 
     def to_json(self) -> dict[str, Any]:
         turns = [{"role": turn.role, "text": turn.text} for turn in self.turns]
@@ -160,6 +184,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Moves what the model computes on; lengths stay on the CPU."""
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in self._MOVED})
+
+    def segment_labels(self) -> torch.Tensor:
+        """int64 [S] on the CPU: label tokens of each segment. Of a batch that is still on the CPU."""
+        owner = torch.repeat_interleave(torch.arange(len(self.segment_lengths)), self.segment_lengths)
+        return torch.zeros(len(self.segment_lengths), dtype=torch.int64).index_add_(0, owner, (self.labels != IGNORE_INDEX).long())
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
-from data_prep.sources.raw import RawSample, field, read_json
+from data_prep.sources.raw import RawSample, field, image_name, read_json
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
@@ -74,7 +74,7 @@ def _read_karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(file name, split, captions) of each image."""
     for number, record in enumerate(field(read_json(path), "images", list, str(path))):
         where = f"{path}: image {number}"
-        name = field(record, "filename", str, where)
+        name = image_name(record, "filename", where)
         where = f"{where} ('{name}')"
         split = field(record, "split", str, where)
         if split not in SPLITS:

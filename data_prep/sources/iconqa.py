@@ -25,7 +25,7 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import MAX_CHOICES, check_template, lettered, plain
-from data_prep.sources.raw import RawSample, field, read_json
+from data_prep.sources.raw import RawSample, field, read_json, read_object
 from vltrain.errors import InputError, nearest
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
@@ -57,8 +57,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         raise InputError("source 'iconqa' needs --input, the folder of the official files")
     root, base = _find_root(input)
     has_splits = any((root / split).is_dir() for split in SPLITS)
-    problems = read_json(base / "problems.json") if (base / "problems.json").is_file() else {}
-    skills = read_json(base / "pid2skills.json") if (base / "pid2skills.json").is_file() else {}
+    problems = read_object(base / "problems.json") if (base / "problems.json").is_file() else {}
+    skills = read_object(base / "pid2skills.json") if (base / "pid2skills.json").is_file() else {}
     splits = None if has_splits or not (base / "pid_splits.json").is_file() else _splits_by_pid(base / "pid_splits.json")
     held_out = [name for name in ("val_fraction", "test_fraction") if name in options]
     if held_out and (has_splits or splits is not None):

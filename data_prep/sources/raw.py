@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.schema import Sample
+from vltrain.schema import Sample, path_fault
 
 
 ImageSource = Path | Callable[[], bytes]
@@ -34,8 +34,34 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object; InputError as `read_json`, or for anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found a {type(content).__name__}, expected an object")
+    return content
+
+
+def ids_of(splits: dict[str, Any], split: str, where: str) -> list[str]:
+    """The ids that a file of splits lists for one, none where it does not name it. InputError if that is no list of texts."""
+    ids = field(splits, split, list, where) if split in splits else []
+    for number, one in enumerate(ids):
+        if not isinstance(one, str):
+            raise InputError(f"{where}: {split}: number {number} is {one!r:.80}, expected a text")
+    return ids
+
+
+def image_name(record: Any, key: str, where: str) -> str:
+    """`record[key]`, an image's path below its folder. Raises InputError as `field`, and for one that leads out of the folder."""
+    name = field(record, key, str, where)
+    fault = path_fault(name)
+    if fault is not None:
+        raise InputError(f"{where}: {key}: found {name!r}, which {fault}")
+    return name
 
 
 _NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import settle
-from data_prep.sources.raw import RawSample, read_json
+from data_prep.sources.raw import RawSample, ids_of, image_name, read_object
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.predictions import name_some, read_predictions
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
@@ -47,14 +47,15 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     settled = _settled(options)
     if input is None:
         raise InputError("source 'scienceqa' needs --input, the folder with problems.json, pid_splits.json and images/")
-    problems, splits = read_json(input / "problems.json"), read_json(input / "pid_splits.json")
+    problems, splits = read_object(input / "problems.json"), read_object(input / "pid_splits.json")
     for split in ("train", "val", "test"):
         rationales = _rationales(settled, split, splits)
-        for pid in splits.get(split, ()):
+        for pid in ids_of(splits, split, str(input / "pid_splits.json")):
             if pid not in problems:
                 raise InputError(f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks")
-            problem = checked(problems[pid], f"{input / 'problems.json'}: problem '{pid}'")
-            image = input / "images" / split / pid / str(problem["image"]) if problem.get("image") else None
+            where = f"{input / 'problems.json'}: problem '{pid}'"
+            problem = checked(problems[pid], where)
+            image = input / "images" / split / pid / image_name(problem, "image", where) if problem.get("image") else None
             if image is not None and settled["missing_images"] == "drop" and not image.is_file():
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, lettered, plain
-from data_prep.sources.raw import RawSample, read_json
+from data_prep.sources.raw import RawSample, ids_of, image_name, read_object
 from data_prep.sources.scienceqa import checked
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
@@ -37,15 +37,16 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     choose("scienceqa_image", "missing_images", settled["missing_images"], ("error", "drop"))
     if input is None:
         raise InputError("source 'scienceqa_image' needs --input, the folder with problems.json, pid_splits.json and images/")
-    problems, splits = read_json(input / "problems.json"), read_json(input / "pid_splits.json")
+    problems, splits = read_object(input / "problems.json"), read_object(input / "pid_splits.json")
     for split in ("train", "val", "test"):
-        for pid in splits.get(split, ()):
+        for pid in ids_of(splits, split, str(input / "pid_splits.json")):
             if pid not in problems:
                 raise InputError(f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks")
-            problem = checked(problems[pid], f"{input / 'problems.json'}: problem '{pid}'")
+            where = f"{input / 'problems.json'}: problem '{pid}'"
+            problem = checked(problems[pid], where)
             if not problem.get("image"):
                 continue
-            image = input / "images" / split / pid / str(problem["image"])
+            image = input / "images" / split / pid / image_name(problem, "image", where)
             if settled["missing_images"] == "drop" and not image.is_file():
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
-from data_prep.sources.raw import RawSample, field, read_json
+from data_prep.sources.raw import RawSample, field, image_name, read_json
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
@@ -60,7 +60,7 @@ def _read_split(path: Path, split: str, images: Path, settled: Mapping[str, Any]
     if not isinstance(records, list):
         raise InputError(f"{path}: found a {type(records).__name__}, expected a list of questions")
     for number, record in enumerate(records):
-        name = field(record, "image", str, f"{path}: question {number}")
+        name = image_name(record, "image", f"{path}: question {number}")
         where = f"{path}: question {number} ('{name}')"
         answers = _answers(field(record, "answers", list, where), where)
         answerable = field(record, "answerable", int, where)

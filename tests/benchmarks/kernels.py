@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.benchmarks.measure import show
 from vltrain.ops import triton_adapter
 from vltrain.ops.fused import fused_adapter
 
@@ -133,14 +134,6 @@ def _microseconds(call: Callable[[], object], repeats: int = 30) -> float:
         torch.cuda.synchronize()
         times.append(1000 * start.elapsed_time(end))
     return statistics.median(times)
-
-
-def show(rows: list[dict]) -> None:
-    """Prints rows of equal keys as a Markdown table."""
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()) + " |")
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -177,3 +179,15 @@ def test_a_worker_that_is_killed_ends_the_run_instead_of_halting_it(dataset):
     with pytest.raises(InputError, match=r"process that decodes images died.*data\.workers"):
         for _ in steps:
             pass
+
+
+def test_a_process_that_ends_by_an_error_leaves_no_worker_and_waits_for_none(dataset):
+    program = (
+        "from tests.data.test_loader import load, plan_of, PackedDataset\n"
+        "if __name__ == '__main__':\n"
+        f"    dataset = PackedDataset({str(dataset.folder)!r})\n"
+        "    steps = iter(load(dataset, plan_of(dataset, epochs=400.0), workers=1))\n"
+        "    next(steps)\n"
+        "    raise SystemExit(7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 7

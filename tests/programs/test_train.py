@@ -1,13 +1,16 @@
 """The main job as a user starts it: DeepSpeed's launcher, two ranks, real images and questions; then stopped, resumed, evaluated."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support.processes import deepspeed
+from tests.support.processes import ROOT, deepspeed
 
 pytest.importorskip("easy_vqa", reason="the easy-vqa package has the images; install the extra `test`")
 NUM_STEPS = 60
@@ -42,6 +45,32 @@ def test_the_run_folder_says_what_it_was_made_of(trained):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-00000050", "step-00000060"]
     fill = float(re.search(r"([\d.]+)% full", done.stderr + done.stdout).group(1))
     assert fill >= 99
+
+
+def vltrain(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import sys; from vltrain.cli import main; sys.exit(main())", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_its_receipt_proves_it(trained):
+    done = vltrain("check", "resume", str(trained[0]))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert f"ok      chain: {NUM_STEPS} of {NUM_STEPS} steps, each once and in order" in done.stdout
+
+
+def test_a_step_is_replayed_in_one_process(trained):
+    """Two ranks trained it, one does it again, from the checkpoint seven steps before: the mean is what the run has logged."""
+    folder, _, _ = trained
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
+    done = vltrain("check", "replay", str(folder), "--step", "57")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if re.match(r"\s+[\d.e+-]+\s+\d+\s+train/", line)]
+    losses, counts = [float(row[0]) for row in rows], [int(row[1]) for row in rows]
+    logged = json.loads((folder / "log.jsonl").read_text().splitlines()[57])["loss"]
+    assert losses == sorted(losses, reverse=True) and f"step 57: {len(rows)} samples, 0 with a loss" in done.stdout
+    assert sum(loss * count for loss, count in zip(losses, counts)) / sum(counts) == pytest.approx(logged, rel=1e-4)
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()) == before
 
 
 def test_tensorboard_shows_the_promised_curves_and_pictures(trained):

@@ -64,7 +64,13 @@ def run_ranks(module: str, arguments: list[str], world_size: int, output: Path, 
 
 def deepspeed(*words: str, num_ranks: int = 2) -> subprocess.CompletedProcess:
     """`deepspeed launch/...` as in the README."""
+    command, environment = deepspeed_command(*words, num_ranks=num_ranks)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def deepspeed_command(*words: str, num_ranks: int = 2) -> tuple[list[str], dict[str, str]]:
+    """The words and the environment of `deepspeed ...` on this machine."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return command, environment

@@ -10,20 +10,20 @@ SCRIPT = """
 import sys, torch
 from vltrain.errors import InputError
 from vltrain.train.engine import init_distributed, shutdown_distributed
-from vltrain.train.guard import FiniteGuard, StepResult
+from vltrain.train.guard import LossGuard, StepResult
 
 rank, world_size = init_distributed()
 seen = []
-guard = FiniteGuard(lambda *values: seen.append(values))
+guard = LossGuard(lambda read: seen.append((read.step, read.loss, read.grad_norm, read.lr, read.label_tokens, read.samples)))
 
 def result(step, losses, grad_norm=1.0):
-    return StepResult(step=step, losses=[torch.tensor(sum(losses))], segment_losses=[torch.tensor(losses)],
-                      sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4, grad_norm=grad_norm, lr=0.1)
+    return StepResult(step=step, losses=[torch.tensor(sum(losses))], segment_losses=[torch.tensor(losses)], segment_labels=[torch.tensor([2, 2])],
+                      sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4, own_label_tokens=4, samples=(1, 2**32 - 1, 3, 4), grad_norm=grad_norm, lr=0.1)
 
 guard.push(result(0, [1.0, 1.0]))
 assert seen == []  # one step late
 guard.push(result(1, [2.0, 2.0]))
-assert seen == [(0, 0.5 * world_size, 1.0, 0.1)], seen
+assert seen == [(0, 0.5 * world_size, 1.0, 0.1, 4 * world_size, "00000001ffffffff0000000300000004")], seen
 kind = sys.argv[1]
 bad = {"sample": [1.0, float("nan") if rank == world_size - 1 else 1.0], "gradient": [3.0, 9.0 + rank]}[kind]
 guard.push(result(2, bad, float("inf") if kind == "gradient" else 1.0))
@@ -47,12 +47,13 @@ def stop_message(kind: str) -> str:
 
 def test_the_sample_behind_a_nan_is_named():
     message = stop_message("sample")
-    assert "RANK0: step 2: loss nan" in message and "sample(s) r0b is not finite" in message and "--resume auto" in message
+    assert "RANK0: step 2: loss nan" in message and "not finite: sample(s) r0b nan" in message and "--resume auto" in message
+    assert "vltrain check replay RUN --step 2" in message
 
 
 def test_a_gradient_that_is_not_finite_names_the_largest_losses():
     message = stop_message("gradient")
-    assert "gradient norm inf" in message and "largest losses: r0b 9, r0a 3" in message
+    assert "gradient norm inf" in message and "per label token largest: sample(s) r0b 4.5, r0a 1.5" in message
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st', '{"step": 0}\n{"step": 1}\n'])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks, start_ranks, stop_ranks
 from tests.support.tiny import make_segments, write_packs
+from vltrain.check.resume import prove
 
 CHANGES = {
     "train__packs_per_step": 3, "train__max_steps": 14, "train__epochs": 10.0, "train__save_every_steps": 3, "model__adapter__dropout": 0.1,
@@ -55,6 +56,9 @@ def test_kill_9_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
         assert not (broken / "result.safetensors").exists(), "it had ended before it was killed"
     run_ranks("tests.train.worker", arguments, 2, tmp_path / "log-last")
     assert (broken / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert (broken / "receipt.jsonl").read_bytes() == (whole / "receipt.jsonl").read_bytes()
+    proof = prove(broken, None, whole)
+    assert proof.failures == [] and any("losses equal bit for bit" in fact for fact in proof.facts)
     expected, found = load_file(whole / "result.safetensors"), load_file(broken / "result.safetensors")
     differing = [name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])]
     assert differing == []
@@ -72,3 +76,4 @@ def test_ranks_and_stages_may_change_on_the_way(packs, tmp_path):
     expected, found = load_file(whole / "result.safetensors"), load_file(moved / "result.safetensors")
     assert torch.allclose(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     assert len(found["losses"]) == CHANGES["train__max_steps"]
+    assert prove(moved, None, whole, tolerance=1e-5).failures == []

@@ -1,12 +1,14 @@
 """Runs training scenarios in this rank's process: `python -m tests.train.worker SCENARIOS.json`.
 
 A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}. Rank 0 writes, per
-scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the final weights.
+scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the final weights. With "listens"
+signals are heard, and rank r keeps the number of steps that it has done in `OUTPUT/progress.r`.
 """
 
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,12 +21,15 @@ from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.ds_config import resolve_ds_config
 from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype
-from vltrain.train.trainer import make_trainer
+from vltrain.train.trainer import Trainer, make_trainer
 
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
 
 
-def run(scenario: dict, rank: int, world_size: int) -> None:
+def run(
+    scenario: dict, rank: int, world_size: int, evaluate: Callable[[int], float | None] = lambda steps_done: None,
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
+) -> None:
     folder = Path(scenario["output"])
     config = tiny_config(output=str(folder), **scenario["changes"])
     dataset = PackedDataset(scenario["packs"])
@@ -34,10 +39,16 @@ def run(scenario: dict, rank: int, world_size: int) -> None:
     model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, place=place)
     trainer = make_trainer(
         config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=lambda steps_done: None,
+        evaluate=evaluate,
     )
+    prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
-    trainer.train()
+    if scenario.get("listens"):
+        tell_progress(trainer.engine, folder / f"progress.{rank}", checkpoint.step if checkpoint else 0)
+        with trainer.preemption.listening():
+            trainer.train()
+    else:
+        trainer.train()
     trainer.monitor.close()
     for name, weight, states in trainer.engine.full_state():
         result[f"weight/{name}"] = weight.clone()
@@ -64,9 +75,27 @@ def catch_gradients(engine: Engine, at_step: int) -> dict[str, torch.Tensor]:
     return caught
 
 
+def tell_progress(engine: Engine, file: Path, steps_done: int) -> None:
+    """Writes the number of steps done to `file` now and after each further step."""
+    step, numbers = engine.step, itertools.count(steps_done + 1)
+    beside = file.with_suffix(f"{file.suffix}.partial")
+
+    def tell(number: int) -> None:
+        beside.write_text(str(number))
+        beside.rename(file)
+
+    def telling_step() -> None:
+        step()
+        tell(next(numbers))
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tell(steps_done)
+    engine.step = telling_step
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     rank, world_size = init_distributed()
-    for scenario in json.loads(Path(sys.argv[1]).read_text()):
+    for scenario in json.loads(Path(sys.argv[-1]).read_text()):
         run(scenario, rank, world_size)
     shutdown_distributed()

@@ -7,9 +7,12 @@ The order is the plan's, whatever the number of workers. What this gives up: dec
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
+from vltrain.data.signals import deaf_children
 from vltrain.errors import InputError
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Batch, PackedRow, Segment
 
@@ -166,6 +170,11 @@ def _share(step: StepPlan, rank: int) -> Iterator[tuple[int, bool]]:
     return zip(step.packs[:, rank].tolist(), step.has_images.tolist(), strict=True)
 
 
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
 class StepLoader:
     """Iterates the steps of one rank, from `start_step` on, as `LoadedStep`s."""
 
@@ -185,7 +194,7 @@ class StepLoader:
         pin_memory: pin the pixels, for copies to a GPU that overlap with computing.
         """
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             _Fetcher(dataset, image_size, max_image_pixels),
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,
@@ -201,10 +210,19 @@ class StepLoader:
     def __len__(self) -> int:
         return max(0, self._plan.num_steps - self._start_step)
 
+    def close(self) -> None:
+        """Ends the workers, once nobody iterates any more. Left to the interpreter's end, they would be killed."""
+        self._loader = None
+
     def _start(self) -> Iterator[tuple[PackedRow, torch.Tensor] | str]:
         """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid a training step."""
+        assert self._loader is not None, "closed"
         before = signal.getsignal(signal.SIGCHLD)
-        fetched = iter(self._loader)
+        others = multiprocessing.active_children()
+        with deaf_children():
+            fetched = iter(self._loader)
+        # Where an error ends the process before `close`, the interpreter would wait for ever for workers that cannot hear its signal.
+        atexit.register(_kill, [child for child in multiprocessing.active_children() if child not in others])
         if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler, which raises wherever the process is just then
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return fetched

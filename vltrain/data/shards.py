@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
@@ -30,6 +31,7 @@ from vltrain.schema import PackedRow
 FORMAT_VERSION = 2
 MANIFEST, INDEX = "manifest.json", "index.arrow"
 ROWS_PER_BATCH = 64
+FILE_NAME = re.compile(r"[A-Za-z0-9_]+(-[0-9]+)?\.[a-z]+")
 PACK_SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -127,18 +129,28 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        fields = json.loads(text)
     except FileNotFoundError:
         raise InputError(f"{folder}: not a folder of packed shards (it has no {MANIFEST})") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {_REMAKE}") from None
     found = fields.pop("checksum", None) if isinstance(fields, dict) else None
     if found is None or found != _checksum(fields):
         raise InputError(f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}")
-    if fields["format_version"] != FORMAT_VERSION:
-        raise InputError(f"{path}: format version {fields['format_version']}, this program reads {FORMAT_VERSION}; {_REMAKE}")
-    fields["files"] = tuple(ShardFile(**file) for file in fields["files"])
-    return Manifest(**fields)
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path}: format version {fields.get('format_version')}, this program reads {FORMAT_VERSION}; {_REMAKE}")
+    try:
+        fields["files"] = tuple(ShardFile(**file) for file in fields["files"])
+        manifest = Manifest(**fields)
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path}: not a manifest of packed shards ({error}); {_REMAKE}") from None
+    strange = [file.name for file in manifest.files if not FILE_NAME.fullmatch(file.name)]
+    if strange:
+        raise InputError(f"{path}: lists {strange[0]!r}, expected files of its own folder; do not use it")
+    if text != manifest.dumps():
+        raise InputError(f"{path}: its text is not as it was written: the file is damaged; {_REMAKE}")
+    return manifest
 
 
 def require_match(manifest: Manifest, tokenizer_fingerprint: str, visual_tokens: int, template: str, pack_length: int) -> None:

@@ -141,12 +141,10 @@ class TransformersTokenizer(Tokenizer):
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         if self.chat_template is None:
             return super().render_chat(messages)
-        from jinja2 import TemplateError
-
         try:
             return self._outer.apply_chat_template(messages, tokenize=False)
-        except TemplateError as error:
-            raise InputError(f"the tokenizer's chat template refuses these turns: {error}") from None
+        except Exception as error:  # a template is a program, in Jinja's sandbox, and may fail in any way a program can
+            raise InputError(f"the tokenizer's chat template refuses these turns: {str(error) or type(error).__name__}") from None
 
 
 def load_tokenizer(source: str, instruction: InstructionSource | None = None) -> Tokenizer:

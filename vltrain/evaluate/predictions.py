@@ -110,6 +110,10 @@ def _parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON ({error})") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: not JSON ({error})") from None
 
 
 def _expect(value: Any, kind: type, where: str, expected: str) -> Any:

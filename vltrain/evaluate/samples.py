@@ -62,7 +62,9 @@ def image_loader(folder: Path, image_size: int, max_pixels: int) -> Callable[[st
 
 
 def read_image(folder: Path, name: str) -> bytes:
-    """The bytes of an image file. Raises InputError naming it."""
+    """The bytes of an image file. Raises InputError naming it, also for what is no plain file and would never end."""
+    if not (folder / name).is_file() and (folder / name).exists():
+        raise InputError(f"{folder / name}: found something else than a file, expected an image")
     try:
         return (folder / name).read_bytes()
     except OSError as error:

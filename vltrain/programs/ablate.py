@@ -36,6 +36,7 @@ from vltrain.programs.launcher import default_ranks, find_program, interruptible
 from vltrain.recipe import Table, known_keys, read_table
 from vltrain.settings import COMMAND_LINE, Arguments, Option, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.preemption import EXIT_REQUEUE, Preempted
 from vltrain.train.provenance import make_run_folder
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 # Settings that change no figure of a row's line: a finished row stays finished under others.
 CHANGE_NOTHING = {
+    "train.hang_timeout_minutes", "train.async_save", "train.keep_best",
     "output", "model.llm.attention", "model.adapter.impl", "data.workers", "data.eval_split", "train.log_every_steps", "train.save_every_steps",
-    "train.keep_checkpoints", "train.eval_every_steps", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
+    "train.keep_checkpoints", "train.eval_every_steps", "train.time_limit_minutes", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
 }  # fmt: skip
 INTERRUPTED = 130  # as shells report Ctrl-C
 
@@ -105,10 +107,10 @@ def run(plan: Plan) -> int:
             continue
         try:
             _run_row(plan, job, outcome, title)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Preempted) as stop:
             write_table(plan.folder, rows, outcomes)
             logger.warning("%s: interrupted; the same command goes on from its newest checkpoint", title)
-            return INTERRUPTED
+            return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else EXIT_REQUEUE
         print(write_table(plan.folder, rows, outcomes), flush=True)
     failed = [job.row for job in jobs if outcomes[job.row].state == FAILED]
     for row in failed:
@@ -202,7 +204,7 @@ def _settled(job: Job) -> Outcome:
 
 
 def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
-    """Trains and evaluates a row, keeping `outcome` and its file up to date. KeyboardInterrupt passes through."""
+    """Trains and evaluates a row, keeping `outcome` and its file up to date. KeyboardInterrupt and Preempted pass through."""
     make_run_folder(job.folder)
     if outcome.state != TRAINED:
         outcome.state, outcome.reason, outcome.made_with = RUNNING, None, job.made_with
@@ -230,10 +232,12 @@ def _run_program(name: str, program: Path, words: tuple[str, ...], ranks: int, j
         spent = time.monotonic() - started
         outcome.seconds += spent if name == "train" else 0.0
         outcome.evaluation_seconds = spent if name == "evaluate" else outcome.evaluation_seconds
-        if code:
+        if code and code != EXIT_REQUEUE:
             outcome.state, outcome.reason = FAILED, f"{name} ended with exit code {code}: {reason_of_failure(log)} (whole output: {log})"
             logger.error("%s: %s", title, outcome.reason)
         write_outcome(job.folder, outcome)
+    if code == EXIT_REQUEUE:
+        raise Preempted(f"{name} was asked to leave")
     return code == 0
 
 

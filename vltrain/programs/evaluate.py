@@ -1,6 +1,6 @@
 """`vltrain evaluate` and launch/evaluate.py.
 
-    vltrain evaluate RUN [--split test] [--checkpoint FOLDER|none] [--json OUT] [--eval.batch_size 64 ...]
+    vltrain evaluate RUN [--split test] [--checkpoint FOLDER|best|none] [--json OUT] [--eval.batch_size 64 ...]
     vltrain evaluate --predictions FILE --data FOLDER [--split test] [--json OUT]
 
 The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a
@@ -9,6 +9,7 @@ whole copy of the model. The second scores a file of ScienceQA answers without a
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 from pathlib import Path
@@ -25,17 +26,23 @@ from vltrain.evaluate.report import write_json
 from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
+from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
-from vltrain.programs.data_ready import ready_samples, tokenizer_sources
+from vltrain.train.retention import BEST, pointed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.ranks import adopt_ranks, join_process_group
 
 RUN_OPTIONS: dict[str, Option] = {
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
-    "checkpoint": Option("a checkpoint's folder, or none for the model before tuning; left out: the run's newest", metavar="{FOLDER,none}"),
+    "checkpoint": Option(
+        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning; left "
+        "out: the run's newest", metavar="{FOLDER,best,none}",
+    ),
     "json": Option("also write the figures to this file", metavar="FILE"),
     "predictions": Option("instead of a run: score this file of ScienceQA answers against the problems in --data FOLDER", metavar="FILE"),
 }
+JOIN_TIMEOUT = datetime.timedelta(minutes=30)
 FILE_OPTIONS = ("predictions", "data", "split", "json")
 
 
@@ -86,6 +93,7 @@ def _evaluate_file(arguments: Arguments) -> Report:
 def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     """Answers and scores a split with a run's checkpoint. Returns the report on rank 0, None elsewhere."""
     config = settings.config
+    adopt_ranks()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
@@ -100,7 +108,7 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
     writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
@@ -114,12 +122,18 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
-    """The checkpoint to evaluate: the run's newest whole one, the one that is named, or None for `none`.
+    """The checkpoint to evaluate: the run's newest whole one, its best, the one that is named, or None for `none`.
 
     Raises: InputError if the run has none, or the named one is damaged.
     """
     if named == "none":
         return None
+    if named == BEST:
+        best = pointed(folder / "checkpoints", BEST)
+        if best is None:
+            root = folder / "checkpoints"
+            raise InputError(f"{root}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
+        return open_checkpoint(best)
     if named is not None:
         return open_checkpoint(Path(named))
     newest = newest_checkpoint(folder / "checkpoints")

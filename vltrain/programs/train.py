@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 
 from vltrain.config import Config
@@ -25,6 +26,8 @@ from vltrain.programs.data_ready import packed_folder, ready_packs, ready_sample
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.preemption import Preemption, time_limit_end
+from vltrain.train.ranks import adopt_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
 from vltrain.train.trainer import Trainer, make_trainer
 
@@ -35,19 +38,26 @@ DEFAULT_DS_JSON = {"zero_optimization": {"stage": 2}}
 
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Path | None = None) -> int:
-    """Trains what the command line describes. Returns the exit code: 0, or 2 for a mistake in the input."""
+    """Trains what the command line describes. Returns the exit code: 0, or 2 for a mistake in the input.
+
+    A run that a signal or the time limit stops raises Preempted: exit code 85, see `vltrain.train.preemption`.
+    """
+    started = time.time()
+    adopt_ranks()
     settings = load_settings(argv, program=program, description="Multimodal Model Tuning.", options=TRAIN_OPTIONS, default_recipe=default_recipe)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
-    try:
-        run(settings)
-    finally:
-        shutdown_distributed()
+    preemption = Preemption(time_limit_end(os.environ, settings.config.train.time_limit_minutes, started))
+    with preemption.listening():
+        try:
+            run(settings, preemption)
+        finally:
+            shutdown_distributed()
     return 0
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, preemption: Preemption) -> None:
     """One run of this rank, from its settings to its last evaluation."""
     config = settings.config
     ds_json = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
@@ -70,7 +80,7 @@ def run(settings: Settings) -> None:
     )
     trainer = make_trainer(
         config, ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples),
+        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples), preemption=preemption,
     )
     if rank == 0:
         write_provenance(folder, resolved_config=dump_config(config), ds_config=ds_json, world_size=world_size, parameters=parameters)
@@ -78,7 +88,6 @@ def run(settings: Settings) -> None:
         if isinstance(outline, InstructBlip):
             _tell_share(parameters, full_qformer_size(outline))
     trainer.train()
-    trainer.run_evaluation(trainer.plan.num_steps)
     trainer.monitor.close()
 
 
@@ -138,15 +147,18 @@ def _require_data_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) ->
         raise InputError(f"model.instructblip.qformer_tokens: {found}")
 
 
-def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> None:
+def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> float | None:
+    """The figure of the report on rank 0, None elsewhere."""
     config = trainer.config
     samples = ready_samples(config, config.data.eval_split)
     report = evaluate_split(
         trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
         step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,
     )
-    if report is not None:
-        logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+    if report is None:
+        return None
+    logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+    return report.accuracy
 
 
 def _tell_share(parameters: dict[str, tuple[int, int]], full: int) -> None:

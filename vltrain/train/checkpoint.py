@@ -3,11 +3,14 @@
     checkpoints/step-00000200/
         weights-00001.safetensors     trainable parameters by full name, fp32
         optimizer-00001.safetensors   exp_avg/NAME and exp_avg_sq/NAME, fp32
-        checkpoint.json               step, what it belongs to, and size and SHA-256 of the files above
+        checkpoint.json               step, what it belongs to, the run's state, and size and SHA-256 of the files above
     checkpoints/latest                the name of the newest complete one
+    checkpoints/best                  with train.keep_best: the name of the one with the best evaluation
 
-Frozen weights are never saved. A checkpoint is written beside its name, flushed to disk and renamed, so a crash or a full
-disk leaves the older ones as they were; one whose checksums do not match is skipped with a warning.
+Frozen weights are never saved. A checkpoint is written beside its name, flushed to disk, read back and compared, and renamed, so a crash
+or a full disk leaves the older ones as they were; one whose checksums do not match is skipped with a warning. Nothing but safetensors and
+JSON is read, only files that the manifest lists, and no link is followed: a checkpoint from elsewhere can hold wrong numbers, but no
+code.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +31,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vltrain.errors import InputError
+from vltrain.train.retention import LATEST, checkpoint_name, point, prune, put_in_place, sync
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 2 * 1024**3  # of the host memory that a save needs beside the model
 MANIFEST = "checkpoint.json"
+MAX_MANIFEST_BYTES = 16 * 1024**2
+FILE_NAME = re.compile(r"([a-z_]+)-[0-9]{5}\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A verified checkpoint on disk. `belongs_to` is what must be equal for a run to go on from it exactly."""
+    """A verified checkpoint on disk. `belongs_to` is what must be equal for a run to go on from it exactly.
+
+    run_state: what the run remembers beside tensors (chain of the receipt, early stopping, ...), as `Trainer.run_state` gave it.
+    files: names of the files that the manifest lists.
+    """
 
     path: Path
     step: int
     belongs_to: dict[str, Any]
+    run_state: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+    def _files(self, kind: str) -> list[Path]:
+        return [self.path / name for name in sorted(self.files) if name.startswith(f"{kind}-")]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Trainable parameters by full name, one at a time, fp32 on the CPU."""
-        return _tensors(sorted(self.path.glob("weights-*.safetensors")))
+        return _tensors(self._files("weights"))
 
     def optimizer_states(self) -> dict[str, dict[str, torch.Tensor]]:
         """{parameter name: {"exp_avg": ..., "exp_avg_sq": ...}}"""
         states: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in _tensors(sorted(self.path.glob("optimizer-*.safetensors"))):
-            kind, name = key.split("/", 1)
+        for key, tensor in _tensors(self._files("optimizer")):
+            kind, _, name = key.partition("/")
             states.setdefault(name, {})[kind] = tensor
         return states
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:  # the checksums hold, so it was made like that
+            raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
 
 
 class CheckpointWriter:
@@ -87,30 +105,53 @@ class CheckpointWriter:
             save_file(self._pending[kind], path)
         except SafetensorError as error:  # its way to report a failed write
             raise OSError(f"{path}: {error}") from error
-        _sync(path)
+        sync(path)
+        _require_written(path, self._pending[kind])
         self._pending[kind] = {}
 
-    def finish(self, step: int, belongs_to: dict[str, Any]) -> None:
+    def finish(self, step: int, belongs_to: dict[str, Any], run_state: dict[str, Any]) -> None:
         """Writes what is pending and the manifest that makes the folder a checkpoint."""
         self.flush("weights")
         self.flush("optimizer")
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.folder.iterdir())}
-        manifest = {"format": FORMAT_VERSION, "step": step, "belongs_to": belongs_to, "files": files}
+        manifest = {"format": FORMAT_VERSION, "step": step, "belongs_to": belongs_to, "run_state": run_state, "files": files}
         path = self.folder / MANIFEST
-        path.write_text(json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1))
-        _sync(path)
-        _sync(self.folder)
+        path.write_text(_dumps(manifest))
+        sync(path)
+        sync(self.folder)
 
 
-def save_checkpoint(state: Iterator, root: Path, *, step: int, belongs_to: dict[str, Any], keep: int, is_writer: bool) -> Path:
+def _require_written(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Reads a file back. Raises OSError if it does not hold the tensors, bit for bit: the checksums to come are of what was meant."""
+    try:
+        with safe_open(path, framework="pt") as written:
+            differing = [name for name, tensor in tensors.items() if not torch.equal(_bytes(written.get_tensor(name)), _bytes(tensor))]
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be read back: {error}") from error
+    if differing:
+        raise OSError(f"{path}: '{differing[0]}' reads back as something else than was written")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def save_checkpoint(
+    state: Iterator, root: Path, *, step: int, belongs_to: dict[str, Any], keep: int, is_writer: bool,
+    run_state: dict[str, Any] | None = None, keep_best: bool = False,
+) -> Path:
     """Writes a checkpoint of `state` (see `Engine.full_state`) and drops all but the newest `keep`.
 
     A collective: every rank calls it, the one with `is_writer` writes.
 
+    Args:
+        run_state: see `Checkpoint`; plain JSON.
+        keep_best: keep also the one that is named `best`.
+
     Raises:
         InputError: (writer only) the disk is full or not writable; older checkpoints are untouched.
     """
-    final = root / f"step-{step:08d}"
+    final = root / checkpoint_name(step)
     partial = root / f".partial-{final.name}"
     failure: OSError | None = None
     writer = CheckpointWriter(partial)
@@ -135,48 +176,52 @@ def save_checkpoint(state: Iterator, root: Path, *, step: int, belongs_to: dict[
     try:
         if failure is not None:
             raise failure
-        writer.finish(step, belongs_to)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(root)
-        _point_latest(root, final.name)
+        writer.finish(step, belongs_to, run_state or {})
+        put_in_place(partial, final)
+        point(root, LATEST, final.name)
+        prune(root, final, keep, keep_best)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         newest = max((path.name for path in root.glob("step-*")), default="none")
         raise InputError(f"{final}: the checkpoint could not be saved ({error}); free some disk space and go on from the newest one ({newest}) with --resume auto") from None
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def _point_latest(root: Path, name: str) -> None:
-    beside = root / ".latest"
-    beside.write_text(name + "\n")
-    _sync(beside)
-    beside.rename(root / "latest")
-    _sync(root)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens and verifies one checkpoint folder. Raises InputError naming what is missing or damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        claimed = manifest.pop("sha256")
-        version, step, belongs_to, files = (manifest[key] for key in ("format", "step", "belongs_to", "files"))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not a complete checkpoint ({MANIFEST}: {type(error).__name__}: {error})") from None
-    if _checksum(manifest) != claimed:
-        raise InputError(f"{path / MANIFEST}: its checksum does not match its content; the file is damaged")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    manifest = _read_manifest(path)
+    step, belongs_to, run_state, files = manifest["step"], manifest["belongs_to"], manifest.get("run_state", {}), manifest["files"]
     for name, expected in files.items():
         file = path / name
+        if not FILE_NAME.fullmatch(name) or file.is_symlink():
+            raise InputError(f"{path / MANIFEST}: lists {name!r}, expected plain files of the checkpoint's own folder; do not use it")
         size = file.stat().st_size if file.is_file() else None
         if size != expected["bytes"]:
             raise InputError(f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {expected['bytes']} bytes; the checkpoint is damaged")
         if _sha256(file) != expected["sha256"]:
             raise InputError(f"{file}: its SHA-256 differs from the manifest's; the checkpoint is damaged")
-    return Checkpoint(path=path, step=step, belongs_to=belongs_to)
+    return Checkpoint(path=path, step=step, belongs_to=belongs_to, run_state=run_state, files=tuple(files))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint's folder, its own checksum checked. Raises InputError."""
+    try:
+        with (path / MANIFEST).open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
+        manifest = json.loads(data)
+        claimed = manifest.pop("sha256")
+        version, *_ = (manifest[key] for key in ("format", "step", "belongs_to", "files"))
+        # Its text, too, is as it was written: `1e-5` for `1E-5` would be the same number, but a damaged file all the same.
+        whole = _checksum(manifest) == claimed and data == _dumps(manifest).encode()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a complete checkpoint ({MANIFEST}: {type(error).__name__}: {error})") from None
+    if not whole:
+        raise InputError(f"{path / MANIFEST}: its checksum does not match its content; the file is damaged")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+    return manifest
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -232,6 +277,11 @@ def load_trainable(
         raise InputError(f"{checkpoint.path}: lacks {len(missing)} trained parameter(s), first '{missing[0]}': a checkpoint of another model or recipe")
 
 
+def _dumps(manifest: dict[str, Any]) -> str:
+    """The text of a manifest's file, with its checksum."""
+    return json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1)
+
+
 def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -239,12 +289,3 @@ def _checksum(manifest: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,6 +35,10 @@ def load_ds_json(path: str | Path) -> dict[str, Any]:
         raise InputError(f"--ds {path}: cannot be read ({error.strerror}); ready ones are in ds_configs/") from None
     except json.JSONDecodeError as error:
         raise InputError(f"--ds {path}: not JSON (line {error.lineno}: {error.msg})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nested without end
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--ds {path}: not JSON ({type(error).__name__}: {error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"--ds {path}: found a {type(raw).__name__}, expected a JSON object")
     return raw
@@ -72,6 +76,7 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> d
     Raises:
         InputError: a value contradicts the recipe, belongs to the recipe alone, or is an "auto" nobody fills.
     """
+    _require_objects(raw)
     resolved = json.loads(json.dumps(raw))
     zero_stage(resolved)
     _settle_optimizer(resolved, config)
@@ -102,6 +107,18 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> d
     resolved.setdefault("steps_per_print", 2**31 - 1)
     _refuse_left_autos(resolved)
     return resolved
+
+
+def _require_objects(raw: dict[str, Any]) -> None:
+    """InputError for a section that is no object."""
+    sections = [(name, raw[name]) for name in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16") if name in raw]
+    below = {"zero_optimization": ("offload_optimizer", "offload_param"), "optimizer": ("params",), "scheduler": ("params",)}
+    for outer, names in below.items():
+        inside = raw.get(outer)
+        sections += [(f"{outer}.{name}", inside[name]) for name in names if isinstance(inside, dict) and name in inside]
+    for name, section in sections:
+        if not isinstance(section, dict):
+            raise InputError(f"DeepSpeed's '{name}' is {section!r:.80}, expected an object")
 
 
 def _settle_optimizer(resolved: dict[str, Any], config: Config) -> None:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,39 @@ import torch.distributed as dist
 from vltrain.errors import InputError
 from vltrain.train.ds_config import offloads_optimizer, zero_stage
 from vltrain.train.hardware import device
+from vltrain.train.ranks import adopt_ranks, join_process_group
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_optimizer_state  # noqa: E402
 
+# DeepSpeed would compile, for CPU ranks, an all-reduce over shared memory that only its inference calls. It leaves 69 MB of memory behind for each
+# rank that is killed, and the compiler's lock, for which later runs wait without end.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
-    """Joins the process group that the launcher describes; alone, makes one of a single process.
+    """Joins the process group that the launcher or srun describes; alone, makes one of a single process.
 
     Returns:
         (rank, world size)
+
+    Raises:
+        InputError: the environment contradicts itself, or rank 0 cannot listen where it says.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has begun to rename: true, and nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    adopt_ranks()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=datetime.timedelta(minutes=timeout_minutes))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    join_process_group(backend, timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     _forget_shared_memory()
     return dist.get_rank(), dist.get_world_size()
 
@@ -70,6 +75,13 @@ def shutdown_distributed() -> None:
     """Leaves the process group, so that no rank ends while another still needs it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 gives, on every rank. A collective."""
+    shared = [value]
+    dist.broadcast_object_list(shared, device=device())
+    return shared[0]
 
 
 def partitioner(ds_config: dict[str, Any]) -> Callable[[torch.nn.Module], None] | None:
@@ -120,6 +132,10 @@ class Engine:
         self.world_size = dist.get_world_size()
         self._grad_norm: torch.Tensor | float = 0.0
         self._clips = ds_config.get("gradient_clipping", 0.0) > 0
+        self.applied = True
+        """Whether the last step was taken: ZeRO drops gradients whose norm is not finite, plain data parallelism with `only_finite`."""
+        self.only_finite = False
+        """Drop such gradients at stage 0 too, for which the host waits for the norm."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -148,13 +164,28 @@ class Engine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> None:
-        """One optimizer step, after the last backward."""
+        """One optimizer step, after the last backward. `applied` tells whether it was taken."""
+        self._step(apply=True)
+
+    def drop_step(self) -> None:
+        """Instead of `step`: the gradients are dropped; weights and optimizer states stay as they are."""
+        self._step(apply=False)
+
+    def _step(self, apply: bool) -> None:
         if self.stage == 0:
             gradients = [parameter.grad for parameter in self._trainable.values() if parameter.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self._engine.step()
-        if self.stage > 0:
-            self._grad_norm = self._engine.get_global_grad_norm()
+            self.applied = apply and (not self.only_finite or bool(torch.isfinite(self._grad_norm)))
+            if self.applied:
+                self._engine.step()
+            else:
+                self._engine.zero_grad()
+            return
+        with nullcontext() if apply else _dropping(self._engine.optimizer, self.stage):
+            self._engine.step()
+        self.applied = not self._engine.optimizer.overflow
+        assert apply or not self.applied, "DeepSpeed took a step that it was told to drop"
+        self._grad_norm = self._engine.get_global_grad_norm()
         if self.stage == 3:
             # ZeRO-3 keeps the last step's gradient of a parameter that the next step does not reach (the ViT's, in a step
             # without images) and would use it again; the other stages take zeros, and so must this one.
@@ -217,6 +248,27 @@ class Engine:
             return list(self._trainable.values())
         wrapper = self._engine.optimizer
         return list(wrapper.single_partition_of_fp32_groups if self.stage < 3 else wrapper.fp32_partitioned_groups_flat)
+
+
+@contextmanager
+def _dropping(wrapper: Any, stage: int) -> Iterator[None]:
+    """Lets ZeRO's wrapper find an overflow in its next step, on which it drops the gradients and cleans up after them."""
+    name = "check_overflow" if stage < 3 else "_overflow_check_and_loss_scale_update"
+    checks = stage < 3 and wrapper.check_grad_overflow
+
+    def overflow(*_: Any, **__: Any) -> bool:
+        wrapper.overflow = True
+        return True
+
+    setattr(wrapper, name, overflow)
+    if stage < 3:
+        wrapper.check_grad_overflow = True
+    try:
+        yield
+    finally:
+        delattr(wrapper, name)  # the instance's; the class's is seen again
+        if stage < 3:
+            wrapper.check_grad_overflow = checks
 
 
 def _build_optimizer(groups: list[dict[str, Any]], ds_config: dict[str, Any], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """What a run says while it runs: TensorBoard, a line per step in `log.jsonl`, a progress bar. Written by rank 0 alone.
 
-Losses and gradient norms come one step late (see `trainer.FiniteGuard`), so that reading them never makes the device wait.
+Losses and gradient norms come one step late (see `vltrain.train.guard`), so that reading them never makes the device wait.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from vltrain.data.plan import StepPlan
 from vltrain.models.flops import Flops
 from vltrain.train.hardware import peak_memory_bytes
+from vltrain.train.lines import cut_lines
 
 
 class Monitor:
@@ -106,15 +107,5 @@ class Monitor:
 
 def _reopen_log(path: Path, first_step: int) -> Any:
     """Opens the log for appending, without the lines from `first_step` on (and without a line that a crash cut short)."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] < first_step:
-                    kept.append(line)
-            except ValueError:
-                break
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(line + "\n" for line in kept))
-    beside.rename(path)
+    cut_lines(path, first_step)
     return path.open("a", buffering=1)

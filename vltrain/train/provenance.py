@@ -19,8 +19,11 @@ PACKAGES = ("vltrain", "torch", "deepspeed", "transformers", "peft", "flash-attn
 
 
 def code_commit() -> str:
-    """The git commit of this source tree, with `+changes` if it differs from it; `unknown` outside a checkout."""
+    """The git commit of this source tree, with `+changes` if it differs from it; that of which it was frozen; else `unknown`."""
     root = Path(__file__).resolve().parents[2]
+    frozen = root / "COMMIT"  # of launch/submit.py
+    if frozen.is_file():
+        return frozen.read_text().strip()
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()

@@ -6,28 +6,41 @@ fetch -> forward -> backward (per micro-step) -> step -> log -> save -> evaluate
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vltrain.check.receipt import Header, ReceiptWriter, fingerprint
 from vltrain.config import Config
 from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.models.build import AnyModel, part_of
+from vltrain.train.background import BackgroundTask
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
-from vltrain.train.engine import Engine, whole
-from vltrain.train.guard import FiniteGuard, StepResult
+from vltrain.train.engine import Engine, from_rank_0, whole
+from vltrain.train.guard import QUARANTINE, LossGuard, StepReading, StepResult
 from vltrain.train.hardware import peak_flops
+from vltrain.train.lines import cut_lines
 from vltrain.train.monitor import Monitor
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
+from vltrain.train.out_of_memory import names_pack
+from vltrain.train.preemption import Preemption
+from vltrain.train.selection import Selection, name_best
+from vltrain.train.stragglers import WorkTimes, slowness, straggler
+from vltrain.train.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -41,27 +54,98 @@ class Trainer:
     plan: Plan
     loader: StepLoader
     monitor: Monitor
+    receipt: ReceiptWriter
+    selection: Selection
     belongs_to: dict[str, Any]
-    evaluate: Callable[[int], None]
-    """Called with the number of steps done, on every rank, in evaluation mode."""
+    evaluate: Callable[[int], float | None]
+    """Called with the number of steps done, on every rank, in evaluation mode; rank 0 returns the report's figure."""
+    preemption: Preemption = field(default_factory=Preemption)
+    first_step: int = 0
+    guard_state: dict[str, Any] | None = None
+    background: BackgroundTask = field(default_factory=BackgroundTask)
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.guard = LossGuard(
+            self._read, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=self.folder, state=self.guard_state
+        )
+        self.engine.only_finite = self.guard.skips
+        self.work = WorkTimes(device=self.engine.device)
+        minutes = train.hang_timeout_minutes
+        self.watchdog = Watchdog(
+            self.folder, rank=self.rank, world_size=self.engine.world_size, timeout_seconds=60 * minutes if minutes else None
+        )
 
     def train(self) -> None:
-        """Trains from the loader's first step to the plan's last, and leaves a checkpoint of the end."""
-        guard = FiniteGuard(self.monitor.loss)
+        """Trains to the plan's last step, or until early stopping; leaves a checkpoint of the end, and evaluates it.
+
+        Raises Preempted, after a checkpoint, when a signal or the time limit asks to leave.
+        """
+        try:
+            with self.watchdog.watching(), self.preemption.training():
+                for _ in self.steps():
+                    pass
+        finally:
+            self.loader.close()
+            self.background.wait()
+            self.receipt.close()
+
+    def steps(self) -> Iterator[int]:
+        """`train`, a step each time: gives the number of steps done, so that whoever measures can stop between them."""
+        guard = self.guard
         self.engine.model.train()
+        # A checkpoint is from before its step's evaluation, which is owed then.
+        if self.first_step and self.evaluates_after(self.first_step):
+            self.run_evaluation(self.first_step)
         fetched_from = time.perf_counter()
-        for loaded in self.loader:
-            self.monitor.fetched(loaded.plan, time.perf_counter() - fetched_from, _num_positions(loaded.plan))
+        for loaded in () if self.selection.exhausted else self.loader:
+            waited = time.perf_counter() - fetched_from
+            self.monitor.fetched(loaded.plan, waited, _num_positions(loaded.plan))
+            self.work.fetched(waited)
             result = self.step(loaded)
             guard.push(result)
+            self.background.check()
             self.monitor.stepped(result.step, result.lr)
+            self._look_for_stragglers(result.step)
             done = result.step + 1
-            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps:
+            leaves = self.preemption.agreed(self.engine.device)
+            evaluates = self.evaluates_after(done)
+            # Before an evaluation, too: what that decides is decided again by a run that goes on from here. And it may take as long as many
+            # steps: a run that is asked to leave then has nothing to lose.
+            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates or leaves:
                 guard.flush()
                 self.save(done)
-            if self.config.train.eval_every_steps and done % self.config.train.eval_every_steps == 0 and done < self.plan.num_steps:
+            if leaves:
+                self.background.wait()
+                self.monitor.close()
+                self.preemption.leave(done)
+            if evaluates:
                 self.run_evaluation(done)
+            self.watchdog.at(done, "fetch")
+            yield done
+            if self.selection.exhausted:
+                break
             fetched_from = time.perf_counter()
+
+    def _look_for_stragglers(self, step: int) -> None:
+        """On logging steps of several ranks. A collective."""
+        if self.engine.world_size == 1 or (step + 1) % self.config.train.log_every_steps:
+            return
+        times = self.work.gather()
+        self.monitor.scalars({"speed/slowest_rank_over_median": slowness(times)}, step)
+        found = straggler(times)
+        if found is not None and self.rank == 0:
+            logger.warning("step %d: %s", step, found)
+
+    def evaluates_after(self, steps_done: int) -> bool:
+        """Whether an evaluation follows so many steps: every `train.eval_every_steps`, and at the end."""
+        every = self.config.train.eval_every_steps
+        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
+
+    def _read(self, reading: StepReading) -> None:
+        self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
+        told = {"samples": reading.samples, "label_tokens": reading.label_tokens, "skipped": reading.skipped}
+        self.receipt.add(step=reading.step, loss=reading.loss, **told)
 
     def step(self, loaded: LoadedStep) -> StepResult:
         """One optimizer step on the batches that this rank was dealt."""
@@ -72,37 +156,73 @@ class Trainer:
         lr = set_learning_rates(self.engine.optimizer, progress)
         losses, segment_losses = [], []
         for position, batch in enumerate(loaded.batches):
-            output = self.engine.forward(batch.to(self.engine.device))
-            loss = output.loss_sum / loaded.plan.num_label_tokens
-            self.engine.backward(loss, last_micro_step=position == len(loaded.batches) - 1)
+            self.watchdog.at(number, "forward", position)
+            with names_pack(batch, step=number, rank=self.rank):
+                with self.work.forward():
+                    output = self.engine.forward(batch.to(self.engine.device))
+                loss = output.loss_sum / loaded.plan.num_label_tokens
+                self.watchdog.at(number, "backward", position)
+                self.engine.backward(loss, last_micro_step=position == len(loaded.batches) - 1)
             losses.append(output.loss_sum.detach())
             segment_losses.append(output.segment_losses)
-        self.engine.step()
-        return StepResult(
-            step=number, losses=losses, segment_losses=segment_losses, sample_ids=[batch.sample_ids for batch in loaded.batches],
-            num_label_tokens=loaded.plan.num_label_tokens, grad_norm=self.engine.grad_norm(), lr=lr,
+        seen = [batch for batch in loaded.batches if not batch.is_filler]
+        result = StepResult(
+            step=number, losses=losses, segment_losses=segment_losses, segment_labels=[batch.segment_labels() for batch in loaded.batches],
+            sample_ids=[batch.sample_ids for batch in loaded.batches], num_label_tokens=loaded.plan.num_label_tokens,
+            own_label_tokens=sum(batch.num_label_tokens for batch in seen), samples=fingerprint(batch.sample_ids for batch in seen), lr=lr,
         )
+        self.watchdog.at(number, "update", len(loaded.batches))
+        if self.guard.allows(result):
+            self.engine.step()
+        else:
+            self.engine.drop_step()
+        result.applied, result.grad_norm = self.engine.applied, self.engine.grad_norm()
+        return result
 
     @property
     def warmup_steps(self) -> float:
         return self.config.optim.warmup_epochs * self.plan.steps_per_epoch
 
     def save(self, steps_done: int) -> None:
-        """Saves the state after `steps_done` steps. A collective."""
+        """Saves the state after `steps_done` steps, or with `train.async_save` takes a copy that is written meanwhile. A collective."""
         self.monitor.pause()
-        save_checkpoint(
-            self.engine.full_state(), self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to,
-            keep=self.config.train.keep_checkpoints, is_writer=self.rank == 0,
+        self.watchdog.at(steps_done, "save")
+        self.background.wait()
+        self.receipt.sync()
+        is_writer, state = self.rank == 0, self.engine.full_state()
+        write = partial(
+            save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, is_writer=is_writer,
+            keep=self.config.train.keep_checkpoints, keep_best=self.config.train.keep_best, run_state=self.run_state(),
         )
+        with self.preemption.saving():
+            if self.config.train.async_save and is_writer:
+                copy = [(name, weight.clone(), {key: value.clone() for key, value in states.items()}) for name, weight, states in state]
+                self.background.start(partial(write, iter(copy)))
+            else:
+                write(state)
         self.monitor.pause()
 
+    def run_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors: plain JSON."""
+        return {"receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
+
     def run_evaluation(self, steps_done: int) -> None:
-        """Evaluates in evaluation mode and goes back to training. A collective."""
+        """Evaluates in evaluation mode, takes the figure into account, and goes back to training. A collective."""
         self.monitor.pause()
+        self.watchdog.at(steps_done, "evaluate")
+        self.background.wait()
         self.engine.model.eval()
-        with self.engine.autocast():
-            self.evaluate(steps_done)
+        with self.preemption.nothing_to_lose(), self.engine.autocast():
+            figure = from_rank_0(self.evaluate(steps_done))
         self.engine.model.train()
+        if figure is not None:
+            best = self.selection.take(steps_done, figure)
+            if best and self.config.train.keep_best and self.rank == 0:
+                name_best(self.folder / "checkpoints", steps_done)
+            if self.selection.exhausted:
+                selection = self.selection
+                told = (steps_done, selection.stale, selection.best_step)
+                logger.info("stopped after %d steps: %d evaluations in a row were not better than that of step %s", *told)
         self.monitor.pause()
 
 
@@ -135,7 +255,7 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
 
 def make_trainer(
     config: Config, ds_json: dict[str, Any], *, model: AnyModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
-    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], None],
+    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], float | None], preemption: Preemption | None = None,
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
 
@@ -159,8 +279,13 @@ def make_trainer(
         model, parameter_groups(model.named_parameters(), config.optim, part_of), ds_config,
         betas=config.optim.betas, eps=config.optim.eps, autocast_dtype=dtype,
     )
+    if from_rank_0(first_step) != first_step:
+        found = f"rank {rank} goes on from step {first_step}, rank 0 does not"
+        raise InputError(f"{found}: they see different checkpoints in {folder}; start again, or name one with --resume")
     if checkpoint is not None:
-        engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step)
+        # AdamW's own count of steps, for its bias correction, has no skipped ones.
+        skipped = checkpoint.run_state.get("guard", {}).get("num_skipped", 0)
+        engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step - skipped)
     loader = StepLoader(
         dataset, plan, rank, image_size=image_size, max_image_pixels=config.data.max_image_pixels,
         workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda",
@@ -171,6 +296,27 @@ def make_trainer(
     )
     if plan.num_steps == 0:
         raise InputError(f"nothing to train: {len(dataset)} pack(s), train.epochs = {config.train.epochs}")
+    selection = Selection(patience=config.train.early_stopping_patience)
+    run_state = checkpoint.run_state if checkpoint is not None else {}
+    if "selection" in run_state:
+        selection.load(run_state["selection"])
+    if rank == 0 and (folder / QUARANTINE).exists():
+        cut_lines(folder / QUARANTINE, first_step)
+    receipt = ReceiptWriter(
+        folder, receipt_header(config, plan, dataset, belongs_to), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
+    )
     return Trainer(
-        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, belongs_to=belongs_to, evaluate=evaluate
+        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt,
+        selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"),
+        preemption=preemption or Preemption(),
+    )
+
+
+def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, belongs_to: dict[str, Any]) -> Header:
+    """What a run's receipt begins with."""
+    run = hashlib.sha256(json.dumps(belongs_to, sort_keys=True).encode()).hexdigest()
+    train = config.train
+    return Header(
+        run=run, data=dataset.manifest.checksum, packs=str(dataset.folder), seed=train.seed, epochs=train.epochs,
+        packs_per_step=train.packs_per_step, num_steps=plan.num_steps,
     )

@@ -1,0 +1,124 @@
+"""Work on a data set in parts, one for each task of a job array, and the merge that makes of them what one process would have made.
+
+    OUTPUT.parts/part-00003-of-00008/     what part 3 made, and part.json: with which settings, and the SHA-256 of its files
+    OUTPUT                                the result, made by the merge, which removes OUTPUT.parts
+
+A part appears whole or not at all, so one that failed is simply run again, alone. The merge takes only a full set made with its own settings.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.command_line import CommandLine
+from vltrain.data.folder import new_folder, refuse_existing
+from vltrain.data.shards import sha256_of
+from vltrain.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+RECORD = "part.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of the work is done: `part` of `parts`, from 1; or, with `part` None, the merge of all."""
+
+    parts: int
+    part: int | None
+
+    def __post_init__(self) -> None:
+        if self.parts < 1 or not (self.part is None or 1 <= self.part <= self.parts):
+            raise InputError(f"parts: found part {self.part} of {self.parts}, expected a part from 1 to the number of parts")
+
+    def bounds(self, part: int, total: int) -> tuple[int, int]:
+        """The first and the one after the last of `total` things that `part` has."""
+        return total * (part - 1) // self.parts, total * part // self.parts
+
+
+def add_share_options(parser: CommandLine) -> None:
+    """Adds --parts, --part and --merge."""
+    parser.add_argument("--parts", type=int, help="do the work in so many parts: one by --part, and when all are done --merge")
+    parser.add_argument("--part", type=int, help="which part to do, from 1")
+    parser.add_argument("--merge", action="store_true", help="make the output of the parts")
+
+
+def read_share(given: Namespace) -> Share | None:
+    """Takes the three options out of `given`. Returns None where the whole work is done at once."""
+    parts, part, merge = (vars(given).pop(name) for name in ("parts", "part", "merge"))
+    if parts is None and part is None and not merge:
+        return None
+    if parts is None or (part is not None) == merge:
+        raise InputError("--parts N goes with either --part I or --merge, expected all of one of the two")
+    return Share(parts=parts, part=part)
+
+
+def part_folder(output: Path, part: int, parts: int) -> Path:
+    """Where a part's result is."""
+    return output.parent / f"{output.name}.parts" / f"part-{part:05d}-of-{parts:05d}"
+
+
+@contextmanager
+def new_part(output: Path, share: Share, made_with: Mapping[str, Any]) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes the part's when the block ends without an error.
+
+    Raises:
+        InputError: the part is there already, or cannot be written.
+    """
+    assert share.part is not None
+    folder = part_folder(output, share.part, share.parts)
+    with new_folder(folder) as temporary:
+        yield temporary
+        files = {path.name: sha256_of(path) for path in sorted(temporary.iterdir()) if path.is_file()}
+        (temporary / RECORD).write_text(json.dumps({"made_with": made_with, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def is_done(output: Path, share: Share, made_with: Mapping[str, Any]) -> bool:
+    """Whether this part is there already. Raises InputError if it was made with other settings, or is damaged, or if all parts are merged already."""
+    assert share.part is not None
+    refuse_existing(output)
+    folder = part_folder(output, share.part, share.parts)
+    if not folder.exists():
+        return False
+    _require_same(folder, made_with)
+    logger.warning("%s: is there already; nothing to do", folder)
+    return True
+
+
+def finished_parts(output: Path, share: Share, made_with: Mapping[str, Any]) -> list[Path]:
+    """The folders of all parts, in order. Raises InputError naming those that are missing, damaged, or made with other settings."""
+    folders = [part_folder(output, part, share.parts) for part in range(1, share.parts + 1)]
+    missing = [str(part) for part, folder in enumerate(folders, start=1) if not folder.exists()]
+    if missing:
+        raise InputError(f"{folders[0].parent}: {len(missing)} of {share.parts} parts are missing; run part {','.join(missing)}, then merge again")
+    for folder in folders:
+        _require_same(folder, made_with)
+    return folders
+
+
+def remove_parts(output: Path) -> None:
+    """Removes what the merge has used up."""
+    shutil.rmtree(output.parent / f"{output.name}.parts")
+
+
+def _require_same(folder: Path, made_with: Mapping[str, Any]) -> None:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        before, files = record["made_with"], record["files"]
+        damaged = [name for name, digest in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / RECORD}: cannot be read ({error}); remove the folder and run the part again") from None
+    if damaged:
+        raise InputError(f"{folder / damaged[0]}: missing or changed since it was written; remove {folder} and run the part again")
+    now = json.loads(json.dumps(made_with))
+    differences = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if differences:
+        raise InputError(f"{folder}: was made with other settings or data: {'; '.join(differences)}; remove it and run the part again")

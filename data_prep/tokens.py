@@ -1,0 +1,134 @@
+"""Samples -> tokens, in several processes; and a part's tokens on disk, for the merge.
+
+    tokens.bin, mask.bin     int32 tokens and bool loss mask of all samples, one after another
+    instruction.bin          int32 tokens by which a Q-Former reads their prompts, likewise
+    samples.jsonl            per chunk of samples their ids, images and lengths in tokens
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_prep.parallel import in_chunks, ordered_map
+from data_prep.parts import Share
+from vltrain.data.conversation import encode_sample
+from vltrain.data.tokenizer import Tokenizer
+from vltrain.errors import InputError
+from vltrain.schema import Sample, Segment
+
+_LINES_PER_CHUNK = 512
+
+
+@dataclass(kw_only=True)
+class Tokens:
+    """Some tokenised samples, as arrays: cheap to send between processes."""
+
+    ids: list[str] = field(default_factory=list)
+    images: list[tuple[str, ...]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    num_labels: list[int] = field(default_factory=list)
+    instruction_lengths: list[int] = field(default_factory=list)
+    instruction_cuts: int = 0
+    input_ids: bytes = b""  # int32
+    loss_mask: bytes = b""  # bool
+    instruction_ids: bytes = b""  # int32
+
+
+def tokenised(
+    samples: Path, tokenizer: Tokenizer, template: str, visual_tokens: int, workers: int, share: Share | None = None
+) -> Iterator[Tokens]:
+    """Tokenises a file of samples, or a part's share of it: the lines that begin in its share of the bytes.
+
+    Raises: InputError if the file cannot be read or a line is no sample.
+    """
+    try:
+        num_bytes = samples.stat().st_size
+        stream = samples.open("rb")
+    except OSError as error:
+        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
+    first, last = (0, num_bytes) if share is None or share.part is None else share.bounds(share.part, num_bytes)
+    shared = (str(samples), tokenizer, template, visual_tokens)
+    with stream, tqdm(total=last - first, desc="samples", unit="B", unit_scale=True, disable=None) as progress:
+        chunks = in_chunks(_lines(stream, first, last), _LINES_PER_CHUNK)
+        # A small file is done before a second process has started.
+        for tokens in ordered_map(_tokenise, chunks, workers if last - first > 1 << 20 else 1, shared):
+            yield tokens
+            progress.update(stream.tell() - first - progress.n)
+
+
+def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a binary file that begin in [first, last), with their numbers from 1."""
+    number = 1
+    if first > 0:
+        position = 0
+        while position < first - 1:
+            block = stream.read(min(1 << 20, first - 1 - position))
+            number += block.count(b"\n")
+            position += len(block)
+        # The rest of the line that holds the byte before: it began earlier, or ends just there.
+        number += stream.readline().endswith(b"\n")
+    while stream.tell() < last:
+        line = stream.readline()
+        if not line:
+            return
+        yield number, line
+        number += 1
+
+
+def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Tokens:
+    segments: list[Segment] = []
+    for number, line in lines:
+        where = f"{file}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        sample = Sample.from_json(record, where)
+        segments.append(encode_sample(sample, tokenizer, template, visual_tokens))
+    return Tokens(
+        ids=[segment.sample_id for segment in segments],
+        images=[segment.images for segment in segments],
+        lengths=[len(segment.input_ids) for segment in segments],
+        num_labels=[int(segment.loss_mask.sum()) for segment in segments],
+        instruction_lengths=[len(segment.instruction_ids) for segment in segments],
+        instruction_cuts=sum(segment.instruction_cut > 0 for segment in segments),
+        input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
+        loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
+        instruction_ids=b"".join(segment.instruction_ids.tobytes() for segment in segments),
+    )
+
+
+_FILES = {"tokens.bin": "input_ids", "mask.bin": "loss_mask", "instruction.bin": "instruction_ids"}
+_TOLD = ("ids", "images", "lengths", "num_labels", "instruction_lengths", "instruction_cuts")
+
+
+def write_tokens(chunks: Iterable[Tokens], folder: Path) -> None:
+    """Writes a part's tokens into `folder`."""
+    with ExitStack() as stack:
+        samples = stack.enter_context((folder / "samples.jsonl").open("w"))
+        files = {field: stack.enter_context((folder / name).open("wb")) for name, field in _FILES.items()}
+        for chunk in chunks:
+            for field, file in files.items():
+                file.write(getattr(chunk, field))
+            samples.write(json.dumps({name: getattr(chunk, name) for name in _TOLD}) + "\n")
+
+
+def read_tokens(folder: Path) -> Iterator[Tokens]:
+    """What `write_tokens` wrote, chunk by chunk."""
+    with ExitStack() as stack:
+        samples = stack.enter_context((folder / "samples.jsonl").open())
+        tokens, mask, instruction = (stack.enter_context((folder / name).open("rb")) for name in _FILES)
+        for line in samples:
+            told = json.loads(line)
+            total = sum(told["lengths"])
+            told["images"] = [tuple(one) for one in told["images"]]
+            yield Tokens(
+                **told, input_ids=tokens.read(4 * total), loss_mask=mask.read(total),
+                instruction_ids=instruction.read(4 * sum(told["instruction_lengths"])),
+            )  # fmt: skip

@@ -1,0 +1,118 @@
+"""What all benchmarks share: the command line, the alternation of competitors, medians, the table and the JSON.
+
+Competitors are measured in turn (A B A B ...), so that whatever else the machine does meets all of them alike, and the figures that count are
+medians of ratios within a run. What this gives up: nothing can be said about a single run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RUNS = 5
+PACKAGES = ("torch", "transformers", "trl", "datasets", "deepspeed", "liger-kernel", "triton")
+
+
+def command(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark understands."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything there")
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"of each competitor, by turns (default: {RUNS})")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny sizes, two runs, no figure worth keeping")
+    return parser
+
+
+def settled(given: argparse.Namespace) -> argparse.Namespace:
+    """The command line with what `--quick` implies."""
+    if given.runs < 1:
+        raise SystemExit(f"--runs: found {given.runs}, expected a positive number")
+    given.runs = 2 if given.quick else given.runs
+    return given
+
+
+def alternate(competitors: Mapping[str, Callable[[], Any]], runs: int, warm_up: int = 1) -> dict[str, list[Any]]:
+    """Calls every competitor in turn, `runs` times around after `warm_up` rounds that do not count. Returns what each gave, run by run."""
+    results: dict[str, list[Any]] = {name: [] for name in competitors}
+    for number in range(-warm_up, runs):
+        for name, run in competitors.items():
+            start = time.perf_counter()
+            result = run()
+            tell(f"{'warm-up' if number < 0 else f'run {number + 1}/{runs}'}: {name}, {time.perf_counter() - start:.2f} s")
+            if number >= 0:
+                results[name].append(result)
+    return results
+
+
+def tell(text: str) -> None:
+    """A line of progress, on stderr."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """The median over the runs of one competitor's figure over another's of the same round."""
+    return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(), "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(), "load_average": [round(load, 2) for load in os.getloadavg()], "packages": installed,
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def report(found: dict[str, Any], given: argparse.Namespace) -> None:
+    """Prints every list of rows as a table and everything else as it is; writes the JSON if asked for."""
+    found = {**found, "runs": given.runs, "quick": given.quick, "machine": machine()}
+    for name, value in found.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(f"\n{name}")
+            show(value)
+        else:
+            print(f"{name}: {value}")
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows of equal keys as a Markdown table."""
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(_cell(value) for value in row.values()) + " |")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

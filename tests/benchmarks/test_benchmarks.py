@@ -1,0 +1,77 @@
+"""The benchmarks run, give what they say they give, and compare like with like. Nothing here is asserted on time."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks.measure import alternate, median_ratio
+from tests.benchmarks.ours import benchmark_config, sizes
+from tests.benchmarks.peers import PaddedModel, PaddingCollator, peer_model
+from tests.benchmarks.samples import pack_samples, scienceqa_lengths, scienceqa_like
+from vltrain.data.loader import collate
+from vltrain.data.images import decode_image
+from vltrain.models.build import build_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_quick(name: str, tmp_path: Path, *words: str) -> dict:
+    """`python -m tests.benchmarks.NAME --quick` in a process of its own; what its JSON holds."""
+    out = tmp_path / "found.json"
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--quick", "--json", str(out), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["quick"] and found["runs"] == 2 and found["machine"]["cores"] >= 1
+    return found
+
+
+def test_competitors_take_turns_and_warm_up_does_not_count():
+    calls = []
+    results = alternate({"a": lambda: calls.append("a") or len(calls), "b": lambda: calls.append("b") or len(calls)}, runs=2)
+    assert calls == ["a", "b"] * 3 and results == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_the_ratio_is_taken_run_by_run():
+    assert median_ratio([2.0, 100.0, 6.0], [1.0, 50.0, 1.0]) == 2.0
+
+
+def test_lengths_follow_the_quantiles():
+    lengths = scienceqa_lengths(20_000)
+    assert lengths.min() >= 54 and lengths.max() <= 847 and abs(float((lengths <= 230).mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("length", [None, 900])
+def test_padded_competitors_train_on_the_same_loss(tmp_path, length):
+    """Same samples, same weights: transformers' loss over padded batches is ours over packs."""
+    config = benchmark_config(quick=True, output=str(tmp_path / "run"))
+    vocabulary, visual_tokens = sizes(config, quick=True)
+    samples = scienceqa_like(5, vocabulary=vocabulary, visual_tokens=visual_tokens)
+    assert samples.pictures and len(samples.pictures) < 5
+    model = build_model(config.model)
+    dataset = pack_samples(samples, 1280, tmp_path / "packs", visual_tokens)
+    ours, num_labels = 0.0, 0
+    for number in range(len(dataset)):
+        row = dataset.row(number)
+        images = [decode_image(dataset.image(image), model.image_size, 10**6, "") for image in row.image_ids.tolist()]
+        batch = collate(row, images, model.image_size)
+        ours, num_labels = ours + float(model(batch).loss_sum.detach()), num_labels + batch.num_label_tokens
+    padded = PaddedModel(peer_model(config, torch.float32))
+    theirs = padded(**PaddingCollator(samples, model.image_size, 10**6, length)(samples.segments)).loss
+    assert float(theirs.detach()) == pytest.approx(ours / num_labels, rel=1e-5)
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: bash launch/setup_env.sh --with bench")
+def test_train_with_every_competitor(tmp_path):
+    found = run_quick("train", tmp_path, "--data", "scienceqa", "text")
+    names = {(row["data"], row["trainer"]) for row in found["speed"]}
+    padded = {("scienceqa", name) for name in ("ours", "padded to the longest", "padded to 512")}
+    assert names == padded | {("text", "ours"), ("text", "TRL packing")}
+    assert all(row["useful tokens/s"] > 0 and row["ours is faster by"] > 0 for row in found["speed"])
+    assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(row["mfu"] > 0 for row in found["utilisation"])

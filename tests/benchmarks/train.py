@@ -1,0 +1,122 @@
+"""Useful tokens a second of our trainer beside transformers' Trainer and TRL, on the same model, samples, optimizer and precision.
+
+    python -m tests.benchmarks.train [--precision fp32 bf16] [--data scienceqa easyvqa text] [--json OUT] [--quick]
+
+SmolLM2-135M, frozen, with Bottleneck Adapters, the visual neck and the tiny ViT. Useful tokens are those of samples: prompt, image and answer, no
+padding. Competitors: (a) Trainer, padded to the batch's longest; (b) Trainer, padded to 512 as the paper's code does; (c) TRL's packing, which
+takes text only. A run is one whole step; `mfu` is the operations that the mathematics needs over the speed of a large matrix product,
+measured between the runs. Wants: bash launch/setup_env.sh --with bench --smollm2.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.measure import alternate, command, median_ratio, report, settled, tell
+from tests.benchmarks.ours import DTYPES, TOKENIZER, OurSteps, benchmark_config, our_trainer, sizes
+from tests.benchmarks.peers import Held, padding_trainer, trl_trainer
+from tests.benchmarks.samples import Samples, easyvqa, pack_samples, scienceqa_like
+from vltrain.config import Config
+from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.hardware import measured_gemm_flops
+
+NUM_SAMPLES = 400
+PADDED_LENGTH = 512
+# Samples of a batch. (a): what makes some 2,000 useful tokens; (b): what the paper's code has on a GPU, and a machine of this kind can hold.
+LONGEST_BATCH = {"scienceqa": 8, "easyvqa": 64}
+PADDED_BATCH = 4
+WANTED = {"padded to the longest": 1.5, "padded to 512": {"scienceqa": 1.7, "easyvqa": 10.0}, "TRL packing": 1.1}
+
+
+def make_samples(data: str, config: Config, quick: bool) -> Samples:
+    vocabulary, visual_tokens = sizes(config, quick)
+    if data == "easyvqa" and not quick:
+        return easyvqa(4 * NUM_SAMPLES, tokenizer=TOKENIZER, visual_tokens=visual_tokens)
+    share = {"image_share": 0.0} if data == "text" else {}
+    return scienceqa_like(24 if quick else NUM_SAMPLES, vocabulary=vocabulary, visual_tokens=visual_tokens, **share)
+
+
+def make_competitors(data: str, samples: Samples, config: Config, dtype: torch.dtype, folder: Path, pack_length: int, quick: bool) -> dict[str, Any]:
+    """By name, what has a `step`; ours first."""
+    dataset = pack_samples(samples, pack_length, folder / "packs", sizes(config, quick)[1])
+    competitors: dict[str, Any] = {"ours": OurSteps(our_trainer(config, dataset, dtype, ds={"zero_optimization": {"stage": 0}}))}
+    if data == "text":
+        competitors["TRL packing"] = trl_trainer(config, samples, dtype, pack_length=pack_length, folder=folder)
+        return competitors
+    longest = 2 if quick else LONGEST_BATCH[data]
+    for name, batch_size, length in (("padded to the longest", longest, None), ("padded to 512", 1 if quick else PADDED_BATCH, PADDED_LENGTH)):
+        competitors[name] = padding_trainer(config, samples, dtype, batch_size=batch_size, length=length, folder=folder)
+    return competitors
+
+
+def measure(data: str, precision: str, runs: int, quick: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The table of one data set in one precision, and our utilisation."""
+    dtype = DTYPES[precision]
+    pack_length = 1280
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        config = benchmark_config(quick, train__precision=precision, data__pack_length=pack_length, data__workers=0 if quick else 1, output=str(folder / "run"))
+        samples = make_samples(data, config, quick)
+        competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick)
+        peaks: list[float] = []
+        calls: dict[str, Callable[[], Any]] = {"matrix product": lambda: peaks.append(measured_gemm_flops(dtype))}
+        calls |= {name: _timed(competitor.step) for name, competitor in competitors.items()}
+        tell(f"{data}, {precision}: {len(samples.segments)} samples, {', '.join(competitors)}")
+        results = alternate(calls, runs)
+        ours = competitors["ours"]
+        speeds = {name: [tokens / seconds for tokens, seconds in results[name]] for name in competitors}
+        flops = [ours.flops(run + 1) / seconds for run, (_, seconds) in enumerate(results["ours"])]  # after one step of warm-up
+        for competitor in competitors.values():
+            if isinstance(competitor, Held):
+                competitor.stop()
+        ours.trainer.monitor.close()
+    rows = [_row(data, precision, name, speeds) for name in competitors]
+    mfu = {"data": data, "precision": precision, "mfu": statistics.median(flops) / max(peaks), "gflops": statistics.median(flops) / 1e9, "peak_gflops": max(peaks) / 1e9}
+    return rows, mfu
+
+
+def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
+    def run() -> tuple[int, float]:
+        start = time.perf_counter()
+        tokens = step()
+        return tokens, time.perf_counter() - start
+
+    return run
+
+
+def _row(data: str, precision: str, name: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
+    wanted = WANTED.get(name, "")
+    return {
+        "data": data, "precision": precision, "trainer": name, "useful tokens/s": statistics.median(speeds[name]),
+        "ours is faster by": median_ratio(speeds["ours"], speeds[name]), "wanted": wanted.get(data, "") if isinstance(wanted, dict) else wanted,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = command(__doc__)
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
+    parser.add_argument("--data", nargs="+", choices=["scienceqa", "easyvqa", "text"], default=["scienceqa", "easyvqa", "text"])
+    given = settled(parser.parse_args())
+    if "text" in given.data and find_spec("trl") is None:
+        raise SystemExit("the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data scienceqa easyvqa")
+    init_distributed()
+    found: dict[str, Any] = {"speed": [], "utilisation": []}
+    for precision in given.precision:
+        for data in given.data:
+            rows, mfu = measure(data, precision, given.runs, given.quick)
+            found["speed"] += rows
+            found["utilisation"].append(mfu)
+    shutdown_distributed()
+    report(found, given)
+
+
+if __name__ == "__main__":
+    main()

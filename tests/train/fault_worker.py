@@ -1,0 +1,76 @@
+"""Runs with faults on order: `python -m tests.train.fault_worker SCENARIOS.json`.
+
+A scenario is one of `tests.train.worker`, with any of
+    "poison": {step: factor}   the loss of the step's first micro-step on the last rank is multiplied by it
+    "dies_at": step            the life ends before that step
+    "hangs_at": [rank, step]   the rank sleeps there without end
+    "slow": [rank, seconds]    the rank's forwards take so much longer
+    "memory": [rank, step]     the rank's allocator fails there
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.train import worker
+from vltrain.errors import InputError
+from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.trainer import Trainer
+
+
+class Died(BaseException):
+    pass
+
+
+def order_faults(trainer: Trainer, scenario: dict, rank: int, world_size: int) -> None:
+    step, forward = trainer.step, trainer.engine.forward
+    at = {"step": -1, "micro": 0}
+
+    def faulty_step(loaded):
+        at.update(step=loaded.step, micro=0)
+        if loaded.step == scenario.get("dies_at"):
+            raise Died
+        return step(loaded)
+
+    def faulty_forward(batch):
+        if [rank, at["step"]] == scenario.get("hangs_at"):
+            time.sleep(600)
+        if rank == scenario.get("slow", [None])[0]:
+            time.sleep(scenario["slow"][1])
+        if [rank, at["step"]] == scenario.get("memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        output = forward(batch)
+        factor = scenario.get("poison", {}).get(str(at["step"]))
+        if factor is not None and at["micro"] == 0 and rank == world_size - 1:
+            output = output._replace(loss_sum=output.loss_sum * float(factor), segment_losses=output.segment_losses * float(factor))
+        at["micro"] += 1
+        return output
+
+    trainer.step, trainer.engine.forward = faulty_step, faulty_forward
+
+
+def main(scenarios: Path) -> None:
+    rank, world_size = init_distributed()
+    for scenario in json.loads(scenarios.read_text()):
+        try:
+            worker.run(scenario, rank, world_size, prepare=lambda trainer: order_faults(trainer, scenario, rank, world_size))
+        except Died:
+            pass
+        except InputError as error:
+            if not scenario.get("may_fail"):
+                raise
+            Path(f"{scenario['output']}.error.{rank}").write_text(str(error))
+        dist.barrier()  # the next life reads what rank 0 has only now finished writing
+    shutdown_distributed()
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except InputError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)

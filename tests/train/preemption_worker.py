@@ -1,0 +1,39 @@
+"""A rank without a model: `python -m tests.train.preemption_worker KIND FOLDER`, for what a signal does outside and inside of training."""
+
+import ctypes
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vltrain.data.signals import deaf_children
+from vltrain.train.preemption import Preemption
+
+
+def wait_in_c() -> None:
+    """Waits for ever in a call of C that no signal interrupts, as a collective does whose other rank is gone."""
+    mutex = ctypes.create_string_buffer(64)
+    library = ctypes.CDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
+def main(kind: str, folder: Path) -> None:
+    preemption = Preemption(time.time() + 11 if kind == "limit" else None)
+    with preemption.listening():
+        if kind == "worker":
+            with deaf_children():
+                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            (folder / "child").write_text(str(child.pid))
+        (folder / "ready").touch()
+        if kind == "stuck":
+            with preemption.training():
+                wait_in_c()
+        try:
+            time.sleep(60)
+        finally:
+            (folder / "cleaned").touch()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

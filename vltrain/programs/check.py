@@ -1,0 +1,94 @@
+"""`vltrain check`: what can be proven about a run.
+
+    vltrain check resume RUN [OTHER] [--packs FOLDER] [--tolerance 1e-5]
+
+proves from the run's receipt that every step was done once and in order, and that every sample was seen once a pass; and that OTHER, a
+run that was interrupted or not, on as many ranks or others, had the same samples in the same steps and the same losses (bit for bit, or
+to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder
+without a receipt.
+
+    vltrain check replay RUN --step K [--packs FOLDER]
+
+does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those
+that are no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is. See `vltrain.programs.replay`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from vltrain.check.resume import prove
+from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
+
+EXIT_DIFFERS = 1
+
+
+@exits_cleanly
+def main(argv: list[str], *, program: str = "vltrain check") -> int:
+    """Runs the check that the first word names. Returns the exit code, see the module."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print((__doc__ or "").strip())
+        return 0
+    if argv[0] not in CHECKS:
+        raise InputError(f"{COMMAND_LINE}: unknown check '{argv[0]}', {nearest(argv[0], CHECKS)}")
+    arguments = split_arguments(argv[1:])
+    if ("help", None) in arguments.options:
+        print((__doc__ or "").strip())
+        return 0
+    return CHECKS[argv[0]](arguments)
+
+
+def _resume(arguments: Arguments) -> int:
+    _require_known(arguments, ("packs", "tolerance"))
+    if not 1 <= len(arguments.positionals) <= 2:
+        raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN, or RUN OTHER")
+    run, *other = map(Path, arguments.positionals)
+    packs = arguments.last("packs")
+    proof = prove(run, Path(packs) if packs else None, other[0] if other else None, _tolerance(arguments.last("tolerance") or "0"))
+    for fact in proof.facts:
+        print(f"ok      {fact}")
+    for failure in proof.failures:
+        print(f"FAILED  {failure}")
+    return EXIT_DIFFERS if proof.failures else 0
+
+
+def _replay(arguments: Arguments) -> int:
+    from vltrain.programs.replay import replay  # with torch and DeepSpeed, which a proof does without
+
+    _require_known(arguments, ("step", "packs"))
+    step, packs = arguments.last("step"), arguments.last("packs")
+    if len(arguments.positionals) != 1:
+        raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
+    if step is None or not step.isdecimal():
+        raise InputError(f"{COMMAND_LINE}: --step: found {step or 'nothing'}, expected the number of a step, counted from 0")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    losses = replay(Path(arguments.positionals[0]), int(step), Path(packs) if packs else None)
+    print("        loss  label tokens  sample")
+    for name, loss, count in losses:
+        print(f"{loss:12.6g}  {count:12d}  {name}")
+    num_bad = sum(not math.isfinite(loss) for _, loss, _ in losses)
+    print(f"step {step}: {len(losses)} samples, {num_bad} with a loss that is no number")
+    return EXIT_DIFFERS if num_bad else 0
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise InputError(f"{COMMAND_LINE}: --tolerance: found {text!r}, expected a relative difference such as 1e-5")
+    return value
+
+
+def _require_known(arguments: Arguments, known: tuple[str, ...]) -> None:
+    for name, _ in arguments.options:
+        if name not in known:
+            raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {nearest(name, known)}")
+
+
+CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "replay": _replay}

@@ -1,0 +1,94 @@
+"""`vltrain check replay RUN --step K [--packs FOLDER]`: a step of a run once more, in one process, to see each sample's loss.
+
+The run's newest checkpoint that is not after step K is loaded, the steps from there to K are trained again on the same global batches,
+and the losses of step K's samples are shown, largest first. Nothing in the run's folder is changed. Losses are those of the run to
+rounding; with dropout they are other draws where the run had several ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import tempfile
+from pathlib import Path
+
+from vltrain.data.tokenizer import load_tokenizer
+from vltrain.errors import InputError
+from vltrain.models.build import build_model, outline_model
+from vltrain.programs.train import open_packs
+from vltrain.recipe import build_config, read_recipe
+from vltrain.train.checkpoint import Checkpoint, open_checkpoint
+from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
+from vltrain.train.guard import own_losses
+from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.trainer import Trainer, make_trainer
+
+logger = logging.getLogger(__name__)
+
+
+def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, float, int]]:
+    """(id, mean loss per label token, label tokens) of each sample of a step, not finite ones first, then by size.
+
+    Raises: InputError where the run's folder lacks what is needed, or has no such step.
+    """
+    for name in ("config.yaml", "ds_config.json"):
+        if not (run / name).is_file():
+            raise InputError(f"{run}: no {name} in it, expected the folder of a run")
+    config = build_config(read_recipe(run / "config.yaml"))
+    changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
+    logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away
+    ds_json = load_ds_json(run / "ds_config.json")
+    checkpoint = newest_until(run / "checkpoints", step)
+    limit_threads(1)
+    tokenizer = load_tokenizer(config.model.llm.tokenizer or config.model.llm.source)
+    dataset = open_packs(config, tokenizer, outline_model(config.model, device()).visual_tokens)
+    dtype = choose_dtype(config.train.precision, config.model.bits)
+    rank, world_size = init_distributed()
+    try:
+        model = build_model(
+            config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(),
+            place=partitioner(resolve_ds_config(ds_json, config, world_size)),
+        )
+        with tempfile.TemporaryDirectory() as elsewhere:
+            trainer = make_trainer(
+                dataclasses.replace(config, output=elsewhere), ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank,
+                world_size=world_size, dtype=dtype, evaluate=lambda steps_done: None,
+            )
+            return replay_steps(trainer, step)
+    finally:
+        shutdown_distributed()
+
+
+def newest_until(root: Path, step: int) -> Checkpoint | None:
+    """The newest undamaged checkpoint of at most `step` steps; None where there is none, so that the run begins anew."""
+    for path in sorted(root.glob("step-*"), reverse=True):
+        try:
+            if int(path.name.removeprefix("step-")) <= step:
+                return open_checkpoint(path)
+        except (InputError, ValueError) as error:
+            logger.warning("skipped a checkpoint: %s", error)
+    return None
+
+
+def replay_steps(trainer: Trainer, step: int) -> list[tuple[str, float, int]]:
+    """Trains up to `step` and through it. Its samples' losses, see `replay`."""
+    if not trainer.first_step <= step < trainer.plan.num_steps:
+        raise InputError(f"--step: found {step}, expected one of the run's {trainer.plan.num_steps} steps, counted from 0")
+    logger.info("replaying steps %d to %d", trainer.first_step, step)
+    trainer.engine.model.train()
+    try:
+        for loaded in trainer.loader:
+            result = trainer.step(loaded)
+            if loaded.step == step:
+                counts = [count for counts in result.segment_labels for count in counts.tolist() if count]
+                losses = [(name, loss, count) for (name, loss), count in zip(own_losses(result), counts, strict=True)]
+                return sorted(losses, key=lambda one: -one[1] if math.isfinite(one[1]) else -math.inf)
+            trainer.guard.push(result)
+    finally:
+        trainer.loader.close()
+        trainer.monitor.close()
+        trainer.receipt.close()
+    raise AssertionError("the loader ends with the plan")
