@@ -65,10 +65,36 @@ def _check_low_rank(key: str, tuning: QFormerTuning | LanguageTuning) -> None:
 
 @dataclass(kw_only=True)
 class AdaLoraSchedule:
-    """When and how far AdaLoRA prunes."""
+    """When and how far AdaLoRA prunes, both networks' layers together. Names and defaults are peft's; steps are the optimizer's."""
 
     init_rank: int = 12
+    """Rank of every layer's update at the start."""
     target_rank: int = 8
+    """Rank that layers have on average at the end."""
+    tinit: int = 0
+    """Steps before the first pruning."""
+    tfinal: int = 0
+    """Steps after the last one, in which nothing changes but weights."""
+    delta_t: int = 1
+    """Steps between prunings."""
+    beta1: float = 0.85
+    """Of the running mean of importance."""
+    beta2: float = 0.85
+    """Of the running mean of its deviation."""
+    orth_reg_weight: float = 0.5
+    """Weight of the term that keeps factors orthogonal: the mean of ||A A' - I|| and ||B' B - I|| (Frobenius) over all layers."""
+
+    def __post_init__(self) -> None:
+        key = "model.instructblip.adalora"
+        require(self.target_rank >= 1, f"{key}.target_rank", self.target_rank, "a positive number")
+        above = self.init_rank > self.target_rank
+        require(above, f"{key}.init_rank", self.init_rank, f"more than {key}.target_rank = {self.target_rank}, to have something to prune")
+        for name in ("tinit", "tfinal"):
+            require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more steps")
+        require(self.delta_t >= 1, f"{key}.delta_t", self.delta_t, "a positive number of steps")
+        for name in ("beta1", "beta2"):
+            require(0 < getattr(self, name) < 1, f"{key}.{name}", getattr(self, name), "a number in (0, 1)")
+        require(self.orth_reg_weight >= 0, f"{key}.orth_reg_weight", self.orth_reg_weight, "0 or a positive number")
 
 
 @dataclass(kw_only=True)

@@ -54,7 +54,7 @@ def waiting_gradients(trainer: Trainer, loaded: Any) -> dict[str, int]:
         loss = engine.forward(batch).loss_sum / loaded.plan.num_label_tokens
         engine.backward(loss, last_micro_step=position == len(loaded.batches) - 1)
         if position == 0 and engine.stage < 3:
-            waiting = [parameter.grad for parameter in engine._trainable.values()]
+            waiting = [parameter.grad for parameter in engine.trainable.values()]
             if engine.stage:
                 waiting += [tensor for tensors in engine._engine.optimizer.all_grad_tensors.values() for tensor in tensors or ()]
             result["gradients"] = num_bytes(waiting)

@@ -80,6 +80,7 @@ def write_packs(folder: Path, packs: list[list[Segment]], seed: int = 0) -> Path
             names = list(dict.fromkeys(image for segment in segments for image in segment.images))
             for name in names:
                 pictures.setdefault(name, random_png(generator))
+            instruction_lengths = np.array([len(segment.instruction_ids) for segment in segments], np.int32)
             writer.add_row(
                 PackedRow(
                     input_ids=np.concatenate([segment.input_ids for segment in segments]),
@@ -88,6 +89,8 @@ def write_packs(folder: Path, packs: list[list[Segment]], seed: int = 0) -> Path
                     image_ids=np.array([writer.add_image(pictures[name]) for name in names], np.int64),
                     image_slots=np.array([names.index(image) for segment in segments for image in segment.images], np.int32),
                     sample_ids=tuple(segment.sample_id for segment in segments),
+                    instruction_ids=np.concatenate([segment.instruction_ids for segment in segments]),
+                    instruction_lengths=instruction_lengths if instruction_lengths.any() else instruction_lengths[:0],
                 )
             )
         writer.finish(**facts)

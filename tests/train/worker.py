@@ -1,8 +1,9 @@
 """Runs training scenarios in this rank's process: `python -m tests.train.worker SCENARIOS.json`.
 
-A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}. Rank 0 writes, per
-scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the final weights. With "listens"
-signals are heard, and rank r keeps the number of steps that it has done in `OUTPUT/progress.r`.
+A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}, and "blip": llama or t5 for an
+InstructBLIP. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0 writes, per scenario, `OUTPUT/result.safetensors` with
+the losses, gradient norms, the gradients of one step and the final weights. With "listens" signals are heard, and rank r keeps the number of
+steps that it has done in `OUTPUT/progress.r`.
 """
 
 import itertools
@@ -14,9 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from tests.support.blip import blip_config
 from tests.support.tiny import tiny_config
 from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
+from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.ds_config import resolve_ds_config
 from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
@@ -31,7 +34,8 @@ def run(
     prepare: Callable[[Trainer], None] = lambda trainer: None,
 ) -> None:
     folder = Path(scenario["output"])
-    config = tiny_config(output=str(folder), **scenario["changes"])
+    changes = {"output": str(folder), **scenario["changes"]}
+    config = blip_config(scenario["blip"], **changes) if "blip" in scenario else tiny_config(**changes)
     dataset = PackedDataset(scenario["packs"])
     checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
     dtype = choose_dtype(config.train.precision, config.model.bits)
@@ -43,6 +47,7 @@ def run(
     )
     prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
+    masks = catch_masks(trainer.allocator) if trainer.allocator is not None else {}
     if scenario.get("listens"):
         tell_progress(trainer.engine, folder / f"progress.{rank}", checkpoint.step if checkpoint else 0)
         with trainer.preemption.listening():
@@ -53,6 +58,7 @@ def run(
     for name, weight, states in trainer.engine.full_state():
         result[f"weight/{name}"] = weight.clone()
         result.update({f"{key}/{name}": value.clone() for key, value in states.items()})
+    save_file(masks, folder / f"masks.{rank}.safetensors")
     if rank == 0:
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         result["losses"] = torch.tensor([line["loss"] for line in log], dtype=torch.float64)
@@ -72,6 +78,21 @@ def catch_gradients(engine: Engine, at_step: int) -> dict[str, torch.Tensor]:
         step()
 
     engine.step = catching_step
+    return caught
+
+
+def catch_masks(allocator: RankAllocator) -> dict[str, torch.Tensor]:
+    """Keeps what each pruning of this process decided, as STEPS_DONE/LAYER."""
+    caught: dict[str, torch.Tensor] = {}
+    take = allocator.take
+
+    def catching_take(importance: dict[str, torch.Tensor], steps_done: int) -> None:
+        before = allocator.kept
+        take(importance, steps_done)
+        if allocator.kept is not before:
+            caught.update({f"{steps_done:03d}/{layer}": kept.clone() for layer, kept in allocator.kept.items()})
+
+    allocator.take = catching_take
     return caught
 
 

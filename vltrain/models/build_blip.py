@@ -74,9 +74,10 @@ def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dty
         if is_block and part in ("qformer", "llm"):
             tuning, which = (blip.qformer, "qformer") if part == "qformer" else (blip.llm, kind)
             insert_low_rank(unit, name, which, tuning, model.instructblip.adalora.init_rank, model.seed)
-            for inner, parameter in unit.named_parameters():  # peft takes over the dtype of what it wraps
-                if is_low_rank(inner):
+            for inner, parameter in unit.named_parameters():
+                if is_low_rank(inner):  # peft gives them the dtype of what they wrap, and then their rank a gradient
                     parameter.data = parameter.data.float()
+                    parameter.requires_grad_(".lora_" in inner)
         if place is not None and part != "bridge":
             place(unit)
     if weights is not None:

@@ -11,8 +11,10 @@ by one, without peft's model wrappers, so names of parameters keep their beginni
 from __future__ import annotations
 
 import logging
+import re
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vltrain.instructblip_config import LanguageTuning, QFormerTuning
 from vltrain.models.random import seeded
@@ -48,6 +50,34 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
 def targeted(network: str, targets: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the linear layers, within a block, that `targets` mean in a network of `TARGETS`."""
     return tuple(name for target in targets for name in TARGETS[network][target])
+
+
+def sublayer_of(layer: str) -> tuple[str, str]:
+    """(qformer, self | cross | ffn) or (llm, attn | ffn) of a targeted linear layer's full name."""
+    root, _, inner = layer.partition(".")
+    networks = ("qformer",) if root == "qformer" else ("llama", "t5")
+    for target in (target for network in networks for target, names in TARGETS[network].items() if layer_is_one_of(inner, names)):
+        return root, target
+    raise AssertionError(f"'{layer}' is no target")
+
+
+def layer_is_one_of(name: str, targets: tuple[str, ...]) -> bool:
+    """Whether a linear layer's name within its network is a block's number and one of `targets`, no part of a name more or less."""
+    return re.fullmatch(rf".*\.\d+\.({'|'.join(map(re.escape, targets))})", name) is not None
+
+
+def orthogonality(root: nn.Module) -> Tensor:
+    """AdaLoRA's regulariser, fp32 scalar: the mean over all A and B under `root` of ||A A' - I|| and ||B' B - I||, Frobenius norms (peft's form of
+    Eq. 3 of its paper, which squares them). Zero without such layers. Under ZeRO-3 called within the forward of the module that the engine wraps."""
+    layers = [module for module in root.modules() if isinstance(module, SVDLinear)]
+    if not layers:
+        return torch.zeros(())
+    norms = []
+    with torch.autocast(layers[0].lora_E[NAME].device.type, enabled=False):
+        for layer in layers:
+            for factor in (layer.lora_A[NAME], layer.lora_B[NAME].t()):
+                norms.append(torch.linalg.matrix_norm(factor @ factor.t() - torch.eye(len(factor), device=factor.device)))
+        return torch.stack(norms).mean()
 
 
 def insert_low_rank(

@@ -25,10 +25,14 @@ from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT
 
 
 class LossOutput(NamedTuple):
-    """loss_sum: fp32 scalar, summed over label positions; segment_losses: fp32 [S], the same by segment, detached."""
+    """loss_sum: fp32 scalar, summed over label positions; segment_losses: fp32 [S], the same by segment, detached.
+
+    penalty: fp32 scalar, a term of the weights alone, where it was asked for.
+    """
 
     loss_sum: Tensor
     segment_losses: Tensor
+    penalty: Tensor | None = None
 
 
 class MultimodalModel(nn.Module):

@@ -21,6 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vltrain.models.flops import Flops
 from vltrain.models.llm import packed_hidden_states
+from vltrain.models.low_rank import orthogonality
 from vltrain.models.multimodal import LossOutput, places
 from vltrain.models.qformer_flops import count_flops
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN, Batch
@@ -119,8 +120,11 @@ class InstructBlip(nn.Module):
         shown = visual.index_select(0, image_slots).flatten(0, 1).to(embeds.dtype)
         return embeds.index_copy(0, places(input_ids == IMAGE_TOKEN, len(shown)), shown) if len(shown) else embeds
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """Losses of one packed row, or of the padded rows made of one. Under bf16 the caller runs it inside `torch.autocast`."""
+    def forward(self, batch: Batch, *, penalise: bool = False) -> LossOutput:
+        """Losses of one packed row, or of the padded rows made of one. Under bf16 the caller runs it inside `torch.autocast`.
+
+        penalise: also AdaLoRA's orthogonality term, which needs all of its factors at once.
+        """
         if batch.input_ids.device.type == "cpu":
             self._check(batch)
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
@@ -140,7 +144,7 @@ class InstructBlip(nn.Module):
         if len(batch.pixels) and not len(visual):
             loss_sum = loss_sum + visual.sum() * 0.0  # the graph of what ran for nothing
         segment_losses = token_losses.new_zeros(len(batch.segment_lengths)).index_add(0, owner, token_losses)
-        return LossOutput(loss_sum, segment_losses)
+        return LossOutput(loss_sum, segment_losses, orthogonality(self) if penalise else None)
 
     def _decode(self, batch: Batch, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """T5 on the rows of a batch: (final states of the L label positions [L, d], labels int64 [L], their rows int64 [L])."""

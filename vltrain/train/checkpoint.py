@@ -3,6 +3,7 @@
     checkpoints/step-00000200/
         weights-00001.safetensors     trainable parameters by full name, fp32
         optimizer-00001.safetensors   exp_avg/NAME and exp_avg_sq/NAME, fp32
+        extra-00001.safetensors       what else a run has to remember in tensors (AdaLoRA's averages), if anything
         checkpoint.json               step, what it belongs to, the run's state, and size and SHA-256 of the files above
     checkpoints/latest                the name of the newest complete one
     checkpoints/best                  with train.keep_best: the name of the one with the best evaluation
@@ -20,7 +21,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 SHARD_BYTES = 2 * 1024**3  # of the host memory that a save needs beside the model
 MANIFEST = "checkpoint.json"
+KINDS = ("weights", "optimizer", "extra")
 MAX_MANIFEST_BYTES = 16 * 1024**2
 FILE_NAME = re.compile(r"([a-z_]+)-[0-9]{5}\.safetensors")
 
@@ -71,6 +73,10 @@ class Checkpoint:
             states.setdefault(name, {})[kind] = tensor
         return states
 
+    def extra(self) -> dict[str, torch.Tensor]:
+        """The run's other tensors, as `save_checkpoint` was given them."""
+        return dict(_tensors(self._files("extra")))
+
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
@@ -87,8 +93,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._pending: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
-        self._num_shards = {"weights": 0, "optimizer": 0}
+        self._pending: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
+        self._num_shards = dict.fromkeys(KINDS, 0)
 
     def add(self, kind: str, name: str, tensor: torch.Tensor) -> None:
         pending = self._pending[kind]
@@ -111,8 +117,8 @@ class CheckpointWriter:
 
     def finish(self, step: int, belongs_to: dict[str, Any], run_state: dict[str, Any]) -> None:
         """Writes what is pending and the manifest that makes the folder a checkpoint."""
-        self.flush("weights")
-        self.flush("optimizer")
+        for kind in KINDS:
+            self.flush(kind)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.folder.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": step, "belongs_to": belongs_to, "run_state": run_state, "files": files}
         path = self.folder / MANIFEST
@@ -138,7 +144,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def save_checkpoint(
     state: Iterator, root: Path, *, step: int, belongs_to: dict[str, Any], keep: int, is_writer: bool,
-    run_state: dict[str, Any] | None = None, keep_best: bool = False,
+    run_state: dict[str, Any] | None = None, extra: Mapping[str, torch.Tensor] | None = None, keep_best: bool = False,
 ) -> Path:
     """Writes a checkpoint of `state` (see `Engine.full_state`) and drops all but the newest `keep`.
 
@@ -146,6 +152,7 @@ def save_checkpoint(
 
     Args:
         run_state: see `Checkpoint`; plain JSON.
+        extra: tensors beside the state, see `Checkpoint.extra`.
         keep_best: keep also the one that is named `best`.
 
     Raises:
@@ -176,6 +183,8 @@ def save_checkpoint(
     try:
         if failure is not None:
             raise failure
+        for name, tensor in (extra or {}).items():
+            writer.add("extra", name, tensor)
         writer.finish(step, belongs_to, run_state or {})
         put_in_place(partial, final)
         point(root, LATEST, final.name)

@@ -13,9 +13,8 @@ import datetime
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,10 @@ from vltrain.train.ranks import adopt_ranks, join_process_group
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_optimizer_state  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_get_local_fp32_param, safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)  # fmt: skip
 
 # DeepSpeed would compile, for CPU ranks, an all-reduce over shared memory that only its inference calls. It leaves 69 MB of memory behind for each
 # rank that is killed, and the compiler's lock, for which later runs wait without end.
@@ -57,18 +59,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     join_process_group(backend, timeout)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
-    _forget_shared_memory()
     return dist.get_rank(), dist.get_world_size()
-
-
-def _forget_shared_memory() -> None:
-    """Takes the name off the 66 MB in /dev/shm that DeepSpeed gives each CPU rank, once every rank has them mapped.
-
-    DeepSpeed never does: the memory of every run would stay taken until the machine restarts, also that of killed ones.
-    """
-    dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def shutdown_distributed() -> None:
@@ -122,7 +113,7 @@ class Engine:
         self.device = device()
         self._autocast_dtype = autocast_dtype
         # Full names, before ZeRO-3 turns parameters into shells.
-        self._trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         for module in model.modules():  # DeepSpeed leaves them where they are if the parameters are cut up already
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
@@ -147,10 +138,10 @@ class Engine:
         enabled = self._autocast_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self._autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
 
-    def forward(self, batch: Any) -> Any:
-        """The model's output for one batch, in training mode."""
+    def forward(self, batch: Any, **options: Any) -> Any:
+        """The model's output for one batch, in training mode. `options`: of the model's forward."""
         with self.autocast():
-            return self._engine(batch)
+            return self._engine(batch, **options)
 
     def backward(self, loss: torch.Tensor, *, last_micro_step: bool) -> None:
         """Adds the gradient of a global loss.
@@ -173,7 +164,7 @@ class Engine:
 
     def _step(self, apply: bool) -> None:
         if self.stage == 0:
-            gradients = [parameter.grad for parameter in self._trainable.values() if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in self.trainable.values() if parameter.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
             self.applied = apply and (not self.only_finite or bool(torch.isfinite(self._grad_norm)))
             if self.applied:
@@ -195,10 +186,39 @@ class Engine:
         """Norm of the whole gradient of the last step, before clipping; a tensor where reading it would make the host wait."""
         return self._grad_norm
 
-    def full_gradients(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every trainable parameter's whole fp32 gradient, between the last backward and the step. A collective: all ranks iterate."""
-        for name, parameter in self._trainable.items():
-            yield name, safe_get_full_grad(parameter)
+    def full_gradients(self, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The whole fp32 gradient of trainable parameters (`names`; None: all), between the last backward and the step. A collective: all
+        ranks iterate."""
+        for name, parameter in self.trainable.items():
+            if names is None or name in names:
+                yield name, safe_get_full_grad(parameter)
+
+    def full_weights(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole fp32 weight of the trainable parameters `names`, in the order of `full_gradients`. A collective: all ranks iterate."""
+        for name, parameter in self.trainable.items():
+            if name in names:
+                weight = safe_get_full_fp32_param(parameter) if self.stage == 3 else parameter.detach()
+                yield name, weight.view(getattr(parameter, "ds_shape", parameter.shape))
+
+    @torch.no_grad()
+    def keep_entries(self, name: str, kept: torch.Tensor) -> None:
+        """Zeroes entries of a trainable parameter, between steps, in each copy that ZeRO keeps of it.
+
+        Args:
+            kept: bool, as many as it has entries: which ones stay.
+        """
+        parameter, kept = self.trainable[name], kept.flatten().to(self.device)
+        if self.stage == 3:
+            mine = safe_get_local_fp32_param(parameter)  # this rank's part, of the same length on all, so padded on the last
+            first = mine.numel() * self._engine.optimizer._get_param_partition_rank(parameter)
+            part = kept[first : first + mine.numel()]
+            for copy in (mine, parameter.ds_tensor):
+                copy.view(-1)[: len(part)].mul_(part)
+            if parameter.numel() != parameter.ds_numel:
+                return  # it is whole nowhere; where ZeRO-3 keeps a small one whole, that is a third copy
+        parameter.view(-1).mul_(kept)
+        if self.stage in (1, 2):
+            safe_set_full_fp32_param(parameter, parameter)
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor]]]:
         """Every trainable parameter as (name, fp32 weight, {state: fp32 tensor}), whole and on the CPU.
@@ -206,7 +226,7 @@ class Engine:
         A collective: all ranks iterate to the end. One parameter is whole at a time, so memory stays small.
         """
         self._link_optimizer_states()
-        for name, parameter in self._trainable.items():
+        for name, parameter in self.trainable.items():
             if self.stage == 0:
                 weight, state = parameter.detach(), self.optimizer.state[parameter]
                 states = {key: state[key] for key in OPTIMIZER_STATES}
@@ -226,7 +246,7 @@ class Engine:
             zeros = {key: torch.zeros_like(tensor, dtype=torch.float32) for key in OPTIMIZER_STATES}
             self.optimizer.state[tensor] = {"step": _step_like(self.optimizer, tensor, step), **zeros}
         self._link_optimizer_states()
-        for name, parameter in self._trainable.items():
+        for name, parameter in self.trainable.items():
             for key in OPTIMIZER_STATES:
                 if self.stage == 0:
                     self.optimizer.state[parameter][key].copy_(states[name][key])
@@ -245,7 +265,7 @@ class Engine:
     def _optimizer_tensors(self) -> list[torch.Tensor]:
         """The tensors that AdamW sees: the parameters at stage 0, else flat partitions of them."""
         if self.stage == 0:
-            return list(self._trainable.values())
+            return list(self.trainable.values())
         wrapper = self._engine.optimizer
         return list(wrapper.single_partition_of_fp32_groups if self.stage < 3 else wrapper.fp32_partitioned_groups_flat)
 

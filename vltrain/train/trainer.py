@@ -25,6 +25,7 @@ from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.models.build import AnyModel, part_of
+from vltrain.train.adalora import RankAllocator
 from vltrain.train.background import BackgroundTask
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
@@ -62,6 +63,7 @@ class Trainer:
     preemption: Preemption = field(default_factory=Preemption)
     first_step: int = 0
     guard_state: dict[str, Any] | None = None
+    allocator: RankAllocator | None = None
     background: BackgroundTask = field(default_factory=BackgroundTask)
 
     def __post_init__(self) -> None:
@@ -106,6 +108,8 @@ class Trainer:
             guard.push(result)
             self.background.check()
             self.monitor.stepped(result.step, result.lr)
+            if self.allocator is not None and (result.step + 1) % self.config.train.log_every_steps == 0:
+                self.monitor.scalars(self.allocator.figures(), result.step)
             self._look_for_stragglers(result.step)
             done = result.step + 1
             leaves = self.preemption.agreed(self.engine.device)
@@ -157,12 +161,16 @@ class Trainer:
         losses, segment_losses = [], []
         for position, batch in enumerate(loaded.batches):
             self.watchdog.at(number, "forward", position)
+            last = position == len(loaded.batches) - 1
+            penalised = {"penalise": True} if last and self.allocator is not None else {}
             with names_pack(batch, step=number, rank=self.rank):
                 with self.work.forward():
-                    output = self.engine.forward(batch.to(self.engine.device))
+                    output = self.engine.forward(batch.to(self.engine.device), **penalised)
                 loss = output.loss_sum / loaded.plan.num_label_tokens
+                if penalised:
+                    loss = self.allocator.regularised(loss, output.penalty)
                 self.watchdog.at(number, "backward", position)
-                self.engine.backward(loss, last_micro_step=position == len(loaded.batches) - 1)
+                self.engine.backward(loss, last_micro_step=last)
             losses.append(output.loss_sum.detach())
             segment_losses.append(output.segment_losses)
         seen = [batch for batch in loaded.batches if not batch.is_filler]
@@ -172,12 +180,18 @@ class Trainer:
             own_label_tokens=sum(batch.num_label_tokens for batch in seen), samples=fingerprint(batch.sample_ids for batch in seen), lr=lr,
         )
         self.watchdog.at(number, "update", len(loaded.batches))
-        if self.guard.allows(result):
-            self.engine.step()
-        else:
-            self.engine.drop_step()
+        self._update(result)
         result.applied, result.grad_norm = self.engine.applied, self.engine.grad_norm()
         return result
+
+    def _update(self, result: StepResult) -> None:
+        if not self.guard.allows(result):
+            self.engine.drop_step()
+            return
+        importance = self.allocator.measure() if self.allocator is not None else {}
+        self.engine.step()
+        if self.allocator is not None and self.engine.applied:
+            self.allocator.take(importance, result.step + 1)
 
     @property
     def warmup_steps(self) -> float:
@@ -193,6 +207,7 @@ class Trainer:
         write = partial(
             save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, is_writer=is_writer,
             keep=self.config.train.keep_checkpoints, keep_best=self.config.train.keep_best, run_state=self.run_state(),
+            extra=self.allocator.state() if self.allocator is not None and is_writer else None,
         )
         with self.preemption.saving():
             if self.config.train.async_save and is_writer:
@@ -286,6 +301,7 @@ def make_trainer(
         # AdamW's own count of steps, for its bias correction, has no skipped ones.
         skipped = checkpoint.run_state.get("guard", {}).get("num_skipped", 0)
         engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step - skipped)
+    allocator = make_allocator(config, engine, plan, checkpoint)
     loader = StepLoader(
         dataset, plan, rank, image_size=image_size, max_image_pixels=config.data.max_image_pixels,
         workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda",
@@ -307,9 +323,20 @@ def make_trainer(
     )
     return Trainer(
         config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt,
-        selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"),
+        selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"), allocator=allocator,
         preemption=preemption or Preemption(),
     )
+
+
+def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:
+    """AdaLoRA's, where the recipe has it, as it was at the checkpoint. Raises InputError if its schedule is longer than the run."""
+    blip = config.model.instructblip
+    if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
+        return None
+    allocator = RankAllocator(engine, blip.adalora, plan.num_steps)
+    if checkpoint is not None:
+        allocator.load(checkpoint.extra())
+    return allocator
 
 
 def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, belongs_to: dict[str, Any]) -> Header:
