@@ -108,3 +108,18 @@ def test_a_mistake_in_a_table_names_file_and_row(tmp_path, text, parts):
         read_recipe(Path(f"{path}#a"))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert ".yaml" in str(caught.value)
+
+
+def test_rows_may_be_a_file_of_their_own_that_tables_share(tmp_path):
+    write(tmp_path, base=BASE, rows="rows:\n  a: {model: {adapter: {dim: 4}}}\n  b: {optim: {lr: 0.25}}\n")
+    tables = [write(tmp_path, **{name: f"base: base.yaml\noutput: runs/{name}\noptim: {{lr: 0.5}}\nrows: rows.yaml\n"}) for name in ("one", "two")]
+    assert [list(read_table(table).rows) for table in tables] == [["a", "b"]] * 2
+    row = read_recipe(Path(f"{tables[1]}#b"))
+    assert (row["optim.lr"], row["output"], row["model.adapter.dim"]) == (0.25, "runs/two/b", 8)
+    for text, said in (("rows: {a: {modle: {}}}\n", r"rows\.yaml: row 'a'.*modle"), ("rows: {}\noutput: x\n", r"rows\.yaml: found keys rows, output"), ("[]\n", "nothing else")):
+        write(tmp_path, rows=text)
+        with pytest.raises(InputError, match=said):
+            read_table(tables[0])
+    (tmp_path / "rows.yaml").unlink()
+    with pytest.raises(InputError, match=r"rows\.yaml"):
+        read_table(tables[0])

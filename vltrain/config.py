@@ -231,7 +231,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with a warm-up and a cosine, both per step."""
+    """AdamW with a warm-up and a decay."""
 
     lr: float = 1.125e-3
     """Peak learning rate, absolute. The paper's 0.009 is a base rate: lr = 0.009 * samples per step / 256."""
@@ -239,8 +239,11 @@ class OptimConfig:
     """Peak learning rate of the ViT's own weights where they are tuned; null: `lr`."""
     llm_lr: float | None = None
     """Peak learning rate of the LLM's own weights where they are tuned; null: `lr`."""
+    schedule: Literal["cosine", "linear", "linear_epochs"] = "cosine"
+    """How the learning rate falls after the warm-up. cosine, linear: step by step; linear_epochs: by the same amount after every epoch (the
+    Q-Former paper's)."""
     min_lr_ratio: float = 0.0
-    """What the cosine ends at, as a share of the peak."""
+    """What it falls to, as a share of the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.02
@@ -254,6 +257,7 @@ class OptimConfig:
         _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
         _require(self.clip >= 0, "optim.clip", self.clip, "0 or a positive number")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or a positive number")
+        _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
 
 
 @dataclass(kw_only=True)
@@ -290,6 +294,8 @@ class TrainConfig:
     """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
     eval_every_steps: int = 0
     """Evaluate on `data.eval_split` after each so many steps; 0: only at the end. Each evaluated step is saved first."""
+    eval_every_epochs: float = 0.0
+    """The same, in passes over the packs; one of both may be set."""
     keep_best: bool = False
     """Keep the checkpoint with the best evaluation, beside the newest; `checkpoints/best` names it."""
     early_stopping_patience: int | None = None
@@ -304,13 +310,15 @@ class TrainConfig:
         _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
         _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
+        alone = self.eval_every_epochs == 0 or (self.eval_every_epochs > 0 and self.eval_every_steps == 0)
+        _require(alone, "train.eval_every_epochs", self.eval_every_epochs, "0 or more, and 0 beside train.eval_every_steps")
         hang = self.hang_timeout_minutes
         _require(hang is None or hang > 0, "train.hang_timeout_minutes", hang, "a positive number, or null")
         factor = self.spike_factor
         _require(factor is None or factor > 1, "train.spike_factor", factor, "a number above 1, or null")
         patience = self.early_stopping_patience
         _require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "at least 1, or null")
-        if self.eval_every_steps == 0 and (self.keep_best or patience is not None):
+        if self.eval_every_steps == self.eval_every_epochs == 0 and (self.keep_best or patience is not None):
             name = "keep_best" if self.keep_best else "early_stopping_patience"
             raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it or leave this out")
         limited = self.time_limit_minutes is None or self.time_limit_minutes > 0

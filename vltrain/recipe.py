@@ -223,6 +223,12 @@ def _overlay(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Table:
     found, where = content[ROWS], str(path)
+    if isinstance(found, str):
+        where = str(path.parent / found)
+        listed = _open(path.parent / found)
+        if not isinstance(listed, dict) or listed.keys() != {ROWS}:
+            raise InputError(f"{where}: found {'keys ' + ', '.join(map(str, listed)) if isinstance(listed, dict) else repr(listed)}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
+        found = listed[ROWS]
     if not isinstance(found, dict) or not found:
         raise InputError(f"{where}: {ROWS}: found {'null' if found is None else repr(found)}, expected a mapping of row names to settings")
     settings = _settings(path, {name: value for name, value in content.items() if name not in (ROWS, ABLATION)}, where, above)

@@ -18,6 +18,7 @@ from PIL import Image
 from tests.support.processes import ROOT
 from tests.support.tiny import SETTINGS
 from tests.support.vocabularies import make_sentencepiece
+from vltrain.evaluate.ablation import Outcome, to_markdown
 from vltrain.programs import ablate, launcher
 from vltrain.programs.ablate import main
 
@@ -250,3 +251,19 @@ def test_why_a_program_failed_is_found_in_its_log(tmp_path, text, reason):
 def test_help(capsys):
     assert main(["--help"]) == 0
     assert "vltrain ablate TABLE.yaml" in capsys.readouterr().out
+
+
+def test_a_row_that_keeps_its_best_checkpoint_answers_by_it(table, pretender, capsys):
+    assert main([str(table), "--only", "small", "--train.eval_every_steps", "5"]) == 0
+    assert "--checkpoint" not in pretender.commands[-1]
+    assert main([str(table), "--only", "small", "--train.eval_every_steps", "7"]) == 0, "a row's last checkpoint does not depend on evaluations"
+    words = ["--only", "small", "--output", str(table.parent / "best"), "--train.keep_best", "true", "--train.eval_every_steps"]
+    assert main([str(table), *words, "5"]) == 0
+    assert pretender.commands[-1][pretender.commands[-1].index("--checkpoint") + 1] == "best"
+    assert main([str(table), *words, "7"]) == 2 and "eval_every_steps was 5, is 7" in capsys.readouterr().err
+
+
+def test_an_instructblips_percentages_are_of_full_qformer_tuning():
+    outcomes = {"lora": Outcome(state="done", parameters=1000, trained=5, full_qformer=50, steps=1, metrics={"total": 1, "failed": 0, "accuracy": 1.0, "columns": {}})}
+    lines = to_markdown({"lora": {}}, outcomes).splitlines()
+    assert "% of full Q-Former" in lines[0] and " 10.00 " in lines[2]

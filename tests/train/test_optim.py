@@ -43,3 +43,11 @@ def test_groups_split_by_decay_and_part():
     optimizer = torch.optim.AdamW(groups)
     assert set_learning_rates(optimizer, 0.5) == pytest.approx(5e-3)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([5e-4, 5e-3])
+
+
+def test_a_linear_decay_goes_by_steps_or_by_epochs():
+    assert [lr_factor(step, 6, 2, 0.2, "linear") for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4])
+    found = [lr_factor(step, 8, 0, 0.0, "linear_epochs", steps_per_epoch=2.5) for step in range(8)]
+    assert found == pytest.approx([1.0] * 3 + [0.75] * 2 + [0.5] * 3)
+    assert lr_factor(0, 8, 1, 0.1, "linear_epochs", steps_per_epoch=4) == pytest.approx(0.5)
+    assert lr_factor(7, 8, 1, 0.1, "linear_epochs", steps_per_epoch=4) == pytest.approx(0.55)

@@ -13,7 +13,7 @@ TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipe
                        bounds the questions of every evaluation, the last one too
 
 Started again, it leaves finished rows alone and goes on with interrupted ones from their checkpoints. A row that fails is told, and
-the others are run. After every row the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed,
+the others are run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed,
 2 for a mistake in the input, 130 where it was interrupted.
 """
 
@@ -47,10 +47,12 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 # Settings that change no figure of a row's line: a finished row stays finished under others.
 CHANGE_NOTHING = {
-    "train.hang_timeout_minutes", "train.async_save", "train.keep_best",
-    "output", "model.llm.attention", "model.adapter.impl", "data.workers", "data.eval_split", "train.log_every_steps", "train.save_every_steps",
-    "train.keep_checkpoints", "train.eval_every_steps", "train.time_limit_minutes", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
+    "train.hang_timeout_minutes", "train.async_save",
+    "output", "model.llm.attention", "model.adapter.impl", "data.workers", "train.log_every_steps", "train.save_every_steps",
+    "train.keep_checkpoints", "train.time_limit_minutes", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
 }  # fmt: skip
+# These too, unless the best checkpoint is answered by, or evaluations end the training.
+CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_every_epochs"}
 INTERRUPTED = 130  # as shells report Ctrl-C
 
 
@@ -171,9 +173,10 @@ def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int)
     bounded = arguments.last("eval.max_samples") is not None
     max_samples = config.eval.max_samples if bounded else table.ablation.max_samples
     bound = () if max_samples is None else ("--eval.max_samples", str(max_samples))
+    best = ("--checkpoint", "best") if config.train.keep_best else ()
     return Job(
         row=row, folder=folder / row, train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ())),
-        evaluate_words=(str(folder / row), "--split", split, *bound), split=split,
+        evaluate_words=(str(folder / row), "--split", split, *best, *bound), split=split,
         made_with={**_figures(config), "split": split, "questions": max_samples},
     )  # fmt: skip
 
@@ -181,7 +184,8 @@ def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int)
 def _figures(config: Config) -> dict[str, Any]:
     """The settings by dotted name, as they come back from JSON, that a row's figures depend on."""
     values: dict[str, Any] = {}
-    for key in known_keys().keys() - CHANGE_NOTHING:
+    selects = config.train.keep_best or config.train.early_stopping_patience is not None
+    for key in known_keys().keys() - CHANGE_NOTHING - (set() if selects else CHANGE_SELECTION):
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name)
@@ -213,7 +217,8 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
         outcome.state = TRAINED
     if not _run_program("evaluate", plan.evaluate, job.evaluate_words, plan.ranks, job, outcome, title):
         return
-    parameters = _read(job.folder / "run.json")["parameters"].values()
+    facts = _read(job.folder / "run.json")
+    parameters, outcome.full_qformer = facts["parameters"].values(), facts.get("full_qformer")
     outcome.parameters, outcome.trained = (sum(part[name] for part in parameters) for name in ("total", "trainable"))
     outcome.metrics = _read(job.folder / "eval" / job.split / "metrics.json")
     outcome.steps, outcome.state = outcome.metrics["step"], DONE

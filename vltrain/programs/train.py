@@ -73,7 +73,7 @@ def run(settings: Settings, preemption: Preemption) -> None:
     outline = outline_model(config.model, device())
     _require_data_fits(config, tokenizer, outline)
     dataset = open_packs(config, tokenizer, outline.visual_tokens)
-    parameters = count_parameters(outline)
+    parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
     rank, world_size = init_distributed()
     model = build_model(
         config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(), place=partitioner(ds_config)
@@ -83,10 +83,11 @@ def run(settings: Settings, preemption: Preemption) -> None:
         evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples), preemption=preemption,
     )
     if rank == 0:
-        write_provenance(folder, resolved_config=dump_config(config), ds_config=ds_json, world_size=world_size, parameters=parameters)
+        resolved = dump_config(config)
+        write_provenance(folder, resolved_config=resolved, ds_config=ds_json, world_size=world_size, parameters=parameters, full_qformer=full)
         _announce(trainer, parameters, dataset, checkpoint)
-        if isinstance(outline, InstructBlip):
-            _tell_share(parameters, full_qformer_size(outline))
+        if full is not None:
+            _tell_share(parameters, full)
     trainer.train()
     trainer.monitor.close()
 

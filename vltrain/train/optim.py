@@ -41,15 +41,25 @@ def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     ]
 
 
-def lr_factor(step: int, num_steps: int, warmup_steps: float, min_ratio: float) -> float:
-    """Share of the peak learning rate at `step` (0-based): a linear warm-up, then a cosine down to `min_ratio` at the end.
+def lr_factor(
+    step: int, num_steps: int, warmup_steps: float, min_ratio: float, schedule: str = "cosine", steps_per_epoch: float = 1.0
+) -> float:
+    """Share of the peak learning rate at `step` (0-based): a linear warm-up, then down to `min_ratio` at the end.
 
     The first step of a warm-up of w steps has 1 / (w + 1) of the peak, never zero.
+
+    Args:
+        schedule: `cosine` or `linear`, both by steps; `linear_epochs`: linear in the number of epochs (of `steps_per_epoch`) that are over, so
+            constant within one.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if schedule == "linear_epochs":
+        over, num_epochs = math.floor(step / steps_per_epoch), math.ceil(num_steps / steps_per_epoch)
+        return min_ratio + (1 - min_ratio) * (1 - over / num_epochs)
+    progress = min((step - warmup_steps) / max(num_steps - warmup_steps, 1), 1.0)
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_ratio + (1 - min_ratio) * left
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -45,8 +45,16 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def write_provenance(folder: Path, *, resolved_config: str, ds_config: dict[str, Any], world_size: int, parameters: dict[str, tuple[int, int]]) -> None:
-    """Writes `config.yaml`, `ds_config.json` and `run.json` into the run's folder. Raises InputError if that is not possible."""
+def write_provenance(
+    folder: Path, *, resolved_config: str, ds_config: dict[str, Any], world_size: int, parameters: dict[str, tuple[int, int]],
+    full_qformer: int | None = None,
+) -> None:
+    """Writes `config.yaml`, `ds_config.json` and `run.json` into the run's folder. Raises InputError if that is not possible.
+
+    Args:
+        parameters: (total, trainable) by part.
+        full_qformer: of an InstructBLIP, what full tuning of its Q-Former would train: the paper's 100%.
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     facts = {
         "command": sys.argv,
@@ -58,6 +66,8 @@ def write_provenance(folder: Path, *, resolved_config: str, ds_config: dict[str,
         "threads_per_rank": torch.get_num_threads(),
         "parameters": {part: {"total": total, "trainable": trainable} for part, (total, trainable) in parameters.items()},
     }
+    if full_qformer is not None:
+        facts["full_qformer"] = full_qformer
     try:
         (folder / "config.yaml").write_text(resolved_config)
         (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")

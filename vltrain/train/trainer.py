@@ -142,9 +142,9 @@ class Trainer:
             logger.warning("step %d: %s", step, found)
 
     def evaluates_after(self, steps_done: int) -> bool:
-        """Whether an evaluation follows so many steps: every `train.eval_every_steps`, and at the end."""
-        every = self.config.train.eval_every_steps
-        return steps_done == self.plan.num_steps or (every > 0 and steps_done % every == 0)
+        """Whether an evaluation follows so many steps: every `train.eval_every_steps` or `eval_every_epochs`, and at the end."""
+        every = self.config.train.eval_every_steps or self.config.train.eval_every_epochs * self.plan.steps_per_epoch
+        return steps_done == self.plan.num_steps or (every > 0 and steps_done // every > (steps_done - 1) // every)
 
     def _read(self, reading: StepReading) -> None:
         self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
@@ -156,8 +156,9 @@ class Trainer:
         number = loaded.step
         # Dropout of a step depends on the step and the rank alone, so that a resumed run draws what an undisturbed one would.
         torch.manual_seed((self.config.train.seed << 40) + (number << 16) + self.rank)
-        progress = lr_factor(number, self.plan.num_steps, self.warmup_steps, self.config.optim.min_lr_ratio)
-        lr = set_learning_rates(self.engine.optimizer, progress)
+        optim, plan = self.config.optim, self.plan
+        factor = lr_factor(number, plan.num_steps, self.warmup_steps, optim.min_lr_ratio, optim.schedule, plan.steps_per_epoch)
+        lr = set_learning_rates(self.engine.optimizer, factor)
         losses, segment_losses = [], []
         for position, batch in enumerate(loaded.batches):
             self.watchdog.at(number, "forward", position)
