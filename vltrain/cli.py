@@ -16,6 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("vltrain.programs.train", "train a recipe"),
     "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
     "check": ("vltrain.programs.check", "prove from its receipt that a run saw every sample once, in order; do one of its steps again"),
+    "export": ("vltrain.programs.export", "write a trained InstructBLIP as a folder of peft's or transformers'"),
+    "importance": ("vltrain.programs.importance", "where AdaLoRA has left how much of its rank: table, heat map, summary"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 

@@ -113,6 +113,8 @@ class InstructBlipConfig:
     qformer_tokens: int = 128
     """Tokens of the prompt that the Q-Former reads, at most (the paper's code: 128; it has positions for 512). What is beyond is cut off for
     the Q-Former alone, and counted when packing; the LLM reads the whole."""
+    adapters: str | None = None
+    """A folder of peft's, as `vltrain export` writes it, that the tuned parameters start from; null: untrained updates."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
     dropout: float | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -74,6 +74,12 @@ class Arguments:
     def last(self, name: str) -> str | None:
         """The value that option `name` has after all repetitions, None if it is absent."""
         return next((value for option, value in reversed(self.options) if option == name), None)
+
+    def require_known(self, names: Sequence[str]) -> None:
+        """Raises InputError for an option that is none of `names`: of programs that take no settings."""
+        for option, _ in self.options:
+            if option not in (*names, *LAUNCHER_OPTIONS):
+                raise InputError(f"{COMMAND_LINE}: unknown option '--{option}', {nearest(option, names)}")
 
 
 def split_arguments(argv: list[str]) -> Arguments:

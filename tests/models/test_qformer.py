@@ -39,17 +39,10 @@ def reference(model: InstructBlip) -> InstructBlipForConditionalGeneration:
     theirs = InstructBlipForConditionalGeneration._from_config(config, attn_implementation="eager").double()
     if model.is_encoder_decoder:
         theirs.language_model.lm_head.weight = torch.nn.Parameter(theirs.language_model.lm_head.weight.clone())  # transformers ties T5's
-    theirs.load_state_dict({their_name(name): value for name, value in model.state_dict().items()}, strict=False)
-    missing = {name for name, _ in theirs.named_parameters()} - {their_name(name) for name, _ in model.named_parameters()}
+    theirs.load_state_dict({InstructBlip.their_name(name): value for name, value in model.state_dict().items()}, strict=False)
+    missing = {name for name, _ in theirs.named_parameters()} - {InstructBlip.their_name(name) for name, _ in model.named_parameters()}
     assert not missing, missing
     return theirs.eval()
-
-
-def their_name(name: str) -> str:
-    for ours, theirs in InstructBlip.THEIR_NAMES.items():
-        if name == ours or name.startswith(f"{ours}."):
-            return theirs + name.removeprefix(ours)
-    raise AssertionError(name)
 
 
 def loss_of_one(theirs, ours, sample, tokenizer, template):
@@ -80,7 +73,7 @@ def test_losses_and_gradients_of_a_pack_equal_those_of_transformers_question_by_
     expected.sum().backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in model.named_parameters():
-        expected = gradients[their_name(name)]
+        expected = gradients[InstructBlip.their_name(name)]
         assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7, name  # T5's norms and softmax are fp32
 
 

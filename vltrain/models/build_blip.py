@@ -18,6 +18,7 @@ from vltrain.models.blip_weights import blip_config, blip_units, empty_blip, ope
 from vltrain.models.llm import LossHead
 from vltrain.models.low_rank import TARGETS, insert_low_rank
 from vltrain.models.materialise import Weights, assert_materialised
+from vltrain.models.peft_folder import PeftFolder
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
 from vltrain.ops.attention import choose_attention
@@ -56,6 +57,8 @@ def check_blip_sources(model: ModelConfig) -> None:
     """Checks names and shapes of the weights' files, without reading them. Raises InputError."""
     config = blip_config(model.instructblip.source, model.instructblip.config, None)
     open_blip(model.instructblip.source, empty_blip(config, "sdpa"), model.seed)
+    if model.instructblip.adapters is not None:
+        PeftFolder(model.instructblip.adapters, model.instructblip)
 
 
 def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place) -> None:
@@ -63,6 +66,7 @@ def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dty
     frozen = {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
     trained_parts = {part for part, mode in (("vision", blip.vision), ("qformer", blip.qformer.mode), ("llm", blip.llm.mode)) if mode == "full"}
     kind = "t5" if hasattr(llm, "shared") else "llama"
+    start = PeftFolder(blip.adapters, blip) if weights is not None and blip.adapters is not None else None
     for part, name, unit, is_block in blip_units(network):
         trained = part in trained_parts or part in ALWAYS_TRAINED
         if weights is not None:
@@ -78,11 +82,16 @@ def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dty
                 if is_low_rank(inner):  # peft gives them the dtype of what they wrap, and then their rank a gradient
                     parameter.data = parameter.data.float()
                     parameter.requires_grad_(".lora_" in inner)
+        if start is not None:
+            start.fill(name, unit)
         if place is not None and part != "bridge":
             place(unit)
     if weights is not None:
         weights.fill("", network, torch.float32)
     network.query_tokens.requires_grad_(True)
+    if start is not None:
+        start.fill_one("query_tokens", network.query_tokens)
+        start.finish()
     if place is not None:
         place(network.vision_model.post_layernorm)
 

@@ -110,3 +110,21 @@ def _wrapped(linear: nn.Module, tuning: QFormerTuning | LanguageTuning, init_ran
     # Schedule and target rank are the allocator's; peft's layer has only the first rank, and wants a length of the run to be named.
     settings = AdaLoraConfig(init_r=init_rank, target_r=max(1, init_rank - 1), total_step=1, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout)
     return SVDLinear(linear, NAME, config=settings, r=init_rank, lora_alpha=tuning.alpha)
+
+
+@torch.no_grad()
+def fold_in(root: nn.Module) -> None:
+    """Folds every update into its linear layer, in place: W' = W + (alpha / r) B (E *) A, the sum taken in float64."""
+    for name, module in list(root.named_modules()):
+        if not isinstance(module, (LoraLinear, SVDLinear)):
+            continue
+        linear = module.get_base_layer()
+        factors = (module.lora_A[NAME], module.lora_B[NAME])
+        first, second = (factor.double() if isinstance(factor, Tensor) else factor.weight.double() for factor in factors)
+        scale: float | Tensor = module.scaling[NAME]
+        if isinstance(module, SVDLinear):
+            # peft divides by its rank and a little more.
+            first, scale = first * module.lora_E[NAME].double(), scale / (module.ranknum[NAME].double() + 1e-5)
+        linear.weight.copy_(linear.weight.double() + scale * (second @ first))
+        parent, _, leaf = name.rpartition(".")
+        setattr(root.get_submodule(parent), leaf, linear)

@@ -55,6 +55,14 @@ class InstructBlip(nn.Module):
         for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
+    @classmethod
+    def their_name(cls, name: str) -> str:
+        """The name in transformers' model of a parameter of that name here."""
+        for ours, theirs in cls.THEIR_NAMES.items():
+            if name == ours or name.startswith(f"{ours}."):
+                return theirs + name.removeprefix(ours)
+        raise AssertionError(f"'{name}' is no parameter of an InstructBLIP")
+
     @property
     def visual_tokens(self) -> int:
         """Visual tokens per image: the queries."""

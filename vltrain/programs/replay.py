@@ -16,6 +16,7 @@ from pathlib import Path
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, outline_model
+from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.train import open_packs
 from vltrain.recipe import build_config, read_recipe
 from vltrain.train.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +44,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     ds_json = load_ds_json(run / "ds_config.json")
     checkpoint = newest_until(run / "checkpoints", step)
     limit_threads(1)
-    tokenizer = load_tokenizer(config.model.llm.tokenizer or config.model.llm.source)
+    tokenizer = load_tokenizer(*tokenizer_sources(config))
     dataset = open_packs(config, tokenizer, outline_model(config.model, device()).visual_tokens)
     dtype = choose_dtype(config.train.precision, config.model.bits)
     rank, world_size = init_distributed()

@@ -30,7 +30,7 @@ import deepspeed  # noqa: E402  (its accelerator is chosen at import)
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_get_local_fp32_param, safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_set_full_optimizer_state, safe_set_local_fp32_param, safe_set_local_optimizer_state,
 )  # fmt: skip
 
 # DeepSpeed would compile, for CPU ranks, an all-reduce over shared memory that only its inference calls. It leaves 69 MB of memory behind for each
@@ -209,11 +209,9 @@ class Engine:
         """
         parameter, kept = self.trainable[name], kept.flatten().to(self.device)
         if self.stage == 3:
-            mine = safe_get_local_fp32_param(parameter)  # this rank's part, of the same length on all, so padded on the last
-            first = mine.numel() * self._engine.optimizer._get_param_partition_rank(parameter)
-            part = kept[first : first + mine.numel()]
-            for copy in (mine, parameter.ds_tensor):
-                copy.view(-1)[: len(part)].mul_(part)
+            part = self._own_part(parameter, kept)
+            safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * part)
+            parameter.ds_tensor.view(-1).mul_(part)
             if parameter.numel() != parameter.ds_numel:
                 return  # it is whole nowhere; where ZeRO-3 keeps a small one whole, that is a third copy
         parameter.view(-1).mul_(kept)
@@ -250,8 +248,16 @@ class Engine:
             for key in OPTIMIZER_STATES:
                 if self.stage == 0:
                     self.optimizer.state[parameter][key].copy_(states[name][key])
+                elif self.stage == 3:  # DeepSpeed's way to set a whole one fails where ranks cannot share it evenly
+                    safe_set_local_optimizer_state(parameter, self._own_part(parameter, states[name][key].to(self.device)), key)
                 else:
                     safe_set_full_optimizer_state(parameter, states[name][key].to(self.device), key)
+
+    def _own_part(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """Of a whole tensor the part that this rank has under ZeRO-3, flat; all parts are equally long, the last ones filled up with zeros."""
+        length = parameter.ds_tensor.numel()
+        part = value.flatten()[length * dist.get_rank() :][:length]
+        return torch.nn.functional.pad(part, (0, length - len(part)))
 
     def _link_optimizer_states(self) -> None:
         """Tells ZeRO-1/2's parameters where their optimizer states are.
