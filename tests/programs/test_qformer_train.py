@@ -1,0 +1,74 @@
+"""The Q-Former's job as a user starts it, with both kinds of LLM: trained by AdaLoRA on two ranks, evaluated, exported, read again; and real questions."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.programs.test_train import vltrain
+from tests.support.blip import blip_config, make_tokenizers
+from tests.support.processes import deepspeed
+from vltrain.recipe import dump_config
+
+DATA = Path(os.environ.get("VLTRAIN_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+def predictions(run: Path, split: str) -> list[str]:
+    return [json.loads(line)["prediction"] for line in (run / "eval" / split / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_trained_evaluated_exported_and_read_again(kind, places, tmp_path):
+    changes = {
+        "qformer_tokens": 48,
+        "qformer__mode": "adalora", "llm__mode": "adalora", "adalora__init_rank": 4, "adalora__target_rank": 2, "adalora__tfinal": 2,
+        "data__root": str(tmp_path / "data"), "data__pack_length": 192, "train__packs_per_step": 3, "train__max_steps": STEPS, "train__epochs": 9.0,
+        "optim__lr": 2e-2, "optim__schedule": "linear_epochs", "train__log_every_steps": 1, "train__eval_every_epochs": 0.5, "train__keep_best": True,
+        "train__early_stopping_patience": 50, "output": str(tmp_path / "run"), "eval__method": "generate",
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(blip_config(kind, places, **changes)))
+    done = deepspeed("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", "--recipe", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of full Q-Former tuning" in done.stderr + done.stdout
+    run = tmp_path / "run"
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    budget = [event.value for event in events.Scalars("adalora/directions")]
+    assert budget == sorted(budget, reverse=True) and budget[-1] == budget[0] / 2
+    assert {"adalora/rank/qformer/cross", "adalora/rank/llm/attn", "adalora/orthogonality"} <= set(events.Tags()["scalars"])
+
+    for words in (["importance", str(run), "--output", str(tmp_path / "ranks")], ["export", str(run), "--output", str(tmp_path / "peft")]):
+        assert (told := vltrain(*words)).returncode == 0, told.stderr[-2000:]
+    assert vltrain("evaluate", str(run)).returncode == 0
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "config.yaml").write_text(dump_config(blip_config(kind, places, **changes, adapters=str(tmp_path / "peft"))))
+    assert (told := vltrain("evaluate", str(again), "--checkpoint", "none")).returncode == 0, told.stderr[-2000:]
+    assert predictions(again, "test") == predictions(run, "test")
+    untuned = vltrain("evaluate", str(run), "--checkpoint", "none")
+    assert untuned.returncode == 0 and predictions(run, "test") != predictions(again, "test")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "iconqa_mini").is_dir(), reason=f"no IconQA sample at {DATA} (set VLTRAIN_SAMPLE_DATA)")
+def test_real_questions_are_learned_by_heart(tmp_path):
+    """150 of IconQA's, of all three types: a small InstructBLIP of random weights answers each of them in the end."""
+    words = [
+        "--data.source", "iconqa", "--data.input", str(DATA / "iconqa_mini"), "--data.options.val_fraction", "0.0", "--data.options.test_fraction", "0.0",
+        "--data.root", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--train.epochs", "60", "--data.eval_split", "train",
+        "--train.eval_every_steps", "0", "--eval.method", "generate", "--eval.max_new_tokens", "16", "--eval.max_samples", "null",
+    ]  # fmt: skip
+    done = deepspeed("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "eval" / "train" / "metrics.json").read_text())
+    assert (metrics["correct"], metrics["total"]) == (150, 150)
+    assert all(metrics["columns"][name]["accuracy"] == 1.0 for name in ("choose_txt", "choose_img", "fill_in_blank"))
