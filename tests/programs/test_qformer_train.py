@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.programs.test_train import vltrain
 from tests.support.blip import blip_config, make_tokenizers
-from tests.support.processes import deepspeed
+from tests.support.processes import ROOT, deepspeed
 from vltrain.recipe import dump_config
 
 DATA = Path(os.environ.get("VLTRAIN_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -62,12 +63,13 @@ def test_trained_evaluated_exported_and_read_again(kind, places, tmp_path):
 @pytest.mark.skipif(not (DATA / "iconqa_mini").is_dir(), reason=f"no IconQA sample at {DATA} (set VLTRAIN_SAMPLE_DATA)")
 def test_real_questions_are_learned_by_heart(tmp_path):
     """150 of IconQA's, of all three types: a small InstructBLIP of random weights answers each of them in the end."""
-    words = [
-        "--data.source", "iconqa", "--data.input", str(DATA / "iconqa_mini"), "--data.options.val_fraction", "0.0", "--data.options.test_fraction", "0.0",
-        "--data.root", str(tmp_path / "data"), "--output", str(tmp_path / "run"), "--train.epochs", "60", "--data.eval_split", "train",
-        "--train.eval_every_steps", "0", "--eval.method", "generate", "--eval.max_new_tokens", "16", "--eval.max_samples", "null",
-    ]  # fmt: skip
-    done = deepspeed("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", *words)
+    recipe = yaml.safe_load((ROOT / "launch" / "recipes" / "qformer_shapes.yaml").read_text())
+    held_out = {"val_fraction": 0.0, "test_fraction": 0.0}
+    recipe["data"] |= {"source": "iconqa", "input": str(DATA / "iconqa_mini"), "root": str(tmp_path / "data"), "options": held_out, "eval_split": "train"}
+    recipe["train"] |= {"epochs": 60, "eval_every_steps": 0, "packs_per_step": 2}
+    recipe["eval"] = {"scorer": "iconqa", "method": "generate", "max_new_tokens": 16, "max_samples": None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output": str(tmp_path / "run")}))
+    done = deepspeed("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", "--recipe", str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "eval" / "train" / "metrics.json").read_text())
     assert (metrics["correct"], metrics["total"]) == (150, 150)
