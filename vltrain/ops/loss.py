@@ -2,9 +2,10 @@
 
 Logits are the largest tensor of a small-batch step (tokens x vocabulary, in fp32). Here they live only in chunks: a chunk's
 loss and its gradient with respect to the hidden states (and the head's weight, where that is trained) are computed at once
-in the forward pass, and the chunk is thrown away. Under ZeRO-3 the weight is thereby needed only while the head's own
-forward runs. What it gives up: the gradient is computed even when no backward follows, unless gradients are disabled, and
-a weight gradient the size of the head is kept between forward and backward.
+in the forward pass, the logits' gradient in the logits' own place, and the next chunk takes that place. Under ZeRO-3 the
+weight is thereby needed only while the head's own forward runs. What it gives up: the gradient is computed even when no
+backward follows, unless gradients are disabled, and a weight gradient the size of the head is kept between forward and
+backward.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
+# Of a chunk, what is put through the softmax at once: its passes then read a cache (a CPU core's, a GPU's) instead of memory.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
 
 
 class LossHead(nn.Linear):
@@ -72,21 +75,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
         matrix = weight.to(hidden.dtype)
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = (hidden[part] @ matrix.t()).to(wide)
-            target = labels[part, None]
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (log_normaliser - logits.gather(-1, target)).squeeze(-1)
-            if hidden_grad is None and weight_grad is None:
-                continue
-            grad = logits.sub_(log_normaliser).exp_()
-            grad.scatter_add_(-1, target, torch.full_like(log_normaliser, -1.0))
-            grad = grad.to(hidden.dtype)
+            chunk = hidden[part]
+            logits = torch.mm(chunk, matrix.t(), out=buffer[: len(chunk)])
+            losses[part] = _losses(logits, labels[part], wide, to_gradients=hidden_grad is not None or weight_grad is not None)
             if hidden_grad is not None:
-                torch.mm(grad, matrix, out=hidden_grad[part])
+                torch.mm(logits, matrix, out=hidden_grad[part])
             if weight_grad is not None:
-                weight_grad += grad.t() @ hidden[part]
+                weight_grad += logits.t() @ chunk
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -100,3 +98,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = (weight_grad * grad_loss).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None
+
+
+def _losses(logits: Tensor, labels: Tensor, wide: torch.dtype, *, to_gradients: bool) -> Tensor:
+    """Cross-entropy of each row of `logits` [n, vocabulary] against `labels` [n], in the dtype `wide`; with `to_gradients`, `logits` hold
+    their own gradients afterwards."""
+    losses = torch.empty(len(logits), dtype=wide, device=logits.device)
+    rows = max(1, BLOCK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS) // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        target = labels[part, None]
+        block = logits[part].to(wide)  # a view where the dtypes are equal
+        log_normaliser = block.logsumexp(-1, keepdim=True)
+        losses[part] = (log_normaliser - block.gather(-1, target)).squeeze(-1)
+        if to_gradients:
+            block.sub_(log_normaliser).exp_().scatter_add_(-1, target, torch.full_like(log_normaliser, -1.0))
+            logits[part] = block
+    return losses
