@@ -126,3 +126,8 @@ def test_a_deepspeed_file_that_contradicts_the_recipe(tmp_path: Path, capsys: py
 def test_a_recipe_is_a_file_or_a_name() -> None:
     assert find_recipe(PAPER).is_file()
     assert find_recipe("some/where.yaml") == Path("some/where.yaml")
+
+
+def test_an_instructblip_is_not_planned(capsys):
+    assert main(["qformer_shapes"]) == 2
+    assert "architecture mmt, found instructblip" in capsys.readouterr().err

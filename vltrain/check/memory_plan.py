@@ -130,7 +130,7 @@ def largest_pack(config: Config, visual_tokens: int, index: Index | None) -> Pac
 
 def parameters_by_part(model: MultimodalModel) -> dict[str, dict[str, int]]:
     """{part: {"total", "trainable"}}, and their sums as "all"."""
-    counts = count_parameters(model)
+    counts = {part: count for part, count in count_parameters(model).items() if part not in ("bridge", "qformer")}  # an InstructBLIP's
     counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
     return {part: {"total": total, "trainable": trained} for part, (total, trained) in counts.items()}
 

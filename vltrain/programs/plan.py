@@ -75,6 +75,10 @@ def find_recipe(name: str) -> Path:
 def plan_recipe(settings: Settings) -> dict[str, Any]:
     """All figures, ready for JSON. Raises InputError for contradictions between recipe, DeepSpeed's JSON and options."""
     options, config = settings.options, settings.config
+    if config.model.architecture != "mmt":
+        raise InputError(
+            f"{settings.recipe}: memory is planned for the architecture mmt, found {config.model.architecture}; a run of it prints its parameters when it starts"
+        )
     num_gpus = _number(options, "gpus", int)
     memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
     ds_json = load_ds_json(options["ds"]) if options["ds"] else DEFAULT_DS_JSON
