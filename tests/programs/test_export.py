@@ -113,6 +113,24 @@ def test_stock_peft_loads_the_folder_to_equal_losses_and_so_do_we(kind, changes,
     torch.testing.assert_close(our_losses(exact, kind, places), expected, rtol=1e-7, atol=1e-7)
 
 
+def test_the_base_of_random_weights_and_a_quantised_run(places, tmp_path):
+    """4-bit frozen weights: updates on the dequantised base, and folded into it, are what was trained."""
+    config = blip_config("llama", places, qformer__mode="lora", llm__mode="lora", model__bits=4)
+    model = build_model(config.model).eval()  # fp32: bitsandbytes knows no other scales
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in (one for one in model.parameters() if one.requires_grad):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    expected = our_losses(model, "llama", places)
+    save_run(tmp_path / "run", config, model)
+    for name, words in (("base", ["--format", "whole", "--checkpoint", "none"]), ("peft", []), ("whole", ["--format", "whole"])):
+        assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / name), *words]) == 0
+    theirs = PeftModel.from_pretrained(stock_base(tmp_path / "base"), tmp_path / "peft").double().eval()
+    for found in (theirs, stock_base(tmp_path / "whole")):
+        torch.testing.assert_close(their_losses(found, model, "llama", places), expected, rtol=1e-4, atol=1e-4)
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "x"), "--checkpoint", "none"]) == 2
+
+
 def test_a_folder_of_another_base_or_recipe_is_refused(places, tmp_path, capsys):
     config = blip_config("llama", places, qformer__mode="lora", qformer__rank=2)
     model, _ = tuned(config)

@@ -1,10 +1,11 @@
-"""`vltrain export RUN --output FOLDER [--format peft|whole] [--checkpoint best|FOLDER]`: a trained InstructBLIP for others to load.
+"""`vltrain export RUN --output FOLDER [--format peft|whole] [--checkpoint best|none|FOLDER]`: a trained InstructBLIP for others to load.
 
     --format peft     (default) low-rank updates and what else was tuned, as peft's folder:
                       PeftModel.from_pretrained(InstructBlipForConditionalGeneration.from_pretrained(BASE), FOLDER)
     --format whole    the whole network, updates folded in, in fp32 (and with as much memory), as transformers' folder:
                       InstructBlipForConditionalGeneration.from_pretrained(FOLDER)
-    --checkpoint      a checkpoint's folder, or best; left out: the run's newest
+    --checkpoint      a checkpoint's folder, or best; left out: the run's newest; none (with whole): the model before tuning, the base of a run
+                      that began with random weights
 
 Tokenizers and the image processor are the base's and are not written. The folder must be new; it appears when it is whole. Exit code: 0, or 2
 for a mistake in the input.
@@ -70,15 +71,15 @@ def export(run: Path, output: Path, form: str = "peft", named: str | None = None
     if form == "peft":
         only_mode(blip)
     checkpoint = choose_checkpoint(run, named)
-    assert checkpoint is not None or named == "none"
-    if checkpoint is None:
-        raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export")
+    if checkpoint is None and form == "peft":
+        raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export; take --format whole for the base")
     with new_folder(output) as folder:
         if form == "whole":
             _write_whole(folder, config.model, checkpoint)
         else:
+            assert checkpoint is not None
             _write_updates(folder, blip, checkpoint)
-    print(f"{output}: {form} folder of {checkpoint.path}")
+    print(f"{output}: {form} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
 
 
 def _write_updates(folder: Path, blip: Any, checkpoint: Checkpoint) -> None:
@@ -96,9 +97,10 @@ def _write_updates(folder: Path, blip: Any, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def _write_whole(folder: Path, model: Any, checkpoint: Checkpoint) -> None:
+def _write_whole(folder: Path, model: Any, checkpoint: Checkpoint | None) -> None:
     built = build_model(model, dtype=torch.float32)
-    load_trainable(built, checkpoint)
+    if checkpoint is not None:
+        load_trainable(built, checkpoint)
     dequantise_linears(built)
     fold_in(built)
     named: dict[str, Tensor] = {InstructBlip.their_name(name): value for name, value in built.state_dict().items()}
