@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def usage() -> str:
     """The text of `vltrain --help`."""
-    lines = [f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:12}{summary}" for name, (_, summary) in COMMANDS.items()]
     closing = "vltrain COMMAND --help tells more; several ranks: deepspeed launch/*.py"
     return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", closing])
 

@@ -136,7 +136,7 @@ def plain_run(folder, kind):
     return {"losses": torch.tensor(losses, dtype=torch.float64), **weights}, masks
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_every_stage_and_number_of_ranks_prunes_as_peft_does_in_one_plain_process(packs, tmp_path, kind):
     torch.set_num_threads(1)
     expected, decided = plain_run(packs[kind], kind)
@@ -184,7 +184,7 @@ def test_bf16_prunes_on_all_ranks_alike(packs, tmp_path):
                 assert not result[f"weight/{key[4:]}.lora_E.default"].view(-1)[~kept].any(), name
 
 
-@pytest.mark.parametrize(("stage", "kills"), [(2, (5, 8)), (3, (9,))])
+@pytest.mark.parametrize(("stage", "kills"), [(2, (5, 8)), pytest.param(3, (9,), marks=pytest.mark.slow)])
 def test_kill_9_amid_pruning_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
     changes = {"train__save_every_steps": 3, "data__workers": 1, "adalora__tinit": 0, "adalora__delta_t": 1}
     run_scenarios(packs, {"whole": (stage, "llama", changes)}, 2, tmp_path)
