@@ -58,7 +58,8 @@ def newest_step(output: Path) -> int:
 def signal_and_wait(processes: list[subprocess.Popen], output: Path, generator: random.Random, until: int) -> bool:
     """Signals a random rank, or all processes of both, soon after `until` steps. Checks what comes of it. False if the run ended before."""
     rank, number = generator.randrange(2), generator.choice([signal.SIGTERM, signal.SIGUSR1])
-    wait_for(lambda: processes[rank].poll() is not None or ((output / f"progress.{rank}").exists() and progress(output, rank) >= until))
+    told = [output / f"progress.{one}" for one in range(2)]  # both, since both are asked how far they are
+    wait_for(lambda: processes[rank].poll() is not None or (all(file.exists() for file in told) and progress(output, rank) >= until))
     time.sleep(generator.uniform(0, 0.15))
     if any(process.poll() is not None for process in processes):
         return False
