@@ -7,7 +7,7 @@ recipe may stand on another, and a table holds several:
     base: OTHER.yaml      (seen from this file's folder) its settings hold where this file is silent; keys of a mapping join its mapping
     output: runs/NAME     with a base, always this file's own
     rows:                 makes the file a table: a row's settings stand on those of the file. `FILE#ROW` names a row wherever a recipe is
-      NAME: {...}         named; its run goes into the table's output, below its own name
+      NAME: {...}         named; its run goes into the table's output, below its own name. Or a file of only `rows`, which tables share
     ablation: {...}       how `vltrain ablate` runs the rows, see `Ablation`
 """
 
@@ -227,7 +227,8 @@ def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Tabl
         where = str(path.parent / found)
         listed = _open(path.parent / found)
         if not isinstance(listed, dict) or listed.keys() != {ROWS}:
-            raise InputError(f"{where}: found {'keys ' + ', '.join(map(str, listed)) if isinstance(listed, dict) else repr(listed)}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
+            told = f"keys {', '.join(map(str, listed))}" if isinstance(listed, dict) else repr(listed)
+            raise InputError(f"{where}: found {told}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
         found = listed[ROWS]
     if not isinstance(found, dict) or not found:
         raise InputError(f"{where}: {ROWS}: found {'null' if found is None else repr(found)}, expected a mapping of row names to settings")

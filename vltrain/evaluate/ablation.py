@@ -80,12 +80,16 @@ def write_table(folder: Path, differences: Mapping[str, Mapping[str, Any]], outc
 
 
 def to_markdown(differences: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> str:
-    """The table: accuracies and shares in per cent (of trained parameters those of all, or for an InstructBLIP those of full Q-Former tuning); a row that is not done says where it stands in the place of its accuracy."""
+    """The table: accuracies and shares in per cent; a row that is not done says where it stands in the place of its accuracy.
+
+    Trained parameters are a share of all, or for an InstructBLIP of those that full tuning of its Q-Former trains.
+    """
     done = [outcome.metrics for outcome in outcomes.values() if outcome.state == DONE]
     columns = list(dict.fromkeys(name for metrics in done for name in metrics["columns"] if name != "Average"))
     measures = list(dict.fromkeys(_measure(metrics) for metrics in done)) or ["accuracy"]
     of_qformer = any(outcome.full_qformer for outcome in outcomes.values())
-    header = ["row", "different", "trained", "% of full Q-Former" if of_qformer else "% trained", *measures, *columns, "questions", "failed", "seconds", "steps"]
+    share = "% of full Q-Former" if of_qformer else "% trained"
+    header = ["row", "different", "trained", share, *measures, *columns, "questions", "failed", "seconds", "steps"]
     lines = [_line(row, differences[row], outcomes[row], measures, columns) for row in differences]
     return _aligned([header, *lines])
 
@@ -99,7 +103,8 @@ def _line(row: str, settings: Mapping[str, Any], outcome: Outcome, measures: Seq
     shares = [_share(metrics[measure]) if _measure(metrics) == measure else "" for measure in measures]
     by_column = [_share(metrics["columns"].get(name, {}).get(_measure(metrics))) for name in columns]
     counts = [str(metrics["total"]), str(metrics["failed"]), f"{outcome.seconds:.0f}", str(outcome.steps)]
-    return [row, told, f"{outcome.trained:,}", f"{100 * outcome.trained / (outcome.full_qformer or outcome.parameters):.2f}", *shares, *by_column, *counts]
+    share = f"{100 * outcome.trained / (outcome.full_qformer or outcome.parameters):.2f}"
+    return [row, told, f"{outcome.trained:,}", share, *shares, *by_column, *counts]
 
 
 def _measure(metrics: Mapping[str, Any]) -> str:

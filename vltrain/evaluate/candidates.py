@@ -1,9 +1,10 @@
 """Candidate answers under a model of ours: its LLM's loss on each, for `vltrain.evaluate.ranking`.
 
-Of an `InstructBlip` the candidates are segments of one batch, and their losses those of the training's forward. Of a `MultimodalModel` each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the
-right, where causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys and
-values among its candidates, which would save computing and cost the plain forward that training, too, goes through. Images are encoded
-once a batch.
+Of an `InstructBlip` the candidates are segments of one batch, and their losses those of the training's forward. Of a `MultimodalModel` each
+candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the right,
+where causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys and values
+among its candidates, which would save computing and cost the plain forward that training, too, goes through. Images are encoded once a
+batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vltrain.data.conversation import encode_candidate
@@ -45,14 +47,8 @@ class MultimodalCandidates:
     @torch.no_grad()
     def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
         """See `CandidateModel`."""
-        rows = [
-            encode_candidate(item.sample, text, item.whole, self.tokenizer, self.template, self.model.visual_tokens)
-            for item in items
-            for text in item.candidates
-        ]
-        names = dict.fromkeys(name for item in items for name in item.sample.images)
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            images = dict(zip(names, pool.map(self.load_image, names)))
+        rows = _rows_of(items, self.tokenizer, self.template, self.model.visual_tokens)
+        images = _images_of(items, self.load_image)
         pixels, slots = gather_pixels(self.model, rows, images)
         visual, slots = encode_together(self.model, pixels.to(self.device), slots.to(self.device), rows, sync)
         input_ids, labelled, modality, left_out = self._pad(rows)
@@ -98,16 +94,22 @@ class BlipCandidates:
     @torch.no_grad()
     def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
         """See `CandidateModel`."""
-        rows = [
-            encode_candidate(item.sample, text, item.whole, self.tokenizer, self.model.template, self.model.visual_tokens)
-            for item in items
-            for text in item.candidates
-        ]
-        names = dict.fromkeys(name for item in items for name in item.sample.images)
-        with ThreadPoolExecutor(DECODING_THREADS) as pool:
-            images = dict(zip(names, pool.map(self.load_image, names)))
+        rows = _rows_of(items, self.tokenizer, self.model.template, self.model.visual_tokens)
+        images = _images_of(items, self.load_image)
         anyone_has_images = bool(sync(int(len(images) > 0)))
         size = self.model.image_size
         batch = batch_of(rows, images, size, blank=anyone_has_images) if rows else filler(anyone_has_images, size)
         losses = self.model(batch.to(self.device)).segment_losses
         return CandidateLosses(losses[: len(rows)], batch.label_lengths[: len(rows)])
+
+
+def _rows_of(items: Sequence[RankingItem], tokenizer: Tokenizer, template: str, visual_tokens: int) -> list[Segment]:
+    """A row per candidate, item after item."""
+    return [encode_candidate(item.sample, text, item.whole, tokenizer, template, visual_tokens) for item in items for text in item.candidates]
+
+
+def _images_of(items: Sequence[RankingItem], load_image: LoadImage) -> dict[str, np.ndarray]:
+    """Each image that the items show, once, by name."""
+    names = dict.fromkeys(name for item in items for name in item.sample.images)
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        return dict(zip(names, pool.map(load_image, names)))

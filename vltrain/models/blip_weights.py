@@ -14,7 +14,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
-    InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig, PreTrainedConfig, T5Config,
+    InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig,
+    PreTrainedConfig, T5Config,
 )  # fmt: skip
 
 from vltrain.errors import InputError, nearest

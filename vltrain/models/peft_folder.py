@@ -11,7 +11,6 @@ adapter is switched off.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,8 @@ def describe_updates(blip: InstructBlipConfig, weights: dict[str, Tensor], base:
     first = tuned[0]
     if len({tuning.dropout for tuning in tuned}) > 1 or (mode == "adalora" and len({tuning.alpha for tuning in tuned}) > 1):
         raise InputError("peft knows one dropout for all layers, and one alpha for those of AdaLoRA; export the whole model instead (--format whole)")
-    saved = [name for name, mode_of in (("vision_model", blip.vision), ("qformer", blip.qformer.mode), ("language_model", blip.llm.mode)) if mode_of == "full"]
+    modes = {"vision_model": blip.vision, "qformer": blip.qformer.mode, "language_model": blip.llm.mode}
+    saved = [name for name, how in modes.items() if how == "full"]
     common = {
         "base_model_name_or_path": base, "target_modules": layers, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "inference_mode": True,
         "modules_to_save": sorted({*saved, "language_projection", *(() if "vision_model" in saved else ("vision_model.post_layernorm",))}),
@@ -83,7 +83,8 @@ def describe_updates(blip: InstructBlipConfig, weights: dict[str, Tensor], base:
     schedule = blip.adalora
     settings = AdaLoraConfig(
         init_r=schedule.init_rank, target_r=schedule.target_rank, tinit=schedule.tinit, tfinal=schedule.tfinal, deltaT=schedule.delta_t,
-        beta1=schedule.beta1, beta2=schedule.beta2, orth_reg_weight=schedule.orth_reg_weight, total_step=schedule.tinit + schedule.tfinal + 1, **common,
+        beta1=schedule.beta1, beta2=schedule.beta2, orth_reg_weight=schedule.orth_reg_weight,
+        total_step=schedule.tinit + schedule.tfinal + 1, **common,
     )  # fmt: skip
     return _plain(settings.to_dict())
 
@@ -158,13 +159,15 @@ class PeftFolder:
                 value = _spread(value, torch.tensor(mask), parameter, is_second, is_entry=".lora_E." in name)
         if value is None or value.shape != parameter.shape:
             found = "another rank" if value is None else f"the shape {tuple(value.shape)}"
-            raise InputError(f"{KEY}: '{key}' in {self._folder / WEIGHTS} has {found}, here {tuple(parameter.shape)} is due: it was made for another base")
+            due = f"here {tuple(parameter.shape)} is due: it was made for another base"
+            raise InputError(f"{KEY}: '{key}' in {self._folder / WEIGHTS} has {found}, {due}")
         parameter.copy_(value)
 
     def finish(self) -> None:
         """Raises InputError if the folder holds anything that was not asked for."""
         if self._unread:
-            raise InputError(f"{KEY}: {self._folder / WEIGHTS} holds '{min(self._unread)}', which this recipe does not tune (and {len(self._unread) - 1} more)")
+            more = f"(and {len(self._unread) - 1} more)"
+            raise InputError(f"{KEY}: {self._folder / WEIGHTS} holds '{min(self._unread)}', which this recipe does not tune {more}")
 
 
 def _spread(value: Tensor, mask: Tensor, parameter: Tensor, is_second: bool, *, is_entry: bool) -> Tensor | None:
@@ -177,8 +180,3 @@ def _spread(value: Tensor, mask: Tensor, parameter: Tensor, is_second: bool, *, 
     else:
         whole[mask] = value.to(whole.dtype)
     return whole
-
-
-def weights_in_their_names(weights: Iterator[tuple[str, Tensor]], their_name: Callable[[str], str]) -> dict[str, Tensor]:
-    """A checkpoint's weights by their names in transformers' model."""
-    return {their_name(name): value for name, value in weights}

@@ -41,7 +41,10 @@ class QueryTokens(nn.Module):
 class InstructBlip(nn.Module):
     """The parts of transformers' `InstructBlipForConditionalGeneration`, under shorter names (`THEIR_NAMES`)."""
 
-    THEIR_NAMES = {"vision": "vision_model", "queries.tokens": "query_tokens", "qformer": "qformer", "projection": "language_projection", "llm": "language_model"}
+    THEIR_NAMES = {
+        "vision": "vision_model", "queries.tokens": "query_tokens", "qformer": "qformer", "projection": "language_projection",
+        "llm": "language_model",
+    }  # fmt: skip
     routing = None  # as of a `MultimodalModel` without routed adapters
 
     def __init__(self, network: InstructBlipForConditionalGeneration) -> None:

@@ -13,8 +13,9 @@ TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipe
                        bounds the questions of every evaluation, the last one too
 
 Started again, it leaves finished rows alone and goes on with interrupted ones from their checkpoints. A row that fails is told, and
-the others are run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed,
-2 for a mistake in the input, 130 where it was interrupted.
+the others are run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row the table is
+printed and written to table.md and table.json. Exit code: 0, 1 where a row failed, 2 for a mistake in the input, 130 where it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int)
     except InputError as error:
         raise InputError(f"{error} (row '{row}' of {table.path})") from None
     ds = arguments.last("ds")
-    resolve_ds_config(load_ds_json(ds) if ds else {}, config, ranks)
+    resolve_ds_config(load_ds_json(ds), config, ranks)
     split = arguments.last("split") or table.ablation.split or config.data.test_split
     bounded = arguments.last("eval.max_samples") is not None
     max_samples = config.eval.max_samples if bounded else table.ablation.max_samples

@@ -107,8 +107,8 @@ def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> No
     logger.info("data: packing %s into %s", samples, folder)
     source, instruction = tokenizer_sources(config)
     manifest = pack(
-        samples, source, config.data.template, visual_tokens, instruction=instruction, pack_length=config.data.pack_length, output=folder, max_images=config.data.max_images, over_long=config.data.over_long,
-        max_image_pixels=config.data.max_image_pixels,
+        samples, source, config.data.template, visual_tokens, config.data.pack_length, folder, instruction=instruction,
+        max_images=config.data.max_images, over_long=config.data.over_long, max_image_pixels=config.data.max_image_pixels,
     )
     if manifest.over_long:
         logger.warning("data: %d sample(s) do not fit into a pack and were left out; %s lists them", manifest.over_long, folder / OVER_LONG)

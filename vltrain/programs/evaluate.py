@@ -27,6 +27,7 @@ from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
+from vltrain.programs.run_folder import RECIPE, require_run
 from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.train.retention import BEST, pointed
@@ -53,11 +54,11 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     if arguments.last("predictions") is not None:
         return _finish(_evaluate_file(arguments), arguments.last("json"))
     folder = Path(arguments.positionals[0]) if len(arguments.positionals) == 1 else None
-    if folder is not None and not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder}: no config.yaml in it, expected the folder of a run (the recipe's `output`)")
+    if folder is not None:
+        require_run(folder)
     settings = load_settings(
         argv, program=program, description="Answers a split with a trained run and scores the answers.", options=RUN_OPTIONS,
-        positionals=("run",), default_recipe=folder / "config.yaml" if folder else None, default_is_checked=True,
+        positionals=("run",), default_recipe=folder / RECIPE if folder else None, default_is_checked=True,
     )
     assert folder is not None, "load_settings asks for the run"
     try:

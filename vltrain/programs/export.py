@@ -14,46 +14,41 @@ for a mistake in the input.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vltrain.config import ModelConfig
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.models.blip_weights import empty_blip, tie_embeddings
 from vltrain.models.build import build_model
 from vltrain.models.low_rank import fold_in
-from vltrain.models.peft_folder import CONFIG, WEIGHTS, cut_to_kept, describe_updates, kept_directions, only_mode, peft_key, weights_in_their_names
+from vltrain.models.peft_folder import CONFIG, WEIGHTS, cut_to_kept, describe_updates, kept_directions, only_mode, peft_key
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import dequantise_linears
 from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.recipe import build_config, read_recipe
-from vltrain.settings import COMMAND_LINE, split_arguments
-from vltrain.train.checkpoint import Checkpoint, load_trainable
+from vltrain.programs.run_folder import read_command, recipe_of
+from vltrain.settings import COMMAND_LINE
+from vltrain.train.checkpoint import Checkpoint, kept_by_adalora, load_trainable
 
-OPTIONS = ("output", "format", "checkpoint")
 FORMATS = ("peft", "whole")
 
 
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain export") -> int:
     """Exports what the command line names. Returns the exit code."""
-    arguments = split_arguments(argv)
-    if ("help", None) in arguments.options:
-        print(__doc__)
+    told = read_command(argv, program=program, help_text=__doc__, options=("format", "checkpoint"))
+    if told is None:
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    arguments.require_known(OPTIONS)
-    if len(arguments.positionals) != 1 or arguments.last("output") is None:
-        raise InputError(f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN --output FOLDER")
+    run, output, arguments = told
     form = arguments.last("format") or "peft"
     if form not in FORMATS:
         raise InputError(f"{COMMAND_LINE}: --format: found '{form}', expected one of {', '.join(FORMATS)}")
-    export(Path(arguments.positionals[0]), Path(str(arguments.last("output"))), form, arguments.last("checkpoint"))
+    export(run, output, form, arguments.last("checkpoint"))
     return 0
 
 
@@ -62,9 +57,7 @@ def export(run: Path, output: Path, form: str = "peft", named: str | None = None
 
     Raises: InputError for a run that is none or of another architecture, and for what the form cannot hold.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: no config.yaml in it, expected the folder of a run (the recipe's `output`)")
-    config = build_config(read_recipe(run / "config.yaml"))
+    config = recipe_of(run)
     if config.model.architecture != "instructblip":
         raise InputError(f"{run}: a run of the architecture {config.model.architecture}; only InstructBLIPs can be exported")
     blip = config.model.instructblip
@@ -82,10 +75,10 @@ def export(run: Path, output: Path, form: str = "peft", named: str | None = None
     print(f"{output}: {form} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
 
 
-def _write_updates(folder: Path, blip: Any, checkpoint: Checkpoint) -> None:
-    weights = weights_in_their_names(checkpoint.weights(), InstructBlip.their_name)
+def _write_updates(folder: Path, blip: InstructBlipConfig, checkpoint: Checkpoint) -> None:
+    weights = {InstructBlip.their_name(name): value for name, value in checkpoint.weights()}
     pattern: dict[str, list[bool]] = {}
-    if any(name.startswith("adalora/kept/") for name in checkpoint.extra()):
+    if kept_by_adalora(checkpoint):
         kept = kept_directions(weights)
         weights = cut_to_kept(weights, kept)
         pattern = {f"{layer}.lora_E": mask.tolist() for layer, mask in kept.items()}
@@ -97,7 +90,7 @@ def _write_updates(folder: Path, blip: Any, checkpoint: Checkpoint) -> None:
 
 
 @torch.no_grad()
-def _write_whole(folder: Path, model: Any, checkpoint: Checkpoint | None) -> None:
+def _write_whole(folder: Path, model: ModelConfig, checkpoint: Checkpoint | None) -> None:
     built = build_model(model, dtype=torch.float32)
     if checkpoint is not None:
         load_trainable(built, checkpoint)

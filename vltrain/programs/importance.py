@@ -14,7 +14,6 @@ block's text FFN reaches the loss: its rank is an artefact and is left out of ev
 from __future__ import annotations
 
 import csv
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.models.low_rank import sublayer_of
-from vltrain.models.peft_folder import kept_directions
 from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.recipe import build_config, read_recipe
-from vltrain.settings import COMMAND_LINE, split_arguments
+from vltrain.programs.run_folder import read_command, recipe_of
+from vltrain.train.checkpoint import kept_by_adalora
 
 TEXT_FFN = ("intermediate.dense", "output.dense")
 LISTED = 5
@@ -52,18 +50,13 @@ class LayerRank:
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain importance") -> int:
     """Writes what the command line names. Returns the exit code."""
-    arguments = split_arguments(argv)
-    if ("help", None) in arguments.options:
-        print(__doc__)
+    told = read_command(argv, program=program, help_text=__doc__, options=("checkpoint",))
+    if told is None:
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    arguments.require_known(("output", "checkpoint"))
-    if len(arguments.positionals) != 1 or arguments.last("output") is None:
-        raise InputError(f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN --output FOLDER")
-    run = Path(arguments.positionals[0])
+    run, output, arguments = told
     ranks, step = read_ranks(run, arguments.last("checkpoint"))
     summary, figure = summarise(ranks), draw(ranks)
-    with new_folder(Path(str(arguments.last("output")))) as folder:
+    with new_folder(output) as folder:
         write_csv(ranks, folder / "ranks.csv")
         figure.savefig(folder / "ranks.png", dpi=150)
         (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
@@ -79,16 +72,14 @@ def read_ranks(run: Path, named: str | None) -> tuple[list[LayerRank], int]:
 
     Raises: InputError for a run without AdaLoRA, or before its first pruning.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: no config.yaml in it, expected the folder of a run (the recipe's `output`)")
-    config = build_config(read_recipe(run / "config.yaml"))
+    config = recipe_of(run)
     blip = config.model.instructblip
     if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
         raise InputError(f"{run}: its recipe tunes nothing by AdaLoRA, expected model.instructblip.qformer.mode or llm.mode adalora")
     checkpoint = choose_checkpoint(run, named)
-    if checkpoint is None or not any(name.startswith("adalora/kept/") for name in checkpoint.extra()):
+    kept = kept_by_adalora(checkpoint) if checkpoint is not None else {}
+    if checkpoint is None or not kept:
         raise InputError(f"{run}: AdaLoRA had pruned nothing yet at {checkpoint.path if checkpoint else 'the start'}; choose a later checkpoint")
-    kept = kept_directions(dict(checkpoint.weights()))
     places = {layer: _place(layer) for layer in kept}
     last = max((block for stack, block, _ in places.values() if stack == "qformer"), default=-1)
     ranks = []
@@ -140,7 +131,8 @@ def summarise(ranks: Sequence[LayerRank]) -> str:
     dead = [one for one in ranks if not one.reached]
     if dead:
         names = ", ".join(one.matrix for one in dead)
-        lines.append(f"not counted: {names} of qformer block {dead[0].block}; no gradient reaches the last text FFN, since only queries are handed on")
+        why = "no gradient reaches the last text FFN, since only queries are handed on"
+        lines.append(f"not counted: {names} of qformer block {dead[0].block}; {why}")
     return "\n".join(lines)
 
 
@@ -163,7 +155,8 @@ def draw(ranks: Sequence[LayerRank]) -> Figure:
         place.set_title(stack)
         place.set_ylabel("block")
         place.set_yticks(range(num_blocks[stack]))
-        place.set_xticks(range(len(columns[stack])), [f"{sublayer}: {matrix}" for sublayer, matrix in columns[stack]], rotation=60, ha="right", fontsize=7)
+        labels = [f"{sublayer}: {matrix}" for sublayer, matrix in columns[stack]]
+        place.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
         for one in ranks:
             if one.stack == stack:
                 told = str(one.kept) if one.reached else "×"

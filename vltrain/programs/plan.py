@@ -34,7 +34,6 @@ from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_
 from vltrain.train.optim import parameter_groups
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-DEFAULT_DS_JSON = {"zero_optimization": {"stage": 2}}
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2 with DeepSpeed's defaults", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
@@ -77,11 +76,12 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     options, config = settings.options, settings.config
     if config.model.architecture != "mmt":
         raise InputError(
-            f"{settings.recipe}: memory is planned for the architecture mmt, found {config.model.architecture}; a run of it prints its parameters when it starts"
+            f"{settings.recipe}: memory is planned for the architecture mmt, found {config.model.architecture}; a run of it prints its "
+            "parameters when it starts"
         )
     num_gpus = _number(options, "gpus", int)
     memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
-    ds_json = load_ds_json(options["ds"]) if options["ds"] else DEFAULT_DS_JSON
+    ds_json = load_ds_json(options["ds"])
     ds_config = resolve_ds_config(ds_json, config, num_gpus)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16  # auto is bf16 on all GPUs worth planning for
     bits = config.model.bits

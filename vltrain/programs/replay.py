@@ -18,7 +18,7 @@ from vltrain.errors import InputError
 from vltrain.models.build import build_model, outline_model
 from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.train import open_packs
-from vltrain.recipe import build_config, read_recipe
+from vltrain.programs.run_folder import recipe_of
 from vltrain.train.checkpoint import Checkpoint, open_checkpoint
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
@@ -34,10 +34,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
 
     Raises: InputError where the run's folder lacks what is needed, or has no such step.
     """
-    for name in ("config.yaml", "ds_config.json"):
-        if not (run / name).is_file():
-            raise InputError(f"{run}: no {name} in it, expected the folder of a run")
-    config = build_config(read_recipe(run / "config.yaml"))
+    config = recipe_of(run, "ds_config.json")
     changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away

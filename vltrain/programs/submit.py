@@ -19,11 +19,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.programs.plan import DEFAULT_DS_JSON, plan_recipe
+from vltrain.programs.plan import plan_recipe
 from vltrain.recipe import dump_config
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
@@ -98,8 +97,7 @@ def check_plan(settings: Settings) -> str:
         if settings.options["gpu-memory"] is not None:
             found = settings.config.model.architecture
             raise InputError(f"{COMMAND_LINE}: --gpu-memory: memory is planned for the architecture mmt only, found {found}; leave it out")
-        ds_json = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
-        resolve_ds_config(ds_json, settings.config, nodes * ranks)
+        resolve_ds_config(load_ds_json(settings.options["ds"]), settings.config, nodes * ranks)
         return f"{nodes * ranks} rank(s) on {nodes} node(s), memory not planned"
     plan = plan_recipe(replace(settings, options={**settings.options, "gpus": str(nodes * ranks), "llm-size": None, "vision-size": None}))
     peak = plan["memory_per_rank"]["peak_gib"]
@@ -142,7 +140,7 @@ def freeze(run: Path, settings: Settings, sbatch: str) -> Path:
         raise InputError(f"{frozen}: was submitted before; go on with it by sbatch {frozen / TEMPLATE.name}, or choose another --output")
     make_run_folder(run)
     (run / "logs").mkdir(exist_ok=True)
-    ds_json: dict[str, Any] = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
+    ds_json = load_ds_json(settings.options["ds"])
     with new_folder(frozen) as folder:
         for name in CODE:
             shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -33,8 +33,6 @@ from vltrain.train.trainer import Trainer, make_trainer
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_DS_JSON = {"zero_optimization": {"stage": 2}}
-
 
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Path | None = None) -> int:
@@ -60,7 +58,7 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
 def run(settings: Settings, preemption: Preemption) -> None:
     """One run of this rank, from its settings to its last evaluation."""
     config = settings.config
-    ds_json = load_ds_json(settings.options["ds"]) if settings.options["ds"] else DEFAULT_DS_JSON
+    ds_json = load_ds_json(settings.options["ds"])
     # Resolved again by the trainer: here only so that a conflict is found before hours of preparation.
     ds_config = resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
     folder = Path(config.output)

@@ -118,7 +118,7 @@ class RankAllocator:
     def _chosen(self, budget: int) -> dict[str, Tensor]:
         scores = self.scores()
         kept = torch.zeros(scores.numel(), dtype=torch.bool)
-        # A stable sort: of equal scores (the dead sublayer's are all zero) the first are kept, and always as many.
+        # A stable sort: of equal scores the first are kept, and always as many.
         kept[scores.view(-1).sort(descending=True, stable=True).indices[:budget]] = True
         return dict(zip(self.layers, from_rank_0(kept.view_as(scores)), strict=True))
 

@@ -40,6 +40,7 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 2 * 1024**3  # of the host memory that a save needs beside the model
 MANIFEST = "checkpoint.json"
 KINDS = ("weights", "optimizer", "extra")
+ADALORA_KEPT = "adalora/kept/"  # of `Checkpoint.extra`, see `vltrain.train.adalora.RankAllocator.state`
 MAX_MANIFEST_BYTES = 16 * 1024**2
 FILE_NAME = re.compile(r"([a-z_]+)-[0-9]{5}\.safetensors")
 
@@ -73,17 +74,23 @@ class Checkpoint:
             states.setdefault(name, {})[kind] = tensor
         return states
 
-    def extra(self) -> dict[str, torch.Tensor]:
-        """The run's other tensors, as `save_checkpoint` was given them."""
-        return dict(_tensors(self._files("extra")))
+    def extra(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The run's other tensors, as `save_checkpoint` was given them; those alone whose names begin with `prefix`."""
+        return dict(_tensors(self._files("extra"), prefix))
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+def kept_by_adalora(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Layer -> bool [r], which directions AdaLoRA's last pruning kept; {} without AdaLoRA, or before it."""
+    return {name.removeprefix(ADALORA_KEPT): mask for name, mask in checkpoint.extra(ADALORA_KEPT).items()}
+
+
+def _tensors(files: list[Path], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
-                    yield name, tensors.get_tensor(name)
+                    if name.startswith(prefix):
+                        yield name, tensors.get_tensor(name)
         except SafetensorError as error:  # the checksums hold, so it was made like that
             raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
 

@@ -18,8 +18,10 @@ from vltrain.errors import InputError
 AUTO = "auto"
 
 
-def load_ds_json(path: str | Path) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON file. Raises InputError if it is missing, not JSON or not an object; a key twice is refused too."""
+def load_ds_json(path: str | Path | None) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON file; None: where the user names none, ZeRO-2 with DeepSpeed's defaults. Raises InputError if it is missing, not JSON or not an object; a key twice is refused too."""
+    if path is None:
+        return {"zero_optimization": {"stage": 2}}
     path = Path(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
