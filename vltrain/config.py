@@ -127,6 +127,8 @@ class LLMConfig:
     """Where the tokenizer is, if not beside the weights; required with random weights."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention of packed rows; auto: flash-attn on CUDA where it is installed, else SDPA with a block-diagonal mask."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """What computes norms, rotary embedding and SwiGLU; auto: Liger's kernels on CUDA where they are installed (extra `gpu`), else torch."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     train: bool = False
     """Also tune the LLM's own weights."""

@@ -39,6 +39,14 @@ def test_the_papers_recipe_without_its_weights(tmp_path: Path, capsys: pytest.Ca
     assert "weights/llama-2-7b" in said and "sizes of llama-2-7b" in said and "sizes of vit-l/14-336" in said
 
 
+def test_what_only_a_gpu_can_do_is_planned_anywhere(tmp_path: Path) -> None:
+    """A login node has no GPU, and the jobs that are planned there do."""
+    plain = planned(tmp_path, PAPER)
+    assert planned(tmp_path, PAPER, "--model.llm.attention", "flash_attention_2", "--model.llm.kernels", "liger") == plain
+    fused = planned(tmp_path, PAPER, "--model.adapter.impl", "triton")
+    assert fused["memory_per_rank"]["peak_bytes"] < plain["memory_per_rank"]["peak_bytes"], "the fused kernel keeps no norm's output"
+
+
 @pytest.mark.parametrize(
     ("changes", "llm", "trained"),
     [

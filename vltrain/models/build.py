@@ -28,6 +28,7 @@ from vltrain.models.random import seeded
 from vltrain.models.vision import VISION_NORMS, ClipTaps, vision_units
 from vltrain.models.weights import clip_config, llama_config, open_clip, open_llama
 from vltrain.ops.attention import choose_attention
+from vltrain.ops.liger import choose_kernels
 
 AnyModel: TypeAlias = MultimodalModel | InstructBlip
 Place: TypeAlias = Callable[[nn.Module], None] | None
@@ -71,7 +72,7 @@ def build_model(
         llm = _empty_llm(model, runs_on)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
-        prepare_llm(llm, activation_checkpointing, routing)
+        prepare_llm(llm, activation_checkpointing, routing, choose_kernels(model.llm.kernels, runs_on, llm.config.hidden_act))
         _finish_vision(vision, model, weights[0], dtype, place)
         _finish_llm(llm, model, weights[1], dtype, place, routing)
         with seeded(model.seed, "neck"):

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from vltrain.config import ModelConfig
 from vltrain.errors import InputError
@@ -22,6 +23,7 @@ from vltrain.models.peft_folder import PeftFolder
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
 from vltrain.ops.attention import choose_attention
+from vltrain.ops.liger import choose_kernels, install_liger
 
 Place = Callable[[nn.Module], None] | None
 ALWAYS_TRAINED = ("bridge",)
@@ -38,7 +40,10 @@ def build_blip(
         network = empty_blip(config, choose_attention(model.instructblip.attention, runs_on))
         weights = None if on_meta else open_blip(model.instructblip.source, network, model.seed)
         _finish(network, model, weights, dtype, place)
-        network.language_model.lm_head = LossHead.take_over(network.language_model.lm_head)
+        llm = network.language_model
+        llm.lm_head = LossHead.take_over(llm.lm_head)
+        if isinstance(llm, LlamaForCausalLM) and choose_kernels("auto", runs_on, llm.config.hidden_act) == "liger":
+            install_liger(llm)
         built = InstructBlip(network)
         for part in (built.qformer, built.llm, built.vision) if activation_checkpointing else ():
             part.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vltrain.models.adapters import Routing
 from vltrain.models.materialise import empty_model
 from vltrain.ops.attention import packing_arguments
+from vltrain.ops.liger import install_liger
 from vltrain.ops.loss import LossHead
 
 LLM_NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
@@ -26,9 +27,11 @@ def tie_head(llm: LlamaForCausalLM) -> None:
         llm.lm_head.weight = llm.model.embed_tokens.weight
 
 
-def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: Routing | None) -> None:
-    """Puts in the head that computes losses and switches activation checkpointing, in place."""
+def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: Routing | None, kernels: str) -> None:
+    """Puts in the head that computes losses and the `kernels` (`liger` or `torch`), and switches activation checkpointing, in place."""
     llm.lm_head = LossHead.take_over(llm.lm_head)
+    if kernels == "liger":
+        install_liger(llm)
     if activation_checkpointing:
         # Not re-entrant: gradients of blocks whose inputs need none, and ZeRO-3's gathered weights, come out right.
         settings = {"use_reentrant": False} if routing is None else {"use_reentrant": False, "context_fn": routing.for_checkpoint}

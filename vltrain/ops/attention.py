@@ -52,8 +52,12 @@ class Packing:
 def choose_attention(requested: str, device: torch.device | str) -> str:
     """Settles `auto` and returns transformers' name of the implementation, logging the choice.
 
+    An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`.
+
     Raises: InputError if flash_attention_2 is asked for where it cannot run.
     """
+    if torch.device(device).type == "meta":
+        return "eager" if requested == "eager" else PACKED_SDPA
     on_cuda = torch.device(device).type == "cuda"
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if requested == "flash_attention_2" and not (on_cuda and has_flash):

@@ -1,0 +1,94 @@
+"""Liger's kernels in the LLM, in Triton's interpreter or on the GPU that is there: the losses and gradients of plain operations."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_multimodal import gradients
+from tiny_models import mixed_batch, randomise_adapters, tiny_config
+
+from vltrain.errors import InputError
+from vltrain.models.build import build_model
+from vltrain.ops import liger
+from vltrain.ops.fused import interpreted
+
+pytest.importorskip("liger_kernel", reason="liger-kernel is not installed: bash launch/setup_env.sh --with test")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def what_the_interpreter_lacks(monkeypatch):
+    """Numbers with a type, which a compiled kernel gets and the interpreter leaves Python's own; and CUDA's library of functions."""
+    if interpreted():
+        import numpy as np
+        import triton.language as tl
+        from liger_kernel.ops import rms_norm
+        from triton.runtime import interpreter
+
+        convert = interpreter._implicit_cvt
+
+        def with_type(value):
+            return tl.tensor(interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32) if type(value) is float else convert(value)
+
+        monkeypatch.setattr(interpreter, "_implicit_cvt", with_type)
+        monkeypatch.setattr(rms_norm, "rsqrt", lambda value: tl.rsqrt(value))
+
+
+def build(kernels: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False, **choice: object):
+    config = tiny_config(**choice)
+    model = build_model(
+        dataclasses.replace(config, llm=dataclasses.replace(config.llm, kernels=kernels)), dtype=dtype, activation_checkpointing=checkpointing, device=DEVICE
+    )
+    randomise_adapters(model)
+    return model
+
+
+@pytest.mark.parametrize("tune", ["adapters", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_and_gradients_are_those_of_plain_operations(tune, checkpointing):
+    batch = mixed_batch().to(torch.device(DEVICE))
+    found = []
+    for kernels in ("torch", "liger"):
+        model = build(kernels, tune=tune, checkpointing=checkpointing)
+        model(batch).loss_sum.backward()
+        found.append((model(batch).loss_sum.detach(), gradients(model)))
+    (plain_loss, plain), (loss, ours) = found
+    torch.testing.assert_close(loss, plain_loss, rtol=2e-6, atol=0)
+    assert ours.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-5 * float(plain[name].abs().max()) + 1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_it_is_liger_that_runs(monkeypatch):
+    """Each of the three is asked, as often as the layers have it: no norm where an adapter's kernel took it in."""
+    from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+
+    calls = []
+    for function in (LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction):
+        plain = function.forward
+        monkeypatch.setattr(function, "forward", staticmethod(lambda *given, plain=plain, name=function.__name__: calls.append(name) or plain(*given)))
+    model = build("liger")
+    model(mixed_batch().to(torch.device(DEVICE)))
+    layers = model.llm.config.num_hidden_layers
+    assert [calls.count(name) for name in ("LigerRMSNormFunction", "LigerRopeFunction", "LigerSiLUMulFunction")] == [2 * layers + 1, layers, layers]
+
+
+def test_other_models_keep_the_plain_rotary_embedding(monkeypatch):
+    build("liger")
+    other, calls, plain = build("torch"), [], liger._plain_rotary
+    monkeypatch.setattr(liger, "_plain_rotary", lambda *given: calls.append(1) or plain(*given))
+    other(mixed_batch().to(torch.device(DEVICE)))
+    assert len(calls) == other.llm.config.num_hidden_layers
+
+
+def test_a_choice_that_cannot_be_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match="model.llm.kernels: found 'liger', but the model runs on no CUDA device"):
+        liger.choose_kernels("liger", "cpu", "silu")
+    assert liger.choose_kernels("auto", "cpu", "silu") == "torch"
+    with pytest.raises(InputError, match="activation is 'gelu'"):
+        liger.choose_kernels("liger", "cuda", "gelu")
+    assert liger.choose_kernels("auto", "cuda", "gelu") == "torch" and liger.choose_kernels("auto", "cuda", "silu") == "liger"
+    monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="liger-kernel is not installed"):
+        liger.choose_kernels("liger", "cuda", "silu")
