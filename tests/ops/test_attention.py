@@ -70,7 +70,7 @@ def test_arguments_for_eager_and_flash() -> None:
 
 
 def test_choice_is_logged_and_flash_is_refused_where_it_cannot_run(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="vltrain"):
         assert choose_attention("auto", "cpu") == PACKED_SDPA
     assert "sdpa" in caplog.text
     assert choose_attention("eager", "cpu") == "eager"
