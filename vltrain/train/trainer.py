@@ -263,7 +263,8 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
             del model[section]
     else:
         del model["architecture"], model["instructblip"]
-        model["llm"].pop("attention")
+        for kernel in ("attention", "kernels"):
+            model["llm"].pop(kernel)
         model["adapter"].pop("impl")
     identity = {"model": model, "optim": dataclasses.asdict(config.optim), "train": train, "data": dataset.manifest.checksum}
     return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: tuples are lists there
