@@ -75,3 +75,20 @@ def test_train_with_every_competitor(tmp_path):
     assert names == padded | {("text", "ours"), ("text", "TRL packing")}
     assert all(row["useful tokens/s"] > 0 and row["ours is faster by"] > 0 for row in found["speed"])
     assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(row["mfu"] > 0 for row in found["utilisation"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["overhead", "packing", "loader", "memory", "prepare", "scale"])
+def test_the_others_run(tmp_path, name):
+    found = run_quick(name, tmp_path)
+    tables = [rows for rows in found.values() if isinstance(rows, list)]
+    assert tables and all(rows for rows in tables)
+
+
+def test_the_roofline_page_shows_what_is_counted(capsys):
+    from tests.benchmarks.roofline import main
+
+    main()
+    page = (ROOT / "tests" / "benchmarks" / "roofline.md").read_text()
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|") and line not in page]
+    assert not missing, "python -m tests.benchmarks.roofline has other figures than the page"
