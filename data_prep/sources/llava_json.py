@@ -48,7 +48,9 @@ def _sample(record: Any, where: str, folder: Path, val_fraction: float) -> RawSa
         listed = record.get("image") or []
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: {type(error).__name__} {error}; expected id, conversations[from: human|gpt, value], image") from None
-    images = (listed,) if isinstance(listed, str) else tuple(map(str, listed))
+    images = tuple(listed) if isinstance(listed, list) else (listed,)
+    if not all(isinstance(image, str) for image in images):
+        raise InputError(f"{where}: image is {listed!r}, expected a file's name or a list of them")
     try:
         sample = Sample(id=name, turns=turns, images=images, metadata={"answer": turns[-1].text if turns else ""})
     except InputError as error:
