@@ -12,6 +12,7 @@ from tests.support.tiny import SETTINGS, VISUAL_TOKENS, VOCABULARY
 from vltrain.config import Config
 from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
+from vltrain.models.compiled import compile_blocks
 from vltrain.recipe import build_config, read_recipe
 from vltrain.train.engine import partitioner
 from vltrain.train.ds_config import resolve_ds_config
@@ -39,6 +40,8 @@ def our_trainer(config: Config, dataset: PackedDataset, dtype: torch.dtype, *, d
     Path(config.output).mkdir(parents=True, exist_ok=True)
     place = partitioner(resolve_ds_config(ds, config, world_size))
     model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, place=place)
+    if config.train.compile:
+        compile_blocks(model)
     return make_trainer(
         config, ds, model=model, dataset=dataset, checkpoint=None, rank=rank, world_size=world_size, dtype=dtype, evaluate=lambda _: None
     )  # fmt: skip

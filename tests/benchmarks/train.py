@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vltrain.train.hardware import measured_gemm_flops
 
 NUM_SAMPLES = 400
 PADDED_LENGTH = 512
+DS = {"zero_optimization": {"stage": 0}}
 # Samples of a batch. (a): what makes some 2,000 useful tokens; (b): what the paper's code has on a GPU, and a machine of this kind can hold.
 LONGEST_BATCH = {"scienceqa": 8, "easyvqa": 64}
 PADDED_BATCH = 4
@@ -44,10 +46,15 @@ def make_samples(data: str, config: Config, quick: bool) -> Samples:
     return scienceqa_like(24 if quick else NUM_SAMPLES, vocabulary=vocabulary, visual_tokens=visual_tokens, **share)
 
 
-def make_competitors(data: str, samples: Samples, config: Config, dtype: torch.dtype, folder: Path, pack_length: int, quick: bool) -> dict[str, Any]:
+def make_competitors(
+    data: str, samples: Samples, config: Config, dtype: torch.dtype, folder: Path, pack_length: int, quick: bool, compiled: bool
+) -> dict[str, Any]:
     """By name, what has a `step`; ours first."""
     dataset = pack_samples(samples, pack_length, folder / "packs", sizes(config, quick)[1])
-    competitors: dict[str, Any] = {"ours": OurSteps(our_trainer(config, dataset, dtype, ds={"zero_optimization": {"stage": 0}}))}
+    competitors: dict[str, Any] = {"ours": OurSteps(our_trainer(config, dataset, dtype, ds=DS))}
+    if compiled:
+        other = replace(config, output=str(folder / "compiled"), train=replace(config.train, compile=True))
+        competitors["ours, compiled"] = OurSteps(our_trainer(other, dataset, dtype, ds=DS))
     if data == "text":
         competitors["TRL packing"] = trl_trainer(config, samples, dtype, pack_length=pack_length, folder=folder)
         return competitors
@@ -57,7 +64,7 @@ def make_competitors(data: str, samples: Samples, config: Config, dtype: torch.d
     return competitors
 
 
-def measure(data: str, precision: str, runs: int, quick: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(data: str, precision: str, runs: int, quick: bool, compiled: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The table of one data set in one precision, and our utilisation."""
     dtype = DTYPES[precision]
     pack_length = 1280
@@ -65,22 +72,27 @@ def measure(data: str, precision: str, runs: int, quick: bool) -> tuple[list[dic
         folder = Path(place)
         config = benchmark_config(quick, train__precision=precision, data__pack_length=pack_length, data__workers=0 if quick else 1, output=str(folder / "run"))
         samples = make_samples(data, config, quick)
-        competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick)
+        competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick, compiled)
         peaks: list[float] = []
         calls: dict[str, Callable[[], Any]] = {"matrix product": lambda: peaks.append(measured_gemm_flops(dtype))}
         calls |= {name: _timed(competitor.step) for name, competitor in competitors.items()}
         tell(f"{data}, {precision}: {len(samples.segments)} samples, {', '.join(competitors)}")
-        results = alternate(calls, runs)
-        ours = competitors["ours"]
+        warm_up = 3 if compiled else 1
+        results = alternate(calls, runs, warm_up)
         speeds = {name: [tokens / seconds for tokens, seconds in results[name]] for name in competitors}
-        flops = [ours.flops(run + 1) / seconds for run, (_, seconds) in enumerate(results["ours"])]  # after one step of warm-up
+        utilisation = [_utilisation(data, precision, name, competitors[name], results[name], warm_up, max(peaks)) for name in competitors if "ours" in name]
         for competitor in competitors.values():
             if isinstance(competitor, Held):
                 competitor.stop()
-        ours.trainer.monitor.close()
+            elif isinstance(competitor, OurSteps):
+                competitor.trainer.monitor.close()
     rows = [_row(data, precision, name, speeds) for name in competitors]
-    mfu = {"data": data, "precision": precision, "mfu": statistics.median(flops) / max(peaks), "gflops": statistics.median(flops) / 1e9, "peak_gflops": max(peaks) / 1e9}
-    return rows, mfu
+    return rows, utilisation
+
+
+def _utilisation(data: str, precision: str, name: str, ours: OurSteps, found: list[tuple[int, float]], warm_up: int, peak: float) -> dict[str, Any]:
+    flops = statistics.median(ours.flops(warm_up + run) / seconds for run, (_, seconds) in enumerate(found))
+    return {"data": data, "precision": precision, "trainer": name, "mfu": flops / peak, "gflops": flops / 1e9, "peak_gflops": peak / 1e9}
 
 
 def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
@@ -104,6 +116,7 @@ def main() -> None:
     parser = command(__doc__)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--data", nargs="+", choices=["scienceqa", "easyvqa", "text"], default=["scienceqa", "easyvqa", "text"])
+    parser.add_argument("--compile", action="store_true", help="also ours with train.compile, whose first steps take minutes")
     given = settled(parser.parse_args())
     if "text" in given.data and find_spec("trl") is None:
         raise SystemExit("the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data scienceqa easyvqa")
@@ -111,9 +124,9 @@ def main() -> None:
     found: dict[str, Any] = {"speed": [], "utilisation": []}
     for precision in given.precision:
         for data in given.data:
-            rows, mfu = measure(data, precision, given.runs, given.quick)
+            rows, utilisation = measure(data, precision, given.runs, given.quick, given.compile)
             found["speed"] += rows
-            found["utilisation"].append(mfu)
+            found["utilisation"] += utilisation
     shutdown_distributed()
     report(found, given)
 

@@ -18,12 +18,13 @@ from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.run import evaluate_split
 from vltrain.models.build import AnyModel, build_model, count_parameters, outline_model
 from vltrain.models.build_blip import full_qformer_size
+from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
 from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
-from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.ds_config import load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.preemption import Preemption, time_limit_end
@@ -61,6 +62,7 @@ def run(settings: Settings, preemption: Preemption) -> None:
     ds_json = load_ds_json(settings.options["ds"])
     # Resolved again by the trainer: here only so that a conflict is found before hours of preparation.
     ds_config = resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
+    require_compilable(config, zero_stage(ds_config))
     folder = Path(config.output)
     if int(os.environ.get("RANK", "0")) == 0:
         make_run_folder(folder)
@@ -76,6 +78,8 @@ def run(settings: Settings, preemption: Preemption) -> None:
     model = build_model(
         config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(), place=partitioner(ds_config)
     )
+    if config.train.compile:
+        compile_blocks(model)
     trainer = make_trainer(
         config, ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
         evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples), preemption=preemption,

@@ -25,6 +25,7 @@ from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.models.build import AnyModel, part_of
+from vltrain.models.compiled import uncompiled
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.background import BackgroundTask
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
@@ -228,7 +229,7 @@ class Trainer:
         self.watchdog.at(steps_done, "evaluate")
         self.background.wait()
         self.engine.model.eval()
-        with self.preemption.nothing_to_lose(), self.engine.autocast():
+        with self.preemption.nothing_to_lose(), self.engine.autocast(), uncompiled(self.config):
             figure = from_rank_0(self.evaluate(steps_done))
         self.engine.model.train()
         if figure is not None:

@@ -1,0 +1,85 @@
+"""Compiled blocks: the same losses and gradients, one graph for rows of all lengths, and what it refuses."""
+
+import pytest
+import torch
+from test_multimodal import build, gradients
+from tiny_models import make_batch, mixed_batch
+
+from tests.support import tiny
+from vltrain.errors import InputError
+from vltrain.models.compiled import compile_blocks, require_compilable, uncompiled
+
+ROWS = [mixed_batch(), make_batch([(9, []), (4, []), (6, [])], num_images=0), make_batch([(12, [0]), (3, [1])], num_images=2), make_batch([(20, [])], num_images=0)]
+
+
+def outcome(model) -> list:
+    found = []
+    for batch in ROWS:
+        model.zero_grad()
+        loss = model(batch).loss_sum
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    return found
+
+
+def assert_equal_outcome(found: list, expected: list) -> None:
+    for (loss, ours), (plain_loss, plain) in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+        assert ours.keys() == plain.keys()
+        for name in plain:
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6 + 1e-5 * float(plain[name].abs().max()), msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tune", ["adapters", "full"])
+def test_losses_and_gradients_are_those_of_plain_blocks(backend, tune):
+    model = build(tune=tune)
+    expected = outcome(model)
+    names = [name for name, _ in model.named_parameters()]
+    compile_blocks(model, backend)
+    assert_equal_outcome(outcome(model), expected)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_rows_of_new_lengths_make_no_new_graphs():
+    from torch._dynamo.utils import counters
+
+    model = build()
+    counters.clear()
+    compile_blocks(model, "aot_eager")
+    outcome(model)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0, "nothing was compiled"
+    for length in (31, 17, 8):
+        model(make_batch([(length, [0, 1]), (length + 3, []), (2, [])], num_images=2)).loss_sum.backward()
+        model(make_batch([(length, []), (5, [])], num_images=0)).loss_sum.backward()
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_evaluation_runs_as_it_is_written():
+    from torch._dynamo.utils import counters
+
+    model = build()
+    counters.clear()
+    compile_blocks(model, "aot_eager")
+    with uncompiled(tiny.tiny_config(train__compile=True)), torch.no_grad():
+        model(mixed_batch())
+    assert not counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "said"),
+    [(3, {}, "ZeRO 3"), (2, {"model__bits": 4}, "model.bits 4"), (2, {"model__adapter__kind": "router"}, "model.adapter.kind router")],
+)  # fmt: skip
+def test_what_it_was_not_made_for_is_refused(stage, changes, said):
+    with pytest.raises(InputError, match=f"train.compile: found true together with {said}"):
+        require_compilable(tiny.tiny_config(train__compile=True, **changes), stage)
+    require_compilable(tiny.tiny_config(**changes), stage)
+    require_compilable(tiny.tiny_config(train__compile=True), 2)

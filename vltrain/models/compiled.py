@@ -1,0 +1,53 @@
+"""torch.compile for the transformer blocks of ViT and LLM.
+
+Blocks are compiled, not the model: all of a network's share one graph, whose sizes are symbols, so that packs of any length go through it.
+Attention stays out (its calls follow a row's segments), and so do embeddings, neck and the head's loss, whose shapes differ from pack to pack.
+Evaluation, where lengths grow by a token at a time, runs as it is written.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from vltrain.config import Config
+from vltrain.errors import InputError
+from vltrain.models.adapters import is_routed
+from vltrain.models.llm import llm_blocks
+from vltrain.models.multimodal import MultimodalModel
+from vltrain.ops.attention import PACKED_SDPA, packed_sdpa_forward
+
+GRAPHS = 32  # of one piece of a block: with and without gradients, one image or several, one segment or several, each once
+
+
+def require_compilable(config: Config, zero_stage: int) -> None:
+    """Raises InputError if `train.compile` is on with something that it was not made for."""
+    if not config.train.compile:
+        return
+    model = config.model
+    reasons = {
+        "ZeRO 3, which cuts the weights up that a graph would hold": zero_stage == 3,
+        f"the architecture {model.architecture}": model.architecture != "mmt",
+        f"model.bits {model.bits}": model.bits in (4, 8),
+        f"model.adapter.kind {model.adapter.kind}, which decides anew in every row": is_routed(model.adapter),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"train.compile: found true together with {reason}; leave one of both out")
+
+
+def compile_blocks(model: MultimodalModel, backend: str = "inductor") -> None:
+    """Compiles every block that runs, in place, at its first forward; parameters and their names stay what they are."""
+    AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa_forward))
+    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = 8 * GRAPHS
+    for block in (*model.vision.live_blocks, *llm_blocks(model.llm)):
+        block.compile(dynamic=True, backend=backend)
+
+
+def uncompiled(config: Config) -> AbstractContextManager[Any]:
+    """A context in which compiled blocks run as they are written."""
+    return torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
