@@ -198,7 +198,7 @@ def _checked_images(
 ) -> Iterator[tuple[int, bytes]]:
     """Reads and decodes images (number, path, sample) in several processes; yields their numbers and file bytes, in order."""
     chunks = in_chunks(wanted, _IMAGES_PER_CHUNK)
-    checked = ordered_map(_check_images, chunks, min(workers, 1 + len(wanted) // 64), (str(root), max_image_pixels))
+    checked = ordered_map(_check_images, chunks, workers, (str(root), max_image_pixels))
     with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
         for chunk in checked:
             yield from chunk

@@ -1,13 +1,15 @@
 """Work on many items in several processes: results in the items' order, and only a few items ahead of who takes them.
 
 `multiprocessing.Pool.imap` would read the whole input at once; here the input is read as results are consumed, so memory does not grow
-with the data set. Processes are spawned, not forked: the caller may have threads (tokenizers, BLAS).
+with the data set. Processes are spawned, not forked: the caller may have threads (tokenizers, BLAS). That takes seconds, so that the first
+items are worked on here: what is done by then needs no other process.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,7 @@ from vltrain.errors import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 4  # items per process that may wait, done or undone
+ALONE_SECONDS = 4.0  # of work before other processes are started
 
 
 def usable_cores() -> int:
@@ -33,15 +36,21 @@ def ordered_map(
 
     Args:
         work: a module-level function.
-        workers: processes; with 0 or 1 the work is done in this one.
+        workers: processes; with 0 or 1 the work is done in this one, and in any case the first `ALONE_SECONDS` of it.
         shared: further arguments, sent to each process once.
 
     Raises:
         InputError: a worker process died. What `work` raises is raised here.
     """
-    if workers <= 1:
-        for item in items:
-            yield work(item, *shared)
+    items, spent = iter(items), 0.0
+    for item in items:
+        start = time.perf_counter()
+        result = work(item, *shared)
+        spent += time.perf_counter() - start
+        yield result
+        if workers > 1 and spent >= ALONE_SECONDS:
+            break
+    else:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work, shared)) as pool:

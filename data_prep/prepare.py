@@ -10,6 +10,7 @@ In parts (`data_prep.parts`) each part decodes its share of the images, which is
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -119,7 +120,7 @@ def _digest(names: list[str]) -> str:
 def _check_images(images: Images, folder: Path, workers: int, max_image_pixels: int) -> None:
     """Decodes image files in several processes, and draws those that are drawn into `folder`."""
     chunks = in_chunks(images.items(), _CHUNK)
-    checked = ordered_map(_check_or_draw, chunks, min(workers, 1 + len(images) // _CHUNK), (folder, max_image_pixels))
+    checked = ordered_map(_check_or_draw, chunks, workers, (folder, max_image_pixels))
     with tqdm(total=len(images), desc="images", unit="image", disable=None) as progress:
         for names in checked:
             progress.update(len(names))
@@ -148,7 +149,7 @@ def _write_samples(samples: Iterable[RawSample], folder: Path | None) -> tuple[C
             if sample.id in seen:
                 raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
             seen.add(sample.id)
-            names = [_image_name(name, sample.id) for name in sample.images]
+            names = [_image_name(name) for name in sample.images]
             for name, source in zip(names, raw.image_sources, strict=True):
                 if images.setdefault(name, (source, sample.id))[0] != source:
                     raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {images[name][0]} and {source}")
@@ -161,11 +162,10 @@ def _write_samples(samples: Iterable[RawSample], folder: Path | None) -> tuple[C
     return counts, images
 
 
-def _image_name(name: str, sample_id: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise InputError(f"sample '{sample_id}': image name '{name}' leads out of the image folder")
-    return str(IMAGES / path)
+@functools.lru_cache(maxsize=1 << 16)
+def _image_name(name: str) -> str:
+    """Where a sample's image, whose path was checked, lies below the samples' folder."""
+    return str(IMAGES / PurePosixPath(name))
 
 
 def _check_or_draw(images: list[tuple[str, tuple[ImageSource, str]]], folder: Path, max_pixels: int) -> list[str]:
@@ -192,7 +192,7 @@ def read_image(path: Path, sample_id: str) -> bytes:
 def _link_or_copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), target)
+        os.link(source.resolve() if source.is_symlink() else source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
             raise

@@ -56,8 +56,7 @@ def tokenised(
     shared = (str(samples), tokenizer, template, visual_tokens)
     with stream, tqdm(total=last - first, desc="samples", unit="B", unit_scale=True, disable=None) as progress:
         chunks = in_chunks(_lines(stream, first, last), _LINES_PER_CHUNK)
-        # A small file is done before a second process has started.
-        for tokens in ordered_map(_tokenise, chunks, workers if last - first > 1 << 20 else 1, shared):
+        for tokens in ordered_map(_tokenise, chunks, workers, shared):
             yield tokens
             progress.update(stream.tell() - first - progress.n)
 

@@ -36,6 +36,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         path = root / part / "questions.json"
         records = read_json(path)
         images = [_image_number(record, path, number) for number, record in enumerate(records)]
+        files = {image: root / part / "images" / f"{image}.png" for image in set(images)}
         first_held_out = max(images, default=0) + 1 - VAL_IMAGES if part == "train" else None
         for number, (question, answer, image) in enumerate(records):
             split = "val" if first_held_out is not None and image >= first_held_out else part
@@ -50,7 +51,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
                     ),
                     metadata={"question": question, "answer": answer, "kind": kind_of(question, answer)},
                 ),
-                image_sources=(root / part / "images" / f"{image}.png",),
+                image_sources=(files[image],),
             )
 
 

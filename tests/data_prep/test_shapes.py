@@ -104,7 +104,8 @@ def test_questions_cannot_be_answered_by_their_text_alone():
     assert counting.count(0) / len(counting) < 0.55
 
 
-def test_prepared_in_one_process_and_in_two(tmp_path):
+def test_prepared_in_one_process_and_in_two(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.parallel.ALONE_SECONDS", 0.0)
     options = {"train_images": 80, "val_images": 5, "test_images": 5, "image_size": 32, "skills": "counting,position"}
     counts = prepare("shapes", None, tmp_path / "one", options, workers=1)
     assert counts == prepare("shapes", None, tmp_path / "two", options, workers=2)

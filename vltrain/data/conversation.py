@@ -233,7 +233,10 @@ def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: 
 
 def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: str) -> Segment:
     ids = [token for piece in pieces for token in piece.ids]
-    mask = np.repeat([piece.predicted for piece in pieces], [len(piece.ids) for piece in pieces])
+    mask, start = np.zeros(len(ids), bool), 0
+    for piece in pieces:
+        mask[start : start + len(piece.ids)] = piece.predicted
+        start += len(piece.ids)
     instruction: dict[str, Any] = {}
     if find_template(template).instruction:
         if tokenizer.instruction is None:
