@@ -104,8 +104,8 @@ class InstructBlipConfig:
     source: str | None = None
     """Folder or hub name of an InstructBLIP; null: random weights of the sizes in `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """For random weights: transformers' InstructBlipConfig, i.e. vision_config, qformer_config, text_config (with model_type t5 or llama) and
-    num_query_tokens."""
+    """For random weights: transformers' InstructBlipConfig, i.e. vision_config (`initializer_range` 0.02 unless given), qformer_config, text_config
+    (with model_type t5 or llama) and num_query_tokens."""
     tokenizer: str | None = None
     """Where the LLM's tokenizer is, if not beside the weights; required with random weights."""
     qformer_tokenizer: str | None = None

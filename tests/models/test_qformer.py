@@ -78,6 +78,15 @@ def test_losses_and_gradients_of_a_pack_equal_those_of_transformers_question_by_
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_random_vit_tells_images_apart():
+    """transformers' default would start it at 1e-10: all images alike, and next to nothing to learn from."""
+    model = build_model(blip_config("llama").model)
+    with torch.no_grad():
+        states = model.vision(torch.randn(2, 3, 16, 16)).last_hidden_state
+    assert (states[0] - states[1]).abs().mean() > 0.1 * states.abs().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_segments_do_not_see_each_other(kind, places):
     model = build_model(blip_config(kind).model).double()
     tokenizer, template = tokenizer_of(kind, places), model.template

@@ -30,6 +30,7 @@ PARTS = {"vision_config": InstructBlipVisionConfig, "qformer_config": InstructBl
 # The other spellings of T5's one table of embeddings, and buffers that older files hold.
 IGNORED = re.compile(r"language_model\.(encoder|decoder)\.embed_tokens\.weight$|.*\b(position_ids|inv_freq)$")
 DROPOUTS = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "classifier_dropout")
+VISION_STD = 0.02  # of random weights, as the Q-Former's and CLIP's
 
 
 def blip_config(source: str | None, values: dict[str, Any], dropout: float | None) -> InstructBlipConfig:
@@ -57,6 +58,8 @@ def _config_from_values(values: dict[str, Any]) -> InstructBlipConfig:
     if kind not in LANGUAGE_MODELS:
         raise InputError(f"{KEY}.config.text_config.model_type: found {kind!r}, expected one of {', '.join(LANGUAGE_MODELS)}")
     _require_known(text, LANGUAGE_MODELS[kind], ".text_config")
+    # transformers' default of 1e-10 is for weights that are then loaded: with it all images would look the same to a random ViT.
+    values = {**values, "vision_config": {"initializer_range": VISION_STD, **values.get("vision_config", {})}}
     try:
         return InstructBlipConfig(**values)
     except (StrictDataclassError, ValueError, TypeError) as error:
