@@ -158,7 +158,8 @@ def run_holder(packs: Path, index: Path, image_size: int, steps: int) -> None:
     for _ in range(steps):
         next(loader)
     seconds = time.perf_counter() - start
-    print(json.dumps({"first step, s": opened, "a step, ms": 1000 * seconds / steps, "after the first, MiB": first / 1024, "at the end, MiB": (own_kib() - before) / 1024}))
+    found = {"first step, s": opened, "a step, ms": 1000 * seconds / steps, "after the first, MiB": first / 1024}
+    print(json.dumps({**found, "at the end, MiB": (own_kib() - before) / 1024}))
 
 
 def memories(counts: list[int], quick: bool) -> list[dict[str, Any]]:

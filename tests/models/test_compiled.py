@@ -9,7 +9,10 @@ from tests.support import tiny
 from vltrain.errors import InputError
 from vltrain.models.compiled import compile_blocks, require_compilable, uncompiled
 
-ROWS = [mixed_batch(), make_batch([(9, []), (4, []), (6, [])], num_images=0), make_batch([(12, [0]), (3, [1])], num_images=2), make_batch([(20, [])], num_images=0)]
+ROWS = [
+    mixed_batch(), make_batch([(9, []), (4, []), (6, [])], num_images=0), make_batch([(12, [0]), (3, [1])], num_images=2),
+    make_batch([(20, [])], num_images=0),
+]  # fmt: skip
 
 
 def outcome(model) -> list:
@@ -27,7 +30,8 @@ def assert_equal_outcome(found: list, expected: list) -> None:
         torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
         assert ours.keys() == plain.keys()
         for name in plain:
-            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6 + 1e-5 * float(plain[name].abs().max()), msg=lambda text, name=name: f"{name}: {text}")
+            largest = float(plain[name].abs().max())
+            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6 + 1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +41,8 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("tune", ["adapters", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tune", ["adapters", "full"])
 def test_losses_and_gradients_are_those_of_plain_blocks(backend, tune):
     model = build(tune=tune)
     expected = outcome(model)

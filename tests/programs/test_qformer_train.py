@@ -26,7 +26,7 @@ def predictions(run: Path, split: str) -> list[str]:
     return [json.loads(line)["prediction"] for line in (run / "eval" / split / "predictions.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_trained_evaluated_exported_and_read_again(kind, places, tmp_path):
     changes = {
         "qformer_tokens": 48,

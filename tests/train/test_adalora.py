@@ -174,6 +174,7 @@ def test_accumulation_prunes_as_one_large_step(packs, tmp_path):
             assert [name for name, mask in alive(masks).items() if not torch.equal(found[name], mask)] == []
 
 
+@pytest.mark.slow
 def test_bf16_prunes_on_all_ranks_alike(packs, tmp_path):
     scenarios = {f"bf16-{stage}": (stage, "llama", {"train__precision": "bf16"}) for stage in (2, 3)}
     for name, (result, ranks) in run_scenarios(packs, scenarios, 2, tmp_path).items():
