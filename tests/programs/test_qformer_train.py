@@ -62,15 +62,19 @@ def test_trained_evaluated_exported_and_read_again(kind, places, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "iconqa_mini").is_dir(), reason=f"no IconQA sample at {DATA} (set VLTRAIN_SAMPLE_DATA)")
 def test_real_questions_are_learned_by_heart(tmp_path):
-    """150 of IconQA's, of all three types: a small InstructBLIP of random weights answers each of those with choices in the end, and most blanks."""
+    """150 of IconQA's, of all three types: a small InstructBLIP of random weights answers every one in the end.
+
+    Many differ in their image alone. To tell those apart the ViT wants a long warm-up: without, the LLM learns the questions first, and it stays there.
+    """
     recipe = yaml.safe_load((ROOT / "launch" / "recipes" / "qformer_shapes.yaml").read_text())
     held_out = {"val_fraction": 0.0, "test_fraction": 0.0}
     recipe["data"] |= {"source": "iconqa", "input": str(DATA / "iconqa_mini"), "root": str(tmp_path / "data"), "options": held_out, "eval_split": "train"}
-    recipe["train"] |= {"epochs": 60, "eval_every_steps": 0, "packs_per_step": 2}
+    recipe["train"] |= {"epochs": 280, "eval_every_steps": 0, "packs_per_step": 2, "precision": "fp32"}
+    recipe["optim"] |= {"warmup_epochs": 30, "weight_decay": 0.0}
+    recipe["model"]["instructblip"]["config"]["vision_config"] |= {"image_size": 128, "patch_size": 16}
     recipe["eval"] = {"scorer": "iconqa", "method": "generate", "max_new_tokens": 16, "max_samples": None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output": str(tmp_path / "run")}))
     done = deepspeed("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", "--recipe", str(tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "eval" / "train" / "metrics.json").read_text())
-    assert metrics["total"] == 150 and all(metrics["columns"][name]["correct"] == 50 for name in ("choose_txt", "choose_img"))
-    assert metrics["columns"]["fill_in_blank"]["correct"] >= 30
+    assert metrics["total"] == metrics["correct"] == 150, metrics["columns"]
