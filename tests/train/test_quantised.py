@@ -44,6 +44,7 @@ def test_losses_gradients_and_weights_do_not_depend_on_stage_and_ranks(tmp_path)
             assert difference < 2e-5, (number, name, difference)
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
     packs = str(write_packs(tmp_path / "packs", make_segments(8)))
     whole = dict(name="whole", packs=packs, ds={"zero_optimization": {"stage": 2}}, changes={**CHANGES, "model__bits": 4}, output=str(tmp_path / "run"))

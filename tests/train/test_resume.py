@@ -44,7 +44,7 @@ def kill_when_logged(processes, log: Path, num_lines: int, delay: float) -> None
     stop_ranks(processes, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("stage", "kills"), [(2, (2, 9)), (3, (7,))])
+@pytest.mark.parametrize(("stage", "kills"), [(2, (2, 9)), pytest.param(3, (7,), marks=pytest.mark.slow)])
 def test_kill_9_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_ranks("tests.train.worker", [scenario(packs, whole, stage, resume=False)], 2, tmp_path / "log-whole")

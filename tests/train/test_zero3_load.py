@@ -18,7 +18,7 @@ def build_on_two_ranks(tmp_path, changes, warm_up=None):
     return [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("peft", [None, "lora"])
+@pytest.mark.parametrize("peft", [None, pytest.param("lora", marks=pytest.mark.slow)])
 def test_one_unit_is_whole_at_a_time(tmp_path, peft):
     changes = {"model__llm__config": LLM, "model__llm__peft__kind": peft}
     plain = build_model(tiny_config(**changes).model)
