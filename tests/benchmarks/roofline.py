@@ -32,8 +32,8 @@ from vltrain.data.packing import pack_lengths
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import Index
 from vltrain.models.build import build_model
-from vltrain.models.flops import Flops
 from vltrain.recipe import build_config, read_recipe
+from vltrain.train.trainer import pack_cost
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
 SEGMENTS, TOKENS = 8, 2560
@@ -122,18 +122,20 @@ def liger_saving(width: int, inner: int, head: int, checkpointing: bool) -> int:
     return int(saved[1] + (saved[0] if checkpointing else 0))
 
 
-def imbalance(flops: Flops, ranks: int, packs_per_rank: int, steps: int = 20) -> float:
-    """How much longer the slowest of `ranks` computes than the mean, over the micro-steps of a step: simulated packs dealt by the real plan."""
-    count = 60_000
+def simulated_packs(count: int = 60_000) -> Index:
+    """Packs of that many samples with ScienceQA's lengths and share of images."""
     lengths = scienceqa_lengths(count)
     order, starts = pack_lengths(lengths, TOKENS)
     shows = np.random.default_rng(0).random(count) < SCIENCEQA_IMAGE_SHARE
     sums = [np.add.reduceat(values[order], starts[:-1]) for values in (lengths, lengths**2, shows.astype(np.int64))]
     num_tokens, squares, images = sums
     ones = np.ones(len(num_tokens), np.int32)
-    index = Index(num_tokens=num_tokens, num_label_tokens=num_tokens, num_images=images, num_samples=ones, sum_squares=squares)
-    cost = PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
-    costs = cost.per_token * num_tokens + cost.per_pair * squares + cost.per_image * images
+    return Index(num_tokens=num_tokens, num_label_tokens=num_tokens, num_images=images, num_samples=ones, sum_squares=squares)
+
+
+def imbalance(index: Index, cost: PackCost, ranks: int, packs_per_rank: int, steps: int = 20) -> float:
+    """How much longer the slowest of `ranks` computes than the mean, over the micro-steps of a step: packs dealt by the real plan."""
+    costs = cost.per_token * index.num_tokens + cost.per_pair * index.sum_squares + cost.per_image * index.num_images
     plan = Plan(index, seed=0, epochs=1e4, packs_per_step=ranks * packs_per_rank, world_size=ranks, cost=cost)
     dealt = [costs[plan.step(step).packs] for step in range(steps)]  # each [G, W]
     # Without a collective between micro-steps (ZeRO 0 to 2) ranks wait once a step.
@@ -167,14 +169,15 @@ def tables() -> dict[str, list[dict[str, Any]]]:
             _reached(name, card, kernels, checkpointing, total, products, bytes_ * llm.num_hidden_layers)
             for name, card in CARDS.items() for kernels, bytes_ in traffic.items()
         ]  # fmt: skip
+    packs, cost = simulated_packs(), pack_cost(model)
     return {
         "operations": [{"part": name, "TFLOPs a pack": value / 1e12, "share": value / total} for name, value in {**parts, "all": total}.items()],
         "floors": [_floors(name, card, total, frozen) for name, card in CARDS.items()],
         "reached": sorted(reached, key=lambda row: row["card"]),
         "communication": [row for stage in range(4) for row in _communication(stage, frozen, 4 * trained)],
         "imbalance": [
-            {"GPUs": ranks, "packs a GPU and step": packs, "slowest over mean": imbalance(flops, ranks, packs)}
-            for ranks in (8, 64, 1000) for packs in (1, 4)
+            {"GPUs": ranks, "packs a GPU and step": each, "slowest over mean": imbalance(packs, cost, ranks, each)}
+            for ranks in (8, 64, 1000) for each in (1, 4)
         ],
     }  # fmt: skip
 
@@ -199,7 +202,7 @@ def _reached(name: str, card: Card, kernels: str, checkpointing: bool, needed: f
 def _communication(stage: int, frozen: int, gradients: int) -> list[dict[str, Any]]:
     """Bytes that each GPU sends in a step of one pack: rings, so twice (all-reduce) or once (the others) the data, for many ranks."""
     weights = frozen * 2 if stage == 3 else 0  # gathered for forward and again for backward
-    of_trained = {0: 2 * gradients, 1: 2 * gradients, 2: 2 * gradients, 3: gradients + 2 * gradients}[stage]
+    of_trained = (3 if stage == 3 else 2) * gradients  # gradients are scattered and weights or sums gathered; for ZeRO 3 twice, as frozen ones
     sent = weights + of_trained
     return [
         {"ZeRO": stage, "frozen weights, MB": weights / 1e6, "trained, MB": of_trained / 1e6, "card": name,

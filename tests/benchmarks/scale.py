@@ -27,10 +27,10 @@ import pyarrow as pa
 from tests.benchmarks.measure import alternate, command, median_ratio, report, settled, tell
 from tests.benchmarks.ours import OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.samples import pack_samples, scienceqa_like
-from tests.support.processes import ROOT, free_port
+from tests.support.processes import ROOT, free_port, rank_environment
 from vltrain.data.loader import StepLoader
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import INDEX, INDEX_SCHEMA, Index, PackedDataset
+from vltrain.data.shards import INDEX, INDEX_SCHEMA, Index, PackedDataset, read_index
 from vltrain.schema import PackedRow
 
 PACK_LENGTH = 1280
@@ -47,10 +47,7 @@ class Group:
         self._ranks = []
         port = free_port()
         for rank, core in enumerate(cores):
-            environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(cores)), "LOCAL_SIZE": str(len(cores)),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            }
+            environment = rank_environment(rank, len(cores), port)
             words = [sys.executable, "-m", "tests.benchmarks.scale", "--rank-of", str(folder), str(core), str(stage), str(int(quick))]
             log = (folder / f"log.{rank}").open("wb")
             self._ranks.append(subprocess.Popen(words, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True))
@@ -124,8 +121,7 @@ class Repeating(PackedDataset):
 
     @property
     def index(self) -> Index:
-        batch = pa.ipc.open_file(pa.memory_map(str(self._index))).get_batch(0)
-        return Index(**{name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names})
+        return read_index(self._index)
 
     def row(self, number: int) -> PackedRow:
         return super().row(number % len(self))
@@ -133,8 +129,8 @@ class Repeating(PackedDataset):
 
 def write_long_index(packs: Path, num_packs: int, target: Path) -> None:
     """The index of `packs` again and again, as one of `num_packs`."""
-    batch = pa.ipc.open_file(pa.memory_map(str(packs / INDEX))).get_batch(0)
-    columns = [pa.array(np.resize(batch.column(name).to_numpy(), num_packs)) for name in INDEX_SCHEMA.names]
+    index = read_index(packs / INDEX)
+    columns = [pa.array(np.resize(getattr(index, name), num_packs)) for name in INDEX_SCHEMA.names]
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_file(stream, INDEX_SCHEMA) as writer:
         writer.write_batch(pa.record_batch(columns, schema=INDEX_SCHEMA))
 

@@ -80,7 +80,10 @@ def measure(data: str, precision: str, runs: int, quick: bool, compiled: bool = 
         warm_up = 3 if compiled else 1
         results = alternate(calls, runs, warm_up)
         speeds = {name: [tokens / seconds for tokens, seconds in results[name]] for name in competitors}
-        utilisation = [_utilisation(data, precision, name, competitors[name], results[name], warm_up, max(peaks)) for name in competitors if "ours" in name]
+        utilisation = [
+            _utilisation(data, precision, name, competitor, results[name], warm_up, max(peaks))
+            for name, competitor in competitors.items() if isinstance(competitor, OurSteps)
+        ]  # fmt: skip
         for competitor in competitors.values():
             if isinstance(competitor, Held):
                 competitor.stop()

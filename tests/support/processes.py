@@ -17,15 +17,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would give the process of that rank."""
+    return {
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+
+
 def start_ranks(module: str, arguments: list[str], world_size: int, output: Path) -> list[subprocess.Popen]:
     """Starts `python -m module arguments` once per rank; stdout and stderr of rank r go to `output`.r"""
     port = free_port()
     processes = []
     for rank in range(world_size):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        }
+        environment = rank_environment(rank, world_size, port)
         with open(f"{output}.{rank}", "wb") as log:
             command = [sys.executable, "-m", module, *arguments]
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))

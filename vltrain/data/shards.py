@@ -184,6 +184,12 @@ class Index:
         return len(self.num_tokens)
 
 
+def read_index(path: Path) -> Index:
+    """Maps an index file."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    return Index(**{name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names})
+
+
 class PackedDataset:
     """A folder of packed shards. Picklable: a worker process that gets one maps the files anew and does not verify again."""
 
@@ -224,8 +230,7 @@ class PackedDataset:
 
     @functools.cached_property
     def index(self) -> Index:
-        batch = pa.ipc.open_file(pa.memory_map(str(self.folder / INDEX))).get_batch(0)
-        return Index(**{name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names})
+        return read_index(self.folder / INDEX)
 
     def row(self, number: int) -> PackedRow:
         """Pack `number`; its arrays are read-only views of the mapped file."""

@@ -19,7 +19,10 @@ AUTO = "auto"
 
 
 def load_ds_json(path: str | Path | None) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON file; None: where the user names none, ZeRO-2 with DeepSpeed's defaults. Raises InputError if it is missing, not JSON or not an object; a key twice is refused too."""
+    """Reads a DeepSpeed JSON file; None: where the user names none, ZeRO-2 with DeepSpeed's defaults.
+
+    Raises: InputError if it is missing, not JSON or not an object; a key twice is refused too.
+    """
     if path is None:
         return {"zero_optimization": {"stage": 2}}
     path = Path(path)
