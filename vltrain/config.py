@@ -279,7 +279,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
-    """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes). With ZeRO 0 to 2, and networks in 16 or 32 bits."""
+    """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes). With ZeRO 0 to 2, networks in 16 or 32 bits,
+    and without activation checkpointing."""
     seed: int = 0
     """Seed of the order of packs and of dropout."""
     log_every_steps: int = 10

@@ -80,7 +80,10 @@ def test_evaluation_runs_as_it_is_written():
 
 @pytest.mark.parametrize(
     ("stage", "changes", "said"),
-    [(3, {}, "ZeRO 3"), (2, {"model__bits": 4}, "model.bits 4"), (2, {"model__adapter__kind": "router"}, "model.adapter.kind router")],
+    [
+        (3, {}, "ZeRO 3"), (2, {"model__bits": 4}, "model.bits 4"), (2, {"model__adapter__kind": "router"}, "model.adapter.kind router"),
+        (2, {"train__activation_checkpointing": True}, "train.activation_checkpointing"),
+    ],
 )  # fmt: skip
 def test_what_it_was_not_made_for_is_refused(stage, changes, said):
     with pytest.raises(InputError, match=f"train.compile: found true together with {said}"):

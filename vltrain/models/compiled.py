@@ -31,6 +31,7 @@ def require_compilable(config: Config, zero_stage: int) -> None:
     reasons = {
         "ZeRO 3, which cuts the weights up that a graph would hold": zero_stage == 3,
         f"the architecture {model.architecture}": model.architecture != "mmt",
+        "train.activation_checkpointing, under which the LLM's blocks would stay as they are": config.train.activation_checkpointing,
         f"model.bits {model.bits}": model.bits in (4, 8),
         f"model.adapter.kind {model.adapter.kind}, which decides anew in every row": is_routed(model.adapter),
     }
