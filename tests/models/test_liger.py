@@ -7,6 +7,9 @@ import torch
 from test_multimodal import gradients
 from tiny_models import mixed_batch, randomise_adapters, tiny_config
 
+from tests.support.blip import blip_config, make_batch, make_samples, make_tokenizers
+from vltrain.data.instruction import InstructionSource
+from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
 from vltrain.ops import liger
@@ -52,6 +55,26 @@ def test_losses_and_gradients_are_those_of_plain_operations(tune, checkpointing)
         model = build(kernels, tune=tune, checkpointing=checkpointing)
         model(batch).loss_sum.backward()
         found.append((model(batch).loss_sum.detach(), gradients(model)))
+    assert_same(found)
+
+
+def test_an_instructblips_llama_has_them_too(tmp_path, monkeypatch):
+    """Where they are chosen, on CUDA; here the choice is made for it."""
+    config = blip_config("llama", vision="full", qformer__mode="full", llm__mode="full")
+    places = make_tokenizers(tmp_path)
+    tokenizer = load_tokenizer(places["llama"], InstructionSource(source=places["bert"], max_tokens=32))
+    found = []
+    for kernels in ("torch", "liger"):
+        monkeypatch.setattr("vltrain.models.build_blip.choose_kernels", lambda *given, kernels=kernels: kernels)
+        model = build_model(config.model, device=DEVICE)
+        loss = model(make_batch(make_samples(6), tokenizer, model.template).to(torch.device(DEVICE))).loss_sum
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert_same(found)
+
+
+def assert_same(found: list) -> None:
+    """Two pairs of a loss and gradients by name."""
     (plain_loss, plain), (loss, ours) = found
     torch.testing.assert_close(loss, plain_loss, rtol=2e-6, atol=0)
     assert ours.keys() == plain.keys()
