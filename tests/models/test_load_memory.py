@@ -43,7 +43,10 @@ def write_hugging_face(folder: Path, num_layers: int) -> None:
 
 def measure(source: Path, dtype: str, warm_up: Path) -> dict[str, int]:
     command = [sys.executable, str(Path(__file__).with_name("load_memory_worker.py")), str(source), dtype, str(warm_up)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Every tensor gets pages of its own. By default glibc raises this threshold as tensors are let go, and then hands out again what the
+    # warm-up left in its heap, so that a load seems to take from 0.7 to 1.07 copies, by chance.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    environment = {**os.environ, **allocator, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -56,8 +59,7 @@ def test_metas_layout_takes_one_copy_even_with_the_mapped_pages(tmp_path: Path, 
     write_meta(tmp_path / "small", 1, num_shards)
     measured = measure(tmp_path / "llama", dtype, tmp_path / "small")
     assert measured["size"] > 60e6
-    # A little below one copy where pages that the warm-up left to the allocator are used again.
-    assert 0.8 * measured["size"] < measured["rss_bytes"] < 1.4 * measured["size"]
+    assert 0.95 * measured["size"] < measured["rss_bytes"] < 1.3 * measured["size"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -66,4 +68,4 @@ def test_a_sharded_hugging_face_folder_takes_one_copy_even_with_the_mapped_pages
     write_hugging_face(tmp_path / "small", 1)
     assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 3
     measured = measure(tmp_path / "llama", dtype, tmp_path / "small")
-    assert 0.8 * measured["size"] < measured["rss_bytes"] < 1.4 * measured["size"]
+    assert 0.95 * measured["size"] < measured["rss_bytes"] < 1.3 * measured["size"]
