@@ -1,8 +1,8 @@
 """Work on many items in several processes: results in the items' order, and only a few items ahead of who takes them.
 
 `multiprocessing.Pool.imap` would read the whole input at once; here the input is read as results are consumed, so memory does not grow
-with the data set. Processes are spawned, not forked: the caller may have threads (tokenizers, BLAS). That takes seconds, so that the first
-items are worked on here: what is done by then needs no other process.
+with the data set. Other processes are not forked off this one, which may have threads (tokenizers, BLAS), but off a server that has loaded what
+they need and nothing else. That takes a second, so this process works too: alone at first, which is all that a small input needs.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver
 from typing import Any, TypeVar
 
 from vltrain.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 4  # items per process that may wait, done or undone
-ALONE_SECONDS = 4.0  # of work before other processes are started
+AHEAD = 8  # items per process that may wait, done or undone
+HANDED = 4  # undone items that another process has at a time: what it works on, and what keeps it from waiting for this one
+ALONE_SECONDS = 0.05  # of work before other processes are started
 
 
 def usable_cores() -> int:
@@ -36,13 +38,17 @@ def ordered_map(
 
     Args:
         work: a module-level function.
-        workers: processes; with 0 or 1 the work is done in this one, and in any case the first `ALONE_SECONDS` of it.
+        workers: processes, this one among them.
         shared: further arguments, sent to each process once.
 
     Raises:
         InputError: a worker process died. What `work` raises is raised here.
     """
     items, spent = iter(items), 0.0
+    context = multiprocessing.get_context("forkserver")
+    if workers > 1:
+        context.set_forkserver_preload(["data_prep.prepare", "data_prep.pack"])
+        forkserver.ensure_running()  # once in a program; does not wait for it
     for item in items:
         start = time.perf_counter()
         result = work(item, *shared)
@@ -52,21 +58,31 @@ def ordered_map(
             break
     else:
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(work, shared)) as pool:
-        waiting: deque[Any] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(_call, item))
-                if len(waiting) >= workers * AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ProcessPoolExecutor(workers - 1, context, initializer=_begin, initargs=(work, shared))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        started = [pool.submit(os.getpid) for _ in range(workers - 1)]
+        for item in items:
+            free = sum(one.done() for one in started) * HANDED - sum(not one.done() for one in waiting)
+            waiting.append(pool.submit(_call, item) if free > 0 else _done_here(work, item, shared))
+            while waiting and (waiting[0].done() or len(waiting) >= workers * AHEAD):
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise InputError(f"one of {workers} worker processes died, most likely for want of memory; use fewer workers") from None
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise InputError(f"one of {workers} processes died, most likely for want of memory; use fewer workers") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # one that has not even started ends by itself
+
+
+def _done_here(work: Callable[..., Result], item: Item, shared: tuple[Any, ...]) -> Future[Result]:
+    """Its result, or the error that is raised when its turn comes."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(work(item, *shared))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def in_chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
@@ -27,7 +28,7 @@ from data_prep.command_line import CommandLine
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.sources import SOURCES
-from data_prep.sources.raw import ImageSource, RawSample
+from data_prep.sources.raw import ImageSource
 from vltrain.config import DataConfig
 from vltrain.data.folder import new_folder
 from vltrain.data.images import open_rgb
@@ -41,6 +42,10 @@ _CHUNK = 64
 
 Images = dict[str, tuple[ImageSource, str]]
 """Per image name its source and the first sample that uses it."""
+Named = tuple[str, tuple[ImageSource, str]]
+"""An item of those."""
+
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def prepare(
@@ -76,36 +81,26 @@ def prepare(
     workers = usable_cores() if workers is None else workers
     told = {name: str(value) for name, value in (options or {}).items()}
     made_with = {"source": source, "input": str(input), "options": told, "max_image_pixels": max_image_pixels}
+    counts: Counter[str] = Counter()
     if share is not None and share.part is not None:
-        counts, images = _collect(source, input, options, None)
+        images = dict(_write_samples(source, input, options, None, counts))
         if not is_done(output, share, made_with):
             names = _names_of_part(images, share, share.part)
             with new_part(output, share, made_with) as folder:
-                _check_images({name: images[name] for name in names}, folder, workers, max_image_pixels)
+                _check_images([(name, images[name]) for name in names], folder, workers, max_image_pixels, links=False)
                 (folder / CHECKED).write_text(_digest(names))
         return dict(counts)
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output) as folder:
-        counts, images = _collect(source, input, options, folder)
+        met = _write_samples(source, input, options, folder, counts)
         if share is None:
-            _check_images(images, folder, workers, max_image_pixels)
+            _check_images(met, folder, workers, max_image_pixels, links=True)
         else:
-            _take_drawn(images, share, parts, folder)
-        for name, (source_of_image, _) in images.items():
-            if isinstance(source_of_image, Path):
-                _link_or_copy(source_of_image, folder / name)
+            _take_images(dict(met), share, parts, folder)
         (folder / RECORD).write_text(json.dumps({"source": source, "options": told}, indent=2) + "\n")
     if share is not None:
         remove_parts(output)
     return dict(counts)
-
-
-def _collect(source: str, input: Path | None, options: Mapping[str, Any] | None, folder: Path | None) -> tuple[Counter[str], Images]:
-    """`_write_samples` of a source. Raises InputError if it has none."""
-    counts, images = _write_samples(SOURCES[source](input, options or {}), folder)
-    if not counts:
-        raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
-    return counts, images
 
 
 def _names_of_part(images: Images, share: Share, part: int) -> list[str]:
@@ -117,49 +112,53 @@ def _digest(names: list[str]) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest() + "\n"
 
 
-def _check_images(images: Images, folder: Path, workers: int, max_image_pixels: int) -> None:
-    """Decodes image files in several processes, and draws those that are drawn into `folder`."""
-    chunks = in_chunks(images.items(), _CHUNK)
-    checked = ordered_map(_check_or_draw, chunks, workers, (folder, max_image_pixels))
-    with tqdm(total=len(images), desc="images", unit="image", disable=None) as progress:
+def _check_images(images: Iterable[Named], folder: Path, workers: int, max_image_pixels: int, *, links: bool) -> None:
+    """`_check_or_draw` in several processes, while the images are still being named."""
+    checked = ordered_map(_check_or_draw, in_chunks(images, _CHUNK), workers, (folder, max_image_pixels, links))
+    with tqdm(desc="images", unit="image", disable=None) as progress:
         for names in checked:
             progress.update(len(names))
 
 
-def _take_drawn(images: Images, share: Share, parts: list[Path], folder: Path) -> None:
-    """Takes the images that the parts have drawn. Raises InputError if a part has checked others than the data has now."""
+def _take_images(images: Images, share: Share, parts: list[Path], folder: Path) -> None:
+    """Links what the parts have checked or drawn. Raises InputError if a part has checked others than the data has now."""
     for part, made in enumerate(parts, start=1):
         names = _names_of_part(images, share, part)
         if (made / CHECKED).read_text() != _digest(names):
             raise InputError(f"{made}: was made of other raw data than is there now; remove it and run the part again")
         for name in names:
-            if not isinstance(images[name][0], Path):
-                _link_or_copy(made / name, folder / name)
+            source = images[name][0]
+            _link_or_copy(source if isinstance(source, Path) else made / name, folder / name)
 
 
-def _write_samples(samples: Iterable[RawSample], folder: Path | None) -> tuple[Counter[str], Images]:
-    """Checks the samples, and writes the JSONL files if it is told where; returns samples per split, and the images."""
-    counts: Counter[str] = Counter()
-    images: Images = {}
+def _write_samples(
+    source: str, input: Path | None, options: Mapping[str, Any] | None, folder: Path | None, counts: Counter[str]
+) -> Iterator[Named]:
+    """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each image when it first comes."""
+    sources: dict[str, ImageSource] = {}
     seen: set[str] = set()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for raw in tqdm(samples, desc="samples", unit="sample", disable=None):
+        for raw in tqdm(SOURCES[source](input, options or {}), desc="samples", unit="sample", disable=None):
             sample = raw.sample
             if sample.id in seen:
                 raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
             seen.add(sample.id)
             names = [_image_name(name) for name in sample.images]
-            for name, source in zip(names, raw.image_sources, strict=True):
-                if images.setdefault(name, (source, sample.id))[0] != source:
-                    raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {images[name][0]} and {source}")
+            for name, image_source in zip(names, raw.image_sources, strict=True):
+                if name not in sources:
+                    sources[name] = image_source
+                    yield name, (image_source, sample.id)
+                elif sources[name] != image_source:
+                    raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {sources[name]} and {image_source}")
             counts[raw.split] += 1
             if folder is None:
                 continue
             if raw.split not in files:
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
-            files[raw.split].write(json.dumps({**sample.to_json(), "images": names}, ensure_ascii=False) + "\n")
-    return counts, images
+            files[raw.split].write(_as_json({**sample.to_json(), "images": names}) + "\n")
+    if not counts:
+        raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -168,29 +167,36 @@ def _image_name(name: str) -> str:
     return str(IMAGES / PurePosixPath(name))
 
 
-def _check_or_draw(images: list[tuple[str, tuple[ImageSource, str]]], folder: Path, max_pixels: int) -> list[str]:
-    """Decodes each image file, and draws into `folder` what is to be drawn: (name, (source, sample)). Returns the names."""
+def _check_or_draw(images: list[Named], folder: Path, max_pixels: int, links: bool) -> list[str]:
+    """Decodes each image file, and where `links` gives it its name in `folder`; draws into `folder` what is to be drawn. Returns the names."""
     for name, (source, sample_id) in images:
         if isinstance(source, Path):
             open_rgb(read_image(source, sample_id), max_pixels, f"sample '{sample_id}', image {source}")
+            if links:
+                _link_or_copy(source, folder / name)
         else:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder((folder / name).parent)
             (folder / name).write_bytes(source())
     return [name for name, _ in images]
 
 
 def read_image(path: Path, sample_id: str) -> bytes:
     """The bytes of an image file; InputError naming file and sample if it cannot be read, or is no plain file and would never end."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"sample '{sample_id}': {path} is something else than a file, expected an image")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"sample '{sample_id}': {path} is something else than a file, expected an image")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"sample '{sample_id}': image {path} cannot be read ({error.strerror})") from None
 
 
+def _make_folder(folder: Path) -> None:
+    if not os.path.isdir(folder):  # of many images' one mostly is there: asking takes a tenth of making
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def _link_or_copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     try:
         os.link(source.resolve() if source.is_symlink() else source, target)
     except OSError as error:

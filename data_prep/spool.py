@@ -62,9 +62,10 @@ class Spool:
         self._starts, self._image_starts, self._instruction_starts = (
             np.cumsum(one) - one for one in (self.lengths, self.num_images, self.instruction_lengths)
         )
-        self._tokens, self._mask = np.memmap(self._files[0], np.int32, "r"), np.memmap(self._files[1], bool, "r")
+        # Slicing a memmap takes ten times as long as slicing an array.
+        self._tokens, self._mask = (np.asarray(np.memmap(file, dtype, "r")) for file, dtype in zip(self._files, (np.int32, bool)))
         has_instruction = self.instruction_lengths.any()
-        self._instruction = np.memmap(self._files[2], np.int32, "r") if has_instruction else np.empty(0, np.int32)
+        self._instruction = np.asarray(np.memmap(self._files[2], np.int32, "r")) if has_instruction else np.empty(0, np.int32)
 
     def deal(self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool) -> tuple[np.ndarray, np.ndarray]:
         """Which of the samples `kept` share a pack, or a padded batch: see `vltrain.data.packing.pack_lengths`."""

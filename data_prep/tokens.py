@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data_prep.parallel import in_chunks, ordered_map
@@ -94,7 +95,7 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, t
         ids=[segment.sample_id for segment in segments],
         images=[segment.images for segment in segments],
         lengths=[len(segment.input_ids) for segment in segments],
-        num_labels=[int(segment.loss_mask.sum()) for segment in segments],
+        num_labels=[int(np.count_nonzero(segment.loss_mask)) for segment in segments],
         instruction_lengths=[len(segment.instruction_ids) for segment in segments],
         instruction_cuts=sum(segment.instruction_cut > 0 for segment in segments),
         input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),

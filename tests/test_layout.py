@@ -1,13 +1,15 @@
 """The house's rules that a machine can check: imports go down only, deepspeed has one door, files stay readable."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 # A room may import from itself and from rooms further left.
-ROOMS = ("errors", "schema", "instructblip_config", "config", "strict_yaml", "recipe", "settings", "locate", "ops", "data", "models", "evaluate", "check", "train", "programs", "cli")
+ROOMS = ("errors", "schema", "batch", "instructblip_config", "config", "strict_yaml", "recipe", "settings", "locate", "ops", "data", "models", "evaluate", "check", "train", "programs", "cli")
 FILES = sorted(path for folder in ("vltrain", "data_prep", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -41,6 +43,12 @@ def test_imports_go_down_only(path):
 def test_every_room_is_in_the_order():
     found = {path.name.removesuffix(".py") for path in (ROOT / "vltrain").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
     assert found - {"__init__"} <= set(ROOMS)
+
+
+def test_preparing_data_loads_no_torch():
+    """It takes seconds, in each of the worker processes too."""
+    command = "import sys, data_prep.prepare, data_prep.pack; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
 
 
 def test_deepspeed_has_one_door():

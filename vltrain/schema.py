@@ -2,8 +2,8 @@
 
     raw files --data_prep--> Sample (JSONL) --tokenise--> Segment --pack--> PackedRow (Arrow) --loader--> Batch --> model
 
-A `Segment` is one tokenised sample; a `PackedRow` is several segments one after another; a `Batch` is one packed row as
-tensors. One micro-step of one rank trains on exactly one `Batch`: its length in tokens is what fills the memory, so there
+A `Segment` is one tokenised sample; a `PackedRow` is several segments one after another; a `vltrain.batch.Batch` is one
+packed row as tensors. One micro-step of one rank trains on exactly one `Batch`: its length in tokens is what fills the memory, so there
 is no second batch dimension and no padding.
 
 Token ids below zero are placeholders that the model replaces by vectors of its own; real ids are 0 and up.
@@ -13,12 +13,12 @@ per image.
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
 
 from vltrain.errors import InputError
 
@@ -30,6 +30,10 @@ IMAGE_MARKER = "<image>"  # in a turn's text: here stands the next image
 ROLES = ("user", "assistant")
 
 
+_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # one for all: making one takes longer than a sample does
+
+
+@functools.lru_cache(maxsize=4096)  # questions about an image stand together
 def path_fault(path: str) -> str | None:
     """What is wrong with an image's path in a data file, which may lead nowhere but below its folder; None if nothing is."""
     parts = path.split("/")
@@ -63,7 +67,9 @@ class Sample:
         """Raises InputError for a sample that nothing could be learned from or whose markers and images differ."""
         if not self.turns or self.turns[-1].role != "assistant" or not self.turns[-1].text.strip():
             raise InputError(f"sample '{self.id}': no answer (its last turn must be a non-empty assistant turn)")
+        num_markers = 0
         for number, turn in enumerate(self.turns):
+            num_markers += turn.text.count(IMAGE_MARKER)
             if turn.role != ROLES[number % 2]:
                 raise InputError(
                     f"sample '{self.id}': turn {number} is by '{turn.role}', expected '{ROLES[number % 2]}' (user and assistant alternate, user first)"
@@ -75,7 +81,6 @@ class Sample:
             if fault is not None:
                 raise InputError(f"sample '{self.id}': image path {image!r} {fault}; paths are relative to the samples' folder")
         self._require_text()
-        num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)
         if num_markers != len(self.images):
             raise InputError(
                 f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} image(s) listed; they must be equal"
@@ -84,9 +89,8 @@ class Sample:
     def _require_text(self) -> None:
         """JSON can spell halves of characters (lone surrogates), which no file and no tokenizer takes."""
         try:
-            for text in (self.id, *self.images, *(turn.text for turn in self.turns)):
-                text.encode()
-            json.dumps(self.metadata, ensure_ascii=False, default=str).encode()
+            "".join((self.id, *self.images, *[turn.text for turn in self.turns])).encode()
+            _as_json(self.metadata).encode()
         except (UnicodeEncodeError, RecursionError) as error:
             raise InputError(f"sample {self.id!a}: holds what is no text ({type(error).__name__}: {error})") from None
 
@@ -146,51 +150,3 @@ class PackedRow:
     sample_ids: tuple[str, ...]
     instruction_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     instruction_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-
-
-@dataclass(kw_only=True)
-class Batch:
-    """One packed row as tensors, ready for the model. A filler (weight zero) stands in where a rank has no pack.
-
-    input_ids       int64 [T]          placeholders below zero
-    labels          int64 [T]          already shifted: labels[t] is the token that position t predicts, or IGNORE_INDEX;
-                                       never across a segment's end
-    position_ids    int64 [T]          restarts at 0 with every segment
-    segment_lengths int64 [S]          on the CPU
-    label_lengths   int64 [S]          on the CPU: labels that carry loss, by segment; an encoder-decoder asks for it
-    pixels          uint8 [N, 3, H, W] resized, not normalised (the model does that on its device)
-    image_slots     int64 [K]
-    instruction_ids int64 [S, I]       what a Q-Former reads, -1 where padded; I is 0 where there is none
-    sample_ids      S strings
-    num_label_tokens                   labels that carry loss
-    is_filler                          its loss is multiplied by zero; its forward and backward only match collectives
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    position_ids: torch.Tensor
-    segment_lengths: torch.Tensor
-    pixels: torch.Tensor
-    image_slots: torch.Tensor
-    sample_ids: tuple[str, ...]
-    num_label_tokens: int
-    label_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    instruction_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
-    is_filler: bool = False
-
-    _MOVED: ClassVar = ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids")
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Moves what the model computes on; lengths stay on the CPU."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in self._MOVED})
-
-    def segment_labels(self) -> torch.Tensor:
-        """int64 [S] on the CPU: label tokens of each segment. Of a batch that is still on the CPU."""
-        owner = torch.repeat_interleave(torch.arange(len(self.segment_lengths)), self.segment_lengths)
-        return torch.zeros(len(self.segment_lengths), dtype=torch.int64).index_add_(0, owner, (self.labels != IGNORE_INDEX).long())
-
-    def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader when it pins."""
-        for name in self._MOVED:
-            setattr(self, name, getattr(self, name).pin_memory())
-        return self

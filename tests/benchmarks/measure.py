@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RUNS = 5
 PACKAGES = ("torch", "transformers", "trl", "datasets", "deepspeed", "liger-kernel", "triton")
 
@@ -72,6 +70,8 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 def machine() -> dict[str, Any]:
     """Where the figures come from."""
+    import torch  # takes seconds, which processes that only prepare data need not spend
+
     installed = {}
     for name in PACKAGES:
         try:

@@ -17,12 +17,9 @@ from collections.abc import Callable
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import pack_dataset
 
 from data_prep.pack import pack
 from data_prep.prepare import prepare
@@ -30,6 +27,9 @@ from data_prep.sources import SOURCES
 from tests.benchmarks.measure import alternate, command, median_ratio, report, seconds_of, settled
 from vltrain.locate import locate
 from vltrain.schema import IMAGE_MARKER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER = "asset://tiny_llama"
 PACK_LENGTH = 1024
@@ -67,6 +67,12 @@ def read_checked(example: dict[str, Any]) -> dict[str, Any]:
 
 def peer(folder: Path, raw: Path | None, workers: int, *, batched: bool) -> int:
     """Raw files to packs by datasets and TRL. Returns the number of packs."""
+    # Not above: our processes are spawned and would load them, the peer's are forked.
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import pack_dataset
+
+    datasets.disable_progress_bars()
     read = [one for one in SOURCES["easyvqa"](raw, {}) if one.split == "train"]
     texts = [one.sample.turns for one in read]
     table = {"prompt": [turns[0].text.replace(IMAGE_MARKER, "Image: ") for turns in texts], "completion": [turns[1].text for turns in texts]}
@@ -106,7 +112,9 @@ def main() -> None:
     parser = command(__doc__)
     parser.add_argument("--workers", type=int, default=2, help="processes, of each")
     given = settled(parser.parse_args())
-    datasets.disable_progress_bars()
+    import datasets  # noqa: F401, that no run is timed with it
+    import trl  # noqa: F401
+
     with tempfile.TemporaryDirectory() as place:
         raw = excerpt(Path(place) / "raw", 300) if given.quick else None
         num_samples = sum(one.split == "train" for one in SOURCES["easyvqa"](raw, {}))

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from tests.models.tiny_models import LLM, make_batch, tiny_config
+from vltrain.batch import Batch
 from vltrain.check.live_memory import LiveMemory
 from vltrain.check.rehearse import PackSize, make_pack, rehearse
 from vltrain.config import ModelConfig, PeftConfig
 from vltrain.models.build import build_model
-from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
 MID_SIZE = {**LLM, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 1000}
 SIZE = PackSize(num_tokens=300, num_images=4, num_label_tokens=120, num_segments=6, origin="")

@@ -9,13 +9,14 @@ import torch.distributed as dist
 from test_generate import IMAGES, PLAIN, PROMPTS, STOP, VOCABULARY, make_prompts, tiny_model
 from test_ranking import ITEMS, WINNERS, candidates_of
 
+from vltrain.batch import Batch
 from vltrain.config import OptimConfig
 from vltrain.evaluate.generate import Sampling, alone, generate
 from vltrain.evaluate.ranking import rank as rank_candidates
 from vltrain.evaluate.run import is_sharded, largest_over_ranks
 from vltrain.models.build import part_of
 from vltrain.models.multimodal import MultimodalModel
-from vltrain.schema import IGNORE_INDEX, Batch
+from vltrain.schema import IGNORE_INDEX
 from vltrain.train.engine import Engine, init_distributed, shutdown_distributed
 from vltrain.train.optim import parameter_groups
 

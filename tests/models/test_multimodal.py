@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from tiny_models import LLM, VISUAL_TOKENS, make_batch, mixed_batch, randomise_adapters, tiny_config
 
+from vltrain.batch import Batch
 from vltrain.models.build import build_model
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.multimodal import MultimodalModel
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Batch
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 VISION_SIDE = ("vision.", "neck.")
 

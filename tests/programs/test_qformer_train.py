@@ -74,7 +74,8 @@ def test_real_questions_are_learned_by_heart(tmp_path):
     recipe["model"]["instructblip"]["config"]["vision_config"] |= {"image_size": 128, "patch_size": 16}
     recipe["eval"] = {"scorer": "iconqa", "method": "generate", "max_new_tokens": 16, "max_samples": None}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output": str(tmp_path / "run")}))
-    done = deepspeed("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", "--recipe", str(tmp_path / "recipe.yaml"))
+    words = ("launch/train_qformer.py", "--ds", "ds_configs/zero2.json", "--recipe", str(tmp_path / "recipe.yaml"))
+    done = deepspeed(*words, timeout_seconds=3600)  # 1,540 steps take some twenty minutes
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "eval" / "train" / "metrics.json").read_text())
     assert metrics["total"] == metrics["correct"] == 150, metrics["columns"]

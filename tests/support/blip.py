@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from vltrain.batch import Batch
 from vltrain.config import Config
 from vltrain.data.conversation import encode_sample
 from vltrain.data.loader import batch_of
 from vltrain.recipe import build_config
-from vltrain.schema import Batch, Sample, Turn
+from vltrain.schema import Sample, Turn
 
 IMAGE_SIZE = 16
 QUERIES = 4

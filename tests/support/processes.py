@@ -67,10 +67,10 @@ def run_ranks(module: str, arguments: list[str], world_size: int, output: Path, 
         raise AssertionError(f"{module} on {world_size} rank(s) ended with {codes}\n{logs}")
 
 
-def deepspeed(*words: str, num_ranks: int = 2) -> subprocess.CompletedProcess:
+def deepspeed(*words: str, num_ranks: int = 2, timeout_seconds: float = 900) -> subprocess.CompletedProcess:
     """`deepspeed launch/...` as in the README."""
     command, environment = deepspeed_command(*words, num_ranks=num_ranks)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
 
 
 def deepspeed_command(*words: str, num_ranks: int = 2) -> tuple[list[str], dict[str, str]]:

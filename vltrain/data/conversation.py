@@ -20,10 +20,12 @@ Only markup can become special tokens; a sample's text that spells one stays tex
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +38,7 @@ NO_IMAGE = "Image: N/A\n"
 _MARKER = re.compile(re.escape(IMAGE_MARKER) + r"\n?")
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Consecutive tokens that are all predicted or all given.
 
     `opens_answer` marks the first piece of an answer; the last `num_closing` tokens of the piece end it.
@@ -214,7 +215,7 @@ def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenize
     answered = replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=text)))
     pieces = list(_pieces(answered, tokenizer, template, visual_tokens))
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
-    given = [replace(piece, predicted=False) for piece in pieces[:last_answer]]
+    given = [piece._replace(predicted=False) for piece in pieces[:last_answer]]
     ids = pieces[last_answer].ids
     asked = Piece(ids if whole else ids[: len(ids) - pieces[last_answer].num_closing], predicted=True)
     return _join(sample, [*given, asked], tokenizer, template)
@@ -232,15 +233,12 @@ def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: 
 
 
 def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: str) -> Segment:
-    ids = [token for piece in pieces for token in piece.ids]
-    mask, start = np.zeros(len(ids), bool), 0
-    for piece in pieces:
-        mask[start : start + len(piece.ids)] = piece.predicted
-        start += len(piece.ids)
+    ids = array("i", itertools.chain.from_iterable(piece.ids for piece in pieces))
+    mask = bytearray().join((b"\1" if piece.predicted else b"\0") * len(piece.ids) for piece in pieces)
     instruction: dict[str, Any] = {}
     if find_template(template).instruction:
         if tokenizer.instruction is None:
             raise InputError(f"template '{template}' is read by a Q-Former too: it needs a tokenizer for that (--qformer-tokenizer)")
         read, cut = tokenizer.instruction.encode(_prompt_text(sample.turns))
         instruction = {"instruction_ids": np.array(read, np.int32), "instruction_cut": cut}
-    return Segment(sample_id=sample.id, input_ids=np.array(ids, np.int32), loss_mask=mask, images=sample.images, **instruction)
+    return Segment(sample_id=sample.id, input_ids=np.frombuffer(ids, np.int32), loss_mask=np.frombuffer(mask, bool), images=sample.images, **instruction)

@@ -48,7 +48,9 @@ def new_folder(output: Path) -> Iterator[Path]:
 def _flush(folder: Path) -> None:
     for place, _, names in os.walk(folder):
         for name in names:
-            _flush_one(Path(place, name))
+            # A hard link is another name of a file that was there before and was not written here.
+            if os.stat(os.path.join(place, name)).st_nlink == 1:
+                _flush_one(Path(place, name))
         _flush_one(Path(place))
 
 

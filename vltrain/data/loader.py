@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vltrain.batch import Batch
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
 from vltrain.data.signals import deaf_children
 from vltrain.errors import InputError
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Batch, PackedRow, Segment
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, PackedRow, Segment
 
 PREFETCH_PACKS = 4  # per worker
 

@@ -111,7 +111,7 @@ class _Files:
         return tuple(self._done)
 
     def _flush(self) -> None:
-        columns = [pa.array(column, field.type) for column, field in zip(zip(*self._pending, strict=True), self._schema, strict=True)]
+        columns = [_column(values, field.type) for values, field in zip(zip(*self._pending, strict=True), self._schema, strict=True)]
         if self._writer is None:
             self._path = self._folder / f"{self._prefix}-{len(self._done):05d}.arrow"
             self._writer = pa.ipc.new_file(str(self._path), self._schema)
@@ -124,6 +124,14 @@ class _Files:
             self._writer.close()
             self._done.append(describe(self._path, self._rows))
             self._writer, self._rows, self._bytes = None, 0, 0
+
+
+def _column(values: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
+    """Arrow's array of that type; of lists by their numbers all at once, since one by one takes ten times as long."""
+    if not pa.types.is_list(kind) or pa.types.is_string(kind.value_type):
+        return pa.array(values, kind)
+    starts = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    return pa.ListArray.from_arrays(starts, pa.array(np.concatenate(values), kind.value_type), type=kind)
 
 
 def describe(path: Path, rows: int) -> ShardFile:

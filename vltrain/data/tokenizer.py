@@ -23,6 +23,9 @@ from vltrain.locate import locate
 
 # Spaces, line ends, digits, case, accents, CJK and an emoji: what normalisers and pre-tokenizers differ in.
 _PROBES = ("Question: Which one?\nAnswer:", "  two  spaces", "a\tb\r\nc", "1234567 3.14", "it's", "Éa ﬁ ½", "你好 🙂", "<s></s>")
+# Markup, questions and one-word answers come again and again: that many short texts (in characters) are remembered with their ids.
+SHORT_TEXT = 64
+MAX_KNOWN = 4096
 
 
 class Tokenizer(ABC):
@@ -46,10 +49,21 @@ class Tokenizer(ABC):
     word_prefix: str = ""
     fingerprint: str = ""
     instruction: InstructionTokenizer | None = None
+    _known: dict[str, list[int]]
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no special token is added, and none is made of text that spells one."""
+        if len(text) > SHORT_TEXT:
+            return self._encode(text)
+        if text not in self._known:
+            if len(self._known) == MAX_KNOWN:
+                self._known.clear()
+            self._known[text] = self._encode(text)
+        return list(self._known[text])
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """`encode`, done anew."""
 
     @abstractmethod
     def encode_markup(self, text: str) -> list[int]:
@@ -65,6 +79,7 @@ class Tokenizer(ABC):
 
     def _settle(self, vocabulary: Any) -> None:
         """Derives `word_prefix` and `fingerprint` once encoding works; `vocabulary` is what JSON can hold."""
+        self._known = {}
         self.word_prefix = "" if self.encode("x a") == self.encode("x") + self.encode("a") else " "
         probes = [self.encode(text) for text in _PROBES]
         facts = [vocabulary, self.bos_id, self.eos_id, self.chat_template, probes]
@@ -90,7 +105,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_ids = frozenset(piece for piece, control, unknown in controls if control or unknown)
         self._settle([model.id_to_piece(every_id), model.get_score(every_id)])
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def encode_markup(self, text: str) -> list[int]:
@@ -125,7 +140,7 @@ class TransformersTokenizer(Tokenizer):
         merges = json.loads(self._outer.backend_tokenizer.to_str())["model"].get("merges", [])
         self._settle([self._outer.get_vocab(), merges])
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         backend = self._outer.backend_tokenizer
         backend.encode_special_tokens = True  # "</s>" in a text stays five characters
         return backend.encode(text, add_special_tokens=False).ids

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from vltrain.batch import Batch
 from vltrain.models.adapters import Routing
 from vltrain.models.flops import Flops, count_flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.vision import ClipTaps
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Batch
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 
 class LossOutput(NamedTuple):

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration, InstructBlipQFormerModel, InstructBlipVisionModel, LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from vltrain.batch import Batch
 from vltrain.models.flops import Flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.low_rank import orthogonality
 from vltrain.models.multimodal import LossOutput, places
 from vltrain.models.qformer_flops import count_flops
-from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
 
 class QueryTokens(nn.Module):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from vltrain.batch import Batch
 from vltrain.errors import InputError
-from vltrain.schema import Batch
 
 NAMED_SAMPLES = 8
 

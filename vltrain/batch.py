@@ -1,0 +1,61 @@
+"""What the model gets: a packed row as tensors. Apart from `vltrain.schema`, since preparing data needs no torch, which takes seconds to load.
+
+Shapes: T tokens of the row, S segments, N distinct images, K image runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from vltrain.schema import IGNORE_INDEX
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """One packed row as tensors, ready for the model. A filler (weight zero) stands in where a rank has no pack.
+
+    input_ids       int64 [T]          placeholders below zero
+    labels          int64 [T]          already shifted: labels[t] is the token that position t predicts, or IGNORE_INDEX;
+                                       never across a segment's end
+    position_ids    int64 [T]          restarts at 0 with every segment
+    segment_lengths int64 [S]          on the CPU
+    label_lengths   int64 [S]          on the CPU: labels that carry loss, by segment; an encoder-decoder asks for it
+    pixels          uint8 [N, 3, H, W] resized, not normalised (the model does that on its device)
+    image_slots     int64 [K]
+    instruction_ids int64 [S, I]       what a Q-Former reads, -1 where padded; I is 0 where there is none
+    sample_ids      S strings
+    num_label_tokens                   labels that carry loss
+    is_filler                          its loss is multiplied by zero; its forward and backward only match collectives
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    segment_lengths: torch.Tensor
+    pixels: torch.Tensor
+    image_slots: torch.Tensor
+    sample_ids: tuple[str, ...]
+    num_label_tokens: int
+    label_lengths: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    instruction_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    is_filler: bool = False
+
+    _MOVED: ClassVar = ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids")
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Moves what the model computes on; lengths stay on the CPU."""
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in self._MOVED})
+
+    def segment_labels(self) -> torch.Tensor:
+        """int64 [S] on the CPU: label tokens of each segment. Of a batch that is still on the CPU."""
+        owner = torch.repeat_interleave(torch.arange(len(self.segment_lengths)), self.segment_lengths)
+        return torch.zeros(len(self.segment_lengths), dtype=torch.int64).index_add_(0, owner, (self.labels != IGNORE_INDEX).long())
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader when it pins."""
+        for name in self._MOVED:
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
