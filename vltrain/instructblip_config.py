@@ -117,6 +117,8 @@ class InstructBlipConfig:
     """A folder of peft's, as `vltrain export` writes it, that the tuned parameters start from; null: untrained updates."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """What computes a LLaMA's norms, rotary embedding and SwiGLU, as `model.llm.kernels`. T5's are transformers' own."""
     dropout: float | None = None
     """Every dropout rate of ViT, Q-Former and LLM while training; null: as their config says (the released ones: 0.1 in Q-Former and T5)."""
     vision: Literal["frozen", "full"] = "frozen"

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from tests.models.tiny_models import LLM, make_batch, tiny_config
+from tests.support.blip import IMAGE_SIZE, QUERIES, blip_config
 from vltrain.batch import Batch
 from vltrain.check.live_memory import LiveMemory
-from vltrain.check.rehearse import PackSize, make_pack, rehearse
+from vltrain.check.rehearse import PackSize, make_blip_pack, make_pack, rehearse
 from vltrain.config import ModelConfig, PeftConfig
 from vltrain.models.build import build_model
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
@@ -22,7 +23,13 @@ MODELS: dict[str, ModelConfig] = {
     "everything": tiny_config(llm={"config": MID_SIZE}, tune="full"),
     "router": tiny_config(adapter={"kind": "router", "llm": "both"}),
     "lora": tiny_config(llm={"peft": PeftConfig(kind="lora")}, adapter={"llm": "none"}),
+    "instructblip-llama": blip_config("llama", llm__mode="full").model,
+    "instructblip-t5": blip_config("t5", qformer__mode="full", llm__mode="lora").model,
 }
+
+
+def made_pack(config: ModelConfig) -> Batch:
+    return make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16) if config.architecture == "instructblip" else make_pack(SIZE, 2, 32)
 
 
 def given(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
@@ -51,8 +58,8 @@ def saved_bytes(model: nn.Module, batch: Batch, products: torch.dtype) -> int:
 def test_a_rehearsal_keeps_what_autograd_saves(name: str) -> None:
     """In fp32, where it computes exactly what the model does: to 1%, which is states of random numbers and single sums."""
     config = MODELS[name]
-    batch = make_pack(SIZE, 2, 32)
-    said = rehearse(build_model(config, device="meta"), make_pack(SIZE, 2, 32), torch.float32, lambda parameter: torch.float32)
+    batch = made_pack(config)
+    said = rehearse(build_model(config, device="meta"), made_pack(config), torch.float32, lambda parameter: torch.float32)
     found = saved_bytes(build_model(config), batch, torch.float32)
     assert said.kept == pytest.approx(found, rel=0.01)
 
@@ -67,13 +74,13 @@ def test_in_bf16_layer_norms_keep_fp32_as_on_cuda() -> None:
     assert said.vision == 0 and said.rest == pytest.approx(found, rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("mid-size", False), ("everything", True)])
+@pytest.mark.parametrize(("name", "checkpointing"), [("mid-size", False), ("everything", True), ("instructblip-llama", True), ("instructblip-t5", False)])
 def test_the_peak_is_that_of_a_real_step(name: str, checkpointing: bool) -> None:
     """A real forward and backward under the same count of live tensors, gradients dropped as they come."""
     config = MODELS[name]
     outline = build_model(config, device="meta", activation_checkpointing=checkpointing)
-    said = rehearse(outline, make_pack(SIZE, 2, 32), torch.float32, lambda parameter: torch.float32)
-    model, batch = build_model(config, activation_checkpointing=checkpointing), make_pack(SIZE, 2, 32)
+    said = rehearse(outline, made_pack(config), torch.float32, lambda parameter: torch.float32)
+    model, batch = build_model(config, activation_checkpointing=checkpointing), made_pack(config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
@@ -105,6 +112,9 @@ def test_a_made_pack_is_what_was_asked_for() -> None:
     batch = make_pack(SIZE, 2, 32)
     assert (len(batch.input_ids), len(batch.pixels), batch.num_label_tokens, len(batch.segment_lengths)) == (300, 4, 120, 6)
     assert int((batch.input_ids == IMAGE_TOKEN).sum()) == 8 and int((batch.labels != IGNORE_INDEX).sum()) == 120
+    asked = make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16)
+    assert (len(asked.input_ids), len(asked.pixels), asked.label_lengths.tolist()) == (300, 4, [20] * 6)
+    assert asked.instruction_ids.shape == (6, 16) and int((asked.input_ids == IMAGE_TOKEN).sum()) == 4 * QUERIES
     crowded = make_pack(PackSize(num_tokens=10, num_images=50, num_label_tokens=50, num_segments=1, origin=""), 3, 32)
     assert len(crowded.pixels) == 2 and len(crowded.input_ids) == 10
 

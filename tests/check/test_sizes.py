@@ -9,10 +9,11 @@ from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models.tiny_models import tiny_config
-from vltrain.check.sizes import LLMS, VITS, assume_sizes
+from vltrain.check.sizes import BLIPS, LLMS, VITS, assume_sizes
 from vltrain.check.weights import WeightPlan, quantised_bytes
 from vltrain.config import LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
+from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.models.build import build_model, count_parameters
 
 PUBLISHED = {
@@ -36,6 +37,27 @@ def test_an_llm_has_its_published_number_of_parameters(name: str) -> None:
         llm = LlamaForCausalLM(LlamaConfig(**LLMS[name].config))
     llm.tie_weights()
     assert sum(parameter.numel() for parameter in llm.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "llm"),
+    [
+        ("instructblip-flan-t5-xl", 2_849_757_184), ("instructblip-flan-t5-xxl", 11_135_332_352),
+        # LLaMA's, and one more row of the embeddings and of the head.
+        ("instructblip-vicuna-7b", PUBLISHED["llama-7b"] + 2 * 4096), ("instructblip-vicuna-13b", PUBLISHED["llama-13b"] + 2 * 5120),
+    ],
+)  # fmt: skip
+def test_an_instructblip_has_its_published_number_of_parameters(name: str, llm: int) -> None:
+    """Sizes of the LLM and of EVA's ViT-g; what is tuned, tests/models/test_qformer.py counts."""
+    blip = InstructBlipConfig(source=f"Salesforce/{name}")
+    model, said = assume_sizes(ModelConfig(architecture="instructblip", instructblip=blip))
+    counts = count_parameters(build_model(model, device="meta"))
+    assert (counts["llm"][0], counts["vision"][0], counts["qformer"][0]) == (llm, 985_949_440, 185_659_392)
+    assert said == [f"model.instructblip.source (Salesforce/{name}): sizes of {name}, by its name, since it is not on this machine"]
+
+
+def test_every_instructblip_is_in_that_list() -> None:
+    assert BLIPS.keys() == {"instructblip-flan-t5-xl", "instructblip-flan-t5-xxl", "instructblip-vicuna-7b", "instructblip-vicuna-13b"}
 
 
 @pytest.mark.parametrize(

@@ -58,19 +58,19 @@ def test_losses_and_gradients_are_those_of_plain_operations(tune, checkpointing)
     assert_same(found)
 
 
-def test_an_instructblips_llama_has_them_too(tmp_path, monkeypatch):
-    """Where they are chosen, on CUDA; here the choice is made for it."""
-    config = blip_config("llama", vision="full", qformer__mode="full", llm__mode="full")
+def test_an_instructblips_llama_has_them_too(tmp_path):
     places = make_tokenizers(tmp_path)
     tokenizer = load_tokenizer(places["llama"], InstructionSource(source=places["bert"], max_tokens=32))
     found = []
     for kernels in ("torch", "liger"):
-        monkeypatch.setattr("vltrain.models.build_blip.choose_kernels", lambda *given, kernels=kernels: kernels)
+        config = blip_config("llama", vision="full", qformer__mode="full", llm__mode="full", kernels=kernels)
         model = build_model(config.model, device=DEVICE)
         loss = model(make_batch(make_samples(6), tokenizer, model.template).to(torch.device(DEVICE))).loss_sum
         loss.backward()
         found.append((loss.detach(), gradients(model)))
     assert_same(found)
+    with pytest.raises(InputError, match="model.instructblip.kernels: found 'liger', but it has none for a T5"):
+        build_model(blip_config("t5", kernels="liger").model)
 
 
 def assert_same(found: list) -> None:

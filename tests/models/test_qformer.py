@@ -7,6 +7,7 @@ import torch
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from tests.support.blip import QUERIES, blip_config, make_batch, make_samples, make_tokenizers
+from vltrain.check.sizes import BLIPS
 from vltrain.config import ModelConfig
 from vltrain.data.instruction import InstructionSource
 from vltrain.data.loader import filler
@@ -154,22 +155,16 @@ def test_quantised_frozen_networks_train_the_rest(kind, bits, places):
     assert any(".lora_B" in name and parameter.grad.any() for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-# At full size, without memory: InstructBLIP's Q-Former, Flan-T5-XL and Vicuna-7B.
-FULL_T5 = {
-    "model_type": "t5", "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-}  # fmt: skip
-FULL_VICUNA = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32001,
-}  # fmt: skip
+# At full size, without memory.
+FULL_T5, FULL_VICUNA = (BLIPS[f"instructblip-{name}"].config for name in ("flan-t5-xl", "vicuna-7b"))
 
 
-def count_at_full_size(text, qformer=None, llm=None):
+def count_at_full_size(sizes, qformer=None, llm=None):
     """(adapters' weights, everything trained, the paper's 100%)"""
     tuning = {"qformer": QFormerTuning(**(qformer or {"mode": "frozen"})), "llm": LanguageTuning(**(llm or {"mode": "frozen"}))}
     places = {"tokenizer": "none", "qformer_tokenizer": "none"}
     model = build_model(
-        ModelConfig(architecture="instructblip", instructblip=OurConfig(config={"text_config": text}, **places, **tuning)), device="meta"
+        ModelConfig(architecture="instructblip", instructblip=OurConfig(config=sizes, **places, **tuning)), device="meta"
     )
     counts = count_parameters(model)
     return counts["peft"][1], sum(trained for _, trained in counts.values()), full_qformer_size(model)

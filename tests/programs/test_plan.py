@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.blip import QUERIES, blip_config, make_tokenizers
 from tests.support.tiny import SETTINGS, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.check.memory_plan import GIB, parameters_by_part
 from vltrain.check.sizes import assume_sizes
 from vltrain.models.build import build_model
+from vltrain.data.tokenizer import load_tokenizer
+from vltrain.programs.data_ready import packed_folder, ready_packs, tokenizer_sources
 from vltrain.programs.plan import find_recipe, main
+from vltrain.recipe import dump_config
 from vltrain.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +117,10 @@ def test_packs_that_are_there_are_planned_with(tiny: Path, tmp_path: Path) -> No
         ([PAPER, "--gpu-memory", "-4"], "--gpu-memory: found '-4'"),
         ([PAPER, "--gpus", "8", "--model.llm.source", "weights/unheard-of"], "model.llm.source: 'weights/unheard-of'"),
         ([PAPER, "--llm-size", "llama-2-7"], "did you mean 'llama-2-7b'"),
+        ([PAPER, "--instructblip-size", "instructblip-vicuna-7b"], "--instructblip-size: has no effect on the architecture mmt"),
+        (["qformer_t5", "--llm-size", "llama-7b"], "--llm-size: has no effect on the architecture instructblip"),
+        (["qformer_t5", "--instructblip-size", "instructblip-vicuna"], "did you mean 'instructblip-vicuna-7b'"),
+        (["qformer_t5", "--model.bits", "4", "--model.instructblip.llm.mode", "full", "--model.instructblip.vision", "full"], "model.bits"),
         ([PAPER, "--gpu", "8"], "did you mean 'gpus'"),
         ([PAPER, "--model.bits", "4", "--model.tune", "full"], "model.bits"),
     ],
@@ -136,6 +144,27 @@ def test_a_recipe_is_a_file_or_a_name() -> None:
     assert find_recipe("some/where.yaml") == Path("some/where.yaml")
 
 
-def test_an_instructblip_is_not_planned(capsys):
-    assert main(["qformer_shapes"]) == 2
-    assert "architecture mmt, found instructblip" in capsys.readouterr().err
+def test_an_instructblip_without_its_weights(tmp_path: Path) -> None:
+    """LoRA of rank 8 on every sublayer of the Q-Former is the paper's 2.126M; AdaLoRA starts from rank 12 and keeps two averages of each number."""
+    plan = planned(tmp_path, "qformer_t5", "--model.instructblip.qformer.mode", "adalora", "--data.max_images", "4")
+    trained = {part: count["trainable"] for part, count in plan["parameters"].items()}
+    entries = 12 * (12 * 2 + 6 * 4 + 12 * 4)  # of E: one for each direction of each layer, self, cross, ffn
+    low_rank = 2_125_824 * 12 // 8 + entries
+    assert trained == {"peft": low_rank, "bridge": 1_602_304, "qformer": 0, "vision": 0, "llm": 0, "all": low_rank + 1_602_304}
+    held = plan["memory_per_rank"]["held_bytes"]
+    assert held["frozen weights, bf16"] == 2 * (plan["parameters"]["all"]["total"] - trained["all"])
+    assert held["AdaLoRA's averages"] == 2 * 4 * low_rank
+    assert plan["disk"]["checkpoint_bytes"] == 12 * trained["all"] + 8 * low_rank
+    assert plan["pack"]["num_images"] == 4 and plan["flops_per_step"] > 0
+
+
+def test_an_instructblips_packs_are_planned_with(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_config(blip_config("t5", make_tokenizers(tmp_path / "tokenizers"), data__root=str(tmp_path / "data"))))
+    config = load_settings(["--recipe", str(recipe)], program="", description="", options={}).config
+    source, instruction = tokenizer_sources(config)
+    folder = packed_folder(config, load_tokenizer(source, instruction), QUERIES)
+    ready_packs(config, folder, QUERIES)
+    plan = planned(tmp_path, "--recipe", str(recipe))
+    assert plan["packs"] == str(folder) and plan["steps_per_epoch"] > 0
+    assert plan["pack"]["num_tokens"] <= config.data.pack_length and plan["pack"]["num_images"] > 0

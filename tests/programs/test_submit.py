@@ -101,7 +101,7 @@ def test_the_files_are_bash(name):
     assert subprocess.run(["bash", "-n", str(ROOT / "launch" / "slurm" / name)]).returncode == 0
 
 
-def test_an_instructblip_is_submitted_without_a_memory_plan(here, capsys):
-    given = ["--recipe", str(ROOT / "launch" / "recipes" / "qformer_t5.yaml"), "--nodes", "1", "--gpus-per-node", "2", "--dry-run"]
+def test_an_instructblip_is_planned_too(here, capsys):
+    given = ["--recipe", str(ROOT / "launch" / "recipes" / "qformer_shapes.yaml"), "--nodes", "1", "--gpus-per-node", "2", "--dry-run"]
     assert main(given) == 0 and "--ntasks-per-node=2" in capsys.readouterr().out
-    assert main([*given, "--gpu-memory", "80"]) == 2 and "mmt only" in capsys.readouterr().err
+    assert main([*given, "--gpu-memory", "1"]) == 2 and "GiB on each of 2 ranks, more than 1 GiB" in capsys.readouterr().err

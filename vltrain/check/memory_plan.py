@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vltrain.check.rehearse import Activations, PackSize, make_pack, rehearse
+from vltrain.check.rehearse import Activations, PackSize, make_blip_pack, make_pack, rehearse
 from vltrain.check.weights import WeightPlan
 from vltrain.check.zero import FP32, ZeroMemory, zero_memory
 from vltrain.config import Config
 from vltrain.data.shards import Index
-from vltrain.models.build import build_model, count_parameters
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.build import AnyModel, build_model, count_parameters
+from vltrain.models.qformer import InstructBlip
 
 GIB = 2**30
 # Allowances, not measured here: CUDA's context with its kernels and workspaces; NCCL's channels where there are several ranks.
@@ -29,6 +29,7 @@ CUDA_CONTEXT_BYTES, NCCL_BYTES = int(0.75 * GIB), int(0.5 * GIB)
 # What torch sees of common cards.
 CARDS_GIB = {"24 GB": 23.6, "40 GB": 39.4, "80 GB": 79.1, "141 GB": 139.8}
 TIGHT_SHARE = 0.9
+AVERAGES = 2  # that AdaLoRA keeps of each number: of its importance, and of how that varies
 # Where nothing says how a pack will look: an image in every so many tokens, and half of its text to be predicted.
 TOKENS_PER_IMAGE = 256
 
@@ -55,7 +56,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, ds_config: dict[str, Any], world_size: int, *, groups: Callable[[MultimodalModel], list[list[nn.Parameter]]],
+    config: Config, ds_config: dict[str, Any], world_size: int, *, groups: Callable[[AnyModel], list[list[nn.Parameter]]],
     pack: PackSize, bits: int | None, dtype: torch.dtype,
 ) -> MemoryPlan:
     """What one rank needs to train a recipe whose model can be built on the meta device.
@@ -78,26 +79,32 @@ def plan_memory(
     activations = {
         name: _rehearse(config, pack, bits, dtype, checkpointing=name == "recomputed") for name in ("kept", "recomputed")
     }
-    return _put_together(config, zero, activations, unpacked, world_size)
+    averages = AVERAGES * FP32 * adalora_size(model)
+    return _put_together(config, zero, activations, {"AdaLoRA's averages": averages}, unpacked, world_size)
 
 
 def _rehearse(config: Config, pack: PackSize, bits: int | None, dtype: torch.dtype, *, checkpointing: bool) -> Activations:
     model = build_model(config.model, device="meta", activation_checkpointing=checkpointing)
     weights = WeightPlan(model, bits, dtype)
-    return rehearse(model, make_pack(pack, model.visual_tokens, model.image_size), dtype, weights.computed_dtype)
+    if isinstance(model, InstructBlip):
+        batch = make_blip_pack(pack, model.visual_tokens, model.image_size, config.model.instructblip.qformer_tokens)
+    else:
+        batch = make_pack(pack, model.visual_tokens, model.image_size)
+    return rehearse(model, batch, dtype, weights.computed_dtype)
 
 
 def _put_together(
-    config: Config, zero: ZeroMemory, activations: dict[str, Activations], unpacked: int, world_size: int
+    config: Config, zero: ZeroMemory, activations: dict[str, Activations], more: dict[str, int], unpacked: int, world_size: int
 ) -> MemoryPlan:
     now = activations["recomputed" if config.train.activation_checkpointing else "kept"]
+    between = "neck" if config.model.architecture == "mmt" else "Q-Former"
     at_work = {
-        **zero.at_work, "activations, ViT": now.vision, "activations, neck, LLM and loss": now.rest,
+        **zero.at_work, "activations, ViT": now.vision, f"activations, {between}, LLM and loss": now.rest,
         "working memory of forward and backward": now.working, "a packed weight, unpacked": unpacked,
     }  # fmt: skip
     context = CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
     return MemoryPlan(
-        held=_sizeable({**zero.held, "CUDA and NCCL (allowance)": context}), at_work=_sizeable(at_work), in_step=_sizeable(zero.in_step),
+        held=_sizeable({**zero.held, **more, "CUDA and NCCL (allowance)": context}), at_work=_sizeable(at_work), in_step=_sizeable(zero.in_step),
         host=_sizeable(zero.host), activations=activations,
     )
 
@@ -106,7 +113,7 @@ def _sizeable(kinds: dict[str, int]) -> dict[str, int]:
     return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
 
 
-def _largest_module(model: MultimodalModel) -> int:
+def _largest_module(model: AnyModel) -> int:
     """Numbers in the largest set of parameters that one module owns itself, which ZeRO-3 gathers at once."""
     return max(sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules())
 
@@ -128,19 +135,27 @@ def largest_pack(config: Config, visual_tokens: int, index: Index | None) -> Pac
     )  # fmt: skip
 
 
-def parameters_by_part(model: MultimodalModel) -> dict[str, dict[str, int]]:
-    """{part: {"total", "trainable"}}, and their sums as "all"."""
-    counts = {part: count for part, count in count_parameters(model).items() if part not in ("bridge", "qformer")}  # an InstructBLIP's
+def adalora_size(model: nn.Module) -> int:
+    """Numbers in the updates whose importance AdaLoRA averages; 0 without AdaLoRA."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name}
+    layers = {name.partition(".lora_E.")[0] for name in sizes if ".lora_E." in name}
+    return sum(size for name, size in sizes.items() if name.partition(".lora_")[0] in layers)
+
+
+def parameters_by_part(model: AnyModel) -> dict[str, dict[str, int]]:
+    """{part: {"total", "trainable"}} of the parts of such a model, and their sums as "all"."""
+    others = ("adapter", "neck", "modality") if isinstance(model, InstructBlip) else ("bridge", "qformer")
+    counts = {part: count for part, count in count_parameters(model).items() if part not in others}
     counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
     return {part: {"total": total, "trainable": trained} for part, (total, trained) in counts.items()}
 
 
-def checkpoint_bytes(num_trained: int) -> int:
-    """Disk space of one checkpoint: weight and both of AdamW's averages, fp32."""
-    return 3 * FP32 * num_trained
+def checkpoint_bytes(num_trained: int, num_averaged: int = 0) -> int:
+    """Disk space of one checkpoint: weight and both of AdamW's averages, and both of AdaLoRA's of `num_averaged` numbers, fp32."""
+    return 3 * FP32 * num_trained + AVERAGES * FP32 * num_averaged
 
 
-def step_flops(config: Config, model: MultimodalModel, pack: PackSize, index: Index | None) -> float:
+def step_flops(config: Config, model: AnyModel, pack: PackSize, index: Index | None) -> float:
     """Operations of an optimizer step over all ranks: of an average step of the packs there are, else of as many full packs."""
     if index is None:
         mean = {"num_tokens": pack.num_tokens, "num_images": pack.num_images, "num_label_tokens": pack.num_label_tokens}

@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vltrain.batch import Batch
 from vltrain.check.live_memory import LiveMemory
-from vltrain.models.multimodal import MultimodalModel
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
+from vltrain.data.loader import batch_of
+from vltrain.models.build import AnyModel
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class PackSize:
 class Activations:
     """Bytes that a pack needs beside weights and gradients.
 
-    vision, rest: kept from forward to backward in the ViT; in neck, LLM and loss head.
+    vision, rest: kept from forward to backward in the ViT; in neck or Q-Former, LLM and loss head.
     working: the most there is above that, in forward or backward: blocks at work or recomputed, one weight's gradient.
     head: of the head and its loss while they run, above what is kept then. Not more than `working`, of which it is part.
     """
@@ -63,14 +64,8 @@ def make_pack(size: PackSize, visual_tokens: int, image_size: int) -> Batch:
 
     Images or labels that the tokens leave no room for are left out.
     """
-    num_segments = max(1, min(size.num_segments, size.num_tokens // 2))
-    lengths = np.full(num_segments, size.num_tokens // num_segments)
-    lengths[: size.num_tokens % num_segments] += 1
-    room = (lengths - 2) // visual_tokens
-    dealt = np.zeros(num_segments, np.int64)
-    for image in range(min(size.num_images, int(room.sum()))):
-        open_segments = np.flatnonzero(dealt < room)
-        dealt[open_segments[np.argmin(dealt[open_segments])]] += 1
+    lengths, dealt = _deal(size, visual_tokens)
+    num_segments = len(lengths)
     input_ids, may_predict = [], []
     for length, images in zip(lengths, dealt):
         head = [IMAGE_MODALITY_TOKEN if images else TEXT_MODALITY_TOKEN, *[IMAGE_TOKEN] * int(images * visual_tokens)]
@@ -93,12 +88,42 @@ def make_pack(size: PackSize, visual_tokens: int, image_size: int) -> Batch:
     )
 
 
-def rehearse(model: MultimodalModel, batch: Batch, dtype: torch.dtype, frozen_dtype: Callable[[nn.Parameter], torch.dtype]) -> Activations:
+def make_blip_pack(size: PackSize, visual_tokens: int, image_size: int, instruction_tokens: int) -> Batch:
+    """The same for an InstructBLIP: images in front, an answer at each segment's end, and a prompt of `instruction_tokens` at most for the Q-Former."""
+    lengths, dealt = _deal(size, visual_tokens)
+    text = lengths - dealt * visual_tokens
+    answers = np.minimum(np.ceil(size.num_label_tokens / len(lengths)), text - 1).astype(np.int64)
+    segments, images = [], {}
+    for number, (length, shown, answer) in enumerate(zip(lengths.tolist(), dealt.tolist(), answers.tolist(), strict=True)):
+        names = tuple(f"{number}/{image}" for image in range(shown))
+        images |= dict.fromkeys(names, np.zeros((3, image_size, image_size), np.uint8))
+        input_ids = np.zeros(length, np.int32)
+        input_ids[: shown * visual_tokens] = IMAGE_TOKEN
+        read = np.zeros(max(1, min(instruction_tokens, length - shown * visual_tokens - answer)), np.int32)
+        mask = np.arange(length) >= length - answer
+        segments.append(Segment(sample_id=f"segment-{number}", input_ids=input_ids, loss_mask=mask, images=names, instruction_ids=read))
+    return batch_of(segments, images, image_size)
+
+
+def _deal(size: PackSize, visual_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each segment its length, and how many images stand in it: int64 [S] both."""
+    num_segments = max(1, min(size.num_segments, size.num_tokens // 2))
+    lengths = np.full(num_segments, size.num_tokens // num_segments)
+    lengths[: size.num_tokens % num_segments] += 1
+    room = (lengths - 2) // visual_tokens
+    dealt = np.zeros(num_segments, np.int64)
+    for _ in range(min(size.num_images, int(room.sum()))):
+        open_segments = np.flatnonzero(dealt < room)
+        dealt[open_segments[np.argmin(dealt[open_segments])]] += 1
+    return lengths, dealt
+
+
+def rehearse(model: AnyModel, batch: Batch, dtype: torch.dtype, frozen_dtype: Callable[[nn.Parameter], torch.dtype]) -> Activations:
     """Runs one pack forward and backward on the outline of a model, which is of no other use afterwards.
 
     Args:
         model: from `build_model` on the meta device, with or without activation checkpointing.
-        batch: any, for instance `make_pack`'s; its numbers do not matter.
+        batch: any, for instance `make_pack`'s or `make_blip_pack`'s; its numbers do not matter.
         dtype: of matrix products: fp32, or bf16 by autocast.
         frozen_dtype: of each frozen parameter as it is computed with; trained ones are fp32.
     """
@@ -142,7 +167,7 @@ def _give_fake_weights(model: nn.Module, mode: FakeTensorMode, frozen_dtype: Cal
     return list(made.values())
 
 
-def _watch(model: MultimodalModel, live: LiveMemory) -> dict[str, int]:
+def _watch(model: AnyModel, live: LiveMemory) -> dict[str, int]:
     """Hooks that note what the ViT leaves behind and what the head needs while it runs; `peak` is that of before and in the head."""
     seen = {"vision": 0, "head": 0, "peak": 0}
 

@@ -69,14 +69,44 @@ VITS: dict[str, Network] = {
 }
 
 
-def assume_sizes(model: ModelConfig, llm: str | None = None, vision: str | None = None) -> tuple[ModelConfig, list[str]]:
+def _flan_t5(width: int, ffn: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "t5", "d_model": width, "d_kv": 64, "d_ff": ffn, "num_layers": 24, "num_heads": heads, "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+# transformers' defaults are the released ViT-g and Q-Former; Vicuna's table has one token more than LLaMA's.
+BLIPS: dict[str, Network] = {
+    "instructblip-flan-t5-xl": Network({"text_config": _flan_t5(2048, 5120, 32)}, ("instructblipflant5xl",)),
+    "instructblip-flan-t5-xxl": Network({"text_config": _flan_t5(4096, 10240, 64)}, ("instructblipflant5xxl",)),
+    **{
+        f"instructblip-vicuna-{size}": Network(
+            {"text_config": {"model_type": "llama", **LLMS[f"llama-{size}"].config, "vocab_size": 32001}}, (f"instructblipvicuna{size}",)
+        )
+        for size in ("7b", "13b")
+    },
+}
+
+
+def assume_sizes(
+    model: ModelConfig, llm: str | None = None, vision: str | None = None, instructblip: str | None = None
+) -> tuple[ModelConfig, list[str]]:
     """A recipe's model with sizes in the place of weights that are not here, to build an outline from; and, in words, what was assumed.
 
     Args:
-        llm, vision: names of `LLMS` and `VITS` to plan with, whatever the recipe names.
+        llm, vision, instructblip: names of `LLMS`, `VITS` and `BLIPS` to plan with, whatever the recipe names.
 
-    Raises: InputError for weights that are neither here nor known by their name, and for unknown names.
+    Raises: InputError for weights that are neither here nor known by their name, for unknown names, and for those of another architecture.
     """
+    is_blip = model.architecture == "instructblip"
+    for option, name, has_effect in (
+        ("--llm-size", llm, not is_blip), ("--vision-size", vision, not is_blip), ("--instructblip-size", instructblip, is_blip)
+    ):  # fmt: skip
+        if name is not None and not has_effect:
+            raise InputError(f"{option}: has no effect on the architecture {model.architecture}; leave it out")
+    if is_blip:
+        return _assume_blip(model, instructblip)
     assumed = []
     name = _choose("model.vision.source", model.vision.source, VITS, vision, "--vision-size")
     if name is not None:
@@ -89,6 +119,16 @@ def assume_sizes(model: ModelConfig, llm: str | None = None, vision: str | None 
         tokenizer = model.llm.tokenizer or model.llm.source
         model = replace(model, llm=replace(model.llm, source=None, config=LLMS[name].config, tokenizer=tokenizer))
     return model, assumed
+
+
+def _assume_blip(model: ModelConfig, named: str | None) -> tuple[ModelConfig, list[str]]:
+    blip = model.instructblip
+    name = _choose("model.instructblip.source", blip.source, BLIPS, named, "--instructblip-size")
+    if name is None:
+        return model, []
+    tokenizers = {key: getattr(blip, key) or blip.source for key in ("tokenizer", "qformer_tokenizer")}
+    sized = replace(blip, source=None, config=BLIPS[name].config, **tokenizers)
+    return replace(model, instructblip=sized), [_told("model.instructblip.source", blip.source, named, name)]
 
 
 def _choose(key: str, source: str | None, table: dict[str, Network], named: str | None, option: str) -> str | None:

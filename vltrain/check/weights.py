@@ -14,7 +14,7 @@ from torch import nn
 
 from vltrain.check.zero import Parameter
 from vltrain.errors import InputError
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.build import AnyModel
 
 NF4_BLOCK, NF4_SCALES_BLOCK, NF4_CODES = 64, 256, 16 + 256 + 1
 
@@ -39,12 +39,11 @@ class WeightPlan:
     Raises: InputError for 4 or 8 bits where no linear layer is frozen.
     """
 
-    def __init__(self, model: MultimodalModel, bits: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, model: AnyModel, bits: int | None, dtype: torch.dtype) -> None:
         self.bits, self.dtype = bits, dtype
         self.frozen_dtype = {16: torch.bfloat16, 32: torch.float32}.get(bits, dtype)
         self.frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-        blocks = (*model.vision.clip.encoder.layers, *model.llm.model.layers)
-        linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+        linears = (module for block in model.blocks for module in block.modules() if isinstance(module, nn.Linear))
         self._quantised = {linear.weight for linear in linears if not linear.weight.requires_grad} if bits in (4, 8) else set()
         if bits in (4, 8) and not self._quantised:
             raise InputError(f"model.bits: found {bits}, but only frozen weights can be quantised and all are tuned; leave the bits out")

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from vltrain.config import ModelConfig
 from vltrain.errors import InputError
-from vltrain.models.blip_weights import blip_config, blip_units, empty_blip, open_blip, tie_embeddings
+from vltrain.models.blip_weights import KEY, blip_config, blip_units, empty_blip, open_blip, tie_embeddings
 from vltrain.models.llm import LossHead
 from vltrain.models.low_rank import TARGETS, insert_low_rank
 from vltrain.models.materialise import Weights, assert_materialised
@@ -37,16 +37,16 @@ def build_blip(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         config = blip_config(model.instructblip.source, model.instructblip.config, model.instructblip.dropout)
-        network = empty_blip(config, choose_attention(model.instructblip.attention, runs_on))
+        network = empty_blip(config, choose_attention(model.instructblip.attention, runs_on, f"{KEY}.attention"))
         weights = None if on_meta else open_blip(model.instructblip.source, network, model.seed)
         _finish(network, model, weights, dtype, place)
         llm = network.language_model
         llm.lm_head = LossHead.take_over(llm.lm_head)
-        if isinstance(llm, LlamaForCausalLM) and choose_kernels("auto", runs_on, llm.config.hidden_act) == "liger":
+        if _wants_liger(model, llm, runs_on):
             install_liger(llm)
         built = InstructBlip(network)
         for part in (built.qformer, built.llm, built.vision) if activation_checkpointing else ():
-            part.gradient_checkpointing_enable({"use_reentrant": False})
+            part.activation_checkpointing_enable({"use_reentrant": False})
     _assert_trainable(built, model)
     if on_meta:
         return built.train()
@@ -56,6 +56,15 @@ def build_blip(
         place(built.projection)
         return built.train()
     return built.to(device).train()
+
+
+def _wants_liger(model: ModelConfig, llm: nn.Module, runs_on: torch.device | str) -> bool:
+    kernels = model.instructblip.kernels
+    if isinstance(llm, LlamaForCausalLM):
+        return choose_kernels(kernels, runs_on, llm.config.hidden_act, f"{KEY}.kernels") == "liger"
+    if kernels == "liger":
+        raise InputError(f"{KEY}.kernels: found 'liger', but it has none for a T5; take auto or torch")
+    return False
 
 
 def check_blip_sources(model: ModelConfig) -> None:

@@ -59,6 +59,11 @@ class MultimodalModel(nn.Module):
         return self.vision.num_taps
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of ViT and LLM, whose linear layers are quantised where they are frozen."""
+        return [*self.vision.clip.encoder.layers, *self.llm.model.layers]
+
+    @property
     def image_size(self) -> int:
         """Height and width of the images the ViT reads, in pixels."""
         return self.vision.image_size

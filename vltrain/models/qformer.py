@@ -83,6 +83,12 @@ class InstructBlip(nn.Module):
         return not isinstance(self.llm, LlamaForCausalLM)
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of ViT and LLM, whose linear layers are quantised where they are frozen."""
+        stacks = (self.llm.encoder.block, self.llm.decoder.block) if self.is_encoder_decoder else (self.llm.model.layers,)
+        return [*self.vision.encoder.layers, *(block for stack in stacks for block in stack)]
+
+    @property
     def template(self) -> str:
         """The name of the template (`vltrain.data.conversation`) that this LLM reads."""
         return "instructblip_t5" if self.is_encoder_decoder else "instructblip"

@@ -49,8 +49,8 @@ class Packing:
     unpad: Tensor
 
 
-def choose_attention(requested: str, device: torch.device | str) -> str:
-    """Settles `auto` and returns transformers' name of the implementation, logging the choice.
+def choose_attention(requested: str, device: torch.device | str, key: str = "model.llm.attention") -> str:
+    """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging the choice.
 
     An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`.
 
@@ -63,7 +63,7 @@ def choose_attention(requested: str, device: torch.device | str) -> str:
     if requested == "flash_attention_2" and not (on_cuda and has_flash):
         missing = "the package flash-attn is not installed" if on_cuda else f"the model is on '{device}'"
         raise InputError(
-            f"model.llm.attention: found 'flash_attention_2', but {missing}; it needs a CUDA device and "
+            f"{key}: found 'flash_attention_2', but {missing}; it needs a CUDA device and "
             "`pip install flash-attn`. Use 'auto' or 'sdpa'"
         )
     if requested == "auto":

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 _plain_rotary = modeling_llama.apply_rotary_pos_emb
 
 
-def choose_kernels(requested: str, device: torch.device | str, activation: str) -> str:
-    """Settles `auto` of `model.llm.kernels` and returns `liger` or `torch`, logging the choice.
+def choose_kernels(requested: str, device: torch.device | str, activation: str, key: str = "model.llm.kernels") -> str:
+    """Settles `auto` of the setting `key` and returns `liger` or `torch`, logging the choice.
 
     Args:
         device: of the forwards; an outline on the meta device has none and stays plain, whatever is asked for.
@@ -41,7 +41,7 @@ def choose_kernels(requested: str, device: torch.device | str, activation: str) 
         return "torch"
     missing = _what_is_missing(torch.device(device).type == "cuda", activation)
     if requested == "liger" and missing:
-        raise InputError(f"model.llm.kernels: found 'liger', but {missing}; take auto or torch")
+        raise InputError(f"{key}: found 'liger', but {missing}; take auto or torch")
     chosen = "torch" if requested == "torch" or missing or (requested == "auto" and interpreted()) else "liger"
     logger.info("norms, rotary embedding and SwiGLU of the LLM: %s%s", chosen, f" ({missing})" if requested == "auto" and missing else "")
     return chosen

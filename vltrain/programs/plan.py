@@ -2,7 +2,7 @@
 
     vltrain plan RECIPE [--ds ds_configs/zero2.json] [--gpus N] [--gpu-memory GIB] [--json OUT] [--KEY VALUE ...]
 
-RECIPE is a file or a name of launch/recipes; `--recipe FILE` does as well. Runs anywhere in seconds: networks are outlines without weights,
+RECIPE is a file or a name of launch/recipes; `--recipe FILE` does as well. Runs anywhere, in less than a minute: networks are outlines without weights,
 and where weights are not on this machine their sizes go by the network's name (`vltrain.check.sizes`), which the output says.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vltrain.check.memory_plan import (
-    CARDS_GIB, GIB, MemoryPlan, checkpoint_bytes, largest_pack, parameters_by_part, plan_memory, step_flops,
+    CARDS_GIB, GIB, MemoryPlan, adalora_size, checkpoint_bytes, largest_pack, parameters_by_part, plan_memory, step_flops,
 )  # fmt: skip
 from vltrain.check.sizes import assume_sizes, is_here
 from vltrain.config import Config
@@ -26,9 +26,8 @@ from vltrain.data.shards import Index, PackedDataset
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.report import write_json
-from vltrain.models.build import build_model, part_of
-from vltrain.models.multimodal import MultimodalModel
-from vltrain.programs.data_ready import packed_folder
+from vltrain.models.build import AnyModel, build_model, part_of
+from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.optim import parameter_groups
@@ -41,6 +40,7 @@ OPTIONS: dict[str, Option] = {
     "json": Option("also write all figures to this file", metavar="FILE"),
     "llm-size": Option("plan with a published LLaMA's sizes, such as llama-2-7b, whatever the recipe names", metavar="NAME"),
     "vision-size": Option("plan with a published ViT's sizes, such as vit-l/14-336, whatever the recipe names", metavar="NAME"),
+    "instructblip-size": Option("plan with a published InstructBLIP's sizes, such as instructblip-flan-t5-xl, whatever the recipe names", metavar="NAME"),
 }
 
 
@@ -74,29 +74,24 @@ def find_recipe(name: str) -> Path:
 def plan_recipe(settings: Settings) -> dict[str, Any]:
     """All figures, ready for JSON. Raises InputError for contradictions between recipe, DeepSpeed's JSON and options."""
     options, config = settings.options, settings.config
-    if config.model.architecture != "mmt":
-        raise InputError(
-            f"{settings.recipe}: memory is planned for the architecture mmt, found {config.model.architecture}; a run of it prints its "
-            "parameters when it starts"
-        )
     num_gpus = _number(options, "gpus", int)
     memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
     ds_json = load_ds_json(options["ds"])
     ds_config = resolve_ds_config(ds_json, config, num_gpus)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16  # auto is bf16 on all GPUs worth planning for
     bits = config.model.bits
-    model_config, assumed = assume_sizes(config.model, options["llm-size"], options["vision-size"])
+    model_config, assumed = assume_sizes(config.model, options["llm-size"], options["vision-size"], options["instructblip-size"])
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
     index, no_packs = _packs(config, model.visual_tokens)
     pack = largest_pack(config, model.visual_tokens, index)
 
-    def groups(outline: MultimodalModel) -> list[list[nn.Parameter]]:
+    def groups(outline: AnyModel) -> list[list[nn.Parameter]]:
         return [group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, part_of)]
 
     memory = plan_memory(sized, ds_config, num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
     parameters = parameters_by_part(model)
-    per_checkpoint = checkpoint_bytes(parameters["all"]["trainable"])
+    per_checkpoint = checkpoint_bytes(parameters["all"]["trainable"], adalora_size(model))
     cards = CARDS_GIB if memory_gib is None else {f"{memory_gib:g} GiB": memory_gib}
     return {
         "recipe": str(settings.recipe), "gpus": num_gpus, "zero_stage": zero_stage(ds_config),
@@ -127,10 +122,10 @@ def _packs(config: Config, visual_tokens: int) -> tuple[Index | None, str]:
         if config.data.train_packs is not None:
             folder = Path(config.data.train_packs)
         else:
-            source = config.model.llm.tokenizer or config.model.llm.source
+            source, instruction = tokenizer_sources(config)
             if not is_here(source, ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
                 return None, f"not looked for: the tokenizer of {source} is not on this machine"
-            tokenizer = load_tokenizer(source)
+            tokenizer = load_tokenizer(source, instruction)
             folder = packed_folder(config, tokenizer, visual_tokens)
         if not folder.exists():
             return None, f"none at {folder}"

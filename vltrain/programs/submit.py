@@ -25,7 +25,7 @@ from vltrain.errors import InputError, exits_cleanly
 from vltrain.programs.plan import plan_recipe
 from vltrain.recipe import dump_config
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings
-from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.ds_config import load_ds_json
 from vltrain.train.provenance import code_commit, make_run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,13 +93,8 @@ def _number(settings: Settings, name: str, least: int) -> int:
 def check_plan(settings: Settings) -> str:
     """Plans the memory of a rank, in a line. Raises InputError if it contradicts the recipe, or does not fit into --gpu-memory."""
     nodes, gpus, ranks = ranks_of(settings)
-    if settings.config.model.architecture != "mmt":
-        if settings.options["gpu-memory"] is not None:
-            found = settings.config.model.architecture
-            raise InputError(f"{COMMAND_LINE}: --gpu-memory: memory is planned for the architecture mmt only, found {found}; leave it out")
-        resolve_ds_config(load_ds_json(settings.options["ds"]), settings.config, nodes * ranks)
-        return f"{nodes * ranks} rank(s) on {nodes} node(s), memory not planned"
-    plan = plan_recipe(replace(settings, options={**settings.options, "gpus": str(nodes * ranks), "llm-size": None, "vision-size": None}))
+    sizes = dict.fromkeys(("llm-size", "vision-size", "instructblip-size"))
+    plan = plan_recipe(replace(settings, options={**settings.options, "gpus": str(nodes * ranks), **sizes}))
     peak = plan["memory_per_rank"]["peak_gib"]
     memory = settings.options["gpu-memory"]
     for card, found in plan["cards"].items():

@@ -259,7 +259,8 @@ def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     train = {name: getattr(config.train, name) for name in ("epochs", "max_steps", "packs_per_step", "precision", "seed")}
     model = dataclasses.asdict(config.model)
     if config.model.architecture == "instructblip":
-        model["instructblip"].pop("attention")
+        for kernel in ("attention", "kernels"):
+            model["instructblip"].pop(kernel)
         for section in ("vision", "llm", "adapter", "neck", "tune"):
             del model[section]
     else:
