@@ -192,7 +192,7 @@ class StepLoader:
     ) -> None:
         """Args:
         workers: processes that decode; 0 decodes in this one.
-        pin_memory: pin the pixels, for copies to a GPU that overlap with computing.
+        pin_memory: pin the pixels, so that nothing waits for their copy to a GPU but the work that reads them.
         """
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
         self._loader: DataLoader | None = DataLoader(
