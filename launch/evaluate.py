@@ -7,7 +7,7 @@
 
 import sys
 
-from vltrain.programs.evaluate import main
+if __name__ == "__main__":  # processes that decode images load this file too, and need none of that
+    from vltrain.programs.evaluate import main
 
-if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], program="launch/evaluate.py"))

@@ -4,8 +4,8 @@
 import sys
 from pathlib import Path
 
-from vltrain.programs.train import main
+if __name__ == "__main__":  # processes that decode images load this file too, and need none of that
+    from vltrain.programs.train import main
 
-if __name__ == "__main__":
     recipe = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
     sys.exit(main(sys.argv[1:], program="launch/train_mmt.py", default_recipe=recipe))

@@ -51,6 +51,16 @@ def test_preparing_data_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
 
 
+def test_processes_that_decode_images_load_little():
+    """They load their parent's main file and the loader; what trains would take them seconds and half a gigabyte each."""
+    command = (
+        "import runpy, sys; [runpy.run_path(f'launch/{name}.py', run_name='__mp_main__') for name in ('train_mmt', 'train_qformer', 'evaluate')];"
+        "import vltrain.data.loader, vltrain.cli; print([name for name in ('transformers', 'deepspeed', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_deepspeed_has_one_door():
     importers = {str(path.relative_to(ROOT)) for path in FILES if any(name.split(".")[0] == "deepspeed" for name in imported_modules(path))}
     assert importers == {"vltrain/train/engine.py"}

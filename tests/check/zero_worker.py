@@ -1,11 +1,10 @@
-"""Trains each scenario for two steps in this rank's process and counts what DeepSpeed then keeps: `python -m tests.check.zero_worker FILE`.
+"""Trains each scenario for two steps in this rank's process and counts what DeepSpeed then keeps.
 
 FILE: [[name, DeepSpeed JSON, changes of the recipe], ...]; `FILE.NAME.RANK` gets the bytes by kind, as `vltrain.check.zero` names them.
 """
 
 import gc
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,10 +61,10 @@ def waiting_gradients(trainer: Trainer, loaded: Any) -> dict[str, int]:
     return result
 
 
-def main() -> None:
+def main(place: str) -> None:
     torch.set_num_threads(1)
     rank, world_size = init_distributed()
-    file = Path(sys.argv[1])
+    file = Path(place)
     for name, ds, changes in json.loads(file.read_text()):
         config = tiny_config(output=f"{file}.{name}.run", **changes)
         model = build_model(config.model)
@@ -82,6 +81,3 @@ def main() -> None:
         trainer.monitor.close()
     shutdown_distributed()
 
-
-if __name__ == "__main__":
-    main()

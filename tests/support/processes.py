@@ -26,13 +26,13 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def start_ranks(module: str, arguments: list[str], world_size: int, output: Path) -> list[subprocess.Popen]:
-    """Starts `python -m module arguments` once per rank; stdout and stderr of rank r go to `output`.r"""
+    """Calls `main(*arguments)` of the module in a process per rank; stdout and stderr of rank r go to `output`.r"""
     port = free_port()
     processes = []
     for rank in range(world_size):
         environment = rank_environment(rank, world_size, port)
         with open(f"{output}.{rank}", "wb") as log:
-            command = [sys.executable, "-m", module, *arguments]
+            command = [sys.executable, "-m", "tests.support.rank", module, *arguments]
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
     return processes
 

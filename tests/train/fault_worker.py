@@ -1,4 +1,4 @@
-"""Runs with faults on order: `python -m tests.train.fault_worker SCENARIOS.json`.
+"""Runs with faults on order, from a JSON file of scenarios.
 
 A scenario is one of `tests.train.worker`, with any of
     "poison": {step: factor}   the loss of the step's first micro-step on the last rank is multiplied by it
@@ -9,7 +9,6 @@ A scenario is one of `tests.train.worker`, with any of
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def order_faults(trainer: Trainer, scenario: dict, rank: int, world_size: int) -
     trainer.step, trainer.engine.forward = faulty_step, faulty_forward
 
 
-def main(scenarios: Path) -> None:
+def run_all(scenarios: Path) -> None:
     rank, world_size = init_distributed()
     for scenario in json.loads(scenarios.read_text()):
         try:
@@ -68,9 +67,10 @@ def main(scenarios: Path) -> None:
     shutdown_distributed()
 
 
-if __name__ == "__main__":
+def main(scenarios: str) -> int:
     try:
-        main(Path(sys.argv[1]))
+        run_all(Path(scenarios))
     except InputError as error:
         print(f"error: {error}", flush=True)
-        sys.exit(2)
+        return 2
+    return 0

@@ -1,11 +1,10 @@
-"""Runs with evaluations that say what they are told to: `python -m tests.train.selection_worker SCENARIOS.json`, in one process.
+"""Runs with evaluations that say what they are told to, from a JSON file of scenarios, in one process.
 
 A scenario is one of `tests.train.worker`, with "figures": {steps done: figure of the evaluation}; the life ends in the evaluation of step
 "dies_in". Writes to `OUTPUT/evaluated.jsonl` which steps were evaluated.
 """
 
 import json
-import sys
 from pathlib import Path
 
 from tests.train import worker
@@ -16,9 +15,9 @@ class Died(BaseException):
     pass
 
 
-def main(scenarios: Path) -> None:
+def main(place: str) -> None:
     rank, world_size = init_distributed()
-    for scenario in json.loads(scenarios.read_text()):
+    for scenario in json.loads(Path(place).read_text()):
         output = Path(scenario["output"])
 
         def evaluate(steps_done: int) -> float | None:
@@ -34,6 +33,3 @@ def main(scenarios: Path) -> None:
             assert not (output / "result.safetensors").exists()
     shutdown_distributed()
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -112,7 +112,7 @@ def test_signals_at_50_random_moments(packs, tmp_path):
 def test_under_deepspeeds_launcher(packs, tmp_path, whom):
     """A signal to a rank comes out as the code; its launcher ends with a code of its own when itself is told to end, but not before the save."""
     output = tmp_path / "run"
-    command, environment = deepspeed_command("--module", "tests.train.worker", scenario(packs, output, 100_000))
+    command, environment = deepspeed_command("--module", "tests.support.rank", "tests.train.worker", scenario(packs, output, 100_000))
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:

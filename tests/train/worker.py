@@ -1,4 +1,4 @@
-"""Runs training scenarios in this rank's process: `python -m tests.train.worker SCENARIOS.json`.
+"""Runs the training scenarios of a JSON file in this rank's process.
 
 A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}, and "blip": llama or t5 for an
 InstructBLIP. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0 writes, per scenario, `OUTPUT/result.safetensors` with
@@ -8,7 +8,6 @@ steps that it has done in `OUTPUT/progress.r`.
 
 import itertools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,9 +113,9 @@ def tell_progress(engine: Engine, file: Path, steps_done: int) -> None:
     engine.step = telling_step
 
 
-if __name__ == "__main__":
+def main(scenarios: str) -> None:
     torch.set_num_threads(1)
     rank, world_size = init_distributed()
-    for scenario in json.loads(Path(sys.argv[-1]).read_text()):
+    for scenario in json.loads(Path(scenarios).read_text()):
         run(scenario, rank, world_size)
     shutdown_distributed()

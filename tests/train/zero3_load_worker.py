@@ -1,4 +1,4 @@
-"""A rank that builds a model under ZeRO-3: `python -m tests.train.zero3_load_worker SETTINGS.json OUT`; writes OUT.RANK as JSON.
+"""A rank that builds a model under ZeRO-3, from the settings in a JSON file; writes OUT.RANK as JSON.
 
 settings: {"warm_up": {...}, "model": {...}}, each changes to the tiny recipe. Written: `elements` of the model, `most_whole` elements of
 parameters that were whole at once, and on Linux `grown_bytes`, by how much the process's resident memory exceeded at most what it was
@@ -8,7 +8,6 @@ before, pages of mapped files included; `kept_bytes` of partitions.
 import gc
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -64,6 +63,3 @@ def main(settings_file: str, out: str) -> None:
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     shutdown_distributed()
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

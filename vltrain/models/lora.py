@@ -14,7 +14,6 @@ their place; what wraps one keeps it as `base_layer` (LoRA), what wraps an atten
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -23,32 +22,10 @@ from transformers import LlamaForCausalLM
 
 from vltrain.config import PeftConfig
 from vltrain.errors import InputError, nearest
+from vltrain.models.peft_layers import NAME, attention_with_prompts, has_adalora, has_lora, has_prompts, lora_linear
 from vltrain.models.random import seeded
 
-# peft imports bitsandbytes where it is installed, which on some CPUs warns of a kernel that it does well without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-from peft import LoraConfig  # noqa: E402
-from peft.tuners.adalora.layer import SVDLinear  # noqa: E402
-from peft.tuners.adaption_prompt import AdaptedAttention  # noqa: E402
-from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
-
-LORA_NAME = "default"  # peft's name of a layer's first, here only, pair of factors
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class AdaptedLlamaAttention(AdaptedAttention):
-    """peft's attention with prompts, around any LLaMA attention.
-
-    Its own constructor asks the query projection's weight for a dtype and the first parameter for a device; quantised layers
-    have neither. What it computes is peft's.
-    """
-
-    def __init__(self, attention: nn.Module, adapter_len: int) -> None:
-        nn.Module.__init__(self)
-        self.model_type, self.model, self.adapter_len = "llama", attention, adapter_len
-        self.num_heads = attention.config.num_attention_heads
-        self.adaption_prompt = nn.Parameter(torch.empty(1, adapter_len, attention.config.hidden_size).normal_())
-        self.adaption_gate = nn.Parameter(torch.zeros(1))
 
 
 def insert_peft(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
@@ -69,12 +46,11 @@ def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int) -
     for target in config.targets:
         if target not in TARGETS:
             raise InputError(f"model.llm.peft.targets: a LLaMA's blocks have no linear layer '{target}', {nearest(target, TARGETS)}")
-    settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets))
     for name, linear in list(block.named_modules()):
         parent, _, leaf = name.rpartition(".")
         if leaf in config.targets:
             with seeded(seed, f"peft/{number}/{leaf}"):
-                layer = LoraLinear(linear, LORA_NAME, config=settings, r=config.rank, lora_alpha=config.alpha)
+                layer = lora_linear(linear, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
             setattr(block.get_submodule(parent), leaf, layer)
 
 
@@ -90,7 +66,7 @@ def _insert_prompts(block: nn.Module, number: int, num_blocks: int, config: Peft
         )
     if number >= num_blocks - num_adapted:
         with seeded(seed, f"peft/{number}/adaption_prompt"):
-            block.self_attn = AdaptedLlamaAttention(attention, config.adapter_len)
+            block.self_attn = attention_with_prompts(attention, config.adapter_len)
 
 
 def is_peft_parameter(name: str) -> bool:
@@ -102,22 +78,22 @@ def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
     """What is trained of the layers that this module put in, found by module."""
     parameters: set[nn.Parameter] = set()
     for module in llm.modules():
-        if isinstance(module, LoraLinear):
+        if has_lora(module):
             parameters |= {*module.lora_A.parameters(), *module.lora_B.parameters()}
-        elif isinstance(module, AdaptedAttention):
+        elif has_prompts(module):
             parameters |= {module.adaption_prompt, module.adaption_gate}
     return parameters
 
 
 def lora_factors(linear: nn.Module) -> tuple[nn.Linear, ...]:
     """(A, B) of a linear layer with LoRA, () of a plain one."""
-    return (linear.lora_A[LORA_NAME], linear.lora_B[LORA_NAME]) if isinstance(linear, LoraLinear) else ()
+    return (linear.lora_A[NAME], linear.lora_B[NAME]) if has_lora(linear) else ()
 
 
 def low_rank_factors(linear: nn.Module) -> tuple[Tensor, ...]:
     """The matrices (A, B) of a linear layer with LoRA or AdaLoRA, () of a plain one."""
-    if isinstance(linear, SVDLinear):
-        return linear.lora_A[LORA_NAME], linear.lora_B[LORA_NAME]
+    if has_adalora(linear):
+        return linear.lora_A[NAME], linear.lora_B[NAME]
     return tuple(factor.weight for factor in lora_factors(linear))
 
 
@@ -127,7 +103,7 @@ def outer_linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in root.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, (LoraLinear, SVDLinear)):
+        if has_lora(module) or has_adalora(module):
             inside = f"{name}."
             yield name, module
         elif isinstance(module, nn.Linear):
@@ -136,12 +112,12 @@ def outer_linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def plain_attention(attention: nn.Module) -> tuple[nn.Module, int]:
     """(the LLaMA attention itself, how many prompts every token attends to) of a block's `self_attn`."""
-    return (attention.model, attention.adapter_len) if isinstance(attention, AdaptedAttention) else (attention, 0)
+    return (attention.model, attention.adapter_len) if has_prompts(attention) else (attention, 0)
 
 
 def require_no_prompts(llm: LlamaForCausalLM) -> None:
     """Raises InputError if the LLM has prompts, which no weight of it can take in."""
-    if any(isinstance(module, AdaptedAttention) for module in llm.modules()):
+    if any(has_prompts(module) for module in llm.modules()):
         raise InputError(
             "model.llm.peft.kind: the prompts of adaption_prompt depend on the states and cannot be merged into the LLM's weights; "
             "keep the adapters apart"
@@ -152,11 +128,11 @@ def require_no_prompts(llm: LlamaForCausalLM) -> None:
 def merge_lora(llm: LlamaForCausalLM) -> None:
     """Folds every LoRA into its linear layer, in place: W' = W + (alpha / r) B A, the sum taken in float64."""
     for name, module in list(llm.named_modules()):
-        if not isinstance(module, LoraLinear):
+        if not has_lora(module):
             continue
         first, second = lora_factors(module)
         linear = module.get_base_layer()
-        delta = module.scaling[LORA_NAME] * (second.weight.double() @ first.weight.double())
+        delta = module.scaling[NAME] * (second.weight.double() @ first.weight.double())
         linear.weight.copy_(linear.weight.double() + delta)
         parent, _, leaf = name.rpartition(".")
         setattr(llm.get_submodule(parent), leaf, linear)

@@ -10,23 +10,15 @@ by one, without peft's model wrappers, so names of parameters keep their beginni
 
 from __future__ import annotations
 
-import logging
 import re
 
 import torch
 from torch import Tensor, nn
 
 from vltrain.instructblip_config import LanguageTuning, QFormerTuning
+from vltrain.models.peft_layers import NAME, adalora_linear, has_adalora, has_lora, lora_linear
 from vltrain.models.random import seeded
 
-# peft imports bitsandbytes where it is installed, which on some CPUs warns of a kernel that it does well without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-from peft import AdaLoraConfig, LoraConfig  # noqa: E402
-from peft.tuners.adalora.layer import SVDLinear  # noqa: E402
-from peft.tuners.lora import Linear as LoraLinear  # noqa: E402
-
-NAME = "default"  # peft's name of a layer's first, here only, update
-ATTENTION = {"q_proj", "v_proj"}
 # By network and target: names of linear layers within a block. A block has some of them; T5's decoder counts its sublayers one further.
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "qformer": {
@@ -69,7 +61,7 @@ def layer_is_one_of(name: str, targets: tuple[str, ...]) -> bool:
 def orthogonality(root: nn.Module) -> Tensor:
     """AdaLoRA's regulariser, fp32 scalar: the mean over all A and B under `root` of ||A A' - I|| and ||B' B - I||, Frobenius norms (peft's form of
     Eq. 3 of its paper, which squares them). Zero without such layers. Under ZeRO-3 called within the forward of the module that the engine wraps."""
-    layers = [module for module in root.modules() if isinstance(module, SVDLinear)]
+    layers = [module for module in root.modules() if has_adalora(module)]
     if not layers:
         return torch.zeros(())
     norms = []
@@ -105,24 +97,21 @@ def insert_low_rank(
 
 def _wrapped(linear: nn.Module, tuning: QFormerTuning | LanguageTuning, init_rank: int) -> nn.Module:
     if tuning.mode == "lora":
-        settings = LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout)
-        return LoraLinear(linear, NAME, config=settings, r=tuning.rank, lora_alpha=tuning.alpha)
-    # Schedule and target rank are the allocator's; peft's layer has only the first rank, and wants a length of the run to be named.
-    settings = AdaLoraConfig(init_r=init_rank, target_r=max(1, init_rank - 1), total_step=1, lora_alpha=tuning.alpha, lora_dropout=tuning.dropout)
-    return SVDLinear(linear, NAME, config=settings, r=init_rank, lora_alpha=tuning.alpha)
+        return lora_linear(linear, rank=tuning.rank, alpha=tuning.alpha, dropout=tuning.dropout)
+    return adalora_linear(linear, rank=init_rank, alpha=tuning.alpha, dropout=tuning.dropout)
 
 
 @torch.no_grad()
 def fold_in(root: nn.Module) -> None:
     """Folds every update into its linear layer, in place: W' = W + (alpha / r) B (E *) A, the sum taken in float64."""
     for name, module in list(root.named_modules()):
-        if not isinstance(module, (LoraLinear, SVDLinear)):
+        if not (has_lora(module) or has_adalora(module)):
             continue
         linear = module.get_base_layer()
         factors = (module.lora_A[NAME], module.lora_B[NAME])
         first, second = (factor.double() if isinstance(factor, Tensor) else factor.weight.double() for factor in factors)
         scale: float | Tensor = module.scaling[NAME]
-        if isinstance(module, SVDLinear):
+        if has_adalora(module):
             # peft divides by its rank and a little more.
             first, scale = first * module.lora_E[NAME].double(), scale / (module.ranknum[NAME].double() + 1e-5)
         linear.weight.copy_(linear.weight.double() + scale * (second @ first))

@@ -1,0 +1,11 @@
+"""A rank's process: `python -m tests.support.rank MODULE ARGUMENT ...` calls MODULE.main(ARGUMENT, ...).
+
+Processes that decode images load the main module of what started them; this one costs them nothing.
+"""
+
+import importlib
+import sys
+
+if __name__ == "__main__":
+    module, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # which DeepSpeed's launcher puts in
+    sys.exit(importlib.import_module(module).main(*arguments))
