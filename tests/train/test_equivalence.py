@@ -20,7 +20,7 @@ from vltrain.models.build import build_model, part_of
 from vltrain.schema import PackedRow
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 
-NUM_STEPS = 20
+NUM_STEPS = 12
 TOLERANCE = 1e-5
 CHANGES = {"train__packs_per_step": 5, "train__max_steps": NUM_STEPS, "train__epochs": 10.0, "train__save_every_steps": 1000, "optim__warmup_epochs": 0.5}
 ADAPTERS = {**CHANGES}
