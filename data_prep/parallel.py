@@ -21,7 +21,7 @@ from vltrain.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 8  # items per process that may wait, done or undone
+AHEAD = 4  # items per process that may wait, done or undone
 HANDED = 4  # undone items that another process has at a time: what it works on, and what keeps it from waiting for this one
 ALONE_SECONDS = 0.05  # of work before other processes are started
 
