@@ -67,7 +67,7 @@ def read_checked(example: dict[str, Any]) -> dict[str, Any]:
 
 def peer(folder: Path, raw: Path | None, workers: int, *, batched: bool) -> int:
     """Raw files to packs by datasets and TRL. Returns the number of packs."""
-    # Not above: our processes are spawned and would load them, the peer's are forked.
+    # Not above: our processes load this module and with it what it imports, the peer's are forked.
     import datasets
     from transformers import AutoTokenizer
     from trl import pack_dataset

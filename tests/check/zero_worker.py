@@ -80,4 +80,3 @@ def main(place: str) -> None:
         Path(f"{file}.{name}.{rank}").write_text(json.dumps(result))
         trainer.monitor.close()
     shutdown_distributed()
-

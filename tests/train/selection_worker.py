@@ -32,4 +32,3 @@ def main(place: str) -> None:
         except Died:
             assert not (output / "result.safetensors").exists()
     shutdown_distributed()
-

@@ -62,4 +62,3 @@ def main(settings_file: str, out: str) -> None:
     }
     Path(f"{out}.{rank}").write_text(json.dumps(found))
     shutdown_distributed()
-

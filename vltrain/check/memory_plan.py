@@ -79,8 +79,7 @@ def plan_memory(
     activations = {
         name: _rehearse(config, pack, bits, dtype, checkpointing=name == "recomputed") for name in ("kept", "recomputed")
     }
-    averages = AVERAGES * FP32 * adalora_size(model)
-    return _put_together(config, zero, activations, {"AdaLoRA's averages": averages}, unpacked, world_size)
+    return _put_together(config, zero, activations, AVERAGES * FP32 * adalora_size(model), unpacked, world_size)
 
 
 def _rehearse(config: Config, pack: PackSize, bits: int | None, dtype: torch.dtype, *, checkpointing: bool) -> Activations:
@@ -94,7 +93,7 @@ def _rehearse(config: Config, pack: PackSize, bits: int | None, dtype: torch.dty
 
 
 def _put_together(
-    config: Config, zero: ZeroMemory, activations: dict[str, Activations], more: dict[str, int], unpacked: int, world_size: int
+    config: Config, zero: ZeroMemory, activations: dict[str, Activations], averages: int, unpacked: int, world_size: int
 ) -> MemoryPlan:
     now = activations["recomputed" if config.train.activation_checkpointing else "kept"]
     between = "neck" if config.model.architecture == "mmt" else "Q-Former"
@@ -104,8 +103,8 @@ def _put_together(
     }  # fmt: skip
     context = CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
     return MemoryPlan(
-        held=_sizeable({**zero.held, **more, "CUDA and NCCL (allowance)": context}), at_work=_sizeable(at_work), in_step=_sizeable(zero.in_step),
-        host=_sizeable(zero.host), activations=activations,
+        held=_sizeable({**zero.held, "AdaLoRA's averages": averages, "CUDA and NCCL (allowance)": context}),
+        at_work=_sizeable(at_work), in_step=_sizeable(zero.in_step), host=_sizeable(zero.host), activations=activations,
     )
 
 

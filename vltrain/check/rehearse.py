@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vltrain.batch import Batch
 from vltrain.check.live_memory import LiveMemory
-from vltrain.data.loader import batch_of
+from vltrain.data.loader import batch_of, blank_image
 from vltrain.models.build import AnyModel
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
@@ -93,15 +93,15 @@ def make_blip_pack(size: PackSize, visual_tokens: int, image_size: int, instruct
     lengths, dealt = _deal(size, visual_tokens)
     text = lengths - dealt * visual_tokens
     answers = np.minimum(np.ceil(size.num_label_tokens / len(lengths)), text - 1).astype(np.int64)
-    segments, images = [], {}
-    for number, (length, shown, answer) in enumerate(zip(lengths.tolist(), dealt.tolist(), answers.tolist(), strict=True)):
+    prompts = np.clip(text - answers, 1, instruction_tokens)
+    segments = []
+    for number, (length, shown, answer, prompt) in enumerate(zip(lengths, dealt, answers, prompts, strict=True)):
         names = tuple(f"{number}/{image}" for image in range(shown))
-        images |= dict.fromkeys(names, np.zeros((3, image_size, image_size), np.uint8))
-        input_ids = np.zeros(length, np.int32)
-        input_ids[: shown * visual_tokens] = IMAGE_TOKEN
-        read = np.zeros(max(1, min(instruction_tokens, length - shown * visual_tokens - answer)), np.int32)
-        mask = np.arange(length) >= length - answer
+        input_ids, places = np.zeros(length, np.int32), np.arange(length)
+        input_ids[places < shown * visual_tokens] = IMAGE_TOKEN
+        mask, read = places >= length - answer, np.zeros(prompt, np.int32)
         segments.append(Segment(sample_id=f"segment-{number}", input_ids=input_ids, loss_mask=mask, images=names, instruction_ids=read))
+    images = dict.fromkeys((name for segment in segments for name in segment.images), blank_image(image_size))
     return batch_of(segments, images, image_size)
 
 

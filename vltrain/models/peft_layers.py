@@ -34,19 +34,17 @@ def has_prompts(module: nn.Module) -> bool:
 
 def lora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:
     """A linear layer with LoRA around `linear`; B is zero."""
-    settings = _peft().LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout)
-    from peft.tuners.lora import Linear
-
-    return Linear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
+    peft = _peft()
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout)
+    return peft.tuners.lora.Linear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
 
 
 def adalora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:
     """A linear layer with AdaLoRA around `linear`, of the rank that it starts with; E is zero."""
     # Schedule and target rank are the allocator's; peft's layer has only the first rank, and wants a length of the run to be named.
-    settings = _peft().AdaLoraConfig(init_r=rank, target_r=max(1, rank - 1), total_step=1, lora_alpha=alpha, lora_dropout=dropout)
-    from peft.tuners.adalora.layer import SVDLinear
-
-    return SVDLinear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
+    peft = _peft()
+    settings = peft.AdaLoraConfig(init_r=rank, target_r=max(1, rank - 1), total_step=1, lora_alpha=alpha, lora_dropout=dropout)
+    return peft.tuners.adalora.SVDLinear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
 
 
 def attention_with_prompts(attention: nn.Module, adapter_len: int) -> nn.Module:
@@ -64,10 +62,7 @@ def _peft() -> ModuleType:
 
 @functools.cache
 def _prompted_attention() -> type[Any]:
-    _peft()
-    from peft.tuners.adaption_prompt import AdaptedAttention
-
-    class AdaptedLlamaAttention(AdaptedAttention):
+    class AdaptedLlamaAttention(_peft().tuners.adaption_prompt.AdaptedAttention):
         """peft's attention with prompts, around any LLaMA attention.
 
         Its own constructor asks the query projection's weight for a dtype and the first parameter for a device; quantised layers

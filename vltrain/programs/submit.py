@@ -22,6 +22,7 @@ from pathlib import Path
 
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.programs.plan import OPTIONS as PLAN_OPTIONS
 from vltrain.programs.plan import plan_recipe
 from vltrain.recipe import dump_config
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings
@@ -93,8 +94,8 @@ def _number(settings: Settings, name: str, least: int) -> int:
 def check_plan(settings: Settings) -> str:
     """Plans the memory of a rank, in a line. Raises InputError if it contradicts the recipe, or does not fit into --gpu-memory."""
     nodes, gpus, ranks = ranks_of(settings)
-    sizes = dict.fromkeys(("llm-size", "vision-size", "instructblip-size"))
-    plan = plan_recipe(replace(settings, options={**settings.options, "gpus": str(nodes * ranks), **sizes}))
+    defaults = {name: option.default for name, option in PLAN_OPTIONS.items()}
+    plan = plan_recipe(replace(settings, options={**defaults, **settings.options, "gpus": str(nodes * ranks)}))
     peak = plan["memory_per_rank"]["peak_gib"]
     memory = settings.options["gpu-memory"]
     for card, found in plan["cards"].items():
