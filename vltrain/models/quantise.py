@@ -98,7 +98,8 @@ class Int8Linear(FrozenLinear):
 
     def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         library = bitsandbytes()
-        state = library.MatmulLtState(CB=self.weight, SCB=self.scale, has_fp16_weights=False, is_training=False)
+        state = library.MatmulLtState()  # which takes no arguments
+        state.CB, state.SCB, state.has_fp16_weights, state.is_training = self.weight, self.scale, False, False
         state.threshold = OUTLIER_THRESHOLD
         return library.matmul(x, self.weight, bias=bias, state=state)
 

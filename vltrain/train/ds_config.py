@@ -106,6 +106,12 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> d
             f"DeepSpeed's 'zero_optimization.stage' is 3 and model.bits is {config.model.bits}: ZeRO-3 cuts weights up among the ranks, and packed "
             "ones are nothing without their scales, which it does not know; take stage 2 (whole, but packed, weights on each rank) or bits 16"
         )
+    if zero_stage(resolved) == 3 and resolved["zero_optimization"].setdefault("memory_efficient_linear", False) is not False:
+        raise InputError(
+            f"DeepSpeed's 'zero_optimization.memory_efficient_linear' is {resolved['zero_optimization']['memory_efficient_linear']!r}, expected false: "
+            "it puts a linear of its own in the place of torch's, which autocast does not reach everywhere, so that ZeRO-3 in bf16 would compute "
+            "something else than the other stages; remove it"
+        )
     if offloads_optimizer(resolved) and zero_stage(resolved) == 0:
         raise InputError("DeepSpeed's 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; stage is 0")
     # DeepSpeed's own progress lines are replaced by the monitor's.

@@ -94,6 +94,23 @@ def whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if hasattr(parameter, "ds_id") else nullcontext()
 
 
+class _InAutocast(torch.nn.Module):
+    """What DeepSpeed wraps: the model, whose forward enters autocast by itself.
+
+    Entered around DeepSpeed's forward, autocast would be in force on a CPU only: where the JSON has no `torch_autocast` section, DeepSpeed
+    switches off an autocast that it finds, and it asks for CUDA's. Its own section would send gradients of linear layers in bf16.
+    """
+
+    def __init__(self, model: torch.nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.model = model
+        self._autocast = autocast
+
+    def forward(self, batch: Any, **options: Any) -> Any:
+        with self._autocast():
+            return self.model(batch, **options)
+
+
 class Engine:
     """A model under DeepSpeed.
 
@@ -118,8 +135,8 @@ class Engine:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         optimizer = _build_optimizer(groups, ds_config, betas, eps)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-        self.model: torch.nn.Module = self._engine.module
+        self._engine, *_ = deepspeed.initialize(model=_InAutocast(model, self.autocast), optimizer=optimizer, config=ds_config)
+        self.model = model
         self.world_size = dist.get_world_size()
         self._grad_norm: torch.Tensor | float = 0.0
         self._clips = ds_config.get("gradient_clipping", 0.0) > 0
@@ -134,14 +151,13 @@ class Engine:
         return self._engine.basic_optimizer
 
     def autocast(self) -> torch.autocast:
-        """The context every forward runs in."""
+        """The context that `forward` enters, and whoever calls parts of the model has to."""
         enabled = self._autocast_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self._autocast_dtype if enabled else torch.bfloat16, enabled=enabled)
 
     def forward(self, batch: Any, **options: Any) -> Any:
         """The model's output for one batch, in training mode. `options`: of the model's forward."""
-        with self.autocast():
-            return self._engine(batch, **options)
+        return self._engine(batch, **options)
 
     def backward(self, loss: torch.Tensor, *, last_micro_step: bool) -> None:
         """Adds the gradient of a global loss.
