@@ -93,7 +93,7 @@ def bytes_moved(rows: int, width: int, dim: int, norm: bool, size: int = 2) -> d
 def time_all(widths: list[int], dims: list[int]) -> list[dict]:
     """Medians in microseconds on this machine's GPU."""
     copied = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    bytes_per_second = 2 * copied.numel() / (_microseconds(lambda: copied.clone()) / 1e6)
+    bytes_per_second = 2 * copied.numel() / (microseconds(lambda: copied.clone()) / 1e6)
     results = []
     for width in widths:
         for dim in dims:
@@ -117,12 +117,12 @@ def _time_one(width: int, dim: int) -> dict[str, float]:
     compiled = torch.compile(eager)
     results = {}
     for name, function in {"fused": lambda states: fused_adapter(states, *weights, norm_weight=norm_weight), "eager": eager, "compile": compiled}.items():
-        results[f"{name}_forward"] = _microseconds(lambda function=function: function(x.detach()))
-        results[f"{name}_both"] = _microseconds(lambda function=function: function(x).backward(upstream))
+        results[f"{name}_forward"] = microseconds(lambda function=function: function(x.detach()))
+        results[f"{name}_both"] = microseconds(lambda function=function: function(x).backward(upstream))
     return results
 
 
-def _microseconds(call: Callable[[], object], repeats: int = 30) -> float:
+def microseconds(call: Callable[[], object], repeats: int = 30) -> float:
     for _ in range(5):
         call()
     times = []

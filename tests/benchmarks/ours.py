@@ -16,6 +16,7 @@ from vltrain.models.compiled import compile_blocks
 from vltrain.recipe import build_config, read_recipe
 from vltrain.train.engine import partitioner
 from vltrain.train.ds_config import resolve_ds_config
+from vltrain.train.hardware import device
 from vltrain.train.trainer import Trainer, make_trainer
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "smollm2_scienceqa.yaml"
@@ -39,7 +40,7 @@ def our_trainer(config: Config, dataset: PackedDataset, dtype: torch.dtype, *, d
     """Wants the process group of `init_distributed`. `config.output` is where it logs."""
     Path(config.output).mkdir(parents=True, exist_ok=True)
     place = partitioner(resolve_ds_config(ds, config, world_size))
-    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, place=place)
+    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(), place=place)
     if config.train.compile:
         compile_blocks(model)
     return make_trainer(

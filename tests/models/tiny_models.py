@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vltrain.batch import Batch
 from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
@@ -77,3 +78,9 @@ def randomise_adapters(model: torch.nn.Module) -> None:
 def mixed_batch() -> Batch:
     """Four segments: with one image, without, with two (one of them shown before), with one shown before."""
     return make_batch([(7, [0]), (5, []), (9, [1, 0]), (4, [2])], num_images=3)
+
+
+def counted_flops(counter: FlopCounterMode) -> int:
+    """What was counted, without the rotary embedding's angles, which some releases of transformers make by a matrix product."""
+    angles = [sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.endswith(".rotary_emb")]
+    return counter.get_total_flops() - sum(angles)

@@ -22,7 +22,7 @@ from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.ds_config import resolve_ds_config
 from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
-from vltrain.train.hardware import choose_dtype
+from vltrain.train.hardware import choose_dtype, device
 from vltrain.train.trainer import Trainer, make_trainer
 
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
@@ -39,7 +39,8 @@ def run(
     checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
     dtype = choose_dtype(config.train.precision, config.model.bits)
     place = partitioner(resolve_ds_config(scenario["ds"], config, world_size))
-    model = build_model(config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, place=place)
+    checkpointing = config.train.activation_checkpointing
+    model = build_model(config.model, dtype=dtype, activation_checkpointing=checkpointing, runs_on=device(), place=place)
     trainer = make_trainer(
         config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
         evaluate=evaluate,

@@ -18,7 +18,7 @@ from vltrain.errors import InputError
 from vltrain.models.blip_weights import KEY, blip_config, blip_units, empty_blip, open_blip, tie_embeddings
 from vltrain.models.llm import LossHead
 from vltrain.models.low_rank import TARGETS, insert_low_rank
-from vltrain.models.materialise import Weights, assert_materialised
+from vltrain.models.materialise import Weights, assert_materialised, checkpoint_blocks
 from vltrain.models.peft_folder import PeftFolder
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
@@ -46,7 +46,7 @@ def build_blip(
             install_liger(llm)
         built = InstructBlip(network)
         for part in (built.qformer, built.llm, built.vision) if activation_checkpointing else ():
-            part.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_blocks(part, {"use_reentrant": False})
     _assert_trainable(built, model)
     if on_meta:
         return built.train()

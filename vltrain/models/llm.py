@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vltrain.models.adapters import Routing
-from vltrain.models.materialise import empty_model
+from vltrain.models.materialise import checkpoint_blocks, empty_model
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.liger import install_liger
 from vltrain.ops.loss import LossHead
@@ -35,7 +35,7 @@ def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: 
     if activation_checkpointing:
         # Not re-entrant: gradients of blocks whose inputs need none, and ZeRO-3's gathered weights, come out right.
         settings = {"use_reentrant": False} if routing is None else {"use_reentrant": False, "context_fn": routing.for_checkpoint}
-        llm.activation_checkpointing_enable(settings)
+        checkpoint_blocks(llm, settings)
 
 
 def packed_hidden_states(llm: LlamaForCausalLM, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""`bash tests/gpu.sh`: starts the parts one after another, each in a process with a time limit, and writes the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import tell
+from tests.gpu.page import write_page
+
+PARTS = {
+    "doctor": "what the machine has, each optional package run once",
+    "kernels": "kernels, losses and attention against float64, every dtype and size",
+    "equivalence": "ZeRO 0 to 3 in fp32 and bf16 beside a plain PyTorch loop",
+    "resume": "kill -9 and --resume auto: the run that nobody killed, bit for bit",
+    "quickstart": "the quickstart, trained and evaluated",
+    "bits": "frozen weights in 4 and 8 bits: products, and runs",
+    "seven_b": "the 7B recipe at full size, random weights: tokens a second, utilisation, memory beside the plan's",
+    "trainers": "Trainer and TRL beside us, SmolLM2-135M and a LLaMA of 1B",
+    "speed": "the fused kernel beside torch and the bandwidth's floor; ways of attention beside each other",
+}
+EMULATED = ("doctor", "kernels", "equivalence", "bits", "seven_b")
+LIMIT_SECONDS = 600
+ROOT = Path(__file__).parents[2]
+
+
+def main() -> int:
+    """Returns 0 where all parts passed, 1 where one failed, 2 for a mistake on the command line."""
+    given = _parse()
+    if given.list:
+        print("\n".join(f"{name:12}{what}" for name, what in PARTS.items()))
+        return 0
+    names = given.part or (EMULATED if given.emulate else tuple(PARTS))
+    given.output.mkdir(parents=True, exist_ok=True)
+    failed = [name for name in names if not _run(name, given.output, given.emulate, given.limit)]
+    write_page(given.output, list(PARTS))
+    print(f"gpu.sh: {len(names) - len(failed)} passed, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}; {given.output / 'gpu.md'}")
+    return 1 if failed else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tests/gpu.sh", description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), metavar="NAME", help="only these: " + ", ".join(PARTS))
+    parser.add_argument("--emulate", action="store_true", help="on a CPU, what emulation can show")
+    parser.add_argument("--list", action="store_true", help="tell what parts there are")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu", help="folder of JSON and page")
+    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help=f"of one part (default: {LIMIT_SECONDS})")
+    given = parser.parse_args()
+    given.output = given.output.resolve()
+    if given.emulate and given.part and set(given.part) - set(EMULATED):
+        parser.error(f"--emulate: {', '.join(sorted(set(given.part) - set(EMULATED)))} need a GPU; emulated are {', '.join(EMULATED)}")
+    if not given.emulate and not given.list:
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("no CUDA device here; --emulate shows what can be shown without one")
+    return given
+
+
+def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
+    """Whether the part passed. Its words go to NAME.log; one that wrote no JSON gets one that says why."""
+    tell(f"part {name}: {PARTS[name]}")
+    result, log = output / f"{name}.json", output / f"{name}.log"
+    result.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    if emulate:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command = [sys.executable, "-m", f"tests.gpu.{name}", "--output", str(output), *(["--emulate"] if emulate else [])]
+    started = time.perf_counter()
+    with log.open("wb") as words:
+        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=words, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = child.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, 9)
+            child.wait()
+            code = None
+    seconds = time.perf_counter() - started
+    if not result.exists():
+        ended = f"ran past its {limit:.0f} seconds" if code is None else f"ended with {code} before it wrote anything"
+        _write_failure(result, emulate, seconds, f"{ended}; its words: {log}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    for failure in found["failures"]:
+        tell(f"FAILED {name}: {failure}")
+    tell(f"part {name}: {'passed' if not found['failures'] else 'FAILED'} in {seconds:.0f} s")
+    return not found["failures"]
+
+
+def _write_failure(result: Path, emulate: bool, seconds: float, why: str) -> None:
+    told = {"seconds": round(seconds, 1), "emulated": emulate, "machine": {}, "tables": {}, "failures": [why]}
+    result.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Real DeepSpeed at ZeRO 0 to 3 in fp32 and bf16 beside a plain PyTorch loop that feeds one sample at a time, all on this device.
+
+In bf16 all stages must give one another's losses bit for bit on one rank: the order of sums is the same there. Emulated, DeepSpeed asks for
+autocast as it does on CUDA.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+from tests.gpu.part import Findings, run_part
+from tests.support.processes import run_ranks
+from tests.support.tiny import make_segments, write_packs
+from tests.train.plain_loop import plain_run, relative_difference
+
+STEPS = 12
+CHANGES = {"train__packs_per_step": 5, "train__max_steps": STEPS, "train__epochs": 10.0, "train__save_every_steps": 1000, "optim__warmup_epochs": 0.5}
+KINDS = {
+    "adapters": {}, "full": {"model__tune": "full", "optim__clip": 0.5, "optim__lr": 1e-3},
+    "router, recomputed": {"model__adapter__kind": "router", "train__activation_checkpointing": True},
+    "lora": {"model__llm__peft__kind": "lora", "model__adapter__llm": "none"},
+}
+FP32_LIMIT, BF16_LIMIT = 1e-4, 2e-2
+
+
+def find(findings: Findings) -> None:
+    packs = write_packs(findings.folder / "packs", make_segments(14))
+    kinds = dict(list(KINDS.items())[:1]) if findings.emulate else KINDS
+    worlds = [1] if findings.emulate or torch.cuda.device_count() < 2 else [1, 2]
+    scenarios = {}
+    for kind, changes in kinds.items():
+        for precision in ("fp32", "bf16"):
+            for stage in range(4):
+                zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+                scenarios[f"{kind}|{precision}|{stage}"] = (zero, {**CHANGES, **changes, "train__precision": precision})
+    for world_size in worlds:
+        found = _run(findings, packs, scenarios, world_size)
+        for kind, changes in kinds.items():
+            plain = plain_run(packs, {**CHANGES, **changes}, findings.device)
+            _compare(findings, kind, world_size, plain, found)
+
+
+def _run(findings: Findings, packs, scenarios: dict, world_size: int) -> dict[str, dict[str, torch.Tensor]]:
+    folder = findings.folder / f"ranks-{world_size}"
+    folder.mkdir(exist_ok=True)
+    places = {name: folder / str(number) for number, name in enumerate(scenarios)}
+    told = [
+        {"name": name, "packs": str(packs), "ds": {"zero_optimization": zero}, "changes": changes, "output": str(places[name])}
+        for name, (zero, changes) in scenarios.items()
+    ]
+    file = folder / "scenarios.json"
+    file.write_text(json.dumps(told))
+    module = "tests.train.worker_as_on_cuda" if findings.emulate else "tests.train.worker"
+    run_ranks(module, [str(file)], world_size, folder / "log", timeout_seconds=500)
+    return {name: load_file(place / "result.safetensors") for name, place in places.items()}
+
+
+def _compare(findings: Findings, kind: str, world_size: int, plain: dict, found: dict) -> None:
+    for precision, limit in (("fp32", FP32_LIMIT), ("bf16", BF16_LIMIT)):
+        first = found[f"{kind}|{precision}|0"]["losses"]
+        for stage in range(4):
+            losses = found[f"{kind}|{precision}|{stage}"]["losses"]
+            told = {"trained": kind, "precision": precision, "ranks": world_size, "stage": stage}
+            findings.check("losses beside the plain loop's in fp32", relative_difference(losses, plain["losses"]), limit, **told)
+            if precision == "bf16" and world_size == 1:
+                findings.require(torch.equal(losses, first), f"{kind} in bf16: ZeRO {stage} gives other losses than ZeRO 0: {losses - first}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_part("equivalence", find, __doc__))

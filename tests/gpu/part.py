@@ -1,0 +1,94 @@
+"""What all parts share: their command line, what they find, and the JSON that they leave.
+
+A part is a process of its own, `python -m tests.gpu.NAME --output FOLDER [--emulate]`, so that none inherits the memory, the process group or
+the crash of another. It writes FOLDER/NAME.json, also when it fails half-way: {"seconds", "machine", "tables": {title: rows}, "failures": [text]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.measure import machine, show, tell
+
+
+@dataclass
+class Findings:
+    """What a part has seen so far.
+
+    emulate: on a CPU, with whatever stands in for a GPU, and in sizes that a CPU can do.
+    folder: where the part may write.
+    """
+
+    emulate: bool
+    folder: Path
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.emulate else "cuda")
+
+    def row(self, table: str, **values: Any) -> None:
+        """A row of a table; rows of one table have equal keys."""
+        self.tables.setdefault(table, []).append(values)
+        tell(f"{table}: {values}")
+
+    def check(self, table: str, found: float, limit: float, **what: Any) -> None:
+        """A row that says what was compared, and a failure where `found` is above `limit` or NaN."""
+        good = found <= limit
+        self.row(table, **what, found=found, limit=limit, verdict="ok" if good else "FAILED")
+        if not good:
+            self.failures.append(f"{table}: {what}: found {found:.3g}, expected at most {limit:.3g}")
+
+    def require(self, holds: bool, what: str) -> None:
+        """A failure unless `holds`."""
+        if not holds:
+            self.failures.append(what)
+
+    def attempt(self, what: str, call: Callable[[], Any]) -> Any:
+        """What `call` returns; a failure and None where it raises: one thing that breaks must not hide the rest."""
+        try:
+            return call()
+        except Exception as error:
+            traceback.print_exc()
+            self.failures.append(f"{what}: {type(error).__name__}: {str(error)[:300]}")
+            return None
+
+
+def run_part(name: str, find: Callable[[Findings], None], documentation: str | None) -> int:
+    """The `main` of a part. Returns 0, or 1 where something failed."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the JSON")
+    parser.add_argument("--emulate", action="store_true", help="on a CPU")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    findings = Findings(emulate=given.emulate, folder=given.output / name)
+    findings.folder.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    findings.attempt(name, lambda: find(findings))
+    for title, rows in findings.tables.items():
+        print(f"\n{title}")
+        show(rows)
+    for failure in findings.failures:
+        print(f"FAILED {failure}")
+    told = {"seconds": round(time.perf_counter() - started, 1), "emulated": given.emulate, "machine": machine()}
+    beside = given.output / f"{name}.json.partial"
+    beside.write_text(json.dumps({**told, "tables": findings.tables, "failures": findings.failures}, indent=1) + "\n")
+    os.replace(beside, given.output / f"{name}.json")
+    return 1 if findings.failures else 0
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of `exact`, in float64; NaN where anything is NaN."""
+    exact = exact.detach().double()
+    return float((found.detach().to(exact.device).double() - exact).norm() / exact.norm().clamp(min=1e-30))

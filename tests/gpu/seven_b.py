@@ -1,0 +1,110 @@
+"""The 7B recipe at full size, its weights drawn on the device: 20 steps. Tokens a second, utilisation, and peak memory beside `vltrain plan`'s.
+
+Packs have ScienceQA's lengths and images. Emulated, only the plan and the packs are made.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.benchmarks.ours import OurSteps
+from tests.benchmarks.samples import pack_samples, scienceqa_like
+from tests.gpu.part import Findings, run_part
+from tests.gpu.weights import drawn_on_device
+from vltrain.check.memory_plan import GIB
+from vltrain.check.sizes import assume_sizes
+from vltrain.config import Config
+from vltrain.data.shards import PackedDataset
+from vltrain.models.build import build_model
+from vltrain.programs.plan import OPTIONS, plan_recipe
+from vltrain.recipe import build_config, read_recipe
+from vltrain.settings import Settings, load_settings
+from vltrain.train.ds_config import load_ds_json
+from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.hardware import peak_flops
+from vltrain.train.trainer import make_trainer
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
+DS = ROOT / "ds_configs" / "zero2.json"
+VOCABULARY, VISUAL_TOKENS, SAMPLES = 32000, 6, 400
+WARM_UP, STEPS = 4, 20
+VARIANTS: dict[str, dict[str, Any]] = {
+    "the recipe": {}, "deterministic false": {"train.deterministic": False}, "without checkpointing": {"train.activation_checkpointing": False},
+    "--bits 4": {"model.bits": 4},
+}  # fmt: skip
+
+
+def find(findings: Findings) -> None:
+    samples = scienceqa_like(24 if findings.emulate else SAMPLES, vocabulary=VOCABULARY, visual_tokens=VISUAL_TOKENS)
+    dataset = pack_samples(samples, 2560, findings.folder / "packs", VISUAL_TOKENS)
+    if not findings.emulate:
+        torch.cuda.manual_seed(0)
+        init_distributed()
+    for name, changes in VARIANTS.items():
+        findings.attempt(name, lambda: _variant(findings, name, changes, dataset))
+    if not findings.emulate:
+        shutdown_distributed()
+
+
+def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: PackedDataset) -> None:
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
+    planned = _plan(dataset, words)
+    if findings.emulate:
+        findings.row("planned", variant=name, peak_gib=planned)
+        return
+    config = _config(changes, findings.folder / "run", dataset)
+    with drawn_on_device():
+        model = build_model(config.model, dtype=torch.bfloat16, activation_checkpointing=config.train.activation_checkpointing, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    trainer = make_trainer(
+        config, load_ds_json(DS), model=model, dataset=dataset, checkpoint=None, rank=0, world_size=1, dtype=torch.bfloat16, evaluate=lambda _: None
+    )  # fmt: skip
+    ours = OurSteps(trainer)
+    for _ in range(WARM_UP):
+        ours.step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    tokens = sum(ours.step() for _ in range(STEPS))
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    flops = sum(ours.flops(WARM_UP + step) for step in range(STEPS))
+    peak = torch.cuda.max_memory_allocated() / GIB
+    findings.row("20 steps of the 7B recipe", variant=name, seconds_a_step=seconds / STEPS, tokens_per_second=tokens / seconds,
+                 mfu=flops / seconds / peak_flops(torch.bfloat16), peak_allocated_gib=peak, peak_reserved_gib=torch.cuda.max_memory_reserved() / GIB,
+                 planned_gib=planned, loss=float("nan"))  # fmt: skip
+    last = [line for line in (Path(config.output) / "log.jsonl").read_text().splitlines()][-1]
+    findings.tables["20 steps of the 7B recipe"][-1]["loss"] = float(last.split('"loss": ')[1].split(",")[0])
+    findings.require(peak <= planned, f"{name}: peak {peak:.2f} GiB, vltrain plan says {planned:.2f} GiB at most")
+    trainer.monitor.close()
+    trainer.loader.close()
+    del trainer, ours, model
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _config(changes: dict[str, Any], output: Path, dataset: PackedDataset) -> Config:
+    settings = {**read_recipe(RECIPE), "output": str(output), "data.train_packs": str(dataset.folder), "data.workers": 4, "train.log_every_steps": 5,
+                "train.save_every_steps": 10**9, "train.packs_per_step": 4, "train.epochs": 1000.0, **changes}  # fmt: skip
+    config = build_config(settings)
+    model, _ = assume_sizes(config.model, "llama-2-7b", "vit-l/14-336", None)
+    output.mkdir(parents=True, exist_ok=True)
+    return replace(config, model=model)
+
+
+def _plan(dataset: PackedDataset, words: list[str]) -> float:
+    """GiB that `vltrain plan` says for one GPU, with these packs."""
+    given = ["--recipe", str(RECIPE), "--ds", str(DS), "--data.train_packs", str(dataset.folder), "--llm-size", "llama-2-7b", "--vision-size", "vit-l/14-336"]
+    settings: Settings = load_settings([*given, *words], program="vltrain plan", description="", options=OPTIONS)
+    return plan_recipe(settings)["memory_per_rank"]["peak_gib"]
+
+
+if __name__ == "__main__":
+    sys.exit(run_part("seven_b", find, __doc__))
