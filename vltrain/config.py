@@ -125,8 +125,9 @@ class LLMConfig:
     """For random weights: keys of transformers' LlamaConfig."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not beside the weights; required with random weights."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention of packed rows; auto: flash-attn on CUDA where it is installed, else SDPA with a block-diagonal mask."""
+    attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
+    """Attention of packed rows; auto: where products are in bf16 on CUDA a flash-attn that is installed and fits the GPU, else torch's own
+    variable-length kernel (torch 2.10), else SDPA over segments as a padded batch."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """What computes norms, rotary embedding and SwiGLU; auto: Liger's kernels on CUDA where they are installed (extra `gpu`), else torch."""
     peft: PeftConfig = field(default_factory=PeftConfig)

@@ -115,7 +115,7 @@ class InstructBlipConfig:
     the Q-Former alone, and counted when packing; the LLM reads the whole."""
     adapters: str | None = None
     """A folder of peft's, as `vltrain export` writes it, that the tuned parameters start from; null: untrained updates."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
     """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """What computes a LLaMA's norms, rotary embedding and SwiGLU, as `model.llm.kernels`. T5's are transformers' own."""

@@ -152,10 +152,10 @@ def test_a_wrong_trained_set_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_attention_is_chosen_for_the_device_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model is made on the CPU and moved: what runs it is a GPU's to say."""
+    """A model is made on the CPU and moved: what runs it is a GPU's to say. So is the dtype of products, not that of weights."""
     asked = []
-    monkeypatch.setattr(build, "choose_attention", lambda requested, device: asked.append(str(device)) or "sdpa")
-    build.build_model(tiny_config(), runs_on="cuda:0")
+    monkeypatch.setattr(build, "choose_attention", lambda requested, config, device, dtype: asked.append((str(device), dtype)) or "sdpa")
+    build.build_model(tiny_config(bits=32), dtype=torch.bfloat16, runs_on="cuda:0")
     build.build_model(tiny_config())
-    build.outline_model(tiny_config(), "cuda:0")
-    assert asked == ["cuda:0", "cpu", "cuda:0", "cuda:0"]
+    build.outline_model(tiny_config(), "cuda:0", torch.bfloat16)
+    assert asked == [("cuda:0", torch.bfloat16), ("cpu", torch.float32), ("meta", torch.bfloat16), ("cuda:0", torch.bfloat16)]

@@ -27,7 +27,7 @@ from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights, q
 from vltrain.models.random import seeded
 from vltrain.models.vision import VISION_NORMS, ClipTaps, vision_units
 from vltrain.models.weights import clip_config, llama_config, open_clip, open_llama
-from vltrain.ops.attention import choose_attention
+from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.liger import choose_kernels
 
 AnyModel: TypeAlias = MultimodalModel | InstructBlip
@@ -69,7 +69,7 @@ def build_model(
     with torch.device("meta") if on_meta else nullcontext():
         clip = _empty_clip(model)
         vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing)
-        llm = _empty_llm(model, runs_on)
+        llm = _empty_llm(model, runs_on, dtype)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
         prepare_llm(llm, activation_checkpointing, routing, choose_kernels(model.llm.kernels, runs_on, llm.config.hidden_act))
@@ -92,8 +92,10 @@ def build_model(
     return built.train()
 
 
-def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu") -> AnyModel:
+def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AnyModel:
     """The model on the meta device, after everything was checked that shows without reading weights: settings, files, names, shapes.
+
+    `runs_on` and `dtype` are those of the model that it stands for, see `build_model`: which kernels can run depends on both.
 
     Raises: what `build_model` raises.
     """
@@ -101,9 +103,9 @@ def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu") -> An
         bitsandbytes()
     if model.architecture == "instructblip":
         check_blip_sources(model)
-        return build_model(model, device="meta", runs_on=runs_on)
-    _open_weights(model, _empty_clip(model), _empty_llm(model, runs_on), torch.float32)
-    return build_model(model, device="meta", runs_on=runs_on)
+        return build_model(model, dtype=dtype, device="meta", runs_on=runs_on)
+    _open_weights(model, _empty_clip(model), _empty_llm(model, "meta", dtype), torch.float32)
+    return build_model(model, dtype=dtype, device="meta", runs_on=runs_on)
 
 
 def _empty_clip(model: ModelConfig) -> CLIPVisionModel:
@@ -111,9 +113,9 @@ def _empty_clip(model: ModelConfig) -> CLIPVisionModel:
     return empty_model(CLIPVisionModel, config, "eager" if model.llm.attention == "eager" else "sdpa")
 
 
-def _empty_llm(model: ModelConfig, device: torch.device | str) -> LlamaForCausalLM:
+def _empty_llm(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> LlamaForCausalLM:
     config = llama_config("model.llm", model.llm.source, model.llm.config)
-    return empty_llama(config, choose_attention(model.llm.attention, device))
+    return empty_llama(config, choose_attention(model.llm.attention, config, device, dtype))
 
 
 def _open_weights(model: ModelConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype) -> tuple[Weights, Weights]:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import InstructBlipConfig, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
 from vltrain.errors import InputError
@@ -22,7 +22,7 @@ from vltrain.models.materialise import Weights, assert_materialised, checkpoint_
 from vltrain.models.peft_folder import PeftFolder
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
-from vltrain.ops.attention import choose_attention
+from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.liger import choose_kernels, install_liger
 
 Place = Callable[[nn.Module], None] | None
@@ -37,7 +37,7 @@ def build_blip(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         config = blip_config(model.instructblip.source, model.instructblip.config, model.instructblip.dropout)
-        network = empty_blip(config, choose_attention(model.instructblip.attention, runs_on, f"{KEY}.attention"))
+        network = empty_blip(config, _attention(model.instructblip.attention, config, runs_on, dtype))
         weights = None if on_meta else open_blip(model.instructblip.source, network, model.seed)
         _finish(network, model, weights, dtype, place)
         llm = network.language_model
@@ -56,6 +56,15 @@ def build_blip(
         place(built.projection)
         return built.train()
     return built.to(device).train()
+
+
+def _attention(requested: str, config: InstructBlipConfig, runs_on: torch.device | str, dtype: torch.dtype) -> str:
+    """`choose_attention` of a LLaMA; a T5 leaves nothing to choose but transformers' own two. Raises InputError."""
+    if config.text_config.model_type == "llama":
+        return choose_attention(requested, config.text_config, runs_on, dtype, f"{KEY}.attention")
+    if requested not in ("auto", "eager", "sdpa"):
+        raise InputError(f"{KEY}.attention: found '{requested}', but it is for a LLaMA's packed rows, and this LLM is a T5; take auto, sdpa or eager")
+    return "eager" if requested == "eager" else "sdpa"
 
 
 def _wants_liger(model: ModelConfig, llm: nn.Module, runs_on: torch.device | str) -> bool:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.models.adapters import is_routed
 from vltrain.models.llm import llm_blocks
 from vltrain.models.multimodal import MultimodalModel
-from vltrain.ops.attention import PACKED_SDPA, packed_sdpa_forward
+from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, packed_sdpa_forward, packed_varlen_forward
 
 GRAPHS = 32  # of one piece of a block: with and without gradients, one image or several, one segment or several, each once
 
@@ -42,7 +44,10 @@ def require_compilable(config: Config, zero_stage: int) -> None:
 
 def compile_blocks(model: MultimodalModel, backend: str = "inductor") -> None:
     """Compiles every block that runs, in place, at its first forward; parameters and their names stay what they are."""
-    AttentionInterface.register(PACKED_SDPA, torch.compiler.disable(packed_sdpa_forward))
+    attentions = {PACKED_SDPA: packed_sdpa_forward, PACKED_VARLEN: packed_varlen_forward}
+    attentions |= dict.fromkeys((name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("flash_attention_")), flash_attention_forward)
+    for name, attention in attentions.items():
+        AttentionInterface.register(name, torch.compiler.disable(attention))
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 8 * GRAPHS
     for block in (*model.vision.live_blocks, *llm_blocks(model.llm)):

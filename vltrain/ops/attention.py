@@ -1,22 +1,25 @@
-"""Attention over a packed row: the one place that chooses how it is computed.
+"""Attention over a packed row, which is S segments one after another that must not see each other. Which way it is computed is chosen in
+`vltrain.ops.attention_choice`. All are exact:
 
-A packed row is S segments one after another that must not see each other. Three ways, all exact:
-
-`flash_attention_2`  flash-attn's variable-length kernel; told where segments begin.
+`flash_attention_N`  flash-attn's variable-length kernel, as transformers calls it; told where segments begin.
+`varlen`             torch's own variable-length kernel (from 2.10, on CUDA, in 16 bits), told the same.
 `sdpa`               segments of similar length are laid out as a padded batch [S, H, L, D] and go through torch's causal
                      attention. Padding stands at the end, so causality alone hides it and no mask exists. A mask
                      of T x T would cost T / L times the work, and would keep CUDA from its flash kernel.
 `eager`              softmax over T x T scores with a mask, in plain operations; to look at, not to train with.
 
-The `sdpa` way is registered in transformers' own table of attention functions; a call without a `packing` (generation with a
-key-value cache) goes to transformers' SDPA untouched.
+`sdpa` and `varlen` are registered in transformers' own table of attention functions; a call that says nothing of segments (generation with
+a key-value cache) goes to transformers' SDPA untouched.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import logging
+import importlib
+import inspect
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,11 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vltrain.errors import InputError
-
-logger = logging.getLogger(__name__)
-
 PACKED_SDPA = "vltrain_packed_sdpa"
+PACKED_VARLEN = "vltrain_packed_varlen"
 # A segment joins a padded group if it is at least this share of the group's longest: bounds what padding wastes.
 MIN_FILL = 0.8
 
@@ -49,48 +49,25 @@ class Packing:
     unpad: Tensor
 
 
-def choose_attention(requested: str, device: torch.device | str, key: str = "model.llm.attention") -> str:
-    """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging the choice.
-
-    An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`.
-
-    Raises: InputError if flash_attention_2 is asked for where it cannot run.
-    """
-    if torch.device(device).type == "meta":
-        return "eager" if requested == "eager" else PACKED_SDPA
-    on_cuda = torch.device(device).type == "cuda"
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    if requested == "flash_attention_2" and not (on_cuda and has_flash):
-        missing = "the package flash-attn is not installed" if on_cuda else f"the model is on '{device}'"
-        raise InputError(
-            f"{key}: found 'flash_attention_2', but {missing}; it needs a CUDA device and "
-            "`pip install flash-attn`. Use 'auto' or 'sdpa'"
-        )
-    if requested == "auto":
-        requested = "flash_attention_2" if on_cuda and has_flash else "sdpa"
-    logger.info("attention of packed rows: %s", requested)
-    return PACKED_SDPA if requested == "sdpa" else requested
-
-
 def packing_arguments(implementation: str, segment_lengths: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Keyword arguments that make a transformers decoder keep the segments of one packed row apart.
 
     Args:
-        implementation: what `choose_attention` returned.
+        implementation: what `vltrain.ops.attention_choice.choose_attention` returned.
         segment_lengths: int64 [S] on the CPU, all positive, summing to T.
         device, dtype: of the hidden states.
     """
-    if implementation == PACKED_SDPA:
-        # transformers takes a mask of four dimensions as it is; left out, it would build one of T x T.
-        no_mask = torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
-        return {"packing": pack_segments(segment_lengths, device), "attention_mask": no_mask}
     if implementation == "eager":
         allowed = block_causal_mask(segment_lengths).to(device)
         # transformers' eager attention adds its mask to the scores.
         return {"attention_mask": torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)}
+    # transformers takes a mask of four dimensions as it is; left out, it would build one of T x T for the functions that are ours.
+    no_mask = {"attention_mask": torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)} if implementation in (PACKED_SDPA, PACKED_VARLEN) else {}
+    if implementation == PACKED_SDPA:
+        return {"packing": pack_segments(segment_lengths, device), **no_mask}
     starts = F.pad(segment_lengths.cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True)
     longest = int(segment_lengths.max())
-    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest, **no_mask}
 
 
 def block_causal_mask(segment_lengths: Tensor) -> Tensor:
@@ -160,5 +137,68 @@ def packed_sdpa_forward(
     return torch.cat(outputs).index_select(0, packing.unpad)[None], None
 
 
+def packed_varlen_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed rows on torch's `varlen_attn`. `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D],
+    `cu_seq_lens_q` int32 [S + 1], where segments begin, and T.
+
+    Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
+    assert not dropout, "varlen_attn has no dropout"
+    # Autocast does not reach into custom operations, and a rotary embedding in fp32 leaves queries and keys in it.
+    autocast = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if autocast else value.dtype
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, H, D]
+    return causal_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
+
+
+def causal_varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
+    """`varlen_attn` as torch 2.10, 2.11 or 2.12 and later have it. `query` [T, H, D], `key` and `value` [T, H_kv, D], `starts` int32 [S + 1].
+
+    Returns: [T, H, D].
+    """
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    offers = _parameters(attend)
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in offers else {"is_causal": True}
+    if "scale" in offers:
+        options["scale"] = scaling
+    else:
+        assert scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5), "torch 2.10's varlen_attn knows one scale"
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and "enable_gqa" in offers:
+        options["enable_gqa"] = True
+    elif repeats > 1:
+        key, value = (states[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2) for states in (key, value))
+    return attend(query, key, value, starts, starts, longest, longest, **options)
+
+
+def varlen_is_there() -> bool:
+    """Whether this torch has `varlen_attn`."""
+    try:
+        return hasattr(importlib.import_module("torch.nn.attention.varlen"), "varlen_attn")
+    except ImportError:
+        return False
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
-AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+AttentionInterface.register(PACKED_VARLEN, packed_varlen_forward)
+for _name in (PACKED_SDPA, PACKED_VARLEN):
+    AttentionMaskInterface.register(_name, sdpa_mask)

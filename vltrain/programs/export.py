@@ -13,6 +13,7 @@ for a mistake in the input.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def _write_updates(folder: Path, blip: InstructBlipConfig, checkpoint: Checkpoin
 
 @torch.no_grad()
 def _write_whole(folder: Path, model: ModelConfig, checkpoint: Checkpoint | None) -> None:
-    built = build_model(model, dtype=torch.float32)
+    # Nothing runs here, so that kernels which a run on a GPU asked for are not missed.
+    anywhere = dataclasses.replace(model.instructblip, attention="auto", kernels="auto")
+    built = build_model(dataclasses.replace(model, instructblip=anywhere), dtype=torch.float32)
     if checkpoint is not None:
         load_trainable(built, checkpoint)
     dequantise_linears(built)

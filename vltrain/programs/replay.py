@@ -42,8 +42,8 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     checkpoint = newest_until(run / "checkpoints", step)
     limit_threads(1)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
-    dataset = open_packs(config, tokenizer, outline_model(config.model, device()).visual_tokens)
     dtype = choose_dtype(config.train.precision, config.model.bits)
+    dataset = open_packs(config, tokenizer, outline_model(config.model, device(), dtype).visual_tokens)
     rank, world_size = init_distributed()
     try:
         model = build_model(

@@ -70,7 +70,7 @@ def run(settings: Settings, preemption: Preemption) -> None:
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
-    outline = outline_model(config.model, device())
+    outline = outline_model(config.model, device(), dtype)
     _require_data_fits(config, tokenizer, outline)
     dataset = open_packs(config, tokenizer, outline.visual_tokens)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
