@@ -15,7 +15,7 @@ from torch import Tensor
 from vltrain.errors import InputError
 
 MAX_DIM = 32  # of the bottleneck: with a wider one the weights' gradients no longer fit into registers
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)  # of states, and of results
 
 
 def interpreted() -> bool:
@@ -29,10 +29,23 @@ def runs_fused(impl: str, states: Tensor, dim: int, dropout: float) -> bool:
     Args:
         impl: `auto`, `torch` or `triton` (`require_fused` has let it pass).
         dim, dropout: the adapter's.
+
+    Raises: InputError if `triton` is asked for and the states' dtype, or autocast's, has no kernel.
     """
     if impl == "torch":
         return False
-    return impl == "triton" or (states.is_cuda and states.dtype in DTYPES and dim <= MAX_DIM and dropout == 0)
+    has_kernel = states.dtype in DTYPES and _out_dtype(states) in DTYPES
+    if impl == "triton" and not has_kernel:
+        raise InputError(
+            f"model.adapter.impl: found 'triton', but its kernel does bf16 and fp32, not states in {states.dtype} with results in {_out_dtype(states)}; "
+            "take auto or torch"
+        )
+    return impl == "triton" or (states.is_cuda and has_kernel and dim <= MAX_DIM and dropout == 0)
+
+
+def _out_dtype(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def require_fused(dim: int, dropout: float) -> None:
@@ -55,17 +68,16 @@ def fused_adapter(
     """z + s (U (D z + c) + b) with z = x, or x / rms(x) * `norm_weight` where that is given.
 
     Args:
-        x: [..., d], bf16, fp16 or fp32, any strides.
+        x: [..., d], bf16 or fp32, any strides.
         down, down_bias: D [h, d] and c [h]; h is `MAX_DIM` at most.
         up, up_bias: U [d, h] and b [d].
         norm_weight: [d], of an RMSNorm that is not trained; `eps` is its.
 
-    Returns: [..., d], in the dtype of autocast where that is on, else in `x`'s.
+    Returns: [..., d], in the dtype of autocast where that is on, else in `x`'s; the products are done in this dtype, summed in fp32.
     """
     from vltrain.ops.triton_adapter import bottleneck_adapter
 
-    assert x.dtype in DTYPES and len(down) <= MAX_DIM, (x.dtype, down.shape)
-    device = x.device.type
-    out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y, _, _ = bottleneck_adapter(x.reshape(-1, x.shape[-1]), norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype)
+    out_dtype = _out_dtype(x)
+    assert x.dtype in DTYPES and out_dtype in DTYPES and len(down) <= MAX_DIM, (x.dtype, out_dtype, down.shape)
+    y, *_ = bottleneck_adapter(x.reshape(-1, x.shape[-1]), norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype)
     return y.view(x.shape)

@@ -3,214 +3,293 @@
     forward        z = x, or x / rms(x) * w;   hidden = D z + c;   y = z + s (U hidden + b)
     backward       dhidden = s U^T dy;   dz = dy + D^T dhidden;   dU = s dy^T hidden,  db = s sum dy,  dD = dhidden^T z,  dc = sum dhidden
 
-Memory-bound: 4 h d operations a row beside 2 d numbers moved. So what counts is that each state is fetched once from the device's memory.
-Forward: a program owns a block of rows. Its first sweep over the width makes `hidden` (and the norm's sum of squares: D z = D (x w) / rms(x),
-so both come of one sweep); the second, whose reads hit the cache, writes y. Unfused, torch reads and writes the states twice more for the
-norm and twice more for the adapter. Backward goes by bands of rows that the cache holds: over each, a kernel by rows makes dhidden (and what the
-norm's gradient needs of a whole row), then one by columns reads the same rows again, from the cache, for dx and for the weights'
-gradients. These add up in a fixed order, through partial sums and never by atomic additions, so that a run can be repeated bit for bit.
-Kept for backward are x, `hidden` (h numbers a row) and 1 / rms (one).
+Memory-bound: 4 h d operations a row beside 2 d numbers moved, so what counts is how often states are fetched, and that fetches never wait for
+each other: every loop has chunks on their way while it computes. Forward: a program owns a block of rows. Its first sweep over the width makes
+`hidden` and the norm's sum of squares; the second, whose reads hit the cache, writes y. Backward: a kernel by rows makes dhidden and what the
+norm's gradient needs of a whole row; one by columns makes dx and the weights' gradients, for one share of the rows a program; one adds the
+shares up, in a fixed order and never by atomic additions, so that a run can be repeated bit for bit.
 
-States may be bf16, fp16 or fp32; weights are fp32 (or any of these) and products accumulate in fp32. Grouped projections come as the dense
-matrices that `vltrain.ops.adapter.grouped_matrix` makes of them. What it gives up: dropout, and norms whose own weight is trained.
+The products are of raw states, as they lie in memory: w is multiplied into D and s into U beforehand (`packed`, once a call), and 1 / rms comes
+after the sum. They are in the dtype of the result, which is what autocast gives torch's own products: bf16 states or fp32 states under bf16
+autocast are multiplied as bf16 (`hidden` and dhidden are rounded to it too), fp32 states without autocast as fp32. Sums are fp32 throughout.
+Kept for backward are x, `packed`, `hidden` (h numbers a row, padded to 16 or 32) and 1 / rms (one).
 
-Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of two.
+Grouped projections come as the dense matrices that `vltrain.ops.adapter.grouped_matrix` makes of them. What it gives up: dropout, fp16, and norms
+whose own weight is trained.
+
+Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of two, 16 at least.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS = 32
-CHUNK_COLUMNS = 128
-MIN_DOT = 16  # the smallest side of Triton's matrix products
-BAND_BYTES = 16 * 2**20  # of dy and x together that the two kernels of backward read one after the other: less than half of an A100's cache
-TARGET_PROGRAMS = 128  # of the kernel by columns: about one for each multiprocessor
-BACKWARD_WARPS = 8  # with four, the rows' kernel spills registers where it goes through the norm
+MIN_DOT = 16  # the smallest side of a matrix product on tensor cores
+COLUMNS_PROGRAMS = 512  # at least, of the kernel by columns: some for each multiprocessor of the largest cards
+PACK_COLUMNS, FINISH_COLUMNS, FINISH_PARTS = 64, 32, 32
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut up: rows of a block, columns of a chunk, warps, and chunks that are on their way at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"B": self.rows, "C": self.columns, "STAGES": self.stages, "num_warps": self.warps}
+
+
+# By the products' dtype. fp32 products run off the tensor cores and hold their operands in registers: smaller blocks, or they would spill.
+LAUNCHES = {
+    torch.bfloat16: {"forward": Launch(16, 256, 8, 3), "backward rows": Launch(16, 256, 8, 3), "backward columns": Launch(32, 128, 8, 3)},
+    torch.float32: {"forward": Launch(16, 64, 4, 2), "backward rows": Launch(16, 64, 4, 2), "backward columns": Launch(16, 64, 4, 2)},
+}
 
 
 @triton.jit
-def _load_chunk(base, rows, columns, stride_row, stride_column, in_rows, d):
-    """x[rows, columns] in fp32, zeros outside."""
-    places = base + rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_column
-    return tl.load(places, mask=in_rows[:, None] & (columns[None, :] < d), other=0.0).to(tl.float32)
+def _dot(a, b, total, WIDEN: tl.constexpr):
+    """total + a b, summed in fp32. Triton's interpreter, which would multiply the bits of bf16 as integers, gets the same numbers as fp32."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
-@triton.jit
-def _load_down(down, bottleneck, columns, d, h):
-    """D[bottleneck, columns]: [H, C] of D [h, d], contiguous, fp32."""
-    mask = (bottleneck[:, None] < h) & (columns[None, :] < d)
-    return tl.load(down + bottleneck[:, None] * d + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+@triton.jit(do_not_specialize=["h"])
+def _pack_kernel(
+    down, up, norm_weight, packed, d, h, scale,
+    NORM: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """packed[0] = D w, packed[1] = s U^T: [2, H, d] in the products' dtype, zeros below row h."""
+    columns = tl.program_id(0) * C + tl.arange(0, C)
+    bottleneck = tl.arange(0, H)
+    in_columns = columns < d
+    inside = (bottleneck[:, None] < h) & in_columns[None, :]
+    wide = tl.load(down + bottleneck[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        wide *= tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+    places = bottleneck[:, None] * d + columns[None, :]
+    tl.store(packed + places, wide.to(packed.dtype.element_ty), mask=in_columns[None, :])
+    wide = scale * tl.load(up + columns[None, :] * h + bottleneck[:, None], mask=inside, other=0.0).to(tl.float32)
+    tl.store(packed + H * d + places, wide.to(packed.dtype.element_ty), mask=in_columns[None, :])
 
 
-@triton.jit
-def _load_up(up, bottleneck, columns, d, h):
-    """U^T[bottleneck, columns]: [H, C] of U [d, h], contiguous, fp32."""
-    mask = (bottleneck[:, None] < h) & (columns[None, :] < d)
-    return tl.load(up + columns[None, :] * h + bottleneck[:, None], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "h"])
 def _forward_kernel(
-    x, norm_weight, down, down_bias, up, up_bias, y, hidden, inverse_rms,
+    x, norm_weight, packed, down_bias, up_bias, y, hidden, inverse_rms,
     num_rows, d, h, stride_row, stride_column, scale, eps,
-    NORM: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    NORM: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * B + tl.arange(0, B)
     in_rows = rows < num_rows
     bottleneck = tl.arange(0, H)
+    x_rows = x + rows[:, None].to(tl.int64) * stride_row
     accumulated = tl.zeros((B, H), tl.float32)
-    squares = tl.zeros((B,), tl.float32)
-    for start in range(0, d, C):
+    squares = tl.zeros((B, C), tl.float32)
+    for start in tl.range(0, d, C, num_stages=STAGES):
         columns = start + tl.arange(0, C)
-        z = _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d)
+        inside = in_rows[:, None] & (columns[None, :] < d)
+        z = tl.load(x_rows + columns[None, :] * stride_column, mask=inside, other=0.0)
+        weights = tl.load(packed + columns[:, None] + bottleneck[None, :] * d, mask=columns[:, None] < d, other=0.0)
+        accumulated = _dot(z.to(weights.dtype), weights, accumulated, WIDEN)
         if NORM:
-            squares += tl.sum(z * z, axis=1)
-            z *= tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
-        accumulated += tl.dot(z, tl.trans(_load_down(down, bottleneck, columns, d, h)), input_precision=PRECISION)
+            wide = z.to(tl.float32)
+            squares += wide * wide
     if NORM:
-        inverse = tl.rsqrt(squares / d + eps)
+        inverse = tl.rsqrt(tl.sum(squares, axis=1) / d + eps)
         tl.store(inverse_rms + rows, inverse, mask=in_rows)
         accumulated *= inverse[:, None]
     accumulated += tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
-    in_hidden = in_rows[:, None] & (bottleneck[None, :] < h)
-    tl.store(hidden + rows[:, None].to(tl.int64) * h + bottleneck[None, :], accumulated, mask=in_hidden)
-    for start in range(0, d, C):
+    inner = accumulated.to(packed.dtype.element_ty)
+    tl.store(hidden + rows[:, None].to(tl.int64) * H + bottleneck[None, :], inner, mask=in_rows[:, None])
+    y_rows = y + rows[:, None].to(tl.int64) * d
+    for start in tl.range(0, d, C, num_stages=STAGES):
         columns = start + tl.arange(0, C)
-        z = _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d)
+        in_columns = columns < d
+        inside = in_rows[:, None] & in_columns[None, :]
+        z = tl.load(x_rows + columns[None, :] * stride_column, mask=inside, other=0.0).to(tl.float32)
+        weights = tl.load(packed + H * d + bottleneck[:, None] * d + columns[None, :], mask=in_columns[None, :], other=0.0)
+        added = _dot(inner, weights, tl.zeros((B, C), tl.float32), WIDEN)
         if NORM:
-            z *= inverse[:, None] * tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
-        added = tl.dot(accumulated, _load_up(up, bottleneck, columns, d, h), input_precision=PRECISION)
-        added += tl.load(up_bias + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
-        places = y + rows[:, None].to(tl.int64) * d + columns[None, :]
-        tl.store(places, (z + scale * added).to(y.dtype.element_ty), mask=in_rows[:, None] & (columns[None, :] < d))
+            z *= inverse[:, None] * tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        z += scale * tl.load(up_bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_rows + columns[None, :], (z + added).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "h"])
 def _backward_rows_kernel(
-    dy, x, norm_weight, inverse_rms, hidden, down_bias, up, dhidden, shared,
-    first_row, last_row, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column, scale,
-    NORM: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    dy, x, norm_weight, inverse_rms, hidden, down_bias, packed, dhidden, shared, d_down_bias,
+    num_rows, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column,
+    NORM: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dhidden = s U^T dy of rows first_row to last_row; with the norm also `shared` = sum(z dz) / (d rms^2), of which dx takes x times that."""
-    rows = first_row + tl.program_id(0) * B + tl.arange(0, B)
-    in_rows = rows < last_row
+    """dhidden = s U^T dy, divided by rms under the norm; `shared` = sum(z dz) / (d rms^2), of which dx takes x times that; and each block's
+    share of d_down_bias [blocks, H]."""
+    block = tl.program_id(0)
+    rows = block * B + tl.arange(0, B)
+    in_rows = rows < num_rows
     bottleneck = tl.arange(0, H)
+    x_rows = x + rows[:, None].to(tl.int64) * stride_row
+    dy_rows = dy + rows[:, None].to(tl.int64) * dy_stride_row
     accumulated = tl.zeros((B, H), tl.float32)
-    direct = tl.zeros((B,), tl.float32)  # sum over the width of w x dy
-    for start in range(0, d, C):
+    direct = tl.zeros((B, C), tl.float32)  # sum over the width of w x dy
+    for start in tl.range(0, d, C, num_stages=STAGES):
         columns = start + tl.arange(0, C)
-        dy_chunk = _load_chunk(dy, rows, columns, dy_stride_row, dy_stride_column, in_rows, d)
-        accumulated += tl.dot(dy_chunk, tl.trans(_load_up(up, bottleneck, columns, d, h)), input_precision=PRECISION)
+        in_columns = columns < d
+        inside = in_rows[:, None] & in_columns[None, :]
+        dy_chunk = tl.load(dy_rows + columns[None, :] * dy_stride_column, mask=inside, other=0.0)
+        weights = tl.load(packed + H * d + columns[:, None] + bottleneck[None, :] * d, mask=in_columns[:, None], other=0.0)
+        accumulated = _dot(dy_chunk.to(weights.dtype), weights, accumulated, WIDEN)
         if NORM:
-            weight = tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
-            direct += tl.sum(dy_chunk * weight * _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d), axis=1)
-    accumulated *= scale
-    in_hidden = in_rows[:, None] & (bottleneck[None, :] < h)
-    places = rows[:, None].to(tl.int64) * h + bottleneck[None, :]
-    tl.store(dhidden + places, accumulated, mask=in_hidden)
+            x_chunk = tl.load(x_rows + columns[None, :] * stride_column, mask=inside, other=0.0)
+            weight = tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+            direct += dy_chunk.to(tl.float32) * weight * x_chunk.to(tl.float32)
+    tl.store(d_down_bias + block * H + bottleneck, tl.sum(accumulated, axis=0))
+    places = rows[:, None].to(tl.int64) * H + bottleneck[None, :]
     if NORM:
         # z dz = z dy + z D^T dhidden, and the sum of the latter is that of (hidden - c) dhidden.
         bias = tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
-        through = tl.sum((tl.load(hidden + places, mask=in_hidden, other=0.0) - bias) * accumulated, axis=1)
+        through = tl.sum((tl.load(hidden + places, mask=in_rows[:, None], other=0.0).to(tl.float32) - bias) * accumulated, axis=1)
         inverse = tl.load(inverse_rms + rows, mask=in_rows, other=0.0)
-        tl.store(shared + rows, (direct * inverse + through) * inverse * inverse / d, mask=in_rows)
+        tl.store(shared + rows, (tl.sum(direct, axis=1) * inverse + through) * inverse * inverse / d, mask=in_rows)
+        accumulated *= inverse[:, None]
+    tl.store(dhidden + places, accumulated.to(dhidden.dtype.element_ty), mask=in_rows[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "share_rows"])
 def _backward_columns_kernel(
-    dy, x, norm_weight, inverse_rms, hidden, dhidden, shared, down, dx, d_down, d_up, d_up_bias,
-    first_row, last_row, rows_per_share, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column, scale,
-    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    dy, x, norm_weight, inverse_rms, hidden, dhidden, shared, packed, dx, d_down, d_up, d_up_bias,
+    num_rows, share_rows, d, dy_stride_row, dy_stride_column, stride_row, stride_column,
+    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """C columns of one share of the rows: dx, and what they add to that share's d_down and d_up [shares, h, d] and d_up_bias [shares, d]."""
+    """C columns of one share of the rows: dx, and that share's part of d_down and d_up [shares, H, d] and d_up_bias [shares, d].
+
+    The last rows come first, since what the kernel by rows read last is still in the cache.
+    """
     columns = tl.program_id(0) * C + tl.arange(0, C)
-    share = tl.program_id(1)
-    first = first_row + share * rows_per_share
-    last = tl.minimum(first + rows_per_share, last_row)
+    in_columns = columns < d
+    share = tl.num_programs(1) - 1 - tl.program_id(1)
+    first = share * share_rows
+    last = tl.minimum(first + share_rows, num_rows)
     bottleneck = tl.arange(0, H)
-    matrix = share.to(tl.int64) * h * d + bottleneck[:, None] * d + columns[None, :]
-    in_matrix = (bottleneck[:, None] < h) & (columns[None, :] < d)
-    bias_places = d_up_bias + share.to(tl.int64) * d + columns
-    down_sum = tl.load(d_down + matrix, mask=in_matrix, other=0.0)
-    up_sum = tl.load(d_up + matrix, mask=in_matrix, other=0.0)
-    bias_sum = tl.load(bias_places, mask=columns < d, other=0.0)
+    down_sum = tl.zeros((H, C), tl.float32)
+    up_sum = tl.zeros((H, C), tl.float32)
+    bias_sum = tl.zeros((C,), tl.float32)
     if NORM:
-        weight = tl.load(norm_weight + columns, mask=columns < d, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
     if NEEDS_DX:
-        down_chunk = _load_down(down, bottleneck, columns, d, h)
-    for start in range(first, last, B):
+        down_chunk = tl.load(packed + bottleneck[:, None] * d + columns[None, :], mask=in_columns[None, :], other=0.0)
+    for start in tl.range(first, last, B, num_stages=STAGES):
         rows = start + tl.arange(0, B)
         in_rows = rows < last
-        places = rows[:, None].to(tl.int64) * h + bottleneck[None, :]
-        in_hidden = in_rows[:, None] & (bottleneck[None, :] < h)
-        dy_chunk = _load_chunk(dy, rows, columns, dy_stride_row, dy_stride_column, in_rows, d)
-        x_chunk = _load_chunk(x, rows, columns, stride_row, stride_column, in_rows, d)
-        z = x_chunk
-        if NORM:
-            inverse = tl.load(inverse_rms + rows, mask=in_rows, other=0.0)[:, None]
-            z = x_chunk * inverse * weight
-        dhidden_block = tl.load(dhidden + places, mask=in_hidden, other=0.0)
-        up_sum += scale * tl.dot(tl.trans(tl.load(hidden + places, mask=in_hidden, other=0.0)), dy_chunk, input_precision=PRECISION)
-        down_sum += tl.dot(tl.trans(dhidden_block), z, input_precision=PRECISION)
-        bias_sum += scale * tl.sum(dy_chunk, axis=0)
+        inside = in_rows[:, None] & in_columns[None, :]
+        far = rows[:, None].to(tl.int64)
+        dy_chunk = tl.load(dy + far * dy_stride_row + columns[None, :] * dy_stride_column, mask=inside, other=0.0)
+        x_chunk = tl.load(x + far * stride_row + columns[None, :] * stride_column, mask=inside, other=0.0)
+        hidden_block = tl.load(hidden + far * H + bottleneck[None, :], mask=in_rows[:, None], other=0.0)
+        dhidden_block = tl.load(dhidden + far * H + bottleneck[None, :], mask=in_rows[:, None], other=0.0)
+        up_sum = _dot(tl.trans(hidden_block), dy_chunk.to(hidden_block.dtype), up_sum, WIDEN)
+        down_sum = _dot(tl.trans(dhidden_block), x_chunk.to(dhidden_block.dtype), down_sum, WIDEN)
+        wide = dy_chunk.to(tl.float32)
+        bias_sum += tl.sum(wide, axis=0)
         if NEEDS_DX:
-            dz = dy_chunk + tl.dot(dhidden_block, down_chunk, input_precision=PRECISION)
+            dz = _dot(dhidden_block, down_chunk, tl.zeros((B, C), tl.float32), WIDEN)
             if NORM:
-                dz = inverse * weight * dz - tl.load(shared + rows, mask=in_rows, other=0.0)[:, None] * x_chunk
-            in_chunk = in_rows[:, None] & (columns[None, :] < d)
-            tl.store(dx + rows[:, None].to(tl.int64) * d + columns[None, :], dz.to(dx.dtype.element_ty), mask=in_chunk)
-    tl.store(d_down + matrix, down_sum, mask=in_matrix)
-    tl.store(d_up + matrix, up_sum, mask=in_matrix)
-    tl.store(bias_places, bias_sum, mask=columns < d)
+                dz += tl.load(inverse_rms + rows, mask=in_rows, other=0.0)[:, None] * weight * wide
+                dz -= tl.load(shared + rows, mask=in_rows, other=0.0)[:, None] * x_chunk.to(tl.float32)
+            else:
+                dz += wide
+            tl.store(dx + far * d + columns[None, :], dz.to(dx.dtype.element_ty), mask=inside)
+    matrix = share.to(tl.int64) * H * d + bottleneck[:, None] * d + columns[None, :]
+    tl.store(d_down + matrix, down_sum, mask=in_columns[None, :])
+    tl.store(d_up + matrix, up_sum, mask=in_columns[None, :])
+    tl.store(d_up_bias + share.to(tl.int64) * d + columns, bias_sum, mask=in_columns)
 
 
-def block_sizes(dim: int) -> dict[str, int]:
-    """The kernels' constants for a bottleneck of `dim`."""
-    return {"B": BLOCK_ROWS, "C": CHUNK_COLUMNS, "H": max(MIN_DOT, triton.next_power_of_2(dim))}
+@triton.jit(do_not_specialize=["shares", "blocks", "h"])
+def _finish_kernel(
+    down_parts, up_parts, up_bias_parts, down_bias_parts, norm_weight, d_down, d_down_bias, d_up, d_up_bias,
+    shares, blocks, d, h, scale,
+    NORM: tl.constexpr, C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts up, always in the same order. The last program does so for d_down_bias, each other one for its columns."""
+    bottleneck = tl.arange(0, H)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        total = tl.zeros((PARTS, H), tl.float32)
+        for start in tl.range(0, blocks, PARTS, num_stages=4):
+            part = start + tl.arange(0, PARTS)
+            total += tl.load(down_bias_parts + part[:, None] * H + bottleneck[None, :], mask=part[:, None] < blocks, other=0.0)
+        tl.store(d_down_bias + bottleneck, tl.sum(total, axis=0), mask=bottleneck < h)
+    else:
+        columns = tl.program_id(0) * C + tl.arange(0, C)
+        in_columns = columns < d
+        down_sum = tl.zeros((H, C), tl.float32)
+        up_sum = tl.zeros((H, C), tl.float32)
+        bias_sum = tl.zeros((C,), tl.float32)
+        matrix = bottleneck[:, None] * d + columns[None, :]
+        for share in tl.range(0, shares, num_stages=4):
+            places = share * H * d + matrix
+            down_sum += tl.load(down_parts + places, mask=in_columns[None, :], other=0.0)
+            up_sum += tl.load(up_parts + places, mask=in_columns[None, :], other=0.0)
+            bias_sum += tl.load(up_bias_parts + share * d + columns, mask=in_columns, other=0.0)
+        if NORM:
+            down_sum *= tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        inside = (bottleneck[:, None] < h) & in_columns[None, :]
+        tl.store(d_down + matrix, down_sum, mask=inside)
+        tl.store(d_up + columns[None, :] * h + bottleneck[:, None], scale * up_sum, mask=inside)
+        tl.store(d_up_bias + columns, scale * bias_sum, mask=in_columns)
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """Of the products: TF32's 10 bits hold all of bf16's 7 and fp16's 10; fp32 states get fp32 products."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 
 
-def bands(num_rows: int, width: int, item_bytes: int, chunk: int) -> tuple[int, int, int]:
-    """(rows of a band, shares that it is cut into, rows of a share), the rows in multiples of `BLOCK_ROWS`; by shapes alone."""
-    rows = max(1, BAND_BYTES // (2 * width * item_bytes * BLOCK_ROWS)) * BLOCK_ROWS
-    rows = min(rows, triton.cdiv(num_rows, BLOCK_ROWS) * BLOCK_ROWS)
-    shares = min(max(1, TARGET_PROGRAMS // triton.cdiv(width, chunk)), rows // BLOCK_ROWS)
-    return rows, shares, triton.cdiv(triton.cdiv(rows, shares), BLOCK_ROWS) * BLOCK_ROWS
+def padded_dim(dim: int) -> int:
+    """H of a bottleneck of `dim`."""
+    return max(MIN_DOT, triton.next_power_of_2(dim))
+
+
+def row_shares(num_rows: int, width: int, launch: Launch) -> tuple[int, int]:
+    """(shares that the kernel by columns cuts the rows into, rows of a share, a multiple of its block); by shapes alone."""
+    wanted = triton.cdiv(COLUMNS_PROGRAMS, triton.cdiv(width, launch.columns))
+    share_rows = triton.cdiv(triton.cdiv(num_rows, min(wanted, triton.cdiv(num_rows, launch.rows))), launch.rows) * launch.rows
+    return triton.cdiv(num_rows, share_rows), share_rows
 
 
 @torch.library.custom_op("vltrain::bottleneck_adapter", mutates_args=())
 def bottleneck_adapter(
     x: Tensor, norm_weight: Tensor | None, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: float, eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y [N, d], hidden [N, h] fp32, 1 / rms [N] fp32, empty without a norm)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y [N, d], hidden [N, H], 1 / rms [N] fp32, empty without a norm, packed [2, H, d]); all but 1 / rms in `out_dtype`, bf16 or fp32."""
     num_rows, width = x.shape
     dim = len(down)
-    y, hidden, inverse_rms = _empty_outputs(x, norm_weight, dim, out_dtype)
-    sizes = block_sizes(dim)
+    outputs = y, hidden, inverse_rms, packed = _empty_outputs(x, norm_weight, dim, out_dtype)
+    norm, weight = norm_weight is not None, norm_weight.contiguous() if norm_weight is not None else x
+    launch = LAUNCHES[out_dtype]["forward"]
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, sizes["B"]),)](
-            x, norm_weight if norm_weight is not None else x, down.contiguous(), down_bias.contiguous(), up.contiguous(), up_bias.contiguous(),
-            y, hidden, inverse_rms, num_rows, width, dim, *x.stride(), scale, eps,
-            NORM=norm_weight is not None, PRECISION=input_precision(x.dtype), **sizes,
-        )  # fmt: skip
-    return y, hidden, inverse_rms
+        with torch.cuda.device_of(x):
+            _pack_kernel[(triton.cdiv(width, PACK_COLUMNS),)](
+                down.contiguous(), up.contiguous(), weight, packed, width, dim, scale, NORM=norm, C=PACK_COLUMNS, H=packed.shape[1]
+            )  # fmt: skip
+            _forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
+                x, weight, packed, down_bias.contiguous(), up_bias.contiguous(), y, hidden, inverse_rms, num_rows, width, dim, *x.stride(),
+                scale, eps, NORM=norm, WIDEN=INTERPRETED, H=packed.shape[1], **launch.constants,
+            )  # fmt: skip
+    return outputs
 
 
-def _empty_outputs(x: Tensor, norm_weight: Tensor | None, dim: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = len(x)
-    fp32 = {"dtype": torch.float32}
-    return (
-        x.new_empty(x.shape, dtype=out_dtype), x.new_empty(num_rows, dim, **fp32), x.new_empty(num_rows if norm_weight is not None else 0, **fp32)
-    )  # fmt: skip
+def _empty_outputs(x: Tensor, norm_weight: Tensor | None, dim: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, width = x.shape
+    height = padded_dim(dim)
+    shapes = (x.shape, (num_rows, height), (num_rows if norm_weight is not None else 0,), (2, height, width))
+    dtypes = (out_dtype, out_dtype, torch.float32, out_dtype)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
 @bottleneck_adapter.register_fake
@@ -220,63 +299,65 @@ def _(x, norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype):
 
 @torch.library.custom_op("vltrain::bottleneck_adapter_backward", mutates_args=())
 def bottleneck_adapter_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor, hidden: Tensor, down: Tensor, down_bias: Tensor, up: Tensor,
+    dy: Tensor, x: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor, hidden: Tensor, packed: Tensor, down_bias: Tensor,
     scale: float, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx [N, d] or empty, dD [h, d], dc [h], dU [d, h], db [d]), all but dx in fp32."""
+    """(dx [N, d] in x's dtype, or empty; dD [h, d], dc [h], dU [d, h], db [d] in fp32)."""
     num_rows, width = x.shape
-    dim = len(down)
-    sizes = block_sizes(dim)
-    norm, precision = norm_weight is not None, input_precision(x.dtype)
-    weight = norm_weight if norm_weight is not None else x
-    dx = x.new_empty(x.shape if needs_dx else (0, width))
+    dim, height = len(down_bias), packed.shape[1]
+    dx, *gradients = _empty_gradients(x, dim, needs_dx)
     if not num_rows:
-        return (dx, *(torch.zeros(shape, device=x.device) for shape in ((dim, width), (dim,), (width, dim), (width,))))
+        return dx, *(gradient.zero_() for gradient in gradients)
+    by_rows, by_columns = (LAUNCHES[packed.dtype][f"backward {name}"] for name in ("rows", "columns"))
+    blocks, (shares, share_rows) = triton.cdiv(num_rows, by_rows.rows), row_shares(num_rows, width, by_columns)
+    norm, weight = norm_weight is not None, norm_weight.contiguous() if norm_weight is not None else x
     dhidden, shared = torch.empty_like(hidden), torch.empty_like(inverse_rms)
-    down, down_bias, up = down.contiguous(), down_bias.contiguous(), up.contiguous()
-    band, shares, share_rows = bands(num_rows, width, x.element_size(), sizes["C"])
-    d_down, d_up = (hidden.new_zeros(shares, dim, width) for _ in range(2))
-    d_up_bias = hidden.new_zeros(shares, width)
+    parts = [x.new_empty(shape, dtype=torch.float32) for shape in ((shares, height, width), (shares, height, width), (shares, width), (blocks, height))]
     strides = (*dy.stride(), *x.stride())
-    for first in range(0, num_rows, band):
-        last = min(first + band, num_rows)
-        _backward_rows_kernel[(triton.cdiv(last - first, sizes["B"]),)](
-            dy, x, weight, inverse_rms, hidden, down_bias, up, dhidden, shared, first, last, width, dim, *strides, scale,
-            NORM=norm, PRECISION=precision, num_warps=BACKWARD_WARPS, **sizes,
+    constants = {"NORM": norm, "WIDEN": INTERPRETED, "H": height}
+    with torch.cuda.device_of(x):
+        _backward_rows_kernel[(blocks,)](
+            dy, x, weight, inverse_rms, hidden, down_bias.contiguous(), packed, dhidden, shared, parts[3], num_rows, width, dim, *strides,
+            **constants, **by_rows.constants,
         )  # fmt: skip
-        _backward_columns_kernel[(triton.cdiv(width, sizes["C"]), shares)](
-            dy, x, weight, inverse_rms, hidden, dhidden, shared, down, dx, d_down, d_up, d_up_bias, first, last, share_rows, width, dim,
-            *strides, scale, NORM=norm, NEEDS_DX=needs_dx, PRECISION=precision, num_warps=BACKWARD_WARPS, **sizes,
+        _backward_columns_kernel[(triton.cdiv(width, by_columns.columns), shares)](
+            dy, x, weight, inverse_rms, hidden, dhidden, shared, packed, dx, *parts[:3], num_rows, share_rows, width, *strides,
+            NEEDS_DX=needs_dx, **constants, **by_columns.constants,
         )  # fmt: skip
-    return dx, d_down.sum(0), dhidden.sum(0), d_up.sum(0).t().contiguous(), d_up_bias.sum(0)
+        _finish_kernel[(triton.cdiv(width, FINISH_COLUMNS) + 1,)](
+            *parts, weight, *gradients, shares, blocks, width, dim, scale, NORM=norm, C=FINISH_COLUMNS, H=height, PARTS=FINISH_PARTS
+        )  # fmt: skip
+    return dx, *gradients
+
+
+def _empty_gradients(x: Tensor, dim: int, needs_dx: bool) -> tuple[Tensor, ...]:
+    width = x.shape[1]
+    dx = x.new_empty(x.shape if needs_dx else (0, width))
+    return dx, *(x.new_empty(shape, dtype=torch.float32) for shape in ((dim, width), (dim,), (width, dim), (width,)))
 
 
 @bottleneck_adapter_backward.register_fake
-def _(dy, x, norm_weight, inverse_rms, hidden, down, down_bias, up, scale, needs_dx):
-    dim, width = down.shape
-    shapes = ((dim, width), (dim,), (width, dim), (width,))
-    return (x.new_empty(x.shape if needs_dx else (0, width)), *(hidden.new_empty(shape) for shape in shapes))
+def _(dy, x, norm_weight, inverse_rms, hidden, packed, down_bias, scale, needs_dx):
+    return _empty_gradients(x, len(down_bias), needs_dx)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
     x, norm_weight, down, down_bias, up, up_bias, scale, _, _ = inputs
-    _, hidden, inverse_rms = output
-    ctx.mark_non_differentiable(hidden, inverse_rms)
+    _, hidden, inverse_rms, packed = output
+    ctx.mark_non_differentiable(hidden, inverse_rms, packed)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, down, down_bias, up, hidden, inverse_rms)
-    ctx.scale, ctx.up_bias_dtype = scale, up_bias.dtype
+    ctx.save_for_backward(x, norm_weight, inverse_rms, hidden, packed, down_bias)
+    ctx.scale, ctx.dtypes = scale, (down.dtype, down_bias.dtype, up.dtype, up_bias.dtype)
 
 
 def _run_backward(ctx, dy, *_):
-    x, norm_weight, down, down_bias, up, hidden, inverse_rms = ctx.saved_tensors
     if dy is None:
         return (None,) * 9
     assert not ctx.needs_input_grad[1], "a norm whose weight is trained has no fused kernel"
     needs_dx = ctx.needs_input_grad[0]
-    dx, *weights = bottleneck_adapter_backward(dy, x, norm_weight, inverse_rms, hidden, down, down_bias, up, ctx.scale, needs_dx)
-    dtypes = (down.dtype, down_bias.dtype, up.dtype, ctx.up_bias_dtype)
-    return (dx if needs_dx else None, None, *(gradient.to(dtype) for gradient, dtype in zip(weights, dtypes, strict=True)), None, None, None)
+    dx, *weights = bottleneck_adapter_backward(dy, *ctx.saved_tensors, ctx.scale, needs_dx)
+    gradients = (gradient.to(dtype) for gradient, dtype in zip(weights, ctx.dtypes, strict=True))
+    return (dx if needs_dx else None, None, *gradients, None, None, None)
 
 
 bottleneck_adapter.register_autograd(_run_backward, setup_context=_keep_for_backward)
-
