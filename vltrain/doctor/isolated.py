@@ -23,8 +23,8 @@ import torch
 from vltrain.doctor.findings import PROBLEM, Finding, one_line
 from vltrain.doctor.kernels import CASES, examine
 
-START_SECONDS = 90.0  # to import torch and the libraries, which may lie on a slow file system
-CASE_SECONDS = 60.0  # a first compilation included
+START_SECONDS = 60.0  # to import torch and the libraries, which may lie on a slow file system
+CASE_SECONDS = 45.0  # a first compilation included
 ROOT = Path(__file__).resolve().parents[2]
 
 
