@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vltrain.errors import InputError
+
 OK, ABSENT, WARNING, PROBLEM = "ok", "not here", "warning", "problem"
 STATUSES = (OK, ABSENT, WARNING, PROBLEM)  # from good to bad
 
@@ -74,8 +76,10 @@ class Examination:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and text on a line of bounded length."""
+    """An exception's type and text on a line of bounded length; the whole text of one that says what to do."""
     text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
     return f"{type(error).__name__}: {text}"[:400] if text else type(error).__name__
 
 

@@ -40,9 +40,11 @@ def examine_gpu(index: int, what: str = "GPU") -> Finding:
 
 def examine_cpu() -> Finding:
     """Products on the CPU, for ranks without a GPU."""
-    fp32, bf16 = measured_gemm_flops(torch.float32, place=torch.device("cpu")), measured_gemm_flops(torch.bfloat16, 256, 1, place=torch.device("cpu"))
+    fp32, bf16 = (measured_gemm_flops(dtype, 512, place=torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16))
     chosen = "bf16" if cpu_has_fast_bf16() else "fp32"
+    slow = chosen == "bf16" and bf16 < fp32 / 2
     return Finding(
-        status=OK, what="CPU products", found=f"fp32 {{fp32_gflops}} GFLOP/s, bf16 {{bf16_gflops}}; train.precision auto takes {chosen} here",
+        status=WARNING if slow else OK, what="CPU products", do="--train.precision fp32" if slow else "",
+        found=f"fp32 {{fp32_gflops}} GFLOP/s, bf16 {{bf16_gflops}}; train.precision auto takes {chosen} on the CPU",
         numbers={"fp32_gflops": fp32 / 1e9, "bf16_gflops": bf16 / 1e9},
     )  # fmt: skip

@@ -46,6 +46,11 @@ def join() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave() -> None:
+    """Leaves the group."""
+    dist.destroy_process_group()
+
+
 def gather(value: Any) -> list[Any]:
     """Each rank's value, on every rank. A collective over gloo."""
     values: list[Any] = [None] * dist.get_world_size()

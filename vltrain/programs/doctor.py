@@ -62,16 +62,23 @@ def _config(recipe: str | None) -> Config:
 
 
 def _examine_and_report(examination: Examination, folders: list[tuple[Path, str]], workers: int, report: str | None) -> int:
-    index = _own_gpu(examination)
-    facts, rank = [ranks.own_fact(_gpu_name(index))], 0
+    names: list[str] = []
     joined: list[tuple[int, list[ranks.Fact]]] = []
 
-    def meet() -> list[Finding]:
+    def own_gpu() -> list[Finding]:
         adopt_ranks()
+        require_own_gpu()
+        names.extend([torch.cuda.get_device_name(_local_rank())] if torch.cuda.is_available() else [])
+        return []
+
+    def meet() -> list[Finding]:
         own_rank, _ = ranks.join()
         joined.append((own_rank, ranks.gather(facts[0])))
         return []
 
+    examination.run("GPU", own_gpu)
+    index = _local_rank() if names else None
+    facts, rank = [ranks.own_fact(names[0] if names else None)], 0
     examination.run("ranks", meet, ranks.GROUP_TIMEOUT.total_seconds() + 10)
     if joined:
         rank, facts = joined[0]
@@ -80,23 +87,15 @@ def _examine_and_report(examination: Examination, folders: list[tuple[Path, str]
     _examine_host(examination, facts[rank], [facts[other] for other in local], folders if rank == local[0] else None, workers)
     if joined:
         _examine_group(examination, facts, index)
-        return _report_together(examination, rank, facts, report)
+        code = _report_together(examination, rank, facts, report)
+        if not examination.hung:
+            ranks.leave()
+        return code
     return _report(merge([examination.findings]), [facts[0].host], report)
 
 
-def _own_gpu(examination: Examination) -> int | None:
-    """The number of this rank's GPU; None where there is none, which is a problem where there are some."""
-    try:
-        adopt_ranks()
-        require_own_gpu()
-    except InputError as error:
-        examination.findings.append(Finding(status=PROBLEM, what="ranks", found=str(error)))
-        return None
-    return int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else None
-
-
-def _gpu_name(index: int | None) -> str | None:
-    return None if index is None else torch.cuda.get_device_name(index)
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _examine_software_and_devices(
