@@ -25,6 +25,7 @@ class Finding:
     what: the thing examined.
     found, needed, do: for humans; `do` is empty where nothing needs to be done.
     numbers: measured ones by name, units in the name; `found` shows them as {name}.
+    of_host: about what the ranks of a machine share, and found by the first of them.
     """
 
     status: str
@@ -33,6 +34,7 @@ class Finding:
     needed: str = ""
     do: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
+    of_host: bool = False
 
     def __post_init__(self) -> None:
         assert self.status in STATUSES, self.status
@@ -123,7 +125,7 @@ def to_text(merged: Sequence[Merged], hosts: Sequence[str]) -> str:
         line = f"{finding.status:9} {finding.what:{width}}  {_shown(entry)}"
         line += f"; needed: {finding.needed}" if finding.needed else ""
         line += f"; to do: {finding.do}" if finding.do else ""
-        lines.append(line + _whose(entry.ranks, hosts))
+        lines.append(line + _whose(entry, hosts))
     counts = [(status, sum(entry.finding.status == status for entry in merged)) for status in STATUSES]
     said = ", ".join(f"{count} {status}" for status, count in counts if count)
     return "\n".join([*lines, f"{len(hosts)} rank(s) on {len(set(hosts))} host(s): {said}"])
@@ -141,12 +143,15 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _whose(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """Which ranks a line is about, unless it is about all."""
-    if len(ranks) == len(hosts):
+def _whose(entry: Merged, hosts: Sequence[str]) -> str:
+    """Which ranks or machines a line is about, unless it is about all."""
+    ranks, own_hosts = entry.ranks, list(dict.fromkeys(hosts[rank] for rank in entry.ranks))
+    if len(ranks) == len(hosts) or (entry.finding.of_host and len(own_hosts) == len(set(hosts))):
         return ""
+    if entry.finding.of_host:
+        return f" [{', '.join(own_hosts)}]"
     parts = []
-    for host in dict.fromkeys(hosts[rank] for rank in ranks):
+    for host in own_hosts:
         own = [rank for rank in ranks if hosts[rank] == host]
         every = own == [rank for rank in range(len(hosts)) if hosts[rank] == host]
         parts.append(host if every and len(set(hosts)) > 1 else f"rank {','.join(map(str, own))} on {host}")

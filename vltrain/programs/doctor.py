@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -128,11 +129,13 @@ def _examine_host(
     examination.run("cores per rank", partial(host.cores, own.cores, [fact.cores for fact in local], workers))
     if folders is None:
         return
+    num_before = len(examination.findings)
     examination.run("shared memory", partial(host.shared_memory, max(len(local), local_world_size())))
     for folder, purpose in folders:
         examination.run(f"folder {folder}", partial(host.folder_speed, folder, purpose))
     examination.run("compiler", host.compiler)
     examination.run("hub cache", host.hub_cache)
+    examination.findings[num_before:] = [replace(one, of_host=True) for one in examination.findings[num_before:]]
 
 
 def _examine_group(examination: Examination, facts: list[ranks.Fact], index: int | None) -> None:

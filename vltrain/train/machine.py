@@ -38,7 +38,7 @@ def require_machine(workers: int, environment: Mapping[str, str] = os.environ) -
     require_own_gpu(environment)
     local_size = local_world_size(environment)
     if workers > 0 or local_size > 1:
-        require_shared_memory(local_size * LEAST_SHARED_BYTES)
+        require_shared_memory(local_size * LEAST_SHARED_BYTES, SHARED_MEMORY)
 
 
 def local_world_size(environment: Mapping[str, str] = os.environ) -> int:
@@ -100,7 +100,7 @@ def require_own_gpu(environment: Mapping[str, str] = os.environ) -> None:
         )
 
 
-def require_shared_memory(num_bytes: int, folder: str = SHARED_MEMORY) -> None:
+def require_shared_memory(num_bytes: int, folder: str) -> None:
     """Refuses a `folder` of shared memory with less than `num_bytes` free; a system without one passes."""
     if not os.path.isdir(folder):
         return
