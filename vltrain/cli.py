@@ -9,6 +9,7 @@ import sys
 from vltrain.errors import InputError, exits_cleanly, nearest
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("vltrain.programs.doctor", "what this machine and its GPUs have for training, each thing tried"),
     "prepare": ("data_prep.prepare", "raw data set -> samples (JSONL and images)"),
     "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),

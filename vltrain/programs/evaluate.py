@@ -32,6 +32,7 @@ from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, 
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.train.retention import BEST, pointed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.machine import local_world_size, require_machine, require_one_model
 from vltrain.train.ranks import adopt_ranks, join_process_group
 
 RUN_OPTIONS: dict[str, Option] = {
@@ -97,7 +98,8 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     adopt_ranks()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+    require_machine(workers=0)  # the samples' images are decoded by this process
+    limit_threads(local_world_size())
     split = settings.options["split"] or config.data.test_split
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
     tokenizer = load_tokenizer(*tokenizer_sources(config))
@@ -110,6 +112,7 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
+        require_one_model()
     writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(

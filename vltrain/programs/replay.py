@@ -24,6 +24,7 @@ from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.guard import own_losses
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.machine import require_machine
 from vltrain.train.trainer import Trainer, make_trainer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     Raises: InputError where the run's folder lacks what is needed, or has no such step.
     """
     config = recipe_of(run, "ds_config.json")
+    require_machine(workers=0)
     changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away

@@ -27,6 +27,7 @@ from vltrain.programs.data_ready import packed_folder, ready_packs, ready_sample
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.machine import local_world_size, require_machine
 from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
@@ -46,7 +47,8 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
     settings = load_settings(argv, program=program, description="Multimodal Model Tuning.", options=TRAIN_OPTIONS, default_recipe=default_recipe)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
-    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))))
+    require_machine(settings.config.data.workers)
+    limit_threads(local_world_size())
     preemption = Preemption(time_limit_end(os.environ, settings.config.train.time_limit_minutes, started))
     with preemption.listening():
         try:

@@ -23,15 +23,21 @@ import torch.distributed as dist
 from vltrain.errors import InputError
 from vltrain.train.ds_config import offloads_optimizer, zero_stage
 from vltrain.train.hardware import device
+from vltrain.train.machine import require_one_model
 from vltrain.train.ranks import adopt_ranks, join_process_group
 
+# DeepSpeed chooses its accelerator at import. Only then is the variable ours: found later, or by a child, it means that the user asks for one.
+_chosen_by_user = "DS_ACCELERATOR" in os.environ
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402  (its accelerator is chosen at import)
+import deepspeed  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_get_local_fp32_param, safe_set_full_fp32_param,
     safe_set_full_optimizer_state, safe_set_local_fp32_param, safe_set_local_optimizer_state,
 )  # fmt: skip
+
+if not _chosen_by_user:
+    del os.environ["DS_ACCELERATOR"]
 
 # DeepSpeed would compile, for CPU ranks, an all-reduce over shared memory that only its inference calls. It leaves 69 MB of memory behind for each
 # rank that is killed, and the compiler's lock, for which later runs wait without end.
@@ -47,7 +53,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
         (rank, world size)
 
     Raises:
-        InputError: the environment contradicts itself, or rank 0 cannot listen where it says.
+        InputError: the environment contradicts itself, rank 0 cannot listen where it says, or the ranks are on GPUs of several models.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has begun to rename: true, and nothing a user could mend.
@@ -58,6 +64,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     join_process_group(backend, timeout)
+    require_one_model()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     return dist.get_rank(), dist.get_world_size()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 FLOP/s of one device, from the vendors' data sheets, by a part of the name that torch reports.
+# Dense bf16 FLOP/s of one device, from the vendors' data sheets, by words of the name that torch reports.
 GPU_PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -68,26 +69,29 @@ def peak_flops(dtype: torch.dtype) -> float:
 
     fp32 on a GPU counts as TF32 (half of bf16), which is what torch uses when allowed to.
     """
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        for part, flops in GPU_PEAK_FLOPS.items():
-            if part in name:
-                return flops if dtype == torch.bfloat16 else flops / 2
-    return measured_gemm_flops(dtype)
+    flops = data_sheet_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if flops is None:
+        return measured_gemm_flops(dtype)
+    return flops if dtype == torch.bfloat16 else flops / 2
 
 
-def measured_gemm_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """FLOP/s of a square matrix product on this rank's device, the best of `repeats`."""
-    place = device()
+def data_sheet_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by the name that torch reports; None for one that is not in the table."""
+    return next((flops for part, flops in GPU_PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+def measured_gemm_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 5, place: torch.device | None = None) -> float:
+    """FLOP/s of a square matrix product on `place` (None: this rank's device), the best of `repeats`."""
+    place = device() if place is None else place
     a = torch.randn(size, size, device=place, dtype=dtype)
     best = float("inf")
     for _ in range(repeats + 1):
         if place.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(place)
         start = time.perf_counter()
         a @ a
         if place.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(place)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
