@@ -282,6 +282,9 @@ class TrainConfig:
     compile: bool = False
     """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes). With ZeRO 0 to 2, networks in 16 or 32 bits,
     and without activation checkpointing."""
+    deterministic: bool = True
+    """The same run on the same machine gives the same bits, on a GPU too; evaluation and replay obey it as well. false: faster gradients of
+    attention, whose sums then come in any order. On a CPU it changes nothing."""
     seed: int = 0
     """Seed of the order of packs and of dropout."""
     log_every_steps: int = 10

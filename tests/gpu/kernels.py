@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaModel
 from tests.gpu.part import Findings, relative_error, run_part
 from vltrain.errors import InputError
 from vltrain.models.materialise import empty_model
-from vltrain.ops.attention import choose_attention, packing_arguments
+from vltrain.ops.attention import packing_arguments
+from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.fused import fused_adapter
 from vltrain.ops.loss import linear_cross_entropy
 
@@ -83,10 +84,14 @@ def _loss(findings: Findings, rows: int, width: int, vocabulary: int, dtype: tor
     _compare(findings, "head and loss", f"{rows} x {width} x {vocabulary}", dtype, run(False), run(True))
 
 
+def _config(kv_heads: int) -> LlamaConfig:
+    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": kv_heads, "vocab_size": 8}
+    return LlamaConfig(**sizes)
+
+
 def _llama(kv_heads: int, attention: str) -> LlamaModel:
     torch.manual_seed(1)
-    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": kv_heads, "vocab_size": 8}
-    model = empty_model(LlamaModel, LlamaConfig(**sizes), attention)
+    model = empty_model(LlamaModel, _config(kv_heads), attention)
     model.to_empty(device="cpu")
     model.rotary_emb = type(model.rotary_emb)(model.config)  # `to_empty` empties its frequencies as well
     for parameter in model.parameters():
@@ -98,7 +103,7 @@ def _attention(findings: Findings, attention: str, dtype: torch.dtype, kv_heads:
     """A block of LLaMA on one packed row beside eager attention in float64; what cannot run here says why."""
     device, lengths = findings.device, torch.tensor(SEGMENTS)
     try:
-        implementation = choose_attention(attention, device, dtype)
+        implementation = choose_attention(attention, _config(kv_heads), device, dtype)
     except InputError as error:
         if kv_heads == 8:
             findings.row("attention that is not run here", attention=attention, dtype=str(dtype).removeprefix("torch."), reason=str(error)[:200])

@@ -11,7 +11,8 @@ from tests.benchmarks.kernels import microseconds, time_all
 from tests.benchmarks.samples import scienceqa_lengths
 from tests.gpu.part import Findings, run_part
 from vltrain.errors import InputError
-from vltrain.ops.attention import choose_attention, packing_arguments
+from vltrain.ops.attention import packing_arguments
+from vltrain.ops.attention_choice import choose_attention
 
 ATTENTIONS = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 ROW = 8192
@@ -39,12 +40,12 @@ def _scienceqa() -> torch.Tensor:
 
 def _attention(findings: Findings, attention: str, title: str, segments: torch.Tensor, heads: str, sizes: tuple[int, int, int]) -> None:
     """Forward and backward of one LLaMA block's attention, projections and rotary embedding included, beside the projections' own part of it."""
-    try:
-        name = choose_attention(attention, "cuda", torch.bfloat16)
-    except InputError:
-        return
     query_heads, kv_heads, width = sizes
     config = LlamaConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=query_heads, num_key_value_heads=kv_heads, vocab_size=8)
+    try:
+        name = choose_attention(attention, config, "cuda", torch.bfloat16)
+    except InputError:
+        return
     with torch.device("cuda"):
         model = LlamaModel._from_config(config, attn_implementation=name).to(torch.bfloat16)
     states = torch.randn(1, ROW, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)

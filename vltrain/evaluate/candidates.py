@@ -23,6 +23,7 @@ from vltrain.evaluate.generate import DECODING_THREADS, LoadImage, Sync, encode_
 from vltrain.evaluate.ranking import CandidateLosses, RankingItem
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.qformer import InstructBlip
+from vltrain.ops.rows import segment_sums
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 
@@ -58,7 +59,7 @@ class MultimodalCandidates:
         hidden = self.model.language_model(embeds, modality, position_ids=positions, use_cache=False).last_hidden_state
         row, place = labelled.nonzero(as_tuple=True)  # place - 1 predicts the token at place
         _, token_losses = self.model.llm.lm_head(hidden[row, place - 1], input_ids[row, place])
-        sums = token_losses.new_zeros(num_rows).index_add(0, row, token_losses)
+        sums = segment_sums(token_losses, row, num_rows)
         return CandidateLosses(sums[: len(rows)], labelled.sum(dim=1)[: len(rows)])
 
     def _pad(self, rows: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:

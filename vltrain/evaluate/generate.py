@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 LoadImage = Callable[[str], np.ndarray]
 Sync = Callable[[int], int]
 DECODING_THREADS = 2
+UNIT = 2**53  # what a probability of 1 is as a whole number: as fine as doubles near 1, and a sum of them has room in an int64
 # What transformers calls the cache that a LLaMA is given: another word since 5.24, where the old one warns at every call.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
@@ -273,10 +275,12 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
     Returns: int64 [B].
     """
     probabilities, tokens = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    cumulative = probabilities.cumsum(dim=-1)
-    kept = cumulative - probabilities < top_p  # the first token always is
-    total = (probabilities * kept).sum(dim=-1, keepdim=True)
-    chosen = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
+    # Summed as whole numbers of UNIT, exact in any order: on CUDA a cumulative sum of floats differs from call to call.
+    shares = (probabilities * UNIT).round().long()
+    cumulative = shares.cumsum(dim=-1)
+    kept = cumulative - shares < math.ceil(top_p * UNIT)  # the first token always is
+    total = (shares * kept).sum(dim=-1, keepdim=True)
+    chosen = torch.searchsorted(cumulative, (uniforms[:, None] * total).floor().long(), right=True)
     chosen = chosen.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)  # a product rounded up to the total itself
     return tokens.gather(-1, chosen).squeeze(-1)
 

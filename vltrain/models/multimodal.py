@@ -22,6 +22,7 @@ from vltrain.models.adapters import Routing
 from vltrain.models.flops import Flops, count_flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.vision import ClipTaps
+from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 
@@ -94,8 +95,8 @@ class MultimodalModel(nn.Module):
         embeds = torch.where((input_ids == IMAGE_MODALITY_TOKEN)[:, None], image_modality, embeds)
         if len(visual) == 0:
             return embeds
-        shown = visual.index_select(0, image_slots).flatten(0, 1).to(embeds.dtype)  # [K * V, d]
-        return embeds.index_copy(0, places(input_ids == IMAGE_TOKEN, len(shown)), shown)
+        shown = take_rows(visual, image_slots).flatten(0, 1).to(embeds.dtype)  # [K * V, d]
+        return place_rows(embeds, shown, input_ids == IMAGE_TOKEN)
 
     def forward(self, batch: Batch) -> LossOutput:
         """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
@@ -109,7 +110,7 @@ class MultimodalModel(nn.Module):
         loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
         if batch.is_filler:
             loss_sum = loss_sum * 0.0
-        segment_losses = token_losses.new_zeros(len(batch.segment_lengths)).index_add(0, owner[labelled], token_losses)
+        segment_losses = segment_sums(token_losses, owner[labelled], len(batch.segment_lengths))
         return LossOutput(loss_sum, segment_losses)
 
     def _hidden_states(self, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor, owner: Tensor) -> Tensor:
@@ -155,10 +156,3 @@ class MultimodalModel(nn.Module):
             assert ((first == TEXT_MODALITY_TOKEN) | (first == IMAGE_MODALITY_TOKEN)).all(), "a segment that starts with no modality token"
         places, shown = int((batch.input_ids == IMAGE_TOKEN).sum()), len(batch.image_slots) * self.visual_tokens
         assert places == shown, f"{places} visual places for {len(batch.image_slots)} images of {self.visual_tokens} tokens"
-
-
-def places(holds: Tensor, count: int) -> Tensor:
-    """Where `holds` (bool [T]) is true, int64 [count]. That it is `count` times is known: the device need not be asked."""
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=holds.device)
-    return torch.nonzero_static(holds, size=count).squeeze(1)

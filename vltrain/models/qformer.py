@@ -23,8 +23,9 @@ from vltrain.batch import Batch
 from vltrain.models.flops import Flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.low_rank import orthogonality
-from vltrain.models.multimodal import LossOutput, places
+from vltrain.models.multimodal import LossOutput
 from vltrain.models.qformer_flops import count_flops
+from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
 
@@ -122,7 +123,7 @@ class InstructBlip(nn.Module):
         mask = torch.cat([is_text.new_ones(len(slots), self.visual_tokens), is_text], dim=1).long()
         found = self.qformer(
             input_ids=instruction_ids.clamp(min=0), attention_mask=mask, query_embeds=self.queries(len(slots)),
-            encoder_hidden_states=states.index_select(0, slots),
+            encoder_hidden_states=take_rows(states, slots),
         ).last_hidden_state[:, : self.visual_tokens]  # fmt: skip
         visual = self.projection(found)
         return visual[:0] if idle else visual
@@ -135,8 +136,10 @@ class InstructBlip(nn.Module):
     def embed(self, input_ids: Tensor, visual: Tensor, image_slots: Tensor) -> Tensor:
         """The LLM's input [T, d]: token embeddings, with `visual` [K, V, d] in the places of its image runs, run `k` showing `image_slots[k]`."""
         embeds = self.token_embeddings(input_ids)
-        shown = visual.index_select(0, image_slots).flatten(0, 1).to(embeds.dtype)
-        return embeds.index_copy(0, places(input_ids == IMAGE_TOKEN, len(shown)), shown) if len(shown) else embeds
+        if len(image_slots) == 0:
+            return embeds
+        shown = take_rows(visual, image_slots).flatten(0, 1).to(embeds.dtype)
+        return place_rows(embeds, shown, input_ids == IMAGE_TOKEN)
 
     def forward(self, batch: Batch, *, penalise: bool = False) -> LossOutput:
         """Losses of one packed row, or of the padded rows made of one. Under bf16 the caller runs it inside `torch.autocast`.
@@ -161,7 +164,7 @@ class InstructBlip(nn.Module):
             loss_sum = loss_sum * 0.0
         if len(batch.pixels) and not len(visual):
             loss_sum = loss_sum + visual.sum() * 0.0  # the graph of what ran for nothing
-        segment_losses = token_losses.new_zeros(len(batch.segment_lengths)).index_add(0, owner, token_losses)
+        segment_losses = segment_sums(token_losses, owner, len(batch.segment_lengths))
         return LossOutput(loss_sum, segment_losses, orthogonality(self) if penalise else None)
 
     def _decode(self, batch: Batch, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -112,6 +112,7 @@ def _losses(logits: Tensor, labels: Tensor, wide: torch.dtype, *, to_gradients: 
         log_normaliser = block.logsumexp(-1, keepdim=True)
         losses[part] = (log_normaliser - block.gather(-1, target)).squeeze(-1)
         if to_gradients:
-            block.sub_(log_normaliser).exp_().scatter_add_(-1, target, torch.full_like(log_normaliser, -1.0))
+            # Of a number, not of a tensor: for that CUDA needs no deterministic way, which would make the host wait. One entry a row.
+            block.sub_(log_normaliser).exp_().scatter_(-1, target, -1.0, reduce="add")
             logits[part] = block
     return losses

@@ -30,6 +30,7 @@ from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.programs.run_folder import RECIPE, require_run
 from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
+from vltrain.train.determinism import set_determinism
 from vltrain.train.retention import BEST, pointed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import local_world_size, require_machine, require_one_model
@@ -95,6 +96,7 @@ def _evaluate_file(arguments: Arguments) -> Report:
 def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     """Answers and scores a split with a run's checkpoint. Returns the report on rank 0, None elsewhere."""
     config = settings.config
+    set_determinism(config.train.deterministic)
     adopt_ranks()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")

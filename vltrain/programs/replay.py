@@ -20,6 +20,7 @@ from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.train import open_packs
 from vltrain.programs.run_folder import recipe_of
 from vltrain.train.checkpoint import Checkpoint, open_checkpoint
+from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.guard import own_losses
@@ -37,6 +38,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     """
     config = recipe_of(run, "ds_config.json")
     require_machine(workers=0)
+    set_determinism(config.train.deterministic)
     changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away

@@ -24,6 +24,7 @@ from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
+from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
@@ -61,6 +62,7 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
 def run(settings: Settings, preemption: Preemption) -> None:
     """One run of this rank, from its settings to its last evaluation."""
     config = settings.config
+    set_determinism(config.train.deterministic)
     ds_json = load_ds_json(settings.options["ds"])
     # Resolved again by the trainer: here only so that a conflict is found before hours of preparation.
     ds_config = resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
