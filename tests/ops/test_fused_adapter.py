@@ -26,7 +26,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "down", "down_bias", "up", "up_bias")
 # How far a result may be from the truth, as a share of its norm, by the dtype that the products' operands are rounded to. Rounding to bf16 changes
 # a number by 2^-8 of itself at most (Triton's interpreter cuts off instead: 2^-7), by 0.4 of that in the mean square, and up to five roundings
-# lie between the states and a result: x, D, hidden or dhidden, U, and the result itself; 0.4 sqrt(5) or, as cutting off has a bias, 0.35 * 5.
+# lie between the states and a result: x, D, hidden or dhidden, U, and the result itself. Roundings add up to 0.4 sqrt(5) of it, cuts, which all go
+# one way, to 0.35 * 5.
 # In fp32 one rounding changes 2^-24; sums of n numbers of any sign add up to sqrt(n) times that, two of n <= 300 follow each other.
 ROUNDING = {torch.float32: 2 * 300**0.5 * 2**-24, torch.bfloat16: 2 * (2**-8 if DEVICE == "cuda" else 2**-7)}
 
@@ -102,7 +103,7 @@ def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, wit
 def test_shares_of_rows_add_up(monkeypatch, with_norm):
     """More rows than a program of the columns' kernel takes; the last share is cut short."""
     monkeypatch.setattr(triton_adapter, "COLUMNS_PROGRAMS", 9)
-    launch = triton_adapter.LAUNCHES[torch.float32]["backward columns"]
+    launch = triton_adapter.launches(torch.float32, torch.float32, 16)["backward columns"]
     shares, share_rows = triton_adapter.row_shares(150, 140, launch)
     assert shares > 1 and share_rows > launch.rows and (shares - 1) * share_rows < 150 < shares * share_rows
     ours = tensors(150, 140, 4, torch.float32)
@@ -116,8 +117,8 @@ def test_shares_of_rows_add_up(monkeypatch, with_norm):
 
 @pytest.mark.parametrize("num_rows, width", [(1, 64), (31, 768), (2560, 1024), (8192, 4096), (8191, 5120), (300_000, 768)])
 def test_shares_hold_each_row_once(num_rows, width):
-    for launches in triton_adapter.LAUNCHES.values():
-        launch = launches["backward columns"]
+    for products, height in ((torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 32)):
+        launch = triton_adapter.launches(products, products, height)["backward columns"]
         shares, share_rows = triton_adapter.row_shares(num_rows, width, launch)
         assert share_rows % launch.rows == 0 and (shares - 1) * share_rows < num_rows <= shares * share_rows
         assert shares == 1 or (shares - 1) * -(-width // launch.columns) < triton_adapter.COLUMNS_PROGRAMS  # so the partial sums stay small
@@ -264,7 +265,7 @@ def test_without_cuda_it_is_refused_unless_interpreted(monkeypatch):
         make_adapter(48, AdapterConfig(impl="triton"))
 
 
-# All dims and widths of one padded size compile to the same code; the widest, with the norm, need most registers.
+# All dims and widths of one padded size compile to the same code; the widest bottleneck, with the norm, needs most registers.
 WORST = ["--widths", "4096", "--dims", "32", "--norms", "1"]
 
 
