@@ -8,6 +8,7 @@ from test_multimodal import gradients
 from tiny_models import mixed_batch, randomise_adapters, tiny_config
 
 from tests.support.blip import blip_config, make_batch, make_samples, make_tokenizers
+from tests.support.interpreter import mend_interpreter
 from vltrain.data.instruction import InstructionSource
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
@@ -21,20 +22,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def what_the_interpreter_lacks(monkeypatch):
-    """Numbers with a type, which a compiled kernel gets and the interpreter leaves Python's own; and CUDA's library of functions."""
     if interpreted():
-        import numpy as np
-        import triton.language as tl
-        from liger_kernel.ops import rms_norm
-        from triton.runtime import interpreter
-
-        convert = interpreter._implicit_cvt
-
-        def with_type(value):
-            return tl.tensor(interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32) if type(value) is float else convert(value)
-
-        monkeypatch.setattr(interpreter, "_implicit_cvt", with_type)
-        monkeypatch.setattr(rms_norm, "rsqrt", lambda value: tl.rsqrt(value))
+        mend_interpreter(monkeypatch.setattr)
 
 
 def build(kernels: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False, **choice: object):

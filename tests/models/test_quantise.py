@@ -17,7 +17,7 @@ from vltrain.errors import InputError
 from vltrain.models.build import build_model, count_parameters, outline_model
 from vltrain.models.merge import merge_adapters
 from vltrain.models.multimodal import MultimodalModel
-from vltrain.models.quantise import Int8Linear, dequantise_linears, quantise_linears
+from vltrain.models.quantise import Int8Linear, bitsandbytes, dequantise_linears, quantise_linears
 from vltrain.train.hardware import choose_dtype
 
 pytest.importorskip("bitsandbytes", reason="install the extra `quant`")
@@ -192,6 +192,15 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config.model.bits, config.train.precision = 16, "fp32"
     with pytest.raises(InputError, match="model.bits: found 16, but bf16 weights make bf16 products and train.precision says fp32"):
         config.__post_init__()
+    for version in ("0.49.2", "0.48.0.dev0"):
+        monkeypatch.setattr(bitsandbytes(), "__version__", version)
+        with pytest.raises(InputError, match=f"model.bits: found bitsandbytes {version}, expected 0.50 or newer: .*--with quant") as refusal:
+            outline_model(tiny_config(bits=4))
+        assert "\n" not in str(refusal.value)
+        monkeypatch.undo()
+    for version in ("0.50.0", "1.0"):
+        monkeypatch.setattr(bitsandbytes(), "__version__", version)
+        assert bitsandbytes().__version__ == version
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match="model.bits: 4 and 8 need bitsandbytes .*--with quant"):
         outline_model(tiny_config(bits=8))

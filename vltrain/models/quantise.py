@@ -27,19 +27,23 @@ from vltrain.errors import InputError
 QUANTISED_BITS = (4, 8)
 OUTLIER_THRESHOLD = 6.0
 NF4_BLOCK = 64
+OLDEST = (0, 50)
+INSTALL = "install it with: bash launch/setup_env.sh --with quant"
 
 
 def bitsandbytes() -> ModuleType:
-    """The package. Raises InputError where it is not installed."""
+    """The package. Raises InputError where it is not installed, or too old."""
     try:
         # On some CPUs it warns of a kernel that it does well without, and of every cast to fp16 inside LLM.int8.
         for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        return importlib.import_module("bitsandbytes")
+        module = importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise InputError(
-            f"model.bits: 4 and 8 need bitsandbytes ({error}); install it with: bash launch/setup_env.sh --with quant"
-        ) from None
+        raise InputError(f"model.bits: 4 and 8 need bitsandbytes ({error}); {INSTALL}") from None
+    if tuple(int(part) for part in module.__version__.split(".")[:2]) < OLDEST:
+        expected = f"expected {'.'.join(map(str, OLDEST))} or newer: on GPUs older ones multiply by square 4-bit matrices wrongly"
+        raise InputError(f"model.bits: found bitsandbytes {module.__version__}, {expected}; {INSTALL}")
+    return module
 
 
 class FrozenLinear(nn.Linear):

@@ -62,7 +62,8 @@ def install_liger(llm: LlamaForCausalLM) -> None:
             module.forward = MethodType(_rms_norm, module)
         elif isinstance(module, modeling_llama.LlamaMLP):
             module.forward = MethodType(_swiglu, module)
-    llm.model.rotary_emb.register_forward_hook(_mark)
+        elif isinstance(module, modeling_llama.LlamaAttention):
+            module.forward = MethodType(_attention, module)
     modeling_llama.apply_rotary_pos_emb = _rotary
 
 
@@ -79,9 +80,13 @@ def _swiglu(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def _mark(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-    """Cosines and sines go from here to every layer, so that a note on them tells whose layers these are."""
-    output[0].by_liger = True
+def _attention(self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Any:
+    """The layer's own forward, with a note on the cosines that tells `_rotary` whose they are.
+
+    Made here, in each layer and again in each recomputation: hooks on modules, ZeRO-3's among them, replace the tensors that pass through.
+    """
+    position_embeddings[0].by_liger = True
+    return type(self).forward(self, hidden_states, position_embeddings, **options)
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
