@@ -86,22 +86,40 @@ def test_full_shared_memory(small_disk, monkeypatch):
     machine.require_shared_memory(1 << 60, str(small_disk / "none"))
 
 
-@pytest.mark.parametrize(
-    ("names", "mixed", "codes", "said"),
-    [
-        (["NVIDIA H100", "NVIDIA H100"], "", [0, 0], "they fit"),
-        (["NVIDIA H100", "NVIDIA A100"], "", [2, 2], "(NVIDIA A100: rank 1; NVIDIA H100: rank 0)"),
-        (["NVIDIA H100", "NVIDIA A100"], "1", [0, 0], "they fit"),
-        (["NVIDIA H100", "none"], "1", [2, 2], "no GPU: rank 1"),
-    ],
-)
-def test_ranks_on_gpus_of_several_models(tmp_path, monkeypatch, names, mixed, codes, said):
-    monkeypatch.setenv("VLTRAIN_MIXED_GPUS", mixed)
-    ranks = start_ranks("tests.train.one_model_worker", names, 2, tmp_path / "log")
-    assert wait_for_ranks(ranks, tmp_path / "log", 60) == codes
+def test_real_ranks_on_gpus_of_two_models(tmp_path):
+    ranks = start_ranks("tests.train.one_model_worker", ["NVIDIA H100", "NVIDIA A100"], 2, tmp_path / "log")
+    assert wait_for_ranks(ranks, tmp_path / "log", 60) == [2, 2]
     for rank in range(2):
         text = (tmp_path / f"log.{rank}").read_text()
-        assert said in text and "Traceback" not in text
+        assert "(NVIDIA A100: rank 1; NVIDIA H100: rank 0)" in text and "VLTRAIN_MIXED_GPUS=1" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "mixed", "refusal"),
+    [
+        (["NVIDIA H100"] * 3, "", None),
+        (["no GPU"] * 3, "", None),
+        (["NVIDIA H100", "NVIDIA A100", "NVIDIA H100"], "1", None),
+        (["NVIDIA A100", "NVIDIA H100", "NVIDIA H100"], "0", "NVIDIA A100: rank 0; NVIDIA H100: rank 1-2"),
+        (["no GPU", "NVIDIA H100", "NVIDIA H100"], "1", "no GPU: rank 0"),
+    ],
+)
+def test_which_mixtures_are_refused(monkeypatch, names, mixed, refusal):
+    """This process is rank 0 of three; the others have written their GPU's name into the store."""
+    store = torch.distributed.HashStore()
+    for rank in (1, 2):
+        store.set(f"vltrain/gpu/{rank}", names[rank])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: names[0] != "no GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: names[0])
+    if refusal is None:
+        machine.require_one_model({"VLTRAIN_MIXED_GPUS": mixed})
+        return
+    with pytest.raises(InputError) as refused:
+        machine.require_one_model({"VLTRAIN_MIXED_GPUS": mixed})
+    assert refusal in str(refused.value) and ("VLTRAIN_MIXED_GPUS" in str(refused.value)) == ("no GPU" not in names)
 
 
 def test_ranks_are_named_in_ranges():
@@ -131,7 +149,9 @@ def test_every_program_that_trains_or_evaluates_asks_first(monkeypatch, tmp_path
 def test_deepspeeds_accelerator_is_left_to_the_user():
     """After the import the variable is what the user made it: a child that finds `cpu` takes it for the user's wish."""
     code = "import os, vltrain.train.engine as e; print(e.deepspeed.get_accelerator().device_name(), os.environ.get('DS_ACCELERATOR'))"
-    for given, expected in ((None, "None"), ("cpu", "cpu")):
-        environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | ({"DS_ACCELERATOR": given} if given else {})
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.stdout.split()[-1] == expected, done.stderr
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment | given, stdout=subprocess.PIPE, text=True)
+        for given in ({}, {"DS_ACCELERATOR": "cpu"})
+    ]
+    assert [child.communicate()[0].split()[-1] for child in children] == ["None", "cpu"]

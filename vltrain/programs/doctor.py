@@ -25,6 +25,7 @@ from vltrain.doctor.findings import PROBLEM, Examination, Finding, merge, one_li
 from vltrain.doctor.isolated import examine_kernels
 from vltrain.doctor.kernels import CASES
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.programs.recipes import find_recipe
 from vltrain.settings import COMMAND_LINE, load_settings, split_arguments
 from vltrain.train.machine import local_world_size, require_own_gpu
 from vltrain.train.ranks import adopt_ranks
@@ -57,8 +58,6 @@ def main(argv: list[str], *, program: str = "vltrain doctor") -> int:
 def _config(recipe: str | None) -> Config:
     if recipe is None:
         return Config()
-    from vltrain.programs.plan import find_recipe  # with everything that builds models
-
     return load_settings(["--recipe", str(find_recipe(recipe))], program="vltrain doctor").config
 
 

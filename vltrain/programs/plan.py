@@ -9,7 +9,6 @@ and where weights are not on this machine their sizes go by the network's name (
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from vltrain.check.sizes import assume_sizes, is_here
 from vltrain.config import Config
 from vltrain.data.shards import Index, PackedDataset
 from vltrain.data.tokenizer import load_tokenizer
-from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.report import write_json
 from vltrain.models.build import AnyModel, build_model, part_of
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
+from vltrain.programs.recipes import find_recipe
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.optim import parameter_groups
 
-RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2 with DeepSpeed's defaults", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
@@ -59,16 +58,6 @@ def main(argv: list[str], *, program: str = "vltrain plan") -> int:
         write_json(Path(settings.options["json"]), plan)
     print(describe(plan), flush=True)
     return 0
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path or as a bare name of launch/recipes. Raises InputError for an unknown bare name."""
-    if os.path.exists(name) or Path(name).name != name or ".yaml" in name:
-        return Path(name)
-    known = [path.stem for path in RECIPES.glob("*.yaml")]
-    if name not in known:
-        raise InputError(f"recipe '{name}': no such file, and none of that name in {RECIPES}; {nearest(name, known)}")
-    return RECIPES / f"{name}.yaml"
 
 
 def plan_recipe(settings: Settings) -> dict[str, Any]:
