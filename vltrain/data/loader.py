@@ -192,9 +192,10 @@ class StepLoader:
     ) -> None:
         """Args:
         workers: processes that decode; 0 decodes in this one.
-        pin_memory: pin the pixels, so that nothing waits for their copy to a GPU but the work that reads them.
+        pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads them.
         """
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
+        self._pin_memory = pin_memory
         self._loader: DataLoader | None = DataLoader(
             _Fetcher(dataset, image_size, max_image_pixels),
             sampler=_PlanSampler(plan, rank, start_step),
@@ -204,7 +205,7 @@ class StepLoader:
             persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,  # forking a process that has threads or a GPU is not safe
             worker_init_fn=_use_one_thread if workers else None,
-            pin_memory=pin_memory,
+            pin_memory=pin_memory,  # the pixels, which come alone from the workers, in a thread; the rest below
             generator=torch.Generator(),  # else the loader would draw from the generator that dropout uses
         )
 
@@ -236,6 +237,8 @@ class StepLoader:
                 filler(has_images, self._image_size) if pack == FILLER else _unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
+            if self._pin_memory:
+                batches = [batch.pin_memory() for batch in batches]
             yield LoadedStep(step=number, batches=batches, plan=step)
 
 

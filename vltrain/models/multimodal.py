@@ -23,6 +23,7 @@ from vltrain.models.flops import Flops, count_flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.vision import ClipTaps
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 
@@ -104,7 +105,7 @@ class MultimodalModel(nn.Module):
             self._check(batch)
         embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = owner.to(embeds.device, non_blocking=True)
+        owner = to_device(owner, embeds.device)
         hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)
         labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
         loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
@@ -119,7 +120,7 @@ class MultimodalModel(nn.Module):
         starts = segment_lengths.cumsum(0) - segment_lengths
         # The decision token and the rest of its segment, isolated from each other.
         split = torch.stack([torch.ones_like(segment_lengths), segment_lengths - 1], dim=1).flatten()
-        with self.routing.packed(starts.to(embeds.device, non_blocking=True), owner):
+        with self.routing.packed(to_device(starts, embeds.device), owner):
             return packed_hidden_states(self.llm, embeds, position_ids, split[split > 0])
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from vltrain.models.low_rank import orthogonality
 from vltrain.models.multimodal import LossOutput
 from vltrain.models.qformer_flops import count_flops
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
 
@@ -149,7 +150,7 @@ class InstructBlip(nn.Module):
         if batch.input_ids.device.type == "cpu":
             self._check(batch)
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = owner.to(batch.input_ids.device, non_blocking=True)
+        owner = to_device(owner, batch.input_ids.device)
         runs = places(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[:: self.visual_tokens]
         visual = self.ask_images(self.encode_images(batch.pixels), batch.image_slots, batch.instruction_ids[owner[runs]])
         embeds = self.embed(batch.input_ids, visual, torch.arange(len(visual), device=visual.device))
@@ -173,10 +174,10 @@ class InstructBlip(nn.Module):
         answers = batch.label_lengths
         starts = batch.segment_lengths.cumsum(0) - batch.segment_lengths
         prompts = batch.segment_lengths - answers
-        read, is_read = (part.to(device, non_blocking=True) for part in padded_rows(starts, prompts))
+        read, is_read = (to_device(part, device) for part in padded_rows(starts, prompts))
         said, is_said = padded_rows(starts + prompts, answers)
-        rows, columns = (part.to(device, non_blocking=True) for part in is_said.nonzero(as_tuple=True))
-        targets = batch.input_ids[said.to(device, non_blocking=True)].clamp(min=0)
+        rows, columns = (to_device(part, device) for part in is_said.nonzero(as_tuple=True))
+        targets = batch.input_ids[to_device(said, device)].clamp(min=0)
         encoded = self.llm.encoder(inputs_embeds=embeds[read], attention_mask=is_read.long()).last_hidden_state
         states = self.decoder_states(self.shifted(targets), encoded, is_read.long())
         return states[rows, columns], targets[rows, columns], rows

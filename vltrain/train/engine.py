@@ -4,6 +4,10 @@ What the rest sees is small: forward, backward, step, the norm of the gradient, 
 tensors, whatever the ZeRO stage and the number of ranks. Losses are already global (a sum over all ranks divided by the
 step's label tokens), so DeepSpeed's own division by accumulation steps is switched off and its averaging over ranks undone.
 
+Off logging steps nothing of ours makes the host wait for the device (under `train.on_bad_loss: skip` each step's loss does). DeepSpeed's own waits
+are its: ZeRO 1 to 3 read the gradient's norm, or whether it is finite, before the optimizer's step (`step`, `has_overflow`, `scaled_global_norm`),
+ZeRO 3 waits for the stream that reduces gradients at the end of each backward, and offloading for its copies. Stage 0 has none.
+
 Given up: fp16 with loss scaling. Trained parameters are fp32 at every stage, under autocast where `precision` is bf16.
 """
 
@@ -21,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from vltrain.errors import InputError
+from vltrain.ops.transfer import to_device
 from vltrain.train.ds_config import offloads_optimizer, zero_stage
 from vltrain.train.hardware import device
 from vltrain.train.machine import require_one_model
@@ -230,7 +235,7 @@ class Engine:
         Args:
             kept: bool, as many as it has entries: which ones stay.
         """
-        parameter, kept = self.trainable[name], kept.flatten().to(self.device)
+        parameter, kept = self.trainable[name], to_device(kept.flatten(), self.device)
         if self.stage == 3:
             part = self._own_part(parameter, kept)
             safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * part)

@@ -1,8 +1,8 @@
 """Judges the loss of every step, and names the samples behind a bad one: one that is no number, or far above those before.
 
-`stop` ends the run before anything of a bad step is saved. The check is one step late: the loss of step k is summed over the ranks without
-waiting, and read when step k+1 has been queued, so the device never waits for the host. A checkpoint reads what is pending first, so none
-holds a poisoned weight.
+`stop` ends the run before anything of a bad step is saved. The check is one step late: loss and gradient norm of step k are summed over the
+ranks and copied to the host without waiting, and read when step k+1 has been queued, so neither the device nor the host waits. A
+checkpoint reads what is pending first, so none holds a poisoned weight.
 
 `skip` drops the update of a bad step, writes its samples into the run's quarantine.jsonl and goes on. To know in time, it reads each loss
 before the optimizer's step: the host waits for the device once a step. Every rank reads the same sum, so all decide alike; what the
@@ -25,6 +25,8 @@ import torch.distributed as dist
 
 from vltrain.check.receipt import samples_text
 from vltrain.errors import InputError
+from vltrain.ops.transfer import to_device
+from vltrain.train.readback import HostCopy
 
 QUARANTINE = "quarantine.jsonl"
 WINDOW_STEPS, LEAST_STEPS = 50, 10  # a spike stands out from the mean of the last losses, of so many at least
@@ -90,7 +92,8 @@ class LossGuard:
     ) -> None:
         self.skips = policy == "skip"
         self._report, self._spike_factor, self._folder = report, spike_factor, folder
-        self._pending: tuple[StepResult, torch.Tensor, dist.Work | None] | None = None
+        self._pending: tuple[StepResult, HostCopy] | None = None
+        self._grad_norm: HostCopy | None = None
         self._recent: deque[float] = deque(maxlen=WINDOW_STEPS)
         self.num_skipped = self._skipped_in_a_row = 0
         if state is not None:
@@ -112,23 +115,23 @@ class LossGuard:
 
     def push(self, result: StepResult) -> None:
         """Takes note of a step that was done. Under `stop` the one before is read now. A collective."""
+        grad_norm = HostCopy(torch.as_tensor(result.grad_norm))
         if self.skips:
+            self._grad_norm = grad_norm
             self.flush()
         else:
             self.flush()
             self._begin(result)
+            self._grad_norm = grad_norm
 
     def _begin(self, result: StepResult) -> None:
         total = _shared(result)
         work = dist.all_reduce(total, async_op=True) if dist.get_world_size() > 1 else None
-        self._pending = (result, total, work)
+        self._pending = (result, HostCopy(total, work))
 
     def _read_loss(self) -> float:
         assert self._pending is not None
-        _, total, work = self._pending
-        if work is not None:
-            work.wait()
-        return float(total[0])
+        return float(self._pending[1].read()[0])
 
     def _fault(self, loss: float) -> str | None:
         """What is wrong with a loss."""
@@ -147,9 +150,10 @@ class LossGuard:
         if self._pending is None:
             return
         loss = self._read_loss()
-        (result, total, _), self._pending = self._pending, None
-        _, label_tokens, *samples = total.tolist()
-        grad_norm = float(result.grad_norm)
+        assert self._grad_norm is not None, "a step's gradient norm was never taken note of"
+        (result, total), self._pending = self._pending, None
+        _, label_tokens, *samples = total.read().tolist()
+        grad_norm = float(self._grad_norm.read())
         fault = self._fault(loss)
         if fault is None and not (math.isfinite(grad_norm) and result.applied):
             fault = "is finite, the gradient is not"
@@ -195,7 +199,7 @@ def _plain(value: float) -> float | str:
 def _shared(result: StepResult) -> torch.Tensor:
     """This rank's part of what is summed over ranks, fp64: mean loss, label tokens, fingerprint of the samples."""
     loss = torch.stack(result.losses).sum() / result.num_label_tokens
-    counted = torch.tensor([result.own_label_tokens, *result.samples], dtype=torch.float64).to(loss.device, non_blocking=True)
+    counted = to_device(torch.tensor([result.own_label_tokens, *result.samples], dtype=torch.float64), loss.device)
     return torch.cat([loss.double().reshape(1), counted])
 
 

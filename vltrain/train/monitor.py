@@ -1,6 +1,6 @@
 """What a run says while it runs: TensorBoard, a line per step in `log.jsonl`, a progress bar. Written by rank 0 alone.
 
-Losses and gradient norms come one step late (see `vltrain.train.guard`), so that reading them never makes the device wait.
+Losses and gradient norms come one step late and as plain numbers (see `vltrain.train.guard`): nothing here reads the device.
 """
 
 from __future__ import annotations

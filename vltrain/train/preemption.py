@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from vltrain.data.signals import HEARD_BY_RANKS
+from vltrain.train.readback import HostCopy
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Preemption:
         self._reason: str | None = None
         self._waits_for_boundary = False
         self._leaves_by: float | None = None
-        self._vote: tuple[torch.Tensor, dist.Work] | None = None
+        self._vote: HostCopy | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._slowest_save = UNSEEN_SAVE_SECONDS
         self._since = time.monotonic()
@@ -149,7 +150,7 @@ class Preemption:
         # Filled on the device: a copy from the host would make the host wait for the step.
         vote = torch.full((1,), float(wants), device=device)
         work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, async_op=True)
-        self._vote = (vote, work)
+        self._vote = HostCopy(vote, work)
         return leaves
 
     def leave(self, steps_done: int) -> NoReturn:
@@ -165,9 +166,8 @@ class Preemption:
     def _read_vote(self) -> bool:
         if self._vote is None:
             return False
-        (vote, work), self._vote = self._vote, None
-        work.wait()
-        return bool(vote.item())
+        vote, self._vote = self._vote, None
+        return bool(vote.read())
 
     def _end_now(self) -> NoReturn:
         reason = self._reason or "a signal"
