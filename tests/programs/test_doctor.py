@@ -152,7 +152,7 @@ def fake_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
         monkeypatch.setattr(torch.version, "cuda", built)
-        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(software, "cuda_of_driver", lambda: driver)
         monkeypatch.setattr(gpus, "measured_gemm_flops", lambda dtype, size, place: tflops * 1e12)
         monkeypatch.setattr(software, "DRIVER_FILE", "/nonexistent")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import platform
 import shutil
@@ -49,7 +50,7 @@ def torch_and_driver() -> Finding:
 
 
 def _driver_fit(build: str) -> Finding:
-    number = torch._C._cuda_getDriverVersion()
+    number = cuda_of_driver()
     driver = (number // 1000, number % 1000 // 10)
     built = tuple(map(int, str(torch.version.cuda).split(".")[:2]))
     found = f"{build}; driver{_driver_version()} knows CUDA {driver[0]}.{driver[1]}"
@@ -67,6 +68,13 @@ def _driver_fit(build: str) -> Finding:
                 found=f"{found}; torch has no code for GPU {index} (compute capability {capability[0]}.{capability[1]}), only {' '.join(architectures)}",
             )
     return Finding(status=OK, what="torch and driver", found=found, needed=f"a driver for CUDA {built[0]}")
+
+
+def cuda_of_driver() -> int:
+    """The newest CUDA that the driver knows, as it says itself: 13000 is 13.0. Raises OSError where its library cannot be loaded."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return number.value
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
