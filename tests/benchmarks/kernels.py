@@ -62,7 +62,7 @@ def compile_all(widths: list[int], dims: list[int], norms: list[int], archs: lis
 
 def _compile(name: str, dtypes: tuple[torch.dtype, torch.dtype], norm: bool, height: int, aligned: bool, capability: int) -> dict:
     kernel, fixed = KERNELS[name]
-    constants = {"NORM": norm, "H": height, "WIDEN": False, "NEEDS_DX": True, **(fixed or triton_adapter.launches(*dtypes, height)[name].constants)}
+    constants = {"NORM": norm, "H": height, "WIDEN": False, "NEEDS_DX": True, **(fixed or triton_adapter.launches(*dtypes, height, aligned)[name].constants)}
     num_warps = constants.get("num_warps", 4)
     # The innermost stride is 1, which a launch notices by itself.
     constants = {key: value for key, value in {**constants, "stride_column": 1, "dy_stride_column": 1}.items() if key in kernel.arg_names}
@@ -99,7 +99,7 @@ def bytes_moved(rows: int, width: int, dim: int, norm: bool, size: int = 2) -> d
     cache still holds the last part. That the second reading of x in forward comes from the cache is arithmetic here, not a measurement.
     """
     states, weights, height = rows * width * size, 4 * (2 * width * dim + width + dim), triton_adapter.padded_dim(dim)
-    shares, _ = triton_adapter.row_shares(rows, width, triton_adapter.launches(torch.bfloat16, torch.bfloat16, height)["backward columns"])
+    shares, _ = triton_adapter.row_shares(rows, width, triton_adapter.launches(torch.bfloat16, torch.bfloat16, height, width % 16 == 0)["backward columns"])
     packed, small, sums = 2 * height * width * size, rows * (height * size + 4 * norm), 4 * shares * (2 * width * height + width)
     least = {"forward": 2 * states + weights, "backward": 3 * states + 2 * weights}
     ours = {"forward": least["forward"] + 2 * packed + small, "backward": (4 + norm) * states + packed + weights + 4 * small + 2 * sums}

@@ -80,6 +80,7 @@ def poisoned_memory(monkeypatch):
     [
         (5, 40, 4, torch.float32), (33, 257, 16, torch.float32), (70, 130, 32, torch.float32), (1, 64, 1, torch.float32), (40, 96, 8, torch.float32),
         (64, 128, 8, torch.bfloat16), (37, 200, 17, torch.bfloat16), (33, 136, 16, torch.bfloat16), (1, 300, 32, torch.bfloat16),
+        (130, 272, 32, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, with_norm):
@@ -103,7 +104,7 @@ def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, wit
 def test_shares_of_rows_add_up(monkeypatch, with_norm):
     """More rows than a program of the columns' kernel takes; the last share is cut short."""
     monkeypatch.setattr(triton_adapter, "COLUMNS_PROGRAMS", 9)
-    launch = triton_adapter.launches(torch.float32, torch.float32, 16)["backward columns"]
+    launch = triton_adapter.launches(torch.float32, torch.float32, 16, False)["backward columns"]
     shares, share_rows = triton_adapter.row_shares(150, 140, launch)
     assert shares > 1 and share_rows > launch.rows and (shares - 1) * share_rows < 150 < shares * share_rows
     ours = tensors(150, 140, 4, torch.float32)
@@ -118,7 +119,7 @@ def test_shares_of_rows_add_up(monkeypatch, with_norm):
 @pytest.mark.parametrize("num_rows, width", [(1, 64), (31, 768), (2560, 1024), (8192, 4096), (8191, 5120), (300_000, 768)])
 def test_shares_hold_each_row_once(num_rows, width):
     for products, height in ((torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 32)):
-        launch = triton_adapter.launches(products, products, height)["backward columns"]
+        launch = triton_adapter.launches(products, products, height, True)["backward columns"]
         shares, share_rows = triton_adapter.row_shares(num_rows, width, launch)
         assert share_rows % launch.rows == 0 and (shares - 1) * share_rows < num_rows <= shares * share_rows
         assert shares == 1 or (shares - 1) * -(-width // launch.columns) < triton_adapter.COLUMNS_PROGRAMS  # so the partial sums stay small
@@ -273,7 +274,7 @@ WORST = ["--widths", "4096", "--dims", "32", "--norms", "1"]
     "arguments",
     [
         [*WORST, "--archs", "sm_80"], [*WORST, "--archs", "sm_90", "sm_100", "--cases", "autocast"],
-        pytest.param(["--widths", "4096", "1001", "--dims", "1", "4", "16", "17", "32"], marks=pytest.mark.slow, id="every case"),
+        pytest.param(["--widths", "4096", "1001", "--dims", "4", "32"], marks=pytest.mark.slow, id="every case"),
     ],
 )  # fmt: skip
 def test_it_compiles_ahead_of_time_without_spills(tmp_path, arguments):

@@ -47,11 +47,12 @@ class Launch(NamedTuple):
         return {"B": self.rows, "C": self.columns, "STAGES": self.stages, "num_warps": self.warps}
 
 
-def launches(states: torch.dtype, products: torch.dtype, height: int) -> dict[str, Launch]:
-    """Of each kernel, by the dtypes of states and products and by H: among those without spills, in bf16 the fastest on an H100, all widths and
-    numbers of rows taken together. fp32 products run off the tensor cores and hold their operands in registers: smaller blocks."""
-    if products == torch.float32:
-        return dict.fromkeys(("forward", "backward rows", "backward columns"), Launch(16, 64, 4, 2))
+def launches(states: torch.dtype, products: torch.dtype, height: int, aligned: bool) -> dict[str, Launch]:
+    """Of each kernel, by the dtypes of states and products, H, and `is_aligned`: among those without spills, in bf16 the fastest on an H100, all
+    widths and numbers of rows taken together. Single numbers instead of 16 bytes at a time take more registers, and so do fp32 products, which run
+    off the tensor cores: smaller blocks."""
+    if products == torch.float32 or not aligned:
+        return dict.fromkeys(("forward", "backward rows", "backward columns"), Launch(16, 64 if aligned else 32, 4, 2))
     narrow = states == torch.bfloat16 and height == MIN_DOT
     return {
         "forward": Launch(32, 128, 4, 3), "backward rows": Launch(32, 128, 4, 3),
@@ -259,6 +260,11 @@ def padded_dim(dim: int) -> int:
     return max(MIN_DOT, triton.next_power_of_2(dim))
 
 
+def is_aligned(*states: Tensor) -> bool:
+    """Whether the rows of [N, d] tensors can be read 16 bytes at a time, as Triton sees it."""
+    return all(tensor.stride(1) == 1 and tensor.stride(0) % 16 == tensor.shape[1] % 16 == tensor.data_ptr() % 16 == 0 for tensor in states)
+
+
 def row_shares(num_rows: int, width: int, launch: Launch) -> tuple[int, int]:
     """(shares that the kernel by columns cuts the rows into, rows of a share, a multiple of its block); by shapes alone."""
     wanted = triton.cdiv(COLUMNS_PROGRAMS, triton.cdiv(width, launch.columns))
@@ -276,7 +282,7 @@ def bottleneck_adapter(
     dim = len(down)
     outputs = y, hidden, inverse_rms, packed = _empty_outputs(x, norm_weight, dim, out_dtype)
     norm, weight = norm_weight is not None, norm_weight.contiguous() if norm_weight is not None else x
-    launch = launches(x.dtype, out_dtype, packed.shape[1])["forward"]
+    launch = launches(x.dtype, out_dtype, packed.shape[1], is_aligned(x))["forward"]
     if num_rows:
         with torch.cuda.device_of(x):
             _pack_kernel[(triton.cdiv(width, PACK_COLUMNS),)](
@@ -313,7 +319,8 @@ def bottleneck_adapter_backward(
     dx, *gradients = _empty_gradients(x, dim, needs_dx)
     if not num_rows:
         return dx, *(gradient.zero_() for gradient in gradients)
-    by_rows, by_columns = (launches(x.dtype, packed.dtype, height)[f"backward {name}"] for name in ("rows", "columns"))
+    ours = launches(x.dtype, packed.dtype, height, is_aligned(x, dy))
+    by_rows, by_columns = ours["backward rows"], ours["backward columns"]
     blocks, (shares, share_rows) = triton.cdiv(num_rows, by_rows.rows), row_shares(num_rows, width, by_columns)
     norm, weight = norm_weight is not None, norm_weight.contiguous() if norm_weight is not None else x
     dhidden, shared = torch.empty_like(hidden), torch.empty_like(inverse_rms)
