@@ -55,8 +55,8 @@ def launches(states: torch.dtype, products: torch.dtype, height: int, aligned: b
         return dict.fromkeys(("forward", "backward rows", "backward columns"), Launch(16, 64 if aligned else 32, 4, 2))
     narrow = states == torch.bfloat16 and height == MIN_DOT
     return {
-        "forward": Launch(32, 128, 4, 3), "backward rows": Launch(32, 128, 4, 3),
-        "backward columns": Launch(64, 32, 4, 3) if narrow else Launch(32, 64, 4, 3),
+        "forward": Launch(32, 128, 2, 4) if height == MIN_DOT else Launch(32, 128, 4, 3), "backward rows": Launch(64, 128, 8, 3),
+        "backward columns": Launch(64, 32, 4, 3) if narrow else Launch(16, 64, 2, 3),
     }  # fmt: skip
 
 
