@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vltrain.batch import Batch
 from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
+from vltrain.models.multimodal import MultimodalModel
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
@@ -77,3 +79,10 @@ def randomise_adapters(model: torch.nn.Module) -> None:
 def mixed_batch() -> Batch:
     """Four segments: with one image, without, with two (one of them shown before), with one shown before."""
     return make_batch([(7, [0]), (5, []), (9, [1, 0]), (4, [2])], num_images=3)
+
+
+def rotary_flops(model: MultimodalModel, num_tokens: int) -> int:
+    """What torch counts of the angles of rotary embeddings, which are no matrix product in newer transformers, and not in the closed form."""
+    with FlopCounterMode(display=False) as counter:
+        model.llm.model.rotary_emb(torch.zeros(1, num_tokens, 1), torch.arange(num_tokens)[None])
+    return counter.get_total_flops()
