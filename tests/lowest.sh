@@ -7,11 +7,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-[ -x .venv-lowest/bin/python ] || "$python" -m venv .venv-lowest
 fingerprint=$(cat setup.cfg pyproject.toml | sha256sum | cut -c1-16)
 stamp=.venv-lowest/.vltrain-$fingerprint
 if [ ! -e "$stamp" ]; then
   echo "lowest: installing the lower bounds of setup.cfg into .venv-lowest (the first time takes some minutes)"
+  "$python" -m venv --clear .venv-lowest
   # pip has no way to ask for the lowest versions. Packages that setup.cfg does not name come in their newest.
   .venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5' 2> >(grep -v '^WARNING: Location' >&2)
   .venv-lowest/bin/uv pip install --quiet --native-tls --python .venv-lowest/bin/python --resolution lowest-direct -e '.[test]'

@@ -60,6 +60,8 @@ def test_an_instructblips_llama_has_them_too(tmp_path):
     assert_same(found)
     with pytest.raises(InputError, match="model.instructblip.kernels: found 'liger', but it has none for a T5"):
         build_model(blip_config("t5", kernels="liger").model)
+    with pytest.raises(InputError, match="model.instructblip.attention: found 'varlen', but that is a LLaMA's, and this LLM is a T5"):
+        build_model(blip_config("t5", attention="varlen").model)
 
 
 def assert_same(found: list) -> None:

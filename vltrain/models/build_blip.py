@@ -63,7 +63,7 @@ def _attention(requested: str, config: InstructBlipConfig, runs_on: torch.device
     if config.text_config.model_type == "llama":
         return choose_attention(requested, config.text_config, runs_on, dtype, f"{KEY}.attention")
     if requested not in ("auto", "eager", "sdpa"):
-        raise InputError(f"{KEY}.attention: found '{requested}', but it is for a LLaMA's packed rows, and this LLM is a T5; take auto, sdpa or eager")
+        raise InputError(f"{KEY}.attention: found '{requested}', but that is a LLaMA's, and this LLM is a T5; take auto, sdpa or eager")
     return "eager" if requested == "eager" else "sdpa"
 
 

@@ -45,7 +45,8 @@ def require_compilable(config: Config, zero_stage: int) -> None:
 def compile_blocks(model: MultimodalModel, backend: str = "inductor") -> None:
     """Compiles every block that runs, in place, at its first forward; parameters and their names stay what they are."""
     attentions = {PACKED_SDPA: packed_sdpa_forward, PACKED_VARLEN: packed_varlen_forward}
-    attentions |= dict.fromkeys((name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("flash_attention_")), flash_attention_forward)
+    theirs = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("flash_attention_")]
+    attentions |= dict.fromkeys(theirs, flash_attention_forward)
     for name, attention in attentions.items():
         AttentionInterface.register(name, torch.compiler.disable(attention))
     torch._dynamo.config.recompile_limit = GRAPHS

@@ -62,7 +62,8 @@ def packing_arguments(implementation: str, segment_lengths: Tensor, device: torc
         # transformers' eager attention adds its mask to the scores.
         return {"attention_mask": torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)}
     # transformers takes a mask of four dimensions as it is; left out, it would build one of T x T for the functions that are ours.
-    no_mask = {"attention_mask": torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)} if implementation in (PACKED_SDPA, PACKED_VARLEN) else {}
+    is_ours = implementation in (PACKED_SDPA, PACKED_VARLEN)
+    no_mask = {"attention_mask": torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)} if is_ours else {}
     if implementation == PACKED_SDPA:
         return {"packing": pack_segments(segment_lengths, device), **no_mask}
     starts = F.pad(segment_lengths.cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True)
@@ -149,8 +150,9 @@ def packed_varlen_forward(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows on torch's `varlen_attn`. `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D],
-    `cu_seq_lens_q` int32 [S + 1], where segments begin, and T.
+    """transformers' attention function for packed rows on torch's `varlen_attn`.
+
+    `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D], `cu_seq_lens_q` int32 [S + 1]: where segments begin, and T.
 
     Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
     """
@@ -166,7 +168,9 @@ def packed_varlen_forward(
 
 
 def causal_varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
-    """`varlen_attn` as torch 2.10, 2.11 or 2.12 and later have it. `query` [T, H, D], `key` and `value` [T, H_kv, D], `starts` int32 [S + 1].
+    """`varlen_attn` as torch 2.10, 2.11 or 2.12 and later have it.
+
+    `query` [T, H, D], `key` and `value` [T, H_kv, D], `starts` int32 [S + 1].
 
     Returns: [T, H, D].
     """

@@ -1,4 +1,4 @@
-"""Which attention a LLaMA's packed rows take: the one place that decides, by device, dtype of products, compute capability, sizes and packages.
+"""Which attention a LLaMA's packed rows take: decided here alone, by device, dtype of products, compute capability, sizes and packages.
 
 `auto` takes the first that can run of
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -89,15 +88,15 @@ def choose_attention(
     if requested in KERNELS:
         if reason := why_not(requested, config, device, dtype):
             raise InputError(f"{key}: found '{requested}', but {reason}. Use 'auto' or 'sdpa'")
-    reasons: dict[str, str] = {}
     chosen, because = requested, f"{key} asks for it"
     if requested == "auto":
+        chosen, reasons = "sdpa", {}
         for name in KERNELS:
             reason = why_not(name, config, device, dtype)
             if reason is None:
+                chosen = name
                 break
             reasons[name] = reason
-        chosen = next((name for name in KERNELS if name not in reasons), "sdpa")
         because = _because(reasons) or "it is installed and fits"
     logger.info("attention of packed rows: %s (%s)", chosen, because)
     return IMPLEMENTATIONS.get(chosen, chosen)
@@ -116,7 +115,8 @@ def why_not(name: str, config: LlamaConfig, device: torch.device, dtype: torch.d
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and it needs {wanted}"
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head > kernel.longest_head or (head % 8 and not kernel.any_head):
-        return f"this LLM's heads have {head} entries, and it takes {'' if kernel.any_head else 'multiples of 8 '}up to {kernel.longest_head}"
+        taken = f"up to {kernel.longest_head}" if kernel.any_head else f"multiples of 8 up to {kernel.longest_head}"
+        return f"this LLM's heads have {head} entries, and it takes {taken}"
     if config.attention_dropout and not kernel.dropout:
         return f"this LLM has an attention_dropout of {config.attention_dropout}, and it has none"
     if name == "varlen":
@@ -128,7 +128,8 @@ def _why_no_package(name: str) -> str | None:
     """Why transformers cannot use the flash-attn that `name` stands for, or None. Imports its functions if it is installed."""
     package = PACKAGES[name]
     version = _installed(package.distribution)
-    twins = [other.distribution for other in PACKAGES.values() if other != package and _root(other) == _root(package) and _installed(other.distribution)]
+    others = [other for other in PACKAGES.values() if other != package and _root(other) == _root(package)]
+    twins = [other.distribution for other in others if _installed(other.distribution)]
     twin = f"{twins[0]}, which has the same import name {_root(package)}," if twins else ""
     if version is None:
         return f"the package {package.distribution} is not installed" + (f" ({twin} is)" if twin else "") + f": {package.install}"
@@ -166,8 +167,4 @@ def _because(reasons: dict[str, str]) -> str:
         names.setdefault(reason, []).append(name)
     if len(names) == 1 and len(reasons) == len(KERNELS):
         return f"of flash-attn and varlen: {next(iter(names))}"
-    return "; ".join(f"{_listed(of)}: {reason}" for reason, of in names.items())
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
+    return "; ".join(f"{', '.join(of)}: {reason}" for reason, of in names.items())
