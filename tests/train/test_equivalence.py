@@ -162,7 +162,6 @@ def test_bf16_is_the_same_at_every_stage_and_near_fp32(packs, references, tmp_pa
     assert relative_difference(plain["losses"], exact["losses"]) > 1e-5, "that was fp32"
     for name, result in found.items():
         assert relative_difference(result["losses"], exact["losses"]) < 1e-2, name
-        print(name, relative_difference(result["losses"], plain["losses"]), relative_difference(result["grad_norms"], plain["grad_norms"]))
         assert torch.equal(result["losses"], plain["losses"]), name  # two ranks' gradients have one sum
         assert all(value.dtype == torch.float32 for key, value in result.items() if key.startswith("weight/"))
 
