@@ -191,3 +191,18 @@ def test_a_process_that_ends_by_an_error_leaves_no_worker_and_waits_for_none(dat
         "    raise SystemExit(7)\n"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 7
+
+
+def test_batches_are_pinned_where_that_is_asked_for_and_only_there(dataset, monkeypatch):
+    """Pinning wants a GPU, so a stand-in tells what would be pinned: all that goes to the device, fillers' too."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    plan = plan_of(dataset, world_size=2)
+    for _ in load(dataset, plan, rank=1):
+        assert not pinned
+    steps = list(StepLoader(dataset, plan, 1, IMAGE_SIZE, 10**6, 0, pin_memory=True))
+    assert any(batch.is_filler for step in steps for batch in step.batches)
+    there = {tensor.data_ptr() for tensor in pinned}
+    for batch in (batch for step in steps for batch in step.batches):
+        for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids"):
+            assert getattr(batch, name).data_ptr() in there or not getattr(batch, name).numel()

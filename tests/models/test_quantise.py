@@ -204,3 +204,38 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(InputError, match="model.bits: 4 and 8 need bitsandbytes .*--with quant"):
         outline_model(tiny_config(bits=8))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("outputs", [64, 128], ids=["square", "not square"])
+@pytest.mark.parametrize("bits, tolerance", [(4, 1e-3), (8, 1e-2)])
+def test_the_way_that_cuda_takes_is_exact_forward_and_backward(bits: int, tolerance: float, outputs: int) -> None:
+    """The library's own product, and the gradient of the dequantised weights. A square matrix taken for its transpose would be 1.4 off."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(64, outputs))
+    quantise_linears(block, bits)
+    linear = block[0]
+    weight, bias = linear.dequantised(torch.float32).double(), linear.bias.detach().double()
+    x = torch.randn(5, 9, 64, requires_grad=True)
+    found = linear.packed_product(x.detach(), linear.bias.detach())  # on a CPU the layer itself multiplies by the dequantised weights
+    assert relative_error(found, x.double() @ weight.t() + bias) < tolerance
+    gradient = torch.randn(5, 9, outputs)
+    linear(x).backward(gradient)
+    assert relative_error(x.grad, gradient.double() @ weight) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_nf4_expands_to_the_dtype_that_is_asked_for(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, with no fp32 copy in between, and to the same numbers but for one rounding."""
+    linear = nn.Linear(64, 128)
+    block = nn.Sequential(linear)
+    quantise_linears(block, 4)
+    library, made = sys.modules["bitsandbytes"].functional, []
+    expand = library.dequantize_4bit
+    monkeypatch.setattr(library, "dequantize_4bit", lambda *args, **kwargs: made.append(expand(*args, **kwargs)) or made[-1])
+    found, exact = block[0].dequantised(dtype), block[0].dequantised(torch.float32)
+    assert [one.dtype for one in made] == [dtype, torch.float32] and found.data_ptr() == made[0].data_ptr()
+    assert (found.float() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()

@@ -36,7 +36,7 @@ def test_no_step_reads_the_device(tmp_path, world_size):
             told.append({"name": name, "packs": str(packs), "ds": ds, "output": output, "changes": {**CHANGES, **changes}})
     for kind in ("llama", "t5"):
         packs = blip_packs(tmp_path / f"packs-{kind}", kind)
-        told.append({"name": kind, "packs": str(packs), "ds": {}, "output": str(tmp_path / f"{kind}-0"), "changes": CHANGES, "blip": kind})
+        told.append({"name": kind, "packs": str(packs), "ds": {"zero_optimization": {"stage": 0}}, "output": str(tmp_path / f"{kind}-0"), "changes": CHANGES, "blip": kind})
     (tmp_path / "scenarios.json").write_text(json.dumps(told))
     run_ranks("tests.train.reads_worker", [str(tmp_path / "scenarios.json")], world_size, tmp_path / "log")
     for scenario in told:
@@ -44,7 +44,10 @@ def test_no_step_reads_the_device(tmp_path, world_size):
             found = json.loads(open(f"{scenario['output']}/reads.{rank}.json").read())
             assert len(found) == NUM_WATCHED
             reads = [read for steps in found.values() for read in steps]
-            ours = [read for read in reads if scenario["output"].endswith("-0") or "/deepspeed/" not in read]
+            theirs = ("/deepspeed/",) if scenario["ds"]["zero_optimization"]["stage"] else ()
+            # transformers asks, once a mask, whether any text of a Q-Former or a T5 is padded: then it leaves the mask out.
+            theirs += ("transformers/masking_utils.py",) if "blip" in scenario else ()
+            ours = [read for read in reads if not any(part in read for part in theirs)]
             assert not ours, f"{scenario['output']}: {ours}"
 
 

@@ -130,21 +130,23 @@ class Nf4Linear(FrozenLinear):
             self.register_buffer(name, value)
         self._nested_block = state.state2.blocksize
 
-    def _state(self, shape: tuple[int, int]) -> Any:
+    def _state(self, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+        """`dtype`: what the weights are expanded to, at once and not by way of fp32."""
         state = bitsandbytes().functional.QuantState
         nested = state(absmax=self.nested_absmax, code=self.nested_code, blocksize=self._nested_block, dtype=torch.float32)
         return state(
-            absmax=self.absmax, shape=torch.Size(shape), code=self.code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=torch.float32,
+            absmax=self.absmax, shape=torch.Size(shape), code=self.code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype,
             offset=self.offset, state2=nested,
         )  # fmt: skip
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         # As one row: a kernel for CPUs takes rows that no whole number of blocks fills for others' scales.
-        weight = bitsandbytes().functional.dequantize_4bit(self.weight.view(torch.uint8), self._state((1, self.out_features * self.in_features)))
-        return weight.view(self.out_features, self.in_features).to(dtype)
+        state = self._state((1, self.out_features * self.in_features), dtype)
+        return bitsandbytes().functional.dequantize_4bit(self.weight.view(torch.uint8), state).view(self.out_features, self.in_features)
 
     def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return bitsandbytes().matmul_4bit(x, self.weight.view(torch.uint8), quant_state=self._state((self.out_features, self.in_features)), bias=bias)
+        state = self._state((self.out_features, self.in_features), x.dtype)
+        return bitsandbytes().matmul_4bit(x, self.weight.view(torch.uint8), quant_state=state, bias=bias)
 
 
 @torch.no_grad()
