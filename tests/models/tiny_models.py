@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vltrain.batch import Batch
 from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
-from vltrain.models.multimodal import MultimodalModel
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}

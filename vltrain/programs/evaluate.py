@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from vltrain.config import Config
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
