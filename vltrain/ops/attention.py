@@ -29,6 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vltrain.ops.transfer import to_device
+
 PACKED_SDPA = "vltrain_packed_sdpa"
 PACKED_VARLEN = "vltrain_packed_varlen"
 # A segment joins a padded group if it is at least this share of the group's longest: bounds what padding wastes.
@@ -42,11 +44,13 @@ class Packing:
     groups: (number of segments, padded length) of each group; their products sum to P.
     pad     int64 [P]: which token of the row stands in each padded place (the row's token 0 where none does).
     unpad   int64 [T]: in which padded place each token of the row stands.
+    is_pad  bool [P, 1, 1]: whether a padded place holds no token.
     """
 
     groups: tuple[tuple[int, int], ...]
     pad: Tensor
     unpad: Tensor
+    is_pad: Tensor
 
 
 def packing_arguments(implementation: str, segment_lengths: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def packing_arguments(implementation: str, segment_lengths: Tensor, device: torc
     no_mask = {"attention_mask": torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)} if is_ours else {}
     if implementation == PACKED_SDPA:
         return {"packing": pack_segments(segment_lengths, device), **no_mask}
-    starts = F.pad(segment_lengths.cumsum(0), (1, 0)).to(device, torch.int32, non_blocking=True)
+    starts = to_device(F.pad(segment_lengths.cumsum(0), (1, 0)).to(torch.int32), device)
     longest = int(segment_lengths.max())
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest, **no_mask}
 
@@ -99,11 +103,40 @@ def pack_segments(segment_lengths: Tensor, device: torch.device | str = "cpu") -
             last += 1
         groups.append((last - first, longest))
         first = last
+    is_pad = torch.ones(place, 1, 1, dtype=torch.bool)
+    is_pad[unpad] = False
     return Packing(
-        groups=tuple(groups),
-        pad=torch.cat(pad).to(device, non_blocking=True),
-        unpad=unpad.to(device, non_blocking=True),
-    )
+        groups=tuple(groups), pad=to_device(torch.cat(pad), device), unpad=to_device(unpad, device), is_pad=to_device(is_pad, device)
+    )  # fmt: skip
+
+
+class _Padded(torch.autograd.Function):
+    """Tokens [T, H, D] -> padded places [P, H, D]. Both ways are gathers: the gradient of torch's own would add with atomics, or wait for the device.
+
+    What stands in padding gets no gradient: causality hides it from every token before it, and what it sees is dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return states.index_select(0, packing.pad)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.packing.unpad), None
+
+
+class _Unpadded(torch.autograd.Function):
+    """Padded places [P, H, D] -> tokens [T, H, D], the padding dropped; see `_Padded`."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return states.index_select(0, packing.unpad)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.packing.pad).masked_fill(ctx.packing.is_pad, 0), None
 
 
 def packed_sdpa_forward(
@@ -124,7 +157,7 @@ def packed_sdpa_forward(
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
-    query, key, value = (states[0].transpose(0, 1).index_select(0, packing.pad) for states in (query, key, value))  # [P, H, D]
+    query, key, value = (_Padded.apply(states[0].transpose(0, 1), packing) for states in (query, key, value))  # [P, H, D]
     outputs = []
     start = 0
     for num_segments, length in packing.groups:
@@ -135,7 +168,7 @@ def packed_sdpa_forward(
         )  # [S, H, L, D]
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = part.stop
-    return torch.cat(outputs).index_select(0, packing.unpad)[None], None
+    return _Unpadded.apply(torch.cat(outputs), packing)[None], None
 
 
 def packed_varlen_forward(

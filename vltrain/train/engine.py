@@ -149,6 +149,10 @@ class Engine:
         optimizer = _build_optimizer(groups, ds_config, betas, eps)
         self._engine, *_ = deepspeed.initialize(model=_InAutocast(model, self.autocast), optimizer=optimizer, config=ds_config)
         self.model = model
+        if self.stage == 3:
+            for module in model.modules():
+                for parameter in getattr(module, "borrowed_parameters", list)():
+                    deepspeed.zero.register_external_parameter(module, parameter)
         self.world_size = dist.get_world_size()
         self._grad_norm: torch.Tensor | float = 0.0
         self._clips = ds_config.get("gradient_clipping", 0.0) > 0

@@ -14,8 +14,8 @@ from vltrain.ops.fused import fused_adapter, require_fused, runs_fused
 
 
 def _is_frozen_rms_norm(norm: nn.Module) -> bool:
-    """Whether the kernel can take in this norm. ZeRO-3 gathers weights for a module's own call only, so a norm that it cut up is called."""
-    return hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad and not hasattr(norm.weight, "ds_id")
+    """Whether the kernel can take in this norm. One that ZeRO-3 has partitioned and not gathered is empty (see `NormThenAdapter`), and is called."""
+    return hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad and norm.weight.numel() > 0
 
 
 class BottleneckAdapter(Adapter):

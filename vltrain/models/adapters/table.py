@@ -38,6 +38,10 @@ NOT_OF_A_KIND = {"kind", "vision", "llm"}  # fields of AdapterConfig that every 
 class NormThenAdapter(nn.Sequential):
     """A block's norm and the adapter behind it: by turns, or in one kernel where the adapter has one that takes in the norm."""
 
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """Parameters of modules below that the forward reads without calling them, which ZeRO-3 therefore has to gather for this module."""
+        return list(self.norm.parameters()) if self.adapter.takes_norm else []
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., d] -> [..., d]."""
         return self.adapter(x, self.norm) if self.adapter.takes_norm else super().forward(x)
