@@ -52,7 +52,8 @@ def launches(states: torch.dtype, products: torch.dtype, height: int, aligned: b
     widths and numbers of rows taken together. Single numbers instead of 16 bytes at a time take more registers, and so do fp32 products, which run
     off the tensor cores: smaller blocks."""
     if products == torch.float32 or not aligned:
-        return dict.fromkeys(("forward", "backward rows", "backward columns"), Launch(16, 64 if aligned else 32, 4, 2))
+        by_rows, by_columns = Launch(16, 64 if aligned else 32, 4, 2), Launch(16, 32 if products == torch.float32 and not aligned else 64, 4, 2)
+        return {"forward": by_rows, "backward rows": by_rows, "backward columns": by_columns}
     narrow = states == torch.bfloat16 and height == MIN_DOT
     return {
         "forward": Launch(32, 128, 2, 4) if height == MIN_DOT else Launch(32, 128, 4, 3), "backward rows": Launch(64, 128, 8, 3),
