@@ -75,9 +75,12 @@ def fused_adapter(
 
     Returns: [..., d], in the dtype of autocast where that is on, else in `x`'s; the products are done in this dtype, summed in fp32.
     """
-    from vltrain.ops.triton_adapter import bottleneck_adapter
+    from vltrain.ops.triton_adapter import EagerAdapter, bottleneck_adapter
 
     out_dtype = _out_dtype(x)
     assert x.dtype in DTYPES and out_dtype in DTYPES and len(down) <= MAX_DIM, (x.dtype, out_dtype, down.shape)
-    y, *_ = bottleneck_adapter(x.reshape(-1, x.shape[-1]), norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    # Only torch.compile and fake tensors have to be told of an operator.
+    run = bottleneck_adapter if torch.compiler.is_compiling() or type(rows) is not Tensor else EagerAdapter.apply
+    y, *_ = run(rows, norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype)
     return y.view(x.shape)

@@ -273,8 +273,7 @@ def row_shares(num_rows: int, width: int, launch: Launch) -> tuple[int, int]:
     return triton.cdiv(num_rows, share_rows), share_rows
 
 
-@torch.library.custom_op("vltrain::bottleneck_adapter", mutates_args=())
-def bottleneck_adapter(
+def run_forward(
     x: Tensor, norm_weight: Tensor | None, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: float, eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -304,13 +303,15 @@ def _empty_outputs(x: Tensor, norm_weight: Tensor | None, dim: int, out_dtype: t
     return tuple(x.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
+bottleneck_adapter = torch.library.custom_op("vltrain::bottleneck_adapter", run_forward, mutates_args=())
+
+
 @bottleneck_adapter.register_fake
 def _(x, norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype):
     return _empty_outputs(x, norm_weight, len(down), out_dtype)
 
 
-@torch.library.custom_op("vltrain::bottleneck_adapter_backward", mutates_args=())
-def bottleneck_adapter_backward(
+def run_backward(
     dy: Tensor, x: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor, hidden: Tensor, packed: Tensor, down_bias: Tensor,
     scale: float, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -349,6 +350,9 @@ def _empty_gradients(x: Tensor, dim: int, needs_dx: bool) -> tuple[Tensor, ...]:
     return dx, *(x.new_empty(shape, dtype=torch.float32) for shape in ((dim, width), (dim,), (width, dim), (width,)))
 
 
+bottleneck_adapter_backward = torch.library.custom_op("vltrain::bottleneck_adapter_backward", run_backward, mutates_args=())
+
+
 @bottleneck_adapter_backward.register_fake
 def _(dy, x, norm_weight, inverse_rms, hidden, packed, down_bias, scale, needs_dx):
     return _empty_gradients(x, len(down_bias), needs_dx)
@@ -363,14 +367,28 @@ def _keep_for_backward(ctx, inputs, output) -> None:
     ctx.scale, ctx.dtypes = scale, (down.dtype, down_bias.dtype, up.dtype, up_bias.dtype)
 
 
-def _run_backward(ctx, dy, *_):
+def _backward(ctx, dy, run):
     if dy is None:
         return (None,) * 9
     assert not ctx.needs_input_grad[1], "a norm whose weight is trained has no fused kernel"
     needs_dx = ctx.needs_input_grad[0]
-    dx, *weights = bottleneck_adapter_backward(dy, *ctx.saved_tensors, ctx.scale, needs_dx)
+    dx, *weights = run(dy, *ctx.saved_tensors, ctx.scale, needs_dx)
     gradients = (gradient.to(dtype) for gradient, dtype in zip(weights, ctx.dtypes, strict=True))
     return (dx if needs_dx else None, None, *gradients, None, None, None)
 
 
-bottleneck_adapter.register_autograd(_run_backward, setup_context=_keep_for_backward)
+bottleneck_adapter.register_autograd(lambda ctx, dy, *_: _backward(ctx, dy, bottleneck_adapter_backward), setup_context=_keep_for_backward)
+
+
+class EagerAdapter(torch.autograd.Function):
+    """The operator `bottleneck_adapter` for tensors that are real: torch's way to an operator of Python takes the host longer than its kernels do."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        outputs = run_forward(*inputs)
+        _keep_for_backward(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        return _backward(ctx, dy, run_backward)
