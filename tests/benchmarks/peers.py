@@ -86,7 +86,7 @@ class Held(TrainerCallback):
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._tokens, self._stopping = 0, False
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
         trainer.add_callback(self)
         model.register_forward_pre_hook(self._count, with_kwargs=True)
         model.register_forward_hook(self._note_loss)
@@ -130,7 +130,7 @@ class Held(TrainerCallback):
 
     def _note_loss(self, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if getattr(output, "loss", None) is not None:
-            self.losses.append(float(output.loss.detach()))
+            self.losses.append(output.loss.detach())  # read later: the device need not be waited for
 
 
 def _arguments(config: Config, dtype: torch.dtype, batch_size: int, folder: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
-    """Whether the part passed. Its words go to NAME.log; one that wrote no JSON gets one that says why."""
+    """Whether the part passed. Its words go to NAME.log; one that was cut short keeps what it had found."""
     tell(f"part {name}: {PARTS[name]}")
     result, log = output / f"{name}.json", output / f"{name}.log"
     result.unlink(missing_ok=True)
@@ -82,19 +82,18 @@ def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
             child.wait()
             code = None
     seconds = time.perf_counter() - started
-    if not result.exists():
-        ended = f"ran past its {limit:.0f} seconds" if code is None else f"ended with {code} before it wrote anything"
-        _write_failure(result, emulate, seconds, f"{ended}; its words: {log}")
-    found: dict[str, Any] = json.loads(result.read_text())
+    found: dict[str, Any] = {"seconds": round(seconds, 1), "emulated": emulate, "machine": {}, "tables": {}, "failures": []}
+    if result.exists():
+        found = json.loads(result.read_text())
+    if code is None:
+        found["failures"].append(f"ran past its {limit:.0f} seconds; its words: {log}")
+    elif code not in (0, 1) or not result.exists() or (code and not found["failures"]):
+        found["failures"].append(f"ended with {code} before its end; its words: {log}")
+    result.write_text(json.dumps(found, indent=1) + "\n")
     for failure in found["failures"]:
         tell(f"FAILED {name}: {failure}")
     tell(f"part {name}: {'passed' if not found['failures'] else 'FAILED'} in {seconds:.0f} s")
     return not found["failures"]
-
-
-def _write_failure(result: Path, emulate: bool, seconds: float, why: str) -> None:
-    told = {"seconds": round(seconds, 1), "emulated": emulate, "machine": {}, "tables": {}, "failures": [why]}
-    result.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tests.gpu.part import Findings, relative_error, run_part
 from tests.gpu.runs import finish, losses
 from vltrain.models.quantise import Int8Linear, Nf4Linear
 
-SIZES = ((96, 96), (64, 160), (4096, 4096), (4096, 11008), (11008, 4096))
+SIZES = ((128, 128), (192, 64), (96, 96), (4096, 4096), (4096, 11008), (11008, 4096))
 KINDS = {4: (Nf4Linear, 1e-3), 8: (Int8Linear, 1e-2)}  # how far a product in bf16 may be from that of the dequantised weights in bf16
 STEPS = 12
 

@@ -1,7 +1,7 @@
 """What all parts share: their command line, what they find, and the JSON that they leave.
 
 A part is a process of its own, `python -m tests.gpu.NAME --output FOLDER [--emulate]`, so that none inherits the memory, the process group or
-the crash of another. It writes FOLDER/NAME.json, also when it fails half-way: {"seconds", "machine", "tables": {title: rows}, "failures": [text]}.
+the crash of another. It writes FOLDER/NAME.json as it goes: {"seconds", "machine", "tables": {title: rows}, "failures": [text]}.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Findings:
     folder: Path
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +43,7 @@ class Findings:
         """A row of a table; rows of one table have equal keys."""
         self.tables.setdefault(table, []).append(values)
         tell(f"{table}: {values}")
+        self.write()
 
     def check(self, table: str, found: float, limit: float, **what: Any) -> None:
         """A row that says what was compared, and a failure where `found` is above `limit` or NaN."""
@@ -54,6 +56,16 @@ class Findings:
         """A failure unless `holds`."""
         if not holds:
             self.failures.append(what)
+
+    def write(self) -> None:
+        """FOLDER.json: after each row, so that a part that is cut short leaves what it has found."""
+        found = {
+            "seconds": round(time.perf_counter() - self.started, 1), "emulated": self.emulate, "machine": machine(), "tables": self.tables,
+            "failures": self.failures,
+        }  # fmt: skip
+        beside = self.folder.with_suffix(".json.partial")
+        beside.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(beside, self.folder.with_suffix(".json"))
 
     def attempt(self, what: str, call: Callable[[], Any]) -> Any:
         """What `call` returns; a failure and None where it raises: one thing that breaks must not hide the rest."""
@@ -74,17 +86,13 @@ def run_part(name: str, find: Callable[[Findings], None], documentation: str | N
     given.output.mkdir(parents=True, exist_ok=True)
     findings = Findings(emulate=given.emulate, folder=given.output / name)
     findings.folder.mkdir(exist_ok=True)
-    started = time.perf_counter()
     findings.attempt(name, lambda: find(findings))
     for title, rows in findings.tables.items():
         print(f"\n{title}")
         show(rows)
     for failure in findings.failures:
         print(f"FAILED {failure}")
-    told = {"seconds": round(time.perf_counter() - started, 1), "emulated": given.emulate, "machine": machine()}
-    beside = given.output / f"{name}.json.partial"
-    beside.write_text(json.dumps({**told, "tables": findings.tables, "failures": findings.failures}, indent=1) + "\n")
-    os.replace(beside, given.output / f"{name}.json")
+    findings.write()
     return 1 if findings.failures else 0
 
 

@@ -6,8 +6,10 @@ Packs have ScienceQA's lengths and images. Emulated, only the plan and the packs
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from tests.benchmarks.ours import OurSteps
 from tests.benchmarks.samples import pack_samples, scienceqa_like
 from tests.gpu.part import Findings, run_part
+from tests.gpu.runs import losses
 from tests.gpu.weights import drawn_on_device
 from vltrain.check.memory_plan import GIB
 from vltrain.check.sizes import assume_sizes
@@ -26,6 +29,7 @@ from vltrain.models.build import build_model
 from vltrain.programs.plan import OPTIONS, plan_recipe
 from vltrain.recipe import build_config, read_recipe
 from vltrain.settings import Settings, load_settings
+from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import load_ds_json
 from vltrain.train.engine import init_distributed, shutdown_distributed
 from vltrain.train.hardware import peak_flops
@@ -35,32 +39,33 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
 DS = ROOT / "ds_configs" / "zero2.json"
 VOCABULARY, VISUAL_TOKENS, SAMPLES = 32000, 6, 400
-WARM_UP, STEPS = 4, 20
+WARM_UP, STEPS = 3, 20
+LONG = {"data.pack_length": 10240, "train.packs_per_step": 1}  # the same samples a step, in one row
 VARIANTS: dict[str, dict[str, Any]] = {
-    "the recipe": {}, "deterministic false": {"train.deterministic": False}, "without checkpointing": {"train.activation_checkpointing": False},
-    "--bits 4": {"model.bits": 4},
+    "the recipe: 4 packs of 2560": {}, "1 pack of 10240": LONG, "1 pack, nothing recomputed": {**LONG, "train.activation_checkpointing": False},
+    "1 pack, deterministic false": {**LONG, "train.deterministic": False}, "1 pack, --bits 4": {**LONG, "model.bits": 4},
 }  # fmt: skip
 
 
 def find(findings: Findings) -> None:
-    samples = scienceqa_like(24 if findings.emulate else SAMPLES, vocabulary=VOCABULARY, visual_tokens=VISUAL_TOKENS)
-    dataset = pack_samples(samples, 2560, findings.folder / "packs", VISUAL_TOKENS)
-    if not findings.emulate:
-        torch.cuda.manual_seed(0)
+    samples = scienceqa_like(60 if findings.emulate else SAMPLES, vocabulary=VOCABULARY, visual_tokens=VISUAL_TOKENS)
+    packs = {length: pack_samples(samples, length, findings.folder / f"packs-{length}", VISUAL_TOKENS) for length in (2560, 10240)}
+    variants = {name: (changes, packs[changes.get("data.pack_length", 2560)]) for name, changes in list(VARIANTS.items())[: 2 if findings.emulate else None]}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        plans = {name: pool.submit(_plan, str(dataset.folder), changes) for name, (changes, dataset) in variants.items()}
+        if findings.emulate:
+            for name, plan in plans.items():
+                findings.row("planned", variant=name, peak_gib=plan.result())
+            return
         init_distributed()
-    for name, changes in VARIANTS.items():
-        findings.attempt(name, lambda: _variant(findings, name, changes, dataset))
-    if not findings.emulate:
-        shutdown_distributed()
+        for name, (changes, dataset) in variants.items():
+            findings.attempt(name, lambda: _variant(findings, name, changes, dataset, plans[name]))
+    shutdown_distributed()
 
 
-def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: PackedDataset) -> None:
-    words = [word for key, value in changes.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
-    planned = _plan(dataset, words)
-    if findings.emulate:
-        findings.row("planned", variant=name, peak_gib=planned)
-        return
+def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: PackedDataset, plan: Future[float]) -> None:
     config = _config(changes, findings.folder / "run", dataset)
+    set_determinism(config.train.deterministic)
     with drawn_on_device():
         model = build_model(config.model, dtype=torch.bfloat16, activation_checkpointing=config.train.activation_checkpointing, device="cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -76,12 +81,11 @@ def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: Pa
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     flops = sum(ours.flops(WARM_UP + step) for step in range(STEPS))
-    peak = torch.cuda.max_memory_allocated() / GIB
+    peak, planned = torch.cuda.max_memory_allocated() / GIB, plan.result()
+    trainer.monitor.pause()  # which flushes the log
     findings.row("20 steps of the 7B recipe", variant=name, seconds_a_step=seconds / STEPS, tokens_per_second=tokens / seconds,
                  mfu=flops / seconds / peak_flops(torch.bfloat16), peak_allocated_gib=peak, peak_reserved_gib=torch.cuda.max_memory_reserved() / GIB,
-                 planned_gib=planned, loss=float("nan"))  # fmt: skip
-    last = [line for line in (Path(config.output) / "log.jsonl").read_text().splitlines()][-1]
-    findings.tables["20 steps of the 7B recipe"][-1]["loss"] = float(last.split('"loss": ')[1].split(",")[0])
+                 planned_gib=planned, loss=losses(Path(config.output))[-1])  # fmt: skip
     findings.require(peak <= planned, f"{name}: peak {peak:.2f} GiB, vltrain plan says {planned:.2f} GiB at most")
     trainer.monitor.close()
     trainer.loader.close()
@@ -99,9 +103,10 @@ def _config(changes: dict[str, Any], output: Path, dataset: PackedDataset) -> Co
     return replace(config, model=model)
 
 
-def _plan(dataset: PackedDataset, words: list[str]) -> float:
-    """GiB that `vltrain plan` says for one GPU, with these packs."""
-    given = ["--recipe", str(RECIPE), "--ds", str(DS), "--data.train_packs", str(dataset.folder), "--llm-size", "llama-2-7b", "--vision-size", "vit-l/14-336"]
+def _plan(packs: str, changes: dict[str, Any]) -> float:
+    """GiB that `vltrain plan` says for one GPU, with the packs of that folder."""
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
+    given = ["--recipe", str(RECIPE), "--ds", str(DS), "--data.train_packs", packs, "--llm-size", "llama-2-7b", "--vision-size", "vit-l/14-336"]
     settings: Settings = load_settings([*given, *words], program="vltrain plan", description="", options=OPTIONS)
     return plan_recipe(settings)["memory_per_rank"]["peak_gib"]
 
