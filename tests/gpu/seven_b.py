@@ -64,7 +64,7 @@ def find(findings: Findings) -> None:
 
 
 def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: PackedDataset, plan: Future[float]) -> None:
-    config = _config(changes, findings.folder / "run", dataset)
+    config = _config(changes, findings.folder / f"run-{list(VARIANTS).index(name)}", dataset)
     set_determinism(config.train.deterministic)
     with drawn_on_device():
         model = build_model(config.model, dtype=torch.bfloat16, activation_checkpointing=config.train.activation_checkpointing, device="cuda")
@@ -89,6 +89,7 @@ def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: Pa
     findings.require(peak <= planned, f"{name}: peak {peak:.2f} GiB, vltrain plan says {planned:.2f} GiB at most")
     trainer.monitor.close()
     trainer.loader.close()
+    trainer.receipt.close()
     del trainer, ours, model
     gc.collect()
     torch.cuda.empty_cache()
