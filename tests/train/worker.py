@@ -20,6 +20,7 @@ from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoint import newest_checkpoint
+from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import resolve_ds_config
 from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device
@@ -35,6 +36,7 @@ def run(
     folder = Path(scenario["output"])
     changes = {"output": str(folder), **scenario["changes"]}
     config = blip_config(scenario["blip"], **changes) if "blip" in scenario else tiny_config(**changes)
+    set_determinism(config.train.deterministic)
     dataset = PackedDataset(scenario["packs"])
     checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
     dtype = choose_dtype(config.train.precision, config.model.bits)
