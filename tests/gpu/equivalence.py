@@ -1,7 +1,7 @@
 """Real DeepSpeed at ZeRO 0 to 3 in fp32 and bf16 beside a plain PyTorch loop that feeds one sample at a time, all on this device.
 
-In bf16 all stages must give one another's losses bit for bit on one rank: the order of sums is the same there. Emulated, DeepSpeed asks for
-autocast as it does on CUDA.
+The table says which stages give ZeRO 0's losses bit for bit; where the norm for clipping is summed in another order, or ranks share the sums, they
+may differ in the last digits. Emulated, DeepSpeed asks for autocast as it does on CUDA.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ KINDS = {
 }
 STAGES = {"adapters": range(4), "full": range(4), "router, recomputed": (0, 3), "lora": (0, 3)}
 FP32_LIMIT, BF16_LIMIT = 1e-4, 2e-2
+STAGES_LIMIT = 1e-4  # between stages
 
 
 def find(findings: Findings) -> None:
@@ -65,10 +66,10 @@ def _compare(findings: Findings, kind: str, world_size: int, plain: dict, found:
         first = found[f"{kind}|{precision}|0"]["losses"]
         for stage in STAGES[kind]:
             losses = found[f"{kind}|{precision}|{stage}"]["losses"]
-            told = {"trained": kind, "precision": precision, "ranks": world_size, "stage": stage}
+            told = {"trained": kind, "precision": precision, "ranks": world_size, "stage": stage, "last_loss": float(losses[-1])}
+            told |= {"as_zero_0": "bit for bit" if torch.equal(losses, first) else f"to {relative_difference(losses, first):.1e}"}
             findings.check("losses beside the plain loop's in fp32", relative_difference(losses, plain["losses"]), limit, **told)
-            if precision == "bf16" and world_size == 1:
-                findings.require(torch.equal(losses, first), f"{kind} in bf16: ZeRO {stage} gives other losses than ZeRO 0: {losses - first}")
+            findings.require(relative_difference(losses, first) <= STAGES_LIMIT, f"{kind} in {precision}: ZeRO {stage} gives other losses than ZeRO 0")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from vltrain.ops.loss import linear_cross_entropy
 
 # ||found - exact|| / ||exact||: operands rounded to 8 bits of mantissa lose up to 4e-3 each, fp16's to 11 bits 5e-4, fp32's products (never TF32's) are near 1e-6.
 LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 2e-5}
+INTERPRETED = 3.0  # times that: Triton's interpreter cuts bits off where a GPU rounds
 # Rows, width, bottleneck.
 SIZES = ((5, 64, 3), (33, 257, 16), (70, 1000, 17), (512, 768, 4), (2560, 4096, 16), (2561, 5120, 32))
 ATTENTIONS = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -45,7 +46,8 @@ def find(findings: Findings) -> None:
 def _compare(findings: Findings, kernel: str, size: str, dtype: torch.dtype, found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     errors = {name: relative_error(found[name], exact[name]) for name in exact}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-    findings.check("against float64", errors[worst], LIMITS[dtype], kernel=kernel, size=size, dtype=str(dtype).removeprefix("torch."), worst=worst)
+    limit = LIMITS[dtype] * (INTERPRETED if findings.emulate else 1)
+    findings.check("against float64", errors[worst], limit, kernel=kernel, size=size, dtype=str(dtype).removeprefix("torch."), worst=worst)
 
 
 def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.dtype, norm: bool) -> None:

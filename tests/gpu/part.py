@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,14 +81,48 @@ class Findings:
 
 def run_part(name: str, find: Callable[[Findings], None], documentation: str | None) -> int:
     """The `main` of a part. Returns 0, or 1 where something failed."""
+    given = _parse(documentation)
+    findings = _findings(name, given)
+    findings.attempt(name, lambda: find(findings))
+    return _close(findings)
+
+
+def run_items(name: str, items: Sequence[str], find: Callable[[Findings, str], None], documentation: str | None) -> int:
+    """As `run_part`, each item in a process of its own: DeepSpeed's engines never leave the memory of the one that made them."""
+    given = _parse(documentation)
+    if given.item is not None:
+        findings = _findings(given.item, given)
+        findings.attempt(given.item, lambda: find(findings, given.item))
+        return _close(findings)
+    findings = _findings(name, given)
+    for item in items:
+        words = ["--output", str(findings.folder), "--item", item, *(["--emulate"] if given.emulate else [])]
+        code = subprocess.run([sys.executable, "-m", f"tests.gpu.{name}", *words]).returncode
+        result = findings.folder / f"{item}.json"
+        found = json.loads(result.read_text()) if result.exists() else {"tables": {}, "failures": []}
+        for title, rows in found["tables"].items():
+            findings.tables.setdefault(title, []).extend(rows)
+        findings.failures += found["failures"] or ([f"{item}: ended with {code} before its end"] if code else [])
+        findings.write()
+    return _close(findings)
+
+
+def _parse(documentation: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON")
     parser.add_argument("--emulate", action="store_true", help="on a CPU")
-    given = parser.parse_args()
-    given.output.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--item", help="one of what the part does, for the process that does it")
+    return parser.parse_args()
+
+
+def _findings(name: str, given: argparse.Namespace) -> Findings:
     findings = Findings(emulate=given.emulate, folder=given.output / name)
-    findings.folder.mkdir(exist_ok=True)
-    findings.attempt(name, lambda: find(findings))
+    findings.folder.mkdir(parents=True, exist_ok=True)
+    findings.folder.with_suffix(".json").unlink(missing_ok=True)
+    return findings
+
+
+def _close(findings: Findings) -> int:
     for title, rows in findings.tables.items():
         print(f"\n{title}")
         show(rows)

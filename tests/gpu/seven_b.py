@@ -5,11 +5,8 @@ Packs have ScienceQA's lengths and images. Emulated, only the plan and the packs
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import sys
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import torch
 
 from tests.benchmarks.ours import OurSteps
 from tests.benchmarks.samples import pack_samples, scienceqa_like
-from tests.gpu.part import Findings, run_part
+from tests.gpu.part import Findings, run_items
 from tests.gpu.runs import losses
 from tests.gpu.weights import drawn_on_device
 from vltrain.check.memory_plan import GIB
@@ -42,29 +39,27 @@ VOCABULARY, VISUAL_TOKENS, SAMPLES = 32000, 6, 400
 WARM_UP, STEPS = 3, 20
 LONG = {"data.pack_length": 10240, "train.packs_per_step": 1}  # the same samples a step, in one row
 VARIANTS: dict[str, dict[str, Any]] = {
-    "the recipe: 4 packs of 2560": {}, "1 pack of 10240": LONG, "1 pack, nothing recomputed": {**LONG, "train.activation_checkpointing": False},
-    "1 pack, deterministic false": {**LONG, "train.deterministic": False}, "1 pack, --bits 4": {**LONG, "model.bits": 4},
+    "recipe": {}, "one_pack": LONG, "nothing_recomputed": {**LONG, "train.activation_checkpointing": False},
+    "not_deterministic": {**LONG, "train.deterministic": False}, "bits_4": {**LONG, "model.bits": 4},
 }  # fmt: skip
+EMULATED = ("recipe", "one_pack")
 
 
-def find(findings: Findings) -> None:
+def find(findings: Findings, variant: str) -> None:
+    changes = VARIANTS[variant]
     samples = scienceqa_like(60 if findings.emulate else SAMPLES, vocabulary=VOCABULARY, visual_tokens=VISUAL_TOKENS)
-    packs = {length: pack_samples(samples, length, findings.folder / f"packs-{length}", VISUAL_TOKENS) for length in (2560, 10240)}
-    variants = {name: (changes, packs[changes.get("data.pack_length", 2560)]) for name, changes in list(VARIANTS.items())[: 2 if findings.emulate else None]}
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        plans = {name: pool.submit(_plan, str(dataset.folder), changes) for name, (changes, dataset) in variants.items()}
-        if findings.emulate:
-            for name, plan in plans.items():
-                findings.row("planned", variant=name, peak_gib=plan.result())
-            return
-        init_distributed()
-        for name, (changes, dataset) in variants.items():
-            findings.attempt(name, lambda: _variant(findings, name, changes, dataset, plans[name]))
+    dataset = pack_samples(samples, changes.get("data.pack_length", 2560), findings.folder / "packs", VISUAL_TOKENS)
+    planned = _plan(str(dataset.folder), changes)
+    if findings.emulate:
+        findings.row("planned", variant=variant, peak_gib=planned)
+        return
+    init_distributed()
+    _train(findings, variant, dataset, planned)
     shutdown_distributed()
 
 
-def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: PackedDataset, plan: Future[float]) -> None:
-    config = _config(changes, findings.folder / f"run-{list(VARIANTS).index(name)}", dataset)
+def _train(findings: Findings, variant: str, dataset: PackedDataset, planned: float) -> None:
+    config = _config(VARIANTS[variant], findings.folder / "run", dataset)
     set_determinism(config.train.deterministic)
     with drawn_on_device():
         model = build_model(config.model, dtype=torch.bfloat16, activation_checkpointing=config.train.activation_checkpointing, device="cuda")
@@ -81,18 +76,14 @@ def _variant(findings: Findings, name: str, changes: dict[str, Any], dataset: Pa
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     flops = sum(ours.flops(WARM_UP + step) for step in range(STEPS))
-    peak, planned = torch.cuda.max_memory_allocated() / GIB, plan.result()
+    peak = torch.cuda.max_memory_allocated() / GIB
     trainer.monitor.pause()  # which flushes the log
-    findings.row("20 steps of the 7B recipe", variant=name, seconds_a_step=seconds / STEPS, tokens_per_second=tokens / seconds,
+    findings.row("20 steps of the 7B recipe", variant=variant, seconds_a_step=seconds / STEPS, tokens_per_second=tokens / seconds,
                  mfu=flops / seconds / peak_flops(torch.bfloat16), peak_allocated_gib=peak, peak_reserved_gib=torch.cuda.max_memory_reserved() / GIB,
                  planned_gib=planned, loss=losses(Path(config.output))[-1])  # fmt: skip
-    findings.require(peak <= planned, f"{name}: peak {peak:.2f} GiB, vltrain plan says {planned:.2f} GiB at most")
+    findings.require(peak <= planned, f"{variant}: peak {peak:.2f} GiB, vltrain plan says {planned:.2f} GiB at most")
     trainer.monitor.close()
     trainer.loader.close()
-    trainer.receipt.close()
-    del trainer, ours, model
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _config(changes: dict[str, Any], output: Path, dataset: PackedDataset) -> Config:
@@ -113,4 +104,5 @@ def _plan(packs: str, changes: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_part("seven_b", find, __doc__))
+    chosen = EMULATED if "--emulate" in sys.argv else tuple(VARIANTS)
+    sys.exit(run_items("seven_b", chosen, find, __doc__))

@@ -6,7 +6,6 @@ about as many useful ones. Ratios are medians over runs by turns.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from tests.benchmarks.measure import alternate, median_ratio
 from tests.benchmarks.ours import OurSteps, benchmark_config, our_trainer
 from tests.benchmarks.peers import Held, padding_trainer, trl_trainer
 from tests.benchmarks.samples import pack_samples, scienceqa_like
-from tests.gpu.part import Findings, run_part
+from tests.gpu.part import Findings, run_items
 from tests.gpu.weights import drawn_on_device
 from vltrain.check.sizes import assume_sizes
 from vltrain.config import Config
@@ -38,15 +37,12 @@ COMPETITORS = {
 }  # fmt: skip
 
 
-def find(findings: Findings) -> None:
+def find(findings: Findings, item: str) -> None:
+    name, data = item.rsplit("-", 1)
     set_determinism(False)  # which the others do not offer
     init_distributed()
-    for name, size in MODELS.items():
-        for data in ("scienceqa", "text"):
-            with drawn_on_device():
-                findings.attempt(f"{name}, {data}", lambda: _measure(findings, name, size, data))
-            gc.collect()
-            torch.cuda.empty_cache()
+    with drawn_on_device():
+        _measure(findings, name, MODELS[name], data)
     shutdown_distributed()
 
 
@@ -57,7 +53,7 @@ def _config(size: str, output: str) -> Config:
 
 
 def _measure(findings: Findings, name: str, size: str, data: str) -> None:
-    folder = findings.folder / f"{size}-{data}"
+    folder = findings.folder
     config = _config(size, str(folder / "run"))
     share = {"image_share": 0.0} if data == "text" else {}
     samples = scienceqa_like(SAMPLES, vocabulary=VOCABULARY, visual_tokens=VISUAL_TOKENS, **share)
@@ -91,4 +87,4 @@ def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_part("trainers", find, __doc__))
+    sys.exit(run_items("trainers", [f"{name}-{data}" for name in MODELS for data in ("scienceqa", "text")], find, __doc__))
