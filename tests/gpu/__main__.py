@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.benchmarks.measure import tell
 from tests.gpu.page import write_page
@@ -77,9 +80,10 @@ def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
         child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=words, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = child.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)
-            child.wait()
+        except BaseException as error:
+            _end(child.pid)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             code = None
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {"seconds": round(seconds, 1), "emulated": emulate, "machine": {}, "tables": {}, "failures": []}
@@ -94,6 +98,18 @@ def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
         tell(f"FAILED {name}: {failure}")
     tell(f"part {name}: {'passed' if not found['failures'] else 'FAILED'} in {seconds:.0f} s")
     return not found["failures"]
+
+
+def _end(part: int) -> None:
+    """Kills a part and all that it started: ranks have sessions of their own, and would go on, on the card that the next part measures."""
+    try:
+        family = [psutil.Process(part), *psutil.Process(part).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=30)
 
 
 if __name__ == "__main__":

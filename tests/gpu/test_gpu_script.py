@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from tests.gpu import __main__ as script
@@ -46,7 +47,10 @@ def test_all_parts_are_listed():
 
 
 BROKEN = {
-    "hangs": "import time\nfindings.row('table', of='it')\ntime.sleep(60)",
+    "hangs": (
+        "import subprocess, time\nfindings.row('table', of='it')\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "(findings.folder / 'child').write_text(str(child.pid))\ntime.sleep(60)"
+    ),
     "raises": "findings.row('table', of='it')\nraise RuntimeError('no such kernel')",
     "dies": "findings.row('table', of='it')\nimport os\nos._exit(11)",
 }
@@ -68,6 +72,8 @@ def test_a_part_that_is_cut_short_keeps_what_it_had_found(tmp_path, monkeypatch,
     found = json.loads((tmp_path / "broken.json").read_text())
     assert found["tables"] == {"table": [{"of": "it"}]}
     assert len(found["failures"]) == 1 and told in found["failures"][0]
+    if how == "hangs":
+        assert not psutil.pid_exists(int((tmp_path / "broken" / "child").read_text())), "what it started goes on"
 
 
 @pytest.mark.parametrize(("found", "good"), [(0.5, True), (1.5, False), (float("nan"), False)])
