@@ -204,6 +204,11 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     return counts
 
 
+def count_trained(model: nn.Module) -> int:
+    """How many numbers are trained, also of a model that ZeRO-3 has cut up."""
+    return sum(num_weights(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
 def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
     """By module and by name: what is trained are whole adapters, peft's factors and prompts, neck and modality embedding, and a part's own
     weights if it is."""
