@@ -26,7 +26,7 @@ from tiny_models import mixed_batch, randomise_adapters, tiny_config  # noqa: E4
 
 
 def with_attention(name: str, make, *given, **options):
-    build.choose_attention = lambda *_: name
+    build.choose_attention = lambda *_, **__: name
     return make(*given, **options)
 
 

@@ -1,9 +1,12 @@
 """What a recipe builds: the parameter counts of the paper, the trained set, dtypes, and the same random weights each time."""
 
+import logging
+
 import pytest
 import torch
 from tiny_models import LLM, VISION, make_batch, mixed_batch, tiny_config
 
+from tests.support.blip import blip_config
 from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.models import build
@@ -151,10 +154,20 @@ def test_a_wrong_trained_set_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -
         build_model(tiny_config())
 
 
+@pytest.mark.parametrize("model", [tiny_config(), blip_config("llama").model], ids=["mmt", "instructblip"])
+def test_kernels_are_logged_by_the_model_and_not_by_its_outline(model: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vltrain")
+    build.outline_model(model, "cpu", torch.float32)
+    assert not caplog.messages
+    build_model(model)
+    attention, kernels = caplog.messages
+    assert attention.startswith("attention of packed rows: sdpa (") and kernels.startswith("norms, rotary embedding and SwiGLU of the LLM: torch (")
+
+
 def test_attention_is_chosen_for_the_device_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is made on the CPU and moved: what runs it is a GPU's to say. So is the dtype of products, not that of weights."""
     asked = []
-    monkeypatch.setattr(build, "choose_attention", lambda requested, config, device, dtype: asked.append((str(device), dtype)) or "sdpa")
+    monkeypatch.setattr(build, "choose_attention", lambda requested, config, device, dtype, log: asked.append((str(device), dtype)) or "sdpa")
     build.build_model(tiny_config(bits=32), dtype=torch.bfloat16, runs_on="cuda:0")
     build.build_model(tiny_config())
     build.outline_model(tiny_config(), "cuda:0", torch.bfloat16)

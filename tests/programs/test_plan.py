@@ -37,6 +37,7 @@ def test_the_papers_recipe_without_its_weights(tmp_path: Path, capsys: pytest.Ca
     assert plan["parameters"]["llm"]["total"] == 6_738_415_616
     held = plan["memory_per_rank"]["held_bytes"]
     assert held["frozen weights, bf16"] == 2 * (plan["parameters"]["all"]["total"] - 4_559_872)
+    assert plan["memory_per_rank"]["at_work_bytes"]["reduce buckets"] == 2 * 4 * 4_559_872
     assert held["optimizer states"] == pytest.approx(8 * 4_559_872 / 8, rel=1e-4)
     assert plan["disk"]["checkpoint_bytes"] == 12 * 4_559_872
     assert [card["verdict"] for card in plan["cards"].values()] == ["fits"] * 4

@@ -41,8 +41,11 @@ def test_the_run_folder_says_what_it_was_made_of(trained):
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", facts["commit"])
     assert facts["parameters"]["neck"] == {"total": 33_024, "trainable": 33_024} and facts["parameters"]["llm"]["trainable"] == 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_steps"] == NUM_STEPS
-    assert json.loads((folder / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
+    trained = sum(count["trainable"] for count in facts["parameters"].values())
+    zero = json.loads((folder / "ds_config.json").read_text())["zero_optimization"]
+    assert zero["stage"] == 2 and zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == trained + trained % 2
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-00000050", "step-00000060"]
+    assert [(done.stderr + done.stdout).count(said) for said in ("attention of packed rows:", "norms, rotary embedding and SwiGLU")] == [1, 1]
     fill = float(re.search(r"([\d.]+)% full", done.stderr + done.stdout).group(1))
     assert fill >= 99
 

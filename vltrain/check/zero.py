@@ -10,7 +10,8 @@ stage 2  as 1, but gradients only of parameters that reach into this rank's part
 stage 3  partitions of everything, frozen weights too, and of trained ones two copies (its test for sharing them compares a device with a
          name and never holds); small parameters also whole; and what is gathered for the blocks at work.
 
-Buckets have their full size however few numbers are trained. What this gives up: what collectives' libraries allocate.
+A bucket has the size that the JSON gives it, however few numbers are trained; where it says "auto", one of all that is trained
+(`vltrain.train.ds_config.fill_buckets`). What this gives up: what collectives' libraries allocate.
 """
 
 from __future__ import annotations

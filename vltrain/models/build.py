@@ -55,7 +55,8 @@ def build_model(
         dtype: of matrix products and, where `model.bits` leaves it open, of frozen weights; trained ones are always fp32.
         activation_checkpointing: recompute each block in the backward pass.
         device: where it is put; "meta" builds shapes only, to count with, and nothing is quantised.
-        runs_on: the device of its forwards, which decides how attention is computed; left out: `device`.
+        runs_on: the device of its forwards, which decides how attention is computed; left out: `device`. What is decided is logged, except
+            on "meta": the model that such an outline stands for says it again.
         place: called with each unit that is finished, instead of putting it on `device`; ZeRO-3 cuts it up there.
 
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
@@ -69,10 +70,11 @@ def build_model(
     with torch.device("meta") if on_meta else nullcontext():
         clip = _empty_clip(model)
         vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing)
-        llm = _empty_llm(model, runs_on, dtype)
+        llm = _empty_llm(model, runs_on, dtype, log=not on_meta)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
-        prepare_llm(llm, activation_checkpointing, routing, choose_kernels(model.llm.kernels, runs_on, llm.config.hidden_act))
+        kernels = choose_kernels(model.llm.kernels, runs_on, llm.config.hidden_act, log=not on_meta)
+        prepare_llm(llm, activation_checkpointing, routing, kernels)
         _finish_vision(vision, model, weights[0], dtype, place)
         _finish_llm(llm, model, weights[1], dtype, place, routing)
         with seeded(model.seed, "neck"):
@@ -113,9 +115,9 @@ def _empty_clip(model: ModelConfig) -> CLIPVisionModel:
     return empty_model(CLIPVisionModel, config, "eager" if model.llm.attention == "eager" else "sdpa")
 
 
-def _empty_llm(model: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> LlamaForCausalLM:
+def _empty_llm(model: ModelConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True) -> LlamaForCausalLM:
     config = llama_config("model.llm", model.llm.source, model.llm.config)
-    return empty_llama(config, choose_attention(model.llm.attention, config, device, dtype))
+    return empty_llama(config, choose_attention(model.llm.attention, config, device, dtype, log=log))
 
 
 def _open_weights(model: ModelConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype) -> tuple[Weights, Weights]:
@@ -202,6 +204,11 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
         total, trained = counts[part_of(name)]
         counts[part_of(name)] = (total + num_weights(parameter), trained + num_weights(parameter) * parameter.requires_grad)
     return counts
+
+
+def count_trained(model: nn.Module) -> int:
+    """How many numbers are trained, also of a model that ZeRO-3 has cut up."""
+    return sum(num_weights(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:

@@ -37,12 +37,12 @@ def build_blip(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         config = blip_config(model.instructblip.source, model.instructblip.config, model.instructblip.dropout)
-        network = empty_blip(config, _attention(model.instructblip.attention, config, runs_on, dtype))
+        network = empty_blip(config, _attention(model.instructblip.attention, config, runs_on, dtype, log=not on_meta))
         weights = None if on_meta else open_blip(model.instructblip.source, network, model.seed)
         _finish(network, model, weights, dtype, place)
         llm = network.language_model
         llm.lm_head = LossHead.take_over(llm.lm_head)
-        if _wants_liger(model, llm, runs_on):
+        if _wants_liger(model, llm, runs_on, log=not on_meta):
             install_liger(llm)
         built = InstructBlip(network)
         for part in (built.qformer, built.llm, built.vision) if activation_checkpointing else ():
@@ -58,19 +58,19 @@ def build_blip(
     return built.to(device).train()
 
 
-def _attention(requested: str, config: InstructBlipConfig, runs_on: torch.device | str, dtype: torch.dtype) -> str:
+def _attention(requested: str, config: InstructBlipConfig, runs_on: torch.device | str, dtype: torch.dtype, *, log: bool) -> str:
     """`choose_attention` of a LLaMA; a T5 leaves nothing to choose but transformers' own two. Raises InputError."""
     if config.text_config.model_type == "llama":
-        return choose_attention(requested, config.text_config, runs_on, dtype, f"{KEY}.attention")
+        return choose_attention(requested, config.text_config, runs_on, dtype, f"{KEY}.attention", log=log)
     if requested not in ("auto", "eager", "sdpa"):
         raise InputError(f"{KEY}.attention: found '{requested}', but that is a LLaMA's, and this LLM is a T5; take auto, sdpa or eager")
     return "eager" if requested == "eager" else "sdpa"
 
 
-def _wants_liger(model: ModelConfig, llm: nn.Module, runs_on: torch.device | str) -> bool:
+def _wants_liger(model: ModelConfig, llm: nn.Module, runs_on: torch.device | str, *, log: bool) -> bool:
     kernels = model.instructblip.kernels
     if isinstance(llm, LlamaForCausalLM):
-        return choose_kernels(kernels, runs_on, llm.config.hidden_act, f"{KEY}.kernels") == "liger"
+        return choose_kernels(kernels, runs_on, llm.config.hidden_act, f"{KEY}.kernels", log=log) == "liger"
     if kernels == "liger":
         raise InputError(f"{KEY}.kernels: found 'liger', but it has none for a T5; take auto or torch")
     return False

@@ -69,9 +69,9 @@ IMPLEMENTATIONS = {"sdpa": PACKED_SDPA, "varlen": PACKED_VARLEN}
 
 
 def choose_attention(
-    requested: str, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype, key: str = "model.llm.attention"
+    requested: str, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype, key: str = "model.llm.attention", *, log: bool = True
 ) -> str:
-    """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging the choice and its reason.
+    """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging (`log`) the choice and its reason.
 
     An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`.
 
@@ -98,7 +98,8 @@ def choose_attention(
                 break
             reasons[name] = reason
         because = _because(reasons) or "it is installed and fits"
-    logger.info("attention of packed rows: %s (%s)", chosen, because)
+    if log:
+        logger.info("attention of packed rows: %s (%s)", chosen, because)
     return IMPLEMENTATIONS.get(chosen, chosen)
 
 

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 _plain_rotary = modeling_llama.apply_rotary_pos_emb
 
 
-def choose_kernels(requested: str, device: torch.device | str, activation: str, key: str = "model.llm.kernels") -> str:
-    """Settles `auto` of the setting `key` and returns `liger` or `torch`, logging the choice.
+def choose_kernels(requested: str, device: torch.device | str, activation: str, key: str = "model.llm.kernels", *, log: bool = True) -> str:
+    """Settles `auto` of the setting `key` and returns `liger` or `torch`, logging (`log`) the choice.
 
     Args:
         device: of the forwards; an outline on the meta device has none and stays plain, whatever is asked for.
@@ -43,7 +43,8 @@ def choose_kernels(requested: str, device: torch.device | str, activation: str, 
     if requested == "liger" and missing:
         raise InputError(f"{key}: found 'liger', but {missing}; take auto or torch")
     chosen = "torch" if requested == "torch" or missing or (requested == "auto" and interpreted()) else "liger"
-    logger.info("norms, rotary embedding and SwiGLU of the LLM: %s%s", chosen, f" ({missing})" if requested == "auto" and missing else "")
+    if log:
+        logger.info("norms, rotary embedding and SwiGLU of the LLM: %s%s", chosen, f" ({missing})" if requested == "auto" and missing else "")
     return chosen
 
 

@@ -25,7 +25,7 @@ from vltrain.data.shards import Index, PackedDataset
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.report import write_json
-from vltrain.models.build import AnyModel, build_model, part_of
+from vltrain.models.build import AnyModel, build_model, count_trained, part_of
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.programs.recipes import find_recipe
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
@@ -33,7 +33,7 @@ from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_
 from vltrain.train.optim import parameter_groups
 
 OPTIONS: dict[str, Option] = {
-    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2 with DeepSpeed's defaults", metavar="JSON"),
+    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
     "gpu-memory": Option("memory of one GPU in GiB; left out: common cards are compared", metavar="GIB"),
     "json": Option("also write all figures to this file", metavar="FILE"),
@@ -66,12 +66,12 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     num_gpus = _number(options, "gpus", int)
     memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
     ds_json = load_ds_json(options["ds"])
-    ds_config = resolve_ds_config(ds_json, config, num_gpus)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16  # auto is bf16 on all GPUs worth planning for
     bits = config.model.bits
     model_config, assumed = assume_sizes(config.model, options["llm-size"], options["vision-size"], options["instructblip-size"])
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
+    ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model))
     index, no_packs = _packs(config, model.visual_tokens)
     pack = largest_pack(config, model.visual_tokens, index)
 

@@ -36,7 +36,7 @@ FROZEN = "frozen"
 CODE = ("vltrain", "data_prep", "launch", "ds_configs")
 TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}"
 OPTIONS: dict[str, Option] = {
-    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2 with DeepSpeed's defaults", metavar="JSON"),
+    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
     "nodes": Option("how many nodes", "1", "N"),
     "gpus-per-node": Option("GPUs of a node, and ranks on it; 0: ranks on CPUs", "1", "N"),
     "ranks-per-node": Option("ranks of a node without GPUs", metavar="N"),

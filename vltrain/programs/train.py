@@ -16,7 +16,7 @@ from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.run import evaluate_split
-from vltrain.models.build import AnyModel, build_model, count_parameters, outline_model
+from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
 from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
@@ -25,7 +25,7 @@ from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
 from vltrain.train.determinism import set_determinism
-from vltrain.train.ds_config import load_ds_json, resolve_ds_config, zero_stage
+from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import local_world_size, require_machine
@@ -64,9 +64,8 @@ def run(settings: Settings, preemption: Preemption) -> None:
     config = settings.config
     set_determinism(config.train.deterministic)
     ds_json = load_ds_json(settings.options["ds"])
-    # Resolved again by the trainer: here only so that a conflict is found before hours of preparation.
-    ds_config = resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))
-    require_compilable(config, zero_stage(ds_config))
+    # Here only so that a conflict is found before hours of preparation.
+    require_compilable(config, zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))))
     folder = Path(config.output)
     if int(os.environ.get("RANK", "0")) == 0:
         make_run_folder(folder)
@@ -78,9 +77,11 @@ def run(settings: Settings, preemption: Preemption) -> None:
     _require_data_fits(config, tokenizer, outline)
     dataset = open_packs(config, tokenizer, outline.visual_tokens)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
+    ds_json = fill_buckets(ds_json, count_trained(outline))
     rank, world_size = init_distributed()
     model = build_model(
-        config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(), place=partitioner(ds_config)
+        config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(),
+        place=partitioner(resolve_ds_config(ds_json, config, world_size)),
     )
     if config.train.compile:
         compile_blocks(model)

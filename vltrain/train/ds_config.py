@@ -2,13 +2,16 @@
 
 The JSON owns memory and communication (ZeRO stage, offload, buckets). The recipe owns optimisation (learning rate,
 batch, clipping, precision). In the JSON the recipe's values stand as "auto"; a number there must agree with the recipe, or
-the run is refused. This module does not import deepspeed, so that a recipe can be checked anywhere.
+the run is refused. Buckets that stand as "auto" follow the number of trained parameters; a number there is taken as it is.
+This module does not import deepspeed, so that a recipe can be checked anywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,19 @@ from vltrain.config import Config
 from vltrain.errors import InputError
 
 AUTO = "auto"
+# Numbers that a bucket of gradients or of updated weights holds at most where the JSON leaves it open. DeepSpeed allocates a gradient bucket at
+# its full size, two with overlap_comm. ZeRO-3's prefetch and persistence are about frozen weights, too, and are not filled.
+LARGEST_BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 200_000_000}
+ALIGNMENT = 2  # of an allgather bucket, which DeepSpeed asserts
 
 
 def load_ds_json(path: str | Path | None) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON file; None: where the user names none, ZeRO-2 with DeepSpeed's defaults.
+    """Reads a DeepSpeed JSON file; None: where the user names none, ZeRO-2 with buckets for what is trained and DeepSpeed's defaults.
 
     Raises: InputError if it is missing, not JSON or not an object; a key twice is refused too.
     """
     if path is None:
-        return {"zero_optimization": {"stage": 2}}
+        return {"zero_optimization": {"stage": 2, **dict.fromkeys(LARGEST_BUCKETS, AUTO)}}
     path = Path(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -67,22 +74,34 @@ def offloads_optimizer(raw: dict[str, Any]) -> bool:
     return raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
-def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
-    """Fills the "auto" values of a DeepSpeed configuration from the recipe.
+def fill_buckets(raw: dict[str, Any], num_trained: int) -> dict[str, Any]:
+    """The JSON with numbers for the buckets that say "auto": all of `num_trained` parameters in one, up to `LARGEST_BUCKETS`."""
+    filled = copy.deepcopy(raw)
+    zero = filled.get("zero_optimization", {})
+    wanted = max(ALIGNMENT, math.ceil(num_trained / ALIGNMENT) * ALIGNMENT)
+    for key, largest in LARGEST_BUCKETS.items():
+        if zero.get(key) == AUTO:
+            zero[key] = min(wanted, largest)
+    return filled
+
+
+def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int, num_trained: int | None = None) -> dict[str, Any]:
+    """Fills the "auto" values of a DeepSpeed configuration from the recipe and the model.
 
     Args:
         raw: the JSON as the user wrote it; not changed.
         config: the recipe.
         world_size: number of ranks.
+        num_trained: trained parameters of the model. None: there is none yet and all else is checked; buckets that say "auto" go on saying so.
 
     Returns:
-        A configuration of numbers only, ready for `deepspeed.initialize`.
+        A configuration of numbers only, ready for `deepspeed.initialize`; see `num_trained`.
 
     Raises:
         InputError: a value contradicts the recipe, belongs to the recipe alone, or is an "auto" nobody fills.
     """
     _require_objects(raw)
-    resolved = json.loads(json.dumps(raw))
+    resolved = copy.deepcopy(raw) if num_trained is None else fill_buckets(raw, num_trained)
     zero_stage(resolved)
     _settle_optimizer(resolved, config)
     _settle_precision(resolved)
@@ -116,7 +135,7 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int) -> d
         raise InputError("DeepSpeed's 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; stage is 0")
     # DeepSpeed's own progress lines are replaced by the monitor's.
     resolved.setdefault("steps_per_print", 2**31 - 1)
-    _refuse_left_autos(resolved)
+    _refuse_left_autos(resolved, to_be_filled=LARGEST_BUCKETS if num_trained is None else ())
     return resolved
 
 
@@ -158,9 +177,10 @@ def _settle_precision(resolved: dict[str, Any]) -> None:
             raise InputError(f"DeepSpeed's '{key}.enabled' is {section['enabled']!r}: precision belongs to the recipe (train.precision); write \"auto\"")
 
 
-def _refuse_left_autos(node: Any, path: str = "") -> None:
+def _refuse_left_autos(node: Any, path: str = "", *, to_be_filled: Collection[str]) -> None:
     if isinstance(node, dict):
         for key, value in node.items():
-            _refuse_left_autos(value, f"{path}.{key}" if path else key)
+            if path != "zero_optimization" or key not in to_be_filled:
+                _refuse_left_autos(value, f"{path}.{key}" if path else key, to_be_filled=to_be_filled)
     elif node == AUTO:
-        raise InputError(f"DeepSpeed's '{path}' says \"auto\", but no setting of the recipe fills it; give a value or remove it")
+        raise InputError(f"DeepSpeed's '{path}' says \"auto\", but neither the recipe nor the model fills it; give a value or remove it")

@@ -11,20 +11,20 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 FLOP/s of one device, from the vendors' data sheets, by words of the name that torch reports.
+# Dense FLOP/s of one device in bf16 and in plain fp32, from the vendors' data sheets, by words of the name that torch reports.
 GPU_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "H800": 989e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "H800": (989e12, 67e12),
+    "L40S": (362e12, 91.6e12),
+    "A40": (150e12, 37.4e12),
+    "A10": (125e12, 31.2e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
 }
 
 
@@ -67,17 +67,16 @@ def limit_threads(local_world_size: int) -> None:
 def peak_flops(dtype: torch.dtype) -> float:
     """Peak FLOP/s of this rank's device: the data sheet's for a known GPU, else a measured matrix product.
 
-    fp32 on a GPU counts as TF32 (half of bf16), which is what torch uses when allowed to.
+    fp32 is plain fp32: TF32 stays off, as torch has it, since it keeps 10 bits of what is multiplied, and fp32 is asked for to be exact.
     """
-    flops = data_sheet_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    if flops is None:
-        return measured_gemm_flops(dtype)
-    return flops if dtype == torch.bfloat16 else flops / 2
+    flops = data_sheet_flops(torch.cuda.get_device_name(), dtype) if torch.cuda.is_available() else None
+    return measured_gemm_flops(dtype) if flops is None else flops
 
 
-def data_sheet_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by the name that torch reports; None for one that is not in the table."""
-    return next((flops for part, flops in GPU_PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+def data_sheet_flops(name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """Dense FLOP/s of a GPU in bf16 or fp32, by the name that torch reports; None for one that is not in the table."""
+    place = {torch.bfloat16: 0, torch.float32: 1}[dtype]
+    return next((flops[place] for part, flops in GPU_PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def measured_gemm_flops(dtype: torch.dtype, size: int = 1024, repeats: int = 5, place: torch.device | None = None) -> float:

@@ -24,7 +24,7 @@ from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
-from vltrain.models.build import AnyModel, part_of
+from vltrain.models.build import AnyModel, count_trained, part_of
 from vltrain.models.compiled import uncompiled
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.background import BackgroundTask
@@ -283,7 +283,7 @@ def make_trainer(
     """
     folder = Path(config.output)
     belongs_to = run_identity(config, dataset)
-    ds_config = resolve_ds_config(ds_json, config, world_size)
+    ds_config = resolve_ds_config(ds_json, config, world_size, count_trained(model))
     first_step = 0
     if checkpoint is not None:
         require_same_run(checkpoint, belongs_to)
