@@ -16,6 +16,7 @@ from vltrain.doctor.findings import ABSENT, OK, PROBLEM, WARNING, Finding
 from vltrain.train.machine import cpu_is_asked_for, driver_error, signs_of_gpu
 
 DRIVER_FILE = "/proc/driver/nvidia/version"
+BUILD_EXTRA = 'extra == "flash"'  # what only flash-attn's build needs, such as setuptools, whose older versions do no harm otherwise
 
 
 def python() -> Finding:
@@ -108,7 +109,7 @@ def _driver_version() -> str:
 
 
 def packages() -> list[Finding]:
-    """Each package against the bounds in vltrain's metadata; those of extras only where they are installed."""
+    """Each package against the bounds in vltrain's metadata; those of extras only where they are installed, and those of flash-attn's build never."""
     try:
         requirements = [Requirement(text) for text in importlib.metadata.requires("vltrain") or []]
     except importlib.metadata.PackageNotFoundError:
@@ -118,6 +119,8 @@ def packages() -> list[Finding]:
     for one in requirements:
         optional = one.marker is not None and "extra" in str(one.marker)
         if one.marker is not None and not optional and not one.marker.evaluate():
+            continue
+        if optional and BUILD_EXTRA in str(one.marker):
             continue
         try:
             version = importlib.metadata.version(one.name)
