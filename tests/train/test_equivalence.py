@@ -15,7 +15,8 @@ from tests.train.plain_loop import plain_run, relative_difference
 from vltrain.data.shards import PackedDataset
 
 NUM_STEPS = 12
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of losses and norms
+GRADIENT_TOLERANCE = 3e-5  # after some steps of AdamW, which divides by what was small; which CPU it is moves it by half
 CHANGES = {"train__packs_per_step": 5, "train__max_steps": NUM_STEPS, "train__epochs": 10.0, "train__save_every_steps": 1000, "optim__warmup_epochs": 0.5}
 ADAPTERS = {**CHANGES}
 LORA = {**CHANGES, "model__llm__peft__kind": "lora", "model__adapter__llm": "none"}
@@ -46,7 +47,7 @@ def assert_same(found, expected, what):
     least = max(value.abs().max().item() for name, value in expected.items() if name.startswith("gradient/")) / 1000
     worst = {name: relative_difference(found[name], expected[name]) for name in ("losses", "grad_norms")}
     worst |= {name: relative_difference(found[name], expected[name], least) for name in expected if name.startswith("gradient/")}
-    bad = {name: value for name, value in worst.items() if not value <= TOLERANCE}
+    bad = {name: value for name, value in worst.items() if not value <= (GRADIENT_TOLERANCE if name.startswith("gradient/") else TOLERANCE)}
     assert not bad, f"{what}: {bad}"
 
 
