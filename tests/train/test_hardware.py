@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vltrain.train import hardware
-from vltrain.train.hardware import data_sheet_flops, peak_flops
+from vltrain.train.hardware import choose_dtype, data_sheet_flops, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,9 @@ def test_an_unknown_gpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L400")
     monkeypatch.setattr(hardware, "measured_gemm_flops", lambda dtype: {torch.float32: 3.0}[dtype])
     assert peak_flops(torch.float32) == 3.0
+
+
+def test_fp32_is_fp32_in_convolutions_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    choose_dtype("fp32")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

@@ -47,7 +47,11 @@ def cpu_has_fast_bf16() -> bool:
 
 
 def choose_dtype(precision: str, bits: int | None = None) -> torch.dtype:
-    """The dtype of matrix products for `train.precision` and `model.bits`, and of frozen weights where the bits leave it open."""
+    """The dtype of matrix products for `train.precision` and `model.bits`, and of frozen weights where the bits leave it open.
+
+    fp32 is fp32 everywhere: TF32, which torch allows cuDNN's convolutions unless told otherwise, is switched off.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if precision == "auto" and bits == 16:
         return torch.bfloat16
     if precision == "auto":
