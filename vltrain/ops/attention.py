@@ -103,8 +103,7 @@ def pack_segments(segment_lengths: Tensor, device: torch.device | str = "cpu") -
             last += 1
         groups.append((last - first, longest))
         first = last
-    is_pad = torch.ones(place, 1, 1, dtype=torch.bool)
-    is_pad[unpad] = False
+    is_pad = torch.ones(place, 1, 1, dtype=torch.bool).index_fill_(0, unpad, False)
     return Packing(
         groups=tuple(groups), pad=to_device(torch.cat(pad), device), unpad=to_device(unpad, device), is_pad=to_device(is_pad, device)
     )  # fmt: skip
