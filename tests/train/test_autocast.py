@@ -36,14 +36,17 @@ def ds_of(stage: int) -> dict:
     return {"zero_optimization": zero}
 
 
+WAYS = {"full": {"changes": {"model__tune": "full"}}, "llama": {"blip": "llama"}, "router": {"changes": adapter("router")}}
+
+
 def blip_packs(folder, kind: str):
     tokenizer, config = tokenizer_of(kind), blip_config(kind)
     segments = [encode_sample(sample, tokenizer, config.data.template, 4) for sample in make_samples(12)]
     return write_packs(folder, [segments[start : start + 3] for start in range(0, 12, 3)])
 
 
-def run(folder, cases: dict[str, dict], stages=STAGES) -> dict[tuple[str, int, bool], dict[str, torch.Tensor]]:
-    """Every case at every stage, with the flag and without, in one process: {(case, stage, flag): result}."""
+def run(folder, cases: dict[str, dict]) -> dict[tuple[str, int, bool], dict[str, torch.Tensor]]:
+    """Every case at its stages, or else at every stage, with the flag and without, in one process: {(case, stage, flag): result}."""
     packs = {None: write_packs(folder / "packs", make_segments(8))}
     packs |= {kind: blip_packs(folder / f"packs-{kind}", kind) for kind in {case.get("blip") for case in cases.values()} - {None}}
     told = [
@@ -51,7 +54,7 @@ def run(folder, cases: dict[str, dict], stages=STAGES) -> dict[tuple[str, int, b
             **{key: value for key, value in case.items() if key == "blip"}, "name": name, "flag": flag, "ds": ds_of(stage),
             "packs": str(packs[case.get("blip")]), "changes": {**CHANGES, **case.get("changes", {})}, "output": str(folder / f"{name}-{stage}-{flag}"),
         }
-        for name, case in cases.items() for stage in stages for flag in (False, True)
+        for name, case in cases.items() for stage in case.get("stages", STAGES) for flag in (False, True)
     ]  # fmt: skip
     (folder / "scenarios.json").write_text(json.dumps(told))
     run_ranks("tests.train.autocast_worker", [str(folder / "scenarios.json")], 1, folder / "log", timeout_seconds=1200)
@@ -62,7 +65,7 @@ def assert_equal(results: dict[tuple[str, int, bool], dict[str, torch.Tensor]]) 
     """All results of a case: of the same stage, losses and weights bit for bit; of different stages the losses of two steps, and the others nearly.
     (AdamW walks over flat parts of the weights from stage 1 on, whose ends a CPU's vectors round otherwise.)"""
     for (name, stage, flag), found in results.items():
-        expected = results[name, 0, False]
+        expected = results.get((name, 0, False), results[name, stage, False])
         assert torch.isfinite(found["losses"]).all() and len(found["losses"]) == 4
         what = f"{name} at stage {stage}, flag {flag}: {found['losses']} {expected['losses']}"
         assert torch.equal(found["losses"], results[name, stage, False]["losses"]), what
@@ -72,22 +75,18 @@ def assert_equal(results: dict[tuple[str, int, bool], dict[str, torch.Tensor]]) 
             assert torch.equal(found[key], results[name, stage, False][key]), f"{name} at stage {stage}, flag {flag}: {key}"
 
 
-def test_as_on_cuda_every_stage_gives_the_same_bits(tmp_path):
-    """Checkpointed blocks, too, equal those that keep their activations."""
-    results = run(tmp_path, {"adapters": {}, "checkpointed": {"changes": CHECKPOINTED}})
+def test_as_on_cuda_every_stage_and_way_of_tuning_gives_the_same_bits(tmp_path):
+    """Ways other than adapters at the stage that cuts weights up. Checkpointed blocks, too, equal those that keep their activations."""
+    cases = {"checkpointed": {"changes": CHECKPOINTED}, **WAYS}
+    results = run(tmp_path, {"adapters": {}} | {name: {**case, "stages": (3,)} for name, case in cases.items()})
     assert_equal(results)
-    assert all(torch.equal(found["losses"], results["adapters", 0, False]["losses"]) for found in results.values())
-
-
-def test_as_on_cuda_every_way_of_tuning_gives_the_same_bits(tmp_path):
-    """One stage of both kinds, that which cuts weights up and one that does not."""
-    cases = {"full": {"changes": {"model__tune": "full"}}, "llama": {"blip": "llama"}, "router": {"changes": adapter("router")}}
-    assert_equal(run(tmp_path, cases, stages=(0, 3)))
+    assert torch.equal(results["checkpointed", 3, False]["losses"], results["adapters", 0, False]["losses"])
 
 
 @pytest.mark.slow
 def test_as_on_cuda_every_kind_of_adapter_gives_the_same_bits(tmp_path):
     cases = {kind: {"changes": adapter(kind)} for kind in ADAPTERS}
+    cases |= WAYS | {"checkpointed": {"changes": CHECKPOINTED}}
     cases |= {"lora": {"changes": {"model__llm__peft__kind": "lora", "model__adapter__llm": "none", **CHECKPOINTED}}}
     cases |= {"t5": {"blip": "t5"}, "llama-full": {"blip": "llama", "changes": {"vision": "full", "qformer__mode": "full", "llm__mode": "full"}}}
     assert_equal(run(tmp_path, cases))

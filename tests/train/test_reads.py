@@ -13,7 +13,7 @@ from tests.train.reads_worker import NUM_WATCHED, Reads
 from vltrain.data.conversation import encode_sample
 
 CHANGES = {
-    "train__packs_per_step": 2, "train__max_steps": 6, "train__epochs": 10.0, "train__save_every_steps": 1000, "train__log_every_steps": 1000,
+    "train__packs_per_step": 2, "train__max_steps": NUM_WATCHED + 2, "train__epochs": 10.0, "train__save_every_steps": 1000, "train__log_every_steps": 1000,
     "train__hang_timeout_minutes": None,
 }  # fmt: skip
 MMT = {"adapters": {}, "router": {"model__adapter__kind": "router"}, "full": {"model__tune": "full"}, "lora": {"model__llm__peft__kind": "lora"}}
