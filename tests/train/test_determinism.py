@@ -52,6 +52,8 @@ def excuse(name: str, overload: str, arguments: tuple) -> str | None:
         return "torch's attention: its gradient is deterministic under the switch"
     if name.startswith("scatter") and overload.startswith("value"):
         return "of a number, not of a tensor, one entry a row"
+    if name in ("index_put", "index_put_") and arguments[2].dim() == 0 and not any(arguments[3:]):
+        return "the same number in every place"
     if name in ("index_put", "index_put_") and len(arguments) > 3 and arguments[3]:
         return "the gradient of an index: sorted on CUDA"
     if name in ("index_add", "index_add_") and _adds_one_each(arguments[2], arguments[3]):
