@@ -109,7 +109,7 @@ sys.stdin.read()
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        port = int(process.stdout.readline().split()[1])
+        port = int(next(line for line in process.stdout if line.startswith("joined")).split()[1])  # older torch says more before
         listening = [one.laddr for one in psutil.Process(process.pid).net_connections() if one.status == psutil.CONN_LISTEN]
     finally:
         process.kill()

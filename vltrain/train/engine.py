@@ -204,6 +204,8 @@ class Engine:
             else:
                 self._engine.zero_grad()
             return
+        # Where nothing looks for an overflow, DeepSpeed before 0.19.8 would keep a dropped step's, and drop all that follow.
+        self._engine.optimizer.overflow = False
         with nullcontext() if apply else _dropping(self._engine.optimizer, self.stage):
             self._engine.step()
         self.applied = not self._engine.optimizer.overflow
