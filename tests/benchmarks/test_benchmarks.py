@@ -85,7 +85,6 @@ def test_the_others_run(tmp_path, name):
     assert tables and all(rows for rows in tables)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="the page counts the operations of torch 2.13: older ones take other kernels on a CPU")
 def test_the_roofline_page_shows_what_is_counted(capsys):
     from tests.benchmarks.roofline import main
 
