@@ -51,12 +51,12 @@ def _run(findings: Findings, packs, scenarios: dict, world_size: int) -> dict[st
     folder.mkdir(exist_ok=True)
     places = {name: folder / str(number) for number, name in enumerate(scenarios)}
     told = [
-        {"name": name, "packs": str(packs), "ds": {"zero_optimization": zero}, "changes": changes, "output": str(places[name])}
+        {"name": name, "flag": findings.emulate, "packs": str(packs), "ds": {"zero_optimization": zero}, "changes": changes, "output": str(places[name])}
         for name, (zero, changes) in scenarios.items()
     ]
     file = folder / "scenarios.json"
     file.write_text(json.dumps(told))
-    module = "tests.train.worker_as_on_cuda" if findings.emulate else "tests.train.worker"
+    module = "tests.train.autocast_worker" if findings.emulate else "tests.train.worker"
     run_ranks(module, [str(file)], world_size, folder / "log", timeout_seconds=500)
     return {name: load_file(place / "result.safetensors") for name, place in places.items()}
 

@@ -24,7 +24,6 @@ from tests.train import worker
 from vltrain.batch import Batch
 from vltrain.models import multimodal, qformer
 from vltrain.train import guard as guard_module
-from vltrain.train.engine import init_distributed, shutdown_distributed
 from vltrain.train.readback import HostCopy
 from vltrain.train.trainer import Trainer
 
@@ -154,14 +153,14 @@ def watch(trainer: Trainer, found: dict[str, list[str]]) -> None:
 NUM_WATCHED = 3
 
 
+def run(scenario: dict, rank: int, world_size: int) -> None:
+    found: dict[str, list[str]] = {}
+    worker.run(scenario, rank, world_size, prepare=lambda trainer: watch(trainer, found))
+    Path(scenario["output"], f"reads.{rank}.json").write_text(json.dumps(found))
+
+
 def main(scenarios: str) -> None:
-    torch.set_num_threads(1)
-    rank, world_size = init_distributed()
-    for scenario in json.loads(Path(scenarios).read_text()):
-        found: dict[str, list[str]] = {}
-        worker.run(scenario, rank, world_size, prepare=lambda trainer: watch(trainer, found))  # noqa: B023 (called within the loop's turn)
-        Path(scenario["output"], f"reads.{rank}.json").write_text(json.dumps(found))
-    shutdown_distributed()
+    worker.main(scenarios, run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ steps that it has done in `OUTPUT/progress.r`.
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,9 +117,21 @@ def tell_progress(engine: Engine, file: Path, steps_done: int) -> None:
     engine.step = telling_step
 
 
-def main(scenarios: str) -> None:
+def main(scenarios: str, run_one: Callable[[dict, int, int], None] = run) -> None:
+    """Joins the process group and gives each scenario of the file to `run_one`, with rank and world size."""
     torch.set_num_threads(1)
     rank, world_size = init_distributed()
     for scenario in json.loads(Path(scenarios).read_text()):
-        run(scenario, rank, world_size)
+        run_one(scenario, rank, world_size)
     shutdown_distributed()
+
+
+def main_counting(scenarios: str, calls: Counter[str]) -> None:
+    """`main`, with what each scenario adds to `calls` in its `OUTPUT/calls.json`."""
+
+    def run_counting(scenario: dict, rank: int, world_size: int) -> None:
+        calls.clear()
+        run(scenario, rank, world_size)
+        (Path(scenario["output"]) / "calls.json").write_text(json.dumps(calls))
+
+    main(scenarios, run_counting)

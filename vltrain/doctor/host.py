@@ -72,9 +72,7 @@ def cores(own: Sequence[int], others: Sequence[Sequence[int]], workers: int) -> 
 
 def folder_speed(folder: Path, purpose: str) -> Finding:
     """Writes, syncs and reads 32 MiB where `folder` is or would be made; nothing is left there."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = _nearest_existing(folder.absolute())
     what, shown = f"folder {folder}", "" if place == folder.absolute() else f" (to be made in {place})"
     try:
         usage = shutil.disk_usage(place)
@@ -90,6 +88,11 @@ def folder_speed(folder: Path, purpose: str) -> Finding:
     if usage.free < LEAST_DISK_BYTES:
         return Finding(status=WARNING, what=what, found=found, needed="room for checkpoints (vltrain plan says how much)", numbers=numbers)
     return Finding(status=OK, what=what, found=found, numbers=numbers)
+
+
+def _nearest_existing(folder: Path) -> Path:
+    """An absolute folder, or the one above it in which it would be made."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _transfer(place: Path) -> tuple[float, float]:
@@ -130,9 +133,8 @@ def hub_cache() -> Finding:
     """Where the Hugging Face hub keeps what it downloads, and whether it may download."""
     from huggingface_hub import constants
 
-    place = folder = Path(constants.HF_HUB_CACHE).absolute()
-    while not place.exists():
-        place = place.parent
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    place = _nearest_existing(folder)
     flags = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
     offline = f"offline ({', '.join(flags)}): only what is there" if flags else "downloads allowed"
     free = shutil.disk_usage(place).free

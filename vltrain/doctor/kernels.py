@@ -2,6 +2,9 @@
 
 A case gives its largest error, as a share of the largest true value, over results and gradients. What cannot run here by its nature (no
 package, no GPU, an older GPU) raises `NotHere`. Run by `vltrain.doctor.isolated` in a process of its own.
+
+Attention is called here as `vltrain.ops.attention` and `vltrain.ops.attention_choice` do, and not through them: they import transformers, which
+imports much else, so that one broken package would keep all cases from being tried.
 """
 
 from __future__ import annotations

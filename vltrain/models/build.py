@@ -208,7 +208,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def count_trained(model: nn.Module) -> int:
     """How many numbers are trained, also of a model that ZeRO-3 has cut up."""
-    return sum(num_weights(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return sum(trained for _, trained in count_parameters(model).values())
 
 
 def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:

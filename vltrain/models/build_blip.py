@@ -16,9 +16,9 @@ from transformers import InstructBlipConfig, LlamaForCausalLM
 from vltrain.config import ModelConfig
 from vltrain.errors import InputError
 from vltrain.models.blip_weights import KEY, blip_config, blip_units, empty_blip, open_blip, tie_embeddings
-from vltrain.models.llm import LossHead
+from vltrain.models.llm import LossHead, checkpoint_blocks
 from vltrain.models.low_rank import TARGETS, insert_low_rank
-from vltrain.models.materialise import Weights, assert_materialised, checkpoint_blocks
+from vltrain.models.materialise import Weights, assert_materialised
 from vltrain.models.peft_folder import PeftFolder
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from vltrain.models.adapters import Routing
-from vltrain.models.materialise import checkpoint_blocks, empty_model
+from vltrain.models.materialise import empty_model
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.liger import install_liger
 from vltrain.ops.loss import LossHead
@@ -36,6 +38,13 @@ def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: 
         # Not re-entrant: gradients of blocks whose inputs need none, and ZeRO-3's gathered weights, come out right.
         settings = {"use_reentrant": False} if routing is None else {"use_reentrant": False, "context_fn": routing.for_checkpoint}
         checkpoint_blocks(llm, settings)
+
+
+def checkpoint_blocks(network: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Switches activation checkpointing of a network's blocks on, in place. `settings`: of `torch.utils.checkpoint.checkpoint`."""
+    # Some releases (5.17) know it by its older name alone, which later ones (5.24) deprecate.
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable(settings)
 
 
 def packed_hidden_states(llm: LlamaForCausalLM, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor) -> Tensor:

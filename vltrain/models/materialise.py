@@ -8,7 +8,7 @@ for every unit, so that what was read for the last one leaves memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -78,13 +78,6 @@ class RandomWeights:
         for inner in made:
             parameter = unit.get_parameter(inner)
             parameter.data = parameter.data.to(dtype)
-
-
-def checkpoint_blocks(network: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Switches activation checkpointing of a network's blocks on, in place. `settings`: of `torch.utils.checkpoint.checkpoint`."""
-    # Of 5.x, releases before 5.18 know it by its older name alone, and later ones deprecate that.
-    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-    enable(settings)
 
 
 def assert_materialised(model: nn.Module) -> None:
