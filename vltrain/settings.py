@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
+from vltrain.older_runs import complete
 from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
 from vltrain.strict_yaml import load_text as load_recipe_text
 
@@ -139,11 +140,13 @@ def load_settings(
     chosen = {name: arguments.last(name) or option.default for name, option in options.items()}
     recipe = Path(chosen["recipe"]) if chosen["recipe"] else None
     from_recipe = read_recipe(recipe) if recipe else {}
+    is_stored = default_is_checked and recipe == default_recipe
+    if is_stored:
+        from_recipe = complete(from_recipe)
     from_command_line = _overrides(arguments, from_recipe)
     given = {**from_recipe, **from_command_line}
     config = build_config(given)
-    judged = {} if default_is_checked and recipe == default_recipe else from_recipe
-    refuse_without_effect(config, judged, frozenset(from_command_line))
+    refuse_without_effect(config, {} if is_stored else from_recipe, frozenset(from_command_line))
     if ("print_config", None) in arguments.options:
         sys.stdout.write(dump_config(config))
         raise SystemExit(0)

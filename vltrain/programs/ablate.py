@@ -33,6 +33,7 @@ from typing import Any
 from vltrain.config import Config
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
+from vltrain.older_runs import value_before
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
 from vltrain.settings import COMMAND_LINE, Arguments, Option, load_settings, split_arguments
@@ -200,8 +201,7 @@ def _settled(job: Job) -> Outcome:
     if outcome.state not in (DONE, TRAINED):
         return outcome
     for key, value in sorted(job.made_with.items()):
-        default = json.loads(json.dumps(known_keys()[key].default)) if key in known_keys() else None
-        before = outcome.made_with.get(key, default)
+        before = outcome.made_with.get(key, json.loads(json.dumps(value_before(key))))
         if before != value:
             found = f"{key} was {before!r}, is {value!r}"
             raise InputError(f"{job.folder}: holds row '{job.row}' of other settings: {found}; choose another --output, or remove it")

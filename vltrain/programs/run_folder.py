@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vltrain.config import Config
 from vltrain.errors import InputError
+from vltrain.older_runs import complete
 from vltrain.recipe import build_config, read_recipe
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
 
@@ -24,7 +25,7 @@ def require_run(run: Path, *others: str) -> None:
 def recipe_of(run: Path, *others: str) -> Config:
     """The resolved recipe of the run in that folder. Raises InputError as `require_run`."""
     require_run(run, *others)
-    return build_config(read_recipe(run / RECIPE))
+    return build_config(complete(read_recipe(run / RECIPE)))
 
 
 def read_command(argv: list[str], *, program: str, help_text: str | None, options: Sequence[str]) -> tuple[Path, Path, Arguments] | None:
