@@ -222,9 +222,12 @@ def test_an_unknown_program_is_met_with_the_nearest(table, pretender, capsys):
 
 def test_two_at_once_in_one_folder_are_refused(table, pretender, capsys):
     (table.parent / "out").mkdir()
-    with ablate._alone_in(table.parent / "out"):
+    other = "import sys; from pathlib import Path; from vltrain.files.lock import *; f = Path(sys.argv[1])\nwith one_writer(lock_inside(f), f): print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", other, table.parent / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
         assert main([str(table)]) == 2
-    assert "another `vltrain ablate`" in capsys.readouterr().err
+        writer.stdin.close()
+    assert f"pid {writer.pid}" in capsys.readouterr().err
 
 
 def test_a_damaged_outcome_is_named(table, pretender, capsys):

@@ -1,11 +1,13 @@
 """A folder that appears whole or not at all.
 
 Everything is written into a hidden folder beside the final name, flushed to disk and renamed; an error on the way removes it. What a
-killed process leaves behind is `.NAME.PID.tmp`, never a half-written NAME.
+killed process leaves behind is `.NAME.PID.tmp`, never a half-written NAME, and the next one to write NAME removes it. One process at a time
+writes NAME (`vltrain.files.lock`).
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vltrain.errors import InputError
+from vltrain.files.lock import is_alive, lock_beside, one_writer
 
 
 def refuse_existing(output: Path) -> None:
@@ -30,19 +33,29 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         InputError: `output` exists, or the place cannot be written to (no permission, disk full, read-only, not a folder).
     """
-    temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    try:
-        refuse_existing(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _flush(temporary)
-        os.rename(temporary, output)
-        _flush_one(output.parent)
-    except OSError as error:
-        raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    refuse_existing(output)
+    with one_writer(lock_beside(output), output, remedy="name another output"):
+        temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+        try:
+            refuse_existing(output)  # again: it may have appeared before the lock was ours
+            _remove_leftovers(output)
+            temporary.mkdir()
+            yield temporary
+            _flush(temporary)
+            os.rename(temporary, output)
+            _flush_one(output.parent)
+        except OSError as error:
+            raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Temporary folders of processes that were killed: whoever has the lock is the only one that writes here."""
+    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+        pid = leftover.name.removeprefix(f".{output.name}.").removesuffix(".tmp")
+        if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -20,12 +20,9 @@ interrupted.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from typing import Any
 from vltrain.config import Config
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
+from vltrain.files.lock import lock_inside, one_writer
 from vltrain.older_runs import value_before
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
@@ -93,7 +91,7 @@ def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     plan = make_plan(arguments)
     make_run_folder(plan.folder)
-    with _alone_in(plan.folder), interruptible():
+    with one_writer(lock_inside(plan.folder), plan.folder), interruptible():
         return run(plan)
 
 
@@ -253,14 +251,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}), though the row's program ended well; is its output folder this one?") from None
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Holds the table's folder. Raises InputError if another `vltrain ablate` does."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another `vltrain ablate` is at work in it; wait for it, or choose another --output") from None
-        yield

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from vltrain.config import Config
 from vltrain.data.conversation import TEMPLATES
@@ -16,6 +18,7 @@ from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.run import evaluate_split
+from vltrain.files.lock import lock_inside, one_writer
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
 from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.compiled import compile_blocks, require_compilable
@@ -67,8 +70,15 @@ def run(settings: Settings, preemption: Preemption) -> None:
     # Here only so that a conflict is found before hours of preparation.
     require_compilable(config, zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))))
     folder = Path(config.output)
-    if int(os.environ.get("RANK", "0")) == 0:
-        make_run_folder(folder)
+    with ExitStack() as held:
+        if int(os.environ.get("RANK", "0")) == 0:
+            make_run_folder(folder)
+            held.enter_context(one_writer(lock_inside(folder), folder))
+        _train(settings, ds_json, folder, preemption)
+
+
+def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption) -> None:
+    config = settings.config
     checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
