@@ -1,15 +1,10 @@
-"""Makes the data that a recipe names, if it is not there yet: rank 0 works, the others wait before the process group exists.
-
-Waiting on files instead of on a collective means that an hour of preparation cannot run into a communication time-out.
-"""
+"""Makes the data that a recipe names, if it is not there yet: one process works, all others wait before the process group exists."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
-import time
 from pathlib import Path
 
 from vltrain.config import Config
@@ -17,10 +12,11 @@ from vltrain.data.instruction import SUBFOLDER, InstructionSource
 from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
+from vltrain.programs.made_once import made_once
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5
+OTHER_ROOT = "choose another data.root"
 
 
 def samples_folder(config: Config) -> Path:
@@ -35,7 +31,7 @@ def ready_samples(config: Config, split: str) -> Path:
     """
     folder = samples_folder(config)
     if not folder.exists():
-        _rank_0_makes(lambda: _prepare(config), folder)
+        made_once(lambda: _prepare(config), folder, remedy=OTHER_ROOT)
     _require_same_options(config, folder)
     return folder / f"{split}.jsonl"
 
@@ -81,16 +77,7 @@ def ready_packs(config: Config, folder: Path, visual_tokens: int) -> None:
     """Packs the recipe's training split into `folder` if that is missing. Every rank calls this."""
     if not folder.exists():
         samples = ready_samples(config, config.data.train_split)
-        _rank_0_makes(lambda: _pack(config, samples, folder, visual_tokens), folder)
-
-
-def _rank_0_makes(make, result: Path) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        make()
-        return
-    # If rank 0 fails, the launcher ends this process.
-    while not result.exists():
-        time.sleep(POLL_SECONDS)
+        made_once(lambda: _pack(config, samples, folder, visual_tokens), folder, remedy=OTHER_ROOT)
 
 
 def _prepare(config: Config) -> None:
