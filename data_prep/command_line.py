@@ -7,9 +7,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from vltrain.errors import InputError, nearest
+from vltrain.ranges import Range
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """argparse's `type` of an option that takes a whole number in [low, high]."""
+    allowed = Range(low, high)
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"found {text!r:.60}, expected a whole number") from None
+        if not allowed.holds(value):
+            raise argparse.ArgumentTypeError(f"found {value}, expected {allowed}")
+        return value
+
+    return read
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, whole
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import MAX_IMAGE_PIXELS, read_image
@@ -32,6 +32,7 @@ from vltrain.data.shard_writer import ShardWriter, describe, write_shards
 from vltrain.data.shards import Manifest, ShardFile, sha256_of
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
 
 OVER_LONG = "over_long.jsonl"
 _IMAGES_PER_CHUNK = 16
@@ -226,16 +227,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
     parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
     parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
-    parser.add_argument("--visual-tokens", type=int, required=True, help="tokens that an image takes in the model")
+    parser.add_argument("--visual-tokens", type=whole(1, MOST_SIZE), required=True, help="tokens that an image takes in the model")
     parser.add_argument("--qformer-tokenizer", help="for an InstructBLIP: the tokenizer by which its Q-Former reads prompts")
-    parser.add_argument("--qformer-tokens", type=int, default=128, help="tokens of a prompt that the Q-Former reads at most")
-    parser.add_argument("--pack-length", type=int, required=True, help="tokens that a pack holds")
+    parser.add_argument("--qformer-tokens", type=whole(3, MOST_SIZE), default=128, help="tokens of a prompt that the Q-Former reads at most")
+    parser.add_argument("--pack-length", type=whole(8, MOST_TOKENS), required=True, help="tokens that a pack holds")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--max-images", type=int, help="images that a pack may hold (default: no bound)")
-    parser.add_argument("--seed", type=int, default=0, help="of the deal to packs")
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of the deal to packs")
+    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes (default: all cores)")
     parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
-    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
     add_share_options(parser)
     given = parser.read()
     share = read_share(given)

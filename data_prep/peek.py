@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, whole
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.ranges import MOST_STEPS
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 MODALITY = {TEXT_MODALITY_TOKEN: "[u_text]", IMAGE_MODALITY_TOKEN: "[u_image]"}
@@ -71,7 +72,7 @@ def _words(ids: list[int], tokenizer: Tokenizer) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine("peek", "Show a pack as the model sees it.", arguments)
     parser.add_argument("folder", type=Path, help="packed shards")
-    parser.add_argument("--row", type=int, default=0, help="which pack")
+    parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
     options = parser.read()
     dataset = PackedDataset(options.folder, verify=False)
     print(describe(dataset, options.row, load_tokenizer(dataset.manifest.tokenizer)))

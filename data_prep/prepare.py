@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, whole
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.sources import SOURCES
@@ -33,6 +33,7 @@ from vltrain.config import DataConfig
 from vltrain.data.folder import new_folder
 from vltrain.data.images import open_rgb
 from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.ranges import MOST_PIXELS, MOST_WORKERS
 
 IMAGES = "images"
 RECORD = "prepared.json"  # the source and its options, for whoever finds the samples made already
@@ -223,8 +224,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa and shapes")
     parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
-    parser.add_argument("--workers", type=int, help="processes that check images (default: all cores)")
-    parser.add_argument("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes that check images (default: all cores)")
+    parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
     add_share_options(parser)
     given = parser.read()
     share = read_share(given)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_prep.command_line import CommandLine
+from data_prep.command_line import CommandLine, whole
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.ranges import MOST_SIZE
 
 
 def train_tokenizer(text: list[Path], vocab_size: int, output: Path) -> None:
@@ -47,7 +48,7 @@ def train_tokenizer(text: list[Path], vocab_size: int, output: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine("tokenizer", "Train a small LLaMA-style tokenizer.", arguments)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text files, a sentence per line")
-    parser.add_argument("--vocab-size", type=int, required=True, help="pieces, the 256 bytes and 3 control tokens included")
+    parser.add_argument("--vocab-size", type=whole(1, MOST_SIZE), required=True, help="pieces, the 256 bytes and 3 control tokens included")
     parser.add_argument("--output", type=Path, required=True, help="new folder, gets tokenizer.model")
     options = parser.read()
     train_tokenizer(options.text, options.vocab_size, options.output)

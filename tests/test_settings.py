@@ -79,11 +79,11 @@ def test_a_later_option_wins():
         (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[1]"], ["targets", "a list, each of it a text"]),
         (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[]"], ["targets", "one or more layers, each once"]),
         (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[q_proj,q_proj]"], ["targets", "each once"]),
-        (["--model.llm.peft.kind", "lora", "--model.llm.peft.rank", "0"], ["rank", "a positive number"]),
-        (["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "0"], ["adapter_layers", "or null"]),
+        (["--model.llm.peft.kind", "lora", "--model.llm.peft.rank", "0"], ["rank", "a number in [1, 1048576]"]),
+        (["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "0"], ["adapter_layers", "a number in [1, "]),
         (["--model.llm.pft.rank", "3"], ["did you mean 'model.llm.peft.rank'"]),
         (["--optim.betas", "[0.9]"], ["optim.betas", "a list of 2 numbers"]),
-        (["--optim.clip", "-1"], ["optim.clip", "-1.0", "0 or a positive number"]),
+        (["--optim.clip", "-1"], ["optim.clip", "-1.0", "a number in [0, 1000000000]"]),
         (["--data.options", "[" * 400], ["--data.options", "a mapping"]),
         (["--optim.clip"], ["--optim.clip", "no value"]),
         (["--optim.clip", "--train.seed", "1"], ["--optim.clip", "no value"]),
@@ -225,14 +225,14 @@ def test_the_printed_configuration_is_the_whole_and_loads_back_equal(tmp_path, c
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(exclude_categories=("Cs", "Cc"))),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=("Cs", "Cc"))),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), inner, max_size=3),
     max_leaves=8,
 )
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
-@given(options=st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), PLAIN, max_size=4), lr=st.floats(1e-300, 1e300))
+@given(options=st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), PLAIN, max_size=4), lr=st.floats(1e-300, 10))
 def test_any_configuration_survives_the_round_trip(tmp_path_factory, options, lr):
     config = build_config({"data.options": checked_value("data.options", options, "test"), "optim.lr": lr})
     path = recipe(tmp_path_factory.mktemp("round"), dump_config(config))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from vltrain.errors import InputError
 from vltrain.errors import require as _require
 from vltrain.instructblip_config import InstructBlipConfig
+from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_STEPS, MOST_TOKENS, MOST_WORKERS, check_ranges, number
 
 Placement = Literal["none", "attention", "ffn", "both"]
 
@@ -23,19 +24,19 @@ class AdapterConfig:
 
     kind: str = "bottleneck"
     """Which adapter, a name of `vltrain.models.adapters.ADAPTERS`."""
-    dim: int = 16
+    dim: int = number(16, 1, MOST_SIZE)
     """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
-    groups: int = 2
+    groups: int = number(2, 1, MOST_SIZE)
     """Groups k of the up projection, Eq. 2 (Table 2: 2, 4)."""
-    down_groups: int = 1
+    down_groups: int = number(1, 1, MOST_SIZE)
     """Groups of the down projection; 1 is dense, as in Eq. 2."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, open_high=True)
     """Dropout on the bottleneck's activations; 0 keeps the adapter linear and mergeable."""
-    rank: int = 4
+    rank: int = number(4, 1, MOST_SIZE)
     """Rank of the factors of LoHa kinds."""
-    scale: float = 1.0
+    scale: float = number(1.0, 0, 1e6, open_low=True)
     """Fixed factor s on what the adapter adds, of kinds other than `bottleneck`."""
-    temperature: float = 10.0
+    temperature: float = number(10.0, 1e-3, 1e6)
     """Temperature t of the routing weights of routed kinds (LaVIN: 10 for 7B, 5 for 13B)."""
     vision: Placement = "attention"
     """Before which sublayers of each ViT block an adapter stands."""
@@ -46,13 +47,9 @@ class AdapterConfig:
     operations; auto: triton on CUDA where the kernel can do it, else torch."""
 
     def __post_init__(self) -> None:
-        _require(self.dim >= 1, "model.adapter.dim", self.dim, "a positive number")
-        _require(self.rank >= 1, "model.adapter.rank", self.rank, "a positive number")
-        _require(self.temperature > 0, "model.adapter.temperature", self.temperature, "a positive number")
-        _require(0 <= self.dropout < 1, "model.adapter.dropout", self.dropout, "a number in [0, 1)")
+        check_ranges(self, "model.adapter")
         for name in ("groups", "down_groups"):
             groups = getattr(self, name)
-            _require(groups >= 1, f"model.adapter.{name}", groups, "a positive number")
             _require(
                 self.dim % groups == 0, f"model.adapter.{name}", groups, f"a divisor of model.adapter.dim = {self.dim}"
             )
@@ -70,13 +67,13 @@ class VisionConfig:
     themselves."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' CLIPVisionConfig."""
-    tap_every: int = 4
+    tap_every: int = number(4, 1, MOST_SIZE)
     """A [cls] state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
     train: bool = False
     """Also tune the ViT's own weights."""
 
     def __post_init__(self) -> None:
-        _require(self.tap_every >= 1, "model.vision.tap_every", self.tap_every, "a positive number")
+        check_ranges(self, "model.vision")
         _require(
             (self.source is None) == bool(self.config), "model.vision", {"source": self.source, "config": self.config},
             "either `source` (weights to load) or `config` (sizes of a random ViT)",
@@ -90,28 +87,23 @@ class PeftConfig:
 
     kind: Literal["lora", "adaption_prompt"] | None = None
     """lora: low-rank updates of linear layers; adaption_prompt: LLaMA-Adapter's gated prompts; null: neither."""
-    rank: int = 8
+    rank: int = number(8, 1, MOST_SIZE)
     """lora: rank r of the updates."""
-    alpha: float = 16.0
+    alpha: float = number(16.0, 0, 1e6, open_low=True)
     """lora: the updates are scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, open_high=True)
     """lora: dropout on what the updates read."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     """lora: which linear layers of every block, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
-    adapter_len: int = 10
+    adapter_len: int = number(10, 1, MOST_SIZE)
     """adaption_prompt: learned prompts in each adapted block."""
-    adapter_layers: int | None = None
+    adapter_layers: int | None = number(None, 1, MOST_SIZE)
     """adaption_prompt: how many of the topmost blocks are adapted; null: all."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "model.llm.peft.rank", self.rank, "a positive number")
-        _require(self.alpha > 0, "model.llm.peft.alpha", self.alpha, "a positive number")
-        _require(0 <= self.dropout < 1, "model.llm.peft.dropout", self.dropout, "a number in [0, 1)")
+        check_ranges(self, "model.llm.peft")
         distinct = 0 < len(self.targets) == len(set(self.targets))
         _require(distinct, "model.llm.peft.targets", list(self.targets), "one or more layers, each once")
-        _require(self.adapter_len >= 1, "model.llm.peft.adapter_len", self.adapter_len, "a positive number")
-        at_least_one = self.adapter_layers is None or self.adapter_layers >= 1
-        _require(at_least_one, "model.llm.peft.adapter_layers", self.adapter_layers, "a positive number or null")
 
 
 @dataclass(kw_only=True)
@@ -151,8 +143,11 @@ class NeckConfig:
 
     kind: Literal["bottleneck", "linear"] = "bottleneck"
     """`bottleneck`: Eq. 3; `linear`: one matrix, as LLaVA's."""
-    dim: int = 128
+    dim: int = number(128, 1, MOST_SIZE)
     """Hidden width d_v of Eq. 3; not used by `linear`."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.neck")
 
 
 @dataclass(kw_only=True)
@@ -174,10 +169,11 @@ class ModelConfig:
     """Bits of the frozen weights of ViT and LLM; also `--bits`. 4: NF4 with double quantisation, 8: LLM.int8 with threshold 6, both of the
     blocks' linear layers by bitsandbytes (extra `quant`), the rest as with null; 16: bf16; 32: fp32; null: as `train.precision` says. Where
     one of both networks is tuned itself, it is fp32 and the bits are the other's."""
-    seed: int = 0
+    seed: int = number(0, 0, MOST_SEED)
     """Seed of every weight that is not loaded."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, "model")
         if self.architecture == "instructblip":
             self.instructblip.require_source()
         if self.bits in (4, 8) and self.trains_all:
@@ -215,63 +211,59 @@ class DataConfig:
     """A folder of packed shards to train on, instead of the one under `root`."""
     template: str = "mmt"
     """How turns become tokens, a name of `vltrain.data.conversation.TEMPLATES`."""
-    pack_length: int = 1024
+    pack_length: int = number(1024, 8, MOST_TOKENS)
     """Tokens a pack may hold: what a micro-step of one rank trains on."""
-    max_images: int | None = None
+    max_images: int | None = number(None, 1, MOST_SIZE)
     """Images a pack may hold, to bound the ViT's memory; null: no bound."""
     over_long: Literal["error", "drop"] = "error"
     """What becomes of samples that do not fit into a pack. `error`: nothing is packed, and they are named; `drop`: they are left out and
     listed in the packs' `over_long.jsonl`. None is ever cut."""
-    workers: int = 1
+    workers: int = number(1, 0, MOST_WORKERS)
     """Processes per rank that decode images; 0: in the training process."""
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: int = number(50_000_000, 1, MOST_PIXELS)
     """Larger images are refused (decompression bombs)."""
 
     def __post_init__(self) -> None:
-        _require(self.pack_length >= 8, "data.pack_length", self.pack_length, "at least 8 tokens")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        check_ranges(self, "data")
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
     """AdamW with a warm-up and a decay."""
 
-    lr: float = 1.125e-3
+    lr: float = number(1.125e-3, 0, 10, open_low=True)
     """Peak learning rate, absolute. The paper's 0.009 is a base rate: lr = 0.009 * samples per step / 256."""
-    vision_lr: float | None = None
+    vision_lr: float | None = number(None, 0, 10, open_low=True, hint=", or null; to keep the ViT as it is, do not tune it (model.vision.train)")
     """Peak learning rate of the ViT's own weights where they are tuned; null: `lr`."""
-    llm_lr: float | None = None
+    llm_lr: float | None = number(None, 0, 10, open_low=True, hint=", or null; to keep the LLM as it is, do not tune it (model.llm.train)")
     """Peak learning rate of the LLM's own weights where they are tuned; null: `lr`."""
     schedule: Literal["cosine", "linear", "linear_epochs"] = "cosine"
     """How the learning rate falls after the warm-up. cosine, linear: step by step; linear_epochs: by the same amount after every epoch (the
     Q-Former paper's)."""
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: float = number(0.0, 0, 1)
     """What it falls to, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.02
+    betas: tuple[float, float] = number((0.9, 0.95), 0, 1, open_high=True)
+    eps: float = number(1e-8, 1e-30, 1)
+    weight_decay: float = number(0.02, 0, 10)
     """On matrices only: biases and other 1-D parameters have none."""
-    warmup_epochs: float = 0.1
+    warmup_epochs: float = number(0.1, 0, 1e6)
     """Length of the linear warm-up."""
-    clip: float = 0.0
+    clip: float = number(0.0, 0, 1e9)
     """Largest norm of the whole gradient; 0: no clipping (the paper's)."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "a positive number")
-        _require(self.clip >= 0, "optim.clip", self.clip, "0 or a positive number")
-        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or a positive number")
-        _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
+        check_ranges(self, "optim")
 
 
 @dataclass(kw_only=True)
 class TrainConfig:
     """The loop."""
 
-    epochs: float = 1.0
+    epochs: float = number(1.0, 0, 1e6, open_low=True)
     """Passes over the packs."""
-    max_steps: int | None = None
+    max_steps: int | None = number(None, 1, MOST_STEPS)
     """Stop after this many steps; the schedule is then this long too."""
-    packs_per_step: int = 2
+    packs_per_step: int = number(2, 1, MOST_SIZE)
     """Packs of one optimizer step over all ranks. The global batch is the same for any number of ranks; what the ranks do
     not take at once they accumulate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -285,53 +277,42 @@ class TrainConfig:
     deterministic: bool = True
     """The same run on the same machine gives the same bits, on a GPU too; evaluation and replay obey it as well. false: faster gradients of
     attention, whose sums then come in any order. On a CPU it changes nothing."""
-    seed: int = 0
+    seed: int = number(0, 0, MOST_SEED)
     """Seed of the order of packs and of dropout."""
-    log_every_steps: int = 10
-    save_every_steps: int = 200
-    keep_checkpoints: int = 2
+    log_every_steps: int = number(10, 1, MOST_STEPS)
+    save_every_steps: int = number(200, 1, MOST_STEPS)
+    keep_checkpoints: int = number(2, 1, MOST_SIZE)
     """How many of the newest checkpoints are kept."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its
     update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each
     step's loss)."""
-    spike_factor: float | None = None
+    spike_factor: float | None = number(None, 1, 1e9, open_low=True)
     """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
-    hang_timeout_minutes: float | None = 20.0
+    hang_timeout_minutes: float | None = number(20.0, 0, 1e6, open_low=True)
     """On several ranks: when training has not moved for so long, the rank that hangs is named and the run ends; null: never."""
     async_save: bool = False
     """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
-    eval_every_steps: int = 0
+    eval_every_steps: int = number(0, 0, MOST_STEPS)
     """Evaluate on `data.eval_split` after each so many steps; 0: only at the end. Each evaluated step is saved first."""
-    eval_every_epochs: float = 0.0
+    eval_every_epochs: float = number(0.0, 0, 1e6)
     """The same, in passes over the packs; one of both may be set."""
     keep_best: bool = False
     """Keep the checkpoint with the best evaluation, beside the newest; `checkpoints/best` names it."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: int | None = number(None, 1, MOST_STEPS)
     """Stop after so many evaluations in a row that are not better than the best one before them; null: never."""
-    time_limit_minutes: float | None = None
+    time_limit_minutes: float | None = number(None, 0, 1e7, open_low=True)
     """Minutes after its start by which the run must be gone: before that it saves and ends with exit code 85, to be started again. Slurm's
     limit (SLURM_JOB_END_TIME) is kept without it, whichever is earlier; null: no limit of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("packs_per_step", "log_every_steps", "save_every_steps", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _require(self.epochs > 0, "train.epochs", self.epochs, "a positive number")
-        _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "at least 1")
-        _require(self.eval_every_steps >= 0, "train.eval_every_steps", self.eval_every_steps, "0 or more")
-        alone = self.eval_every_epochs == 0 or (self.eval_every_epochs > 0 and self.eval_every_steps == 0)
-        _require(alone, "train.eval_every_epochs", self.eval_every_epochs, "0 or more, and 0 beside train.eval_every_steps")
-        hang = self.hang_timeout_minutes
-        _require(hang is None or hang > 0, "train.hang_timeout_minutes", hang, "a positive number, or null")
-        factor = self.spike_factor
-        _require(factor is None or factor > 1, "train.spike_factor", factor, "a number above 1, or null")
+        check_ranges(self, "train")
+        alone = self.eval_every_epochs == 0 or self.eval_every_steps == 0
+        _require(alone, "train.eval_every_epochs", self.eval_every_epochs, "0 beside train.eval_every_steps")
         patience = self.early_stopping_patience
-        _require(patience is None or patience >= 1, "train.early_stopping_patience", patience, "at least 1, or null")
         if self.eval_every_steps == self.eval_every_epochs == 0 and (self.keep_best or patience is not None):
             name = "keep_best" if self.keep_best else "early_stopping_patience"
             raise InputError(f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it or leave this out")
-        limited = self.time_limit_minutes is None or self.time_limit_minutes > 0
-        _require(limited, "train.time_limit_minutes", self.time_limit_minutes, "a positive number or null")
 
 
 @dataclass(kw_only=True)
@@ -345,22 +326,19 @@ class EvalConfig:
     """generate: the model writes an answer; rank: of a question's candidate answers the likeliest is taken (multiple choice)."""
     normalise_length: bool = False
     """rank: compare losses per token instead of their sums."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1, MOST_SIZE)
     """Questions (rank: candidates) answered at once by a rank; changes speed and memory, never an answer."""
-    max_new_tokens: int = 8
-    temperature: float = 0.0
+    max_new_tokens: int = number(8, 1, MOST_SIZE)
+    temperature: float = number(0.0, 1e-3, 1e3, or_zero=True)
     """0: greedy."""
-    top_p: float = 1.0
-    max_samples: int | None = 512
+    top_p: float = number(1.0, 0, 1, open_low=True)
+    max_samples: int | None = number(512, 1, MOST_STEPS)
     """Questions of an evaluation while training; `vltrain evaluate` takes all."""
-    tensorboard_samples: int = 16
+    tensorboard_samples: int = number(16, 0, MOST_SIZE)
     """Answered questions written to TensorBoard with their images."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "a positive number")
-        _require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "a positive number")
-        _require(self.temperature >= 0, "eval.temperature", self.temperature, "0 or a positive number")
-        _require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "a number in (0, 1]")
+        check_ranges(self, "eval")
 
 
 @dataclass(kw_only=True)

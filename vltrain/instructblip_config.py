@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vltrain.errors import InputError, require
+from vltrain.ranges import MOST_SIZE, MOST_STEPS, check_ranges, number
 
 Mode = Literal["frozen", "full", "lora", "adalora"]
 QFormerTarget = Literal["self", "cross", "ffn"]
@@ -25,11 +26,11 @@ class QFormerTuning:
     targets: tuple[QFormerTarget, ...] = ("self", "cross", "ffn")
     """self: query and value of self-attention; cross: query, key, value and output of cross-attention; ffn: both matrices of both FFNs, that
     of the queries and that of the text."""
-    rank: int = 8
+    rank: int = number(8, 1, MOST_SIZE)
     """lora: rank r (the paper: 1, 2, 4, 8). adalora has `model.instructblip.adalora.init_rank` and `target_rank`."""
-    alpha: float = 8.0
+    alpha: float = number(8.0, 0, 1e6, open_low=True)
     """Updates are scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, open_high=True)
     """Dropout on what the updates read."""
 
     def __post_init__(self) -> None:
@@ -44,11 +45,11 @@ class LanguageTuning:
     """As `model.instructblip.qformer.mode`."""
     targets: tuple[LanguageTarget, ...] = ("attn", "ffn")
     """attn: query and value (of T5: of self- and cross-attention); ffn: the three matrices of the FFN."""
-    rank: int = 8
+    rank: int = number(8, 1, MOST_SIZE)
     """lora: rank r."""
-    alpha: float = 8.0
+    alpha: float = number(8.0, 0, 1e6, open_low=True)
     """Updates are scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, 0, 1, open_high=True)
     """Dropout on what the updates read."""
 
     def __post_init__(self) -> None:
@@ -56,9 +57,7 @@ class LanguageTuning:
 
 
 def _check_low_rank(key: str, tuning: QFormerTuning | LanguageTuning) -> None:
-    require(tuning.rank >= 1, f"{key}.rank", tuning.rank, "a positive number")
-    require(tuning.alpha > 0, f"{key}.alpha", tuning.alpha, "a positive number")
-    require(0 <= tuning.dropout < 1, f"{key}.dropout", tuning.dropout, "a number in [0, 1)")
+    check_ranges(tuning, key)
     distinct = 0 < len(tuning.targets) == len(set(tuning.targets))
     require(distinct, f"{key}.targets", list(tuning.targets), "one or more sublayers, each once")
 
@@ -67,34 +66,28 @@ def _check_low_rank(key: str, tuning: QFormerTuning | LanguageTuning) -> None:
 class AdaLoraSchedule:
     """When and how far AdaLoRA prunes, both networks' layers together. Names and defaults are peft's; steps are the optimizer's."""
 
-    init_rank: int = 12
+    init_rank: int = number(12, 1, MOST_SIZE)
     """Rank of every layer's update at the start."""
-    target_rank: int = 8
+    target_rank: int = number(8, 1, MOST_SIZE)
     """Rank that layers have on average at the end."""
-    tinit: int = 0
+    tinit: int = number(0, 0, MOST_STEPS)
     """Steps before the first pruning."""
-    tfinal: int = 0
+    tfinal: int = number(0, 0, MOST_STEPS)
     """Steps after the last one, in which nothing changes but weights."""
-    delta_t: int = 1
+    delta_t: int = number(1, 1, MOST_STEPS)
     """Steps between prunings."""
-    beta1: float = 0.85
+    beta1: float = number(0.85, 0, 1, open_low=True, open_high=True)
     """Of the running mean of importance."""
-    beta2: float = 0.85
+    beta2: float = number(0.85, 0, 1, open_low=True, open_high=True)
     """Of the running mean of its deviation."""
-    orth_reg_weight: float = 0.5
+    orth_reg_weight: float = number(0.5, 0, 1e6)
     """Weight of the term that keeps factors orthogonal: the mean of ||A A' - I|| and ||B' B - I|| (Frobenius) over all layers."""
 
     def __post_init__(self) -> None:
         key = "model.instructblip.adalora"
-        require(self.target_rank >= 1, f"{key}.target_rank", self.target_rank, "a positive number")
+        check_ranges(self, key)
         above = self.init_rank > self.target_rank
         require(above, f"{key}.init_rank", self.init_rank, f"more than {key}.target_rank = {self.target_rank}, to have something to prune")
-        for name in ("tinit", "tfinal"):
-            require(getattr(self, name) >= 0, f"{key}.{name}", getattr(self, name), "0 or more steps")
-        require(self.delta_t >= 1, f"{key}.delta_t", self.delta_t, "a positive number of steps")
-        for name in ("beta1", "beta2"):
-            require(0 < getattr(self, name) < 1, f"{key}.{name}", getattr(self, name), "a number in (0, 1)")
-        require(self.orth_reg_weight >= 0, f"{key}.orth_reg_weight", self.orth_reg_weight, "0 or a positive number")
 
 
 @dataclass(kw_only=True)
@@ -110,7 +103,7 @@ class InstructBlipConfig:
     """Where the LLM's tokenizer is, if not beside the weights; required with random weights."""
     qformer_tokenizer: str | None = None
     """Where the Q-Former's tokenizer is; null: `qformer_tokenizer` beside the weights. Required with random weights."""
-    qformer_tokens: int = 128
+    qformer_tokens: int = number(128, 3, MOST_SIZE)
     """Tokens of the prompt that the Q-Former reads, at most (the paper's code: 128; it has positions for 512). What is beyond is cut off for
     the Q-Former alone, and counted when packing; the LLM reads the whole."""
     adapters: str | None = None
@@ -119,7 +112,7 @@ class InstructBlipConfig:
     """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """What computes a LLaMA's norms, rotary embedding and SwiGLU, as `model.llm.kernels`. T5's are transformers' own."""
-    dropout: float | None = None
+    dropout: float | None = number(None, 0, 1, open_high=True)
     """Every dropout rate of ViT, Q-Former and LLM while training; null: as their config says (the released ones: 0.1 in Q-Former and T5)."""
     vision: Literal["frozen", "full"] = "frozen"
     """full: also tune the ViT's own weights (the paper does not)."""
@@ -128,9 +121,7 @@ class InstructBlipConfig:
     adalora: AdaLoraSchedule = field(default_factory=AdaLoraSchedule)
 
     def __post_init__(self) -> None:
-        require(self.qformer_tokens >= 3, "model.instructblip.qformer_tokens", self.qformer_tokens, "at least 3")
-        fits = self.dropout is None or 0 <= self.dropout < 1
-        require(fits, "model.instructblip.dropout", self.dropout, "null or a number in [0, 1)")
+        check_ranges(self, "model.instructblip")
 
     def require_source(self) -> None:
         """Raises InputError if it is not said where the model comes from; asked only where the architecture is this one."""

@@ -24,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vltrain.config import Config
 from vltrain.errors import InputError, nearest
+from vltrain.ranges import MOST_STEPS, Range, check_ranges, number, range_of
 from vltrain.strict_yaml import dump_text, load_yaml
 
 BASE, ROWS, ABLATION = "base", "rows", "ablation"  # keys of a recipe's file beside the settings
@@ -32,10 +33,11 @@ ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
 
 @dataclass(frozen=True)
 class Key:
-    """One declared setting: its type annotation and the value it has when nobody sets it."""
+    """One declared setting: its type annotation, the value it has when nobody sets it, and of numbers the range."""
 
     annotation: Any
     default: Any
+    range: Range | None = None
 
 
 @cache
@@ -57,7 +59,7 @@ def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Key]]:
         if is_dataclass(value):
             yield from _walk(value, f"{prefix}{entry.name}.")
         else:
-            yield f"{prefix}{entry.name}", Key(annotations[entry.name], value)
+            yield f"{prefix}{entry.name}", Key(annotations[entry.name], value, range_of(entry))
 
 
 def suggest(name: str) -> str:
@@ -83,7 +85,7 @@ def describe_type(annotation: Any) -> str:
             return f"a list, each of it {describe_type(get_args(annotation)[0])}"
         return f"a list of {len(get_args(annotation))} numbers"
     names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
-    return names.get(annotation, "a mapping of names to plain values")
+    return names.get(annotation, "a mapping of names to plain values (texts, finite numbers, true, false, null, lists and mappings)")
 
 
 def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
@@ -114,7 +116,7 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
     if isinstance(value, list):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (str, int, float))
+    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def checked_value(key: str, value: Any, where: str) -> Any:
@@ -123,6 +125,9 @@ def checked_value(key: str, value: Any, where: str) -> Any:
     fits, value = check_type(value, annotation)
     if not fits:
         raise InputError(f"{where}: {key}: found {'null' if value is None else repr(value)}, expected {describe_type(annotation)}")
+    allowed = known_keys()[key].range
+    if allowed is not None:
+        allowed.require(f"{where}: {key}", value)
     return value
 
 
@@ -136,7 +141,7 @@ class Ablation:
     """Which program of launch/ evaluates it."""
     split: str | None = None
     """The split that is answered; null: each row's data.test_split."""
-    max_samples: int | None = None
+    max_samples: int | None = number(None, 1, MOST_STEPS)
     """Questions that are answered, evenly spaced over the split; null: all."""
 
 
@@ -256,9 +261,9 @@ def _ablation(content: Any, where: str) -> Ablation:
         if not check_type(value, declared[name])[0]:
             found = "null" if value is None else repr(value)
             raise InputError(f"{where}: {ABLATION}.{name}: found {found}, expected {describe_type(declared[name])}")
-    if content.get("max_samples") is not None and content["max_samples"] < 1:
-        raise InputError(f"{where}: {ABLATION}.max_samples: found {content['max_samples']}, expected at least 1")
-    return Ablation(**content)
+    ablation = Ablation(**content)
+    check_ranges(ablation, f"{where}: {ABLATION}")
+    return ablation
 
 
 def _collect(content: Any, prefix: str, where: str, given: dict[str, Any]) -> None:

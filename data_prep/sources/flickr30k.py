@@ -19,6 +19,7 @@ from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, field, image_name, read_json
 from vltrain.errors import InputError
+from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 TOKEN_FILE, SPLIT_FILE = "results_20130124.token", "dataset_flickr30k.json"
@@ -38,7 +39,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         InputError: nothing there, malformed lines or fields, an unknown split: named with file, line or image, and key.
     """
     defaults = {"prompt": "A short image description:", "train_captions": "all", "val_images": 1000, "test_images": 1000}
-    settled = settle("flickr30k", options, defaults)
+    settled = settle("flickr30k", options, defaults, dict.fromkeys(("val_images", "test_images"), Range(0, MOST_STEPS)))
     check_template("flickr30k", "prompt", settled["prompt"], ())
     choose("flickr30k", "train_captions", settled["train_captions"], ("all", "first"))
     if input is None:

@@ -15,6 +15,7 @@ from typing import Any
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample, read_json
 from vltrain.errors import InputError
+from vltrain.ranges import Range
 from vltrain.schema import Sample, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -30,7 +31,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Raises:
         InputError: not such a file, an unknown speaker, a path that leads out of the image folder; markers and images that differ.
     """
-    settled = settle("llava_json", options, {"val_fraction": 0.02, "images": None})
+    settled = settle("llava_json", options, {"val_fraction": 0.02, "images": None}, {"val_fraction": Range(0, 1)})
     if input is None:
         raise InputError("source 'llava_json' needs --input, the JSON file")
     records = read_json(input)

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vltrain.errors import InputError, nearest
+from vltrain.ranges import Range
 
 
-def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults, overridden by what is given and converted to the default's type (None takes text, a tuple a list or `a,b,c`).
+def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range] = {}) -> dict[str, Any]:
+    """The defaults, overridden by what is given: of the default's type, or its text (None takes text, a tuple a list or `a,b,c`).
+
+    Args:
+        ranges: of the options that are numbers.
 
     Raises:
-        InputError: an unknown option, or a value that is not of the option's type.
+        InputError: an unknown option, or a value that is not of the option's type or out of its range.
     """
     settled = dict(defaults)
     for name, value in given.items():
@@ -21,10 +25,25 @@ def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -
             raise InputError(f"source '{source}' has no option '{name}'; {hint}")
         kind = str if defaults[name] is None else type(defaults[name])
         try:
-            settled[name] = tuple(value.split(",")) if kind is tuple and isinstance(value, str) else kind(value)
-        except (TypeError, ValueError):
+            settled[name] = None if value is None and defaults[name] is None else _read(value, kind)
+        except ValueError:
             raise InputError(f"source '{source}', option '{name}': found {value!r}, expected {kind.__name__}") from None
+        if name in ranges:
+            ranges[name].require(f"source '{source}', option '{name}'", settled[name])
     return settled
+
+
+def _read(value: Any, kind: type) -> Any:
+    """`value` as a `kind`, if it is one or its text. Raises ValueError: nothing else is converted."""
+    if kind is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+            return tuple(parts)
+    elif isinstance(value, str) and kind in (int, float):
+        return kind(value)
+    elif type(value) is kind or (kind is float and type(value) is int):
+        return kind(value)
+    raise ValueError
 
 
 def choose(source: str, name: str, value: str, known: Iterable[str]) -> str:

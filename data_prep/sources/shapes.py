@@ -27,6 +27,7 @@ from data_prep.sources.options import settle
 from data_prep.sources.prompts import check_template, lettered
 from data_prep.sources.raw import RawSample
 from vltrain.errors import InputError
+from vltrain.ranges import MOST_SEED, MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross", "heart")
@@ -40,6 +41,10 @@ SOFTNESS = 2  # figures are drawn this much larger and averaged, so that edges a
 DEFAULTS = {
     "train_images": 2000, "val_images": 250, "test_images": 250, "questions_per_image": 4, "image_size": 64, "seed": 0, "skills": SKILLS,
     "prompt": "Question: {question} Options: {options}. Short answer:",
+}  # fmt: skip
+RANGES = {
+    **dict.fromkeys(("train_images", "val_images", "test_images"), Range(0, MOST_STEPS)), "questions_per_image": Range(1, MOST_STEPS),
+    "image_size": Range(16, 4096), "seed": Range(0, MOST_SEED),
 }  # fmt: skip
 
 
@@ -102,12 +107,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Raises:
         InputError: an option out of its range, or an input.
     """
-    settled = settle("shapes", options, DEFAULTS)
+    settled = settle("shapes", options, DEFAULTS, RANGES)
     check_template("shapes", "prompt", settled["prompt"], ("question", "options"))
-    least_of = {"train_images": 0, "val_images": 0, "test_images": 0, "questions_per_image": 1, "image_size": 16, "seed": 0}
-    for name, least in least_of.items():
-        if settled[name] < least:
-            raise InputError(f"source 'shapes', option '{name}': found {settled[name]}, expected at least {least}")
     for name in settled["skills"]:
         if name not in SKILLS:
             raise InputError(f"source 'shapes', option 'skills': unknown '{name}', expected one of {', '.join(SKILLS)}")

@@ -119,7 +119,7 @@ def test_prepared_in_one_process_and_in_two(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"train_images": -1}, "'train_images': found -1, expected at least 0"),
+        ({"train_images": -1}, "'train_images': found -1, expected a number in [0, "),
         ({"image_size": 8}, "'image_size': found 8"),
         ({"skills": "counting,colour"}, "unknown 'colour'"),
         ({"train_image": 5}, "did you mean 'train_images'"),

@@ -10,13 +10,23 @@ attention gradients, and convolutions, which happen once an image.
 
 from __future__ import annotations
 
+import hashlib
 import os
 
 import torch
 
 from vltrain.errors import InputError
 
+SEED_BITS = 24  # of a recipe's seed that stand as they are in a step's
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # the ones that cuBLAS is deterministic with
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What torch's generator is seeded with for a step: the recipe's seed, the step and the rank side by side in 64 bits; a seed of more than
+    24 bits is hashed to fit."""
+    if seed >> SEED_BITS:
+        seed = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[: SEED_BITS // 8], "big")
+    return (seed << 64 - SEED_BITS) + (step << 16) + rank
 
 
 def set_determinism(wanted: bool) -> None:

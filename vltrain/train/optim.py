@@ -26,7 +26,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     Returns:
         torch-style groups, each with `peak_lr` beside `lr`; in a fixed order.
     """
-    peaks = {"vision": optim.vision_lr or optim.lr, "llm": optim.llm_lr or optim.lr}
+    peaks = {part: optim.lr if own is None else own for part, own in (("vision", optim.vision_lr), ("llm", optim.llm_lr))}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:

@@ -29,6 +29,7 @@ from vltrain.models.compiled import uncompiled
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.background import BackgroundTask
 from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
+from vltrain.train.determinism import step_seed
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
 from vltrain.train.engine import Engine, from_rank_0, whole
 from vltrain.train.guard import QUARANTINE, LossGuard, StepReading, StepResult
@@ -156,7 +157,7 @@ class Trainer:
         """One optimizer step on the batches that this rank was dealt."""
         number = loaded.step
         # Dropout of a step depends on the step and the rank alone, so that a resumed run draws what an undisturbed one would.
-        torch.manual_seed((self.config.train.seed << 40) + (number << 16) + self.rank)
+        torch.manual_seed(step_seed(self.config.train.seed, number, self.rank))
         optim, plan = self.config.optim, self.plan
         factor = lr_factor(number, plan.num_steps, self.warmup_steps, optim.min_lr_ratio, optim.schedule, plan.steps_per_epoch)
         lr = set_learning_rates(self.engine.optimizer, factor)
