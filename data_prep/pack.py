@@ -22,11 +22,11 @@ from tqdm import tqdm
 from data_prep.command_line import CommandLine, whole
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
-from data_prep.prepare import MAX_IMAGE_PIXELS, read_image
+from data_prep.prepare import MAX_IMAGE_PIXELS, tell_dark
 from data_prep.spool import Spool
 from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
 from vltrain.data.conversation import TEMPLATES, find_template
-from vltrain.data.images import open_rgb
+from vltrain.data.images import is_dark, read_image
 from vltrain.data.instruction import InstructionSource
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
 from vltrain.data.shards import Manifest, ShardFile, sha256_of
@@ -57,7 +57,7 @@ def pack(
     """Packs a file of samples.
 
     Args:
-        samples: JSONL, a `vltrain.schema.Sample` per line; image paths are relative to its folder.
+        samples: JSONL of `vltrain.schema.Sample`; image paths are relative to its folder.
         tokenizer: any notation of `vltrain.locate`.
         template: a name of `vltrain.data.conversation.TEMPLATES`.
         visual_tokens: V, tokens that an image takes.
@@ -89,8 +89,8 @@ def pack(
         return _write_packs(tokens, samples.parent, output, facts, over_long, workers, max_image_pixels)
     made_with = {**facts, "samples": _digest(samples), "over_long": over_long, "max_image_pixels": max_image_pixels}
     if share.part is None:
-        parts = finished_parts(output, share, made_with)
-        manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), samples.parent, output, facts, over_long, workers, None)
+        tokens = chain.from_iterable(map(read_tokens, finished_parts(output, share, made_with)))
+        manifest = _write_packs(tokens, samples.parent, output, facts, over_long, workers, max_image_pixels, decode=False)
         remove_parts(output)
         return manifest
     if not is_done(output, share, made_with):
@@ -138,9 +138,9 @@ def _with_images_checked(
 
 
 def _write_packs(
-    tokens: Iterable[Tokens], root: Path, output: Path, facts: dict[str, Any], over_long: str, workers: int, max_image_pixels: int | None
+    tokens: Iterable[Tokens], root: Path, output: Path, facts: dict[str, Any], over_long: str, workers: int, max_image_pixels: int, *, decode: bool = True
 ) -> Manifest:
-    """Deals all samples to packs and writes the shards. `max_image_pixels` None: the images have been decoded and are only read."""
+    """Deals all samples to packs and writes the shards. `decode` False: the images have been decoded and are only read."""
     pack_length, max_images = facts["pack_length"], facts["max_images"]
     with write_shards(output) as writer:
         spool = Spool(writer.folder)
@@ -148,7 +148,7 @@ def _write_packs(
         fits = spool.fitting(pack_length, max_images)
         extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
-        image_ids = _store_images(root, spool, kept, writer, workers, max_image_pixels)
+        image_ids = _store_images(root, spool, kept, writer, workers, max_image_pixels, decode)
         order, starts = spool.deal(kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded)
         for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
@@ -179,9 +179,9 @@ def _settle_over_long(
 
 
 def _store_images(
-    root: Path, spool: Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int | None
+    root: Path, spool: Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int, decode: bool
 ) -> np.ndarray:
-    """Decodes (to check, unless `max_image_pixels` is None) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
+    """Decodes (to check, if `decode`) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
     first_user: dict[int, int] = {}
     for sample in kept[spool.num_images[kept] > 0].tolist():
         for ref in spool.refs(sample).tolist():
@@ -189,36 +189,39 @@ def _store_images(
     paths = list(spool.paths)
     wanted = [(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]
     image_ids = np.full(len(paths), -1, np.int64)
-    for ref, data in _checked_images(wanted, root, workers, max_image_pixels):
+    for ref, data in _checked_images(wanted, root, workers, max_image_pixels, decode):
         image_ids[ref] = writer.add_image(data)
     return image_ids
 
 
 def _checked_images(
-    wanted: list[tuple[int, str, str]], root: Path, workers: int, max_image_pixels: int | None
+    wanted: list[tuple[int, str, str]], root: Path, workers: int, max_image_pixels: int, decode: bool = True
 ) -> Iterator[tuple[int, bytes]]:
-    """Reads and decodes images (number, path, sample) in several processes; yields their numbers and file bytes, in order."""
+    """Reads and, if `decode`, decodes images (number, path, sample) in several processes; yields their numbers and file bytes, in order."""
     chunks = in_chunks(wanted, _IMAGES_PER_CHUNK)
-    checked = ordered_map(_check_images, chunks, workers, (str(root), max_image_pixels))
+    checked = ordered_map(_check_images, chunks, workers, (str(root), max_image_pixels, decode))
+    dark: list[str] = []
     with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
-        for chunk in checked:
+        for chunk, found in checked:
             yield from chunk
+            dark += found
             progress.update(len(chunk))
+    tell_dark(dark)
 
 
-def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int | None) -> list[tuple[int, bytes]]:
-    """Reads and, unless `max_pixels` is None, decodes images (number, path, sample); returns their numbers and file bytes."""
-    checked = []
-    folder = Path(root).resolve()
+def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int, decode: bool) -> tuple[list[tuple[int, bytes]], list[str]]:
+    """Reads and, if `decode`, decodes images (number, path, sample); returns their numbers and file bytes, and the paths of those that come out dark."""
+    checked, dark = [], []
+    folder = Path(root)
     for ref, name, sample_id in wanted:
-        path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
-        data = read_image(path, sample_id)
-        if max_pixels is not None:
-            open_rgb(data, max_pixels, f"sample '{sample_id}', image {path}")
+        where = f"sample '{sample_id}', image {folder / name}"
+        data = read_image(folder / name, max_pixels, where, inside=folder)
+        if decode and is_dark(data, max_pixels, where):
+            dark.append(name)
         checked.append((ref, data))
-    return checked
+    return checked, dark
 
 
 @exits_cleanly

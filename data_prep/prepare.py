@@ -1,8 +1,8 @@
 """Raw data set -> samples: `python -m data_prep.prepare --source NAME --input PLACE --output DIR [--options key=value ...]`.
 
 Writes `DIR/SPLIT.jsonl`, a sample per line, and `DIR/images/`, to which the samples refer relative to the file. Every image is
-opened and decoded once here, so that a damaged one is found now and not in the middle of a training run. Images are hard links where
-the file system allows it, else copies. DIR appears whole or not at all.
+opened and decoded once here, so that a damaged one is found now and not in the middle of a training run. Images are copies, so that one that
+is edited later does not change what was prepared. DIR appears whole or not at all.
 
 In parts (`data_prep.parts`) each part decodes its share of the images, which is what takes time, and the merge writes the samples.
 """
@@ -13,9 +13,9 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ from data_prep.sources import SOURCES
 from data_prep.sources.raw import ImageSource
 from vltrain.config import DataConfig
 from vltrain.data.folder import new_folder
-from vltrain.data.images import open_rgb
+from vltrain.data.images import DARK, is_dark, read_image
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.ranges import MOST_PIXELS, MOST_WORKERS
 
@@ -45,6 +45,8 @@ Images = dict[str, tuple[ImageSource, str]]
 """Per image name its source and the first sample that uses it."""
 Named = tuple[str, tuple[ImageSource, str]]
 """An item of those."""
+
+logger = logging.getLogger(__name__)
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -83,19 +85,20 @@ def prepare(
     told = {name: str(value) for name, value in (options or {}).items()}
     made_with = {"source": source, "input": str(input), "options": told, "max_image_pixels": max_image_pixels}
     counts: Counter[str] = Counter()
+    roots = _image_roots(input, options)
     if share is not None and share.part is not None:
         images = dict(_write_samples(source, input, options, None, counts))
         if not is_done(output, share, made_with):
             names = _names_of_part(images, share, share.part)
             with new_part(output, share, made_with) as folder:
-                _check_images([(name, images[name]) for name in names], folder, workers, max_image_pixels, links=False)
+                _check_images([(name, images[name]) for name in names], folder, workers, max_image_pixels, roots)
                 (folder / CHECKED).write_text(_digest(names))
         return dict(counts)
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output) as folder:
         met = _write_samples(source, input, options, folder, counts)
         if share is None:
-            _check_images(met, folder, workers, max_image_pixels, links=True)
+            _check_images(met, folder, workers, max_image_pixels, roots)
         else:
             _take_images(dict(met), share, parts, folder)
         (folder / RECORD).write_text(json.dumps({"source": source, "options": told}, indent=2) + "\n")
@@ -113,23 +116,38 @@ def _digest(names: list[str]) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest() + "\n"
 
 
-def _check_images(images: Iterable[Named], folder: Path, workers: int, max_image_pixels: int, *, links: bool) -> None:
-    """`_check_or_draw` in several processes, while the images are still being named."""
-    checked = ordered_map(_check_or_draw, in_chunks(images, _CHUNK), workers, (folder, max_image_pixels, links))
+def _image_roots(input: Path | None, options: Mapping[str, Any] | None) -> tuple[Path, ...]:
+    """Folders out of which no link of an image may lead: the raw data's, and that of images where an option names one. None for data of a package."""
+    named = [Path(str(options["images"]))] if options and options.get("images") else []
+    return (input if input.is_dir() else input.parent, *named) if input is not None else ()
+
+
+def _check_images(images: Iterable[Named], folder: Path, workers: int, max_image_pixels: int, roots: tuple[Path, ...]) -> None:
+    """`_copy_or_draw` in several processes, while the images are still being named; tells how many come out dark."""
+    checked = ordered_map(_copy_or_draw, in_chunks(images, _CHUNK), workers, (folder, max_image_pixels, roots))
+    dark: list[str] = []
     with tqdm(desc="images", unit="image", disable=None) as progress:
-        for names in checked:
-            progress.update(len(names))
+        for count, found in checked:
+            progress.update(count)
+            dark += found
+    tell_dark(dark)
+
+
+def tell_dark(names: list[str]) -> None:
+    """Warns of images that are all but black, if there are any."""
+    if names:
+        why = f"no value above {DARK} of 255: 12-bit values in 16 bits, floats in [0, 1] or class numbers are not stretched"
+        logger.warning("images: %d come(s) out dark (%s): %s", len(names), why, ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))
 
 
 def _take_images(images: Images, share: Share, parts: list[Path], folder: Path) -> None:
-    """Links what the parts have checked or drawn. Raises InputError if a part has checked others than the data has now."""
+    """Takes what the parts have copied or drawn. Raises InputError if a part has checked others than the data has now."""
     for part, made in enumerate(parts, start=1):
         names = _names_of_part(images, share, part)
         if (made / CHECKED).read_text() != _digest(names):
             raise InputError(f"{made}: was made of other raw data than is there now; remove it and run the part again")
         for name in names:
-            source = images[name][0]
-            _link_or_copy(source if isinstance(source, Path) else made / name, folder / name)
+            _link_or_copy(made / name, folder / name)
 
 
 def _write_samples(
@@ -168,27 +186,25 @@ def _image_name(name: str) -> str:
     return str(IMAGES / PurePosixPath(name))
 
 
-def _check_or_draw(images: list[Named], folder: Path, max_pixels: int, links: bool) -> list[str]:
-    """Decodes each image file, and where `links` gives it its name in `folder`; draws into `folder` what is to be drawn. Returns the names."""
+def _copy_or_draw(images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]) -> tuple[int, list[str]]:
+    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns their number, and the files that come out dark."""
+    dark = []
     for name, (source, sample_id) in images:
         if isinstance(source, Path):
-            open_rgb(read_image(source, sample_id), max_pixels, f"sample '{sample_id}', image {source}")
-            if links:
-                _link_or_copy(source, folder / name)
+            where = f"sample '{sample_id}', image {source}"
+            data = read_image(source, max_pixels, where, inside=_root_of(source, roots))
+            if is_dark(data, max_pixels, where):
+                dark.append(str(source))
         else:
-            _make_folder((folder / name).parent)
-            (folder / name).write_bytes(source())
-    return [name for name, _ in images]
+            data = source()
+        _make_folder((folder / name).parent)
+        (folder / name).write_bytes(data)
+    return len(images), dark
 
 
-def read_image(path: Path, sample_id: str) -> bytes:
-    """The bytes of an image file; InputError naming file and sample if it cannot be read, or is no plain file and would never end."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InputError(f"sample '{sample_id}': {path} is something else than a file, expected an image")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"sample '{sample_id}': image {path} cannot be read ({error.strerror})") from None
+def _root_of(source: Path, roots: tuple[Path, ...]) -> Path | None:
+    """The innermost of `roots` below which the path lies, as it is written."""
+    return max((root for root in roots if source.is_relative_to(root)), key=lambda root: len(root.parts), default=None)
 
 
 def _make_folder(folder: Path) -> None:
@@ -197,9 +213,10 @@ def _make_folder(folder: Path) -> None:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
+    """For a part's own files, which are removed afterwards: a merge that dies leaves them as they were."""
     _make_folder(target.parent)
     try:
-        os.link(source.resolve() if source.is_symlink() else source, target)
+        os.link(source, target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
             raise

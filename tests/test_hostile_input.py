@@ -26,12 +26,12 @@ from tests.train.test_checkpoint import Net, save
 from vltrain.check.receipt import RECEIPT, read_receipt
 from vltrain.config import Config
 from vltrain.data.conversation import TEMPLATES, encode_prompt, encode_sample
-from vltrain.data.images import decode_image
+from vltrain.data.images import decode_image, read_image
 from vltrain.data.shards import read_manifest
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.evaluate.predictions import read_predictions
-from vltrain.evaluate.samples import read_image, read_samples
+from vltrain.evaluate.samples import read_samples
 from vltrain.recipe import build_config, dump_config, read_recipe
 from vltrain.schema import Sample
 from vltrain.train import checkpoint as checkpoints
@@ -159,7 +159,7 @@ def test_an_image_that_would_never_end_is_refused(tmp_path):
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "device.png"):
         with pytest.raises(InputError, match="something else than a file"):
-            read_image(tmp_path, name)
+            read_image(tmp_path / name, 10**6, name, inside=tmp_path)
 
 
 @pytest.fixture(scope="module")

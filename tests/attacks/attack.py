@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -161,7 +162,7 @@ def _in_a_process(words: list[str], env: dict[str, str | None]) -> tuple[int, st
 
 def _in_here(words: list[str], env: dict[str, str | None]) -> tuple[int, str]:
     out, err = io.StringIO(), io.StringIO()
-    with _environment(env), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _bounded():
+    with _environment(env), _logged_to(err), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _bounded():
         try:
             code = vltrain(words)
         except SystemExit as ended:
@@ -171,6 +172,18 @@ def _in_here(words: list[str], env: dict[str, str | None]) -> tuple[int, str]:
         except Exception as error:
             raise AttackFailed("traceback", f"{type(error).__name__}: {error}") from error
     return code, f"{out.getvalue()}\n{err.getvalue()}"
+
+
+@contextlib.contextmanager
+def _logged_to(stream: io.StringIO) -> Iterator[None]:
+    """Warnings reach stderr as they do in a process of its own, whoever has set up logging in this one."""
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 @contextlib.contextmanager

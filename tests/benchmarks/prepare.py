@@ -11,6 +11,7 @@ Wants: bash launch/setup_env.sh --with bench,quickstart.
 from __future__ import annotations
 
 import io
+import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -104,7 +105,7 @@ def excerpt(folder: Path, questions: int) -> Path:
         records = list(islice(records, questions)) + (records[-questions:] if part == "train" else [])
         (folder / part / "questions.json").write_text(json.dumps(records))
         for image in {record[2] for record in records}:
-            (folder / part / "images" / f"{image}.png").symlink_to(source / part / "images" / f"{image}.png")
+            shutil.copyfile(source / part / "images" / f"{image}.png", folder / part / "images" / f"{image}.png")
     return folder
 
 

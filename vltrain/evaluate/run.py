@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from vltrain.config import Config
 from vltrain.data.conversation import encode_prompt, stop_ids
-from vltrain.data.images import open_rgb
+from vltrain.data.images import open_rgb, read_image
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.evaluate.candidates import BlipCandidates, MultimodalCandidates
 from vltrain.evaluate.gallery import write_gallery
 from vltrain.evaluate.generate import Sampling, Sync, alone, generate
 from vltrain.evaluate.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.report import find_scorer, score_samples, write_report
-from vltrain.evaluate.samples import deal, image_loader, read_image, read_samples, thin_out
+from vltrain.evaluate.samples import deal, image_loader, read_samples, thin_out
 from vltrain.evaluate.scoring import Report
 from vltrain.models.build import AnyModel
 from vltrain.models.qformer import InstructBlip
@@ -170,10 +170,10 @@ def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: 
             writer.add_scalar(f"eval/{split}/{report.measure}_by/{name}", tally.accuracy, step)
     writer.add_text(f"eval/{split}/table", report.to_markdown(), step)
     shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
-    cards = []
+    cards, limit = [], config.data.max_image_pixels
     for number in shown:
         names = samples[number].images
-        images = [open_rgb(read_image(image_folder, name), config.data.max_image_pixels, str(image_folder / name)) for name in names]
+        images = [open_rgb(read_image(path, limit, str(path), inside=image_folder), limit, str(path)) for path in (image_folder / name for name in names)]
         cards.append((report.answers[number], images))
     write_gallery(writer, f"eval/{split}", cards, step)
     for name, value in report.figures.items():

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from vltrain.data.images import decode_image
+from vltrain.data.images import decode_image, read_image
 from vltrain.errors import InputError
 from vltrain.schema import Sample
 
@@ -58,14 +58,9 @@ def deal(samples: list[Sample], rank: int, world_size: int) -> list[int]:
 
 def image_loader(folder: Path, image_size: int, max_pixels: int) -> Callable[[str], np.ndarray]:
     """name -> uint8 [3, image_size, image_size] of the image file of that name in `folder`."""
-    return lambda name: decode_image(read_image(folder, name), image_size, max_pixels, str(folder / name))
 
+    def load(name: str) -> np.ndarray:
+        where = str(folder / name)
+        return decode_image(read_image(folder / name, max_pixels, where, inside=folder), image_size, max_pixels, where)
 
-def read_image(folder: Path, name: str) -> bytes:
-    """The bytes of an image file. Raises InputError naming it, also for what is no plain file and would never end."""
-    if not (folder / name).is_file() and (folder / name).exists():
-        raise InputError(f"{folder / name}: found something else than a file, expected an image")
-    try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        raise InputError(f"{folder / name}: the image cannot be read ({error.strerror})") from None
+    return load
