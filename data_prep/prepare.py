@@ -29,6 +29,7 @@ from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.sources import SOURCES
 from data_prep.sources.raw import ImageSource
+from data_prep.splits import SplitOverlap
 from vltrain.config import DataConfig
 from vltrain.data.folder import new_folder
 from vltrain.data.images import DARK, is_dark, read_image
@@ -49,6 +50,7 @@ Named = tuple[str, tuple[ImageSource, str]]
 logger = logging.getLogger(__name__)
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -156,6 +158,7 @@ def _write_samples(
     """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each image when it first comes."""
     sources: dict[str, ImageSource] = {}
     seen: set[str] = set()
+    overlap = SplitOverlap()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
         for raw in tqdm(SOURCES[source](input, options or {}), desc="samples", unit="sample", disable=None):
@@ -173,11 +176,14 @@ def _write_samples(
             counts[raw.split] += 1
             if folder is None:
                 continue
+            overlap.add(raw.split, sample, names)
             if raw.split not in files:
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
             files[raw.split].write(_as_json({**sample.to_json(), "images": names}) + "\n")
     if not counts:
         raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
+    for line in overlap.lines(sources):
+        logger.warning("source '%s': %s", source, line)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -1,7 +1,8 @@
 """easy-VQA: 5,000 generated 64 x 64 images of one coloured shape, 48,248 questions with one-word answers (MIT; Victor Zhou, 2019).
 
-The data set is the installed `easy-vqa` package itself. Its test questions stay the test split; the questions of its last 200 training
-images are held out as the split `val`, by image, so that no image of val is trained on.
+The data set is the installed `easy-vqa` package itself. Its test questions stay the test split; the questions of its last
+`val_images` training images are held out as the split `val`, by image, so that no image of val is trained on; one that equals an
+earlier image is trained on as that one is.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample, read_json
+from data_prep.splits import same_images
 from vltrain.errors import InputError
 from vltrain.locate import locate
+from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
-VAL_IMAGES = 200
+DEFAULTS = {"val_images": 200}
 SHAPES = ("circle", "rectangle", "triangle")
 
 
@@ -25,21 +28,21 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: a folder with `train/` and `test/`, each with `questions.json` and `images/N.png`; None: the installed package's data.
-        options: none.
+        options: `val_images` (200), 0 for none.
 
     Raises:
-        InputError: files missing or not as expected, named with the question's number.
+        InputError: files missing or not as expected, named with the question's number; `val_images` that leaves nothing to train on.
     """
-    settle("easyvqa", options, {})
+    num_val = settle("easyvqa", options, DEFAULTS, {"val_images": Range(0, MOST_STEPS)})["val_images"]
     root = Path(locate("package://easy_vqa/data")) if input is None else input
     for part in ("train", "test"):
         path = root / part / "questions.json"
         records = read_json(path)
         images = [_image_number(record, path, number) for number, record in enumerate(records)]
         files = {image: root / part / "images" / f"{image}.png" for image in set(images)}
-        first_held_out = max(images, default=0) + 1 - VAL_IMAGES if part == "train" else None
+        held_out = _held_out(files, num_val, path) if part == "train" else set()
         for number, (question, answer, image) in enumerate(records):
-            split = "val" if first_held_out is not None and image >= first_held_out else part
+            split = "val" if image in held_out else part
             yield RawSample(
                 split=split,
                 sample=Sample(
@@ -53,6 +56,18 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
                 ),
                 image_sources=(files[image],),
             )
+
+
+def _held_out(files: dict[int, Path], num_val: int, path: Path) -> set[int]:
+    """The numbers of the images of `val`."""
+    first_held_out = max(files, default=0) + 1 - num_val
+    numbers = sorted(files)
+    alike = same_images([files[number] for number in numbers])
+    held_out = {number for number, first in zip(numbers, alike, strict=True) if numbers[first] >= first_held_out}
+    if files and len(held_out) == len(files):
+        found = f"found {num_val}, but {path} asks about {len(files)} image(s)"
+        raise InputError(f"source 'easyvqa', option 'val_images': {found}; expected 0 or more, and some left to train on")
+    return held_out
 
 
 def kind_of(question: str, answer: str) -> str:

@@ -5,12 +5,13 @@
     flickr30k-images/          also flickr30k_images/ or images/
 
 Where both are there, Karpathy's is read. The official files alone have no splits: `val_images` and `test_images` are then held out by
-a hash of their names; at 1,000 each 29,783 are left, the paper's numbers.
+a hash of their names, equal files together; at 1,000 each 29,783 are left, the paper's numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, field, image_name, read_json
+from data_prep.splits import same_images
 from vltrain.errors import InputError
 from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
@@ -54,7 +56,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         described = _read_karpathy(input / SPLIT_FILE)
     else:
         captions = _read_tokens(input / TOKEN_FILE)
-        described = _hold_out(captions, settled["val_images"], settled["test_images"], input / TOKEN_FILE)
+        described = _hold_out(captions, settled["val_images"], settled["test_images"], folder, input / TOKEN_FILE)
     for name, split, captions_of_image in described:
         yield from _samples(name, split, captions_of_image, folder, settled)
 
@@ -104,11 +106,23 @@ def _read_tokens(path: Path) -> dict[str, list[str]]:
     return captions
 
 
-def _hold_out(captions: dict[str, list[str]], num_val: int, num_test: int, path: Path) -> Iterator[tuple[str, str, list[str]]]:
+def _hold_out(
+    captions: dict[str, list[str]], num_val: int, num_test: int, folder: Path, path: Path
+) -> Iterator[tuple[str, str, list[str]]]:  # fmt: skip
     if num_val < 0 or num_test < 0 or num_val + num_test >= len(captions):
         found = f"val_images {num_val} and test_images {num_test} of {len(captions)} images"
         raise InputError(f"{path}: {found}; expected 0 or more, and some left to train on")
-    drawn = sorted(captions, key=lambda name: hashlib.sha256(name.encode()).digest())
-    splits = dict.fromkeys(drawn[:num_val], "val") | dict.fromkeys(drawn[num_val : num_val + num_test], "test")
+    names, alike = list(captions), defaultdict(list)
+    for name, first in zip(names, same_images([folder / name for name in names]), strict=True):
+        alike[names[first]].append(name)
+    splits: dict[str, str] = {}
+    wanted = {"val": num_val, "test": num_test}
+    for first in sorted(alike, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        split = next((split for split, left in wanted.items() if len(alike[first]) <= left), "train")
+        splits.update(dict.fromkeys(alike[first], split))
+        wanted[split] = wanted.get(split, 0) - len(alike[first])
+    if wanted["val"] > 0 or wanted["test"] > 0 or "train" not in splits.values():
+        found = f"val_images {num_val} and test_images {num_test} of {len(captions)} images, of which {len(alike)} differ"
+        raise InputError(f"{path}: {found}; equal images go into one split: expected fewer held out, or images that differ")
     for name, captions_of_image in captions.items():
-        yield name, splits.get(name, "train"), captions_of_image
+        yield name, splits[name], captions_of_image

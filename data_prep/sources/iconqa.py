@@ -8,7 +8,7 @@ Official layout, in the given folder or in its `iconqa_data`:
     pid2skills.json   {PID: [skill, ...]}; for accuracy by skill
 
 Levels above the question types may be missing. Without a split level and without pid_splits.json, `val_fraction` and `test_fraction` of the
-questions are held out by a hash of their ids.
+questions are held out by image (`data_prep.splits`).
 
 choose_txt: the choices are listed as `(a) x (b) y`, and the answer is the right one, letter and text. choose_img (which the paper's code
 leaves out): each choice is an image of its own and stands behind its letter, and the answer is the letter, `(b)`. A model that takes one
@@ -17,15 +17,16 @@ image only is trained on the other two types (option `ques_types`). fill_in_blan
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import MAX_CHOICES, check_template, lettered, plain
 from data_prep.sources.raw import RawSample, field, read_json, read_object
+from data_prep.splits import FRACTIONS, check_fractions, drawn
 from vltrain.errors import InputError, nearest
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
@@ -46,7 +47,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: see the module.
         options: `ques_types`, a list (all three); `prompt` of questions with choices, with places {question} and {options};
-            `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), see the module.
+            `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), each in [0, 1)
+            and together less than 1, see the module.
 
     Raises:
         InputError: nothing there, an unknown question type, missing or malformed fields, no choices, an answer that is none of them:
@@ -63,6 +65,14 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     held_out = [name for name in ("val_fraction", "test_fraction") if name in options]
     if held_out and (has_splits or splits is not None):
         raise InputError(f"source 'iconqa', option '{held_out[0]}': has no effect: {root} has splits of its own; leave it out")
+    questions = partial(_questions, root, base, has_splits, splits, problems, skills, settled)
+    yield from questions() if has_splits or splits is not None else drawn("iconqa", questions, settled, options)
+
+
+def _questions(
+    root: Path, base: Path, has_splits: bool, splits: Mapping[str, str] | None, problems: Mapping[str, Any], skills: Any, settled: Mapping[str, Any]
+) -> Iterator[RawSample]:  # fmt: skip
+    """All questions; in `train` where neither folders nor `splits` tell the split."""
     for folder, split in _question_folders(root, has_splits, settled["ques_types"]):
         where = f"{folder / 'data.json'}: problem '{folder.name}'"
         if (folder / "data.json").is_file():
@@ -73,19 +83,17 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             raise InputError(f"{where}: no such file, and no problems.json in {base} that tells of it")
         if splits is not None and folder.name not in splits:
             raise InputError(f"{base / 'pid_splits.json'}: problem '{folder.name}' ({folder}) is in none of its splits")
-        split = split or (splits[folder.name] if splits is not None else _draw_split(folder.name, settled))
+        split = split or (splits[folder.name] if splits is not None else "train")
         yield _sample(_checked(record, folder, where), folder, root, split, _skills(skills, folder.name, base), settled)
 
 
 def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
-    settled = settle("iconqa", options, DEFAULTS)
+    settled = settle("iconqa", options, DEFAULTS, FRACTIONS)
     for name in settled["ques_types"]:
         choose("iconqa", "ques_types", name, TYPES)
     check_template("iconqa", "prompt", settled["prompt"], ("question", "options"))
     check_template("iconqa", "open_prompt", settled["open_prompt"], ("question",))
-    fractions = settled["val_fraction"], settled["test_fraction"]
-    if min(fractions) < 0 or sum(fractions) >= 1:
-        raise InputError(f"source 'iconqa': val_fraction and test_fraction: found {fractions}, expected 0 or more and together less than 1")
+    check_fractions("iconqa", settled)
     return settled
 
 
@@ -127,13 +135,6 @@ def _splits_by_pid(path: Path) -> dict[str, str]:
                 if found.setdefault(str(pid), split) != split:
                     raise InputError(f"{path}: problem '{pid}' is in both {found[str(pid)]} and {split}")
     return found
-
-
-def _draw_split(pid: str, settled: Mapping[str, Any]) -> str:
-    share = int.from_bytes(hashlib.sha256(pid.encode()).digest()[:4], "big") / 2**32
-    if share < settled["val_fraction"]:
-        return "val"
-    return "test" if share < settled["val_fraction"] + settled["test_fraction"] else "train"
 
 
 def _skills(skills: Any, pid: str, base: Path) -> list[str]:

@@ -7,15 +7,14 @@ Images are found beside the file, or in the folder that the option `images` name
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample, read_json
+from data_prep.splits import FRACTIONS, drawn
 from vltrain.errors import InputError
-from vltrain.ranges import Range
 from vltrain.schema import Sample, Turn
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -26,23 +25,26 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the JSON file.
-        options: `val_fraction`, the share of samples held out as `val` by a hash of their id (0.02); `images`, a folder.
+        options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by image (`data_prep.splits`):
+            each in [0, 1), together less than 1; `images`, a folder.
 
     Raises:
-        InputError: not such a file, an unknown speaker, a path that leads out of the image folder; markers and images that differ.
+        InputError: not such a file, an unknown speaker, a path that leads out of the image folder; markers and images that differ;
+            fractions as `data_prep.splits.drawn`.
     """
-    settled = settle("llava_json", options, {"val_fraction": 0.02, "images": None}, {"val_fraction": Range(0, 1)})
+    settled = settle("llava_json", options, {"val_fraction": 0.02, "test_fraction": 0.0, "images": None}, FRACTIONS)
     if input is None:
         raise InputError("source 'llava_json' needs --input, the JSON file")
     records = read_json(input)
     if not isinstance(records, list):
         raise InputError(f"{input}: found a {type(records).__name__}, expected a list of conversations")
     folder = Path(settled["images"]) if settled["images"] else input.parent
-    for number, record in enumerate(records):
-        yield _sample(record, f"{input}: record {number}", folder, settled["val_fraction"])
+    yield from drawn(
+        "llava_json", lambda: (_sample(record, f"{input}: record {number}", folder) for number, record in enumerate(records)), settled, options
+    )
 
 
-def _sample(record: Any, where: str, folder: Path, val_fraction: float) -> RawSample:
+def _sample(record: Any, where: str, folder: Path) -> RawSample:
     try:
         name = str(record["id"])
         turns = tuple(Turn(role=ROLES[turn["from"]], text=str(turn["value"])) for turn in record["conversations"])
@@ -56,5 +58,4 @@ def _sample(record: Any, where: str, folder: Path, val_fraction: float) -> RawSa
         sample = Sample(id=name, turns=turns, images=images, metadata={"answer": turns[-1].text if turns else ""})
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    held_out = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < val_fraction * 2**32
-    return RawSample(split="val" if held_out else "train", sample=sample, image_sources=tuple(folder / image for image in images))
+    return RawSample(split="train", sample=sample, image_sources=tuple(folder / image for image in images))

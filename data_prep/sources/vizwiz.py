@@ -3,59 +3,73 @@
     train.json, val.json   [{image, question, answers: [{answer, answer_confidence}] * 10, answer_type, answerable}], also in Annotations/
     train/, val/           the images, also in Images/
 
-test.json has no answers, so nothing can be learned or scored from it: it is left out, and said so.
+test.json has no answers, so nothing can be learned or scored from it: it is left out, and said so. The official val is what figures are
+reported on, so it must not choose the model as well. The splits are therefore
+
+    train, val             train.json; `val`, on which a run is evaluated while it trains, is held out by image (`data_prep.splits`)
+    test                   val.json, whole: figures are comparable with those that others report on the official val
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, field, image_name, read_json
+from data_prep.splits import FRACTIONS, drawn
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
-SPLITS = ("train", "val")
+FILES = ("train", "val")
+DEFAULTS = {"prompt": "Question: {question} Short answer:", "target": "majority", "unanswerable": "keep", "val_fraction": 0.05}
 CONFIDENCES = ("yes", "maybe", "no")
 
 
 def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
-    """Reads train and val, those of them that are there.
+    """Reads train.json and val.json, those of them that are there, as the splits above.
 
     Args:
         input: the folder of the files above.
         options: `prompt` with the place {question}; `target`, which of the ten answers is learned: the `majority` (of equals the first)
             or the `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave questions out that are marked so, in
-            train only.
+            train only; `val_fraction` (0.05), the share of train.json that is held out as `val`: in [0, 1), 0 for none.
 
     Raises:
         InputError: nothing there, or a missing or malformed field: named with file, number, image and key.
     """
-    settled = settle("vizwiz", options, {"prompt": "Question: {question} Short answer:", "target": "majority", "unanswerable": "keep"})
+    settled = settle("vizwiz", options, DEFAULTS, FRACTIONS)
     check_template("vizwiz", "prompt", settled["prompt"], ("question",))
     choose("vizwiz", "target", settled["target"], ("majority", "first"))
     choose("vizwiz", "unanswerable", settled["unanswerable"], ("keep", "drop"))
     if input is None:
         raise InputError("source 'vizwiz' needs --input, the folder of train.json, val.json and the images")
-    files = {split: _first(input, f"{split}.json", "Annotations") for split in (*SPLITS, "test")}
-    if not any(files[split] for split in SPLITS):
-        raise InputError(f"{input}: found neither {' nor '.join(f'{split}.json' for split in SPLITS)} in it or in its Annotations")
-    for split in SPLITS:
-        if (path := files[split]) is not None:
-            yield from _read_split(path, split, _first(input, split, "Images") or input / split, settled)
+    files = {split: _first(input, f"{split}.json", "Annotations") for split in (*FILES, "test")}
+    if not any(files[name] for name in FILES):
+        raise InputError(f"{input}: found neither {' nor '.join(f'{name}.json' for name in FILES)} in it or in its Annotations")
+    if files["train"] is not None:
+        questions = partial(_read_file, files["train"], "train", _first(input, "train", "Images") or input / "train", settled)
+        for raw in drawn("vizwiz", questions, settled, options):
+            if raw.split != "train" or settled["unanswerable"] == "keep" or raw.sample.metadata["answerable"]:
+                yield raw
+    if files["val"] is not None:
+        for raw in _read_file(files["val"], "val", _first(input, "val", "Images") or input / "val", settled):
+            yield replace(raw, split="test")
     if files["test"] is not None:
-        print(f"{files['test']}: left out, it has no answers")
+        print(f"{files['test']}: left out, it has no answers; the split 'test' is val.json")
 
 
 def _first(input: Path, name: str, folder: str) -> Path | None:
     return next((path for path in (input / name, input / folder / name) if path.exists()), None)
 
 
-def _read_split(path: Path, split: str, images: Path, settled: Mapping[str, Any]) -> Iterator[RawSample]:
+def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) -> Iterator[RawSample]:
+    """The questions of an official file, train.json or val.json (`part`)."""
     records = read_json(path)
     if not isinstance(records, list):
         raise InputError(f"{path}: found a {type(records).__name__}, expected a list of questions")
@@ -66,23 +80,21 @@ def _read_split(path: Path, split: str, images: Path, settled: Mapping[str, Any]
         answerable = field(record, "answerable", int, where)
         if answerable not in (0, 1):
             raise InputError(f"{where}: answerable: found {answerable}, expected 0 or 1")
-        if split == "train" and settled["unanswerable"] == "drop" and not answerable:
-            continue
         question = plain(field(record, "question", str, where))
         texts = [answer for answer in answers if answer]
         target = texts[0] if settled["target"] == "first" else Counter(texts).most_common(1)[0][0]
         sample = Sample(
-            id=f"{split}/{number}",
+            id=f"{part}/{number}",
             turns=(
                 Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt'].format(question=question)}"),
                 Turn(role="assistant", text=target),
             ),
-            images=(f"{split}/{name}",),
+            images=(f"{part}/{name}",),
             metadata={
                 "answer": target, "answers": answers, "answer_type": field(record, "answer_type", str, where), "answerable": answerable,
             },  # fmt: skip
         )
-        yield RawSample(split=split, sample=sample, image_sources=(images / name,))
+        yield RawSample(split=part, sample=sample, image_sources=(images / name,))
 
 
 def _answers(given: list[Any], where: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ BLANK = {"question": "Take (_).", "answer": "7,364", "ques_type": "fill_in_blank
 
 
 def picture(path: Path) -> Path:
+    """One of its own for each name: equal images go into one split."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (6, 4), "red").save(path)
+    Image.new("RGB", (6, 4), f"#{zlib.crc32('/'.join(path.parts[-2:]).encode()) & 0xFFFFFF:06x}").save(path)
     return path
 
 
@@ -101,7 +103,7 @@ def test_iconqa_without_any_splits_is_held_out_by_a_hash(tmp_path):
         question(tmp_path, str(number), TXT)
     found = {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()}
     assert found == {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()} and set(found.values()) == {"train", "val", "test"}
-    more = {pid: split for pid, (split, _) in read("iconqa", tmp_path, val_fraction="0.5", test_fraction=0.5 - 1e-9).items()}
+    more = {pid: split for pid, (split, _) in read("iconqa", tmp_path, val_fraction="0.5", test_fraction=0.3).items()}
     assert 15 <= list(more.values()).count("val") <= 45 and all(more[pid] == "val" for pid, split in found.items() if split == "val")
 
 
@@ -271,10 +273,10 @@ def test_vizwiz_learns_what_most_people_say(tmp_path, capsys):
     split, sample = found["train/0"]
     assert split == "train" and len(sample.metadata["answers"]) == 10
     assert texts(sample) == ["<image>\nQuestion: What is this? Short answer:", "cup"]
-    assert found["val/0"][1].metadata == {
+    assert found["val/0"][0] == "test" and found["val/0"][1].metadata == {
         "answer": "unanswerable", "answers": ["unanswerable"] * 10, "answer_type": "unanswerable", "answerable": 0,
     }  # fmt: skip
-    assert prepare("vizwiz", raw, tmp_path / "out") == {"train": 1, "val": 1}
+    assert prepare("vizwiz", raw, tmp_path / "out") == {"train": 1, "test": 1}
 
 
 def test_vizwiz_options(tmp_path):

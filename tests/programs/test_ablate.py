@@ -38,11 +38,12 @@ def nested(settings: dict) -> dict:
 
 @pytest.fixture
 def table(tmp_path) -> Path:
-    """A table of two rows of the tiny random model, with questions about one red picture to learn from."""
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
+    """A table of two rows of the tiny random model, with questions about red pictures to learn from."""
+    for number in range(60):
+        Image.new("RGB", (20, 10), (255, number, 0)).save(tmp_path / f"{number}.png")
     asked = {"from": "human", "value": "<image>\nred?"}
     talks = [
-        {"id": f"s{number}", "image": "a.png", "conversations": [asked, {"from": "gpt", "value": answer}]}
+        {"id": f"s{number}", "image": f"{number}.png", "conversations": [asked, {"from": "gpt", "value": answer}]}
         for number, answer in enumerate(["yes", "no"] * 30)
     ]
     (tmp_path / "talks.json").write_text(json.dumps(talks))
