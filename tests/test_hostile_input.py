@@ -23,6 +23,7 @@ from PIL import Image
 from data_prep.sources import SOURCES
 from tests.support.vocabularies import make_sentencepiece, make_transformers
 from tests.train.test_checkpoint import Net, save
+from vltrain.check.manifest import dumps, sha256_of
 from vltrain.check.receipt import RECEIPT, read_receipt
 from vltrain.config import Config
 from vltrain.data.conversation import TEMPLATES, encode_prompt, encode_sample
@@ -34,7 +35,6 @@ from vltrain.evaluate.predictions import read_predictions
 from vltrain.evaluate.samples import read_samples
 from vltrain.recipe import build_config, dump_config, read_recipe
 from vltrain.schema import Sample
-from vltrain.train import checkpoint as checkpoints
 from vltrain.train.checkpoint import open_checkpoint
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 
@@ -256,8 +256,8 @@ def test_a_pickle_in_a_checkpoint_is_never_run(tmp_path):
     manifest = json.loads((path / "checkpoint.json").read_text())
     manifest.pop("sha256")
     (path / "weights-00001.safetensors").write_bytes(bomb)
-    manifest["files"]["weights-00001.safetensors"] = {"bytes": len(bomb), "sha256": checkpoints._sha256(path / "weights-00001.safetensors")}
-    (path / "checkpoint.json").write_text(checkpoints._dumps(manifest))
+    manifest["files"]["weights-00001.safetensors"] = {"bytes": len(bomb), "sha256": sha256_of(path / "weights-00001.safetensors")}
+    (path / "checkpoint.json").write_text(dumps(manifest))
     with pytest.raises(InputError):
         dict(open_checkpoint(path).weights())
     assert not ran.exists()

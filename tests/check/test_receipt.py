@@ -2,17 +2,21 @@
 
 import json
 import random
+import re
 from dataclasses import asdict, replace
 
 import pytest
 
 from tests.support.tiny import make_segments, write_packs
+from tests.train.test_checkpoint import Net, flipped_byte, newer_format, state_of
 from vltrain.check.receipt import RECEIPT, Header, ReceiptWriter, fingerprint, pack_fingerprint, read_receipt, samples_text
 from vltrain.check.resume import prove
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.programs.check import main
+from vltrain.recipe import build_config, dump_config
+from vltrain.train.checkpoint import save_checkpoint
 
 PER_STEP, EPOCHS = 3, 2.0
 
@@ -169,3 +173,52 @@ def test_what_is_no_receipt_is_refused(tmp_path, text):
     (tmp_path / RECEIPT).write_bytes(text)
     with pytest.raises(InputError, match="line 1"):
         read_receipt(tmp_path / RECEIPT)
+
+
+def saved(packs, folder, steps, until, **run_state):
+    """A run with a receipt of so many steps and a checkpoint after `until` of them. Returns that checkpoint's folder."""
+    head = write(packs, folder, range(until))
+    write(packs, folder, range(until, steps), head=head, first_step=until)
+    (folder / "config.yaml").write_text(dump_config(build_config({"train.save_every_steps": 2})))
+    state = {"receipt": head, "run": "r" * 64, **run_state}
+    return save_checkpoint(state_of(Net()), folder / "checkpoints", step=until, belongs_to={}, keep=2, is_writer=True, run_state=state)
+
+
+def cut_to(folder, num_steps):
+    lines = (folder / RECEIPT).read_text().splitlines(keepends=True)
+    (folder / RECEIPT).write_text("".join(lines[: 1 + num_steps]))
+
+
+def test_a_receipt_that_ends_where_its_checkpoint_does_is_proven(packs, tmp_path):
+    saved(packs, tmp_path / "finished", 5, 5)
+    assert "end: step-00000005 holds its chain" in prove(tmp_path / "finished", None).facts
+    saved(packs, tmp_path / "killed", 5, 3)
+    proof = prove(tmp_path / "killed", None)
+    assert proof.failures == [] and "2 step(s) after it are not saved" in proof.facts[-1]
+    write(packs, tmp_path / "alone", range(5))
+    assert "end: no checkpoint to compare it with" in prove(tmp_path / "alone", None).facts
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda run, path: cut_to(run, 3), "steps 0 to 3, .*step-00000005 has 5 behind it"),
+        (lambda run, path: cut_to(run, 0), "steps 0 to 0"),
+        (lambda run, path: (run / RECEIPT).write_text((run / RECEIPT).read_text()[:-9]), "steps 0 to 4"),
+        (lambda run, path: flipped_byte(path), "none of its checkpoints can be used: .*SHA-256"),
+        (lambda run, path: newer_format(path), "none of its checkpoints can be used: .*format 2"),
+    ],
+)
+def test_a_finished_run_with_less_than_its_steps_fails(packs, tmp_path, spoil, told, capsys):
+    spoil(tmp_path / "run", saved(packs, tmp_path / "run", 5, 5))
+    assert main(["resume", str(tmp_path / "run")]) == 1
+    assert re.search(f"FAILED  .*{told}", capsys.readouterr().out)
+
+
+def test_checkpoints_that_are_not_the_receipts_fail(packs, tmp_path):
+    saved(packs, tmp_path / "behind", 5, 2)  # it saves every two steps: one of step 4 was there
+    saved(packs, tmp_path / "other", 5, 5, receipt="0" * 64)
+    saved(packs, tmp_path / "foreign", 5, 5, run="s" * 64)
+    for name, told in (("behind", "newest usable checkpoint is of step 2"), ("other", "after 5 step"), ("foreign", "receipt of another run")):
+        (failure,) = prove(tmp_path / name, None).failures
+        assert told in failure

@@ -15,7 +15,7 @@ from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.train import checkpoint as checkpoints
 from vltrain.train.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
-from vltrain.train.retention import pointed
+from vltrain.check.manifest import dumps, pointed
 
 CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir")
 
@@ -142,7 +142,7 @@ def rewrite(path: Path, change) -> None:
     manifest = json.loads((path / "checkpoint.json").read_text())
     manifest.pop("sha256")
     change(manifest)
-    (path / "checkpoint.json").write_text(checkpoints._dumps(manifest))
+    (path / "checkpoint.json").write_text(dumps(manifest))
 
 
 def test_a_link_in_a_checkpoint_is_refused(tmp_path):
@@ -172,7 +172,7 @@ def test_a_manifest_that_is_a_bomb_is_refused(tmp_path, text):
 
 def test_a_huge_manifest_is_refused_without_reading_it(tmp_path, monkeypatch):
     path = save(Net(), tmp_path, 1)
-    monkeypatch.setattr(checkpoints, "MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("vltrain.check.manifest.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(InputError, match="larger than 100 bytes"):
         open_checkpoint(path)
 

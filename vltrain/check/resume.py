@@ -3,7 +3,8 @@
     1. the chain is whole, and each step follows the one before
     2. the samples of each step, as the ranks saw them, are those that the plan gives it, and so are its label tokens
     3. the plan deals each pack once per pass, and no sample is in two packs: so each sample was seen once per pass
-    4. beside another run's receipt: the same samples in the same steps, and the same losses
+    4. the receipt reaches the newest checkpoint, which holds its chain, and goes no further beyond it than a run that was cut off does
+    5. beside another run's receipt: the same samples in the same steps, and the same losses
 
 What this gives up: it proves what the ranks were given, not what the arithmetic made of it; for that there are the losses.
 """
@@ -18,10 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
+from vltrain.check.manifest import Manifest, checksum, newest_in, read_manifest, verify_files
 from vltrain.check.receipt import RECEIPT, Receipt, fingerprint, read_receipt, samples_text
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
+from vltrain.older_runs import complete
+from vltrain.recipe import read_recipe
+
+RUN_ID = "run"  # in a checkpoint's run_state: the receipt's `Header.run`
 
 
 @dataclass(kw_only=True)
@@ -68,6 +74,7 @@ def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: f
         more = " ..." if len(skipped) > 8 else ""
         proof.facts.append(f"skipped: the update of step(s) {', '.join(skipped[:8])}{more} (quarantine.jsonl)")
     _passes(proof, receipt, plan, dataset)
+    _end(proof, receipt, run)
     if other is not None:
         _compare(proof, receipt, read_receipt(other / RECEIPT), tolerance)
     return proof
@@ -117,6 +124,47 @@ def _passes(proof: Proof, receipt: Receipt, plan: Plan, dataset: PackedDataset) 
             f"pass {epoch}: pack {int(twice[0])} was trained on {int(seen[twice[0]])} times" if len(twice) else None,
             f"pass {epoch}: {once:,} of {int(num_samples.sum()):,} samples once{done}",
         )
+
+
+def _end(proof: Proof, receipt: Receipt, run: Path) -> None:
+    """Compares where the receipt ends with the newest checkpoint, which is read whole."""
+    try:
+        newest = newest_in(run / "checkpoints", _verified)
+    except InputError as error:
+        proof.failures.append(str(error))
+        return
+    if newest is None:
+        proof.facts.append("end: no checkpoint to compare it with")
+        return
+    first, reached, step = receipt.header.first_step, receipt.header.first_step + len(receipt.lines), newest.step
+    found, head = receipt.chain_at(step), newest.run_state.get("receipt")
+    failure = None
+    if newest.run_state.get(RUN_ID, checksum(newest.belongs_to)) != receipt.header.run:
+        failure = f"{receipt.path} is the receipt of another run than {newest.path}"
+    elif not first <= step <= reached:
+        failure = f"the receipt holds steps {first} to {reached}, {newest.path} has {step} behind it: lines are missing, or it is of another time"
+    elif head is not None and head != found:
+        failure = f"after {step} step(s) its chain is {found[:12] if found else found}..., {newest.path} says {head[:12]}...: one of them was changed"
+    elif reached - step > _unsaved_steps(run):
+        failure = f"{reached} steps, but the newest usable checkpoint is of step {step}: later ones were removed or are damaged"
+    ahead = f"; {reached - step} step(s) after it are not saved, and will be done again" if reached > step else ""
+    proof.add(failure, f"end: {newest.path.name} holds its chain{ahead}")
+
+
+def _verified(path: Path) -> Manifest:
+    manifest = read_manifest(path)
+    verify_files(manifest)
+    return manifest
+
+
+def _unsaved_steps(run: Path) -> float:
+    """How many steps a run that was cut off may have done since its newest checkpoint; without limit where its recipe is not there to say."""
+    try:
+        settings = complete(read_recipe(run / "config.yaml"))
+        # While a save is being written in the background, training goes on until the next one.
+        return settings["train.save_every_steps"] * (2 if settings["train.async_save"] else 1)
+    except (InputError, KeyError):
+        return math.inf
 
 
 def _repeated_sample(dataset: PackedDataset) -> str | None:

@@ -19,7 +19,7 @@ from vltrain.models.build import build_model, outline_model
 from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.train import open_packs
 from vltrain.programs.run_folder import recipe_of
-from vltrain.train.checkpoint import Checkpoint, open_checkpoint
+from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
@@ -43,7 +43,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away
     ds_json = load_ds_json(run / "ds_config.json")
-    checkpoint = newest_until(run / "checkpoints", step)
+    checkpoint = newest_checkpoint(run / "checkpoints", until=step)
     limit_threads(1)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
@@ -62,17 +62,6 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
             return replay_steps(trainer, step)
     finally:
         shutdown_distributed()
-
-
-def newest_until(root: Path, step: int) -> Checkpoint | None:
-    """The newest undamaged checkpoint of at most `step` steps; None where there is none, so that the run begins anew."""
-    for path in sorted(root.glob("step-*"), reverse=True):
-        try:
-            if int(path.name.removeprefix("step-")) <= step:
-                return open_checkpoint(path)
-        except (InputError, ValueError) as error:
-            logger.warning("skipped a checkpoint: %s", error)
-    return None
 
 
 def replay_steps(trainer: Trainer, step: int) -> list[tuple[str, float, int]]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from vltrain.check.manifest import checkpoints_in
 from vltrain.config import Config
 from vltrain.data.conversation import TEMPLATES
 from vltrain.data.shards import PackedDataset, require_match
@@ -119,7 +120,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
     if resume == "auto":
         return newest_checkpoint(root)
     if resume == "never":
-        if any(root.glob("step-*")):
+        if checkpoints_in(root):
             raise InputError(f"{folder}: holds the checkpoints of a run; go on with --resume auto, choose another --output, or remove the folder")
         return None
     return open_checkpoint(Path(resume))

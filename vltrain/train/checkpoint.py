@@ -9,17 +9,15 @@
     checkpoints/best                  with train.keep_best: the name of the one with the best evaluation
 
 Frozen weights are never saved. A checkpoint is written beside its name, flushed to disk, read back and compared, and renamed, so a crash
-or a full disk leaves the older ones as they were; one whose checksums do not match is skipped with a warning. Nothing but safetensors and
+or a full disk leaves the older ones as they were; one that cannot be used (damaged, of another version, not readable) is skipped with a warning,
+and stays (`vltrain.train.retention`); where none can be used, nothing starts anew (`vltrain.check.manifest`). Nothing but safetensors and
 JSON is read, only files that the manifest lists, and no link is followed: a checkpoint from elsewhere can hold wrong numbers, but no
 code.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,20 +27,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from vltrain.check.manifest import FORMAT_VERSION, LATEST, MANIFEST, checkpoint_name, checkpoints_in, dumps, newest_in, read_manifest, sha256_of, verify_files
 from vltrain.errors import InputError
-from vltrain.train.retention import LATEST, checkpoint_name, point, prune, put_in_place, sync
+from vltrain.files.tensors import save_file
+from vltrain.older_runs import ADDED
+from vltrain.train.retention import point, prune, put_in_place, sync
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 SHARD_BYTES = 2 * 1024**3  # of the host memory that a save needs beside the model
-MANIFEST = "checkpoint.json"
 KINDS = ("weights", "optimizer", "extra")
 ADALORA_KEPT = "adalora/kept/"  # of `Checkpoint.extra`, see `vltrain.train.adalora.RankAllocator.state`
-MAX_MANIFEST_BYTES = 16 * 1024**2
-FILE_NAME = re.compile(r"([a-z_]+)-[0-9]{5}\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +47,7 @@ class Checkpoint:
 
     run_state: what the run remembers beside tensors (chain of the receipt, early stopping, ...), as `Trainer.run_state` gave it.
     files: names of the files that the manifest lists.
+    digest: the manifest's own checksum: of two checkpoints with the same one every byte is the same.
     """
 
     path: Path
@@ -58,6 +55,7 @@ class Checkpoint:
     belongs_to: dict[str, Any]
     run_state: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    digest: str = ""
 
     def _files(self, kind: str) -> list[Path]:
         return [self.path / name for name in sorted(self.files) if name.startswith(f"{kind}-")]
@@ -93,6 +91,8 @@ def _tensors(files: list[Path], prefix: str = "") -> Iterator[tuple[str, torch.T
                         yield name, tensors.get_tensor(name)
         except SafetensorError as error:  # the checksums hold, so it was made like that
             raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read any more ({error.strerror or error}); was it removed meanwhile?") from None
 
 
 class CheckpointWriter:
@@ -114,10 +114,7 @@ class CheckpointWriter:
             return
         self._num_shards[kind] += 1
         path = self.folder / f"{kind}-{self._num_shards[kind]:05d}.safetensors"
-        try:
-            save_file(self._pending[kind], path)
-        except SafetensorError as error:  # its way to report a failed write
-            raise OSError(f"{path}: {error}") from error
+        save_file(self._pending[kind], path)
         sync(path)
         _require_written(path, self._pending[kind])
         self._pending[kind] = {}
@@ -126,10 +123,10 @@ class CheckpointWriter:
         """Writes what is pending and the manifest that makes the folder a checkpoint."""
         for kind in KINDS:
             self.flush(kind)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(self.folder.iterdir())}
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(self.folder.iterdir())}
         manifest = {"format": FORMAT_VERSION, "step": step, "belongs_to": belongs_to, "run_state": run_state, "files": files}
         path = self.folder / MANIFEST
-        path.write_text(_dumps(manifest))
+        path.write_text(dumps(manifest))
         sync(path)
         sync(self.folder)
 
@@ -193,61 +190,46 @@ def save_checkpoint(
         for name, tensor in (extra or {}).items():
             writer.add("extra", name, tensor)
         writer.finish(step, belongs_to, run_state or {})
-        put_in_place(partial, final)
+        put_in_place(partial, final, is_whole)
         point(root, LATEST, final.name)
-        prune(root, final, keep, keep_best)
+        prune(root, final, keep, keep_best, is_whole)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        newest = max((path.name for path in root.glob("step-*")), default="none")
+        newest = next((path.name for path in _listed(root)), "none")
         raise InputError(f"{final}: the checkpoint could not be saved ({error}); free some disk space and go on from the newest one ({newest}) with --resume auto") from None
     return final
 
 
+def _listed(root: Path) -> list[Path]:
+    try:
+        return checkpoints_in(root)
+    except InputError:
+        return []
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens and verifies one checkpoint folder. Raises InputError naming what is missing or damaged."""
-    manifest = _read_manifest(path)
-    step, belongs_to, run_state, files = manifest["step"], manifest["belongs_to"], manifest.get("run_state", {}), manifest["files"]
-    for name, expected in files.items():
-        file = path / name
-        if not FILE_NAME.fullmatch(name) or file.is_symlink():
-            raise InputError(f"{path / MANIFEST}: lists {name!r}, expected plain files of the checkpoint's own folder; do not use it")
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected["bytes"]:
-            raise InputError(f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {expected['bytes']} bytes; the checkpoint is damaged")
-        if _sha256(file) != expected["sha256"]:
-            raise InputError(f"{file}: its SHA-256 differs from the manifest's; the checkpoint is damaged")
-    return Checkpoint(path=path, step=step, belongs_to=belongs_to, run_state=run_state, files=tuple(files))
+    manifest = read_manifest(path)
+    verify_files(manifest)
+    told = {name: getattr(manifest, name) for name in ("path", "step", "belongs_to", "run_state", "digest")}
+    return Checkpoint(**told, files=tuple(manifest.files))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint's folder, its own checksum checked. Raises InputError."""
+def is_whole(path: Path) -> bool:
+    """Whether `open_checkpoint` takes a folder."""
     try:
-        with (path / MANIFEST).open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
-        manifest = json.loads(data)
-        claimed = manifest.pop("sha256")
-        version, *_ = (manifest[key] for key in ("format", "step", "belongs_to", "files"))
-        # Its text, too, is as it was written: `1e-5` for `1E-5` would be the same number, but a damaged file all the same.
-        whole = _checksum(manifest) == claimed and data == _dumps(manifest).encode()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a complete checkpoint ({MANIFEST}: {type(error).__name__}: {error})") from None
-    if not whole:
-        raise InputError(f"{path / MANIFEST}: its checksum does not match its content; the file is damaged")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
-    return manifest
+        open_checkpoint(path)
+    except InputError:
+        return False
+    return True
 
 
-def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest undamaged checkpoint under `root`, or None. Damaged ones are skipped with a warning."""
-    for path in sorted(root.glob("step-*"), reverse=True):
-        try:
-            return open_checkpoint(path)
-        except InputError as error:
-            logger.warning("skipped a checkpoint: %s", error)
-    return None
+def newest_checkpoint(root: Path, until: int | None = None) -> Checkpoint | None:
+    """The newest usable checkpoint under `root`, of no later step than `until`; None where there is none at all.
+
+    Others are skipped with a warning. Raises: InputError where there are checkpoints and none can be used, with the reason for each.
+    """
+    return newest_in(root, open_checkpoint, until)
 
 
 def require_same_run(checkpoint: Checkpoint, belongs_to: dict[str, Any]) -> None:
@@ -260,9 +242,16 @@ def require_same_run(checkpoint: Checkpoint, belongs_to: dict[str, Any]) -> None
 def _differences(saved: Any, now: Any, path: str = "") -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in sorted(saved.keys() | now.keys()):
-            yield from _differences(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
+            here = f"{path}.{key}" if path else key
+            before = {} if isinstance(now.get(key), dict) else _plain(ADDED.get(here))  # of a setting that its version did not know
+            yield from _differences(saved.get(key, before), now.get(key), here)
     elif saved != now:
         yield f"{path} was {saved!r}, is {now!r}"
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a checkpoint."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load_trainable(
@@ -291,17 +280,3 @@ def load_trainable(
     missing = sorted(expected.keys() - found)
     if missing:
         raise InputError(f"{checkpoint.path}: lacks {len(missing)} trained parameter(s), first '{missing[0]}': a checkpoint of another model or recipe")
-
-
-def _dumps(manifest: dict[str, Any]) -> str:
-    """The text of a manifest's file, with its checksum."""
-    return json.dumps({**manifest, "sha256": _checksum(manifest)}, indent=1)
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

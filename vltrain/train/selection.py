@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vltrain.check.manifest import BEST, checkpoint_name, pointed
 from vltrain.errors import InputError
-from vltrain.train.retention import BEST, checkpoint_name, point, pointed
+from vltrain.train.retention import point
 
 logger = logging.getLogger(__name__)
 
