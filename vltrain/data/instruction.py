@@ -10,6 +10,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from vltrain.data.backend import reset_backend, rows_of
+from vltrain.data.tokenizer_files import find_in, read_files, require_agreement
 from vltrain.errors import InputError
 from vltrain.locate import locate
 
@@ -29,7 +31,7 @@ class InstructionSource:
 class InstructionTokenizer:
     """Text to the Q-Former's ids, between the tokens that its tokenizer puts around a text ([CLS] ... [SEP]). Picklable.
 
-    vocab_size   ids are in [0, vocab_size)
+    vocab_size   the largest id and one more
     fingerprint  SHA-256 (hex) over the vocabulary as used, and `max_tokens`
 
     Raises: InputError if there is no fast tokenizer in that place.
@@ -39,21 +41,34 @@ class InstructionTokenizer:
         from transformers import AutoTokenizer  # takes a second to import and only Q-Formers need it
 
         place = locate(source.source)
+        where = f"{place}/{source.subfolder}" if source.subfolder else place
         try:
             self._outer = AutoTokenizer.from_pretrained(place, subfolder=source.subfolder)
         except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
-            where = f"{place}/{source.subfolder}" if source.subfolder else place
             detail = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"{where}: no tokenizer for the Q-Former could be loaded from there ({detail[0]}); see qformer_tokenizer") from None
         if not self._outer.is_fast:
             raise InputError(f"{place}: this tokenizer has no fast (Rust) backend; convert it to tokenizer.json first")
-        self.vocab_size = len(self._outer)
+        reset_backend(self._outer, where)
+        vocabulary = self._outer.get_vocab()
+        files = read_files(where, find_in(place, source.subfolder))
+        require_agreement(files, vocabulary, {"eos": self._outer.eos_token, "bos": self._outer.bos_token})
+        if not set(vocabulary.values()) - set(self._outer.all_special_ids):
+            raise InputError(f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch all of the tokenizer's")
+        self.vocab_size = rows_of(vocabulary, self._outer.added_tokens_decoder)
+        self._unk_id = self._outer.unk_token_id
         self._max_tokens = source.max_tokens
-        facts = [self._outer.get_vocab(), source.max_tokens, [self._ids(text) for text in _PROBES]]
+        facts = [vocabulary, source.max_tokens, [self._ids(text) for text in _PROBES]]
         self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _ids(self, text: str) -> list[int]:
-        return self._outer.backend_tokenizer.encode(text).ids
+        backend = self._outer.backend_tokenizer
+        backend.encode_special_tokens = True  # "[SEP]" in a text stays five characters; those around it are put there all the same
+        return backend.encode(text).ids
+
+    def num_unknown(self, ids: list[int]) -> int:
+        """How many of `ids` stand for what the vocabulary cannot spell."""
+        return 0 if self._unk_id is None else ids.count(self._unk_id)
 
     def encode(self, text: str) -> tuple[list[int], int]:
         """(ids, how many were cut off). What is too long loses tokens in front of its last one, which ends a text."""

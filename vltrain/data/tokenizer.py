@@ -1,7 +1,8 @@
 """One face for sentencepiece models, Hugging Face tokenizers and GGUF files.
 
-A LLaMA `tokenizer.model` goes to sentencepiece directly: that is the vocabulary's own implementation, and it never turns text
-into a control token. Everything else goes through transformers. What this gives up: tokenizers without a fast (Rust) backend.
+A bare LLaMA `tokenizer.model` goes to sentencepiece directly: that is the vocabulary's own implementation, and it never turns text
+into a control token. Everything else goes through transformers, also a `tokenizer.model` whose folder holds files that say more than it
+(`vltrain.data.tokenizer_files`). Trade-off: tokenizers without a fast (Rust) backend are refused.
 
 The fingerprint covers the vocabulary, the merges and the ids of probe texts, so that shards packed with one tokenizer
 are refused by a model that has another, wherever the two were loaded from.
@@ -17,7 +18,9 @@ from typing import Any
 
 import sentencepiece
 
+from vltrain.data.backend import make_special, reset_backend, rows_of
 from vltrain.data.instruction import InstructionSource, InstructionTokenizer
+from vltrain.data.tokenizer_files import JSON, KNOWN_FILES, MODEL, TokenizerFiles, default_template, find_in, read_files, require_agreement
 from vltrain.errors import InputError
 from vltrain.locate import locate
 
@@ -33,7 +36,9 @@ class Tokenizer(ABC):
 
     bos_id         id put in front of a sequence, or None where the vocabulary has none
     eos_id         id that ends an answer
-    vocab_size     ids are in [0, vocab_size)
+    end_ids        further ids after which the model's own generation_config ends an answer
+    unk_id         id of what the vocabulary cannot spell, or None where it spells everything or drops it
+    vocab_size     the largest id and one more: rows that a table for these ids has; there may be gaps below
     special_ids    control tokens; text never becomes one of them
     chat_template  Jinja source, or None
     word_prefix    "" where a text's first word is tokenised like a later word (LLaMA), else " "
@@ -45,6 +50,8 @@ class Tokenizer(ABC):
     eos_id: int
     vocab_size: int
     special_ids: frozenset[int]
+    end_ids: tuple[int, ...] = ()
+    unk_id: int | None = None
     chat_template: str | None = None
     word_prefix: str = ""
     fingerprint: str = ""
@@ -73,28 +80,28 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens left out."""
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The chat template's text for `messages` (role, content)."""
+    @abstractmethod
+    def unknown_parts(self, text: str) -> list[str]:
+        """The parts of `text` that become the unknown token, in order."""
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """The chat template's text for `messages` (role, content), the same on every day."""
         raise InputError("this tokenizer has no chat template; use template 'mmt' or a tokenizer that brings one")
 
-    def _settle(self, vocabulary: Any) -> None:
-        """Derives `word_prefix` and `fingerprint` once encoding works; `vocabulary` is what JSON can hold."""
+    def _settle(self, vocabulary: Any, chat_template: Any = None) -> None:
+        """Derives `word_prefix` and `fingerprint` once encoding works; `vocabulary` and the templates are what JSON can hold."""
         self._known = {}
         self.word_prefix = "" if self.encode("x a") == self.encode("x") + self.encode("a") else " "
         probes = [self.encode(text) for text in _PROBES]
-        facts = [vocabulary, self.bos_id, self.eos_id, self.chat_template, probes]
+        facts = [vocabulary, self.bos_id, self.eos_id, chat_template, probes]
         self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A `tokenizer.model` file, read by sentencepiece."""
+    """A `tokenizer.model` file as a SentencePieceProcessor. `end_ids`: of the generation_config.json beside it."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        model = self._model
+    def __init__(self, path: Path, model: Any, end_ids: tuple[int, ...] = ()) -> None:
+        self._model = model
         if model.eos_id() < 0:
             raise InputError(f"{path}: the vocabulary has no end-of-sequence token; answers could never end")
         self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
@@ -103,6 +110,8 @@ class SentencePieceTokenizer(Tokenizer):
         every_id = list(range(self.vocab_size))
         controls = zip(every_id, model.is_control(every_id), model.is_unknown(every_id), strict=True)
         self.special_ids = frozenset(piece for piece, control, unknown in controls if control or unknown)
+        self.unk_id = model.unk_id()
+        self.end_ids = _checked_ends(end_ids, str(path.parent), self.special_ids, self.vocab_size)
         self._settle([model.id_to_piece(every_id), model.get_score(every_id)])
 
     def _encode(self, text: str) -> list[int]:
@@ -114,31 +123,49 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([int(one) for one in ids])
 
+    def unknown_parts(self, text: str) -> list[str]:
+        pieces = self._model.encode(text, out_type="immutable_proto").pieces
+        return [piece.surface for piece in pieces if piece.id == self.unk_id]
+
 
 class TransformersTokenizer(Tokenizer):
-    """Any fast tokenizer that transformers can load, GGUF files included."""
+    """Any fast tokenizer that transformers can load, GGUF files included. `files`: what its folder's files say, checked against it."""
 
-    def __init__(self, name: str, gguf_file: str | None = None) -> None:
+    def __init__(self, name: str, gguf_file: str | None = None, files: TokenizerFiles | None = None) -> None:
         from transformers import AutoTokenizer  # takes a second to import and is not needed for sentencepiece
 
+        where = f"{name}/{gguf_file}" if gguf_file else name
         try:
             self._outer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
         except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
-            name = f"{name}/{gguf_file}" if gguf_file else name
             detail = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{name}: no tokenizer could be loaded from there ({detail[0]})") from None
+            raise InputError(f"{where}: no tokenizer could be loaded from there ({detail[0]})") from None
         if not self._outer.is_fast:
-            raise InputError(f"{name}: this tokenizer has no fast (Rust) backend; convert it to tokenizer.json first")
+            raise InputError(f"{where}: this tokenizer has no fast (Rust) backend; convert it to tokenizer.json first")
         if self._outer.eos_token_id is None:
-            raise InputError(f"{name}: the tokenizer has no end-of-sequence token; answers could never end")
+            raise InputError(f"{where}: the tokenizer has no end-of-sequence token; answers could never end")
+        if files is None and gguf_file is None:
+            files = read_files(name, find_in(name))
+        reset_backend(self._outer, where)
+        vocabulary, added = self._outer.get_vocab(), self._outer.added_tokens_decoder
+        if files is not None:
+            require_agreement(files, vocabulary, {"eos": self._outer.eos_token, "bos": self._outer.bos_token})
         self.bos_id = self._outer.bos_token_id
         self.eos_id = self._outer.eos_token_id
-        self.vocab_size = len(self._outer)
-        added = self._outer.added_tokens_decoder.items()
-        self.special_ids = frozenset([*self._outer.all_special_ids, *(number for number, token in added if token.special)])
-        self.chat_template = self._outer.chat_template
-        merges = json.loads(self._outer.backend_tokenizer.to_str())["model"].get("merges", [])
-        self._settle([self._outer.get_vocab(), merges])
+        self.vocab_size = rows_of(vocabulary, added)
+        special = frozenset([*self._outer.all_special_ids, *(number for number, token in added.items() if token.special)])
+        if not set(vocabulary.values()) - special:
+            raise InputError(f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch all of the tokenizer's")
+        self.end_ids = _checked_ends(() if files is None else files.end_ids, where, special | added.keys(), self.vocab_size)
+        make_special(self._outer, [added[number].content for number in self.end_ids if number in added])
+        self.special_ids = special | frozenset(self.end_ids)
+        saved_template = self._outer.chat_template
+        self.chat_template = default_template(saved_template, where)
+        if files is not None and (by_files := files.chat_template()) is not None and self.chat_template is None:
+            saved_template = self.chat_template = by_files
+        model = json.loads(self._outer.backend_tokenizer.to_str())["model"]
+        self.unk_id = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token") or "")
+        self._settle([vocabulary, model.get("merges", [])], saved_template)
 
     def _encode(self, text: str) -> list[int]:
         backend = self._outer.backend_tokenizer
@@ -151,25 +178,61 @@ class TransformersTokenizer(Tokenizer):
         return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._outer.decode([int(one) for one in ids], skip_special_tokens=True)
+        # Not cleaned up, whatever the tokenizer was saved with: "yes ." is not "yes.".
+        return self._outer.decode([int(one) for one in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def unknown_parts(self, text: str) -> list[str]:
+        backend = self._outer.backend_tokenizer
+        backend.encode_special_tokens = True
+        found = backend.encode(text, add_special_tokens=False)
+        return [text[first:last] for number, (first, last) in zip(found.ids, found.offsets, strict=True) if number == self.unk_id]
+
+    @property
+    def backend(self) -> str:
+        """The backend's own JSON."""
+        return self._outer.backend_tokenizer.to_str()
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         if self.chat_template is None:
             return super().render_chat(messages)
+        template = (_SAME_EVERY_DAY if "strftime_now" in self.chat_template else "") + self.chat_template
+        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "chat_template": template}
         try:
-            return self._outer.apply_chat_template(messages, tokenize=False)
+            # Templates of thinking models open a chain of thought unless told otherwise; others know no such word.
+            return self._outer.apply_chat_template(messages, **settings, enable_thinking=False)
         except Exception as error:  # a template is a program, in Jinja's sandbox, and may fail in any way a program can
             raise InputError(f"the tokenizer's chat template refuses these turns: {str(error) or type(error).__name__}") from None
+
+
+# A template that writes the date would train on other tokens than it is evaluated with, tomorrow: its clock stands still, on the date that
+# LLaMA-3's template takes where there is no clock.
+_DATE = {
+    "%-d": "26", "%d": "26", "%e": "26", "%b": "Jul", "%B": "July", "%-m": "7", "%m": "07", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday",
+    "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%j": "208", "%F": "2024-07-26", "%T": "12:00:00",
+}  # fmt: skip
+_SAME_EVERY_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format" + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items()) + " }}{%- endmacro -%}"
+)
+
+
+def _checked_ends(ids: tuple[int, ...], where: str, ends: frozenset[int], rows: int) -> tuple[int, ...]:
+    """The ids by which generation_config.json ends answers. Raises InputError for one that is no special or added token here."""
+    for number in ids:
+        if number not in ends:
+            found = "an ordinary token" if number < rows else f"beyond the vocabulary's {rows} rows"
+            raise InputError(f"{where}: generation_config.json: eos_token_id {number} is {found} of this tokenizer: they are of different models")
+    return ids
 
 
 def load_tokenizer(source: str, instruction: InstructionSource | None = None) -> Tokenizer:
     """Loads the tokenizer at `source`, in any notation of `vltrain.locate`, and with it a Q-Former's, where there is one.
 
-    A `.model` file, or a folder that has `tokenizer.model` and no `tokenizer.json`, is read by sentencepiece; a `.gguf` file by
-    transformers' GGUF reader; anything else by AutoTokenizer.
+    A `.model` file, or a folder with a `tokenizer.model` to which its other files add nothing, is read by sentencepiece; a `.gguf` file by
+    transformers' GGUF reader; anything else by AutoTokenizer, and then all of its files must agree with what that has read.
 
     Raises:
-        InputError: nothing loadable there, no end-of-sequence token, or no fast backend.
+        InputError: nothing loadable there, files that are missing, broken or contradict each other, tokens drawn at random, no
+            end-of-sequence token, or no fast backend.
     """
     tokenizer = _load(locate(source))
     if instruction is not None:
@@ -181,10 +244,30 @@ def load_tokenizer(source: str, instruction: InstructionSource | None = None) ->
 
 def _load(place: str) -> Tokenizer:
     path = Path(place)
-    if path.is_dir() and (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model")
-    if path.is_file() and path.suffix == ".model":
-        return SentencePieceTokenizer(path)
     if path.is_file() and path.suffix == ".gguf":
         return TransformersTokenizer(str(path.parent), gguf_file=path.name)
-    return TransformersTokenizer(str(path.parent) if path.is_file() else place)
+    if path.is_file() and path.suffix == ".model":
+        files = read_files(str(path.parent), find_in(str(path.parent))) if path.name == MODEL else None
+        model = _open_model(path)
+        if files is not None and (more := files.says_more_than(model)):
+            raise InputError(f"{path}: is one file of several: {', '.join(more)} beside it says more of this tokenizer; name the folder, {path.parent}")
+        return SentencePieceTokenizer(path, model, files.end_ids if files is not None else ())
+    if path.is_file():
+        if path.name not in KNOWN_FILES:
+            raise InputError(f"{path}: found a file, expected a tokenizer's folder, its {JSON}, a .model or a .gguf file")
+        path = path.parent
+    if not path.is_dir():
+        return TransformersTokenizer(place)
+    files = read_files(str(path), find_in(str(path)))
+    if files.model is not None and files.json is None:
+        model = _open_model(files.model)
+        if not files.says_more_than(model):
+            return SentencePieceTokenizer(files.model, model, files.end_ids)
+    return TransformersTokenizer(str(path), files=files)
+
+
+def _open_model(path: Path) -> Any:
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
