@@ -25,7 +25,7 @@ from data_prep.parts import Share, add_share_options, finished_parts, is_done, n
 from data_prep.prepare import MAX_IMAGE_PIXELS, tell_dark
 from data_prep.spool import Spool
 from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
-from vltrain.data.conversation import TEMPLATES, find_template
+from vltrain.data.conversation import TEMPLATES, find_template, fingerprint
 from vltrain.data.images import is_dark, read_image
 from vltrain.data.instruction import InstructionSource
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
@@ -81,7 +81,7 @@ def pack(
     workers = usable_cores() if workers is None else workers
     loaded = load_tokenizer(tokenizer, instruction)
     facts = {
-        "tokenizer_fingerprint": loaded.fingerprint, "tokenizer": tokenizer, "template": template, "visual_tokens": visual_tokens,
+        "tokenizer_fingerprint": fingerprint(loaded, template), "tokenizer": tokenizer, "template": template, "visual_tokens": visual_tokens,
         "pack_length": pack_length, "max_images": max_images, "seed": seed,
     }  # fmt: skip
     if share is None:

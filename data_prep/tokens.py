@@ -90,7 +90,7 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, t
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})") from None
         sample = Sample.from_json(record, where)
-        segments.append(encode_sample(sample, tokenizer, template, visual_tokens))
+        segments.append(encode_sample(sample, tokenizer, template, visual_tokens, askable=True))
     return Tokens(
         ids=[segment.sample_id for segment in segments],
         images=[segment.images for segment in segments],

@@ -6,48 +6,33 @@ Template `mmt` is the input of Eq. 4 of "Multimodal Model Tuning with the Bottle
     [u_m] [BOS] "Image: N/A\\n" prompt                     answer [EOS]
 
 `u_m` is the modality embedding (image or text). Template `chat` keeps the tokenizer's own chat template, with the images
-written into the user's text as above. Loss lies on the answers and on the token that ends each of them.
+written into the user's text as above (`vltrain.data.chat`). Loss lies on the answers and on the token that ends each of them.
 
 Templates `instructblip` (LLaMA) and `instructblip_t5` are what InstructBLIP was trained on; the prompt goes to its Q-Former, too:
 
     [V visual tokens] [BOS] prompt   answer [EOS]        T5: no BOS, the prompt ends with EOS, and the decoder predicts the answer
 
-Every piece of text between placeholders, turns and markup is tokenised by itself. So the ids of a prompt are the same whether an
+But for `chat`, every piece of text between placeholders and turns is tokenised by itself. So the ids of a prompt are the same whether an
 answer follows or not: what is asked when generating is what was trained on. The price is that no token spans two pieces.
-Only markup can become special tokens; a sample's text that spells one stays text.
+A sample's text that spells a special token stays text, with every template.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import re
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from vltrain.data.chat import chat_fingerprint, chat_pieces, chat_stop_ids
+from vltrain.data.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_image
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError, nearest
 from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Segment, Turn
-
-IMAGE_PREFIX = "Image: "
-NO_IMAGE = "Image: N/A\n"
-_MARKER = re.compile(re.escape(IMAGE_MARKER) + r"\n?")
-
-
-class Piece(NamedTuple):
-    """Consecutive tokens that are all predicted or all given.
-
-    `opens_answer` marks the first piece of an answer; the last `num_closing` tokens of the piece end it.
-    """
-
-    ids: list[int]
-    predicted: bool = False
-    opens_answer: bool = False
-    num_closing: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +41,7 @@ class Template:
 
     modality     whether the modality embedding stands in front
     instruction  whether a Q-Former reads the prompt too, by `Tokenizer.instruction`
+    fingerprint  of the tokenizer as the template uses it, SHA-256 (hex): shards that were packed with another one are refused
     padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is predicted, the decoder predicts
     """
 
@@ -64,11 +50,12 @@ class Template:
     modality: bool = True
     instruction: bool = False
     padded: bool = False
+    fingerprint: Callable[[Tokenizer], str] = lambda tokenizer: tokenizer.fingerprint
 
 
 def _user_pieces(text: str, tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
     """A user's text with each image marker as `Image: ` + V placeholders + a line end."""
-    text_parts = _MARKER.split(text)
+    text_parts = MARKER.split(text)
     for number, part in enumerate(text_parts):
         if number > 0:
             yield Piece([IMAGE_TOKEN] * visual_tokens)
@@ -79,18 +66,11 @@ def _user_pieces(text: str, tokenizer: Tokenizer, visual_tokens: int) -> Iterato
             yield Piece(tokenizer.encode(part))
 
 
-def _name_missing_image(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """The turns of a sample without image, which says so in front of its first user turn."""
-    if any(IMAGE_MARKER in turn.text for turn in turns):
-        return turns
-    return (Turn(role="user", text=NO_IMAGE + turns[0].text), *turns[1:])
-
-
 def _mmt_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
     if tokenizer.bos_id is not None:
         yield Piece([tokenizer.bos_id])
     before = ""
-    for turn in _name_missing_image(turns):
+    for turn in name_missing_image(turns):
         if turn.role == "user":
             yield from _user_pieces(turn.text, tokenizer, visual_tokens)
         else:
@@ -100,51 +80,9 @@ def _mmt_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: in
         before = turn.text
 
 
-@functools.lru_cache(maxsize=1024)
-def _chat_markup(roles: tuple[str, ...], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What the chat template writes before, between and after the contents of turns by `roles`: len(roles) + 1 texts."""
-    stands = [f"\ue000{number}\ue001" for number in range(len(roles))]
-    rendered = tokenizer.render_chat([{"role": role, "content": stand} for role, stand in zip(roles, stands, strict=True)])
-    markup = []
-    for stand in stands:
-        before, found, rendered = rendered.partition(stand)
-        if not found:
-            raise InputError("the tokenizer's chat template drops or reorders turns; use template 'mmt'")
-        markup.append(before)
-    return (*markup, rendered)
-
-
-def _closing(ids: list[int], tokenizer: Tokenizer) -> int:
-    """How many tokens of the markup after an answer belong to it: up to its first special token."""
-    for number, token in enumerate(ids):
-        if token in tokenizer.special_ids:
-            return number + 1
-    raise InputError("the tokenizer's chat template ends an assistant turn with no special token, so generation could not stop; use 'mmt'")
-
-
-def _chat_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
-    turns = _name_missing_image(turns)
-    opening, *following = _chat_markup(tuple(turn.role for turn in turns), tokenizer)
-    yield Piece(tokenizer.encode_markup(opening))
-    for turn, markup in zip(turns, following, strict=True):
-        ids = tokenizer.encode_markup(markup) if markup else []
-        if turn.role == "user":
-            yield from _user_pieces(turn.text.strip(), tokenizer, visual_tokens)
-            yield Piece(ids)
-            continue
-        closing = _closing(ids, tokenizer)
-        yield Piece([*tokenizer.encode(turn.text.strip()), *ids[:closing]], predicted=True, opens_answer=True, num_closing=closing)
-        yield Piece(ids[closing:])
-
-
-def _chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    ids = tokenizer.encode_markup(_chat_markup(("user", "assistant"), tokenizer)[-1])
-    return tuple(dict.fromkeys((ids[_closing(ids, tokenizer) - 1], tokenizer.eos_id)))
-
-
 def _prompt_text(turns: tuple[Turn, ...]) -> str:
     """What an InstructBLIP is asked: the user's text; its images always stand in front."""
-    return _MARKER.sub("", turns[0].text).strip()
+    return MARKER.sub("", turns[0].text).strip()
 
 
 def _instructblip_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int, *, ends_prompt: bool) -> Iterator[Piece]:
@@ -162,7 +100,7 @@ def _only_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 TEMPLATES: dict[str, Template] = {
     "mmt": Template(pieces=_mmt_pieces, stop_ids=_only_eos),
-    "chat": Template(pieces=_chat_pieces, stop_ids=_chat_stop_ids),
+    "chat": Template(pieces=chat_pieces, stop_ids=chat_stop_ids, fingerprint=chat_fingerprint),
     "instructblip": Template(
         pieces=functools.partial(_instructblip_pieces, ends_prompt=False), stop_ids=_only_eos, modality=False, instruction=True
     ),
@@ -180,20 +118,29 @@ def find_template(name: str) -> Template:
 
 
 def stop_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
-    """Ids after which a generated answer is complete."""
-    return find_template(template).stop_ids(tokenizer)
+    """Ids after which a generated answer is complete: what answers are trained to end with, and what the model was tuned to end them with before."""
+    return tuple(dict.fromkeys((*find_template(template).stop_ids(tokenizer), *tokenizer.end_ids)))
 
 
-def encode_sample(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Segment:
+def fingerprint(tokenizer: Tokenizer, template: str) -> str:
+    """SHA-256 (hex) of the tokenizer as the template uses it: what shards are packed with."""
+    return find_template(template).fingerprint(tokenizer)
+
+
+def encode_sample(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int, askable: bool = False) -> Segment:
     """Tokenises a sample.
 
     Args:
         visual_tokens: V, placeholders per image.
+        askable: raise InputError where an answer's prompt by itself would have other tokens, so that evaluation would ask something else.
 
     Returns:
         A Segment: input_ids int32 [L] with placeholders below zero, loss_mask bool [L].
     """
-    return _join(sample, list(_pieces(sample, tokenizer, template, visual_tokens)), tokenizer, template)
+    pieces = list(_pieces(sample, tokenizer, template, visual_tokens))
+    if askable:
+        _require_askable(sample, pieces, template)
+    return _join(sample, pieces, tokenizer, template)
 
 
 def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Segment:
@@ -202,6 +149,7 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_to
     `loss_mask` [L] is true on earlier answers, as in training.
     """
     pieces = list(_pieces(sample, tokenizer, template, visual_tokens))
+    _require_askable(sample, pieces, template)
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
     return _join(sample, pieces[:last_answer], tokenizer, template)
 
@@ -214,6 +162,7 @@ def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenize
     """
     answered = replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=text)))
     pieces = list(_pieces(answered, tokenizer, template, visual_tokens))
+    _require_askable(sample, pieces, template)
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
     given = [piece._replace(predicted=False) for piece in pieces[:last_answer]]
     ids = pieces[last_answer].ids
@@ -230,6 +179,12 @@ def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: 
         yield from found.pieces(sample.turns, tokenizer, visual_tokens)
     except InputError as error:
         raise InputError(f"sample '{sample.id}', template '{template}': {error}") from None
+
+
+def _require_askable(sample: Sample, pieces: list[Piece], template: str) -> None:
+    fault = next((piece.fault for piece in pieces if piece.fault), None)
+    if fault is not None:
+        raise InputError(f"sample '{sample.id}', template '{template}': {fault}")
 
 
 def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: str) -> Segment:

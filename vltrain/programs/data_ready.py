@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from vltrain.config import Config
+from vltrain.data.conversation import fingerprint
 from vltrain.data.instruction import SUBFOLDER, InstructionSource
 from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def tokenizer_sources(config: Config) -> tuple[str, InstructionSource | None]:
 def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:
     """Where the packs of a recipe are: a folder named after everything that they depend on."""
     data = config.data
-    depends_on = [FORMAT_VERSION, tokenizer.fingerprint, data.template, visual_tokens, data.pack_length, data.max_images]
+    depends_on = [FORMAT_VERSION, fingerprint(tokenizer, data.template), data.template, visual_tokens, data.pack_length, data.max_images]
     if data.over_long == "drop":  # packs made under `error` hold every sample
         depends_on.append("drop")
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from typing import Any
 
 from vltrain.check.manifest import checkpoints_in
 from vltrain.config import Config
-from vltrain.data.conversation import TEMPLATES
+from vltrain.data.conversation import TEMPLATES, fingerprint
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -139,7 +139,7 @@ def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Pack
         ready_packs(config, folder, visual_tokens)
     dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
     require_match(
-        dataset.manifest, tokenizer_fingerprint=tokenizer.fingerprint, visual_tokens=visual_tokens,
+        dataset.manifest, tokenizer_fingerprint=fingerprint(tokenizer, config.data.template), visual_tokens=visual_tokens,
         template=config.data.template, pack_length=config.data.pack_length,
     )
     return dataset

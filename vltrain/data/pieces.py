@@ -1,0 +1,33 @@
+"""What a template makes of a sample's turns: consecutive tokens that are all predicted or all given."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from vltrain.schema import IMAGE_MARKER, Turn
+
+IMAGE_PREFIX = "Image: "
+NO_IMAGE = "Image: N/A\n"
+MARKER = re.compile(re.escape(IMAGE_MARKER) + r"\n?")
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens that are all predicted or all given.
+
+    `opens_answer` marks the first piece of an answer; the last `num_closing` tokens of the piece end it; `fault` says why it cannot be asked
+    for: the prompt by itself has other tokens than those in front of it.
+    """
+
+    ids: list[int]
+    predicted: bool = False
+    opens_answer: bool = False
+    num_closing: int = 0
+    fault: str = ""
+
+
+def name_missing_image(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns of a sample without image, which says so in front of its first user turn."""
+    if any(IMAGE_MARKER in turn.text for turn in turns):
+        return turns
+    return (Turn(role="user", text=NO_IMAGE + turns[0].text), *turns[1:])
