@@ -22,6 +22,7 @@ from data_prep.command_line import CommandLine
 from vltrain.data.folder import new_folder, refuse_existing
 from vltrain.data.shards import sha256_of
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def remove_parts(output: Path) -> None:
 
 def _require_same(folder: Path, made_with: Mapping[str, Any]) -> None:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_object(folder / RECORD)
         before, files = record["made_with"], record["files"]
         damaged = [name for name, digest in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

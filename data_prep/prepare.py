@@ -35,6 +35,7 @@ from vltrain.data.folder import new_folder
 from vltrain.data.images import DARK, is_dark, read_image
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.ranges import MOST_PIXELS, MOST_WORKERS
+from vltrain.schema import Sample
 
 IMAGES = "images"
 RECORD = "prepared.json"  # the source and its options, for whoever finds the samples made already
@@ -179,11 +180,20 @@ def _write_samples(
             overlap.add(raw.split, sample, names)
             if raw.split not in files:
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
-            files[raw.split].write(_as_json({**sample.to_json(), "images": names}) + "\n")
+            files[raw.split].write(_line(sample, names))
     if not counts:
         raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
     for line in overlap.lines(sources):
         logger.warning("source '%s': %s", source, line)
+
+
+def _line(sample: Sample, images: list[str]) -> str:
+    line = _as_json({**sample.to_json(), "images": images}) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"sample '{sample.id}': its metadata holds what is no text ({error})") from None
+    return line
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -14,6 +14,7 @@ import sentencepiece
 from data_prep.command_line import CommandLine, whole
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.files.strict_json import read_text
 from vltrain.ranges import MOST_SIZE
 
 
@@ -25,10 +26,7 @@ def train_tokenizer(text: list[Path], vocab_size: int, output: Path) -> None:
     """
     lines = []
     for path in text:
-        try:
-            lines += path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        lines += [line.removesuffix("\r") for line in read_text(path, "a text to learn from").split("\n")]
     if not any(line.strip() for line in lines):
         raise InputError(f"no text in {', '.join(map(str, text))}; a tokenizer needs some to learn from")
     model = io.BytesIO()

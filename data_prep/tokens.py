@@ -21,6 +21,7 @@ from data_prep.parts import Share
 from vltrain.data.conversation import encode_sample
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
+from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
 from vltrain.schema import Sample, Segment
 
 _LINES_PER_CHUNK = 512
@@ -48,6 +49,7 @@ def tokenised(
 
     Raises: InputError if the file cannot be read or a line is no sample.
     """
+    require_plain_file(samples, "prepared samples (vltrain prepare), or samples of your own, as JSON Lines")
     try:
         num_bytes = samples.stat().st_size
         stream = samples.open("rb")
@@ -84,12 +86,9 @@ def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:
 def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Tokens:
     segments: list[Segment] = []
     for number, line in lines:
-        where = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
-        sample = Sample.from_json(record, where)
+        if is_blank(line, number):
+            continue
+        sample = Sample.from_json(parse_line(line, file, number), f"{file}:{number}")
         segments.append(encode_sample(sample, tokenizer, template, visual_tokens, askable=True))
     return Tokens(
         ids=[segment.sample_id for segment in segments],
@@ -111,7 +110,7 @@ _TOLD = ("ids", "images", "lengths", "num_labels", "instruction_lengths", "instr
 def write_tokens(chunks: Iterable[Tokens], folder: Path) -> None:
     """Writes a part's tokens into `folder`."""
     with ExitStack() as stack:
-        samples = stack.enter_context((folder / "samples.jsonl").open("w"))
+        samples = stack.enter_context((folder / "samples.jsonl").open("w", encoding="utf-8"))
         files = {field: stack.enter_context((folder / name).open("wb")) for name, field in _FILES.items()}
         for chunk in chunks:
             for field, file in files.items():
@@ -122,10 +121,8 @@ def write_tokens(chunks: Iterable[Tokens], folder: Path) -> None:
 def read_tokens(folder: Path) -> Iterator[Tokens]:
     """What `write_tokens` wrote, chunk by chunk."""
     with ExitStack() as stack:
-        samples = stack.enter_context((folder / "samples.jsonl").open())
         tokens, mask, instruction = (stack.enter_context((folder / name).open("rb")) for name in _FILES)
-        for line in samples:
-            told = json.loads(line)
+        for _, told in read_lines(folder / "samples.jsonl"):
             total = sum(told["lengths"])
             told["images"] = [tuple(one) for one in told["images"]]
             yield Tokens(

@@ -14,23 +14,34 @@ per image.
 from __future__ import annotations
 
 import functools
-import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from vltrain.errors import InputError
+from vltrain.errors import InputError, nearest
+from vltrain.files.strict_json import shown
 
 IMAGE_TOKEN = -1  # one visual token; an image is a run of V of them
 TEXT_MODALITY_TOKEN = -2  # u_m of Eq. 4 for a sample without image
 IMAGE_MODALITY_TOKEN = -3  # u_m of Eq. 4 for a sample with image
 IGNORE_INDEX = -100  # a label that carries no loss
 IMAGE_MARKER = "<image>"  # in a turn's text: here stands the next image
-ROLES = ("user", "assistant")
+ROLES = ("user", "assistant")  # behind a system turn, where there is one
+SYSTEM = "system"
+_TYPED_MARKER = re.compile(r"<(\\*)image>")
+_ESCAPED_MARKER = re.compile(r"<\\(\\*)image>")
 
 
-_as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # one for all: making one takes longer than a sample does
+def escape_markers(text: str) -> str:
+    """A text as a turn writes it: `<image>` becomes `<\\image>`, which is no marker, and `<\\image>` one backslash more; all else stays."""
+    return _TYPED_MARKER.sub(r"<\\\1image>", text) if "image>" in text else text
+
+
+def unescape_markers(text: str) -> str:
+    """What a turn's text says, the inverse of `escape_markers`. Markers must have been taken out."""
+    return _ESCAPED_MARKER.sub(r"<\1image>", text) if "<\\" in text else text
 
 
 @functools.lru_cache(maxsize=4096)  # questions about an image stand together
@@ -44,7 +55,10 @@ def path_fault(path: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One message. `role` is "user" or "assistant"; only assistant turns carry loss."""
+    """One message. `role` is "user" or "assistant", of a first one also "system"; only assistant turns carry loss.
+
+    `<image>` in a user's text is the next image; `<\\image>` in any is the text "<image>", see `escape_markers`.
+    """
 
     role: str
     text: str
@@ -65,34 +79,37 @@ class Sample:
 
     def __post_init__(self) -> None:
         """Raises InputError for a sample that nothing could be learned from or whose markers and images differ."""
-        if not self.turns or self.turns[-1].role != "assistant" or not self.turns[-1].text.strip():
+        turns = self.turns
+        first = 1 if turns and turns[0].role == SYSTEM else 0
+        if len(turns) <= first or turns[-1].role != "assistant":
             raise InputError(f"sample '{self.id}': no answer (its last turn must be a non-empty assistant turn)")
         num_markers = 0
-        for number, turn in enumerate(self.turns):
-            num_markers += turn.text.count(IMAGE_MARKER)
-            if turn.role != ROLES[number % 2]:
+        for number, turn in enumerate(turns):
+            text, role = turn.text, SYSTEM if number < first else ROLES[(number - first) % 2]
+            if turn.role != role:
                 raise InputError(
-                    f"sample '{self.id}': turn {number} is by '{turn.role}', expected '{ROLES[number % 2]}' (user and assistant alternate, user first)"
+                    f"sample '{self.id}': turn {number} is by '{turn.role}', expected '{role}' (user and assistant alternate, user first; a system turn before)"
                 )
-            if turn.role == "assistant" and IMAGE_MARKER in turn.text:
-                raise InputError(f"sample '{self.id}': {IMAGE_MARKER} in an assistant turn; images belong into user turns")
+            if not text or text.isspace():
+                raise InputError(f"sample '{self.id}': {_blank_turn(turn, number)}")
+            if IMAGE_MARKER in text:
+                if role != "user":
+                    article = "an" if role == "assistant" else "a"
+                    raise InputError(f"sample '{self.id}': {IMAGE_MARKER} in {article} {role} turn; images belong into user turns, and the text itself is written <\\image>")
+                num_markers += text.count(IMAGE_MARKER)
         for image in self.images:
             fault = path_fault(image)
             if fault is not None:
                 raise InputError(f"sample '{self.id}': image path {image!r} {fault}; paths are relative to the samples' folder")
-        self._require_text()
+        try:  # a command line can hold halves of characters (lone surrogates), which no file and no tokenizer takes
+            "".join((self.id, *self.images, *[turn.text for turn in turns])).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"sample {self.id!a}: holds what is no text ({error})") from None
         if num_markers != len(self.images):
             raise InputError(
                 f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} image(s) listed; they must be equal"
+                " (the text itself is written <\\image>)"
             )
-
-    def _require_text(self) -> None:
-        """JSON can spell halves of characters (lone surrogates), which no file and no tokenizer takes."""
-        try:
-            "".join((self.id, *self.images, *[turn.text for turn in self.turns])).encode()
-            _as_json(self.metadata).encode()
-        except (UnicodeEncodeError, RecursionError) as error:
-            raise InputError(f"sample {self.id!a}: holds what is no text ({type(error).__name__}: {error})") from None
 
     def to_json(self) -> dict[str, Any]:
         turns = [{"role": turn.role, "text": turn.text} for turn in self.turns]
@@ -100,17 +117,62 @@ class Sample:
 
     @classmethod
     def from_json(cls, record: Any, where: str) -> Sample:
-        """`where` (file and line) is named in the InputError that a malformed record raises."""
+        """A line of a samples file. `where` (file and line) is named in the InputError that a malformed record raises, and the fault's path in it."""
+        turns = []
         try:
-            turns = tuple(Turn(role=str(turn["role"]), text=str(turn["text"])) for turn in record["turns"])
-            images, metadata = tuple(map(str, record.get("images", ()))), dict(record.get("metadata", {}))
-            identity = str(record["id"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{where}: not a sample ({type(error).__name__}: {error}); expected id, images, turns[role, text], metadata") from None
+            identity, listed, images, metadata = record["id"], record["turns"], record.get("images", []), record.get("metadata", {})
+            is_sound = (
+                type(identity) is str and type(listed) is type(images) is list and type(metadata) is dict
+                and len(record) == 2 + ("images" in record) + ("metadata" in record)
+            )  # fmt: skip
+            for turn in listed:
+                role, text = turn["role"], turn["text"]
+                is_sound = is_sound and type(role) is type(text) is str and len(turn) == 2
+                turns.append(Turn(role=role, text=text))
+            for image in images:
+                is_sound = is_sound and type(image) is str
+        except (KeyError, TypeError, AttributeError):
+            is_sound = False
+        if not is_sound or not identity or identity.isspace():
+            raise InputError(f"{where}: not a sample: {_first_fault(record)}")
         try:
-            return cls(id=identity, turns=turns, images=images, metadata=metadata)
+            return cls(id=identity, turns=tuple(turns), images=tuple(images), metadata=metadata)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+
+
+def _blank_turn(turn: Turn, number: int) -> str:
+    if turn.role == "assistant":
+        return f"turn {number} is an empty answer, which would teach the model to say nothing; leave the question out, or answer it"
+    return f"turn {number} is an empty {turn.role} turn, expected a text or {IMAGE_MARKER}"
+
+
+def _first_fault(record: Any) -> str:
+    """What is wrong with a record that is no sample, by its path."""
+    kinds = {"id": (str, "a text that is not empty"), "images": (list, "a list of texts"), "turns": (list, "a list of turns"), "metadata": (dict, "an object")}
+    if type(record) is not dict:
+        return f"found {shown(record)}, expected an object with id, images, turns[role, text], metadata"
+    for key in record:
+        if key not in kinds:
+            return f"found the key {key!r:.60}; {nearest(key, kinds)}; what is not for the model belongs into metadata"
+    for key, (kind, expected) in kinds.items():
+        if key not in record and key in ("id", "turns"):
+            return f"{key}: found nothing, expected {expected}"
+        if key in record and (type(record[key]) is not kind or (key == "id" and not record[key].strip())):
+            return f"{key}: found {shown(record[key])}, expected {expected}"
+    for number, image in enumerate(record.get("images", [])):
+        if type(image) is not str:
+            return f"images[{number}]: found {shown(image)}, expected a text"
+    for number, turn in enumerate(record["turns"]):
+        if type(turn) is not dict:
+            return f"turns[{number}]: found {shown(turn)}, expected an object with role and text"
+        for key in turn:
+            if key not in ("role", "text"):
+                return f"turns[{number}]: found the key {key!r:.60}, expected role and text only"
+        for key in ("role", "text"):
+            if type(turn.get(key)) is not str:
+                return f"turns[{number}].{key}: found {shown(turn[key]) if key in turn else 'nothing'}, expected a text"
+    raise AssertionError(f"no fault in {shown(record)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import settle
-from data_prep.sources.raw import RawSample, read_json
+from data_prep.sources.raw import RawSample
 from data_prep.splits import same_images
 from vltrain.errors import InputError
+from vltrain.files.strict_json import expect, read_json, shown
 from vltrain.locate import locate
 from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
@@ -37,7 +38,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     root = Path(locate("package://easy_vqa/data")) if input is None else input
     for part in ("train", "test"):
         path = root / part / "questions.json"
-        records = read_json(path)
+        records = expect(read_json(path), list, str(path))
         images = [_image_number(record, path, number) for number, record in enumerate(records)]
         files = {image: root / part / "images" / f"{image}.png" for image in set(images)}
         held_out = _held_out(files, num_val, path) if part == "train" else set()
@@ -79,6 +80,6 @@ def kind_of(question: str, answer: str) -> str:
 
 def _image_number(record: Any, path: Path, number: int) -> int:
     match record:
-        case [str(), str(), int(image)]:
+        case [str(), str(), int(image)] if type(image) is int:
             return image
-    raise InputError(f"{path}: question {number} is {record!r}, expected [question, answer, image number]")
+    raise InputError(f"{path}: question {number} is {shown(record)}, expected [question, answer, image number]")

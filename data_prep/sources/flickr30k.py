@@ -18,9 +18,10 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
-from data_prep.sources.raw import RawSample, field, image_name, read_json
+from data_prep.sources.raw import RawSample, image_name
 from data_prep.splits import same_images
 from vltrain.errors import InputError
+from vltrain.files.strict_json import field, read_json, read_text
 from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
@@ -90,18 +91,20 @@ def _read_karpathy(path: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 def _read_tokens(path: Path) -> dict[str, list[str]]:
     """{file name: captions} in the file's order."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file, and no {SPLIT_FILE} beside it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from None
+    lines = read_text(path, f"it, or {SPLIT_FILE} beside it").split("\n")
     captions: dict[str, list[str]] = {}
+    keys: set[str] = set()
     for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
+        if not line and number == len(lines):
+            break
         key, tab, caption = line.partition("\t")
         name, mark, place = key.partition("#")
         if not (tab and mark and name and place.isdigit() and caption.strip()):
-            raise InputError(f"{path}, line {number}: found {line!r:.80}, expected NAME#NUMBER<TAB>caption")
+            raise InputError(f"{path}:{number}: found {line!r:.80}, expected NAME#NUMBER<TAB>caption")
+        if key in keys:
+            raise InputError(f"{path}:{number}: a second caption {key!r:.80}, expected each number once")
+        keys.add(key)
         captions.setdefault(name, []).append(plain(caption))
     return captions
 

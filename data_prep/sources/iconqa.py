@@ -25,9 +25,10 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import MAX_CHOICES, check_template, lettered, plain
-from data_prep.sources.raw import RawSample, field, read_json, read_object
+from data_prep.sources.raw import RawSample, ids_of
 from data_prep.splits import FRACTIONS, check_fractions, drawn
 from vltrain.errors import InputError, nearest
+from vltrain.files.strict_json import field, read_json, read_object, shown, texts
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 SPLITS = ("train", "val", "test")
@@ -125,21 +126,19 @@ def _question_folders(root: Path, has_splits: bool, wanted: tuple[str, ...]) -> 
 def _splits_by_pid(path: Path) -> dict[str, str]:
     """{pid: split} from lists that are called SPLIT or QUESTION_TYPE_SPLIT; others (trainval, minitrain, ...) repeat what those hold."""
     named = {name: (name, *(f"{ques_type}_{name}" for ques_type in TYPES)) for name in SPLITS}
-    lists = read_json(path)
-    if not isinstance(lists, dict):
-        raise InputError(f"{path}: found a {type(lists).__name__}, expected an object of lists of ids")
+    lists = read_object(path)
     found: dict[str, str] = {}
     for split, names in named.items():
         for name in (name for name in names if name in lists):
-            for pid in field(lists, name, list, str(path)):
-                if found.setdefault(str(pid), split) != split:
-                    raise InputError(f"{path}: problem '{pid}' is in both {found[str(pid)]} and {split}")
+            for pid in ids_of(lists, name, str(path)):
+                if found.setdefault(pid, split) != split:
+                    raise InputError(f"{path}: problem '{pid}' is in both {found[pid]} and {split}")
     return found
 
 
-def _skills(skills: Any, pid: str, base: Path) -> list[str]:
+def _skills(skills: dict[str, Any], pid: str, base: Path) -> list[str]:
     """The question's skills; none where there is no pid2skills.json."""
-    return [str(name) for name in field(skills, pid, list, str(base / "pid2skills.json"))] if skills else []
+    return texts(skills, pid, str(base / "pid2skills.json")) if skills else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +167,7 @@ def _checked(record: Any, folder: Path, where: str) -> _Problem:
         raise InputError(f"{where}: choices: found {len(choices)}, expected 2 to {MAX_CHOICES}")
     for number, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice.strip():
-            raise InputError(f"{where}: choices: number {number} is {choice!r}, expected a text that is not empty")
+            raise InputError(f"{where}: choices[{number}]: found {shown(choice)}, expected a text that is not empty")
     answer = field(record, "answer", int, where)
     if not 0 <= answer < len(choices):
         raise InputError(f"{where}: answer: found {answer}, expected 0 to {len(choices) - 1}, one of the choices")

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.options import settle
-from data_prep.sources.raw import RawSample, ids_of, image_name, read_object
+from data_prep.sources.raw import RawSample, ids_of, image_name
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.predictions import name_some, read_predictions
+from vltrain.files.strict_json import field, read_object, shown, texts
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INPUTS = tuple(order + shown for order in ("CQM", "QCM") for shown in ("", "L", "E", "LE", "G"))
 OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "LEPA", "LE")
 FORMATS = tuple(f"{given}-{wanted}" for given in INPUTS for wanted in OUTPUTS if given in ("CQM", "QCM") or wanted == "A")
-FIELDS = {"question": str, "choices": list, "answer": int, "hint": str, "grade": str, "subject": str, "lecture": str, "solution": str}
 
 
 def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
@@ -108,8 +108,8 @@ def _rationales(settled: Mapping[str, Any], split: str, splits: Mapping[str, Any
         way_out = f"write it: vltrain evaluate {place} --split {split}" if place.is_dir() else expected
         raise InputError(f"rationales: {file}: no such file; {way_out}")
     written = read_predictions(file)
-    splits_of_file = {split: splits[split]} if place.is_dir() else splits
-    unknown = written.keys() - {pid for pids in splits_of_file.values() for pid in pids}
+    splits_of_file = (split,) if place.is_dir() else tuple(splits)
+    unknown = written.keys() - {pid for name in splits_of_file for pid in ids_of(splits, name, "pid_splits.json")}
     if unknown:
         named = f"{len(unknown)} problem(s) that are not in {', '.join(splits_of_file)} of pid_splits.json ({name_some(unknown)})"
         raise InputError(f"{file}: rationales of {named}; are they of another data set or split?")
@@ -118,10 +118,16 @@ def _rationales(settled: Mapping[str, Any], split: str, splits: Mapping[str, Any
 
 def checked(problem: Any, where: str) -> dict[str, Any]:
     """The problem, after its fields have been looked at. Raises InputError naming `where` and the key."""
-    for name, kind in FIELDS.items():
-        if not isinstance(problem, dict) or type(problem.get(name)) is not kind:
-            found = problem.get(name) if isinstance(problem, dict) else problem
-            raise InputError(f"{where}: {name}: found {found!r}, expected {kind.__name__}")
+    for name in ("question", "grade", "subject"):
+        field(problem, name, str, where)
+    for name in ("hint", "lecture", "solution"):  # may be empty
+        if type(problem.get(name)) is not str:
+            raise InputError(f"{where}: {name}: found {shown(problem[name]) if name in problem else 'nothing'}, expected a text")
+    for name in ("image", "skill"):  # may be missing
+        if problem.get(name) not in (None, ""):
+            field(problem, name, str, where)
+    texts(problem, "choices", where)
+    field(problem, "answer", int, where)
     if not 2 <= len(problem["choices"]) <= len(LETTERS):
         raise InputError(f"{where}: choices: found {len(problem['choices'])}, expected 2 to {len(LETTERS)}")
     if not 0 <= problem["answer"] < len(problem["choices"]):

@@ -13,9 +13,10 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, lettered, plain
-from data_prep.sources.raw import RawSample, ids_of, image_name, read_object
+from data_prep.sources.raw import RawSample, ids_of, image_name
 from data_prep.sources.scienceqa import checked
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 PROMPT = "Context: {context} Question: {question} Options: {options} Answer:"

@@ -21,9 +21,10 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
-from data_prep.sources.raw import RawSample, field, image_name, read_json
+from data_prep.sources.raw import RawSample, image_name
 from data_prep.splits import FRACTIONS, drawn
 from vltrain.errors import InputError
+from vltrain.files.strict_json import expect, field, read_json, shown
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 FILES = ("train", "val")
@@ -70,9 +71,7 @@ def _first(input: Path, name: str, folder: str) -> Path | None:
 
 def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) -> Iterator[RawSample]:
     """The questions of an official file, train.json or val.json (`part`)."""
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise InputError(f"{path}: found a {type(records).__name__}, expected a list of questions")
+    records = expect(read_json(path), list, str(path))
     for number, record in enumerate(records):
         name = image_name(record, "image", f"{path}: question {number}")
         where = f"{path}: question {number} ('{name}')"
@@ -101,12 +100,12 @@ def _answers(given: list[Any], where: str) -> list[str]:
     """The texts, of which some may be empty, but not all."""
     answers = []
     for number, record in enumerate(given):
-        place = f"{where}: answers: number {number}"
+        place = f"{where}: answers[{number}]"
         confidence = field(record, "answer_confidence", str, place)
         if confidence not in CONFIDENCES:
             raise InputError(f"{place}: answer_confidence: found '{confidence}', expected one of {', '.join(CONFIDENCES)}")
-        if not isinstance(record.get("answer"), str):
-            raise InputError(f"{place}: answer: found {record.get('answer')!r}, expected a text")
+        if type(record.get("answer")) is not str:
+            raise InputError(f"{place}: answer: found {shown(record.get('answer'))}, expected a text")
         answers.append(plain(record["answer"]))
     if not any(answers):
         raise InputError(f"{where}: answers: found {len(answers)} without a text, expected ten with one at least")

@@ -11,7 +11,7 @@ from tests.support.vocabularies import CHATML, make_sentencepiece, make_transfor
 from vltrain.data.conversation import encode_candidate, encode_prompt, encode_sample, find_template, stop_ids
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError
-from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Turn, escape_markers, unescape_markers
 
 V = 3
 IMAGE = [IMAGE_TOKEN] * V
@@ -130,7 +130,7 @@ FRAGMENTS = [
     "red", " ", "\n", "Image: ", "</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "<0x0A>", "é", "你好", "🙂", "42",
 ]  # fmt: skip
 text = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text("abXY09 .,:?'\"<>|/[]{}_éü½你🙂\n\t", max_size=4)), min_size=1, max_size=5).map("".join).filter(lambda one: IMAGE_MARKER not in one)
-question = st.lists(text, min_size=1, max_size=3).map(IMAGE_MARKER.join).filter(bool)
+question = st.lists(text, min_size=1, max_size=3).map(IMAGE_MARKER.join).filter(str.strip)
 answer = text.filter(lambda one: one.strip())
 rounds = st.lists(st.tuples(question, answer), min_size=1, max_size=3).map(lambda pairs: [part for pair in pairs for part in pair])
 
@@ -202,3 +202,38 @@ def test_a_candidate_stands_where_the_answer_does_and_alone_carries_loss(tokeniz
 def test_an_unknown_template_names_the_nearest():
     with pytest.raises(InputError, match="did you mean 'mmt'"):
         find_template("mmtt")
+
+
+def ids_of(t: Tokenizer, template: str, *turns: tuple[str, str]) -> list[int]:
+    one = Sample(id="s", turns=tuple(Turn(role=role, text=text) for role, text in turns), images=tuple("a.png" for _, text in turns for _ in range(text.count(IMAGE_MARKER))))
+    return encode_sample(one, t, template, V).input_ids.tolist()
+
+
+@pytest.mark.parametrize(("name", "template"), KINDS)
+@pytest.mark.parametrize("image", ["", "<image>\n", "<image>"])
+def test_a_system_turn_is_the_chat_templates_own_or_a_line_before_the_question(tokenizers, name, template, image):
+    t = pick(tokenizers, name)
+    found = ids_of(t, template, ("system", "Be brief."), ("user", f"{image}red?"), ("assistant", "yes"))
+    if template != "chat":
+        assert found == ids_of(t, template, ("user", f"{image}Be brief.\nred?"), ("assistant", "yes"))
+    else:
+        asked = "Image: N/A\nred?" if not image else f"Image: {chr(0)}\nred?"
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]
+        before, _, behind = t.render_chat(messages).partition(chr(0))
+        assert found[1:] == [*t.encode_markup(before), *([IMAGE_TOKEN] * V if image else []), *(t.encode_markup(behind) if behind else [])]
+
+
+@pytest.mark.parametrize(("name", "template"), KINDS)
+def test_the_text_of_a_marker_is_written_with_a_backslash(tokenizers, name, template):
+    t = pick(tokenizers, name)
+    found = encode_sample(sample("What is <\\image>, beside <image>?", "<\\image> and <\\\\image>"), t, template, V)
+    ids = found.input_ids.tolist()
+    assert ids.count(IMAGE_TOKEN) == V
+    (answer,) = answers_of(found)
+    assert t.decode(answer[:-1]).strip() == "<image> and <\\image>"
+    assert "What is <image>, beside Image:" in t.decode([number for number in ids[: ids.index(IMAGE_TOKEN)] if number >= 0])
+
+
+@given(text=st.text("<\\image> \n", max_size=40))
+def test_escaping_a_text_leaves_no_marker_and_is_undone(text):
+    assert IMAGE_MARKER not in escape_markers(text) and unescape_markers(escape_markers(text)) == text

@@ -161,9 +161,9 @@ def talk(answer="yes", text="<image>\nred?", **fields):
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        (talk(image="gone.png"), "gone.png"), (talk(image="broken.png"), "broken.png"), (talk(answer=" "), "no answer"),
+        (talk(image="gone.png"), "gone.png"), (talk(image="broken.png"), "broken.png"), (talk(answer=" "), "empty answer"),
         (talk(text="red?"), "0 <image> marker"), (talk(image=None), "0 image"), (talk(image="../a.png"), "leads out"), ({"id": "x"}, "expected id"),
-        (talk(image=7), "image is 7"), (talk(image={"a.png": 1}), "expected a file's name"), (talk(image=["a.png", 7]), "expected a file's name"),
+        (talk(image=7), "image: found 7"), (talk(image={"a.png": 1}), "expected a file's name"), (talk(image=["a.png", 7]), "expected a file's name"),
     ],
 )  # fmt: skip
 def test_llava_mistakes_end_with_exit_code_2(tmp_path, capsys, record, named):

@@ -87,7 +87,7 @@ def test_equal_numbers_are_accepted():
     assert resolve_ds_config(raw, CONFIG, world_size=2)["train_batch_size"] == 6
 
 
-@pytest.mark.parametrize(("text", "named"), [("{", "not JSON"), ("[1]", "list"), ('{"a": 1, "a": 2}', "twice")])
+@pytest.mark.parametrize(("text", "named"), [("{", "not JSON"), ("[1]", "list"), ('{"a": 1, "a": 2}', "a second time")])
 def test_broken_files(tmp_path, text, named):
     path = tmp_path / "ds.json"
     path.write_text(text)

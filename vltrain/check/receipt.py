@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vltrain.errors import InputError
+from vltrain.files.strict_json import parse_json, require_plain_file
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ def read_receipt(path: Path) -> Receipt:
     Raises: InputError if there is none, or nothing of it can be read as one. A broken chain is no exception: see `Receipt.problem`.
     """
     try:
+        require_plain_file(path, "a run's receipt")
         with path.open("rb") as file:
             texts = file.read().split(b"\n")
     except OSError as error:
@@ -168,7 +170,7 @@ def read_receipt(path: Path) -> Receipt:
 def _parse(text: bytes) -> dict[str, Any]:
     if len(text) > MAX_LINE_BYTES:
         raise ValueError(f"{len(text)} bytes in one line")
-    fields = json.loads(text)
+    fields = parse_json(text, "receipt")
     if not isinstance(fields, dict):
         raise ValueError(f"found {type(fields).__name__}, expected an object")
     return fields

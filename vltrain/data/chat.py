@@ -30,7 +30,7 @@ import tokenizers
 from vltrain.data.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_image
 from vltrain.data.tokenizer import Tokenizer, TransformersTokenizer
 from vltrain.errors import InputError
-from vltrain.schema import IMAGE_TOKEN, Turn
+from vltrain.schema import IMAGE_TOKEN, Turn, unescape_markers
 
 # Of a plane that is nobody's, so that no vocabulary's normalizer knows them: content begins, content ends, an image, and from the last on the
 # special tokens that the template wrote.
@@ -97,7 +97,8 @@ def chat_fingerprint(tokenizer: Tokenizer) -> str:
 def _content(turn: Turn) -> str:
     if found := _MARKS.search(turn.text):
         raise InputError(f"a turn holds the private-use character U+{ord(found[0]):X}, which stands for something else here; leave it out")
-    return MARKER.sub(f"{IMAGE_PREFIX}{_IMAGE}\n", turn.text.strip()).strip() if turn.role == "user" else turn.text.strip()
+    text = MARKER.sub(f"{IMAGE_PREFIX}{_IMAGE}\n", turn.text.strip()).strip() if turn.role == "user" else turn.text.strip()
+    return unescape_markers(text)
 
 
 def _expand(ids: list[int], visual_tokens: int) -> list[int]:

@@ -14,7 +14,9 @@ Templates `instructblip` (LLaMA) and `instructblip_t5` are what InstructBLIP was
 
 But for `chat`, every piece of text between placeholders and turns is tokenised by itself. So the ids of a prompt are the same whether an
 answer follows or not: what is asked when generating is what was trained on. The price is that no token spans two pieces.
-A sample's text that spells a special token stays text, with every template.
+A sample's text that spells a special token stays text, with every template; `<\\image>` is the text "<image>".
+
+A system turn is the chat template's own; the others have its text as a line before the first question, behind the images in front of that.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from typing import Any
 import numpy as np
 
 from vltrain.data.chat import chat_fingerprint, chat_pieces, chat_stop_ids
-from vltrain.data.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_image
+from vltrain.data.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_image, system_in_question
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError, nearest
-from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Segment, Turn
+from vltrain.schema import (
+    IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Segment, Turn, escape_markers, unescape_markers,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class Template:
 
 def _user_pieces(text: str, tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
     """A user's text with each image marker as `Image: ` + V placeholders + a line end."""
-    text_parts = MARKER.split(text)
+    text_parts = [unescape_markers(part) for part in MARKER.split(text)]
     for number, part in enumerate(text_parts):
         if number > 0:
             yield Piece([IMAGE_TOKEN] * visual_tokens)
@@ -70,28 +74,29 @@ def _mmt_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: in
     if tokenizer.bos_id is not None:
         yield Piece([tokenizer.bos_id])
     before = ""
-    for turn in name_missing_image(turns):
+    for turn in name_missing_image(system_in_question(turns)):
         if turn.role == "user":
             yield from _user_pieces(turn.text, tokenizer, visual_tokens)
         else:
             apart = not before or before[-1].isspace() or turn.text[:1].isspace()
             prefix = "" if apart else tokenizer.word_prefix
-            yield Piece([*tokenizer.encode(prefix + turn.text), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
+            yield Piece([*tokenizer.encode(prefix + unescape_markers(turn.text)), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
         before = turn.text
 
 
 def _prompt_text(turns: tuple[Turn, ...]) -> str:
     """What an InstructBLIP is asked: the user's text; its images always stand in front."""
-    return MARKER.sub("", turns[0].text).strip()
+    return "".join(map(unescape_markers, MARKER.split(system_in_question(turns)[0].text))).strip()
 
 
 def _instructblip_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int, *, ends_prompt: bool) -> Iterator[Piece]:
+    turns = system_in_question(turns)
     if len(turns) != 2:
         raise InputError(f"found {len(turns)} turns, expected one question and one answer: an InstructBLIP holds no conversation")
     yield from (Piece([IMAGE_TOKEN] * visual_tokens) for _ in range(turns[0].text.count(IMAGE_MARKER)))
     opening = [] if tokenizer.bos_id is None or ends_prompt else [tokenizer.bos_id]
     yield Piece([*opening, *tokenizer.encode(_prompt_text(turns)), *([tokenizer.eos_id] if ends_prompt else [])])
-    yield Piece([*tokenizer.encode(turns[1].text), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
+    yield Piece([*tokenizer.encode(unescape_markers(turns[1].text)), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
 
 
 def _only_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -160,7 +165,7 @@ def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenize
     Args:
         whole: `text` is the whole answer, so the tokens that end it are predicted too; else they are left out.
     """
-    answered = replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=text)))
+    answered = replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=escape_markers(text))))
     pieces = list(_pieces(answered, tokenizer, template, visual_tokens))
     _require_askable(sample, pieces, template)
     last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)

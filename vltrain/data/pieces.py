@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from vltrain.schema import IMAGE_MARKER, Turn
+from vltrain.schema import IMAGE_MARKER, SYSTEM, Turn
 
 IMAGE_PREFIX = "Image: "
 NO_IMAGE = "Image: N/A\n"
 MARKER = re.compile(re.escape(IMAGE_MARKER) + r"\n?")
+_FRONT_IMAGES = re.compile(f"(?:{MARKER.pattern})*")
 
 
 class Piece(NamedTuple):
@@ -30,4 +31,16 @@ def name_missing_image(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """The turns of a sample without image, which says so in front of its first user turn."""
     if any(IMAGE_MARKER in turn.text for turn in turns):
         return turns
-    return (Turn(role="user", text=NO_IMAGE + turns[0].text), *turns[1:])
+    first = 1 if turns[0].role == SYSTEM else 0
+    return (*turns[:first], Turn(role="user", text=NO_IMAGE + turns[first].text), *turns[first + 1 :])
+
+
+def system_in_question(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """For templates that know no system turn: its text is a line before the first question, behind the images in front of that."""
+    if turns[0].role != SYSTEM:
+        return turns
+    system, question, *others = turns
+    front = _FRONT_IMAGES.match(question.text)
+    assert front is not None, "it matches nothing, too"
+    asked = question.text[front.end() :]
+    return (Turn(role="user", text=f"{front[0]}{system.text}{chr(10) if asked else ''}{asked}"), *others)

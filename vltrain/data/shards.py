@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from vltrain.errors import InputError
+from vltrain.files.strict_json import parse_json, read_text
 from vltrain.schema import PackedRow
 
 FORMAT_VERSION = 2
@@ -128,13 +129,13 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: no such file, not JSON, changed since it was written, or of another format version.
     """
     path = folder / MANIFEST
+    if not path.exists():
+        raise InputError(f"{folder}: not a folder of packed shards (it has no {MANIFEST})")
     try:
-        text = path.read_text(encoding="utf-8")
-        fields = json.loads(text)
-    except FileNotFoundError:
-        raise InputError(f"{folder}: not a folder of packed shards (it has no {MANIFEST})") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); {_REMAKE}") from None
+        text = read_text(path, "a manifest")
+        fields = parse_json(text.encode(), str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {_REMAKE}") from None
     found = fields.pop("checksum", None) if isinstance(fields, dict) else None
     if found is None or found != _checksum(fields):
         raise InputError(f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}")

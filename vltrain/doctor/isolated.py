@@ -22,6 +22,7 @@ import torch
 
 from vltrain.doctor.findings import PROBLEM, Finding, one_line
 from vltrain.doctor.kernels import CASES, examine
+from vltrain.files.strict_json import read_lines
 
 START_SECONDS = 60.0  # to import torch and the libraries, which may lie on a slow file system
 CASE_SECONDS = 45.0  # a first compilation included
@@ -66,7 +67,7 @@ def _run_child(names: Sequence[str], report: Path, threads: int, case_seconds: f
             if child.poll() is None:
                 child.kill()
             child.wait()
-    entries = [json.loads(line) for line in report.read_text().splitlines()]
+    entries = [entry for _, entry in read_lines(report)]
     found = [Finding(**entry) for entry in entries if entry]
     begun = {} in entries
     if not ended:

@@ -5,7 +5,6 @@ A row's outcome is a file of its own (`ROW/row.json`), so that a table is put to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from vltrain.errors import InputError
 from vltrain.evaluate.report import write_json, write_whole
+from vltrain.files.strict_json import read_object
 
 OUTCOME = "row.json"
 WAITING, RUNNING, TRAINED, FAILED, DONE = "waiting", "running", "trained", "failed", "done"
@@ -49,8 +49,8 @@ def read_outcome(folder: Path) -> Outcome:
     if not path.exists():
         return Outcome()
     try:
-        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return Outcome(**read_object(path))
+    except (InputError, TypeError) as error:
         raise InputError(f"{path}: not the outcome of a row ({error}); remove the file, and the row is evaluated again") from None
 
 

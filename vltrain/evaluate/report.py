@@ -12,7 +12,7 @@ from typing import Any
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate import caption, exact, iconqa, rouge, scienceqa, vqa
 from vltrain.evaluate.scoring import Question, Report, Scorer, score
-from vltrain.schema import Sample
+from vltrain.schema import Sample, unescape_markers
 
 SCORERS: dict[str, Scorer] = {
     "caption": caption.SCORER,
@@ -43,7 +43,7 @@ def question_of(sample: Sample, where: str) -> Question:
     """What a scorer may know of a sample of the file `where`."""
     return Question(
         id=sample.id,
-        reference=sample.turns[-1].text,
+        reference=unescape_markers(sample.turns[-1].text),
         metadata=sample.metadata,
         has_image=bool(sample.images),
         where=f"{where}: sample '{sample.id}'",

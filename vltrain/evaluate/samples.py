@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +10,7 @@ import numpy as np
 
 from vltrain.data.images import decode_image, read_image
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_lines
 from vltrain.schema import Sample
 
 T = TypeVar("T")
@@ -18,13 +18,7 @@ T = TypeVar("T")
 
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a JSONL file. Raises InputError naming file and line for anything malformed, and for repeated ids."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected prepared samples (vltrain prepare)") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); expected prepared samples") from None
-    samples = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    samples = [Sample.from_json(record, where) for where, record in read_lines(path, "prepared samples (vltrain prepare)")]
     if not samples:
         raise InputError(f"{path}: no samples in it, expected one JSON object per line")
     seen: set[str] = set()
@@ -33,14 +27,6 @@ def read_samples(path: Path) -> list[Sample]:
             raise InputError(f"{path}: the id '{sample.id}' occurs twice; answers could not be told apart")
         seen.add(sample.id)
     return samples
-
-
-def _parse(line: str, where: str) -> Sample:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    return Sample.from_json(record, where)
 
 
 def thin_out(samples: list[T], max_samples: int | None) -> list[T]:

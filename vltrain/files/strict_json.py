@@ -300,6 +300,15 @@ def field(record: Any, key: str, kind: type, where: str) -> Any:
     raise InputError(f"{where}: {key}: found {found}, expected {_KINDS[kind]}{' that is not empty' if kind is str else ''}")
 
 
+def id_text(value: Any, where: str) -> str:
+    """An id as a text: files of others write whole numbers, too. Raises InputError for anything else, and for a blank text."""
+    if type(value) is int:
+        return str(value)
+    if type(value) is not str or not value.strip():
+        raise InputError(f"{where}: found {shown(value)}, expected an id: a text that is not empty, or a whole number")
+    return value
+
+
 def texts(record: Any, key: str, where: str) -> list[str]:
     """`record[key]`, a list of texts, which may be empty. Raises InputError naming `where`, the key and the element."""
     listed = field(record, key, list, where)

@@ -31,6 +31,7 @@ from vltrain.config import Config
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
 from vltrain.files.lock import lock_inside, one_writer
+from vltrain.files.strict_json import read_json
 from vltrain.older_runs import value_before
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
@@ -248,6 +249,6 @@ def _run_program(name: str, program: Path, words: tuple[str, ...], ranks: int, j
 def _read(path: Path) -> Any:
     """A file that a row's program has just written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_json(path)
+    except InputError as error:
         raise InputError(f"{path}: cannot be read ({error}), though the row's program ended well; is its output folder this one?") from None

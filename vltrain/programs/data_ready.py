@@ -13,6 +13,7 @@ from vltrain.data.instruction import SUBFOLDER, InstructionSource
 from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
 from vltrain.programs.made_once import made_once
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def _require_same_options(config: Config, folder: Path) -> None:
     from data_prep.prepare import RECORD
 
     record = folder / RECORD
-    made = json.loads(record.read_text()) if record.exists() else {"source": None}
+    made = read_object(record) if record.exists() else {"source": None}
     if made["source"] != config.data.source:
         return
     for name, value in config.data.options.items():

@@ -9,7 +9,6 @@ This module does not import deepspeed, so that a recipe can be checked anywhere.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from vltrain.config import Config
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
 
 AUTO = "auto"
 # Numbers that a bucket of gradients or of updated weights holds at most where the JSON leaves it open. DeepSpeed allocates a gradient bucket at
@@ -32,28 +32,10 @@ def load_ds_json(path: str | Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {"zero_optimization": {"stage": 2, **dict.fromkeys(LARGEST_BUCKETS, AUTO)}}
-    path = Path(path)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"{path}: key '{key}' appears twice")
-        return dict(pairs)
-
     try:
-        raw = json.loads(path.read_text(), object_pairs_hook=unique)
-    except OSError as error:
-        raise InputError(f"--ds {path}: cannot be read ({error.strerror}); ready ones are in ds_configs/") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"--ds {path}: not JSON (line {error.lineno}: {error.msg})") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nested without end
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"--ds {path}: not JSON ({type(error).__name__}: {error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"--ds {path}: found a {type(raw).__name__}, expected a JSON object")
-    return raw
+        return read_object(Path(path), "a DeepSpeed JSON; ready ones are in ds_configs/")
+    except InputError as error:
+        raise InputError(f"--ds {error}") from None
 
 
 def micro_steps_per_step(packs_per_step: int, world_size: int) -> int:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from vltrain.check.receipt import samples_text
 from vltrain.errors import InputError
 from vltrain.ops.transfer import to_device
+from vltrain.train.lines import plain_number
 from vltrain.train.readback import HostCopy
 
 QUARANTINE = "quarantine.jsonl"
@@ -185,15 +186,10 @@ class LossGuard:
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise InputError(f"{what}. Step after step: {self._skipped_in_a_row} in a row were skipped; lower optim.lr or set optim.clip")
         if dist.get_rank() == 0 and self._folder is not None:
-            losses = [{"id": name, "loss": _plain(value)} for name, value in suspects]
-            line = {"step": result.step, "loss": _plain(loss), "reason": f"the loss {fault}", "replay": replay, "samples": losses}
+            losses = [{"id": name, "loss": plain_number(value)} for name, value in suspects]
+            line = {"step": result.step, "loss": plain_number(loss), "reason": f"the loss {fault}", "replay": replay, "samples": losses}
             with (self._folder / QUARANTINE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def _plain(value: float) -> float | str:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _shared(result: StepResult) -> torch.Tensor:

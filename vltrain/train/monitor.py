@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vltrain.data.plan import StepPlan
 from vltrain.models.flops import Flops
 from vltrain.train.hardware import peak_memory_bytes
-from vltrain.train.lines import cut_lines
+from vltrain.train.lines import cut_lines, plain_number
 
 
 class Monitor:
@@ -83,7 +83,7 @@ class Monitor:
             return
         self.writer.add_scalar("train/loss", loss, step)
         self.writer.add_scalar("train/grad_norm", grad_norm, step)
-        self._log.write(json.dumps({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr}) + "\n")
+        self._log.write(json.dumps({"step": step, "loss": plain_number(loss), "grad_norm": plain_number(grad_norm), "lr": lr}) + "\n")
         self._bar.set_description(f"train loss {loss:.4f}", refresh=False)
 
     def pause(self) -> None:
