@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -83,8 +83,8 @@ class Arguments:
                 raise InputError(f"{COMMAND_LINE}: unknown option '--{option}', {nearest(option, names)}")
 
 
-def split_arguments(argv: list[str]) -> Arguments:
-    """Cuts `argv` into options with their values and the words that stand alone. Raises InputError for a missing value."""
+def split_arguments(argv: list[str], flags: Collection[str] = FLAGS) -> Arguments:
+    """Cuts `argv` into options with their values and the words that stand alone; `flags` take no value. Raises InputError for a missing value."""
     options: list[tuple[str, str | None]] = []
     positionals: list[str] = []
     words = iter(["--help" if word == "-h" else word for word in argv])
@@ -94,7 +94,7 @@ def split_arguments(argv: list[str]) -> Arguments:
             continue
         name, equals, value = word[2:].partition("=")
         name = SHORT_NAMES.get(name, name)
-        if name in FLAGS:
+        if name in flags:
             if equals:
                 raise InputError(f"{COMMAND_LINE}: --{name} takes no value, found '{value}'")
             options.append((name, None))

@@ -1,129 +1,169 @@
-"""Scores a file of ScienceQA answers, ours or anybody's, against the published problems.
+"""Scores a file of answers, ours or anybody's (`vltrain.evaluate.prediction_files`), by any scorer, without a model.
 
-Three formats are known: {pid: text}; the result files of LLaVA and its kin, {"outputs": {pid: text}, ...}; and our own
-`predictions.jsonl`. A score is only comparable if every question of the split was answered, so missing ids are an error and not a
-smaller denominator; ids that the split does not have are one too, since they mean that the wrong split was named.
+The questions are ScienceQA's, as published, or those of a file of samples. A score is only comparable if every question of the split was
+answered, so missing ids are an error and not a smaller denominator, unless that is asked for, and told. Ids that the split does not have are an error,
+since they mean that the wrong split was named.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Set
+import re
+from collections.abc import Collection, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vltrain.errors import InputError, nearest
-from vltrain.evaluate.report import find_scorer
+from vltrain.evaluate.choices import candidates_of
+from vltrain.evaluate.exact import normalise
+from vltrain.evaluate.prediction_files import CHAMELEON, MMCOT, PredictionFile, read_prediction_file
+from vltrain.evaluate.report import find_scorer, prompt_text, question_of
+from vltrain.evaluate.samples import read_samples
 from vltrain.evaluate.scoring import Question, Report, score
+from vltrain.files.strict_json import expect, field, id_text, read_object
 
 MAX_NAMED = 3
+SCIENCEQA = "scienceqa"
+_BARE = re.compile(r"\(?([A-Za-z])\)?[.:)]?")
+_IN_FRONT = re.compile(r"(?:\(([A-Za-z])\)|([A-Z])[.:)])\s")
+_IN_SENTENCE = re.compile(r"[Aa]nswer(?: is|:) (?:\(([A-Za-z])\)|([A-Z])(?![A-Za-z]))")
 
 
-def score_predictions(predictions: Path, data: Path, split: str) -> Report:
-    """The ScienceQA report on a file of answers.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question, and what was asked, for people to read."""
+
+    question: Question
+    prompt: str
+
+
+def score_predictions(
+    predictions: Path, data: Path, split: str, scorer: str | None = None, *, letters: bool = False, allow_missing: bool = False
+) -> Report:
+    """The report on a file of answers.
 
     Args:
-        predictions: see the module.
-        data: folder with problems.json and pid_splits.json.
-        split: a name in pid_splits.json.
+        predictions: see `vltrain.evaluate.prediction_files`.
+        data: ScienceQA's folder, with problems.json and pid_splits.json; a folder of prepared samples; or a file of samples.
+        split: a name in pid_splits.json, or of the folder's SPLIT.jsonl.
+        scorer: None: scienceqa, for ScienceQA's folder.
+        letters: an answer may be a letter, see `choice_of`; how many were read so is told.
+        allow_missing: leave questions out that have no answer; how many is told.
 
-    Raises: InputError for unreadable files, missing fields (file, pid and key are named), and ids that do not match the split.
+    Raises: InputError for unreadable files, missing fields (file, id and key are named), and ids that do not match the split.
     """
-    questions = read_questions(data, split)
-    texts = read_predictions(predictions)
-    known = {question.id for question in questions}
-    for problem, ids in (("has no answer to", known - texts.keys()), ("answers unknown", texts.keys() - known)):
+    asked = _questions(data, split, scorer)
+    scorer = scorer or SCIENCEQA
+    judge = find_scorer(scorer)
+    file = read_prediction_file(predictions, [one.question.id for one in asked])
+    known = {one.question.id for one in asked}
+    missing = known - file.texts.keys()
+    for problem, ids in (("has no answer to", set() if allow_missing else missing), ("answers unknown", file.texts.keys() - known)):
         if ids:
             found = f"{problem} {len(ids)} question(s) of split '{split}' ({name_some(ids)})"
-            raise InputError(f"{predictions}: {found}; expected its {len(known)} ids exactly")
-    return score("scienceqa", find_scorer("scienceqa"), ((question, question.reference, texts[question.id]) for question in questions))
+            hint = "; --allow-missing scores the others" if ids is missing else ""
+            raise InputError(f"{predictions}: {found}; expected its {len(known)} ids exactly{hint}")
+    answered = [one for one in asked if one.question.id in file.texts]
+    if not answered:
+        raise InputError(f"{predictions}: answers none of the {len(known)} question(s) of split '{split}'")
+    _require_same_order(file, answered)
+    texts = {one.question.id: file.texts[one.question.id] for one in answered}
+    told = {"answers": file.kind}
+    if letters and not any({"choices", "candidates"} & one.question.metadata.keys() for one in answered):
+        raise InputError("--letters: has no effect: these questions have no choices; leave it out")
+    if letters or file.kind in (CHAMELEON, MMCOT):
+        chosen = {one.question.id: _choice(file.texts[one.question.id], one.question, file.kind, letters) for one in answered}
+        texts |= {name: text for name, text in chosen.items() if text is not None}
+        what = "choices' texts" if file.kind == CHAMELEON and not letters else "letters"
+        told["read as"] = f"{what}: {sum(text is not None for text in chosen.values())} of {len(answered)}"
+    report = score(scorer, judge, ((one.question, one.prompt, texts[one.question.id]) for one in answered))
+    return replace(report, missing=len(missing), told=told)
+
+
+def _questions(data: Path, split: str, scorer: str | None) -> list[Asked]:
+    if data.is_dir() and (data / "problems.json").exists():
+        if scorer not in (None, SCIENCEQA):
+            raise InputError(f"--eval.scorer {scorer}: ScienceQA's own files are judged by {SCIENCEQA}; prepare them, and give the samples, for another")
+        return [Asked(question=question, prompt=question.reference) for question in read_questions(data, split)]
+    file = data / f"{split}.jsonl" if data.is_dir() else data
+    if data.is_dir() and not file.exists():
+        found = sorted(path.stem for path in data.glob("*.jsonl"))
+        hint = nearest(split, found) if found else "found neither problems.json of ScienceQA nor prepared samples"
+        raise InputError(f"{data}: no samples of split '{split}', {hint}")
+    if scorer is None:
+        raise InputError(f"{file}: these questions may be judged in several ways: name one by --eval.scorer")
+    return [Asked(question=question_of(sample, str(file)), prompt=prompt_text(sample)) for sample in read_samples(file)]
 
 
 def read_questions(data: Path, split: str) -> list[Question]:
     """The questions of a ScienceQA split in its own order. `reference` holds the question's text."""
-    splits = _read_object(data / "pid_splits.json")
+    splits = read_object(data / "pid_splits.json")
     if split not in splits:
         raise InputError(f"{data / 'pid_splits.json'}: no split '{split}', {nearest(split, splits)}")
-    problems = _read_object(data / "problems.json")
+    problems = read_object(data / "problems.json")
     questions = []
-    for pid in map(str, _expect(splits[split], list, f"{data / 'pid_splits.json'}: {split}", "a list of ids")):
+    listed = expect(splits[split], list, f"{data / 'pid_splits.json'}: {split}")
+    for pid in (id_text(one, f"{data / 'pid_splits.json'}: {split}[{number}]") for number, one in enumerate(listed)):
         where = f"{data / 'problems.json'}: problem '{pid}'"
         if pid not in problems:
             raise InputError(f"{where}: missing, though pid_splits.json lists it in '{split}'")
-        problem = _expect(problems[pid], dict, where, "an object")
-        for key in ("question", "image"):
-            if key not in problem:
-                raise InputError(f"{where}: {key}: found nothing, expected {'a text' if key == 'question' else 'a file name or null'}")
-        has_image = problem["image"] is not None
-        questions.append(Question(id=pid, reference=str(problem["question"]), metadata=problem, has_image=has_image, where=where))
+        text = field(problems[pid], "question", str, where)
+        problem = problems[pid]
+        if "image" not in problem:
+            raise InputError(f"{where}: image: found nothing, expected a file name or null")
+        has_image = problem["image"] not in (None, "") and bool(expect(problem["image"], str, f"{where}: image"))
+        questions.append(Question(id=pid, reference=text, metadata=problem, has_image=has_image, where=where))
     return questions
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """{id: predicted text} of a file in one of the three formats."""
-    if path.suffix == ".jsonl":
-        return _read_lines(path)
-    content = _read_object(path)
-    outputs = content["outputs"] if isinstance(content.get("outputs"), dict) else content
-    for pid, text in outputs.items():
-        _expect(text, str, f"{path}: '{pid}'", "a text (the predicted answer)")
-    return outputs
+    """{id: predicted text} of a file that names ids. Raises InputError as `read_prediction_file`."""
+    return read_prediction_file(path).texts
 
 
-def _read_lines(path: Path) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        where = f"{path}, line {number}"
-        record = _expect(_parse(line, where), dict, where, "an object with id and prediction")
-        for key in ("id", "prediction"):
-            _expect(record.get(key), str, f"{where}: {key}", "a text")
-        if record["id"] in texts:
-            raise InputError(f"{where}: a second answer to '{record['id']}'")
-        texts[record["id"]] = record["prediction"]
-    return texts
+def choice_of(text: str, num_choices: int) -> int | None:
+    """The number of the choice that an answer names by its letter, or None: `B`, `(b)`, `B.`; `B. text`, `(b) text`; else the first
+    "answer is B", "answer is (b)" or "Answer: B" in it.
+
+    A single small letter counts by itself or in brackets only: in a sentence, "a" is an article.
+    """
+    said = text.strip()
+    found = _BARE.fullmatch(said) or _IN_FRONT.match(said) or _IN_SENTENCE.search(said)
+    if found is None:
+        return None
+    number = ord(next(letter for letter in found.groups() if letter).upper()) - ord("A")
+    return number if number < num_choices else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    return _expect(_parse(_read_text(path), str(path)), dict, str(path), "a JSON object")
+def _choice(text: str, question: Question, kind: str, letters: bool) -> str | None:
+    """The answer as the scorer expects it, if the file's text names a choice in another way."""
+    candidates = question.metadata.get("candidates")
+    if candidates is not None:
+        candidates, _ = candidates_of(question)
+    choices = field(question.metadata, "choices", list, question.where) if "choices" in question.metadata else candidates
+    if not choices:
+        return None
+    number = choice_of(text, len(choices)) if letters or kind == MMCOT else None
+    if number is None and kind == CHAMELEON:
+        said = [normalise(str(choice)) for choice in choices]
+        number = said.index(normalise(text)) if normalise(text) in said else None
+    if number is None:
+        return None
+    return candidates[number] if candidates else f"The answer is {chr(ord('A') + number)}."
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+def _require_same_order(file: PredictionFile, asked: list[Asked]) -> None:
+    """A file without ids tells the right answers, too: where they are letters, they must be these questions' own. Raises InputError."""
+    for one in asked:
+        label, right = file.labels.get(one.question.id, ""), one.question.metadata.get("answer")
+        if type(right) is not int or (found := _IN_SENTENCE.search(label)) is None:
+            continue
+        letter = chr(ord("A") + right)
+        if (found[1] or found[2]).upper() != letter:
+            told = f"the file's label of question '{one.question.id}' is {label!r:.60}, its right answer is {letter}"
+            raise InputError(f"{file.path}: {told}: the file is of another split, or in another order")
 
 
-def _parse(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        repeated = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-        if repeated is not None:
-            raise InputError(f"{where}: found '{repeated}' a second time")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where}: not JSON ({error})") from None
-
-
-def _expect(value: Any, kind: type, where: str, expected: str) -> Any:
-    if not isinstance(value, kind):
-        found = repr(value) if len(repr(value)) < 60 else type(value).__name__
-        raise InputError(f"{where}: found {found}, expected {expected}")
-    return value
-
-
-def name_some(ids: Set[str]) -> str:
+def name_some(ids: Set[str] | Collection[str]) -> str:
     """The first of `ids`, for an error."""
     first = sorted(ids, key=lambda pid: (len(pid), pid))[:MAX_NAMED]
     return ", ".join(first) + (", ..." if len(ids) > MAX_NAMED else "")

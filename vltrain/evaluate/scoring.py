@@ -105,6 +105,10 @@ class Report:
     measure: str = "accuracy"
     figures: dict[str, float] = field(default_factory=dict)
     """Further figures, of all answers together."""
+    missing: int = 0
+    """Questions without an answer, which are left out of everything above."""
+    told: dict[str, str] = field(default_factory=dict)
+    """How a file of answers was read."""
 
     @property
     def accuracy(self) -> float:
@@ -114,13 +118,15 @@ class Report:
     def headline(self) -> str:
         """The one line to remember: `accuracy=0.9012 (9673 questions) failed=3`, and the further figures."""
         figures = "".join(f" {name}={value:.4f}" for name, value in self.figures.items())
-        return f"{self.measure}={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}{figures}"
+        missing = f" missing={self.missing}" if self.missing else ""
+        return f"{self.measure}={self.accuracy:.4f} ({self.overall.total} questions) failed={self.failed}{figures}{missing}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the answers; the mean stands under its own name."""
         columns = {name: {self.measure: tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
         counts = {self.measure: self.accuracy, "correct": self.overall.correct, "total": self.overall.total, "failed": self.failed}
-        return {"scorer": self.scorer, "measure": self.measure, **counts, **self.figures, "columns": columns}
+        told = {**({"missing": self.missing} if self.missing else {}), **self.told}
+        return {"scorer": self.scorer, "measure": self.measure, **counts, **self.figures, **told, "columns": columns}
 
     def to_markdown(self) -> str:
         """A table of the columns: accuracy in per cent, and how many questions that is of."""

@@ -1,10 +1,12 @@
 """`vltrain evaluate` and launch/evaluate.py.
 
     vltrain evaluate RUN [--split test] [--checkpoint FOLDER|best|none] [--json OUT] [--eval.batch_size 64 ...]
-    vltrain evaluate --predictions FILE --data FOLDER [--split test] [--json OUT]
+    vltrain evaluate --predictions FILE --data FOLDER|SAMPLES [--split test] [--eval.scorer NAME] [--letters] [--allow-missing] [--json OUT]
 
 The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a
-whole copy of the model. The second scores a file of ScienceQA answers without any model. Both print a table and end with the accuracy.
+whole copy of the model. The second scores a file of answers without any model: to ScienceQA's questions (--data: its official folder), or by any scorer
+to those of a file or folder of samples. --letters reads "B", "(B)" and "The answer is (B)." as choices; --allow-missing leaves questions without
+an answer out. Both print a table and end with the accuracy.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.programs.run_folder import RECIPE, require_run
-from vltrain.settings import COMMAND_LINE, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
+from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
@@ -42,16 +44,20 @@ RUN_OPTIONS: dict[str, Option] = {
         "out: the run's newest", metavar="{FOLDER,best,none}",
     ),
     "json": Option("also write the figures to this file", metavar="FILE"),
-    "predictions": Option("instead of a run: score this file of ScienceQA answers against the problems in --data FOLDER", metavar="FILE"),
+    "predictions": Option(
+        "instead of a run: score this file of answers to the questions in --data (ScienceQA's folder, or samples and --eval.scorer); with --letters, "
+        '"B" or "(B)" is a choice; with --allow-missing, questions without an answer are left out', metavar="FILE",
+    ),
 }
 JOIN_TIMEOUT = datetime.timedelta(minutes=30)
-FILE_OPTIONS = ("predictions", "data", "split", "json")
+FILE_FLAGS = ("letters", "allow-missing")
+FILE_OPTIONS = ("predictions", "data", "split", "json", "eval.scorer", *FILE_FLAGS)
 
 
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     """Evaluates what the command line names. Returns the exit code: 0, or 2 for a mistake in the input."""
-    arguments = split_arguments(argv)
+    arguments = split_arguments(argv, flags=(*FLAGS, *FILE_FLAGS))
     if arguments.last("predictions") is not None:
         return _finish(_evaluate_file(arguments), arguments.last("json"))
     folder = Path(arguments.positionals[0]) if len(arguments.positionals) == 1 else None
@@ -74,6 +80,10 @@ def _finish(report: Report | None, json_file: str | None) -> int:
     if report is not None:
         if json_file is not None:
             write_json(Path(json_file), report.to_json())
+        for what, how in report.told.items():
+            print(f"{what}: {how}")
+        if report.missing:
+            print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
         print(report.to_markdown())
         print(report.headline(), flush=True)
     return 0
@@ -88,8 +98,14 @@ def _evaluate_file(arguments: Arguments) -> Report:
     predictions, data = arguments.last("predictions"), arguments.last("data")
     assert predictions is not None
     if data is None:
-        raise InputError(f"{COMMAND_LINE}: --predictions needs --data FOLDER, the folder of problems.json and pid_splits.json")
-    return score_predictions(Path(predictions), Path(data), arguments.last("split") or "test")
+        raise InputError(f"{COMMAND_LINE}: --predictions needs --data FOLDER, of problems.json and pid_splits.json or of prepared samples, or a file of samples")
+    given = dict(arguments.options)
+    if Path(data).is_file() and "split" in given:
+        raise InputError(f"{COMMAND_LINE}: --split {given['split']}: has no effect: --data names a file; leave it out, or name the file's folder")
+    return score_predictions(
+        Path(predictions), Path(data), arguments.last("split") or "test", arguments.last("eval.scorer"), letters="letters" in given,
+        allow_missing="allow-missing" in given,
+    )  # fmt: skip
 
 
 def evaluate_run(folder: Path, settings: Settings) -> Report | None:
