@@ -11,15 +11,15 @@ from transformers import InstructBlipForConditionalGeneration
 
 from tests.models.test_qformer import KINDS, loss_of_one, tokenizer_of
 from tests.support.blip import blip_config, make_batch, make_samples, make_tokenizers
+from tests.support.peft_folders import exported, off_from_stock, save_run
 from vltrain.cli import main
 from vltrain.models.build import build_model
 from vltrain.models.low_rank import fold_in
-from vltrain.recipe import dump_config
-from vltrain.train.checkpoint import save_checkpoint
 
 BOTH = {"qformer__mode": "lora", "qformer__rank": 4, "qformer__alpha": 8.0, "llm__mode": "lora", "llm__rank": 2, "llm__alpha": 6.0}
 HALF = {"qformer__mode": "full", "llm__mode": "lora"}
 ADALORA = {"qformer__mode": "adalora", "llm__mode": "adalora", "adalora__init_rank": 4, "adalora__target_rank": 2}
+PRUNED = {"adalora__init_rank": 4, "adalora__target_rank": 2}
 SAMPLES = [sample for sample in make_samples(9) if sample.images]
 
 
@@ -35,13 +35,6 @@ def base_of(kind, folder):
     save_run(run, config, build_model(config.model))
     assert main(["export", str(run), "--output", str(folder / "base"), "--format", "whole"]) == 0
     return folder / "base"
-
-
-def save_run(folder, config, model, extra=None):
-    folder.mkdir()
-    (folder / "config.yaml").write_text(dump_config(config))
-    state = ((name, parameter.detach(), {}) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    save_checkpoint(state, folder / "checkpoints", step=7, belongs_to={}, keep=2, is_writer=True, extra=extra)
 
 
 def tuned(config, pruned=False):
@@ -111,6 +104,20 @@ def test_stock_peft_loads_the_folder_to_equal_losses_and_so_do_we(kind, changes,
     exact.load_state_dict(model.state_dict())
     fold_in(exact)
     torch.testing.assert_close(our_losses(exact, kind, places), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("t5", {"qformer__mode": "lora", "qformer__dropout": 0.25, "qformer__alpha": 3.5, "llm__mode": "full"}),
+        ("t5 tied", {"qformer__mode": "adalora", "llm__mode": "full", **PRUNED}),
+        ("llama tied", {"qformer__mode": "adalora", "llm__mode": "full", "vision": "full", **PRUNED}),
+    ],
+    ids=["t5", "t5 tied", "llama tied"],
+)  # fmt: skip
+def test_what_is_tuned_whole_stands_in_the_folder_under_every_name_that_peft_asks_for(kind, changes, tmp_path):
+    off, effect = off_from_stock(exported(tmp_path / "adapters", kind, **changes), kind, **changes)
+    assert off < 1e-5 < 1e-2 < effect
 
 
 def test_the_base_of_random_weights_and_a_quantised_run(places, tmp_path):

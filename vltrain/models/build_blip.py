@@ -19,7 +19,7 @@ from vltrain.models.blip_weights import KEY, blip_config, blip_units, empty_blip
 from vltrain.models.llm import LossHead, checkpoint_blocks
 from vltrain.models.low_rank import TARGETS, insert_low_rank
 from vltrain.models.materialise import Weights, assert_materialised
-from vltrain.models.peft_folder import PeftFolder
+from vltrain.models.peft_reader import PeftFolder
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
 from vltrain.ops.attention_choice import choose_attention
@@ -81,7 +81,7 @@ def check_blip_sources(model: ModelConfig) -> None:
     config = blip_config(model.instructblip.source, model.instructblip.config, None)
     open_blip(model.instructblip.source, empty_blip(config, "sdpa"), model.seed)
     if model.instructblip.adapters is not None:
-        PeftFolder(model.instructblip.adapters, model.instructblip)
+        PeftFolder(model.instructblip.adapters, model.instructblip, config)
 
 
 def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place) -> None:
@@ -89,7 +89,7 @@ def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dty
     frozen = {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
     trained_parts = {part for part, mode in (("vision", blip.vision), ("qformer", blip.qformer.mode), ("llm", blip.llm.mode)) if mode == "full"}
     kind = "t5" if hasattr(llm, "shared") else "llama"
-    start = PeftFolder(blip.adapters, blip) if weights is not None and blip.adapters is not None else None
+    start = PeftFolder(blip.adapters, blip, network.config) if weights is not None and blip.adapters is not None else None
     for part, name, unit, is_block in blip_units(network):
         trained = part in trained_parts or part in ALWAYS_TRAINED
         if weights is not None:

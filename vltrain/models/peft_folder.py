@@ -1,4 +1,4 @@
-"""An InstructBLIP's tuned parameters as a folder in peft's layout, which `PeftModel.from_pretrained` reads, and back.
+"""An InstructBLIP's tuned parameters as a folder in peft's layout, which `PeftModel.from_pretrained` reads; `peft_reader` reads it back.
 
     adapter_config.json          a LoraConfig, or an AdaLoraConfig with its rank pattern; the layers by their whole names
     adapter_model.safetensors    low-rank factors; what was tuned whole (`modules_to_save`); the query tokens
@@ -11,21 +11,20 @@ adapter is switched off.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from vltrain.errors import InputError
 from vltrain.instructblip_config import InstructBlipConfig, LanguageTuning, QFormerTuning
 from vltrain.models.low_rank import NAME
+from vltrain.models.peft_layout import LOW_RANK, ROOT
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LOW_RANK = {"lora": "LORA", "adalora": "ADALORA"}
-ROOT = "base_model.model."
-KEY = "model.instructblip.adapters"
+# A T5's table of embeddings and a LLaMA's, and the names that they have besides; the heads' only where these are no weights of their own.
+TIED = {
+    "language_model.shared.weight": tuple(f"language_model.{name}.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")),
+    "language_model.model.embed_tokens.weight": ("language_model.lm_head.weight",),
+}
 
 
 def peft_key(name: str) -> str:
@@ -98,6 +97,15 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
+def with_tied_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, and an LLM's embeddings that are tuned with it under all of their names: peft asks for each name of a module that was saved."""
+    named = dict(weights)
+    for table, others in TIED.items():
+        for name in others if table in weights else ():
+            named.setdefault(name, weights[table].clone())
+    return named
+
+
 def kept_directions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """AdaLoRA's layers, by name, and which of their directions (bool [r]) are not switched off by an entry of E that is zero."""
     return {name.partition(".lora_E.")[0]: values.flatten() != 0 for name, values in weights.items() if ".lora_E." in name}
@@ -111,72 +119,3 @@ def cut_to_kept(weights: dict[str, Tensor], kept: dict[str, Tensor]) -> dict[str
             cut[f"{layer}.{factor}.{NAME}"] = weights[f"{layer}.{factor}.{NAME}"][mask]
         cut[f"{layer}.lora_B.{NAME}"] = weights[f"{layer}.lora_B.{NAME}"][:, mask].contiguous()
     return cut
-
-
-class PeftFolder:
-    """Reads such a folder into a model of ours, module by module.
-
-    Raises: InputError for a folder that is none, or made with other settings than the recipe's.
-    """
-
-    def __init__(self, place: str, blip: InstructBlipConfig) -> None:
-        self._folder = Path(place)
-        try:
-            self._config = json.loads((self._folder / CONFIG).read_text(encoding="utf-8"))
-            self._file = safe_open(self._folder / WEIGHTS, framework="pt")
-            found = self._config["peft_type"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"{KEY}: {place} is no folder of peft's with {CONFIG} and {WEIGHTS} ({type(error).__name__}: {error})") from None
-        mode = only_mode(blip)
-        if found != LOW_RANK[mode]:
-            raise InputError(f"{KEY}: {place} holds updates of the type {found}, this recipe tunes by {mode}; set the mode that it was made with")
-        ranks = (self._config.get("init_r"), blip.adalora.init_rank) if mode == "adalora" else (self._config.get("r"), _tuned(blip)[0].rank)
-        if ranks[0] != ranks[1] or self._config.get("lora_alpha") != _tuned(blip)[0].alpha:
-            told = f"rank {ranks[0]} and alpha {self._config.get('lora_alpha')}, the recipe has {ranks[1]} and {_tuned(blip)[0].alpha}"
-            raise InputError(f"{KEY}: {place} was made with {told}")
-        self._unread = set(self._file.keys())
-        self._pattern: dict[str, list[bool]] = self._config.get("rank_pattern") or {}
-
-    @torch.no_grad()
-    def fill(self, name: str, unit: nn.Module) -> None:
-        """Copies what the folder has of the trained parameters of a unit, which is called `name` in transformers' model."""
-        for inner, parameter in unit.named_parameters():
-            if parameter.requires_grad:
-                self.fill_one(f"{name}.{inner}", parameter)
-
-    @torch.no_grad()
-    def fill_one(self, name: str, parameter: nn.Parameter) -> None:
-        """The same for one parameter, by its whole name."""
-        key = peft_key(name)
-        if key not in self._unread:
-            raise InputError(f"{KEY}: {self._folder / WEIGHTS} lacks '{key}', which this recipe tunes: made with other targets, or for another base")
-        value = self._file.get_tensor(key)
-        self._unread.discard(key)
-        mask = self._pattern.get(f"{layer_of(name)}.lora_E")
-        if mask is not None:
-            is_second = ".lora_B." in name
-            if len(mask) == parameter.shape[1 if is_second else 0]:
-                value = _spread(value, torch.tensor(mask), parameter, is_second, is_entry=".lora_E." in name)
-        if value is None or value.shape != parameter.shape:
-            found = "another rank" if value is None else f"the shape {tuple(value.shape)}"
-            due = f"here {tuple(parameter.shape)} is due: it was made for another base"
-            raise InputError(f"{KEY}: '{key}' in {self._folder / WEIGHTS} has {found}, {due}")
-        parameter.copy_(value)
-
-    def finish(self) -> None:
-        """Raises InputError if the folder holds anything that was not asked for."""
-        if self._unread:
-            more = f"(and {len(self._unread) - 1} more)"
-            raise InputError(f"{KEY}: {self._folder / WEIGHTS} holds '{min(self._unread)}', which this recipe does not tune {more}")
-
-
-def _spread(value: Tensor, mask: Tensor, parameter: Tensor, is_second: bool, *, is_entry: bool) -> Tensor | None:
-    """A factor with its kept directions in their places: beside them entries of E are zero, rows and columns as they were drawn."""
-    if value.shape[1 if is_second else 0] != int(mask.sum()):
-        return None
-    whole = torch.zeros_like(parameter) if is_entry else parameter.detach().clone()
-    if is_second:
-        whole[:, mask] = value.to(whole.dtype)
-    else:
-        whole[mask] = value.to(whole.dtype)
-    return whole

@@ -34,7 +34,7 @@ def has_prompts(module: nn.Module) -> bool:
 
 def lora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:
     """A linear layer with LoRA around `linear`; B is zero."""
-    peft = _peft()
+    peft = load_peft()
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout)
     return peft.tuners.lora.Linear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
 
@@ -42,7 +42,7 @@ def lora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -
 def adalora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:
     """A linear layer with AdaLoRA around `linear`, of the rank that it starts with; E is zero."""
     # Schedule and target rank are the allocator's; peft's layer has only the first rank, and wants a length of the run to be named.
-    peft = _peft()
+    peft = load_peft()
     settings = peft.AdaLoraConfig(init_r=rank, target_r=max(1, rank - 1), total_step=1, lora_alpha=alpha, lora_dropout=dropout)
     return peft.tuners.adalora.SVDLinear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
 
@@ -52,7 +52,7 @@ def attention_with_prompts(attention: nn.Module, adapter_len: int) -> nn.Module:
     return _prompted_attention()(attention, adapter_len)
 
 
-def _peft() -> ModuleType:
+def load_peft() -> ModuleType:
     # It imports bitsandbytes where that is installed, which on some CPUs warns of a kernel that it does well without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import peft
@@ -62,7 +62,7 @@ def _peft() -> ModuleType:
 
 @functools.cache
 def _prompted_attention() -> type[Any]:
-    class AdaptedLlamaAttention(_peft().tuners.adaption_prompt.AdaptedAttention):
+    class AdaptedLlamaAttention(load_peft().tuners.adaption_prompt.AdaptedAttention):
         """peft's attention with prompts, around any LLaMA attention.
 
         Its own constructor asks the query projection's weight for a dtype and the first parameter for a device; quantised layers

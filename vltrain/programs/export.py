@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +29,9 @@ from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.models.blip_weights import empty_blip, tie_embeddings
 from vltrain.models.build import build_model
 from vltrain.models.low_rank import fold_in
-from vltrain.models.peft_folder import CONFIG, WEIGHTS, cut_to_kept, describe_updates, kept_directions, only_mode, peft_key
+from vltrain.models.peft_folder import cut_to_kept, describe_updates, kept_directions, only_mode, peft_key, with_tied_names
+from vltrain.models.peft_reader import WEIGHTS
+from vltrain.models.peft_settings import CONFIG
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import dequantise_linears
 from vltrain.programs.evaluate import choose_checkpoint
@@ -68,11 +71,14 @@ def export(run: Path, output: Path, form: str = "peft", named: str | None = None
     if checkpoint is None and form == "peft":
         raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export; take --format whole for the base")
     with new_folder(output) as folder:
-        if form == "whole":
-            _write_whole(folder, config.model, checkpoint)
-        else:
-            assert checkpoint is not None
-            _write_updates(folder, blip, checkpoint)
+        try:
+            if form == "whole":
+                _write_whole(folder, config.model, checkpoint)
+            else:
+                assert checkpoint is not None
+                _write_updates(folder, blip, checkpoint)
+        except SafetensorError as error:  # a full disk, among others
+            raise InputError(f"{output}: could not be written ({error}); nothing was left there") from None
     print(f"{output}: {form} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
 
 
@@ -86,7 +92,8 @@ def _write_updates(folder: Path, blip: InstructBlipConfig, checkpoint: Checkpoin
     settings = describe_updates(blip, weights, blip.source)
     if pattern:
         settings["rank_pattern"] = pattern
-    save_file({peft_key(name): value.contiguous() for name, value in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    named = {peft_key(name): value.contiguous() for name, value in with_tied_names(weights).items()}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
