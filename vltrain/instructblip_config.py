@@ -107,7 +107,8 @@ class InstructBlipConfig:
     """Tokens of the prompt that the Q-Former reads, at most (the paper's code: 128; it has positions for 512). What is beyond is cut off for
     the Q-Former alone, and counted when packing; the LLM reads the whole."""
     adapters: str | None = None
-    """A folder of peft's, as `vltrain export` writes it, that the tuned parameters start from; null: untrained updates."""
+    """A folder of peft's, LoRA or AdaLoRA, as `vltrain export` or peft itself writes it, that the tuned parameters start from; layers, ranks and scaling
+    must be the recipe's. null: untrained updates."""
     attention: Literal["auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "auto"
     """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"

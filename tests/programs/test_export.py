@@ -28,9 +28,9 @@ def places(tmp_path_factory):
     return make_tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
-def base_of(kind, folder):
+def base_of(kind, folder, places):
     """An InstructBLIP as its makers would give it out, which knows nothing of any tuning."""
-    config = blip_config(kind, vision="full", qformer__mode="full", llm__mode="full")
+    config = blip_config(kind, places, vision="full", qformer__mode="full", llm__mode="full")
     run = folder / "pretrained"
     save_run(run, config, build_model(config.model))
     assert main(["export", str(run), "--output", str(folder / "base"), "--format", "whole"]) == 0
@@ -78,7 +78,7 @@ def stock_base(base):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changes", [BOTH, HALF, ADALORA], ids=["lora", "full and lora", "adalora"])
 def test_stock_peft_loads_the_folder_to_equal_losses_and_so_do_we(kind, changes, places, tmp_path):
-    base = base_of(kind, tmp_path)
+    base = base_of(kind, tmp_path, places)
     config = config_on(kind, base, places, **changes)
     model, kept = tuned(config, pruned=changes is ADALORA)
     untuned = our_losses(build_model(config.model).double().eval(), kind, places)

@@ -17,9 +17,11 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
 
 CONFIG = "adapter_config.json"
 TYPES = ("LORA", "ADALORA")
+MOST_BYTES = 16 << 20
 MOST_REPEATS = 4  # unbounded ones of a pattern: each more multiplies the time that a name takes by its length
 # Initialisations that leave the base as it is; all others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA, ...) subtract from it what they start with.
 KEPT_BASE = (True, False, "gaussian", "orthogonal", "eva")
@@ -130,24 +132,10 @@ def read_settings(key: str, folder: Path) -> dict[str, Any]:
 
 
 def _load(key: str, path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"found {constant}, expected a finite number")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"'{twice}' stands there twice")
-        return dict(pairs)
-
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=once)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise InputError(f"{key}: {path.parent} is no folder of peft's: {CONFIG} cannot be read ({reason})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{key}: {path}: found {_told(found)}, expected a mapping of settings")
-    return found
+        return read_object(path, "peft's settings", max_bytes=MOST_BYTES)
+    except InputError as error:
+        raise InputError(f"{key}: {path.parent} is no folder of peft's: {error}") from None
 
 
 def _judged(where: str, found: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
     --format peft     (default) low-rank updates and what else was tuned, as peft's folder:
                       PeftModel.from_pretrained(InstructBlipForConditionalGeneration.from_pretrained(BASE), FOLDER)
-    --format whole    the whole network, updates folded in, in fp32 (and with as much memory), as transformers' folder:
-                      InstructBlipForConditionalGeneration.from_pretrained(FOLDER)
+    --format whole    the whole network, updates folded in, in fp32 (and with as much memory), and its processor, as transformers' folder:
+                      InstructBlipForConditionalGeneration.from_pretrained(FOLDER), InstructBlipProcessor.from_pretrained(FOLDER)
     --checkpoint      a checkpoint's folder, or best; left out: the run's newest; none (with whole): the model before tuning, the base of a run
                       that began with random weights
 
-Tokenizers and the image processor are the base's and are not written. The folder must be new; it appears when it is whole. Exit code: 0, or 2
-for a mistake in the input.
+The folder must be new; it appears when it is whole. Exit code: 0, or 2 for a mistake in the input.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vltrain.config import ModelConfig
+from vltrain.config import Config
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.instructblip_config import InstructBlipConfig
@@ -34,8 +33,10 @@ from vltrain.models.peft_reader import WEIGHTS
 from vltrain.models.peft_settings import CONFIG
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import dequantise_linears
+from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.evaluate import choose_checkpoint
 from vltrain.programs.run_folder import read_command, recipe_of
+from vltrain.programs.stock_processor import write_processor
 from vltrain.settings import COMMAND_LINE
 from vltrain.train.checkpoint import Checkpoint, kept_by_adalora, load_trainable
 
@@ -73,7 +74,7 @@ def export(run: Path, output: Path, form: str = "peft", named: str | None = None
     with new_folder(output) as folder:
         try:
             if form == "whole":
-                _write_whole(folder, config.model, checkpoint)
+                _write_whole(folder, config, checkpoint)
             else:
                 assert checkpoint is not None
                 _write_updates(folder, blip, checkpoint)
@@ -98,7 +99,8 @@ def _write_updates(folder: Path, blip: InstructBlipConfig, checkpoint: Checkpoin
 
 
 @torch.no_grad()
-def _write_whole(folder: Path, model: ModelConfig, checkpoint: Checkpoint | None) -> None:
+def _write_whole(folder: Path, config: Config, checkpoint: Checkpoint | None) -> None:
+    model = config.model
     # Nothing runs here, so that kernels which a run on a GPU asked for are not missed.
     anywhere = dataclasses.replace(model.instructblip, attention="auto", kernels="auto")
     built = build_model(dataclasses.replace(model, instructblip=anywhere), dtype=torch.float32)
@@ -110,4 +112,7 @@ def _write_whole(folder: Path, model: ModelConfig, checkpoint: Checkpoint | None
     network = empty_blip(built.config, "sdpa")
     network.load_state_dict(named, strict=True, assign=True)
     tie_embeddings(network.language_model)
+    source, instruction = tokenizer_sources(config)
+    assert instruction is not None, "an InstructBLIP has a Q-Former"
+    write_processor(folder, built, network, source, instruction)
     network.save_pretrained(folder)
