@@ -260,9 +260,9 @@ class TrainConfig:
     """The loop."""
 
     epochs: float = number(1.0, 0, 1e6, open_low=True)
-    """Passes over the packs."""
+    """Passes over the packs, not necessarily whole ones: 0.3 trains on three tenths of them. Half a pack at least."""
     max_steps: int | None = number(None, 1, MOST_STEPS)
-    """Stop after this many steps; the schedule is then this long too."""
+    """Stop after this many steps; the schedule is then this long too. It only ever shortens a run: more steps than `epochs` has are refused."""
     packs_per_step: int = number(2, 1, MOST_SIZE)
     """Packs of one optimizer step over all ranks. The global batch is the same for any number of ranks; what the ranks do
     not take at once they accumulate."""
@@ -319,8 +319,8 @@ class TrainConfig:
 class EvalConfig:
     """How questions are answered, and how answers are scored."""
 
-    scorer: str = "exact"
-    """A name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy
+    scorer: str | None = "exact"
+    """null: nothing is evaluated while training. Else a name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy
     against ten answers), `caption` (CIDEr and BLEU), or `rouge` (how much of a longer text, such as a rationale, is the reference's)."""
     method: Literal["generate", "rank"] = "generate"
     """generate: the model writes an answer; rank: of a question's candidate answers the likeliest is taken (multiple choice)."""

@@ -299,6 +299,11 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         for name in ("max_new_tokens", "temperature", "top_p")
     ),
     ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
+    *(
+        (f"train.{name}", lambda c, name=name: c.eval.scorer is None and bool(getattr(c.train, name)),
+         f"eval.scorer = null evaluates nothing; say --train.{name} {off}")
+        for name, off in (("eval_every_steps", 0), ("eval_every_epochs", 0), ("keep_best", "false"), ("early_stopping_patience", "null"))
+    ),
     ("eval.normalise_length", lambda c: c.eval.method == "generate", "eval.method = generate ranks nothing"),
 )
 

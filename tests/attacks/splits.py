@@ -1,4 +1,4 @@
-"""Attacks on splits and small data: images that leak from one split into another, splits and scorers that can't work, sets of a handful of samples."""
+"""Attacks on splits: images that leak from one into another, and sets of a handful of samples."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def submit(cluster: Cluster, folder: Path, name: str) -> str:
     words = [
         "--recipe", str(ROOT / "launch" / "recipes" / "quickstart.yaml"), "--ds", str(ROOT / "ds_configs" / "zero2.json"), "--nodes", "2", "--gpus-per-node", "0",
         "--ranks-per-node", "1", "--time", "30", "--output", str(folder / name), "--data.root", str(folder / "data"), "--data.source", "shapes",
-        "--train.max_steps", str(STEPS), "--train.epochs", "50", "--train.save_every_steps", "20", "--eval.max_samples", "16", "--train.precision", "fp32",
+        "--train.max_steps", str(STEPS), "--train.epochs", "50", "--train.eval_every_steps", "0", "--train.save_every_steps", "20", "--eval.max_samples", "16", "--train.precision", "fp32",
     ]  # fmt: skip
     environment = {**cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(ROOT / "launch" / "submit.py"), *words], cwd=folder, env=environment, capture_output=True, text=True)

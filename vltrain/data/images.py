@@ -14,12 +14,15 @@ Trade-off: colour profiles (ICC) and the later frames of animations are ignored.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -61,6 +64,17 @@ def open_rgb(data: bytes, max_pixels: int, where: str, *, at_least: int | None =
     Args:
         at_least: pixels that either edge must keep; a JPEG may then come smaller than it is. None: at its own size.
     """
+    with _opened(io.BytesIO(data), len(data), max_pixels, where) as image:
+        if at_least is not None and image.format == "JPEG":
+            image.draft(None, (at_least, at_least))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> Iterator[Image.Image]:
+    """Opens an image, of which only the header is read so far. Whatever Pillow raises in the block becomes an InputError."""
     # Pillow itself judges the size, before it decodes, also that of pictures inside pictures (icons, frames).
     Image.MAX_IMAGE_PIXELS = max_pixels
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another package may have set it: what is missing would come grey
@@ -68,20 +82,16 @@ def open_rgb(data: bytes, max_pixels: int, where: str, *, at_least: int | None =
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if at_least is not None and image.format == "JPEG":
-                image.draft(None, (at_least, at_least))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            yield Image.open(stream, formats=FORMATS)
     except _TOO_LARGE as error:
         found = str(error).partition(" exceeds")[0]  # "Image size (N pixels)"
         raise InputError(f"{where}: {found}, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)") from None
     except UnidentifiedImageError:
-        told = f"{len(data)} bytes, the first {data[:8]!r}; expected {', '.join(FORMATS)}"
+        stream.seek(0)
+        told = f"{num_bytes} bytes, the first {stream.read(8)!r}; expected {', '.join(FORMATS)}"
         raise InputError(f"{where}: not a readable image ({told})") from None
     except Exception as error:  # on damaged files Pillow's readers raise whatever their arithmetic happens to run into
-        raise InputError(f"{where}: not a readable image ({len(data)} bytes; {str(error) or type(error).__name__})") from None
+        raise InputError(f"{where}: not a readable image ({num_bytes} bytes; {str(error) or type(error).__name__})") from None
 
 
 def is_dark(data: bytes, max_pixels: int, where: str) -> bool:
@@ -141,24 +151,48 @@ def read_image(path: Path, max_pixels: int, where: str, *, inside: Path | None) 
     Raises:
         InputError: it cannot be read, is no plain file (and might never end), is too large, or lies elsewhere.
     """
-    limit = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
     try:
-        # Without O_NONBLOCK a named pipe would wait for its writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{where}: found something else than a file, expected an image")
-            if status.st_size > limit:
-                allowed = f"the {limit:,} that an image of {max_pixels:,} pixels can take (max_image_pixels)"
-                raise InputError(f"{where}: the file has {status.st_size:,} bytes, more than {allowed}")
-            if inside is not None:
-                _require_inside(path, inside, where)
-            data = file.read(status.st_size + 1)
+        with _plain_file(path, max_pixels, where, inside) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            data = file.read(num_bytes + 1)
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
-    if len(data) != status.st_size:
-        raise InputError(f"{where}: changed while it was read ({status.st_size:,} bytes, then {len(data):,}{' or more' if len(data) > status.st_size else ''})")
+    if len(data) != num_bytes:
+        raise InputError(f"{where}: changed while it was read ({num_bytes:,} bytes, then {len(data):,}{' or more' if len(data) > num_bytes else ''})")
     return data
+
+
+def require_image(path: Path, max_pixels: int, where: str, *, inside: Path | None) -> None:
+    """Looks at an image file's header alone, which takes a hundredth of decoding it.
+
+    Raises: InputError as `read_image` and `decode_image`, for what the header tells: that a file is cut short it does not.
+    """
+    try:
+        file = _plain_file(path, max_pixels, where, inside)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+    with file, _opened(file, os.fstat(file.fileno()).st_size, max_pixels, where):
+        pass
+
+
+def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) -> BinaryIO:
+    """An open file that `read_image` may read. Raises InputError for another one, and OSError."""
+    limit = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
+    # Without O_NONBLOCK a named pipe would wait for its writer.
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{where}: found something else than a file, expected an image")
+        if status.st_size > limit:
+            allowed = f"the {limit:,} that an image of {max_pixels:,} pixels can take (max_image_pixels)"
+            raise InputError(f"{where}: the file has {status.st_size:,} bytes, more than {allowed}")
+        if inside is not None:
+            _require_inside(path, inside, where)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _require_inside(path: Path, folder: Path, where: str) -> None:

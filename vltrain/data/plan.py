@@ -94,6 +94,13 @@ class StepPlan:
     num_samples: int
 
 
+def length_of(num_packs: int, epochs: float, packs_per_step: int, max_steps: int | None) -> tuple[int, int]:
+    """Packs (one a time for each pass) and steps of a run; a pack and a step at least."""
+    positions = max(1, round(epochs * num_packs))
+    whole = -(-positions // packs_per_step)
+    return positions, whole if max_steps is None else min(whole, max_steps)
+
+
 class Plan:
     """All steps of a run. Holds the index only, which is memory-mapped."""
 
@@ -122,10 +129,8 @@ class Plan:
         assert packs_per_step >= 1 and world_size >= 1 and epochs > 0
         self._index, self._seed, self._cost = index, seed, cost
         self._packs_per_step, self._world_size, self._images_always = packs_per_step, world_size, images_always
-        self.num_positions = max(1, round(epochs * len(index)))
+        self.num_positions, self.num_steps = length_of(len(index), epochs, packs_per_step, max_steps)
         self.steps_per_epoch = len(index) / packs_per_step
-        whole = -(-self.num_positions // packs_per_step)
-        self.num_steps = whole if max_steps is None else min(whole, max_steps)
 
     def packs_of(self, step: int) -> np.ndarray:
         """Pack numbers of a step, int64 [packs_per_step, or fewer in the last step], in the stream's order."""

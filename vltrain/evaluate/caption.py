@@ -25,6 +25,7 @@ LONGEST_NGRAM = 4
 SIGMA = 6.0  # of the penalty on differences in length
 SCALE = 10.0
 PUNCTUATION = {"``", "''", "`", "'", '"', "(", ")", "[", "]", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
+_LETTER = re.compile(r"\w")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 Words = list[str]
 NGram = tuple[str, ...]
@@ -102,14 +103,23 @@ def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> li
         return [float(score) for score in corpus_bleu(references, captions, weights=weights)]
 
 
+def _captions_of(question: Question) -> list[str]:
+    captions = fact(question, "captions", list, "the reference captions")
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise InputError(f"{question.where}: captions: found {captions!r:.80}, expected texts that are not empty")
+    return captions
+
+
+def needs(question: Question) -> None:
+    """Reference captions with words in them. Raises InputError naming file, id and key."""
+    for caption in _captions_of(question):
+        if not _LETTER.search(caption):
+            raise InputError(f"{question.where}: captions: found {caption!r:.80}, expected a caption with a word in it")
+
+
 def judge_all(answered: Sequence[tuple[str, Question]]) -> Judgement:
     """An empty caption is one that failed. Raises InputError for metadata without a list of `captions`, and as `cider_d` does."""
-    references = []
-    for _, question in answered:
-        captions = fact(question, "captions", list, "the reference captions")
-        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            raise InputError(f"{question.where}: captions: found {captions!r:.80}, expected texts that are not empty")
-        references.append([words_of(caption) for caption in captions])
+    references = [[words_of(caption) for caption in _captions_of(question)] for _, question in answered]
     predicted = [words_of(prediction) for prediction, _ in answered]
     degrees = cider_d(predicted, references)
     verdicts = [
@@ -119,4 +129,4 @@ def judge_all(answered: Sequence[tuple[str, Question]]) -> Judgement:
     return Judgement(verdicts, {f"BLEU-{n}": score for n, score in enumerate(bleu(predicted, references), start=1)})
 
 
-SCORER = Scorer(judge_all=judge_all, columns=lambda question: (), measure="CIDEr")
+SCORER = Scorer(judge_all=judge_all, columns=lambda question: (), measure="CIDEr", needs=needs, require_installed=_split, fewest=2)

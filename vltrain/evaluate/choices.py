@@ -15,15 +15,27 @@ from vltrain.evaluate.scoring import Question, Verdict, fact
 def candidates_of(question: Question) -> tuple[list[str], int]:
     """The candidates and the number of the right one.
 
-    Raises: InputError naming file, id and key for fewer than two, for empty ones, or an answer that is none of them.
+    Raises: InputError naming file, id and key for fewer than two, for empty ones, for two that a prediction could not tell apart, or an answer
+        that is none of them.
     """
     expected = "the texts that an answer can be (prepare the data again, with a source that has choices)"
     candidates = fact(question, "candidates", list, expected)
     if len(candidates) < 2 or not all(isinstance(text, str) and text.strip() for text in candidates):
         raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected two or more texts that are not empty")
+    if len(set(map(normalise, candidates))) < len(candidates):
+        raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected different ones")
     answer = fact(question, "answer", int, "the number of the right candidate")
     if not 0 <= answer < len(candidates):
         raise InputError(f"{question.where}: answer: found {answer}, expected 0 to {len(candidates) - 1}, one of the candidates")
+    return candidates, answer
+
+
+def needs_choices(question: Question) -> tuple[list[str], int]:
+    """`candidates_of`. Raises InputError also where the sample's answer does not begin with the candidate that its metadata calls right."""
+    candidates, answer = candidates_of(question)
+    if not question.reference.startswith(candidates[answer]):
+        found = f"the answer {question.reference!r:.80} does not begin with its right candidate {candidates[answer]!r:.80}"
+        raise InputError(f"{question.where}: {found}; answer, candidates and the last turn must agree")
     return candidates, answer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vltrain.errors import InputError
 from vltrain.evaluate.scoring import Question, Scorer, Verdict
 
 
@@ -21,4 +22,10 @@ def columns(question: Question) -> tuple[str, ...]:
     return () if kind is None else (str(kind),)
 
 
-SCORER = Scorer(judge=judge, columns=columns)
+def needs(question: Question) -> None:
+    """Raises InputError for an answer that an empty prediction would equal."""
+    if not normalise(question.reference):
+        raise InputError(f"{question.where}: found the answer {question.reference!r}, expected more than a full stop: an empty prediction would equal it")
+
+
+SCORER = Scorer(judge=judge, columns=columns, needs=needs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate import exact
-from vltrain.evaluate.choices import judge_choice
+from vltrain.evaluate.choices import judge_choice, needs_choices
 from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
 
 CHOICE_TYPES = ("choose_txt", "choose_img")
@@ -37,4 +37,12 @@ def columns(question: Question) -> tuple[str, ...]:
     return _type_of(question), *grade, *dict.fromkeys(map(str, skills))
 
 
-SCORER = Scorer(judge=judge, columns=columns, column_order=TYPES)
+def needs(question: Question) -> None:
+    """A question type, and of one with choices candidates of which the answer is one. Raises InputError as `judge` and `columns`."""
+    if _type_of(question) in CHOICE_TYPES:
+        needs_choices(question)
+    else:
+        exact.needs(question)
+
+
+SCORER = Scorer(judge=judge, columns=columns, column_order=TYPES, needs=needs)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from vltrain.errors import InputError
-from vltrain.evaluate.choices import candidates_of
+from vltrain.evaluate.choices import needs_choices
 from vltrain.evaluate.generate import Sync, alone
 from vltrain.evaluate.report import question_of
 from vltrain.schema import Sample
@@ -75,12 +75,7 @@ def to_item(sample: Sample, where: str) -> RankingItem:
     question = question_of(sample, where)
     if not question.metadata.get("candidates"):
         raise InputError(f"{question.where}: candidates: found none, so it cannot be answered by ranking; use eval.method generate")
-    candidates, answer = candidates_of(question)
-    if len(set(candidates)) < len(candidates):
-        raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected different ones")
-    if not question.reference.startswith(candidates[answer]):
-        found = f"the answer {question.reference!r:.80} does not begin with its right candidate {candidates[answer]!r:.80}"
-        raise InputError(f"{question.where}: {found}")
+    candidates, answer = needs_choices(question)
     return RankingItem(sample=sample, candidates=tuple(candidates), whole=question.reference == candidates[answer])
 
 

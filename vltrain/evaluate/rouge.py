@@ -6,9 +6,11 @@ Google's `rouge-score`, whose figures papers compare. It tells how alike two tex
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import TYPE_CHECKING
 
+from vltrain.errors import InputError
 from vltrain.evaluate import scienceqa
 from vltrain.evaluate.scoring import Question, Scorer, Verdict
 
@@ -16,12 +18,16 @@ if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
 
+_WORD = re.compile(r"[a-z0-9]", re.IGNORECASE | re.ASCII)
+
+
 @cache
 def _scorer() -> RougeScorer:
-    # Imports nltk, which takes a second that other scorers need not spend.
-    from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import DefaultTokenizer
-
+    try:  # imports nltk, which takes a second that other scorers need not spend
+        from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
+    except ImportError as error:
+        raise InputError(f"eval.scorer rouge needs the package rouge-score ({error}); pip install rouge-score") from None
     return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
 
 
@@ -29,6 +35,12 @@ def judge(prediction: str, question: Question) -> Verdict:
     """An empty prediction is one in which no rationale could be found."""
     reference = question.reference.strip()
     return Verdict(_scorer().score(reference, prediction)["rougeL"].fmeasure, not prediction.strip(), reference)
+
+
+def needs(question: Question) -> None:
+    """Words as ROUGE knows them, of Latin letters and digits: without one the reference itself would score 0. Raises InputError."""
+    if not _WORD.search(question.reference):
+        raise InputError(f"{question.where}: found the answer {question.reference!r:.80}, expected Latin letters or digits: ROUGE reads no others")
 
 
 def columns(question: Question) -> tuple[str, ...]:
@@ -39,4 +51,4 @@ def columns(question: Question) -> tuple[str, ...]:
     return () if kind is None else (str(kind),)
 
 
-SCORER = Scorer(judge=judge, columns=columns, measure="rougeL")
+SCORER = Scorer(judge=judge, columns=columns, measure="rougeL", needs=needs, require_installed=_scorer)

@@ -24,8 +24,9 @@ from vltrain.evaluate.candidates import BlipCandidates, MultimodalCandidates
 from vltrain.evaluate.gallery import write_gallery
 from vltrain.evaluate.generate import Sampling, Sync, alone, generate
 from vltrain.evaluate.ranking import CandidateModel, rank, to_item
-from vltrain.evaluate.report import find_scorer, score_samples, write_report
-from vltrain.evaluate.samples import deal, image_loader, read_samples, thin_out
+from vltrain.evaluate.ready import answerable_samples
+from vltrain.evaluate.report import score_samples, write_report
+from vltrain.evaluate.samples import deal, image_loader, thin_out
 from vltrain.evaluate.scoring import Report
 from vltrain.models.build import AnyModel
 from vltrain.models.qformer import InstructBlip
@@ -39,7 +40,7 @@ def evaluate_split(
     config: Config,
     *,
     split: str,
-    folder: Path,
+    folder: Path | None,
     step: int,
     max_samples: int | None,
     device: torch.device | str,
@@ -50,7 +51,7 @@ def evaluate_split(
     Args:
         model: in evaluation mode, plain or under DeepSpeed at any ZeRO stage; the caller's autocast context holds.
         samples_file: JSONL; images are found beside it.
-        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there.
+        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there. None: nowhere.
         step: optimizer steps that the model has behind it, for the files and TensorBoard.
         max_samples: None: all.
         writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
@@ -58,16 +59,17 @@ def evaluate_split(
 
     Returns: the report on rank 0, None elsewhere.
 
-    Raises: InputError for an unknown scorer, malformed samples, unreadable images, a folder that cannot be written to; and for samples
-        without candidates that are to be ranked.
+    Raises: InputError as `answerable_samples`, before anything is answered; and for an image that is damaged behind its header, and a folder
+        that cannot be written to.
     """
-    find_scorer(config.eval.scorer)  # before hours of work
-    samples = thin_out(read_samples(samples_file), max_samples)
+    samples = answerable_samples(samples_file, config, max_samples)
+    assert config.eval.scorer is not None
     predictions = predict(model, samples, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}")
     if predictions is None:
         return None
     report = score_samples(config.eval.scorer, samples, predictions, str(samples_file))
-    write_report(report, folder / "eval" / split, {"split": split, "step": step})
+    if folder is not None:
+        write_report(report, folder / "eval" / split, {"split": split, "step": step})
     if writer is not None:
         _show(writer, report, samples, config, split, samples_file.parent, step)
     return report
@@ -85,9 +87,6 @@ def predict(
 ) -> list[str] | None:
     """The model's answers, one text for each sample, on rank 0; None elsewhere. A collective."""
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if config.eval.method == "rank":
-        for sample in samples:  # all of them on every rank, so that ranks refuse the same ones and none waits for another
-            to_item(sample, str(samples_file))
     own = deal(samples, rank_number, world_size)
     look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": False}
     with tqdm(total=len(samples), desc=title, unit="question", **look) as bar:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from vltrain.errors import InputError
-from vltrain.evaluate.choices import judge_choice
+from vltrain.evaluate.choices import judge_choice, needs_choices
 from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
 
 _ANSWER = re.compile(r"The answer is ([A-Z])\.")
@@ -21,16 +21,34 @@ _LAST_LOWER_GRADE = 6
 _NUM_GRADES = 12
 
 
-def judge(prediction: str, question: Question) -> Verdict:
-    """Raises InputError if the question's metadata lacks `choices` or `answer`."""
+def _is_listed(question: Question) -> bool:
+    """Whether its candidate answers are other texts than "The answer is A."."""
     candidates = question.metadata.get("candidates")
-    if candidates and not _ANSWER.match(str(candidates[0])):
-        return judge_choice(prediction, question)
+    return isinstance(candidates, list) and bool(candidates) and not _ANSWER.match(str(candidates[0]))
+
+
+def _letter_of(question: Question) -> str:
     choices = fact(question, "choices", list, "a list of texts")
     answer = fact(question, "answer", int, "the number of the right choice")
     if not 0 <= answer < len(choices) <= 26:
         raise InputError(f"{question.where}: answer: found {answer}, expected a number below the {len(choices)} choices (26 at most)")
-    expected = chr(ord("A") + answer)
+    return chr(ord("A") + answer)
+
+
+def needs(question: Question) -> None:
+    """Choices and the number of the right one, which the sample's answer says too. Raises InputError as `judge` and `columns`."""
+    if _is_listed(question):
+        needs_choices(question)
+    elif not judge(question.reference, question).correct:
+        found = f"the answer {question.reference!r:.80} does not say 'The answer is {_letter_of(question)}.', as choices and answer do"
+        raise InputError(f"{question.where}: {found}; expected them to agree (eval.scorer rouge scores rationales alone)")
+
+
+def judge(prediction: str, question: Question) -> Verdict:
+    """Raises InputError if the question's metadata lacks `choices` or `answer`."""
+    if _is_listed(question):
+        return judge_choice(prediction, question)
+    expected = _letter_of(question)
     found = _ANSWER.search(prediction)
     return Verdict(found is not None and found[1] == expected, found is None, expected)
 
@@ -49,4 +67,4 @@ def columns(question: Question) -> tuple[str, ...]:
     return _SUBJECTS[subject], *context, "G1-6" if int(number) <= _LAST_LOWER_GRADE else "G7-12"
 
 
-SCORER = Scorer(judge=judge, columns=columns, column_order=("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12"))
+SCORER = Scorer(judge=judge, columns=columns, column_order=("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12"), needs=needs)

@@ -6,6 +6,9 @@ not right or wrong but more or less like another, `judge` says how much, from 0 
 
 Where that depends on all other samples (CIDEr weighs words by how rare they are among them), or a figure is of all answers together and no
 mean (BLEU), a scorer has `judge_all` in `judge`'s stead.
+
+What a scorer needs of a sample it declares in `needs`, so that a sample that can't be scored is refused before anything is answered, and a
+training run before its first step (`vltrain.evaluate.ready`).
 """
 
 from __future__ import annotations
@@ -51,6 +54,8 @@ class Judgement(NamedTuple):
 class Scorer:
     """`judge` or `judge_all`: see the module; `judge_all` gets (prediction, question) pairs.
 
+    `needs`: raises InputError naming file, id and key for a question that lacks what the scorer reads, or contradicts itself: whose own
+    reference it would not call right. `require_installed`: raises InputError where a package is missing. `fewest`: questions it takes at least.
     `column_order`: the columns that are always shown, first; others follow in alphabetical order. `measure`: the mean's name.
     """
 
@@ -59,6 +64,9 @@ class Scorer:
     columns: Callable[[Question], tuple[str, ...]]
     column_order: tuple[str, ...] = ()
     measure: str = "accuracy"
+    needs: Callable[[Question], None]
+    require_installed: Callable[[], object] = lambda: None
+    fewest: int = 1
 
     def __post_init__(self) -> None:
         assert (self.judge is None) != (self.judge_all is None), "a scorer judges answers one by one or all together"

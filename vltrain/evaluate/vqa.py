@@ -17,6 +17,7 @@ from vltrain.errors import InputError
 from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
 
 MATCHES_FOR_FULL_SCORE = 3
+NUM_ANSWERS = 10
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
@@ -57,11 +58,16 @@ def accuracy(prediction: str, answers: list[str]) -> float:
     return sum(min(1.0, (sum(matches) - own) / MATCHES_FOR_FULL_SCORE) for own in matches) / len(matches)
 
 
-def judge(prediction: str, question: Question) -> Verdict:
-    """An empty prediction is one in which no answer could be found. Raises InputError for metadata without a list of `answers`."""
+def _answers_of(question: Question) -> list[str]:
     answers = fact(question, "answers", list, "ten people's answers")
     if len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"{question.where}: answers: found {answers!r:.80}, expected two or more texts (ten, officially)")
+    return answers
+
+
+def judge(prediction: str, question: Question) -> Verdict:
+    """An empty prediction is one in which no answer could be found. Raises InputError for metadata without a list of `answers`."""
+    answers = _answers_of(question)
     degree = accuracy(prediction, answers) if prediction.strip() else 0.0
     return Verdict(degree, not prediction.strip(), question.reference.strip())
 
@@ -71,4 +77,14 @@ def columns(question: Question) -> tuple[str, ...]:
     return (fact(question, "answer_type", str, "a type of answer"),) if "answer_type" in question.metadata else ()
 
 
-SCORER = Scorer(judge=judge, columns=columns)
+def needs(question: Question) -> None:
+    """Ten answers, of which the sample's own is one. Raises InputError naming file, id and key."""
+    answers = _answers_of(question)
+    if len(answers) != NUM_ANSWERS:
+        raise InputError(f"{question.where}: answers: found {len(answers)}, expected {NUM_ANSWERS}: VQA accuracy is of ten people's answers; use eval.scorer exact")
+    if not accuracy(question.reference, answers):
+        found = f"the answer {question.reference!r:.80} is none of {answers!r:.200}"
+        raise InputError(f"{question.where}: answers: {found}; expected it among them")
+
+
+SCORER = Scorer(judge=judge, columns=columns, needs=needs)

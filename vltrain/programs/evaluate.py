@@ -6,7 +6,8 @@
 The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a
 whole copy of the model. The second scores a file of answers without any model: to ScienceQA's questions (--data: its official folder), or by any scorer
 to those of a file or folder of samples. --letters reads "B", "(B)" and "The answer is (B)." as choices; --allow-missing leaves questions without
-an answer out. Both print a table and end with the accuracy.
+an answer out. Both print a table and end with the accuracy. A run's predictions and figures go into RUN/eval/SPLIT; where that cannot be
+written they are printed alone, and --json writes the figures elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import datetime
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,18 +26,21 @@ from vltrain.check.manifest import BEST, pointed
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
-from vltrain.evaluate.report import write_json
+from vltrain.evaluate.ready import answerable_samples, require_scorer
+from vltrain.evaluate.report import write_json, write_report
 from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
-from vltrain.programs.run_folder import RECIPE, require_run
+from vltrain.programs.run_folder import RECIPE, require_run, why_not_writable
 from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import local_world_size, require_machine, require_one_model
 from vltrain.train.ranks import adopt_ranks, join_process_group
+
+logger = logging.getLogger(__name__)
 
 RUN_OPTIONS: dict[str, Option] = {
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
@@ -59,7 +64,10 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     """Evaluates what the command line names. Returns the exit code: 0, or 2 for a mistake in the input."""
     arguments = split_arguments(argv, flags=(*FLAGS, *FILE_FLAGS))
     if arguments.last("predictions") is not None:
-        return _finish(_evaluate_file(arguments), arguments.last("json"))
+        json_file = arguments.last("json")
+        _require_place(json_file)
+        _finish(_evaluate_file(arguments), json_file)
+        return 0
     folder = Path(arguments.positionals[0]) if len(arguments.positionals) == 1 else None
     if folder is not None:
         require_run(folder)
@@ -69,24 +77,34 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     )
     assert folder is not None, "load_settings asks for the run"
     try:
-        return _finish(evaluate_run(folder, settings), settings.options["json"])
+        evaluate_run(folder, settings)
+        return 0
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _finish(report: Report | None, json_file: str | None) -> int:
-    """Shows a report; ranks without one have nothing to show."""
-    if report is not None:
-        if json_file is not None:
-            write_json(Path(json_file), report.to_json())
-        for what, how in report.told.items():
-            print(f"{what}: {how}")
-        if report.missing:
-            print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
-        print(report.to_markdown())
-        print(report.headline(), flush=True)
-    return 0
+def _finish(report: Report, json_file: str | None, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
+    """Shows a report, and then writes it: what took hours is on the screen, whatever the disk says."""
+    for what, how in report.told.items():
+        print(f"{what}: {how}")
+    if report.missing:
+        print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
+    print(report.to_markdown())
+    print(report.headline(), flush=True)
+    if folder is not None:
+        write_report(report, folder, facts or {})
+    if json_file is not None:
+        write_json(Path(json_file), report.to_json())
+
+
+def _require_place(json_file: str | None) -> None:
+    """Raises InputError if the file of --json could not be written, before hours of answering."""
+    if json_file is None:
+        return
+    reason = why_not_writable(Path(json_file).absolute().parent) or ("it is a folder" if Path(json_file).is_dir() else None)
+    if reason is not None:
+        raise InputError(f"{COMMAND_LINE}: --json {json_file}: cannot be written ({reason}); name another file")
 
 
 def _evaluate_file(arguments: Arguments) -> Report:
@@ -108,9 +126,11 @@ def _evaluate_file(arguments: Arguments) -> Report:
     )  # fmt: skip
 
 
-def evaluate_run(folder: Path, settings: Settings) -> Report | None:
-    """Answers and scores a split with a run's checkpoint. Returns the report on rank 0, None elsewhere."""
+def evaluate_run(folder: Path, settings: Settings) -> None:
+    """Answers and scores a split with a run's checkpoint; rank 0 shows and writes the report."""
     config = settings.config
+    _require_place(settings.options["json"])
+    require_scorer(config)
     set_determinism(config.train.deterministic)
     adopt_ranks()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -120,7 +140,14 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
     split = settings.options["split"] or config.data.test_split
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
     tokenizer = load_tokenizer(*tokenizer_sources(config))
+    # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
+    max_samples = config.eval.max_samples if "eval.max_samples" in settings.overrides else None
     samples_file = ready_samples(config, split)
+    answerable_samples(samples_file, config, max_samples)  # before a model is built
+    reason = why_not_writable(folder / "eval" / split) or why_not_writable(folder / "tensorboard")
+    if reason is not None:
+        told = "%s: cannot be written (%s): figures are printed%s, predictions are not kept"
+        logger.warning(told, folder, reason, " and written to --json" if settings.options["json"] else "")
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
     model = build_model(config.model, dtype=dtype, runs_on=place)
     if checkpoint is not None:
@@ -130,16 +157,17 @@ def evaluate_run(folder: Path, settings: Settings) -> Report | None:
             torch.cuda.set_device(place)
         join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
         require_one_model()
-    writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 else None
+    step = checkpoint.step if checkpoint is not None else 0
+    writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 and reason is None else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
-            model.to(place).eval(), samples_file, tokenizer, config, split=split, folder=folder, step=checkpoint.step if checkpoint else 0,
-            # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
-            max_samples=config.eval.max_samples if "eval.max_samples" in settings.overrides else None, device=place, writer=writer,
+            model.to(place).eval(), samples_file, tokenizer, config, split=split, folder=None, step=step, max_samples=max_samples, device=place,
+            writer=writer,
         )
     if writer is not None:
         writer.close()
-    return report
+    if report is not None:
+        _finish(report, settings.options["json"], None if reason else folder / "eval" / split, {"split": split, "step": step})
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:

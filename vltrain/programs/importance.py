@@ -7,13 +7,14 @@ first one is a measure of its importance to the task. Written into the new folde
     ranks.png      heat map: a row per block, a column per matrix
     summary.txt    mean rank by sublayer, blocks with the most and the least; also printed
 
-The picture and the summary go into the run's TensorBoard, too. A Q-Former hands on the states of its queries alone, so nothing behind the last
+The picture and the summary go into the run's TensorBoard, too, where that can be written. A Q-Former hands on the states of its queries alone, so nothing behind the last
 block's text FFN reaches the loss: its rank is an artefact and is left out of every mean.
 """
 
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.models.low_rank import sublayer_of
 from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.programs.run_folder import read_command, recipe_of
+from vltrain.programs.run_folder import read_command, recipe_of, why_not_writable
 from vltrain.train.checkpoint import kept_by_adalora
+
+logger = logging.getLogger(__name__)
 
 TEXT_FFN = ("intermediate.dense", "output.dense")
 LISTED = 5
@@ -60,9 +63,13 @@ def main(argv: list[str], *, program: str = "vltrain importance") -> int:
         write_csv(ranks, folder / "ranks.csv")
         figure.savefig(folder / "ranks.png", dpi=150)
         (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
-    with SummaryWriter(str(run / "tensorboard")) as writer:
-        writer.add_figure("adalora/ranks", figure, step)
-        writer.add_text("adalora/ranks", "```\n" + summary + "\n```", step)
+    reason = why_not_writable(run / "tensorboard")
+    if reason is not None:
+        logger.warning("%s: cannot be written (%s): the picture is in %s alone", run / "tensorboard", reason, output)
+    else:
+        with SummaryWriter(str(run / "tensorboard")) as writer:
+            writer.add_figure("adalora/ranks", figure, step)
+            writer.add_text("adalora/ranks", "```\n" + summary + "\n```", step)
     print(summary)
     return 0
 

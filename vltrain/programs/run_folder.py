@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from vltrain.recipe import build_config, read_recipe
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
 
 RECIPE = "config.yaml"  # the resolved one, which every run writes
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, or where it is missing into the one that it would be made in; None if it can. Leaves nothing."""
+    place = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def require_run(run: Path, *others: str) -> None:

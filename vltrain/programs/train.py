@@ -18,6 +18,7 @@ from vltrain.data.conversation import TEMPLATES, fingerprint
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.run import evaluate_split
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
@@ -32,6 +33,7 @@ from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.length import require_reachable
 from vltrain.train.machine import local_world_size, require_machine
 from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks
@@ -68,8 +70,10 @@ def run(settings: Settings, preemption: Preemption) -> None:
     config = settings.config
     set_determinism(config.train.deterministic)
     ds_json = load_ds_json(settings.options["ds"])
-    # Here only so that a conflict is found before hours of preparation.
+    # Here only so that a mistake is found before hours of preparation.
     require_compilable(config, zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))))
+    if config.eval.scorer is not None:
+        require_scorer(config)
     folder = Path(config.output)
     with ExitStack() as held:
         if int(os.environ.get("RANK", "0")) == 0:
@@ -86,7 +90,13 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
     outline = outline_model(config.model, device(), dtype)
     _require_data_fits(config, tokenizer, outline)
+    packed = config.data.train_packs is not None
+    if not packed:
+        _require_answerable(config)  # before hours of packing
     dataset = open_packs(config, tokenizer, outline.visual_tokens)
+    if packed:
+        _require_answerable(config)
+    require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
     ds_json = fill_buckets(ds_json, count_trained(outline))
     rank, world_size = init_distributed()
@@ -164,6 +174,12 @@ def _require_data_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) ->
     if config.model.instructblip.qformer_tokens > sizes.max_position_embeddings:
         found = f"found {config.model.instructblip.qformer_tokens}, but the Q-Former has positions for {sizes.max_position_embeddings}"
         raise InputError(f"model.instructblip.qformer_tokens: {found}")
+
+
+def _require_answerable(config: Config) -> None:
+    """Raises InputError, before the first step, for evaluations that would fail after it."""
+    if config.eval.scorer is not None:
+        answerable_samples(ready_samples(config, config.data.eval_split), config, config.eval.max_samples)
 
 
 def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> float | None:

@@ -144,7 +144,9 @@ class Trainer:
             logger.warning("step %d: %s", step, found)
 
     def evaluates_after(self, steps_done: int) -> bool:
-        """Whether an evaluation follows so many steps: every `train.eval_every_steps` or `eval_every_epochs`, and at the end."""
+        """Whether an evaluation follows so many steps: every `train.eval_every_steps` or `eval_every_epochs`, and at the end; never without a scorer."""
+        if self.config.eval.scorer is None:
+            return False
         every = self.config.train.eval_every_steps or self.config.train.eval_every_epochs * self.plan.steps_per_epoch
         return steps_done == self.plan.num_steps or (every > 0 and steps_done // every > (steps_done - 1) // every)
 
@@ -315,8 +317,6 @@ def make_trainer(
         folder, active=rank == 0, first_step=first_step, num_steps=plan.num_steps, log_every_steps=config.train.log_every_steps,
         flops=flops, peak_flops=peak_flops(dtype) * world_size,
     )
-    if plan.num_steps == 0:
-        raise InputError(f"nothing to train: {len(dataset)} pack(s), train.epochs = {config.train.epochs}")
     selection = Selection(patience=config.train.early_stopping_patience)
     run_state = checkpoint.run_state if checkpoint is not None else {}
     if "selection" in run_state:
