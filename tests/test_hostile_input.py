@@ -31,8 +31,9 @@ from vltrain.data.images import decode_image, read_image
 from vltrain.data.shards import read_manifest
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.evaluate.predictions import read_predictions
+from vltrain.evaluate.predictions import read_predictions, score_predictions
 from vltrain.evaluate.samples import read_samples
+from vltrain.files.strict_json import read_records
 from vltrain.recipe import build_config, dump_config, read_recipe
 from vltrain.schema import Sample
 from vltrain.train.checkpoint import open_checkpoint
@@ -86,6 +87,12 @@ def taken_or_refused(action) -> None:
 
 
 TALK = {"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]}
+MESSAGES = {
+    "id": 3, "messages": [
+        {"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ],
+}  # fmt: skip
 PROBLEM = {
     "question": "q?", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None, "task": "closed choice", "grade": "grade2", "subject": "natural science",
     "topic": "t", "category": "c", "skill": "s", "lecture": "l", "solution": "s", "split": "train",
@@ -95,7 +102,7 @@ VIZ = {"image": "a.jpg", "question": "what?", "answers": [{"answer": "red", "ans
 FLICKR = {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}]}
 # source -> {file below its input: content}; the input is the folder, but for a source of one file.
 FILES = {
-    "llava_json": {"chats.json": [TALK, {**TALK, "id": "2", "image": ["a.png"]}]},
+    "llava_json": {"chats.json": [TALK, {**TALK, "id": "2", "image": ["a.png"]}, MESSAGES]},
     "scienceqa": {"problems.json": {"1": PROBLEM, "2": PROBLEM}, "pid_splits.json": {"train": ["1"], "val": ["2"], "test": []}},
     "scienceqa_image": {"problems.json": {"1": PROBLEM, "2": PROBLEM}, "pid_splits.json": {"train": ["1"], "val": ["2"], "test": []}},
     "iconqa": {
@@ -129,6 +136,26 @@ def test_bombs_in_sources(source, bomb, tmp_path):
         taken_or_refused(lambda: list(SOURCES[source](tmp_path / "chats.json" if source == "llava_json" else tmp_path, {})))
 
 
+ANSWERS = {  # to problems 1 and 2, in the formats that are known
+    "a.json": {"1": "x", "2": "The answer is A."}, "b.json": {"outputs": {"1": "x", "2": "y"}, "acc": 1.0}, "c.json": {"results": {"1": {"prediction": "a"}, "2": {"prediction": "b"}}},
+    "d.json": {"preds": ["The answer is (B).", "x"], "labels": ["The answer is (B).", "The answer is (B)."]}, "e.json": [{"question_id": 1, "answer": "B"}, {"question_id": "2", "answer": "x"}],
+    "f.jsonl": {"question_id": 1, "text": "(B)"}, "g.jsonl": {"pid": "1", "prediction": "a"}, "h.jsonl": {"id": "1", "prediction": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@FEW
+@given(data=st.data())
+def test_files_of_answers(name, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    questions = {"problems.json": {"1": PROBLEM, "2": PROBLEM}, "pid_splits.json": {"test": ["1", "2"]}}
+    spoiled = data.draw(st.sampled_from([name, name, *questions]))
+    for other, content in {**questions, name: ANSWERS[name]}.items():
+        (folder / other).write_text(json.dumps(replaced(data, content) if other == spoiled else content))
+    letters, missing = data.draw(st.tuples(st.booleans(), st.booleans()))
+    taken_or_refused(lambda: score_predictions(folder / name, folder, "test", letters=letters, allow_missing=missing))
+
+
 SAMPLE = {"id": "1", "images": ["a.png"], "turns": [{"role": "user", "text": "<image>\nq"}, {"role": "assistant", "text": "a"}], "metadata": {"answer": "a"}}
 
 
@@ -136,7 +163,8 @@ SAMPLE = {"id": "1", "images": ["a.png"], "turns": [{"role": "user", "text": "<i
 @given(data=st.data())
 def test_prepared_samples(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("samples") / "x.jsonl"
-    path.write_text(json.dumps(replaced(data, SAMPLE)))
+    system = {**SAMPLE, "turns": [{"role": "system", "text": "s"}, *SAMPLE["turns"]]}
+    path.write_text(json.dumps(replaced(data, data.draw(st.sampled_from([SAMPLE, system])))))
     taken_or_refused(lambda: read_samples(path))
 
 
@@ -229,8 +257,13 @@ def test_deepspeeds_json(data, tmp_path_factory):
     taken_or_refused(lambda: resolve_ds_config(load_ds_json(path), Config(), 2))
 
 
+def read_manifest_of(path):
+    path.rename(path.with_name("manifest.json"))
+    read_manifest(path.parent)
+
+
 @pytest.mark.parametrize("content", [DEEP.encode(), b"\xff", b"1" * 10_000, b"{", b""])
-@pytest.mark.parametrize("reader", [load_ds_json, read_predictions, lambda path: read_samples(path)])
+@pytest.mark.parametrize("reader", [load_ds_json, read_predictions, lambda path: read_samples(path), lambda path: list(read_records(path)), read_manifest_of])
 def test_bombs_in_json(reader, content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(InputError):

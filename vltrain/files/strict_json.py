@@ -250,8 +250,8 @@ def _explained(text: str, start: int, file: str, first_line: int) -> InputError:
         elif word == ",":
             awaits_key = bool(keys) and keys[-1] is not None
         elif word[0] == '"':
-            content = json.loads(word, strict=False)
-            if _holds_halves(content):
+            content = json.loads(word, strict=False) if "\\" in word else word[1:-1]
+            if "\\" in word and _holds_halves(content):
                 return _error(text, place, f"found half of a character (a lone surrogate) in {word:.60}, expected text", file, first_line)
             if awaits_key and keys[-1] is not None:
                 if content in keys[-1]:
