@@ -152,8 +152,9 @@ def _write_packs(
         order, starts = spool.deal(kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded)
         for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
+        lost = spool.spelling.for_manifest()
         spool.remove()
-        return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept))
+        return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept), lost=lost)
 
 
 def _settle_over_long(

@@ -12,6 +12,7 @@ import numpy as np
 from data_prep.tokens import Tokens
 from vltrain.data.batching import batch_lengths
 from vltrain.data.packing import pack_lengths
+from vltrain.data.spelling import Spelling, describe_lost
 from vltrain.errors import InputError
 from vltrain.schema import PackedRow
 
@@ -29,6 +30,7 @@ class Spool:
         self._files = (folder / "tokens.spool", folder / "mask.spool", folder / "instruction.spool")
         self.ids: list[str] = []
         self.paths: dict[str, int] = {}
+        self.spelling = Spelling()
 
     def fill(self, parts: Iterable[Tokens]) -> None:
         """Takes all samples; InputError if there is none or an id comes twice."""
@@ -44,6 +46,7 @@ class Spool:
                 num_labels.extend(part.num_labels)
                 instructions.extend(part.instruction_lengths)
                 cuts += part.instruction_cuts
+                self.spelling.merge(part.spelling)
                 self.ids.extend(part.ids)
                 for sample_id, images in zip(part.ids, part.images, strict=True):
                     if sample_id in seen:
@@ -56,6 +59,8 @@ class Spool:
         if cuts:
             told = "of %d prompts the Q-Former reads only the beginning (--qformer-tokens, in a recipe model.instructblip.qformer_tokens)"
             logger.warning(told, cuts)
+        for line in describe_lost(self.spelling.for_manifest(), len(self.ids)):
+            logger.warning("%s", line)
         self.lengths, self.num_labels, self.num_images, self.image_refs, self.instruction_lengths = (
             np.frombuffer(one, np.int64) for one in (lengths, num_labels, num_images, image_refs, instructions)
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
 from vltrain.data.conversation import encode_sample
+from vltrain.data.spelling import Spelling
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
@@ -37,6 +39,7 @@ class Tokens:
     num_labels: list[int] = field(default_factory=list)
     instruction_lengths: list[int] = field(default_factory=list)
     instruction_cuts: int = 0
+    spelling: dict[str, Any] = field(default_factory=lambda: Spelling().to_json())
     input_ids: bytes = b""  # int32
     loss_mask: bytes = b""  # bool
     instruction_ids: bytes = b""  # int32
@@ -85,11 +88,13 @@ def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:
 
 def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Tokens:
     segments: list[Segment] = []
+    spelling = Spelling()
     for number, line in lines:
         if is_blank(line, number):
             continue
         sample = Sample.from_json(parse_line(line, file, number), f"{file}:{number}")
         segments.append(encode_sample(sample, tokenizer, template, visual_tokens, askable=True))
+        spelling.add(sample, segments[-1], tokenizer)
     return Tokens(
         ids=[segment.sample_id for segment in segments],
         images=[segment.images for segment in segments],
@@ -97,6 +102,7 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, t
         num_labels=[int(np.count_nonzero(segment.loss_mask)) for segment in segments],
         instruction_lengths=[len(segment.instruction_ids) for segment in segments],
         instruction_cuts=sum(segment.instruction_cut > 0 for segment in segments),
+        spelling=spelling.to_json(),
         input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
         loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
         instruction_ids=b"".join(segment.instruction_ids.tobytes() for segment in segments),
@@ -104,7 +110,7 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, t
 
 
 _FILES = {"tokens.bin": "input_ids", "mask.bin": "loss_mask", "instruction.bin": "instruction_ids"}
-_TOLD = ("ids", "images", "lengths", "num_labels", "instruction_lengths", "instruction_cuts")
+_TOLD = ("ids", "images", "lengths", "num_labels", "instruction_lengths", "instruction_cuts", "spelling")
 
 
 def write_tokens(chunks: Iterable[Tokens], folder: Path) -> None:

@@ -77,3 +77,16 @@ def test_a_key_of_a_newer_version_is_refused_by_name(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(Config()) + "tomorrow: 1\n")
     with pytest.raises(InputError, match="tomorrow"):
         recipe_of(tmp_path)
+
+
+def test_a_default_of_before_in_a_stored_recipe_is_nobodys_wish(tmp_path):
+    stored = dump_config(build_config({"eval.max_new_tokens": 8}))
+    assert load_settings(["--recipe", str(_file(tmp_path / "old.yaml", stored)), "--eval.method", "rank"], program="x").config.eval.max_new_tokens == 8
+    asked = _file(tmp_path / "asked.yaml", stored.replace("max_new_tokens: 8", "max_new_tokens: 9"))
+    with pytest.raises(InputError, match="eval.max_new_tokens: has no effect"):
+        load_settings(["--recipe", str(asked), "--eval.method", "rank"], program="x")
+
+
+def _file(path, text):
+    path.write_text(text)
+    return path

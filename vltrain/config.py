@@ -328,7 +328,9 @@ class EvalConfig:
     """rank: compare losses per token instead of their sums."""
     batch_size: int = number(64, 1, MOST_SIZE)
     """Questions (rank: candidates) answered at once by a rank; changes speed and memory, never an answer."""
-    max_new_tokens: int = number(8, 1, MOST_SIZE)
+    max_new_tokens: int | None = number(None, 1, MOST_SIZE)
+    """Tokens that a generated answer may have; null: those of the split's longest reference, and a quarter or 8 more. Answers that reach it
+    without an end are counted."""
     temperature: float = number(0.0, 1e-3, 1e3, or_zero=True)
     """0: greedy."""
     top_p: float = number(1.0, 0, 1, open_low=True)

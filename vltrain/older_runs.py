@@ -15,10 +15,18 @@ ADDED: dict[str, Any] = {}
 """Every setting that was added since the first runs, by dotted name, with the value that does what was done without it. A setting that is
 declared in `vltrain.config` and is missing here fails a test."""
 
+DEFAULTS_BEFORE: dict[str, tuple[Any, ...]] = {"eval.max_new_tokens": (8,)}
+"""Defaults that were others before: a stored recipe names every setting, so one of these there may be what nobody asked for."""
+
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a stored recipe (dotted name -> value), with those that its version did not know."""
     return {**ADDED, **stored}
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Whether a recipe's value may be what its version had for a default."""
+    return value == known_keys()[key].default or value in DEFAULTS_BEFORE.get(key, ())
 
 
 def value_before(key: str) -> Any:

@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
-from vltrain.older_runs import complete
+from vltrain.older_runs import complete, is_default
 from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
 from vltrain.strict_yaml import load_text as load_recipe_text
 
@@ -314,6 +314,6 @@ def refuse_without_effect(config: Config, from_recipe: Mapping[str, Any], overri
     A resolved configuration names every key, so a recipe's key with its default value does not count as made.
     """
     for key, is_idle, reason in _NO_EFFECT:
-        made = key in overrides or from_recipe.get(key, known_keys()[key].default) != known_keys()[key].default
+        made = key in overrides or (key in from_recipe and not is_default(key, from_recipe[key]))
         if made and is_idle(config):
             raise InputError(f"{key}: has no effect: {reason}; leave it out, or change the other")

@@ -135,7 +135,9 @@ def test_a_run_is_evaluated_and_scored(evaluated, capsys, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["correct"] == len(expected)
     failed = sum(not record["prediction"] for record in answers.values())
     headline = f"accuracy={len(expected) / NUM_SAMPLES:.4f} ({NUM_SAMPLES} questions) failed={failed}"
-    assert capsys.readouterr().out.splitlines()[-1] == headline
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == headline
+    assert metrics["cut"] > 0 and any(line.startswith(f"{metrics['cut']} answer(s) were cut at eval.max_new_tokens = 5") for line in printed)
 
 
 def test_tensorboard_gets_the_accuracy_and_pictures(evaluated):

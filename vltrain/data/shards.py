@@ -73,6 +73,7 @@ class Manifest:
     """What a set of shards holds and what it was made with.
 
     tokenizer_fingerprint, template, visual_tokens and pack_length must agree with the model that trains on it.
+    `lost` is what the vocabulary loses of the samples' texts (`vltrain.data.spelling`), None and not written where that is nothing.
     `over_long` counts the samples left out because they do not fit into a pack; over_long.jsonl lists them.
     """
 
@@ -91,6 +92,7 @@ class Manifest:
     over_long: int
     files: tuple[ShardFile, ...]
     format_version: int = FORMAT_VERSION
+    lost: dict[str, Any] | None = None
 
     @property
     def fill(self) -> float:
@@ -106,7 +108,8 @@ class Manifest:
         return json.dumps({**self._fields(), "checksum": self.checksum}, indent=1) + "\n"
 
     def _fields(self) -> dict[str, Any]:
-        return {**vars(self), "files": [vars(file) for file in self.files]}
+        fields = {**vars(self), "files": [vars(file) for file in self.files]}
+        return fields if self.lost is not None else {name: value for name, value in fields.items() if name != "lost"}
 
 
 def sha256_of(path: Path) -> str:

@@ -8,8 +8,11 @@ Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,20 +20,28 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vltrain.config import Config
-from vltrain.data.conversation import encode_prompt, stop_ids
+from vltrain.data.conversation import stop_ids
 from vltrain.data.images import open_rgb, read_image
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.evaluate.candidates import BlipCandidates, MultimodalCandidates
 from vltrain.evaluate.gallery import write_gallery
 from vltrain.evaluate.generate import Sampling, Sync, alone, generate
+from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
 from vltrain.evaluate.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
-from vltrain.evaluate.samples import deal, image_loader, thin_out
-from vltrain.evaluate.scoring import Report
+from vltrain.evaluate.samples import deal, image_loader, read_samples, thin_out
+from vltrain.evaluate.scoring import Remark, Report
 from vltrain.models.build import AnyModel
 from vltrain.models.qformer import InstructBlip
 from vltrain.schema import Sample
+
+
+class Said(NamedTuple):
+    """An answer; `cut`: it had as many tokens as it may have, and no end."""
+
+    text: str
+    cut: bool
 
 
 def evaluate_split(
@@ -64,10 +75,13 @@ def evaluate_split(
     """
     samples = answerable_samples(samples_file, config, max_samples)
     assert config.eval.scorer is not None
-    predictions = predict(model, samples, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}")
-    if predictions is None:
+    every = samples if max_samples is None else read_samples(samples_file)
+    questions = ask(samples, every, tokenizer, config, model, str(samples_file))
+    answered = predict(model, samples, questions, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}")
+    if answered is None:
         return None
-    report = score_samples(config.eval.scorer, samples, predictions, str(samples_file))
+    report = score_samples(config.eval.scorer, samples, [answer.text for answer in answered], str(samples_file))
+    report = replace(report, remarks=_remarks(samples, answered, questions, tokenizer, config, str(samples_file)))
     if folder is not None:
         write_report(report, folder / "eval" / split, {"split": split, "step": step})
     if writer is not None:
@@ -78,19 +92,20 @@ def evaluate_split(
 def predict(
     model: AnyModel,
     samples: list[Sample],
+    questions: Questions,
     tokenizer: Tokenizer,
     config: Config,
     *,
     samples_file: Path,
     device: torch.device | str,
     title: str,
-) -> list[str] | None:
-    """The model's answers, one text for each sample, on rank 0; None elsewhere. A collective."""
+) -> list[Said] | None:
+    """The model's answers, one for each sample, on rank 0; None elsewhere. A collective."""
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = deal(samples, rank_number, world_size)
     look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": False}
     with tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
-        answer = _rank if config.eval.method == "rank" else _generate
+        answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
         answers = answer(
             model, [samples[number] for number in own], tokenizer, config, samples_file, device,
             sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
@@ -106,16 +121,16 @@ def predict(
 
 def _generate(
     model: AnyModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
-    *, sync: Sync, on_answered: Callable[[int], None],
-) -> list[str]:  # fmt: skip
-    """The text that the model writes in answer to each sample."""
+    *, questions: Questions, own: list[int], sync: Sync, on_answered: Callable[[int], None],
+) -> list[Said]:  # fmt: skip
+    """The text that the model writes in answer to each sample, the `own` ones of all that are asked."""
     chosen = config.eval
     answers = generate(
         model,
-        [encode_prompt(sample, tokenizer, config.data.template, model.visual_tokens) for sample in samples],
+        [questions.prompts[number] for number in own],
         image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels),
         sampling=Sampling(
-            max_new_tokens=chosen.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
+            max_new_tokens=questions.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
         ),
         stop_ids=stop_ids(tokenizer, config.data.template),
         vocab_size=tokenizer.vocab_size,
@@ -124,13 +139,14 @@ def _generate(
         sync=sync,
         on_answered=on_answered,
     )
-    return [tokenizer.decode(answer).strip() for answer in answers]
+    # Whatever ends an answer is not among its tokens, so one that has them all was not ended.
+    return [Said(tokenizer.decode(answer).strip(), len(answer) == questions.max_new_tokens) for answer in answers]
 
 
 def _rank(
     model: AnyModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
     *, sync: Sync, on_answered: Callable[[int], None],
-) -> list[str]:  # fmt: skip
+) -> list[Said]:  # fmt: skip
     """The likeliest candidate of each sample."""
     load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels)
     place = {"tokenizer": tokenizer, "load_image": load_image, "device": device}
@@ -141,7 +157,25 @@ def _rank(
     items = [to_item(sample, str(samples_file)) for sample in samples]
     settings = {"batch_size": config.eval.batch_size, "normalise_length": config.eval.normalise_length}
     winners = rank(candidates, items, **settings, sync=sync, on_answered=on_answered)
-    return [item.candidates[winner] for item, winner in zip(items, winners, strict=True)]
+    return [Said(item.candidates[winner], False) for item, winner in zip(items, winners, strict=True)]
+
+
+def _remarks(
+    samples: list[Sample], answered: list[Said], questions: Questions, tokenizer: Tokenizer, config: Config, where: str
+) -> dict[str, Remark]:
+    """What the figures do not say by themselves."""
+    if config.eval.method == "rank":
+        alike = indistinguishable(samples, tokenizer, where)
+        text = f"{len(alike)} question(s) have candidates that are the same tokens for this vocabulary, so that the first one is taken: {', '.join(alike[:3])}"
+        return {"indistinguishable": Remark(len(alike), text)}
+    cut = [sample.id for sample, answer in zip(samples, answered, strict=True) if answer.cut]
+    lost = unspellable(samples, tokenizer, config.eval.scorer, where)
+    example = f"; '{lost[0][0]}': {lost[0][1]!r:.80} is {lost[0][2]!r:.80} in its tokens" if lost else ""
+    limit = f"{len(cut)} answer(s) were cut at eval.max_new_tokens = {questions.max_new_tokens} and judged as they are: {', '.join(cut[:3])}"
+    return {
+        "cut": Remark(len(cut), limit),
+        "unspellable": Remark(len(lost), f"{len(lost)} reference(s) cannot be spelled by this vocabulary, so no answer equals them{example}"),
+    }
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

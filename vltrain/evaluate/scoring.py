@@ -101,6 +101,13 @@ class Tally:
         return self.correct / self.total if self.total else None
 
 
+class Remark(NamedTuple):
+    """How many questions something befell that the figures do not say by themselves, and a line on it."""
+
+    count: int
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """The outcome of an evaluation."""
@@ -117,6 +124,8 @@ class Report:
     """Questions without an answer, which are left out of everything above."""
     told: dict[str, str] = field(default_factory=dict)
     """How a file of answers was read."""
+    remarks: dict[str, Remark] = field(default_factory=dict)
+    """By name: answers that were cut, references that cannot be spelled."""
 
     @property
     def accuracy(self) -> float:
@@ -133,8 +142,12 @@ class Report:
         """Everything but the answers; the mean stands under its own name."""
         columns = {name: {self.measure: tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
         counts = {self.measure: self.accuracy, "correct": self.overall.correct, "total": self.overall.total, "failed": self.failed}
-        told = {**({"missing": self.missing} if self.missing else {}), **self.told}
+        told = {**({"missing": self.missing} if self.missing else {}), **self.told, **{name: remark.count for name, remark in self.remarks.items()}}
         return {"scorer": self.scorer, "measure": self.measure, **counts, **self.figures, **told, "columns": columns}
+
+    def lines(self) -> list[str]:
+        """A line for each remark on any question."""
+        return [remark.text for remark in self.remarks.values() if remark.count]
 
     def to_markdown(self) -> str:
         """A table of the columns: accuracy in per cent, and how many questions that is of."""

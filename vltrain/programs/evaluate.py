@@ -32,6 +32,7 @@ from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scoring import Report
 from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
+from vltrain.programs.fits import require_tokenizer_fits
 from vltrain.programs.run_folder import RECIPE, require_run, why_not_writable
 from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
@@ -91,6 +92,8 @@ def _finish(report: Report, json_file: str | None, folder: Path | None = None, f
     if report.missing:
         print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
     print(report.to_markdown())
+    for line in report.lines():
+        print(line)
     print(report.headline(), flush=True)
     if folder is not None:
         write_report(report, folder, facts or {})
@@ -149,6 +152,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
         told = "%s: cannot be written (%s): figures are printed%s, predictions are not kept"
         logger.warning(told, folder, reason, " and written to --json" if settings.options["json"] else "")
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
+    require_tokenizer_fits(config, tokenizer, build_model(config.model, dtype=dtype, device="meta", runs_on=place))
     model = build_model(config.model, dtype=dtype, runs_on=place)
     if checkpoint is not None:
         load_trainable(model, checkpoint)

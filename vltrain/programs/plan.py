@@ -21,12 +21,13 @@ from vltrain.check.memory_plan import (
 )  # fmt: skip
 from vltrain.check.sizes import assume_sizes, is_here
 from vltrain.config import Config
-from vltrain.data.shards import Index, PackedDataset
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.shards import PackedDataset
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.report import write_json
 from vltrain.models.build import AnyModel, build_model, count_trained, part_of
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
+from vltrain.programs.fits import require_positions, require_tokenizer_fits
 from vltrain.programs.recipes import find_recipe
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
@@ -72,7 +73,13 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
     ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model))
-    index, no_packs = _packs(config, model.visual_tokens)
+    tokenizer, no_tokenizer = _tokenizer(config)
+    if tokenizer is not None:
+        require_tokenizer_fits(sized, tokenizer, model)
+    packs, no_packs = _packs(config, tokenizer, no_tokenizer, model.visual_tokens)
+    if packs is not None:
+        require_positions(packs, model)
+    index = None if packs is None else packs.index
     pack = largest_pack(config, model.visual_tokens, index)
 
     def groups(outline: AnyModel) -> list[list[nn.Parameter]]:
@@ -105,22 +112,26 @@ def _number(options: dict[str, str | None], name: str, kind: type[int] | type[fl
     return value
 
 
-def _packs(config: Config, visual_tokens: int) -> tuple[Index | None, str]:
-    """The index of the packs to train on, if they are on this machine, and where they are or why there are none."""
+def _tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
+    """The recipe's tokenizer, if it is on this machine, or why not."""
+    source, instruction = tokenizer_sources(config)
     try:
-        if config.data.train_packs is not None:
-            folder = Path(config.data.train_packs)
-        else:
-            source, instruction = tokenizer_sources(config)
-            if not is_here(source, ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-                return None, f"not looked for: the tokenizer of {source} is not on this machine"
-            tokenizer = load_tokenizer(source, instruction)
-            folder = packed_folder(config, tokenizer, visual_tokens)
-        if not folder.exists():
-            return None, f"none at {folder}"
+        if not is_here(source, ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+            return None, f"not looked for: the tokenizer of {source} is not on this machine"
+        return load_tokenizer(source, instruction), ""
     except InputError as error:
         return None, f"not looked for: {error}"
-    return PackedDataset(folder, verify=False).index, str(folder)
+
+
+def _packs(config: Config, tokenizer: Tokenizer | None, no_tokenizer: str, visual_tokens: int) -> tuple[PackedDataset | None, str]:
+    """The packs to train on, if they are on this machine, and where they are or why there are none."""
+    if config.data.train_packs is not None:
+        folder = Path(config.data.train_packs)
+    elif tokenizer is None:
+        return None, no_tokenizer
+    else:
+        folder = packed_folder(config, tokenizer, visual_tokens)
+    return (PackedDataset(folder, verify=False), str(folder)) if folder.exists() else (None, f"none at {folder}")
 
 
 def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:

@@ -14,12 +14,15 @@ from typing import Any
 
 from vltrain.check.manifest import checkpoints_in
 from vltrain.config import Config
-from vltrain.data.conversation import TEMPLATES, fingerprint
+from vltrain.data.conversation import fingerprint
 from vltrain.data.shards import PackedDataset, require_match
+from vltrain.data.spelling import describe_lost
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.evaluate.questions import ask
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.run import evaluate_split
+from vltrain.evaluate.samples import read_samples
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
 from vltrain.models.build_blip import full_qformer_size
@@ -29,6 +32,7 @@ from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
+from vltrain.programs.fits import require_positions, require_tokenizer_fits
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
@@ -89,13 +93,14 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     dtype = choose_dtype(config.train.precision, config.model.bits)
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
     outline = outline_model(config.model, device(), dtype)
-    _require_data_fits(config, tokenizer, outline)
+    require_tokenizer_fits(config, tokenizer, outline)
     packed = config.data.train_packs is not None
     if not packed:
-        _require_answerable(config)  # before hours of packing
+        _require_answerable(config, tokenizer, outline)  # before hours of packing
     dataset = open_packs(config, tokenizer, outline.visual_tokens)
     if packed:
-        _require_answerable(config)
+        _require_answerable(config, tokenizer, outline)
+    require_positions(dataset, outline)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
     ds_json = fill_buckets(ds_json, count_trained(outline))
@@ -155,31 +160,12 @@ def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Pack
     return dataset
 
 
-def _require_data_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) -> None:
-    """Tokenizers and template belong to the model. Raises InputError."""
-    is_blip = isinstance(model, InstructBlip)
-    rows = model.llm.config.vocab_size
-    if tokenizer.vocab_size > rows:
-        key = "model.instructblip.tokenizer" if is_blip else "model.llm.tokenizer"
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens but the LLM embeds {rows}: they do not belong together ({key})")
-    wanted = (model.template,) if is_blip else [name for name, template in TEMPLATES.items() if not template.instruction]
-    if config.data.template not in wanted:
-        raise InputError(f"data.template: found '{config.data.template}', expected {' or '.join(wanted)}, which this model reads")
-    if not is_blip:
-        return
-    sizes, read = model.config.qformer_config, tokenizer.instruction
-    if read is None or read.vocab_size > sizes.vocab_size:
-        found = f"the Q-Former's tokenizer has {read and read.vocab_size} tokens but the Q-Former embeds {sizes.vocab_size}"
-        raise InputError(f"{found}: they do not belong together (model.instructblip.qformer_tokenizer)")
-    if config.model.instructblip.qformer_tokens > sizes.max_position_embeddings:
-        found = f"found {config.model.instructblip.qformer_tokens}, but the Q-Former has positions for {sizes.max_position_embeddings}"
-        raise InputError(f"model.instructblip.qformer_tokens: {found}")
-
-
-def _require_answerable(config: Config) -> None:
+def _require_answerable(config: Config, tokenizer: Tokenizer, outline: AnyModel) -> None:
     """Raises InputError, before the first step, for evaluations that would fail after it."""
     if config.eval.scorer is not None:
-        answerable_samples(ready_samples(config, config.data.eval_split), config, config.eval.max_samples)
+        samples_file = ready_samples(config, config.data.eval_split)
+        samples = answerable_samples(samples_file, config, config.eval.max_samples)
+        ask(samples, read_samples(samples_file), tokenizer, config, outline, str(samples_file))
 
 
 def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> float | None:
@@ -193,6 +179,8 @@ def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_sampl
     if report is None:
         return None
     logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
+    for line in report.lines():
+        logger.warning("%s: %s", config.data.eval_split, line)
     return report.accuracy
 
 
@@ -209,6 +197,8 @@ def _announce(trainer: Trainer, parameters: dict[str, tuple[int, int]], dataset:
     logger.info("parameters: %s of %s are trained (%.2f%%): %s", f"{trainable:,}", f"{total:,}", 100 * trainable / total, parts)
     manifest = dataset.manifest
     logger.info("data: %d samples in %d packs of %d tokens, %.2f%% full", manifest.num_samples, manifest.num_packs, manifest.pack_length, 100 * manifest.fill)
+    for line in describe_lost(manifest.lost, manifest.num_samples):
+        logger.warning("data: %s", line)
     logger.info(
         "run: %d steps of %d packs on %d rank(s), ZeRO stage %d, from step %d, into %s", trainer.plan.num_steps,
         trainer.config.train.packs_per_step, trainer.engine.world_size, trainer.engine.stage, checkpoint.step if checkpoint else 0, trainer.folder,

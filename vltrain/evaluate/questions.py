@@ -1,0 +1,105 @@
+"""The questions of an evaluation, looked at as a whole before the first is answered: do they fit into the LLM's context, and can its answers
+say what the references say.
+
+A text answer may have `eval.max_new_tokens` tokens. Left open, that is the longest reference of the split and some more, so that no right
+answer is cut for its length. What cannot come out right whatever the model learned is counted: references that the vocabulary does not spell, and
+candidates that are the same tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vltrain.config import Config
+from vltrain.data.conversation import encode_candidate, encode_prompt
+from vltrain.data.tokenizer import Tokenizer
+from vltrain.errors import InputError
+from vltrain.evaluate.ranking import to_item
+from vltrain.evaluate.report import find_scorer, question_of
+from vltrain.models.build import AnyModel
+from vltrain.models.positions import max_positions
+from vltrain.schema import Sample, Segment
+
+logger = logging.getLogger(__name__)
+
+MORE_TOKENS = 8  # than the longest reference: what ends an answer, and room to say it at greater length
+MORE_SHARE = 1 / 4  # of the longest reference, where that is more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """`prompts`: one for each sample, empty where candidates are ranked; `max_new_tokens`: that an answer may have."""
+
+    prompts: list[Segment]
+    max_new_tokens: int
+
+
+def ask(samples: Sequence[Sample], every: Sequence[Sample], tokenizer: Tokenizer, config: Config, model: AnyModel, where: str) -> Questions:
+    """The questions about `samples`, the same on every rank.
+
+    Args:
+        every: all samples of the split, of which `samples` are some.
+        model: or an outline.
+        where: the samples' file, for errors.
+
+    Raises: InputError for a sample that cannot be asked, naming it, and where one does not fit into the LLM's positions, naming the longest.
+    """
+    bound, template, visual = max_positions(model.llm.config), config.data.template, model.visual_tokens
+    if config.eval.method == "rank":
+        # Of the candidates the one of most tokens stands for all.
+        longest = (max(to_item(sample, where).candidates, key=lambda text: len(tokenizer.encode(text))) for sample in samples)
+        rows = (encode_candidate(sample, text, True, tokenizer, template, visual) for sample, text in zip(samples, longest, strict=True))
+        _require_context([(len(row.input_ids), row.sample_id) for row in rows], 0, bound, where, "")
+        return Questions(prompts=[], max_new_tokens=0)
+    prompts = [encode_prompt(sample, tokenizer, template, visual) for sample in samples]
+    new_tokens = config.eval.max_new_tokens or derived_max_new_tokens(every, tokenizer)
+    if config.eval.max_new_tokens is None:
+        logger.info("eval.max_new_tokens: %d, by the longest reference of %s", new_tokens, where)
+    # The last new token is not read any more.
+    more = f" and eval.max_new_tokens = {new_tokens}" + ("" if config.eval.max_new_tokens else " (from the references)")
+    _require_context([(len(prompt.input_ids), prompt.sample_id) for prompt in prompts], new_tokens - 1, bound, where, more)
+    return Questions(prompts=prompts, max_new_tokens=new_tokens)
+
+
+def derived_max_new_tokens(samples: Sequence[Sample], tokenizer: Tokenizer) -> int:
+    """What an answer may have where a recipe leaves it open: the tokens of the longest reference and `MORE_TOKENS`, or `MORE_SHARE` of them."""
+    longest = max(len(tokenizer.encode(text)) for text in {sample.turns[-1].text for sample in samples})
+    return longest + max(MORE_TOKENS, int(longest * MORE_SHARE))
+
+
+def _require_context(lengths: list[tuple[int, str]], new_tokens: int, bound: int | None, where: str, more: str) -> None:
+    over = [one for one in lengths if bound is not None and one[0] + new_tokens > bound]
+    if over:
+        length, name = max(over)
+        raise InputError(
+            f"{where}: {len(over)} question(s) do not fit into the LLM's context of {bound} positions, the longest '{name}' with {length} tokens{more}; "
+            "shorten or leave them out, or take an LLM with a longer context"
+        )
+
+
+def unspellable(samples: Sequence[Sample], tokenizer: Tokenizer, scorer: str, where: str) -> list[tuple[str, str, str]]:
+    """(id, reference, how it reads from its own tokens) of samples whose perfect answer would not be right.
+
+    Where the scorer judges answers together, of those that do not read back as they are.
+    """
+    judge, found = find_scorer(scorer).judge, []
+    for sample in samples:
+        question = question_of(sample, where)
+        reference = question.reference.strip()
+        read = tokenizer.decode(tokenizer.encode(reference)).strip()
+        if read == reference:
+            continue
+        if judge is None or (judge(reference, question).correct and not judge(read, question).correct):
+            found.append((sample.id, reference, read))
+    return found
+
+
+def indistinguishable(samples: Sequence[Sample], tokenizer: Tokenizer, where: str) -> list[str]:
+    """Ids of samples of whose candidates two are the same tokens, so that none of both is the likelier."""
+    found = []
+    for sample in samples:
+        candidates = [tuple(tokenizer.encode(text)) for text in to_item(sample, where).candidates]
+        found += [sample.id] if len(set(candidates)) < len(candidates) else []
+    return found
