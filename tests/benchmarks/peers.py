@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tests.benchmarks.samples import Samples
 from vltrain.config import Config
@@ -145,12 +146,26 @@ def _arguments(config: Config, dtype: torch.dtype, batch_size: int, folder: Path
     }  # fmt: skip
 
 
+class GroupedTrainer(Trainer):
+    """Trainer with `train_sampling_strategy="group_by_length"`, whose batches come in any order.
+
+    transformers' own sampler begins with the longest samples of each some fifty batches; the few steps of a benchmark would see nothing else.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
+        size = self.args.train_batch_size
+        generator = torch.Generator().manual_seed(0)
+        order = list(LengthGroupedSampler(size, lengths=[len(one.input_ids) for one in self.train_dataset], generator=generator))
+        batches = [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
+        return [number for batch in torch.randperm(len(batches), generator=generator).tolist() for number in batches[batch]]
+
+
 def padding_trainer(
-    config: Config, samples: Samples, dtype: torch.dtype, *, batch_size: int, length: int | None, folder: Path
+    config: Config, samples: Samples, dtype: torch.dtype, *, batch_size: int, length: int | None, folder: Path, grouped: bool = False
 ) -> Held:
-    """transformers' Trainer; padded to the batch's longest, or to `length`."""
+    """transformers' Trainer; padded to the batch's longest, or to `length`; `grouped`: samples of like lengths share a batch."""
     model = PaddedModel(peer_model(config, dtype))
-    trainer = Trainer(
+    trainer = (GroupedTrainer if grouped else Trainer)(
         model=model, args=TrainingArguments(**_arguments(config, dtype, batch_size, folder)), train_dataset=samples.segments,
         data_collator=PaddingCollator(samples, model.model.image_size, config.data.max_image_pixels, length),
     )  # fmt: skip

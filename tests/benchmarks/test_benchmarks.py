@@ -7,14 +7,16 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version
 
 from tests.benchmarks.measure import alternate, median_ratio
 from tests.benchmarks.ours import benchmark_config, sizes
-from tests.benchmarks.peers import PaddedModel, PaddingCollator, peer_model
+from tests.benchmarks.peers import GroupedTrainer, PaddedModel, PaddingCollator, peer_model
 from tests.benchmarks.samples import pack_samples, scienceqa_lengths, scienceqa_like
 from vltrain.data.loader import collate
 from vltrain.data.images import decode_image
@@ -69,11 +71,27 @@ def test_padded_competitors_train_on_the_same_loss(tmp_path, length):
     assert float(theirs.detach()) == pytest.approx(ours / num_labels, rel=1e-5)
 
 
+def test_the_grouped_competitor_pads_less_and_shows_every_sample_once(tmp_path):
+    """Its batches are those of transformers' own sampler; what differs is which comes first."""
+    segments = scienceqa_like(400, vocabulary=100, visual_tokens=4).segments
+    trainer = GroupedTrainer.__new__(GroupedTrainer)
+    trainer.args, trainer.train_dataset = SimpleNamespace(train_batch_size=8), segments
+    order = trainer._get_train_sampler()
+    lengths = np.array([len(segments[number].input_ids) for number in order])
+    assert sorted(order) == list(range(400))
+
+    def positions(lengths: np.ndarray) -> float:
+        return float((8 * lengths.reshape(-1, 8).max(axis=1)).sum() / lengths.sum())
+
+    assert positions(lengths) < 1.2 < 1.6 < positions(np.random.default_rng(0).permutation(lengths))
+    assert lengths[:8].max() < lengths.max()  # not the longest first
+
+
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: bash launch/setup_env.sh --with bench")
 def test_train_with_every_competitor(tmp_path):
     found = run_quick("train", tmp_path, "--data", "scienceqa", "text")
     names = {(row["data"], row["trainer"]) for row in found["speed"]}
-    padded = {("scienceqa", name) for name in ("ours", "padded to the longest", "padded to 512")}
+    padded = {("scienceqa", name) for name in ("ours", "grouped by length", "padded to the longest", "padded to 512")}
     assert names == padded | {("text", "ours"), ("text", "TRL packing")}
     assert all(row["useful tokens/s"] > 0 and row["ours is faster by"] > 0 for row in found["speed"])
     assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(row["mfu"] > 0 for row in found["utilisation"])

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.train [--precision fp32 bf16] [--data scienceqa easyvqa text] [--json OUT] [--quick]
 
 SmolLM2-135M, frozen, with Bottleneck Adapters, the visual neck and the tiny ViT. Useful tokens are those of samples: prompt, image and answer, no
-padding. Competitors: (a) Trainer, padded to the batch's longest; (b) Trainer, padded to 512 as the paper's code does; (c) TRL's packing, which
-takes text only. A run is one whole step; `mfu` is the operations that the mathematics needs over the speed of a large matrix product,
+padding. Competitors: Trainer with samples of like lengths in a batch (its `group_by_length`), padded to the batch's longest; Trainer with any
+samples in a batch; Trainer, padded to 512 as the paper's code does; TRL's packing, which takes text only. A run is one whole step; `mfu` is the operations that the mathematics needs over the speed of a large matrix product,
 measured between the runs. Wants: bash launch/setup_env.sh --with bench --smollm2.
 """
 
@@ -32,7 +32,8 @@ from vltrain.train.hardware import measured_gemm_flops
 NUM_SAMPLES = 400
 PADDED_LENGTH = 512
 DS = {"zero_optimization": {"stage": 0}}
-# Samples of a batch. (a): what makes some 2,000 useful tokens; (b): what the paper's code has on a GPU, and a machine of this kind can hold.
+GROUPED = "grouped by length"
+# Samples of a batch. Padded to the longest: what makes some 2,000 useful tokens; to 512: what the paper's code has on a GPU, and a machine of this kind can hold.
 LONGEST_BATCH = {"scienceqa": 8, "easyvqa": 64}
 PADDED_BATCH = 4
 WANTED = {"padded to the longest": 1.5, "padded to 512": {"scienceqa": 1.7, "easyvqa": 10.0}, "TRL packing": 1.1}
@@ -47,7 +48,8 @@ def make_samples(data: str, config: Config, quick: bool) -> Samples:
 
 
 def make_competitors(
-    data: str, samples: Samples, config: Config, dtype: torch.dtype, folder: Path, pack_length: int, quick: bool, compiled: bool
+    data: str, samples: Samples, config: Config, dtype: torch.dtype, folder: Path, pack_length: int, quick: bool, compiled: bool,
+    only: list[str] | None,
 ) -> dict[str, Any]:
     """By name, what has a `step`; ours first."""
     dataset = pack_samples(samples, pack_length, folder / "packs", sizes(config, quick)[1])
@@ -59,12 +61,16 @@ def make_competitors(
         competitors["TRL packing"] = trl_trainer(config, samples, dtype, pack_length=pack_length, folder=folder)
         return competitors
     longest = 2 if quick else LONGEST_BATCH[data]
-    for name, batch_size, length in (("padded to the longest", longest, None), ("padded to 512", 1 if quick else PADDED_BATCH, PADDED_LENGTH)):
-        competitors[name] = padding_trainer(config, samples, dtype, batch_size=batch_size, length=length, folder=folder)
+    whole, padded = {"batch_size": longest, "length": None}, {"batch_size": 1 if quick else PADDED_BATCH, "length": PADDED_LENGTH}
+    for name, how in ((GROUPED, {**whole, "grouped": True}), ("padded to the longest", whole), ("padded to 512", padded)):
+        if only is None or name in only:
+            competitors[name] = padding_trainer(config, samples, dtype, folder=folder, **how)
     return competitors
 
 
-def measure(data: str, precision: str, runs: int, quick: bool, compiled: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(
+    data: str, precision: str, runs: int, quick: bool, compiled: bool = False, only: list[str] | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The table of one data set in one precision, and our utilisation."""
     dtype = DTYPES[precision]
     pack_length = 1280
@@ -72,7 +78,7 @@ def measure(data: str, precision: str, runs: int, quick: bool, compiled: bool = 
         folder = Path(place)
         config = benchmark_config(quick, train__precision=precision, data__pack_length=pack_length, data__workers=0 if quick else 1, output=str(folder / "run"))
         samples = make_samples(data, config, quick)
-        competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick, compiled)
+        competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick, compiled, only)
         peaks: list[float] = []
         calls: dict[str, Callable[[], Any]] = {"matrix product": lambda: peaks.append(measured_gemm_flops(dtype))}
         calls |= {name: _timed(competitor.step) for name, competitor in competitors.items()}
@@ -120,6 +126,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--data", nargs="+", choices=["scienceqa", "easyvqa", "text"], default=["scienceqa", "easyvqa", "text"])
     parser.add_argument("--compile", action="store_true", help="also ours with train.compile, whose first steps take minutes")
+    parser.add_argument("--only", nargs="+", choices=[GROUPED, "padded to the longest", "padded to 512"], help="of Trainer's ways, these")
     given = settled(parser.parse_args())
     if "text" in given.data and find_spec("trl") is None:
         raise SystemExit("the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data scienceqa easyvqa")
@@ -127,7 +134,7 @@ def main() -> None:
     found: dict[str, Any] = {"speed": [], "utilisation": []}
     for precision in given.precision:
         for data in given.data:
-            rows, utilisation = measure(data, precision, given.runs, given.quick, given.compile)
+            rows, utilisation = measure(data, precision, given.runs, given.quick, given.compile, given.only)
             found["speed"] += rows
             found["utilisation"] += utilisation
     shutdown_distributed()
