@@ -11,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Where several processes share the tests, files that take minutes must not come last, or one process works while the others are done.
+LONG = ("tests/train/test_adalora", "tests/train/", "tests/programs/", "tests/evaluate/", "tests/check/", "tests/ops/")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a file system of 256 KiB."""
