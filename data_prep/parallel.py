@@ -7,6 +7,7 @@ they need and nothing else. That takes a second, so this process works too: alon
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import time
@@ -17,12 +18,17 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, TypeVar
 
+from vltrain.data.signals import deaf_children, end_with_parent
 from vltrain.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 4  # items per process that may wait, done or undone
 HANDED = 4  # undone items that another process has at a time: what it works on, and what keeps it from waiting for this one
+TELL_SECONDS = 120.0  # of waiting for one result, which takes seconds, before a line about it
+LONGEST_SECONDS = 1800.0
 ALONE_SECONDS = 0.05  # of work before other processes are started
 
 
@@ -48,7 +54,8 @@ def ordered_map(
     context = multiprocessing.get_context("forkserver")
     if workers > 1:
         context.set_forkserver_preload(["data_prep.prepare", "data_prep.pack"])
-        forkserver.ensure_running()  # once in a program; does not wait for it
+        with deaf_children():  # Ctrl-C reaches every process of a command; this one answers
+            forkserver.ensure_running()  # once in a program; does not wait for it
     for item in items:
         start = time.perf_counter()
         result = work(item, *shared)
@@ -58,6 +65,7 @@ def ordered_map(
             break
     else:
         return
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers - 1, context, initializer=_begin, initargs=(work, shared))
     waiting: deque[Future[Result]] = deque()
     try:
@@ -66,13 +74,34 @@ def ordered_map(
             free = sum(one.done() for one in started) * HANDED - sum(not one.done() for one in waiting)
             waiting.append(pool.submit(_call, item) if free > 0 else _done_here(work, item, shared))
             while waiting and (waiting[0].done() or len(waiting) >= workers * AHEAD):
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield _result(waiting.popleft())
     except BrokenProcessPool:
         raise InputError(f"one of {workers} processes died, most likely for want of memory; use fewer workers") from None
+    except BaseException:
+        # The interpreter would wait at its end for what they have begun, and they would write where all is being removed.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # one that has not even started ends by itself
+
+
+def _result(future: Future[Result]) -> Result:
+    """What another process has made. Raises InputError where it takes longer than LONGEST_SECONDS: it hangs, and not for want of work."""
+    began = time.monotonic()
+    while True:
+        try:
+            return future.result(timeout=TELL_SECONDS)
+        except TimeoutError:
+            if future.done():
+                raise  # the work's own
+            waited = time.monotonic() - began
+            if waited > LONGEST_SECONDS:
+                raise InputError(f"a process has not answered for {waited:.0f} s; look at the disk that the data is on, or use one worker (--workers 1)") from None
+            logger.warning("waiting for a process that has not answered for %.0f s", waited)
 
 
 def _done_here(work: Callable[..., Result], item: Item, shared: tuple[Any, ...]) -> Future[Result]:
@@ -102,6 +131,7 @@ _task: tuple[Callable[..., Any], tuple[Any, ...]] | None = None  # of a worker p
 
 def _begin(work: Callable[..., Any], shared: tuple[Any, ...]) -> None:
     global _task
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process
     _task = work, shared
 

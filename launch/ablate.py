@@ -3,7 +3,7 @@
 
 import sys
 
-from vltrain.programs.ablate import main
+from vltrain.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], program="launch/ablate.py"))
+    sys.exit(start("vltrain.programs.ablate", sys.argv[1:], program="launch/ablate.py"))

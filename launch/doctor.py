@@ -4,6 +4,6 @@
 import sys
 
 if __name__ == "__main__":
-    from vltrain.programs.doctor import main
+    from vltrain.cli import start
 
-    sys.exit(main(sys.argv[1:], program="launch/doctor.py"))
+    sys.exit(start("vltrain.programs.doctor", sys.argv[1:], program="launch/doctor.py"))

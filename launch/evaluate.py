@@ -8,6 +8,6 @@
 import sys
 
 if __name__ == "__main__":  # processes that decode images load this file too, and need none of that
-    from vltrain.programs.evaluate import main
+    from vltrain.cli import start
 
-    sys.exit(main(sys.argv[1:], program="launch/evaluate.py"))
+    sys.exit(start("vltrain.programs.evaluate", sys.argv[1:], program="launch/evaluate.py"))

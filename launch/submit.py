@@ -3,7 +3,7 @@
 
 import sys
 
-from vltrain.programs.submit import main
+from vltrain.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], program="launch/submit.py"))
+    sys.exit(start("vltrain.programs.submit", sys.argv[1:], program="launch/submit.py"))

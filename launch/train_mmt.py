@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # processes that decode images load this file too, and need none of that
-    from vltrain.programs.train import main
+    from vltrain.cli import start
 
     recipe = Path(__file__).resolve().parent / "recipes" / "quickstart.yaml"
-    sys.exit(main(sys.argv[1:], program="launch/train_mmt.py", default_recipe=recipe))
+    sys.exit(start("vltrain.programs.train", sys.argv[1:], program="launch/train_mmt.py", default_recipe=recipe))

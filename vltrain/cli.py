@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
-from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, interrupted, nearest
+from vltrain.files.processes import end_with_launchers
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("vltrain.programs.doctor", "what this machine and its GPUs have for training, each thing tried"),
@@ -30,10 +38,16 @@ def usage() -> str:
     return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", closing])
 
 
-@exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     """Runs the program that the first word names. Returns its exit code; 2 for an unknown one."""
-    words = sys.argv[1:] if argv is None else argv
+    code = _choose(sys.argv[1:] if argv is None else argv)
+    if argv is None and code == EXIT_INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter only ends now: a second Ctrl-C would show where
+    return code
+
+
+@exits_cleanly
+def _choose(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -43,4 +57,30 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         raise InputError(f"unknown command '{words[0]}', {nearest(words[0], COMMANDS)}")
     module, _ = COMMANDS[words[0]]
-    return importlib.import_module(module).main(words[1:])
+    return start(module, words[1:])
+
+
+@exits_cleanly
+def start(module: str, words: list[str], **named: Any) -> int:
+    """Imports a program and runs its `main(words, **named)`: what every script of ours does. Returns the exit code."""
+    end_with_launchers()
+    with _interrupt_ends_at_once():
+        main = importlib.import_module(module).main
+    return main(words, **named)
+
+
+@contextmanager
+def _interrupt_ends_at_once() -> Iterator[None]:
+    """Ctrl-C inside the block ends the process: for imports, which take seconds, may swallow exceptions, and have nothing to lose."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os._exit(interrupted())
+
+    hears = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if hears:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if hears:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

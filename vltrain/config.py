@@ -290,7 +290,8 @@ class TrainConfig:
     spike_factor: float | None = number(None, 1, 1e9, open_low=True)
     """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
     hang_timeout_minutes: float | None = number(20.0, 0, 1e6, open_low=True)
-    """On several ranks: when training has not moved for so long, the rank that hangs is named and the run ends; null: never."""
+    """When training has not moved for so long, the rank that hangs is named and the run ends; null: never. A save, and a batch of an evaluation, may
+    take six times as long."""
     async_save: bool = False
     """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
     eval_every_steps: int = number(0, 0, MOST_STEPS)

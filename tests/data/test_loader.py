@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from tests.support import tiny
+from tests.support.processes import ROOT
 from tests.support.tiny import IMAGE_SIZE, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.data import loader as loader_module
 from vltrain.data.loader import StepLoader, filler
@@ -206,3 +209,89 @@ def test_batches_are_pinned_where_that_is_asked_for_and_only_there(dataset, monk
     for batch in (batch for step in steps for batch in step.batches):
         for name in ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids"):
             assert getattr(batch, name).data_ptr() in there or not getattr(batch, name).numel()
+
+
+def first_error(loader: StepLoader) -> str:
+    with pytest.raises(InputError) as caught:
+        for _ in loader:
+            pass
+    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def no_room(tensor):
+    raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+
+def no_files(tensor):
+    raise OSError(24, "Too many open files")
+
+
+@pytest.mark.parametrize(("share", "parts"), [(no_room, ["No space left on device", "/dev/shm", "data.workers 0"]), (no_files, ["Too many open files", "ulimit -n"])])
+def test_a_worker_that_cannot_share_hands_over_why(dataset, monkeypatch, share, parts):
+    fetcher = loader_module._Fetcher(dataset, IMAGE_SIZE, 10**6)
+    number = next(number for number in range(len(dataset)) if len(dataset.row(number).image_ids))
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share)
+    assert not isinstance(fetcher[number, True], str)  # this process shares nothing
+    monkeypatch.setattr(loader_module, "get_worker_info", lambda: "a worker's")
+    said = fetcher[number, True]
+    assert all(part in said for part in parts), said
+
+
+class Unreadable(PackedDataset):
+    error: Exception = OSError(5, "Input/output error", "packs-00000.arrow")
+
+    def row(self, number):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "packs-00000.arrow"), MemoryError("Unable to allocate 9 GiB")])
+def test_a_pack_that_cannot_be_read_is_one_line(dataset, error):
+    unreadable = Unreadable(dataset.folder)
+    unreadable.error = error
+    said = first_error(load(unreadable, plan_of(dataset)))
+    assert str(dataset.folder) in said and error.args[-1] in said and "cannot be read" in said
+
+
+def test_what_fails_in_a_worker_is_told_by_the_trainer(dataset):
+    assert "Input/output error" in first_error(load(Unreadable(dataset.folder), plan_of(dataset), workers=1))
+
+
+class Hanging(PackedDataset):
+    def row(self, number):
+        time.sleep(600)
+
+
+def test_who_waits_for_workers_that_hang_is_asked_again_and_again(dataset, monkeypatch):
+    monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.1)
+    asked = []
+
+    def leave():
+        asked.append(1)
+        if len(asked) == 3:
+            raise InputError("long enough")
+
+    loader = load(Hanging(dataset.folder), plan_of(dataset), workers=1)
+    loader.while_waiting = leave
+    assert first_error(loader) == "long enough" and len(asked) == 3
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_trainer_that_is_killed(dataset, tmp_path):
+    program = (
+        "import time\n"
+        "from tests.data.test_loader import Hanging, load, plan_of\n"
+        "if __name__ == '__main__':\n"
+        f"    dataset = Hanging({str(dataset.folder)!r})\n"
+        "    loader = load(dataset, plan_of(dataset), workers=1)\n"
+        "    fetched = loader._start()\n"
+        "    print(fetched._workers[0].pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    with subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as trainer:
+        worker = psutil.Process(int(trainer.stdout.readline()))
+        time.sleep(2.5)  # until it is at work
+        assert worker.is_running()
+        trainer.kill()
+    assert psutil.wait_procs([worker], timeout=10)[1] == []

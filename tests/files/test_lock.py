@@ -176,7 +176,7 @@ def test_another_machine_whose_lock_outlives_it_is_refused_with_the_way_out(tmp_
 
 
 def test_without_locks_the_living_is_refused_and_the_dead_taken_over_from(tmp_path, hasty, no_locks):
-    me = {"place": locks._place(), "pid": os.getpid(), "start": locks._stat_of(os.getpid())[1]}
+    me = {"place": locks._place(), "pid": os.getpid(), "start": locks.stat_of(os.getpid())[1]}
     signed(tmp_path, **me)
     with pytest.raises(InputError, match=f"pid {os.getpid()}"), hold(tmp_path):
         pass

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from vltrain.data.signals import deaf_children
+from vltrain.train import preemption as module
 from vltrain.train.preemption import Preemption
 
 
@@ -19,6 +20,8 @@ def wait_in_c() -> None:
 
 
 def main(kind: str, folder: Path) -> None:
+    if kind == "hung":
+        module.RESERVE_SECONDS, module.UNSEEN_SAVE_SECONDS = 0.2, 0.2
     preemption = Preemption(time.time() + 11 if kind == "limit" else None)
     with preemption.listening():
         if kind == "worker":
@@ -26,7 +29,7 @@ def main(kind: str, folder: Path) -> None:
                 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             (folder / "child").write_text(str(child.pid))
         (folder / "ready").touch()
-        if kind == "stuck":
+        if kind in ("stuck", "hung"):
             with preemption.training():
                 wait_in_c()
         try:

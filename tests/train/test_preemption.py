@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.support.processes import ROOT, deepspeed_command, run_ranks, start_ranks, stop_ranks
 from tests.support.tiny import make_segments, write_packs
+from vltrain.errors import EXIT_INTERRUPTED
 from vltrain.train.checkpoint import open_checkpoint
 from vltrain.train.preemption import CAUTION, EXIT_REQUEUE, RESERVE_SECONDS, UNSEEN_SAVE_SECONDS, Preemption, time_limit_end
 
@@ -148,6 +149,28 @@ def run_without_model(kind: str, folder: Path, *signals: tuple[float, signal.Sig
 def test_before_training_a_signal_ends_it_at_once_and_cleans_up(tmp_path):
     assert run_without_model("prepare", tmp_path, (0, signal.SIGTERM)) == EXIT_REQUEUE
     assert (tmp_path / "cleaned").exists()
+
+
+def test_ctrl_c_ends_it_with_a_code_of_its_own(tmp_path, capfd):
+    assert run_without_model("prepare", tmp_path, (0, signal.SIGINT), (0.1, signal.SIGTERM)) == EXIT_INTERRUPTED
+    said = capfd.readouterr().err
+    assert said == f"SIGINT: nothing to save; ends with code {EXIT_INTERRUPTED}, to be started again with the same command\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)])
+def test_one_signal_is_enough_where_no_step_ends(tmp_path, capfd, number, code):
+    """As in a collective whose other rank is gone."""
+    assert run_without_model("hung", tmp_path, (0, number)) == code
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {number.name}: no step has ended within") and f"ends with code {code}" in last
+
+
+def test_a_background_job_hears_no_ctrl_c(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what it does not wait for
+    try:
+        assert run_without_model("prepare", tmp_path, (0, signal.SIGINT), (0.5, signal.SIGTERM)) == EXIT_REQUEUE
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_ends_a_rank_that_no_longer_answers(tmp_path):

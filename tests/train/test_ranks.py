@@ -17,6 +17,8 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_STEP_NODELIST": "gpu[07-08]",
 }  # fmt: skip
 
+MEET = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4711"}
+
 
 def adopted(num_gpus: int = 0, **changes: str | None) -> dict[str, str]:
     """What `adopt_ranks` adds to srun's variables."""
@@ -48,8 +50,8 @@ def test_what_the_user_sets_is_kept():
         {"SLURM_STEP_ID": None, "SLURM_PROCID": None},
         {"SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "1"},  # a shell of salloc
         {"SLURM_STEP_ID": None, "SLURM_NTASKS": "1"},  # a batch script
-        {"RANK": "3", "WORLD_SIZE": "5"},
-        {"RANK": "13", "WORLD_SIZE": "20"},  # a launcher in each task
+        {"RANK": "3", "WORLD_SIZE": "5", **MEET},
+        {"RANK": "13", "WORLD_SIZE": "20", **MEET},  # a launcher in each task
         {"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_ID": None},  # a launcher in the batch script
         {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},
     ],
@@ -69,7 +71,7 @@ def test_others_are_left_alone(changes):
         ({"SLURM_LOCALID": None}, "expected a number in SLURM_LOCALID"),
         ({"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST: found ''"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK=0 and WORLD_SIZE=1, but srun says that this is task 3 of 5"),
-        ({"RANK": "2", "WORLD_SIZE": "5"}, "task 3 of 5"),
+        ({"RANK": "2", "WORLD_SIZE": "5", **MEET}, "task 3 of 5"),
         ({"RANK": "2"}, "WORLD_SIZE=unset"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A hanging rank is named by the others: one that is behind, one that is gone, or none."""
+"""A hanging rank is named by the others: one that is behind, one that is gone, or none; and by itself, where it is alone."""
 
 import threading
 import time
@@ -60,3 +60,28 @@ def test_what_may_take_long_is_not_a_hang(tmp_path, phase):
         dog.at(4, phase)
         time.sleep(0.4)
     assert said == [] and not (tmp_path / "ranks" / "0.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [((4, "fetch"), "step 4 hangs (fetch): the processes that decode images"), ((0, "forward"), "0.stacks says where"), ((4, "save"), "step 4 hangs (save)")],
+)
+def test_a_rank_alone_ends_too(tmp_path, place, told):
+    said = []
+    with (dog := Watchdog(tmp_path, rank=0, world_size=1, timeout_seconds=0.05, end=said.append)).watching():
+        dog.at(*place)
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert told in said[0] and "train.hang_timeout_minutes" in said[0]
+    assert (tmp_path / "ranks" / "0.stacks").exists()
+
+
+def test_progress_of_an_evaluation_is_a_sign_of_life(tmp_path):
+    said = []
+    with (dog := Watchdog(tmp_path, rank=0, world_size=1, timeout_seconds=0.05, end=said.append)).watching():
+        dog.at(4, "evaluate")
+        for _ in range(8):
+            time.sleep(0.1)
+            dog.goes_on()
+    assert said == []

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vltrain.errors import InputError
-from vltrain.files.lock import is_alive, lock_beside, one_writer
+from vltrain.files.lock import lock_beside, one_writer
+from vltrain.files.processes import is_alive
 
 
 def refuse_existing(output: Path) -> None:

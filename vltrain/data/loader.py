@@ -10,23 +10,24 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from vltrain.batch import Batch
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
-from vltrain.data.signals import deaf_children
+from vltrain.data.signals import deaf_children, end_with_parent
 from vltrain.errors import InputError
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, PackedRow, Segment
 
 PREFETCH_PACKS = 4  # per worker
+POLL_SECONDS = 2.0  # between two looks at workers that let us wait
 
 
 @dataclass(kw_only=True)
@@ -139,18 +140,43 @@ class _Fetcher(Dataset):
         self._dataset, self._image_size, self._max_image_pixels = dataset, image_size, max_image_pixels
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[PackedRow, torch.Tensor] | str:
-        number, has_images = item
+        # An exception would come out of the DataLoader with the worker's traceback in its message.
+        try:
+            return self._fetch(*item)
+        except InputError as error:
+            return str(error)
+        except (OSError, MemoryError) as error:
+            return f"{self._dataset.folder}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at this file system and at the host's memory"
+
+    def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, torch.Tensor]:
         row = self._dataset.row(number)
         size = self._image_size
         blank = has_images and len(row.image_ids) == 0
-        pixels = np.zeros((1 if blank else len(row.image_ids), 3, size, size), np.uint8)
-        try:
-            for place, image_id in enumerate(row.image_ids.tolist()):
-                where = f"{self._dataset.folder}: image {image_id} of pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
-                pixels[place] = decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where)
-        except InputError as error:
-            return str(error)  # an exception would come out of the DataLoader with the worker's traceback in its message
-        return row, torch.from_numpy(pixels)
+        pixels = _shared_pixels(1 if blank else len(row.image_ids), size)
+        for place, image_id in enumerate(row.image_ids.tolist()):
+            where = f"{self._dataset.folder}: image {image_id} of pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
+            pixels[place] = torch.from_numpy(decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where))
+        return row, pixels
+
+
+def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
+    """uint8 [num_images, 3, size, size], black; in a worker in memory that it shares with the trainer.
+
+    Made shared here and not, as the queue would, in its thread on the way out: that tells nobody if it fails, and the trainer waits for ever.
+
+    Raises: InputError if there is no room for it.
+    """
+    pixels = torch.zeros((num_images, 3, size, size), dtype=torch.uint8)
+    if get_worker_info() is None or pixels.nbytes == 0:
+        return pixels
+    try:
+        return pixels.share_memory_()
+    except (RuntimeError, OSError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
+        raise InputError(
+            f"a process that decodes images could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer ({detail}); give the machine or container a "
+            "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the trainer with data.workers 0"
+        ) from None
 
 
 class _PlanSampler(Sampler):
@@ -189,11 +215,14 @@ class StepLoader:
         workers: int,
         start_step: int = 0,
         pin_memory: bool = False,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
         workers: processes that decode; 0 decodes in this one.
         pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads them.
+        while_waiting: called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it may raise.
         """
+        self.while_waiting = while_waiting
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
         self._pin_memory = pin_memory
         self._loader: DataLoader | None = DataLoader(
@@ -201,10 +230,11 @@ class StepLoader:
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,
             num_workers=workers,
+            timeout=POLL_SECONDS if workers else 0,
             prefetch_factor=PREFETCH_PACKS if workers else None,
             persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,  # forking a process that has threads or a GPU is not safe
-            worker_init_fn=_use_one_thread if workers else None,
+            worker_init_fn=_begin_worker if workers else None,
             pin_memory=pin_memory,  # the pixels, which come alone from the workers, in a thread; the rest below
             generator=torch.Generator(),  # else the loader would draw from the generator that dropout uses
         )
@@ -234,27 +264,34 @@ class StepLoader:
         for number in range(self._start_step, self._plan.num_steps):
             step = self._plan.step(number)
             batches = [
-                filler(has_images, self._image_size) if pack == FILLER else _unwrap(fetched)
+                filler(has_images, self._image_size) if pack == FILLER else self._unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
             if self._pin_memory:
                 batches = [batch.pin_memory() for batch in batches]
             yield LoadedStep(step=number, batches=batches, plan=step)
 
+    def _unwrap(self, fetched: Iterator[tuple[PackedRow, torch.Tensor] | str]) -> Batch:
+        """The next batch; InputError if its images cannot be decoded, or if a worker process died or cannot hand over."""
+        while True:
+            try:
+                found = next(fetched)
+                break
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died while handing over
+                detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
+                if isinstance(error, RuntimeError) and detail.startswith("DataLoader timed out"):
+                    self.while_waiting()
+                    continue
+                if isinstance(error, RuntimeError) and detail.startswith(("Too many open files", "received 0 items of ancdata")):
+                    raise InputError(f"a process that decodes images could not hand over ({detail}); raise ulimit -n, or lower data.workers") from None
+                if isinstance(error, RuntimeError) and not detail.startswith("DataLoader worker"):
+                    raise
+            raise InputError(f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers") from None
+        if isinstance(found, str):
+            raise InputError(found)
+        return _assemble(*found)
 
-def _unwrap(fetched: Iterator[tuple[PackedRow, torch.Tensor] | str]) -> Batch:
-    """The next batch; InputError if its images cannot be decoded, or if a worker process died."""
-    try:
-        found = next(fetched)
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: it died while handing over
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
-        raise InputError(f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers") from None
-    if isinstance(found, str):
-        raise InputError(found)
-    return _assemble(*found)
 
-
-def _use_one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
+    end_with_parent()
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ import torch
 
 from vltrain.doctor.findings import PROBLEM, Finding, one_line
 from vltrain.doctor.kernels import CASES, examine
+from vltrain.files.processes import end_with_launchers, launched_by_me
 from vltrain.files.strict_json import read_lines
 
 START_SECONDS = 60.0  # to import torch and the libraries, which may lie on a slow file system
@@ -52,7 +53,7 @@ def examine_kernels(names: Sequence[str], threads: int, case_seconds: float = CA
 
 def _run_child(names: Sequence[str], report: Path, threads: int, case_seconds: float) -> tuple[list[Finding], str | None, bool]:
     """What a process found before it ended, why it ended early if it did, and whether it got as far as to begin a case."""
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **launched_by_me()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
@@ -93,6 +94,7 @@ def _wait(child: subprocess.Popen, report: Path, case_seconds: float) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """The child."""
+    end_with_launchers()
     report, *names = argv
     with open(report, "a") as file:
 

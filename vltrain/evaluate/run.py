@@ -9,6 +9,7 @@ Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,7 @@ def evaluate_split(
     max_samples: int | None,
     device: torch.device | str,
     writer: SummaryWriter | None = None,
+    on_progress: Callable[[], object] = lambda: None,
 ) -> Report | None:
     """Answers and scores the questions of a split. A collective: all ranks call it with the same arguments.
 
@@ -67,6 +69,7 @@ def evaluate_split(
         max_samples: None: all.
         writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
             figures, and some questions with their images.
+        on_progress: called after every batch.
 
     Returns: the report on rank 0, None elsewhere.
 
@@ -77,7 +80,9 @@ def evaluate_split(
     assert config.eval.scorer is not None
     every = samples if max_samples is None else read_samples(samples_file)
     questions = ask(samples, every, tokenizer, config, model, str(samples_file))
-    answered = predict(model, samples, questions, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}")
+    answered = predict(
+        model, samples, questions, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}", on_progress=on_progress
+    )
     if answered is None:
         return None
     report = score_samples(config.eval.scorer, samples, [answer.text for answer in answered], str(samples_file))
@@ -99,17 +104,18 @@ def predict(
     samples_file: Path,
     device: torch.device | str,
     title: str,
+    on_progress: Callable[[], object] = lambda: None,
 ) -> list[Said] | None:
     """The model's answers, one for each sample, on rank 0; None elsewhere. A collective."""
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = deal(samples, rank_number, world_size)
-    look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": False}
+    look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": not sys.stderr.isatty()}
     with tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
         answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
         answers = answer(
             model, [samples[number] for number in own], tokenizer, config, samples_file, device,
             sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
-            on_answered=lambda count: bar.update(min(count * world_size, len(samples) - bar.n)),
+            on_answered=lambda count: (on_progress(), bar.update(min(count * world_size, len(samples) - bar.n))),
         )  # fmt: skip
     texts = list(zip(own, answers, strict=True))
     if world_size == 1:

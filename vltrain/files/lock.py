@@ -30,7 +30,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vltrain.errors import EXIT_USER_ERROR, InputError
+from vltrain.errors import EXIT_USER_ERROR, InputError, end_at_once
+from vltrain.files.processes import is_alive, stat_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,18 +115,6 @@ def writer_of(lock: Path) -> Writer | None:
         alive = is_alive(writer.pid, writer.start) if writer.place == _place() else _seconds_silent(lock) < STALE_SECONDS
         return writer if alive else None
     return None
-
-
-def is_alive(pid: int, start: str | None = None) -> bool:
-    """Whether a process of this machine lives; with `start` (see `Writer`), that one and none that got its number later."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        pass
-    state, started = _stat_of(pid)
-    return state not in ("Z", "X") and (start is None or started in ("", start))
 
 
 def _acquire(lock: Path, folder: Path, remedy: str, wait_seconds: float) -> tuple[int, Writer, bool]:
@@ -233,8 +222,7 @@ def _beat(lock: Path, folder: Path, me: Writer, stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
         other = _read(lock)
         if other is not None and other != me and not stop.is_set():
-            print(f"error: {folder}: {other} has taken it over from this process, which was silent too long", file=sys.stderr, flush=True)
-            os._exit(EXIT_USER_ERROR)
+            end_at_once(f"{folder}: {other} has taken it over from this process, which was silent too long", EXIT_USER_ERROR)
         with suppress(OSError):
             os.utime(lock)
 
@@ -277,7 +265,7 @@ def _me() -> Writer:
     short = command if len(command) <= COMMAND_CHARACTERS else f"{command[:COMMAND_CHARACTERS]}..."
     pid = os.getpid()
     return Writer(
-        host=socket.gethostname(), place=_place(), pid=pid, start=_stat_of(pid)[1], since=round(time.time(), 3), command=short,
+        host=socket.gethostname(), place=_place(), pid=pid, start=stat_of(pid)[1], since=round(time.time(), 3), command=short,
         token=uuid.uuid4().hex,
     )  # fmt: skip
 
@@ -295,12 +283,3 @@ def _place() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
-
-
-def _stat_of(pid: int) -> tuple[str, str]:
-    """A process's state, such as Z for one that has ended, and when it started, in the kernel's ticks; empty where that is not to be had."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], fields[19]
-    except (OSError, IndexError):
-        return "", ""

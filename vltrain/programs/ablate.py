@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.config import Config
+from vltrain.console import start_logging
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
 from vltrain.files.lock import lock_inside, one_writer
@@ -89,7 +90,7 @@ def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
     if ("help", None) in arguments.options:
         print(__doc__)
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    start_logging()
     plan = make_plan(arguments)
     make_run_folder(plan.folder)
     with one_writer(lock_inside(plan.folder), plan.folder), interruptible():

@@ -15,12 +15,12 @@ that are no number first. Exit code 0, or 1 where there are such; the run's fold
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 from vltrain.check.resume import prove
+from vltrain.console import start_logging
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
 
@@ -65,7 +65,7 @@ def _replay(arguments: Arguments) -> int:
         raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
     if step is None or not step.isdecimal():
         raise InputError(f"{COMMAND_LINE}: --step: found {step or 'nothing'}, expected the number of a step, counted from 0")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    start_logging()
     losses = replay(Path(arguments.positionals[0]), int(step), Path(packs) if packs else None)
     print("        loss  label tokens  sample")
     for name, loss, count in losses:

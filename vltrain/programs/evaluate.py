@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from vltrain.check.manifest import BEST, pointed
+from vltrain.console import start_logging
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
@@ -39,6 +40,7 @@ from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoi
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import local_world_size, require_machine, require_one_model
+from vltrain.train.preemption import Preemption
 from vltrain.train.ranks import adopt_ranks, join_process_group
 
 logger = logging.getLogger(__name__)
@@ -77,12 +79,13 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
         positionals=("run",), default_recipe=folder / RECIPE if folder else None, default_is_checked=True,
     )
     assert folder is not None, "load_settings asks for the run"
-    try:
-        evaluate_run(folder, settings)
-        return 0
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with Preemption().listening():  # there is nothing to save: a signal ends it at once, also in a collective
+        try:
+            evaluate_run(folder, settings)
+            return 0
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _finish(report: Report, json_file: str | None, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
@@ -137,7 +140,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     set_determinism(config.train.deterministic)
     adopt_ranks()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(rank)
     require_machine(workers=0)  # the samples' images are decoded by this process
     limit_threads(local_world_size())
     split = settings.options["split"] or config.data.test_split

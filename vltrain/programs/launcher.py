@@ -19,6 +19,7 @@ from types import FrameType
 import torch
 
 from vltrain.errors import InputError, nearest
+from vltrain.files.processes import launched_by_me
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 GRACE_SECONDS = 30.0  # between asking a child to end and ending it
@@ -55,7 +56,7 @@ def launch(program: Path, words: Sequence[str], ranks: int, log: Path) -> int:
             command, env=_environment(ranks), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            return child.wait()
+            return child.wait()  # without bound: a row takes as long as it takes, and what hangs in it has bounds of its own
         except BaseException:
             _end(child)
             raise
@@ -109,7 +110,7 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, **launched_by_me()}
     if not torch.cuda.is_available():
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))  # more threads than cores make every rank wait
     # DeepSpeed builds its extensions with the environment's own ninja.

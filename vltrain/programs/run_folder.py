@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from vltrain.config import Config
+from vltrain.console import start_logging
 from vltrain.errors import InputError
 from vltrain.older_runs import complete
 from vltrain.recipe import build_config, read_recipe
@@ -48,7 +48,7 @@ def read_command(argv: list[str], *, program: str, help_text: str | None, option
     if ("help", None) in arguments.options:
         print(help_text)
         return None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    start_logging()
     arguments.require_known(("output", *options))
     output = arguments.last("output")
     if len(arguments.positionals) != 1 or output is None:

@@ -32,6 +32,7 @@ from vltrain.train.provenance import code_commit, make_run_folder
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "launch" / "slurm" / "train_mmt.sbatch"
 MARK = "#@ launch/submit.py puts its options here\n"
+SBATCH_SECONDS = 300.0
 FROZEN = "frozen"
 CODE = ("vltrain", "data_prep", "launch", "ds_configs")
 TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}"
@@ -149,7 +150,11 @@ def freeze(run: Path, settings: Settings, sbatch: str) -> Path:
 
 def submit(run: Path) -> str:
     """Hands the frozen file to sbatch. Returns the job's id; raises InputError with sbatch's own words, after taking RUN/frozen away again."""
-    done = subprocess.run(["sbatch", "--parsable", str(run / FROZEN / TEMPLATE.name)], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(run / FROZEN / TEMPLATE.name)], capture_output=True, text=True, timeout=SBATCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        frozen = run / FROZEN
+        raise InputError(f"sbatch gave no answer within {SBATCH_SECONDS:.0f} s: see by squeue whether the job is there; if not, remove {frozen} and submit again") from None
     if done.returncode:
         shutil.rmtree(run / FROZEN)
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"

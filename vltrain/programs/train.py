@@ -14,6 +14,7 @@ from typing import Any
 
 from vltrain.check.manifest import checkpoints_in
 from vltrain.config import Config
+from vltrain.console import start_logging
 from vltrain.data.conversation import fingerprint
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.spelling import describe_lost
@@ -57,7 +58,7 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
     adopt_ranks()
     settings = load_settings(argv, program=program, description="Multimodal Model Tuning.", options=TRAIN_OPTIONS, default_recipe=default_recipe)
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    start_logging(rank)
     require_machine(settings.config.data.workers)
     limit_threads(local_world_size())
     preemption = Preemption(time_limit_end(os.environ, settings.config.train.time_limit_minutes, started))
@@ -175,6 +176,7 @@ def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_sampl
     report = evaluate_split(
         trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
         step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,
+        on_progress=trainer.watchdog.goes_on,
     )
     if report is None:
         return None

@@ -1,15 +1,17 @@
 """Leaving in time: a scheduler's signal, or the end of its time limit, becomes a checkpoint and an exit code that asks to be started again.
 
     SIGTERM or SIGUSR1 on any rank -> all ranks agree at a step boundary -> checkpoint -> every rank ends with EXIT_REQUEUE
+    Ctrl-C                         -> the same, with EXIT_INTERRUPTED
 
 Each step ends in a vote, an all-reduce of one number, which is started after the step and read after the next one, as the loss is: it is off
 the path of both. So a signal is followed by at most one more whole step. Where nothing would be lost (data is prepared, the model loaded, or
 a saved state evaluated) a signal ends the rank at once, with the same code, and the launcher ends the others. A second signal ends a rank
 at once, whatever it does; signals closer together than SAME_SIGNAL_SECONDS are one, because launchers hand on what the group got already.
 
-A thread reads the signals (from Python's wake-up descriptor), since the main one may wait in a collective that never returns.
+A thread reads the signals (from Python's wake-up descriptor), since the main one may wait in a collective that never returns. If no step
+boundary comes within the time that two steps and a save take, as slow as lately seen, it ends the rank without a checkpoint.
 
-Given up: Ctrl-C stays what it is, an end without a checkpoint; and a step or a save that takes longer than the scheduler waits is lost.
+Given up: a step or a save that takes longer than the scheduler waits is lost.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from vltrain.data.signals import HEARD_BY_RANKS
+from vltrain.errors import EXIT_INTERRUPTED, end_at_once
 from vltrain.train.readback import HostCopy
 
 logger = logging.getLogger(__name__)
@@ -47,10 +50,10 @@ CAUTION = 1.5
 
 
 class Preempted(SystemExit):
-    """Ends the program with EXIT_REQUEUE, unless someone has more to do first."""
+    """Ends the program with EXIT_REQUEUE, or EXIT_INTERRUPTED after Ctrl-C, unless someone has more to do first."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(EXIT_REQUEUE)
+    def __init__(self, reason: str, code: int = EXIT_REQUEUE) -> None:
+        super().__init__(code)
         self.reason = reason
 
 
@@ -72,12 +75,19 @@ class Preemption:
     def __init__(self, ends_at: float | None = None) -> None:
         self._ends_at = ends_at
         self._reason: str | None = None
+        self._code = EXIT_REQUEUE
         self._waits_for_boundary = False
+        self._is_saving = False
         self._leaves_by: float | None = None
         self._vote: HostCopy | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._slowest_save = UNSEEN_SAVE_SECONDS
         self._since = time.monotonic()
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank has been asked to leave."""
+        return self._reason is not None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -85,7 +95,9 @@ class Preemption:
         hear, self._tell = socket.socketpair()
         hear.setblocking(False)
         self._tell.setblocking(False)
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # What a shell has started in the background hears no Ctrl-C.
+        heard = [number for number in SIGNALS if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         old_descriptor = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(hear,), name="preemption", daemon=True).start()
         try:
@@ -124,9 +136,11 @@ class Preemption:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measures a save, for the margin before the time limit."""
+        """Measures a save, for the margin before the time limit; inside the block a signal cuts nothing short."""
         started = time.monotonic()
+        self._is_saving = True
         yield
+        self._is_saving = False
         self._since = time.monotonic()
         seconds = self._since - started
         # The first one seen replaces the guess.
@@ -143,12 +157,11 @@ class Preemption:
         self._since = now
         if self._reason is None and self._ends_at is not None and time.time() + self.margin_seconds() >= self._ends_at:
             self._reason = f"the time limit is {self._ends_at - time.time():.0f} s away"
-        wants = self._reason is not None
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return wants
+            return self._reason is not None
         leaves = self._read_vote()
         # Filled on the device: a copy from the host would make the host wait for the step.
-        vote = torch.full((1,), float(wants), device=device)
+        vote = torch.full((1,), float(self._code if self._reason is not None else 0), device=device)
         work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, async_op=True)
         self._vote = HostCopy(vote, work)
         return leaves
@@ -156,24 +169,28 @@ class Preemption:
     def leave(self, steps_done: int) -> NoReturn:
         """Ends this rank, once all have come here. A collective, after the save. Raises Preempted."""
         self._read_vote()
+        self._is_saving = True  # rank 0 may be, and is waited for
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()  # a rank that ends early would have the launcher end the one that still writes
         reason = self._reason or "another rank was asked to leave"
-        logger.warning("%s: saved after %d steps; ends with code %d, to be started again with the same command", reason, steps_done, EXIT_REQUEUE)
+        logger.warning("%s: saved after %d steps; ends with code %d, to be started again with the same command", reason, steps_done, self._code)
         self._begin_to_leave()
-        raise Preempted(reason)
+        raise Preempted(reason, self._code)
 
     def _read_vote(self) -> bool:
+        """Whether the ranks leave; with the same code all of them, Ctrl-C's where any has heard that."""
         if self._vote is None:
             return False
         vote, self._vote = self._vote, None
-        return bool(vote.read())
+        code = int(vote.read())
+        self._code = max(self._code, code)
+        return code > 0
 
     def _end_now(self) -> NoReturn:
         reason = self._reason or "a signal"
-        logger.warning("%s: nothing to save; ends with code %d, to be started again with the same command", reason, EXIT_REQUEUE)
+        logger.warning("%s: nothing to save; ends with code %d, to be started again with the same command", reason, self._code)
         self._begin_to_leave()
-        raise Preempted(reason)
+        raise Preempted(reason, self._code)
 
     def _begin_to_leave(self) -> None:
         self._leaves_by = time.monotonic() + LEAVE_SECONDS
@@ -183,14 +200,18 @@ class Preemption:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, between two of its instructions."""
-        if self._reason is None:
-            self._reason = signal.Signals(number).name
+        self._heard(number)
         if not self._waits_for_boundary:
             self._end_now()
 
+    def _heard(self, number: int) -> None:
+        if self._reason is None:
+            self._reason = signal.Signals(number).name
+            self._code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE
+
     def _watch(self, hear: socket.socket) -> None:
-        """In its own thread: a second signal, the time limit where no step boundary comes, and a way out that takes too long."""
-        first: float | None = None
+        """In its own thread: a second signal, a time limit or a first signal where no step boundary comes, and a way out that takes too long."""
+        first = patient_from = None
         while True:
             select.select([hear], [], [], 1.0)
             try:
@@ -203,13 +224,20 @@ class Preemption:
             now = time.monotonic()
             if heard and first is None:
                 first = now
-                self._reason = self._reason or signal.Signals(heard[0]).name
+                self._heard(heard[0])
                 if not self._waits_for_boundary:  # the main thread may wait in a collective, and never come to its handler
                     self._leaves_by = now + LEAVE_SECONDS
             elif heard and first is not None and now - first > SAME_SIGNAL_SECONDS:
-                os._exit(128 + heard[-1])
+                end_at_once(f"{signal.Signals(heard[-1]).name} after {self._reason}: ended at once, without saving", 128 + heard[-1])
             if self._leaves_by is not None and not self._waits_for_boundary and now > self._leaves_by:
-                os._exit(EXIT_REQUEUE)
+                end_at_once(f"{self._reason}: nothing to save; cut short after {LEAVE_SECONDS:.0f} s; ends with code {self._code}", self._code)
+            if first is None or self._is_saving or not self._waits_for_boundary:
+                patient_from = None
+            elif patient_from is None:
+                patient_from = now
+            elif now - patient_from > self.margin_seconds():
+                waited = f"no step has ended within {now - patient_from:.0f} s"
+                end_at_once(f"{self._reason}: {waited}, so what hangs there is not waited for; ends with code {self._code}, without saving", self._code)
             limit_is_here = self._ends_at is not None and time.time() + LEAVE_SECONDS >= self._ends_at
             if limit_is_here and not self._waits_for_boundary and self._leaves_by is None:
                 self._reason = self._reason or "the time limit is here"

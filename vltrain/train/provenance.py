@@ -16,6 +16,7 @@ import torch
 from vltrain.errors import InputError
 
 PACKAGES = ("vltrain", "torch", "deepspeed", "transformers", "peft", "flash-attn", "liger-kernel", "bitsandbytes", "numpy", "pyarrow", "sentencepiece", "pillow")
+GIT_SECONDS = 30.0
 
 
 def code_commit() -> str:
@@ -26,11 +27,11 @@ def code_commit() -> str:
         return frozen.read_text().strip()
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=GIT_SECONDS).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -69,6 +69,7 @@ class Trainer:
     background: BackgroundTask = field(default_factory=BackgroundTask)
 
     def __post_init__(self) -> None:
+        self.done = self.saved = self.first_step  # steps, and those of them that a checkpoint holds
         train = self.config.train
         self.guard = LossGuard(
             self._read, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=self.folder, state=self.guard_state
@@ -85,18 +86,21 @@ class Trainer:
 
         Raises Preempted, after a checkpoint, when a signal or the time limit asks to leave.
         """
-        try:
-            with self.watchdog.watching(), self.preemption.training():
-                for _ in self.steps():
-                    pass
-        finally:
-            self.loader.close()
-            self.background.wait()
-            self.receipt.close()
+        with self.watchdog.watching():
+            try:
+                with self.preemption.training():
+                    for _ in self.steps():
+                        pass
+            finally:
+                self.watchdog.at(self.done, "save")
+                self.loader.close()
+                self.background.wait()
+                self.receipt.close()
 
     def steps(self) -> Iterator[int]:
         """`train`, a step each time: gives the number of steps done, so that whoever measures can stop between them."""
         guard = self.guard
+        self.loader.while_waiting = self._leave_while_waiting
         self.engine.model.train()
         # A checkpoint is from before its step's evaluation, which is owed then.
         if self.first_step and self.evaluates_after(self.first_step):
@@ -113,7 +117,7 @@ class Trainer:
             if self.allocator is not None and (result.step + 1) % self.config.train.log_every_steps == 0:
                 self.monitor.scalars(self.allocator.figures(), result.step)
             self._look_for_stragglers(result.step)
-            done = result.step + 1
+            done = self.done = result.step + 1
             leaves = self.preemption.agreed(self.engine.device)
             evaluates = self.evaluates_after(done)
             # Before an evaluation, too: what that decides is decided again by a run that goes on from here. And it may take as long as many
@@ -122,9 +126,7 @@ class Trainer:
                 guard.flush()
                 self.save(done)
             if leaves:
-                self.background.wait()
-                self.monitor.close()
-                self.preemption.leave(done)
+                self._leave(done)
             if evaluates:
                 self.run_evaluation(done)
             self.watchdog.at(done, "fetch")
@@ -132,6 +134,19 @@ class Trainer:
             if self.selection.exhausted:
                 break
             fetched_from = time.perf_counter()
+
+    def _leave_while_waiting(self) -> None:
+        """A rank alone that waits for data stands at a step boundary, and leaves from there; others have to come to one together."""
+        if self.engine.world_size == 1 and self.preemption.is_asked:
+            self.guard.flush()
+            if self.done > self.saved:
+                self.save(self.done)
+            self._leave(self.done)
+
+    def _leave(self, steps_done: int) -> NoReturn:
+        self.background.wait()
+        self.monitor.close()
+        self.preemption.leave(steps_done)
 
     def _look_for_stragglers(self, step: int) -> None:
         """On logging steps of several ranks. A collective."""
@@ -220,6 +235,7 @@ class Trainer:
                 self.background.start(partial(write, iter(copy)))
             else:
                 write(state)
+        self.saved = steps_done
         self.monitor.pause()
 
     def run_state(self) -> dict[str, Any]:

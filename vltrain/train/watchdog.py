@@ -1,4 +1,4 @@
-"""Names the rank that hangs, and ends the run.
+"""Names the rank that hangs, and ends the run; one that is alone, too.
 
 When one rank hangs, the others wait for it inside a collective and can say nothing. So each has a thread that writes, every few seconds,
 where its rank is into a file of the run's folder, `ranks/RANK.json`. When its own rank has not moved for the time allowed, the thread
@@ -13,23 +13,26 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vltrain.errors import end_at_once
+
 FOLDER = "ranks"
 EXIT_HANGS = 1
+SLOW_PHASES = {"save": 6, "evaluate": 6}
+"""What may take longer than a step, and how many times the time allowed it has."""
 PHASES = ("save", "evaluate", "fetch", "forward", "backward", "update")  # on the way from one step to the next, in order
 
 
 class Watchdog:
     """Args:
     folder: the run's.
-    timeout_seconds: without a sign of life of the own rank's training for so long, the run ends; None: nothing is watched.
+    timeout_seconds: without a sign of life of the own rank's training for so long (a save or a batch of an evaluation: SLOW_PHASES times as
+        long), the run ends; None: nothing is watched.
     end: what to do then, with the message.
     """
 
@@ -37,10 +40,14 @@ class Watchdog:
         self, folder: Path, *, rank: int, world_size: int, timeout_seconds: float | None, end: Callable[[str], None] | None = None
     ) -> None:
         self._folder, self._rank, self._world_size, self._timeout = folder / FOLDER, rank, world_size, timeout_seconds
-        self._end = end or _end_process
+        self._end = end or (lambda message: end_at_once(message, EXIT_HANGS))
         self._tick = min(10.0, (timeout_seconds or 0.0) / 10)
         self._step, self._micro_step, self._phase, self._since, self._beats = 0, 0, "fetch", time.monotonic(), 0
         self._stop = threading.Event()
+
+    def goes_on(self) -> None:
+        """There is progress at the place where the rank is."""
+        self._since = time.monotonic()
 
     def at(self, step: int, phase: str, micro_step: int = 0) -> None:
         """The rank has come this far. Costs four assignments."""
@@ -50,7 +57,7 @@ class Watchdog:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watches inside the block."""
-        if self._timeout is None or self._world_size == 1:
+        if self._timeout is None:
             yield
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +76,7 @@ class Watchdog:
         assert self._timeout is not None
         while not self._stop.wait(self._tick):
             self._publish()
-            # An evaluation may take as long as it takes, and saving too: what hangs there hangs the step after it.
-            if self._phase not in ("save", "evaluate") and time.monotonic() - self._since > self._timeout:
+            if time.monotonic() - self._since > self._timeout * SLOW_PHASES.get(self._phase, 1):
                 self._dump_stacks()
                 diagnosis = self._diagnosis()
                 self._publish(ended=True)
@@ -109,6 +115,8 @@ class Watchdog:
         return found
 
     def _diagnosis(self) -> str:
+        if self._world_size == 1:
+            return self._diagnosis_alone()
         before = self._read_all()
         for _ in range(3):
             time.sleep(self._tick)
@@ -116,7 +124,7 @@ class Watchdog:
         now = self._read_all()
         ended = [rank for rank, told in now.items() if told["ended"]]  # where they were counts, that they have gone does not
         silent = [rank for rank in range(self._world_size) if rank not in (self._rank, *ended) and now.get(rank) == before.get(rank)]
-        waited = f"nothing has moved for {time.monotonic() - self._since:.0f} seconds (train.hang_timeout_minutes)"
+        waited = self._waited()
         if silent:
             last = {rank: f"last at step {now[rank]['step']} ({now[rank]['phase']})" if rank in now else "gone" for rank in silent}
             who = ", ".join(f"rank {rank}, {last[rank]}" for rank in silent[:8])
@@ -130,8 +138,12 @@ class Watchdog:
         where = f"step {now[behind[0]]['step']} ({now[behind[0]]['phase']})"
         return f"{waited}: the others wait for rank {who}, which hangs at {where}. Look at its log, then go on with --resume auto"
 
+    def _diagnosis_alone(self) -> str:
+        if self._phase == "fetch":
+            why = "the processes that decode images hand nothing over: look at the disk that the packs are on, or decode in the trainer with data.workers 0"
+        else:
+            why = f"{self._file(self._rank).with_suffix('.stacks')} says where it is"
+        return f"{self._waited()}: step {self._step} hangs ({self._phase}): {why}. Then go on with --resume auto"
 
-def _end_process(message: str) -> None:
-    """Ends the process from a thread, whatever the main one hangs in."""
-    print(f"error (rank {os.environ.get('RANK', '0')}): {message}", file=sys.stderr, flush=True)
-    os._exit(EXIT_HANGS)
+    def _waited(self) -> str:
+        return f"nothing has moved for {time.monotonic() - self._since:.0f} seconds (train.hang_timeout_minutes)"
