@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
     "plan": ("vltrain.programs.plan", "parameters, memory per GPU and disk of a recipe, before it is run"),
     "train": ("vltrain.programs.train", "train a recipe"),
+    "submit": ("vltrain.programs.submit", "check a recipe and its memory plan, and hand it to Slurm"),
     "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
     "check": ("vltrain.programs.check", "prove from its receipt that a run saw every sample once, in order; do one of its steps again"),
     "export": ("vltrain.programs.export", "write a trained InstructBLIP as a folder of peft's or transformers'"),
@@ -34,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The text of `vltrain --help`."""
     lines = [f"  {name:12}{summary}" for name, (_, summary) in COMMANDS.items()]
-    closing = "vltrain COMMAND --help tells more; several ranks: deepspeed launch/*.py"
+    closing = "vltrain COMMAND --help tells more; several ranks of this machine: --ranks N; of several: deepspeed launch/*.py, torchrun or srun"
     return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", closing])
 
 
@@ -56,6 +57,12 @@ def _choose(words: list[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise InputError(f"unknown command '{words[0]}', {nearest(words[0], COMMANDS)}")
+    if any(word.startswith("--ranks") for word in words):
+        from vltrain.programs.local_ranks import asked_ranks, run_on_ranks
+
+        ranks = asked_ranks(words[0], words[1:])
+        if ranks is not None:
+            return run_on_ranks(words[0], words[1:], ranks)
     module, _ = COMMANDS[words[0]]
     return start(module, words[1:])
 

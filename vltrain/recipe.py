@@ -4,7 +4,7 @@ Strict means that a recipe can only say what it seems to say: unknown keys fail,
 conversion, and the YAML itself is read strictly (`vltrain.strict_yaml`). Recipes that have much in common are written once: a
 recipe may stand on another, and a table holds several:
 
-    base: OTHER.yaml      (seen from this file's folder) its settings hold where this file is silent; keys of a mapping join its mapping
+    base: OTHER.yaml      (seen from this file's folder; or a name of launch/recipes) its settings hold where this file is silent; keys of a mapping join its mapping
     output: runs/NAME     with a base, always this file's own
     rows:                 makes the file a table: a row's settings stand on those of the file. `FILE#ROW` names a row wherever a recipe is
       NAME: {...}         named; its run goes into the table's output, below its own name. Or a file of only `rows`, which tables share
@@ -25,6 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vltrain.config import Config
 from vltrain.errors import InputError, nearest
 from vltrain.ranges import MOST_STEPS, Range, check_ranges, number, range_of
+from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import dump_text, load_yaml
 
 BASE, ROWS, ABLATION = "base", "rows", "ablation"  # keys of a recipe's file beside the settings
@@ -218,7 +219,7 @@ def _settings(path: Path, content: Any, where: str, above: tuple[Path, ...]) -> 
     _collect({name: value for name, value in content.items() if name != BASE}, "", where, own)
     if "output" not in own:
         raise InputError(f"{where}: output: found nothing, expected this recipe's own folder; a base's holds the base's run")
-    return _overlay(_read(path.parent / base, above), own)
+    return _overlay(_read(find_recipe(base, f"{where}: {BASE}", path.parent), above), own)
 
 
 def _overlay(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
 from vltrain.older_runs import complete, is_default
 from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
+from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import load_text as load_recipe_text
 
 COMMAND_LINE = "command line"
@@ -42,12 +43,20 @@ class Option:
     metavar: str = "VALUE"
 
 
+RANKS = Option("ranks of this machine, or auto for one per accelerator, else two on the CPU; of `vltrain` alone, a launcher says it itself", metavar="N")
 TRAIN_OPTIONS: dict[str, Option] = {
-    "ds": Option("DeepSpeed's memory and communication knobs, a file such as ds_configs/zero2.json", metavar="JSON"),
+    "ranks": RANKS,
+    "ds": Option("DeepSpeed's memory and communication knobs, a file such as ds_configs/zero2.json or the name of one of ds_configs", metavar="JSON"),
     "resume": Option(
         "auto: from the newest whole checkpoint in the output folder, if any; never; or a checkpoint's folder", "auto", "{auto,never,PATH}"
     ),
 }
+
+
+def refuse_ranks(options: Mapping[str, str | None]) -> None:
+    """Raises InputError for --ranks that reached a rank: `vltrain` takes it away."""
+    if options.get("ranks") is not None:
+        raise InputError(f"{COMMAND_LINE}: --ranks: goes with `vltrain train` or `vltrain evaluate`; programs of launch/ have as many ranks as their launcher starts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +139,7 @@ def load_settings(
     `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.
     Raises InputError for anything unknown, of a wrong type, contradictory or without effect.
     """
-    recipe_option = Option("YAML file of settings; FILE#ROW: a row of a table", str(default_recipe) if default_recipe else None, "FILE")
+    recipe_option = Option("YAML file of settings, or the name of one that comes with vltrain; FILE#ROW: a row of a table", str(default_recipe) if default_recipe else None, "FILE")
     options = {"recipe": recipe_option, **(options or {})}
     arguments = split_arguments(argv)
     if ("help", None) in arguments.options:
@@ -138,7 +147,7 @@ def load_settings(
         raise SystemExit(0)
     _check_names(arguments, options, positionals)
     chosen = {name: arguments.last(name) or option.default for name, option in options.items()}
-    recipe = Path(chosen["recipe"]) if chosen["recipe"] else None
+    recipe = find_recipe(chosen["recipe"], f"{COMMAND_LINE}: --recipe") if chosen["recipe"] else None
     from_recipe = read_recipe(recipe) if recipe else {}
     is_stored = default_is_checked and recipe == default_recipe
     if is_stored:

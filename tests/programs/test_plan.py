@@ -15,7 +15,7 @@ from vltrain.models.build import build_model
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.programs.data_ready import packed_folder, ready_packs, tokenizer_sources
 from vltrain.programs.plan import main
-from vltrain.programs.recipes import find_recipe
+from vltrain.shipped import find_recipe
 from vltrain.recipe import dump_config
 from vltrain.settings import load_settings
 

@@ -2,7 +2,7 @@
 
     vltrain ablate TABLE.yaml [--ds ds_configs/zero2.json] [--only ROW ...] [--ranks N] [--split NAME] [--KEY VALUE ...]
 
-TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipes/table2.yaml. Each row is a run of its own, started as
+TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipes/table2.yaml, or the name of one there. Each row is a run of its own, started as
 `deepspeed launch/train_mmt.py --recipe TABLE.yaml#ROW` and `launch/evaluate.py`, in the folder ROW below the table's output.
 
     --ds JSON          DeepSpeed's knobs for every row
@@ -36,6 +36,7 @@ from vltrain.files.strict_json import read_json
 from vltrain.older_runs import value_before
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
+from vltrain.shipped import find_recipe
 from vltrain.settings import COMMAND_LINE, Arguments, Option, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.preemption import EXIT_REQUEUE, Preempted
@@ -127,7 +128,7 @@ def make_plan(arguments: Arguments) -> Plan:
     """Checks table, rows and command line before anything runs. Raises InputError naming file, row and key."""
     if not arguments.positionals:
         raise InputError(f"{COMMAND_LINE}: found no table, expected TABLE.yaml, such as launch/recipes/table2.yaml")
-    table = read_table(Path(arguments.positionals[0]))
+    table = read_table(find_recipe(arguments.positionals[0], f"{COMMAND_LINE}: table"))
     chosen = _chosen_rows(arguments, table)
     for name in ("recipe", "resume", "print_config"):
         if any(option == name for option, _ in arguments.options):

@@ -1,6 +1,6 @@
 """`vltrain doctor` and launch/doctor.py: can this machine train, and with what? Each thing is tried, and told on one line.
 
-    vltrain doctor [FOLDER ...] [--recipe RECIPE] [--json FILE|-]       one process, which looks at all GPUs that it sees
+    vltrain doctor [FOLDER ...] [--recipe RECIPE] [--json FILE|-]       one process, which looks at all GPUs that it sees; --ranks N: as many
     deepspeed launch/doctor.py ..., srun python launch/doctor.py ...    every rank looks at its own; a line names its ranks unless it is all
 
 Takes less than a minute. FOLDERs are tried for speed; without any the recipe's data.root and output (left out: the quickstart's). --json
@@ -25,7 +25,6 @@ from vltrain.doctor.findings import PROBLEM, Examination, Finding, merge, one_li
 from vltrain.doctor.isolated import examine_kernels
 from vltrain.doctor.kernels import CASES
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.programs.recipes import find_recipe
 from vltrain.settings import COMMAND_LINE, load_settings, split_arguments
 from vltrain.train.machine import local_world_size, require_own_gpu
 from vltrain.train.ranks import adopt_ranks
@@ -58,7 +57,7 @@ def main(argv: list[str], *, program: str = "vltrain doctor") -> int:
 def _config(recipe: str | None) -> Config:
     if recipe is None:
         return Config()
-    return load_settings(["--recipe", str(find_recipe(recipe))], program="vltrain doctor").config
+    return load_settings(["--recipe", recipe], program="vltrain doctor").config
 
 
 def _examine_and_report(examination: Examination, folders: list[tuple[Path, str]], workers: int, report: str | None) -> int:

@@ -3,7 +3,7 @@
     vltrain evaluate RUN [--split test] [--checkpoint FOLDER|best|none] [--json OUT] [--eval.batch_size 64 ...]
     vltrain evaluate --predictions FILE --data FOLDER|SAMPLES [--split test] [--eval.scorer NAME] [--letters] [--allow-missing] [--json OUT]
 
-The first answers a split with a trained run, in one process or on several ranks (`deepspeed launch/evaluate.py RUN`), each with a
+The first answers a split with a trained run, in one process or on several ranks (`--ranks N`, `deepspeed launch/evaluate.py RUN`), each with a
 whole copy of the model. The second scores a file of answers without any model: to ScienceQA's questions (--data: its official folder), or by any scorer
 to those of a file or folder of samples. --letters reads "B", "(B)" and "The answer is (B)." as choices; --allow-missing leaves questions without
 an answer out. Both print a table and end with the accuracy. A run's predictions and figures go into RUN/eval/SPLIT; where that cannot be
@@ -35,7 +35,7 @@ from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.programs.fits import require_tokenizer_fits
 from vltrain.programs.run_folder import RECIPE, require_run, why_not_writable
-from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, Arguments, Option, Settings, load_settings, split_arguments
+from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
@@ -46,6 +46,7 @@ from vltrain.train.ranks import adopt_ranks, join_process_group
 logger = logging.getLogger(__name__)
 
 RUN_OPTIONS: dict[str, Option] = {
+    "ranks": RANKS,
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
     "checkpoint": Option(
         "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning; left "
@@ -79,6 +80,7 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
         positionals=("run",), default_recipe=folder / RECIPE if folder else None, default_is_checked=True,
     )
     assert folder is not None, "load_settings asks for the run"
+    refuse_ranks(settings.options)
     with Preemption().listening():  # there is nothing to save: a signal ends it at once, also in a collective
         try:
             evaluate_run(folder, settings)

@@ -20,8 +20,8 @@ import torch
 
 from vltrain.errors import InputError, nearest
 from vltrain.files.processes import launched_by_me
+from vltrain.shipped import LAUNCH
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 GRACE_SECONDS = 30.0  # between asking a child to end and ending it
 LAST_LINES = 200  # of a log, in which the reason of a failure is looked for
 
@@ -30,8 +30,7 @@ def find_program(name: str, where: str) -> Path:
     """launch/NAME.py. Raises InputError naming `where` the name stands, with the nearest program."""
     programs = {path.stem: path for path in LAUNCH.glob("*.py")}
     if name not in programs:
-        hint = nearest(name, programs) if programs else f"{LAUNCH} is not there: run from a checkout"
-        raise InputError(f"{where}: found '{name}', expected a program of launch/, {hint}")
+        raise InputError(f"{where}: found '{name}', expected a program of launch/, {nearest(name, programs)}")
     return programs[name]
 
 
@@ -47,13 +46,13 @@ def launch(program: Path, words: Sequence[str], ranks: int, log: Path) -> int:
     """
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_accelerators", str(ranks),
-        "--master_port", str(_free_port()), str(program), *words,
+        "--master_port", str(free_port()), str(program), *words,
     ]  # fmt: skip
     with log.open("ab") as output:
         output.write(f"$ deepspeed --num_accelerators {ranks} {program} {' '.join(words)}\n".encode())
         output.flush()
         child = subprocess.Popen(
-            command, env=_environment(ranks), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=rank_environment(ranks), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             return child.wait()  # without bound: a row takes as long as it takes, and what hangs in it has bounds of its own
@@ -109,7 +108,8 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def _environment(ranks: int) -> dict[str, str]:
+def rank_environment(ranks: int) -> dict[str, str]:
+    """The environment that ranks of this machine are started in."""
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, **launched_by_me()}
     if not torch.cuda.is_available():
         environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))  # more threads than cores make every rank wait
@@ -122,7 +122,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -2,7 +2,7 @@
 
     vltrain plan RECIPE [--ds ds_configs/zero2.json] [--gpus N] [--gpu-memory GIB] [--json OUT] [--KEY VALUE ...]
 
-RECIPE is a file or a name of launch/recipes; `--recipe FILE` does as well. Runs anywhere, in less than a minute: networks are outlines without weights,
+RECIPE is a file or a name of launch/recipes, as `--recipe` is everywhere, which does as well. Runs anywhere, in less than a minute: networks are outlines without weights,
 and where weights are not on this machine their sizes go by the network's name (`vltrain.check.sizes`), which the output says.
 """
 
@@ -28,7 +28,6 @@ from vltrain.evaluate.report import write_json
 from vltrain.models.build import AnyModel, build_model, count_trained, part_of
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
-from vltrain.programs.recipes import find_recipe
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.optim import parameter_groups
@@ -49,7 +48,7 @@ def main(argv: list[str], *, program: str = "vltrain plan") -> int:
     """Plans what the command line names. Returns the exit code: 0, also where nothing fits, or 2 for a mistake in the input."""
     words = split_arguments(argv).positionals
     if len(words) == 1:
-        argv = [word for word in argv if word is not words[0]] + ["--recipe", str(find_recipe(words[0]))]
+        argv = [word for word in argv if word is not words[0]] + ["--recipe", words[0]]
     settings = load_settings(argv, program=program, description="Plans parameters and memory of a recipe.", options=OPTIONS)
     if settings.recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no recipe, expected a file or a name of launch/recipes")

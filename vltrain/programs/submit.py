@@ -1,6 +1,6 @@
 """launch/submit.py: from a recipe to a job of Slurm, with everything checked that can be on the login node.
 
-    python launch/submit.py --recipe FILE --ds ds_configs/zero2.json --nodes 2 --gpus-per-node 8 --time 24:00:00 [--account A] [--partition P]
+    python launch/submit.py --recipe RECIPE --ds ds_configs/zero2.json --nodes 2 --gpus-per-node 8 --time 24:00:00 [--account A] [--partition P]
         [--gpu-memory 80] [--dry-run] [--KEY VALUE ...]
 
 settings -> DeepSpeed's JSON -> memory plan -> RUN/frozen (recipe, JSON, code, the filled sbatch file) -> sbatch
@@ -20,21 +20,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import data_prep
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.programs.plan import OPTIONS as PLAN_OPTIONS
 from vltrain.programs.plan import plan_recipe
 from vltrain.recipe import dump_config
+from vltrain.shipped import DS_CONFIGS, LAUNCH, PACKAGE
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings
 from vltrain.train.ds_config import load_ds_json
 from vltrain.train.provenance import code_commit, make_run_folder
 
-ROOT = Path(__file__).resolve().parents[2]
-TEMPLATE = ROOT / "launch" / "slurm" / "train_mmt.sbatch"
+TEMPLATE = LAUNCH / "slurm" / "train_mmt.sbatch"
 MARK = "#@ launch/submit.py puts its options here\n"
 SBATCH_SECONDS = 300.0
 FROZEN = "frozen"
-CODE = ("vltrain", "data_prep", "launch", "ds_configs")
+CODE = {"vltrain": PACKAGE, "data_prep": Path(data_prep.__file__).parent, "launch": LAUNCH, "ds_configs": DS_CONFIGS}
 TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}"
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
@@ -139,8 +140,8 @@ def freeze(run: Path, settings: Settings, sbatch: str) -> Path:
     (run / "logs").mkdir(exist_ok=True)
     ds_json = load_ds_json(settings.options["ds"])
     with new_folder(frozen) as folder:
-        for name in CODE:
-            shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name, place in CODE.items():
+            shutil.copytree(place, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "code" / "COMMIT").write_text(code_commit() + "\n")
         (folder / "recipe.yaml").write_text(dump_config(replace(settings.config, output=str(run))))
         (folder / "ds.json").write_text(json.dumps(ds_json, indent=2) + "\n")

@@ -30,7 +30,7 @@ from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
 from vltrain.recipe import dump_config
-from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
+from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
@@ -57,6 +57,7 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
     started = time.time()
     adopt_ranks()
     settings = load_settings(argv, program=program, description="Multimodal Model Tuning.", options=TRAIN_OPTIONS, default_recipe=default_recipe)
+    refuse_ranks(settings.options)
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     require_machine(settings.config.data.workers)

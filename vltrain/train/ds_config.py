@@ -17,6 +17,7 @@ from typing import Any
 from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
+from vltrain.shipped import find_ds_json
 
 AUTO = "auto"
 # Numbers that a bucket of gradients or of updated weights holds at most where the JSON leaves it open. DeepSpeed allocates a gradient bucket at
@@ -26,14 +27,15 @@ ALIGNMENT = 2  # of an allgather bucket, which DeepSpeed asserts
 
 
 def load_ds_json(path: str | Path | None) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON file; None: where the user names none, ZeRO-2 with buckets for what is trained and DeepSpeed's defaults.
+    """Reads a DeepSpeed JSON file, or one of ds_configs by its name; None: where the user names none, ZeRO-2 with buckets for what is trained and DeepSpeed's defaults.
 
     Raises: InputError if it is missing, not JSON or not an object; a key twice is refused too.
     """
     if path is None:
         return {"zero_optimization": {"stage": 2, **dict.fromkeys(LARGEST_BUCKETS, AUTO)}}
+    found = find_ds_json(str(path))
     try:
-        return read_object(Path(path), "a DeepSpeed JSON; ready ones are in ds_configs/")
+        return read_object(found, "a DeepSpeed JSON; ready ones are in ds_configs/")
     except InputError as error:
         raise InputError(f"--ds {error}") from None
 
