@@ -108,13 +108,15 @@ class _Reader:
         """The sample of one record. Raises InputError naming `where` and the path in the record."""
         if type(record) is not dict:
             raise InputError(f"{where}: found {shown(record)}, expected an object with conversations or messages")
-        key = _only_key(record, tuple(TURN_KEYS), where)
+        key = _only_key(record, ("conversations", "messages"), where)
         if key is None or type(record[key]) is not list:
             found = f"found neither {' nor '.join(TURN_KEYS)}" if key is None else f"{key}: found {shown(record[key])}"
             raise InputError(f"{where}: {found}; expected id, image, conversations[from: human|gpt, value]")
         images, own_images = _images(record, where), []
-        has_parts = _has_image_parts(record[key])
-        turns = self._trimmed([self._turn(turn, f"{where}: {key}[{place}]", has_parts, own_images) for place, turn in enumerate(record[key])])
+        turns = _plain_turns(record[key])
+        if turns is None:
+            has_parts = _has_image_parts(record[key])
+            turns = self._trimmed([self._turn(turn, f"{where}: {key}[{place}]", has_parts, own_images) for place, turn in enumerate(record[key])])
         if own_images and images:
             raise InputError(f"{where}: images both in content parts and under {' or '.join(IMAGE_KEYS)}, expected one of the two")
         for name in record:
@@ -207,12 +209,30 @@ class _Reader:
         return turns[:first] + turns[begin:end]
 
 
-def _only_key(record: dict[str, Any], keys: tuple[str, ...], where: str) -> str | None:
-    """Which of `keys` the record has, null being none. Raises InputError if it has several."""
-    found = [key for key in keys if record.get(key) is not None]
-    if len(found) > 1:
-        raise InputError(f"{where}: has both {' and '.join(found)}, expected one of them")
-    return found[0] if found else None
+def _plain_turns(listed: list[Any]) -> list[Turn] | None:
+    """Turns of which nothing is to be said, which most are; None for others."""
+    turns = []
+    for turn in listed:
+        if type(turn) is not dict or len(turn) != 2:
+            return None
+        speaker, text = turn.get("from"), turn.get("value")
+        if type(speaker) is not str or type(text) is not str:
+            return None
+        role = ROLES.get(speaker)
+        if role is None or (role != "user" and IMAGE_MARKER in text):
+            return None
+        turns.append(Turn(role=role, text=text))
+    return turns if turns and turns[0].role == "user" and turns[-1].role == "assistant" else None
+
+
+def _only_key(record: dict[str, Any], keys: tuple[str, str], where: str) -> str | None:
+    """Which of two `keys` the record has, null being none. Raises InputError if it has both."""
+    first, second = keys
+    if record.get(second) is None:
+        return None if record.get(first) is None else first
+    if record.get(first) is not None:
+        raise InputError(f"{where}: has both {first} and {second}, expected one of them")
+    return second
 
 
 def _images(record: dict[str, Any], where: str) -> list[str]:
