@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vltrain.errors import InputError
+from vltrain.files.strict_json import require_plain_file
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -20,6 +21,7 @@ MAX_DEPTH = 20
 
 def load_yaml(path: Path) -> Any:
     """The one document in the YAML file at `path`, read strictly (see the module). Raises InputError naming file and line."""
+    require_plain_file(path, "a YAML recipe")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_RECIPE_BYTES + 1)

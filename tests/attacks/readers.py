@@ -328,6 +328,13 @@ def pipe_of_samples(folder: Path) -> Shown:
 
 
 @attack(NO_FILE)
+def pipe_as_recipe(folder: Path) -> Shown:
+    """A named pipe in the place of a recipe."""
+    os.mkfifo(folder / "recipe.yaml")
+    return refused(["plan", folder / "recipe.yaml"], "something else than a file, expected a YAML recipe")
+
+
+@attack(NO_FILE)
 def device_as_json(folder: Path) -> Shown:
     """A link to /dev/zero in the place of DeepSpeed's JSON."""
     (folder / "ds.json").symlink_to("/dev/zero")

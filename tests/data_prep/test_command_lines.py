@@ -73,4 +73,4 @@ def test_the_programs_that_are_no_commands_of_vltrain(capsys, monkeypatch, modul
 def test_values_may_look_like_anything(capsys, tmp_path):
     """A value after `=` is no option, and a file that is not there is the only thing wrong here."""
     assert pack_main([*GIVEN[2:], f"--samples={tmp_path}/--odd.jsonl", "--tokenizer=asset://tiny_llama", f"--output={tmp_path}/out"]) == 2
-    assert "--odd.jsonl: no such file" in capsys.readouterr().err
+    assert "--odd.jsonl: cannot be read" in capsys.readouterr().err

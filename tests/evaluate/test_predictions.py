@@ -110,7 +110,7 @@ def test_lines_of_answers_name_their_number(tmp_path):
     ):
         with pytest.raises(InputError, match=part):
             read_predictions(write(tmp_path / "answers.jsonl", content))
-    with pytest.raises(InputError, match="absent.json: no such file"):
+    with pytest.raises(InputError, match="absent.json: cannot be read"):
         read_predictions(tmp_path / "absent.json")
 
 

@@ -123,11 +123,13 @@ def require_plain_file(path: Path, expected: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {expected}") from None
+        raise InputError(f"{path}: cannot be read (no such file); expected {expected}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected {expected}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: cannot be read (it is a folder); expected {expected}")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: found {'a folder' if stat.S_ISDIR(mode) else 'something else than a file'}, expected {expected}")
+        raise InputError(f"{path}: found something else than a file, expected {expected}")
 
 
 def read_text(path: Path, expected: str = "a text file") -> str:
