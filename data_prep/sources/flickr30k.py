@@ -23,7 +23,7 @@ from data_prep.splits import same_images
 from vltrain.errors import InputError
 from vltrain.files.strict_json import field, read_json, read_text
 from vltrain.ranges import MOST_STEPS, Range
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 TOKEN_FILE, SPLIT_FILE = "results_20130124.token", "dataset_flickr30k.json"
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
@@ -67,7 +67,7 @@ def _samples(name: str, split: str, captions: list[str], folder: Path, settled: 
     for number, caption in enumerate(shown):
         sample = Sample(
             id=name if split != "train" else f"{name}#{number}",
-            turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt']}"), Turn(role="assistant", text=caption)),
+            turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt']}"), Turn(role="assistant", text=escape_markers(caption))),
             images=(name,),
             metadata={"answer": caption, "captions": captions},
         )

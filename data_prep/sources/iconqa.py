@@ -29,7 +29,7 @@ from data_prep.sources.raw import RawSample, ids_of
 from data_prep.splits import FRACTIONS, check_fractions, drawn
 from vltrain.errors import InputError, nearest
 from vltrain.files.strict_json import field, read_json, read_object, shown, texts
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 SPLITS = ("train", "val", "test")
 TYPES = ("choose_txt", "choose_img", "fill_in_blank")
@@ -176,12 +176,13 @@ def _checked(record: Any, folder: Path, where: str) -> _Problem:
 
 def _sample(problem: _Problem, folder: Path, root: Path, split: str, skills: list[str], settled: Mapping[str, Any]) -> RawSample:
     names, candidates = ["image.png"], []
-    question = plain(problem.question)
+    question = escape_markers(plain(problem.question))
     if problem.ques_type == "fill_in_blank":
         prompt, answer = settled["open_prompt"].format(question=question), plain(str(problem.answer))
     else:
         assert isinstance(problem.answer, int)
-        listed = candidates = lettered(problem.choices)
+        candidates = lettered(problem.choices)
+        listed = [escape_markers(candidate) for candidate in candidates]
         if problem.ques_type == "choose_img":
             names += problem.choices
             candidates = lettered([""] * len(problem.choices))
@@ -189,7 +190,7 @@ def _sample(problem: _Problem, folder: Path, root: Path, split: str, skills: lis
         prompt, answer = settled["prompt"].format(question=question, options=" ".join(listed)), candidates[problem.answer]
     sample = Sample(
         id=folder.name,
-        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=answer)),
+        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=escape_markers(answer))),
         images=tuple(str(folder.relative_to(root) / name) for name in names),
         metadata={
             "question_type": problem.ques_type, "choices": list(problem.choices), "answer": problem.answer, "candidates": candidates,

@@ -1,7 +1,7 @@
 """Prompts of questions: a template with named places, and choices as `(a) x (b) y`.
 
-A template is an option of a source, so it is checked before anything is read. `<image>` in a data set's own text would be taken for an
-image, so it loses its brackets.
+A template is an option of a source, so it is checked before anything is read. `<image>` in a data set's own text is no image: what goes into
+a turn is escaped (`vltrain.schema.escape_markers`), what goes into the metadata stays as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import string
 from collections.abc import Sequence
 
 from vltrain.errors import InputError
-from vltrain.schema import IMAGE_MARKER
 
 LETTERS = string.ascii_lowercase
 MAX_CHOICES = len(LETTERS)
@@ -28,10 +27,10 @@ def check_template(source: str, option: str, template: str, places: Sequence[str
 
 
 def plain(text: str) -> str:
-    """A data set's own text as a prompt may hold it."""
-    return text.strip().replace(IMAGE_MARKER, "image")
+    """A data set's own text without the space around it."""
+    return text.strip()
 
 
 def lettered(choices: Sequence[str]) -> list[str]:
-    """`(a) x`, `(b) y`, ...: what is listed in the prompt and what an answer is; `(a)` alone for an empty choice."""
+    """`(a) x`, `(b) y`, ...: what is listed in the prompt and what an answer is, not escaped; `(a)` alone for an empty choice."""
     return [f"({letter}) {plain(choice)}".rstrip() for letter, choice in zip(LETTERS, choices)]

@@ -23,7 +23,7 @@ from data_prep.sources.raw import RawSample, ids_of, image_name
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.predictions import name_some, read_predictions
 from vltrain.files.strict_json import field, read_object, shown, texts
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INPUTS = tuple(order + shown for order in ("CQM", "QCM") for shown in ("", "L", "E", "LE", "G"))
@@ -148,7 +148,7 @@ def to_sample(
         id=pid,
         turns=(
             Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}" if image else prompt),
-            Turn(role="assistant", text=answer_of(problem, wanted)),
+            Turn(role="assistant", text=escape_markers(answer_of(problem, wanted))),
         ),
         images=(f"{split}/{pid}/{image.name}",) if image else (),
         metadata=metadata,
@@ -157,7 +157,7 @@ def to_sample(
 
 
 def prompt_of(problem: dict[str, Any], given: str, rationale: str = "") -> str:
-    """The question as the input letters order it. `<image>` in the data's own text would be taken for an image, so it loses its brackets."""
+    """The question as the input letters order it, as a turn holds it: `<image>` in the data's own text is escaped."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     parts = {
         "Q": f"Question: {problem['question']}", "C": f"Context: {problem['hint'].strip() or 'N/A'}", "M": f"Options: {options}",
@@ -166,18 +166,16 @@ def prompt_of(problem: dict[str, Any], given: str, rationale: str = "") -> str:
     if "L" not in given and parts["E"]:
         parts["E"] = f"BECAUSE: {parts['E']}"
     shown = [parts[letter] for letter in given if parts[letter] not in ("", "BECAUSE: ")]
-    return "\n".join([*shown, "Response:"]).replace(IMAGE_MARKER, "image")
+    return escape_markers("\n".join([*shown, "Response:"]))
 
 
 def answer_of(problem: dict[str, Any], wanted: str) -> str:
-    """The target text as the output letters order it."""
+    """The target text as the output letters order it, not escaped."""
     answer = f"The answer is {LETTERS[problem['answer']]}."
     texts = {"L": problem["lecture"].strip(), "E": problem["solution"].strip()}
     reason = " ".join(texts[letter] for letter in wanted if texts.get(letter))
     if "A" not in wanted and "P" not in wanted:
-        text = reason or "N/A"
-    elif wanted.startswith("A"):
-        text = f"{answer} BECAUSE: {reason}" if reason else answer
-    else:
-        text = f"{reason} {answer}".strip()
-    return text.replace(IMAGE_MARKER, "image")
+        return reason or "N/A"
+    if wanted.startswith("A"):
+        return f"{answer} BECAUSE: {reason}" if reason else answer
+    return f"{reason} {answer}".strip()

@@ -17,7 +17,7 @@ from data_prep.sources.raw import RawSample, ids_of, image_name
 from data_prep.sources.scienceqa import checked
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 PROMPT = "Context: {context} Question: {question} Options: {options} Answer:"
 
@@ -57,13 +57,14 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 def _sample(pid: str, split: str, problem: dict[str, Any], image: Path, template: str) -> RawSample:
     candidates = lettered(problem["choices"])
     context = " ".join(text for text in (problem["hint"].strip(), problem["lecture"].strip()) if text) or "N/A"
-    prompt = template.format(context=plain(context), question=plain(problem["question"]), options=" ".join(candidates))
+    said = {"context": plain(context), "question": plain(problem["question"]), "options": " ".join(candidates)}
+    prompt = template.format(**{place: escape_markers(text) for place, text in said.items()})
     metadata = {name: problem[name] for name in ("choices", "answer", "subject", "hint", "grade")}
     if problem.get("skill"):
         metadata["skill"] = problem["skill"]
     sample = Sample(
         id=pid,
-        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=candidates[problem["answer"]])),
+        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=escape_markers(candidates[problem["answer"]]))),
         images=(f"{split}/{pid}/{image.name}",),
         metadata={**metadata, "candidates": candidates},
     )

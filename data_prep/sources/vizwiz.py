@@ -25,7 +25,7 @@ from data_prep.sources.raw import RawSample, image_name
 from data_prep.splits import FRACTIONS, drawn
 from vltrain.errors import InputError
 from vltrain.files.strict_json import expect, field, read_json, shown
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 FILES = ("train", "val")
 DEFAULTS = {"prompt": "Question: {question} Short answer:", "target": "majority", "unanswerable": "keep", "val_fraction": 0.05}
@@ -79,14 +79,14 @@ def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) 
         answerable = field(record, "answerable", int, where)
         if answerable not in (0, 1):
             raise InputError(f"{where}: answerable: found {answerable}, expected 0 or 1")
-        question = plain(field(record, "question", str, where))
+        question = escape_markers(plain(field(record, "question", str, where)))
         texts = [answer for answer in answers if answer]
         target = texts[0] if settled["target"] == "first" else Counter(texts).most_common(1)[0][0]
         sample = Sample(
             id=f"{part}/{number}",
             turns=(
                 Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt'].format(question=question)}"),
-                Turn(role="assistant", text=target),
+                Turn(role="assistant", text=escape_markers(target)),
             ),
             images=(f"{part}/{name}",),
             metadata={

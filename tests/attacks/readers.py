@@ -452,6 +452,17 @@ def marker_without_image(folder: Path) -> Shown:
     return right("refused with the way to write the text")
 
 
+@attack(MARKERS)
+def marker_in_official_files(folder: Path) -> Shown:
+    """`<image>` in ScienceQA's own question, choice and solution: it stays what it is, and is no image."""
+    changed = {"question": "What does <image> do?", "choices": ["<image>", "y"], "answer": 0, "solution": "See <image>."}
+    (made,) = prepared(folder, scienceqa(folder, **changed), "1 samples")
+    expect(made["images"], [])
+    expect(made["turns"][0]["text"], "Question: What does <\\image> do?\nContext: N/A\nOptions: (A) <\\image> (B) y\nResponse:")
+    expect((made["turns"][1]["text"], made["metadata"]["choices"]), ("The answer is A. BECAUSE: See <\\image>.", ["<image>", "y"]))
+    return right("escaped in the turns, as it is in the metadata")
+
+
 def answered(folder: Path, content: Any, *more: Any, name: str = "answers.json") -> list[Any]:
     """The words that score a file of answers to two ScienceQA questions, whose right answers are B and A."""
     write_json(folder / "data" / "problems.json", {"1": PROBLEM, "2": {**PROBLEM, "answer": 0}})

@@ -119,7 +119,7 @@ def test_iconqa_reads_problems_json_where_folders_have_no_data_json(tmp_path):
 def test_iconqas_own_text_cannot_be_taken_for_an_image(tmp_path):
     question(tmp_path / "train", "1", {**TXT, "question": "An <image>?", "choices": ["<image>", "{options}"], "answer": 0})
     prompt, answer = texts(read("iconqa", tmp_path)["1"][1])
-    assert (prompt, answer) == ("<image>\nQuestion: An image? Options: (a) image (b) {options}. Short answer:", "(a) image")
+    assert (prompt, answer) == ("<image>\nQuestion: An <\\image>? Options: (a) <\\image> (b) {options}. Short answer:", "(a) <\\image>")
 
 
 @pytest.mark.parametrize(
@@ -373,4 +373,4 @@ def test_templates(template, fine):
 
 
 def test_letters():
-    assert lettered(["x ", "<image>", ""]) == ["(a) x", "(b) image", "(c)"]
+    assert lettered(["x ", "<image>", ""]) == ["(a) x", "(b) <image>", "(c)"]

@@ -76,7 +76,7 @@ def test_the_second_stage_reads_written_rationales_and_gold_ones_only_for_traini
     run = write_rationales(tmp_path / "run", train={"1": "written for 1"}, val={"2": "written for 2 <image>"}, test={"3": " "})
     options = {"prompt_format": "QCMG-A", "rationales": str(run), "train_rationales": train}
     prepare("scienceqa", three_problems, tmp_path / "out", options)
-    shown = {"train": "LL EE" if train == "gold" else "written for 1", "val": "written for 2 image", "test": "N/A"}
+    shown = {"train": "LL EE" if train == "gold" else "written for 1", "val": "written for 2 <\\image>", "test": "N/A"}
     asked = "Question: Q?\nContext: H\nOptions: (A) x (B) y\nSolution: {}\nResponse:"
     assert prompts(tmp_path / "out") == {split: (asked.format(text), "The answer is B.") for split, text in shown.items()}
 
