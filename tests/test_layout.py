@@ -88,6 +88,34 @@ def test_files_and_functions_stay_readable(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
+def calls(path: Path) -> list[tuple[str, str]]:
+    """(what is called, its source text) of every call of a method or a module's function."""
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [(node.func.attr, ast.unparse(node)) for node in found]
+
+
+# Who reads JSON that is no user's: texts of libraries, our own that may be cut short while they are read, or is compared byte by byte.
+OWN_JSON = {
+    "vltrain/files/strict_json.py", "vltrain/files/lock.py", "vltrain/train/watchdog.py", "vltrain/train/lines.py", "vltrain/check/manifest.py",
+    "vltrain/data/backend.py", "vltrain/data/tokenizer.py", "vltrain/models/hugging_face.py", "vltrain/models/meta_llama.py", "vltrain/models/quiet.py",
+}  # fmt: skip
+
+
+def test_json_of_users_has_one_door():
+    found = {
+        str(path.relative_to(ROOT)) for path in FILES for name, text in calls(path)
+        if name in ("loads", "load", "raw_decode") and text.startswith("json.") and not text.startswith("json.loads(json.dumps(")
+    }  # fmt: skip
+    assert found <= OWN_JSON, f"read it with vltrain.files.strict_json: {found - OWN_JSON}"
+
+
+def test_lines_of_files_end_in_line_feeds_only():
+    """`str.splitlines` also splits at U+2028 and the like, which JSON and texts may hold as they are."""
+    for path in FILES:
+        for name, text in calls(path):
+            assert name != "splitlines" or not any(f".{read}(" in text for read in ("read", "read_text", "decode")), f"{path}: {text}"
+
+
 def test_top_level_is_what_the_design_says():
     named = {"setup.cfg", "launch", "vltrain", "ds_configs", "data_prep", "tests", "README.md", "LICENSE", "pyproject.toml"}
     made = {"data", "runs"}  # by running the programs

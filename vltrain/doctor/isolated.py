@@ -76,7 +76,7 @@ def _run_child(names: Sequence[str], report: Path, threads: int, case_seconds: f
     if child.returncode == 0:
         return found, None, begun
     how = f"killed by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"ended with exit code {child.returncode}"
-    words = [line.strip() for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+    words = [line.strip() for line in errors.read_text(errors="replace").split("\n") if line.strip()]
     return found, f"its process was {how}" + (f": {words[-1][:300]}" if words else ""), begun
 
 
