@@ -88,6 +88,20 @@ def test_a_recipe_agrees_with_every_deepspeed_file(path: Path, ds: Path, world_s
     assert '"auto"' not in json.dumps(resolved)
 
 
+def test_every_table_answers_the_split_that_its_paper_names() -> None:
+    """Table 1 of the adapters' paper is of ScienceQA's test set, its ablation study (Tables 2 and 3) of the validation set; the Q-Former paper
+    tests the checkpoint that is best on val. Tables of our own are of the test split."""
+    named = {"table2": "val", "table3": "val", **dict.fromkeys((path.stem for path in GRID), "test")}
+    named |= dict.fromkeys(("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned"), "test")
+    answered = {path.stem: {read_table(path).ablation.split or config_of(read_table(path).recipe_of(row)).data.test_split for row in read_table(path).rows} for path in TABLES}
+    assert answered == {name: {split} for name, split in named.items()}
+    table_1 = ("llama2_7b_diht_scienceqa", "lavin_7b", "lavin_13b", "llava_7b", "llama_adapter_7b", "mmcot_stage2_7b")
+    assert {config_of(ROOT / "launch" / "recipes" / f"{name}.yaml").data.test_split for name in table_1} == {"test"}
+    for path in GRID:  # what chooses the checkpoint is not what is reported
+        config = config_of(read_table(path).recipe_of("full"))
+        assert config.train.keep_best and config.data.eval_split == "val"
+
+
 @pytest.mark.parametrize("path", GRID, ids=lambda path: path.stem)
 def test_the_grid_of_the_qformer_paper(path: Path) -> None:
     """Every cell: ranks by targets, full tuning, and AdaLoRA; each is as sound as a recipe of its own."""

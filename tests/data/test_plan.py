@@ -65,3 +65,38 @@ def test_packing_holds_everything_once_within_the_capacity_and_full(low, high, c
     assert lengths.sum() / (capacity * len(sums)) >= 0.99
     again, _ = pack_lengths(lengths, capacity, None, None, 0)
     assert np.array_equal(order, again)
+
+
+def packs_of_two_kinds(num_samples: int, long: int, capacity: int) -> np.ndarray:
+    """How many samples of the second kind, `long` tokens where the first has 10, each full pack holds, as a share; half of all are of it."""
+    lengths = np.where(np.arange(num_samples) % 2, long, 10)
+    order, starts = pack_lengths(lengths, capacity, None, None, 0)
+    assert sorted(order.tolist()) == list(range(num_samples))
+    return np.array([np.mean(lengths[order[first:last]] == long) for first, last in zip(starts, starts[1:]) if last - first > 2])
+
+
+@pytest.mark.parametrize(("num_samples", "long"), [(40, 30), (100, 30), (126, 30), (60, 25), (127, 17)])
+def test_few_samples_are_mixed_as_well_as_many(num_samples, long):
+    few, many = packs_of_two_kinds(num_samples, long, 200), packs_of_two_kinds(6000, long, 200)
+    assert len(few) >= 2 and 0 < few.min() and few.max() < 1  # best fit would sort them: packs of one kind
+    assert few.std() <= 1.25 * many.std()
+
+
+@pytest.mark.parametrize(("num_samples", "max_images"), [(1, None), (2, 1), (3, 2), (17, 2), (90, 3), (127, None)])
+def test_few_samples_take_no_more_packs_than_best_fit_and_keep_every_bound(num_samples, max_images):
+    generator = np.random.default_rng(num_samples)
+    lengths, images = generator.integers(1, 101, num_samples), generator.integers(0, 2, num_samples)
+    order, starts = pack_lengths(lengths, 100, images, max_images, 3)
+    assert sorted(order.tolist()) == list(range(num_samples)) and (np.diff(starts) > 0).all()
+    assert np.add.reduceat(lengths[order], starts[:-1]).max() <= 100
+    assert max_images is None or np.add.reduceat(images[order], starts[:-1]).max() <= max_images
+    rooms: list[list[int]] = []
+    for length, shown in sorted(zip(lengths.tolist(), images.tolist()), reverse=True):
+        fitting = [room for room in rooms if room[0] >= length and (max_images is None or room[1] >= shown)]
+        if not fitting:
+            rooms.append(fitting := [100, max_images or 0])
+            fitting = [fitting]
+        least = min(fitting)
+        least[0], least[1] = least[0] - length, least[1] - shown
+    assert len(starts) - 1 <= len(rooms)
+    assert np.array_equal(order, pack_lengths(lengths, 100, images, max_images, 3)[0])

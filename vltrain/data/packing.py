@@ -9,6 +9,9 @@ kind, which makes bad gradient steps. Here length decides only where it must:
    get there are undone and their samples dealt again, until too few come out full.
 4. What remains goes by best fit.
 
+Fewer than FEW samples leave no reserve worth swapping with, and best fit alone would sort them: they are scattered over as many packs as best
+fit needs, longest first, each into a random pack with room for it, some times, and of those in which everything has a place the most even is taken.
+
 What counts as long is tried out on a part of the samples: nothing, if that fills the packs; everything (plain best fit), where few
 samples go into a pack and only the right ones fit together. Swaps keep the number of images, so a bound on images per pack holds
 throughout. All of it is O(n log n) and works on whole arrays or whole length classes. What this gives up: up to
@@ -26,6 +29,8 @@ FILL_FOR_MIXING = 0.002  # of the packs' room that a better mixture may cost
 TRIED_SAMPLES = 20_000
 RESERVE = 1 / 8  # of the samples dealt
 SMALLEST_RESERVE = 16  # samples; with fewer there is too little to choose from
+FEW = 128  # samples; with as many the reserve is the smallest one
+FEW_TRIALS = 16
 SWAP_ROUNDS = 6
 MOST_UNDONE = 0.9  # of the samples dealt; beyond, dealing again is not worth it
 _NO_BOUND = np.iinfo(np.int64).max
@@ -54,6 +59,8 @@ def pack_lengths(
         assert images is not None and len(images) == len(lengths)
         images = np.asarray(images, np.int64)
         assert len(images) == 0 or images.max() <= max_images, "a sample has more images than a pack may hold"
+    if len(lengths) < FEW:
+        return _scattered(lengths, capacity, images, max_images, seed)
     tried = np.random.default_rng(seed).permutation(len(lengths))[:TRIED_SAMPLES]
     trials = [_Packer(lengths[tried], capacity, images[tried], max_images, seed).place_all(share) for share in LONG_SHARES]
     fewest = min(len(trial.room) for trial in trials)
@@ -61,10 +68,22 @@ def pack_lengths(
     return _Packer(lengths, capacity, images, max_images, seed).place_all(good).result()
 
 
+def _scattered(lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`pack_lengths` of a few samples."""
+    best = _Packer(lengths, capacity, images, max_images, seed).place_all(0.0)
+    if len(best.room) > 1:
+        for share in LONG_SHARES[:-1]:
+            trials = [_Packer(lengths, capacity, images, max_images, [seed, trial]) for trial in range(FEW_TRIALS)]
+            placed = [packer for packer in trials if packer.scatter(share, len(best.room))]
+            if placed:
+                return min(placed, key=_Packer.unevenness).result()
+    return best.result()
+
+
 class _Packer:
     """Rows (packs) being filled: `row_of` [n] gives each sample's row, `room` and `image_room` what each row has left."""
 
-    def __init__(self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int) -> None:
+    def __init__(self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int | list[int]) -> None:
         self.lengths, self.capacity, self.images, self.max_images = lengths, capacity, images, max_images
         self.rng = np.random.default_rng(seed)
         self.row_of = np.full(len(lengths), -1, np.int64)
@@ -85,6 +104,30 @@ class _Packer:
                 break
         self._best_fit(pending)
         return self
+
+    def scatter(self, long_share: float, num_rows: int) -> bool:
+        """Places every sample into one of so many rows: those over `long_share` of the capacity by best fit, the others at random, where there is
+        more room the likelier. Returns whether there was room for all, and something for each row."""
+        self._new_rows(num_rows)
+        is_long = self.lengths > self.capacity * long_share
+        self._best_fit(np.flatnonzero(is_long))
+        if len(self.room) > num_rows:
+            return False
+        others = self.rng.permutation(np.flatnonzero(~is_long))
+        for sample in others[np.argsort(-self.lengths[others], kind="stable")].tolist():
+            fits = np.flatnonzero((self.room >= self.lengths[sample]) & (self.image_room >= self.images[sample]))
+            if len(fits) == 0:
+                return False
+            row = self.rng.choice(fits, p=self.room[fits] / self.room[fits].sum())
+            self.row_of[sample] = row
+            self.room[row] -= self.lengths[sample]
+            self.image_room[row] -= self.images[sample]
+        return bool((np.bincount(self.row_of, minlength=num_rows) > 0).all())
+
+    def unevenness(self) -> float:
+        """How much rows differ in the mean length of their samples: length goes with the kind of question."""
+        counts = np.bincount(self.row_of, minlength=len(self.room))
+        return float(np.std((self.capacity - self.room) / counts))
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """`order` and `row_starts` of `pack_lengths`."""
