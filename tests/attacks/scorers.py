@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.attacks.attack import Shown, attack, refused, refuses, right, told
+from tests.attacks.attack import Shown, attack, refused, refuses, right, run_vltrain, told
 from tests.attacks.inputs import chat, picture, sample, write_json, write_jsonl
 from vltrain.config import Config, EvalConfig, OptimConfig, TrainConfig
 from vltrain.evaluate.ready import answerable_samples
@@ -154,15 +154,16 @@ def an_id_that_comes_twice(folder: Path) -> Shown:
     return _unscorable(folder, records, "'599'", max_samples=512)
 
 
-def _train_words(folder: Path, *more: Any) -> list[Any]:
-    """A run on three conversations, none of them held out."""
+def _data_words(folder: Path) -> list[Any]:
+    """Settings of three conversations, none of them held out."""
     for number in range(3):
         picture(folder / f"{number}.png", (50 * number, 90, 200))
     file = write_json(folder / "chats.json", [chat(str(number), question="<image>\nQ?", image=f"{number}.png") for number in range(3)])
-    return [
-        "train", "--data.source", "llava_json", "--data.input", file, "--data.root", folder / "data", "--output", folder / "run", "--data.options.val_fraction", "0",
-        *more,
-    ]  # fmt: skip
+    return ["--data.source", "llava_json", "--data.input", file, "--data.root", folder / "data", "--data.options.val_fraction", "0"]
+
+
+def _train_words(folder: Path, *more: Any) -> list[Any]:
+    return ["train", *_data_words(folder), "--output", folder / "run", *more]
 
 
 @attack(SCORER)
@@ -228,3 +229,24 @@ def as_many_steps_as_epochs_and_fewer(folder: Path) -> Shown:
     for train in ({"max_steps": 5}, {"epochs": 0.3, "eval_every_epochs": 0.3}, {"eval_every_epochs": 1.0}, {"epochs": 0.25, "eval_every_epochs": 0.25}):
         require_reachable(Config(train=TrainConfig(**train)), 10, 1, resumed=False)
     return right("none refused")
+
+
+def _table(folder: Path, split: str, *more: Any) -> list[Any]:
+    text = f"output: {folder / 'out'}\nablation: {{split: {split}}}\nrows:\n  a: {{}}\n  b: {{model: {{adapter: {{dim: 4}}}}}}\n"
+    (folder / "table.yaml").write_text(text)
+    return ["ablate", folder / "table.yaml", *_data_words(folder), *more]
+
+
+@attack(SCORER)
+def a_table_without_its_split(folder: Path) -> Shown:
+    """A table that is to answer a split which its data do not have: each row fails before it is trained."""
+    code, output = run_vltrain(_table(folder, "tset"))
+    line = next(line for line in output.splitlines() if "row b failed" in line)
+    assert code == 1 and "no split 'tset'" in line and "splits there: train" in line and not list((folder / "out").glob("*/train.log")), output
+    return Shown("refused", line)
+
+
+@attack(SCORER)
+def a_table_without_a_scorer(folder: Path) -> Shown:
+    """A table whose evaluations are turned off."""
+    return refused(_table(folder, "val", "--eval.scorer", "null"), "eval.scorer: found null", "row 'a'", untouched=folder)

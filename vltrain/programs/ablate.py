@@ -31,9 +31,11 @@ from vltrain.config import Config
 from vltrain.console import start_logging
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
+from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.older_runs import value_before
+from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
 from vltrain.shipped import find_recipe
@@ -61,7 +63,8 @@ INTERRUPTED = 130  # as shells report Ctrl-C
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A row to run: its folder, the words of its two programs, and the settings that make its figures what they are."""
+    """A row to run: its folder, the words of its two programs, the settings that make its figures what they are, and the split that it answers,
+    with at most `max_samples` questions."""
 
     row: str
     folder: Path
@@ -69,6 +72,8 @@ class Job:
     evaluate_words: tuple[str, ...]
     split: str
     made_with: dict[str, Any]
+    config: Config
+    max_samples: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +173,7 @@ def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int)
     recipe = ("--recipe", str(table.recipe_of(row)), "--output", str(folder / row))
     try:
         config = load_settings([*recipe, *overrides], program="vltrain ablate", options=OPTIONS).config
+        require_scorer(config)
     except InputError as error:
         raise InputError(f"{error} (row '{row}' of {table.path})") from None
     ds = arguments.last("ds")
@@ -180,7 +186,7 @@ def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int)
     return Job(
         row=row, folder=folder / row, train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ())),
         evaluate_words=(str(folder / row), "--split", split, *best, *bound), split=split,
-        made_with={**_figures(config), "split": split, "questions": max_samples},
+        made_with={**_figures(config), "split": split, "questions": max_samples}, config=config, max_samples=max_samples,
     )  # fmt: skip
 
 
@@ -214,6 +220,8 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
     make_run_folder(job.folder)
     if outcome.state != TRAINED:
         outcome.state, outcome.reason, outcome.made_with = RUNNING, None, job.made_with
+        if not _can_be_answered(job, outcome, title):
+            return
         if not _run_program("train", plan.train, job.train_words, plan.ranks, job, outcome, title):
             return
         outcome.state = TRAINED
@@ -225,6 +233,18 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
     outcome.metrics = _read(job.folder / "eval" / job.split / "metrics.json")
     outcome.steps, outcome.state = outcome.metrics["step"], DONE
     write_outcome(job.folder, outcome)
+
+
+def _can_be_answered(job: Job, outcome: Outcome, title: str) -> bool:
+    """Whether the split that the row will answer is there and fits its scorer, asked before hours of training; if not, `outcome` says why."""
+    try:
+        answerable_samples(ready_samples(job.config, job.split), job.config, job.max_samples)
+    except InputError as error:
+        outcome.state, outcome.reason = FAILED, str(error)
+        logger.error("%s: %s", title, error)
+        write_outcome(job.folder, outcome)
+        return False
+    return True
 
 
 def _run_program(name: str, program: Path, words: tuple[str, ...], ranks: int, job: Job, outcome: Outcome, title: str) -> bool:
