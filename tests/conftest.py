@@ -1,7 +1,9 @@
 """Fixtures that several rooms' tests use."""
 
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,4 +30,22 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.strip()}")
     yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Copies a folder to a file system that can't be written, even by root; gives the copy."""
+    disk = tmp_path / "read-only"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.strip()}")
+
+    def copied(folder: Path) -> Path:
+        shutil.copytree(folder, disk / folder.name, symlinks=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        return disk / folder.name
+
+    yield copied
     subprocess.run(["umount", str(disk)], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -160,6 +161,25 @@ def test_the_checkpoint_matters_and_batches_and_settings_do_not_leak(evaluated):
     assert len(untuned) == 9
     assert any(record["prediction"] != said[key]["prediction"] for key, record in untuned.items())
     assert json.loads((run / "eval" / "val" / "metrics.json").read_text())["step"] == 0
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(evaluated, read_only, tmp_path, capsys, caplog):
+    run = read_only(evaluated[0])
+    assert main([str(run), "--json", str(tmp_path / "out.json")]) == 0
+    figures, headline = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out.splitlines()[-1]
+    assert figures["total"] == NUM_SAMPLES and headline.startswith(f"accuracy={figures['accuracy']:.4f} ({NUM_SAMPLES} questions)")
+    assert "cannot be written (Read-only file system)" in caplog.text and "written to --json" in caplog.text
+    assert main([str(run), "--json", str(run / "out.json")]) == 2, "before anything is answered"
+    assert "--json" in (said := capsys.readouterr().err.splitlines()[-1]) and "Read-only" in said
+
+
+def test_evaluation_that_was_turned_off_is_turned_on_by_naming_a_scorer(evaluated, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated[0], run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("scorer: exact", "scorer: null"))
+    assert main([str(run)]) == 2
+    assert "eval.scorer: found null" in capsys.readouterr().err
+    assert main([str(run), "--eval.scorer", "exact", "--eval.max_samples", "2"]) == 0
 
 
 def free_port() -> int:

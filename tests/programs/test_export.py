@@ -188,6 +188,14 @@ def test_importance_tells_the_ranks_that_are_left(kind, places, tmp_path, capsys
         assert picture.width > 400 and len(set(picture.convert("L").resize((64, 64)).getdata())) > 20
 
 
+def test_importance_works_from_a_run_that_cannot_be_written(places, read_only, tmp_path, caplog):
+    config = blip_config("llama", places, **ADALORA)
+    model, kept = tuned(config, pruned=True)
+    save_run(tmp_path / "run", config, model.float(), kept)
+    assert main(["importance", str(read_only(tmp_path / "run")), "--output", str(tmp_path / "ranks")]) == 0
+    assert len(list((tmp_path / "ranks").iterdir())) == 3 and "cannot be written (Read-only file system)" in caplog.text
+
+
 def test_importance_needs_a_run_that_has_pruned(places, tmp_path, capsys):
     for name, changes, said in (("lora", {"qformer__mode": "lora"}, "nothing by AdaLoRA"), ("young", {"qformer__mode": "adalora"}, "pruned nothing yet")):
         config = blip_config("llama", places, **changes)
