@@ -7,7 +7,6 @@ writes NAME (`vltrain.files.lock`).
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vltrain.errors import InputError
+from vltrain.files.leftovers import remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
-from vltrain.files.processes import is_alive
 
 
 def refuse_existing(output: Path) -> None:
@@ -36,10 +35,10 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     refuse_existing(output)
     with one_writer(lock_beside(output), output, remedy="name another output"):
-        temporary = output.parent / f".{output.name}.{os.getpid()}.tmp"
+        temporary = temporary_beside(output)
         try:
             refuse_existing(output)  # again: it may have appeared before the lock was ours
-            _remove_leftovers(output)
+            remove_leftovers(output)
             temporary.mkdir()
             yield temporary
             _flush(temporary)
@@ -49,14 +48,6 @@ def new_folder(output: Path) -> Iterator[Path]:
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Temporary folders of processes that were killed: whoever has the lock is the only one that writes here."""
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-        pid = leftover.name.removeprefix(f".{output.name}.").removesuffix(".tmp")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate import caption, exact, iconqa, rouge, scienceqa, vqa
 from vltrain.evaluate.scoring import Question, Report, Scorer, score
+from vltrain.files.leftovers import remove_leftovers, temporary_beside
+from vltrain.files.lock import one_writer
 from vltrain.schema import Sample, unescape_markers
 
+WRITE_SECONDS = 300.0  # that another process may take to write its report
 SCORERS: dict[str, Scorer] = {
     "caption": caption.SCORER,
     "exact": exact.SCORER,
@@ -58,9 +61,11 @@ def prompt_text(sample: Sample) -> str:
 def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
     """Writes `folder`/predictions.jsonl, metrics.json (the counts and `facts`) and table.md. Raises InputError if that is not possible."""
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in report.answers)
-    write_whole(folder / "predictions.jsonl", lines)
-    write_json(folder / "metrics.json", {**facts, **report.to_json()})
-    write_whole(folder / "table.md", report.to_markdown() + "\n")
+    # A training and an evaluation of its run may come to this at once: the files of a folder are of one of them.
+    with one_writer(folder / ".writing", folder, remedy="evaluate again", wait_seconds=WRITE_SECONDS):
+        write_whole(folder / "predictions.jsonl", lines)
+        write_json(folder / "metrics.json", {**facts, **report.to_json()})
+        write_whole(folder / "table.md", report.to_markdown() + "\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -70,9 +75,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file beside `path`, flushes it to disk and renames it. Raises InputError if that is not possible."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         try:
             with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)

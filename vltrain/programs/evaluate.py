@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vltrain.check.manifest import BEST, pointed
 from vltrain.console import start_logging
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.report import write_json, write_report
 from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scoring import Report
+from vltrain.files.lock import lock_inside, one_writer
 from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.programs.fits import require_tokenizer_fits
@@ -141,7 +143,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     require_scorer(config)
     set_determinism(config.train.deterministic)
     adopt_ranks()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     require_machine(workers=0)  # the samples' images are decoded by this process
     limit_threads(local_world_size())
@@ -156,6 +158,19 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     if reason is not None:
         told = "%s: cannot be written (%s): figures are printed%s, predictions are not kept"
         logger.warning(told, folder, reason, " and written to --json" if settings.options["json"] else "")
+    with ExitStack() as held:
+        if rank == 0 and reason is None:
+            place = folder / "eval" / split
+            held.enter_context(one_writer(lock_inside(place), place, remedy="evaluate another split or run meanwhile"))
+        _answer(folder, settings, tokenizer, checkpoint, samples_file, split, max_samples, keeps=reason is None)
+
+
+def _answer(
+    folder: Path, settings: Settings, tokenizer: Tokenizer, checkpoint: Checkpoint | None, samples_file: Path, split: str, max_samples: int | None,
+    *, keeps: bool,
+) -> None:  # fmt: skip
+    """`keeps`: what it finds is written into the run's folder."""
+    config, rank, world_size = settings.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
     require_tokenizer_fits(config, tokenizer, build_model(config.model, dtype=dtype, device="meta", runs_on=place))
     model = build_model(config.model, dtype=dtype, runs_on=place)
@@ -167,7 +182,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
         join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
         require_one_model()
     step = checkpoint.step if checkpoint is not None else 0
-    writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 and reason is None else None
+    writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 and keeps else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
             model.to(place).eval(), samples_file, tokenizer, config, split=split, folder=None, step=step, max_samples=max_samples, device=place,
@@ -176,7 +191,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     if writer is not None:
         writer.close()
     if report is not None:
-        _finish(report, settings.options["json"], None if reason else folder / "eval" / split, {"split": split, "step": step})
+        _finish(report, settings.options["json"], folder / "eval" / split if keeps else None, {"split": split, "step": step})
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:

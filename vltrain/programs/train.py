@@ -24,6 +24,7 @@ from vltrain.evaluate.questions import ask
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.samples import read_samples
+from vltrain.files.leftovers import remove
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
 from vltrain.models.build_blip import full_qformer_size
@@ -85,7 +86,15 @@ def run(settings: Settings, preemption: Preemption) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             make_run_folder(folder)
             held.enter_context(one_writer(lock_inside(folder), folder))
+            _remove_unfinished(folder)
         _train(settings, ds_json, folder, preemption)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What a life of the run that was killed had begun to write; for the run's only writer."""
+    for pattern in ("*.partial", "ranks/*.json", "ranks/*.partial", "checkpoints/.partial-*", ".writable-*"):
+        for leftover in folder.glob(pattern):
+            remove(leftover)
 
 
 def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption) -> None:
