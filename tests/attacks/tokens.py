@@ -242,6 +242,14 @@ def another_end_by_the_generation_config(folder: Path) -> Shown:
 
 
 @attack(FILES)
+def end_token_that_no_vocabulary_holds(folder: Path) -> Shown:
+    """tokenizer_config.json ends answers with a token that is nowhere: transformers makes up a new row for it."""
+    place = fast(folder / "t", settings={"eos_token": "<|eot|>"})
+    refuses(lambda: load_tokenizer(str(spread(folder / "m", tokenizer_config__json={"tokenizer_class": "LlamaTokenizer", "eos_token": "<|eot|>"}))), "'<|eot|>'")
+    return refuses(lambda: load_tokenizer(place), "names the eos token '<|eot|>'", "no file of the vocabulary holds")
+
+
+@attack(FILES)
 def foreign_generation_config(folder: Path) -> Shown:
     """generation_config.json is of a model with a larger vocabulary."""
     place = fast(folder / "t")

@@ -126,6 +126,31 @@ def require_agreement(files: TokenizerFiles, vocabulary: dict[str, int], named: 
                 )
     if files.json is not None:
         _require_vocabulary(files, vocabulary)
+    elif files.model is not None:
+        _require_known(files, set(pieces_of(files.model) or ()))
+
+
+def _require_known(files: TokenizerFiles, tokens: set[str]) -> None:
+    """No loader made up an id for the token that ends or begins a text. `tokens`: those of the vocabulary's own file."""
+    for name, by_file in files.named.items():
+        for file, token in by_file.items():
+            if token not in tokens and token not in files.added:
+                raise InputError(
+                    f"{files.where}: {file} names the {name} token {token!r}, which no file of the vocabulary holds, so that no row was learned for it; "
+                    "fetch all of the tokenizer's files, or name a token that is there"
+                )
+
+
+def pieces_of(path: Path) -> dict[str, int] | None:
+    """Piece -> id of a sentencepiece model's control and ordinary pieces; None for a file of another format, as LLaMA-3's of that name."""
+    import sentencepiece
+
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        return None
+    skipped = (model.is_byte, model.is_unused)
+    return {model.id_to_piece(number): number for number in range(model.get_piece_size()) if not any(is_one(number) for is_one in skipped)}
 
 
 def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> None:
@@ -138,19 +163,12 @@ def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> No
     for path in files.plain:
         listed = {token: number for number, line in enumerate(read_text(path).split("\n")) if (token := line.rstrip("\r"))} if path.suffix == ".txt" else read_object(path)
         _require_ids(listed, vocabulary, path)
-    if files.model is None:
-        return
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(files.model))
-    except (OSError, RuntimeError):
-        return  # another format of that name, as LLaMA-3's
-    for number in range(model.get_piece_size()):
-        special = model.is_control(number) or model.is_unknown(number) or model.is_byte(number) or model.is_unused(number)
-        if not special and vocabulary.get(model.id_to_piece(number)) not in (number, None):
-            told = f"the piece {model.id_to_piece(number)!r} is {number}, but {vocabulary[model.id_to_piece(number)]} in {JSON} beside it"
-            raise InputError(f"{files.model}: {told}: they are two vocabularies; {_ONE_OF_THEM}")
+    _require_known(files, set(own))
+    for piece, number in (pieces_of(files.model) or {}).items() if files.model is not None else ():
+        if vocabulary.get(piece, number) != number:
+            raise InputError(
+                f"{files.model}: the piece {piece!r} is {number}, but {vocabulary[piece]} in {JSON} beside it: they are two vocabularies; {_ONE_OF_THEM}"
+            )
 
 
 def _require_ids(own: dict[str, int], vocabulary: dict[str, int], file: Path) -> None:

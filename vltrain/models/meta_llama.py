@@ -41,6 +41,7 @@ SHARD_NAME = re.compile(r"consolidated\.(\d+)\.pth")
 SIZES = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
 OPTIONAL_SIZES = {"n_kv_heads": int, "rope_theta": float, "multiple_of": int, "ffn_dim_multiplier": float, "vocab_size": int}
 OTHERS = ("max_seq_len", "max_batch_size")
+LLAMA_3_VOCABULARY = 128256
 # Norms are the same in every shard but for rounding on the way (LLaMA-3's differ by 1e-2); those of two models differ by more.
 NORM_TOLERANCE = 5e-2
 
@@ -90,7 +91,8 @@ def meta_llama_config(key: str, folder: Path) -> LlamaConfig:
         rms_norm_eps=params["norm_eps"],
         vocab_size=vocabulary,
         rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta") or 10000.0)},
-        max_position_embeddings=4096,  # LLaMA-2's; not in params.json, and nothing that is computed depends on it
+        # LLaMA-3's and LLaMA-2's; not in params.json, and nothing that is computed depends on it but what fits.
+        max_position_embeddings=8192 if vocabulary == LLAMA_3_VOCABULARY else 4096,
     )
 
 
