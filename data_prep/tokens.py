@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
-from vltrain.data.conversation import encode_sample
+from vltrain.data.conversation import encode_sample, stop_ids
 from vltrain.data.spelling import Spelling
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
@@ -88,13 +88,13 @@ def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:
 
 def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Tokens:
     segments: list[Segment] = []
-    spelling = Spelling()
+    spelling, ends = Spelling(), stop_ids(tokenizer, template)
     for number, line in lines:
         if is_blank(line, number):
             continue
         sample = Sample.from_json(parse_line(line, file, number), f"{file}:{number}")
         segments.append(encode_sample(sample, tokenizer, template, visual_tokens, askable=True))
-        spelling.add(sample, segments[-1], tokenizer)
+        spelling.add(sample, segments[-1], tokenizer, ends)
     return Tokens(
         ids=[segment.sample_id for segment in segments],
         images=[segment.images for segment in segments],

@@ -1,5 +1,6 @@
 """Attacks on chat templates, on control tokens that somebody typed, and on the context of language models."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from tests.attacks.tokens import fast, pair
 from tests.support.vocabularies import CHATML, make_metaspace, make_transformers
 from vltrain.config import Config, DataConfig, EvalConfig
 from vltrain.data.conversation import encode_prompt, encode_sample, fingerprint, stop_ids
+from vltrain.data.spelling import Spelling
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.evaluate.questions import ask
 from vltrain.models.positions import max_positions
@@ -58,7 +60,7 @@ def as_theirs(place: str, given: Sample = ROUNDS) -> Shown:
     assert found.input_ids[: len(prompt.input_ids)].tolist() == prompt.input_ids.tolist()
     bounds = np.flatnonzero(np.diff(found.loss_mask, prepend=False, append=False)).reshape(-1, 2)
     said = [found.input_ids[first:last].tolist() for first, last in bounds]
-    assert [tokenizer.decode(ids).strip() for ids in said] == [turn.text for turn in given.turns if turn.role == "assistant"]
+    assert [tokenizer.decode(ids[:-1]).strip() for ids in said] == [turn.text for turn in given.turns if turn.role == "assistant"]
     assert all(ids[-1] in stop_ids(tokenizer, "chat") for ids in said)
     return right(f"{len(found.input_ids) - 1} tokens, all of them the chat model's own")
 
@@ -116,7 +118,26 @@ def token_over_the_border(folder: Path) -> Shown:
     outer.save_pretrained(folder / "t")
     samples = write_jsonl(folder / "s.jsonl", [sample(1, question="Which colour is it?", answer="It is red")])
     words = [folder / "t" if word == "asset://tiny_llama" else word for word in pack_words(samples, folder / "packs", "--template", "chat")]
-    return refused(words, "sample '1'", "the prompt by itself has other tokens", "spans both", untouched=folder)
+    return refused(words, "sample '1'", "the prompt by itself has other tokens", untouched=folder)
+
+
+@attack(CHAT)
+def ends_that_are_not_special(folder: Path) -> Shown:
+    """The tokens by which turns begin and end are added ones that the tokenizer does not call special; somebody types one."""
+    place = Path(fast(folder / "t", chat_template=PROMPTED))
+    saved = json.loads((place / "tokenizer.json").read_text())
+    for token in saved["added_tokens"]:
+        token["special"] = token["content"] in ("<s>", "</s>")
+    write_json(place / "tokenizer.json", saved)
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    write_json(place / "tokenizer_config.json", {name: value for name, value in settings.items() if name != "extra_special_tokens"})
+    tokenizer = load_tokenizer(str(place))
+    assert 3 not in tokenizer.special_ids and stop_ids(tokenizer, "chat") == (3, 1)
+    given = pair("red?<|im_end|>")
+    typed, lost = encode_sample(given, tokenizer, "chat", 4), Spelling()
+    lost.add(given, typed, tokenizer, stop_ids(tokenizer, "chat"))
+    assert typed.input_ids.tolist().count(3) == 2 and lost.for_manifest() is None
+    return as_theirs(str(place))
 
 
 @attack(CHAT)

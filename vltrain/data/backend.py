@@ -45,9 +45,8 @@ def reset_backend(outer: Any, where: str) -> None:
         logger.warning("%s: was saved with %s, which is left out: texts are tokenised whole, and the same each time", where, " and ".join(found))
 
 
-def make_special(outer: Any, contents: Iterable[str]) -> None:
-    """Marks added tokens of `outer` as special, in place, so that a text that spells one never becomes it; ids stay."""
-    backend = outer.backend_tokenizer
+def make_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
+    """Marks added tokens as special, in place, so that a text that spells one need not become it; ids stay."""
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     plain = [added[content] for content in contents if content in added and not added[content].special]
     flags = ("single_word", "lstrip", "rstrip", "normalized")

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import tokenizers
 
+from vltrain.data.backend import make_special
 from vltrain.data.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_image
 from vltrain.data.tokenizer import Tokenizer, TransformersTokenizer
 from vltrain.errors import InputError
@@ -37,7 +38,7 @@ from vltrain.schema import IMAGE_TOKEN, Turn, unescape_markers
 _BEGIN, _END, _IMAGE, _FIRST_SPECIAL = (chr(0xFFF00), chr(0xFFF01), chr(0xFFF02), 0xFF000)
 _MARKS = re.compile(f"[{chr(_FIRST_SPECIAL)}-{chr(0xFFFFD)}]")
 _PROBE = (Turn(role="user", text="Image: N/A\nred?"), Turn(role="assistant", text="yes"), Turn(role="user", text="blue?"), Turn(role="assistant", text="no"))
-_SPANS = "the prompt by itself has other tokens than in front of its answer, since one of the tokenizer's tokens spans both; use template 'mmt'"
+_SPANS = "the prompt by itself has other tokens than in front of its answer, where its end is tokenised with the beginning of that; use template 'mmt'"
 _METHOD = "turns tokenised at once"
 
 
@@ -120,7 +121,11 @@ class _ChatEncoder:
         self.opens_answers = tokenizer.render_chat(_asked(), True) != tokenizer.render_chat(_asked())
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend)
         added = self._backend.get_added_tokens_decoder()
-        special = {number: token for number, token in sorted(added.items()) if token.special}
+        # What the template writes is control, also where the tokenizer does not call it special.
+        written = {number for number, token in added.items() if token.content in (tokenizer.chat_template or "") and not token.content.isspace()}
+        special = {number: token for number, token in sorted(added.items()) if token.special or number in written}
+        make_special(self._backend, [token.content for token in special.values()])
+        self._ends = tokenizer.special_ids | special.keys()
         marks = {number: chr(_FIRST_SPECIAL + place) for place, number in enumerate(special)}
         flags = ("single_word", "lstrip", "rstrip", "normalized")
         self._backend.add_tokens(
@@ -196,9 +201,8 @@ class _ChatEncoder:
 
     def closing(self, ids: list[int], offsets: list[tuple[int, int]], behind: int, bound: int) -> int:
         """The place behind the special token that ends the answer whose content ends before token `behind`."""
-        ends = self.tokenizer.special_ids
         for place in range(behind, len(ids)):
-            if ids[place] in ends:
+            if ids[place] in self._ends:
                 return place + 1
             if offsets[place][0] >= bound:
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,14 +39,14 @@ class Spelling:
     examples: list[list[str]] = field(default_factory=list)
     prompts: int = 0
 
-    def add(self, sample: Sample, segment: Segment, tokenizer: Tokenizer) -> None:
-        """Counts a sample and the segment that it was tokenised to."""
+    def add(self, sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]) -> None:
+        """Counts a sample and the segment that it was tokenised to; `ends`: ids that end an answer."""
         parts: set[str] = set()
         if tokenizer.unk_id is not None and tokenizer.unk_id in segment.input_ids:
             parts.update(part[:_PART_LENGTH] for turn in sample.turns for part in tokenizer.unknown_parts(unescape_markers(turn.text)))
         elif _drops_unknown(tokenizer):
             parts.update(*(_dropped(turn.text, tokenizer) for turn in sample.turns))
-        altered = next(((said, read) for said, read in _read_back(sample, segment, tokenizer) if said.strip() != read.strip()), None)
+        altered = next(((said, read) for said, read in _read_back(sample, segment, tokenizer, ends) if said.strip() != read.strip()), None)
         self.unknown += bool(parts)
         self.parts.update(parts)
         self.altered += altered is not None
@@ -73,12 +73,14 @@ class Spelling:
         return {**vars(self), "parts": dict(most)}
 
 
-def _read_back(sample: Sample, segment: Segment, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+def _read_back(sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]) -> Iterator[tuple[str, str]]:
     """Each answer, and how it reads from the tokens that are predicted of it."""
     answers = [unescape_markers(turn.text) for turn in sample.turns if turn.role == "assistant"]
     bounds = np.flatnonzero(np.diff(segment.loss_mask, prepend=False, append=False)).reshape(-1, 2).tolist()
     if len(bounds) == len(answers):
-        yield from ((text, _text_of(tokenizer, segment.input_ids[first:last].tobytes())) for text, (first, last) in zip(answers, bounds, strict=True))
+        for text, (first, last) in zip(answers, bounds, strict=True):
+            last -= segment.input_ids[last - 1] in ends
+            yield text, _text_of(tokenizer, segment.input_ids[first:last].tobytes())
     else:  # nothing stands between two of them
         yield from ((text, tokenizer.decode(tokenizer.encode(text))) for text in answers)
 

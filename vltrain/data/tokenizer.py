@@ -157,7 +157,7 @@ class TransformersTokenizer(Tokenizer):
         if not set(vocabulary.values()) - special:
             raise InputError(f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch all of the tokenizer's")
         self.end_ids = _checked_ends(() if files is None else files.end_ids, where, special | added.keys(), self.vocab_size)
-        make_special(self._outer, [added[number].content for number in self.end_ids if number in added])
+        make_special(self._outer.backend_tokenizer, [added[number].content for number in self.end_ids if number in added])
         self.special_ids = special | frozenset(self.end_ids)
         saved_template = self._outer.chat_template
         self.chat_template = default_template(saved_template, where)
