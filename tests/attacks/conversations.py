@@ -8,14 +8,16 @@ import numpy as np
 
 from tests.attacks.attack import Shown, attack, refused, refuses, right, told
 from tests.attacks.inputs import chat, pack_words, sample, write_json, write_jsonl
-from tests.attacks.tokens import fast, pair
-from tests.support.vocabularies import CHATML, make_metaspace, make_transformers
-from vltrain.config import Config, DataConfig, EvalConfig
+from tests.attacks.tokens import LOST, fast, gap_in_ids, pair
+from tests.support.vocabularies import CHATML, make_metaspace, make_transformers, make_unigram
+from vltrain.config import Config, DataConfig, EvalConfig, LLMConfig, ModelConfig
 from vltrain.data.conversation import encode_prompt, encode_sample, fingerprint, stop_ids
 from vltrain.data.spelling import Spelling
 from vltrain.data.tokenizer import load_tokenizer
-from vltrain.evaluate.questions import ask
+from vltrain.evaluate.questions import ask, indistinguishable
 from vltrain.models.positions import max_positions
+from vltrain.programs.run_folder import RECIPE
+from vltrain.recipe import dump_config
 from vltrain.schema import IMAGE_TOKEN, Sample, Turn
 
 CHAT, TYPED, CONTEXT, CUT = "turns tokenised otherwise than by the chat model", "control tokens typed by somebody", "more tokens than positions", "answers that are cut"
@@ -272,6 +274,44 @@ def prompt_and_answer_beyond_the_positions(folder: Path) -> Shown:
     assert len(ask(samples, samples, tokenizer, fits, model, "x").prompts) == 2
     config = Config(eval=EvalConfig(max_new_tokens=64 - length + 2))
     return refuses(lambda: ask(samples, samples, tokenizer, config, model, "x.jsonl"), "x.jsonl", "1 question(s)", "64 positions", f"{length} tokens", "max_new_tokens")
+
+
+def untuned(folder: Path, records: list, **model) -> list:
+    """The words that evaluate a run of the small models, untuned, on these samples."""
+    config = Config(model=ModelConfig(llm=LLMConfig(source="asset://tiny_llama", **model)), data=DataConfig(root=str(folder / "data")), output=str(folder / "run"))
+    write_jsonl(folder / "data" / "samples" / "test.jsonl", records)
+    (folder / "run").mkdir()
+    (folder / "run" / RECIPE).write_text(dump_config(config))
+    return ["evaluate", folder / "run", "--checkpoint", "none", "--train.precision", "fp32"]
+
+
+@attack(CONTEXT)
+def evaluated_beyond_the_positions(folder: Path) -> Shown:
+    """One question of 3,600 tokens among short ones: refused before the first is answered."""
+    words = untuned(folder, [sample(1), sample("far", question="is there a red circle? " * 700), sample(3)])
+    return refused(words, "test.jsonl: 1 question(s)", "context of 2048 positions", "'far'", "(from the references)")
+
+
+@attack(CONTEXT)
+def evaluated_with_ids_beyond_the_rows(folder: Path) -> Shown:
+    """A run that is evaluated by a tokenizer with an id beyond the LLM's 768 rows."""
+    words = untuned(folder, [sample(1)], tokenizer=gap_in_ids(folder, 900))
+    return refused(words, "the tokenizer has 901 tokens (ids up to 900) but the LLM embeds 768")
+
+
+@attack(CUT)
+def answers_cut_at_the_limit(folder: Path) -> Shown:
+    """An untuned model that chats on where the limit is two tokens."""
+    return told([*untuned(folder, [sample(number) for number in range(3)]), "--eval.max_new_tokens", "2"], "answer(s) were cut at eval.max_new_tokens = 2")
+
+
+@attack(LOST)
+def candidates_of_the_same_tokens(folder: Path) -> Shown:
+    """Two candidates that a vocabulary without braces cannot tell apart."""
+    tokenizer = load_tokenizer(make_unigram(folder / "t"))
+    asked = [Sample(id=name, turns=pair(answer=one).turns, metadata={"candidates": [one, other], "answer": 0}) for name, one, other in (("a", "{", "}"), ("b", "yes", "no"))]
+    assert indistinguishable(asked, tokenizer, "x") == ["a"]
+    return right("one question of two is told")
 
 
 @attack(CONTEXT)

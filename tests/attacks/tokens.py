@@ -106,7 +106,7 @@ def clean_up_of_spaces(folder: Path) -> Shown:
 @attack(SIZES)
 def gap_below_the_rows(folder: Path) -> Shown:
     """The end token's id is 700 in a vocabulary of 318 tokens, and the LLM has 768 rows."""
-    tokenizer = load_tokenizer(_with_gap(folder, 700))
+    tokenizer = load_tokenizer(gap_in_ids(folder, 700))
     assert tokenizer.vocab_size == 701 and stop_ids(tokenizer, "mmt") == (700,) and tokenizer.decode([*tokenizer.encode("red"), 500]) == "red"
     return right("701 rows are looked at, so that answers can end")
 
@@ -114,13 +114,13 @@ def gap_below_the_rows(folder: Path) -> Shown:
 @attack(SIZES)
 def gap_beyond_the_rows(folder: Path) -> Shown:
     """The end token's id is 900, and the LLM has 768 rows: asked by plan."""
-    return refused(["plan", "quickstart", "--model.llm.tokenizer", _with_gap(folder, 900)], "the tokenizer has 901 tokens (ids up to 900) but the LLM embeds 768")
+    return refused(["plan", "quickstart", "--model.llm.tokenizer", gap_in_ids(folder, 900)], "the tokenizer has 901 tokens (ids up to 900) but the LLM embeds 768")
 
 
 @attack(SIZES)
 def gap_when_training(folder: Path) -> Shown:
     """The same before training, which must leave nothing behind but its folder."""
-    words = ["--model.llm.tokenizer", _with_gap(folder, 768), "--data.root", folder / "root", "--output", folder / "run"]
+    words = ["--model.llm.tokenizer", gap_in_ids(folder, 768), "--data.root", folder / "root", "--output", folder / "run"]
     return refused(["train", "--ds", "ds_configs/zero1.json", *words], "the tokenizer has 769 tokens", "the LLM embeds 768")
 
 
@@ -135,7 +135,8 @@ def gap_in_the_qformers(folder: Path) -> Shown:
     return refused(words, "the Q-Former's tokenizer has 5001 tokens but the Q-Former embeds 190")
 
 
-def _with_gap(folder: Path, number: int) -> str:
+def gap_in_ids(folder: Path, number: int) -> str:
+    """A tokenizer's folder whose end token has that id."""
     place = Path(fast(folder / "gap"))
     saved = json.loads((place / "tokenizer.json").read_text())
     next(token for token in saved["added_tokens"] if token["content"] == "</s>")["id"] = number
