@@ -18,7 +18,7 @@ from vltrain.errors import InputError
 from vltrain.files.strict_json import expect, read_json, shown
 from vltrain.locate import locate
 from vltrain.ranges import MOST_STEPS, Range
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 DEFAULTS = {"val_images": 200}
 SHAPES = ("circle", "rectangle", "triangle")
@@ -50,8 +50,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
                     id=f"{part}/{number}",
                     images=(f"{part}/{image}.png",),
                     turns=(
-                        Turn(role="user", text=f"{IMAGE_MARKER}\nQuestion: {question}\nAnswer:"),
-                        Turn(role="assistant", text=answer),
+                        Turn(role="user", text=f"{IMAGE_MARKER}\nQuestion: {escape_markers(question)}\nAnswer:"),
+                        Turn(role="assistant", text=escape_markers(answer)),
                     ),
                     metadata={"question": question, "answer": answer, "kind": kind_of(question, answer)},
                 ),

@@ -500,6 +500,17 @@ def figures_without_answers(folder: Path) -> Shown:
     return refused(answered(folder, {"acc": 79.9, "correct": 3390, "wrong": 851, "count": 4241, "args": {}}), "found figures only", "_cache.jsonl")
 
 
+@attack(ELEMENTS)
+def kinds_and_skills_that_are_numbers(folder: Path) -> Shown:
+    """Metadata by which columns are named: a kind that is a number, and one among the skills."""
+    write_json(folder / "p.json", {"1": "yes"})
+    words = ["evaluate", "--predictions", folder / "p.json", "--data", folder / "s.jsonl"]
+    write_jsonl(folder / "s.jsonl", [sample(metadata={"kind": 3})])
+    refused([*words, "--eval.scorer", "exact"], "kind: found 3, expected a text")
+    write_jsonl(folder / "s.jsonl", [sample(metadata={"question_type": "fill_in_blank", "skills": ["counting", 3]})])
+    return refused([*words, "--eval.scorer", "iconqa"], "skills: found ['counting', 3]")
+
+
 @attack(ANSWERS)
 def many_ids_and_one_twice(folder: Path) -> Shown:
     """100,000 answers in one object, the last of them to a question answered before: found at once, not by comparing all with all."""

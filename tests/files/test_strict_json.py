@@ -121,7 +121,7 @@ def test_records_of_a_list_and_of_lines_are_the_same(values, indent, mark, tmp_p
 @pytest.mark.parametrize(
     ("text", "words"),
     [("[1 2]", "1:4: found '2]', expected"), ("[1,", "1:4: "), ("[1", "1:3: ends in the middle"), ("[1]]", "1:4: found ']' behind"), ("[1,]", "1:4: not JSON"),
-     ('"a"', "found \"a\", expected a JSON list"), ("", "1:1: not JSON"), ("  \n ", "2:2: not JSON"), ('{"a": 1}\nx', "2:1: not JSON"), ("3", "found 3")],
+     ('"a"', "found \"a\", expected a JSON list"), ("", "found nothing in it, expected a JSON list"), ("  \n ", "found nothing in it"), ('{"a": 1}\nx', "2:1: not JSON"), ('{\n "a": 1}', "1:2: not JSON (Expecting property name enclosed in double quotes); expected a JSON list or JSON Lines"), ("3", "found 3")],
 )  # fmt: skip
 def test_records_that_are_none(text, words, tmp_path):
     (tmp_path / "x").write_text(text)

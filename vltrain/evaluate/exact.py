@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vltrain.errors import InputError
-from vltrain.evaluate.scoring import Question, Scorer, Verdict
+from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
 
 
 def normalise(text: str) -> str:
@@ -19,7 +19,7 @@ def judge(prediction: str, question: Question) -> Verdict:
 def columns(question: Question) -> tuple[str, ...]:
     """The sample's `kind`, where its metadata has one."""
     kind = question.metadata.get("kind")
-    return () if kind is None else (str(kind),)
+    return () if kind is None else (fact(question, "kind", str, "a text"),)
 
 
 def needs(question: Question) -> None:

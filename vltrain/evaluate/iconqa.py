@@ -34,7 +34,9 @@ def columns(question: Question) -> tuple[str, ...]:
     """Raises InputError for metadata of other types than text and lists of texts."""
     grade = (fact(question, "grade", str, "a grade"),) if "grade" in question.metadata else ()
     skills = fact(question, "skills", list, "a list of skills") if "skills" in question.metadata else []
-    return _type_of(question), *grade, *dict.fromkeys(map(str, skills))
+    if not all(isinstance(skill, str) for skill in skills):
+        raise InputError(f"{question.where}: skills: found {skills!r:.80}, expected a list of texts")
+    return _type_of(question), *grade, *dict.fromkeys(skills)
 
 
 def needs(question: Question) -> None:

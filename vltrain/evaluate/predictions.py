@@ -19,7 +19,7 @@ from vltrain.evaluate.prediction_files import CHAMELEON, MMCOT, PredictionFile, 
 from vltrain.evaluate.report import find_scorer, prompt_text, question_of
 from vltrain.evaluate.samples import read_samples
 from vltrain.evaluate.scoring import Question, Report, score
-from vltrain.files.strict_json import expect, field, id_text, read_object
+from vltrain.files.strict_json import expect, field, id_text, read_object, texts
 
 MAX_NAMED = 3
 SCIENCEQA = "scienceqa"
@@ -66,16 +66,16 @@ def score_predictions(
     if not answered:
         raise InputError(f"{predictions}: answers none of the {len(known)} question(s) of split '{split}'")
     _require_same_order(file, answered)
-    texts = {one.question.id: file.texts[one.question.id] for one in answered}
+    said = {one.question.id: file.texts[one.question.id] for one in answered}
     told = {"answers": file.kind}
     if letters and not any({"choices", "candidates"} & one.question.metadata.keys() for one in answered):
         raise InputError("--letters: has no effect: these questions have no choices; leave it out")
     if letters or file.kind in (CHAMELEON, MMCOT):
         chosen = {one.question.id: _choice(file.texts[one.question.id], one.question, file.kind, letters) for one in answered}
-        texts |= {name: text for name, text in chosen.items() if text is not None}
+        said |= {name: text for name, text in chosen.items() if text is not None}
         what = "choices' texts" if file.kind == CHAMELEON and not letters else "letters"
         told["read as"] = f"{what}: {sum(text is not None for text in chosen.values())} of {len(answered)}"
-    report = score(scorer, judge, ((one.question, one.prompt, texts[one.question.id]) for one in answered))
+    report = score(scorer, judge, ((one.question, one.prompt, said[one.question.id]) for one in answered))
     return replace(report, missing=len(missing), told=told)
 
 
@@ -139,12 +139,12 @@ def _choice(text: str, question: Question, kind: str, letters: bool) -> str | No
     candidates = question.metadata.get("candidates")
     if candidates is not None:
         candidates, _ = candidates_of(question)
-    choices = field(question.metadata, "choices", list, question.where) if "choices" in question.metadata else candidates
+    choices = texts(question.metadata, "choices", question.where) if "choices" in question.metadata else candidates
     if not choices:
         return None
     number = choice_of(text, len(choices)) if letters or kind == MMCOT else None
     if number is None and kind == CHAMELEON:
-        said = [normalise(str(choice)) for choice in choices]
+        said = [normalise(choice) for choice in choices]
         number = said.index(normalise(text)) if normalise(text) in said else None
     if number is None:
         return None

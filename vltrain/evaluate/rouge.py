@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vltrain.errors import InputError
 from vltrain.evaluate import scienceqa
-from vltrain.evaluate.scoring import Question, Scorer, Verdict
+from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -48,7 +48,7 @@ def columns(question: Question) -> tuple[str, ...]:
     if "subject" in question.metadata:
         return scienceqa.columns(question)
     kind = question.metadata.get("kind")
-    return () if kind is None else (str(kind),)
+    return () if kind is None else (fact(question, "kind", str, "a text"),)
 
 
 SCORER = Scorer(judge=judge, columns=columns, measure="rougeL", needs=needs, require_installed=_scorer)

@@ -99,6 +99,7 @@ def is_blank(line: bytes, number: int) -> bool:
 
 def parse_line(line: bytes, file: str, number: int) -> Any:
     """The value in line `number` (from 1) of a JSONL file. Raises InputError naming file, line and column."""
+    line = line.rstrip(_BLANK_BYTES)
     return _parse(_decode(line.removeprefix(BOM) if number == 1 else line, file, number), file, number)
 
 
@@ -114,8 +115,19 @@ def read_records(path: Path, expected: str = "a JSON list or JSON Lines") -> Ite
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
     if head.startswith(b"{"):
-        return read_lines(path, expected)
+        return _lines_of(path, expected)
     return _elements(_decode(_read(path, expected, None).removeprefix(BOM), str(path), 1), str(path), expected)
+
+
+def _lines_of(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
+    """`read_lines`; where the first line is none, a file that is one object is what was given."""
+    lines = read_lines(path, expected)
+    try:
+        first = next(lines)
+    except InputError as error:
+        raise InputError(f"{error}; expected {expected}") from None
+    yield first
+    yield from lines
 
 
 def require_plain_file(path: Path, expected: str) -> None:
@@ -169,6 +181,8 @@ def _parse(text: str, file: str, first_line: int) -> Any:
 def _elements(text: str, file: str, expected: str) -> Iterator[tuple[str, Any]]:
     """The elements of a text that is one JSON list, each with the line where it begins."""
     place = _skip(text, 0)
+    if place == len(text):
+        raise InputError(f"{file}: found nothing in it, expected {expected}")
     if text[place : place + 1] != "[":
         value, _ = _value_at(text, place, file, 1)  # what is no JSON at all is told as such
         raise InputError(f"{file}: found {shown(value)}, expected {expected}")
