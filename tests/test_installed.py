@@ -64,7 +64,7 @@ def test_names_and_programs_of_an_installed_package(installed, tmp_path):
 @pytest.mark.slow
 def test_an_installed_package_trains_and_evaluates_on_two_ranks(installed, tmp_path):
     options = '{"train_images": 24, "val_images": 4, "test_images": 4, "image_size": 32}'
-    words = ["--data.source", "shapes", "--data.root", "data", "--data.options", options, "--data.pack_length", "256", "--train.max_steps", "2", "--train.precision", "fp32"]
+    words = ["--data.source", "shapes", "--data.root", "data", "--data.options", options, "--data.pack_length", "256", "--train.max_steps", "2", "--train.eval_every_steps", "0", "--train.precision", "fp32"]
     done = run(installed, tmp_path, "-m", "vltrain", "train", "--recipe", "quickstart", "--ds", "zero2", "--ranks", "2", "--output", "run", *words)
     assert done.returncode == 0, done.stderr
     assert "on 2 rank(s)" in done.stderr

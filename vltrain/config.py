@@ -328,7 +328,11 @@ class EvalConfig:
     normalise_length: bool = False
     """rank: compare losses per token instead of their sums."""
     batch_size: int = number(64, 1, MOST_SIZE)
-    """Questions (rank: candidates) answered at once by a rank; changes speed and memory, never an answer."""
+    """Questions (rank: candidates) answered at once by a rank; changes speed and memory. Where products are in fp32 (`eval.precision`,
+    `train.precision`) it changes no answer, unless two are equally likely to the last digits; in bf16 a near-tie may fall either way."""
+    precision: Literal["train", "fp32"] = "train"
+    """Of matrix products while answering. train: as `train.precision`; fp32: no batch size and no number of ranks changes an answer, at the price of fp32's speed
+    and of widened copies of weights in bf16."""
     max_new_tokens: int | None = number(None, 1, MOST_SIZE)
     """Tokens that a generated answer may have; null: those of the split's longest reference, and a quarter or 8 more. Answers that reach it
     without an end are counted."""
@@ -357,6 +361,11 @@ class Config:
     """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""
 
     def __post_init__(self) -> None:
+        if self.model.bits == 8 and self.eval.precision == "fp32":
+            raise InputError(
+                "eval.precision: found 'fp32', but products of 8-bit weights (model.bits) are LLM.int8's, in which what is answered together decides what is "
+                "rounded; take model.bits 4 or 16, or eval.precision train"
+            )
         if self.model.bits == 16 and self.train.precision == "fp32":
             raise InputError(
                 "model.bits: found 16, but bf16 weights make bf16 products and train.precision says fp32; "

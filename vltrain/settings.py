@@ -307,6 +307,7 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (f"eval.{name}", lambda c: c.eval.method == "rank", "eval.method = rank generates nothing")
         for name in ("max_new_tokens", "temperature", "top_p")
     ),
+    ("eval.precision", lambda c: c.train.precision == "fp32", "train.precision = fp32 has all products in fp32"),
     ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
     *(
         (f"train.{name}", lambda c, name=name: c.eval.scorer is None and bool(getattr(c.train, name)),

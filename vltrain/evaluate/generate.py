@@ -1,10 +1,10 @@
-"""Free generation: prompts with images in, answer tokens out, the same whatever the batch size and the number of ranks.
+"""Free generation: prompts with images in, answer tokens out, in fp32 the same whatever the batch size and the number of ranks.
 
 An answer depends on its own prompt, its own images and (when sampling) random numbers drawn from (seed, sample id); nothing of its
 neighbours reaches it. Prompts of a batch are padded on the right, where causality hides the padding during prefill, and the padding's keys
 are masked while decoding; rotary positions count real tokens only. What remains is the rounding of matrix products of
 different shapes. In fp32, about 1e-6 of a logit, only a tie of two tokens can fall either way; in bf16, about 1e-2, near-ties can too:
-`--train.precision fp32` gives figures that are exact at any batch size.
+`--eval.precision fp32` gives figures that are exact at any batch size, see `vltrain.evaluate.precision`.
 
 Under ZeRO-3 every forward is a collective. With `sync` all ranks make the same forwards in the same order: those with nothing
 left to do answer an empty prompt. Given up: continuous batching; a batch lasts as long as its longest answer, but finished

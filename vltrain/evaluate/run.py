@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from vltrain.evaluate.candidates import BlipCandidates, MultimodalCandidates
 from vltrain.evaluate.gallery import write_gallery
 from vltrain.evaluate.generate import Sampling, Sync, alone, generate
 from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
+from vltrain.evaluate.precision import products_in_fp32
 from vltrain.evaluate.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
@@ -110,7 +112,8 @@ def predict(
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = deal(samples, rank_number, world_size)
     look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": not sys.stderr.isatty()}
-    with tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
+    precision = products_in_fp32(model, device) if config.eval.precision == "fp32" else nullcontext()
+    with precision, tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
         answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
         answers = answer(
             model, [samples[number] for number in own], tokenizer, config, samples_file, device,

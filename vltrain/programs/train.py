@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vltrain.check.manifest import checkpoints_in
 from vltrain.config import Config
 from vltrain.console import start_logging
@@ -78,7 +80,9 @@ def run(settings: Settings, preemption: Preemption) -> None:
     set_determinism(config.train.deterministic)
     ds_json = load_ds_json(settings.options["ds"])
     # Here only so that a mistake is found before hours of preparation.
-    require_compilable(config, zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1")))))
+    stage = zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1"))))
+    require_compilable(config, stage)
+    _require_widenable(config, stage)
     if config.eval.scorer is not None:
         require_scorer(config)
     folder = Path(config.output)
@@ -194,6 +198,16 @@ def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_sampl
     for line in report.lines():
         logger.warning("%s: %s", config.data.eval_split, line)
     return report.accuracy
+
+
+def _require_widenable(config: Config, stage: int) -> None:
+    """Raises InputError if evaluations are to widen weights that ranks share."""
+    asked = config.eval.precision == "fp32" and config.eval.scorer is not None
+    if asked and stage == 3 and config.model.bits != 32 and choose_dtype(config.train.precision, config.model.bits) != torch.float32:
+        raise InputError(
+            "eval.precision: found 'fp32', but ZeRO-3 parts the weights in bf16, which cannot be widened then; take a lower stage, model.bits 32, or train while evaluating as "
+            "training does (eval.precision train), and evaluate afterwards: vltrain evaluate RUN --eval.precision fp32"
+        )
 
 
 def _tell_share(parameters: dict[str, tuple[int, int]], full: int) -> None:
