@@ -194,6 +194,9 @@ class _Reader:
 
     def _trimmed(self, turns: list[Turn]) -> list[Turn]:
         """From the first question (behind a system turn) to the last answer."""
+        if turns and turns[0].role == SYSTEM and not turns[0].text.strip():
+            self._counts["empty system turn(s) are left out"] += 1
+            turns = turns[1:]
         first = 1 if turns and turns[0].role == SYSTEM else 0
         begin, end = first, len(turns)
         while begin < end and turns[begin].role == "assistant":

@@ -367,6 +367,15 @@ def assistant_first(folder: Path) -> Shown:
 
 
 @attack(CHATS)
+def empty_system_turn(folder: Path) -> Shown:
+    """A system turn that says nothing, as conversions leave them."""
+    spoken = [{"from": "system", "value": ""}, *chat()["conversations"]]
+    made = prepared(folder, talks(folder, chat(1, conversations=spoken)), "1 empty system turn(s) are left out")
+    expect([turn["role"] for turn in made[0]["turns"]], ["user", "assistant"])
+    return right("left out, and told")
+
+
+@attack(CHATS)
 def messages_with_parts(folder: Path) -> Shown:
     """`messages` with content parts, a system turn and JSON Lines; `<image>` typed beside an image part is text."""
     picture(folder / "a.png")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.vocabularies import CHATML, make_sentencepiece, make_transformers
 from vltrain.data.conversation import encode_candidate, encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.data.instruction import InstructionSource
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Turn, escape_markers, unescape_markers
@@ -237,3 +238,18 @@ def test_the_text_of_a_marker_is_written_with_a_backslash(tokenizers, name, temp
 @given(text=st.text("<\\image> \n", max_size=40))
 def test_escaping_a_text_leaves_no_marker_and_is_undone(text):
     assert IMAGE_MARKER not in escape_markers(text) and unescape_markers(escape_markers(text)) == text
+
+
+@pytest.mark.parametrize("template", ["instructblip", "instructblip_t5"])
+def test_a_q_former_reads_system_turns_and_typed_markers_as_the_llm_does(template):
+    t = load_tokenizer("asset://tiny_llama", InstructionSource(source="asset://tiny_bert", max_tokens=64))
+
+    def encoded(*turns: tuple[str, str]):
+        return encode_sample(Sample(id="s", turns=tuple(Turn(role=role, text=text) for role, text in turns), images=("a.png",)), t, template, V)
+
+    one = encoded(("system", "Be brief."), ("user", "<image>\nWhat is <\\image>?"), ("assistant", "<\\image>"))
+    other = encoded(("user", "<image>\nBe brief.\nWhat is <\\image>?"), ("assistant", "<\\image>"))
+    assert np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.instruction_ids, other.instruction_ids)
+    assert np.array_equal(one.instruction_ids, t.instruction.encode("Be brief.\nWhat is <image>?")[0])
+    prompt = one.input_ids[(one.input_ids >= 0) & ~one.loss_mask].tolist()
+    assert "Be brief.\nWhat is <image>?" in t.decode(prompt) and t.decode(one.input_ids[one.loss_mask].tolist()[:-1]).strip() == "<image>"
