@@ -283,6 +283,10 @@ class TrainConfig:
     save_every_steps: int = number(200, 1, MOST_STEPS)
     keep_checkpoints: int = number(2, 1, MOST_SIZE)
     """How many of the newest checkpoints are kept."""
+    init_from: str | None = None
+    """Begin a new run with the trained weights of another: a run's folder (its best checkpoint where `train.keep_best` kept one, else its newest)
+    or a checkpoint's (RUN/checkpoints/step-...). Adapters of the same shapes over the same frozen weights; optimizer, schedule and data are this
+    run's. The way to go on with a finished run for more epochs, with another learning rate, or on other data; null: fresh weights."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its
     update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each
@@ -361,6 +365,12 @@ class Config:
     """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""
 
     def __post_init__(self) -> None:
+        adapters = self.model.instructblip.adapters if self.model.architecture == "instructblip" else None
+        if self.train.init_from is not None and adapters is not None:
+            raise InputError(
+                f"train.init_from: found {self.train.init_from!r} beside model.instructblip.adapters {adapters!r}: both say what the tuned parameters "
+                "start from; leave one out"
+            )
         if self.model.bits == 8 and self.eval.precision == "fp32":
             raise InputError(
                 "eval.precision: found 'fp32', but products of 8-bit weights (model.bits) are LLM.int8's, in which what is answered together decides what is "

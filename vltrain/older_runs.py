@@ -11,7 +11,10 @@ from typing import Any
 
 from vltrain.recipe import known_keys
 
-ADDED: dict[str, Any] = {"eval.precision": "train"}
+ADDED: dict[str, Any] = {
+    "eval.precision": "train",
+    "train.init_from": None,
+}
 """Every setting that was added since the first runs, by dotted name, with the value that does what was done without it. A setting that is
 declared in `vltrain.config` and is missing here fails a test."""
 

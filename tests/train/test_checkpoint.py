@@ -12,7 +12,8 @@ from vltrain.check.manifest import dumps
 from vltrain.errors import InputError
 from vltrain.older_runs import ADDED
 from vltrain.train import checkpoint as checkpoints
-from vltrain.train.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, require_same_run, save_checkpoint
+from vltrain.train.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, save_checkpoint
+from vltrain.train.identity import require_same_run
 
 BELONGS_TO = {"optim": {"lr": 0.1}, "data": "abc"}
 

@@ -25,6 +25,7 @@ from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import resolve_ds_config
 from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device
+from vltrain.train.origin import find_origin
 from vltrain.train.trainer import Trainer, make_trainer
 
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
@@ -46,7 +47,7 @@ def run(
     model = build_model(config.model, dtype=dtype, activation_checkpointing=checkpointing, runs_on=device(), place=place)
     trainer = make_trainer(
         config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=evaluate,
+        evaluate=evaluate, origin=find_origin(config, checkpoint),
     )
     prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)

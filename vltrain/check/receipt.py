@@ -19,15 +19,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from vltrain.errors import InputError
+from vltrain.files.lines import LineFile
 from vltrain.files.strict_json import parse_json, require_plain_file
+from vltrain.files.whole import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class ReceiptWriter:
     """
 
     def __init__(self, folder: Path, header: Header, *, active: bool, first_step: int, head: str | None) -> None:
-        self.active = active
+        self.active, self.run = active, header.run
         self.head: str | None = head
         if not active:
             return
@@ -215,8 +216,7 @@ class ReceiptWriter:
     def sync(self) -> None:
         """Makes everything written so far survive a crash of the machine."""
         if self.active:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         if self.active:
@@ -240,15 +240,7 @@ def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -
     return "".join([json.dumps(asdict(receipt.header)) + "\n", *(line.dumps() for line in lines)])
 
 
-def _replace(path: Path, text: str) -> TextIO:
+def _replace(path: Path, text: str) -> LineFile:
     """Puts a file in the place of the one at `path`, which is whole at any time, and opens it for appending by lines."""
-    beside = path.with_suffix(".partial")
-    try:
-        with beside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-        return path.open("a", buffering=1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    write_whole(path, text)
+    return LineFile(path)

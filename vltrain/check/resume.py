@@ -145,7 +145,7 @@ def _end(proof: Proof, receipt: Receipt, run: Path) -> None:
         failure = f"the receipt holds steps {first} to {reached}, {newest.path} has {step} behind it: lines are missing, or it is of another time"
     elif head is not None and head != found:
         failure = f"after {step} step(s) its chain is {found[:12] if found else found}..., {newest.path} says {head[:12]}...: one of them was changed"
-    elif reached - step > _unsaved_steps(run):
+    elif reached - step > unsaved_steps(run):
         failure = f"{reached} steps, but the newest usable checkpoint is of step {step}: later ones were removed or are damaged"
     ahead = f"; {reached - step} step(s) after it are not saved, and will be done again" if reached > step else ""
     proof.add(failure, f"end: {newest.path.name} holds its chain{ahead}")
@@ -157,7 +157,7 @@ def _verified(path: Path) -> Manifest:
     return manifest
 
 
-def _unsaved_steps(run: Path) -> float:
+def unsaved_steps(run: Path) -> float:
     """How many steps a run that was cut off may have done since its newest checkpoint; without limit where its recipe is not there to say."""
     try:
         settings = complete(read_recipe(run / "config.yaml"))

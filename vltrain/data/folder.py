@@ -17,6 +17,8 @@ from vltrain.errors import InputError
 from vltrain.files.leftovers import remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
 
+from vltrain.files.mode import umask_mode
+
 
 def refuse_existing(output: Path) -> None:
     """InputError if something other than an empty folder has that name: results are never overwritten or mixed."""
@@ -51,11 +53,16 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def _flush(folder: Path) -> None:
+    """Gives every file that was written here the umask's mode, whoever wrote it, and flushes it."""
+    mode = umask_mode(folder)
     for place, _, names in os.walk(folder):
         for name in names:
+            found = os.stat(path := os.path.join(place, name))
             # A hard link is another name of a file that was there before and was not written here.
-            if os.stat(os.path.join(place, name)).st_nlink == 1:
-                _flush_one(Path(place, name))
+            if found.st_nlink == 1:
+                if found.st_mode & 0o777 != mode:
+                    os.chmod(path, mode)
+                _flush_one(Path(path))
         _flush_one(Path(place))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.evaluate.report import write_json, write_whole
 from vltrain.files.strict_json import read_object
+from vltrain.files.whole import write_json, write_whole
 
 OUTCOME = "row.json"
 WAITING, RUNNING, TRAINED, FAILED, DONE = "waiting", "running", "trained", "failed", "done"

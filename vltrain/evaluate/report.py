@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate import caption, exact, iconqa, rouge, scienceqa, vqa
 from vltrain.evaluate.scoring import Question, Report, Scorer, score
-from vltrain.files.leftovers import remove_leftovers, temporary_beside
 from vltrain.files.lock import one_writer
+from vltrain.files.whole import write_json, write_whole
 from vltrain.schema import Sample, unescape_markers
 
 WRITE_SECONDS = 300.0  # that another process may take to write its report
@@ -66,26 +65,3 @@ def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
         write_whole(folder / "predictions.jsonl", lines)
         write_json(folder / "metrics.json", {**facts, **report.to_json()})
         write_whole(folder / "table.md", report.to_markdown() + "\n")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes indented JSON, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file beside `path`, flushes it to disk and renames it. Raises InputError if that is not possible."""
-    beside = temporary_beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        try:
-            with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: could not be written ({error.strerror or error}); choose a place with room and permission") from None

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,7 @@ def evaluate_split(
     device: torch.device | str,
     writer: SummaryWriter | None = None,
     on_progress: Callable[[], object] = lambda: None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Report | None:
     """Answers and scores the questions of a split. A collective: all ranks call it with the same arguments.
 
@@ -72,6 +73,7 @@ def evaluate_split(
         writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
             figures, and some questions with their images.
         on_progress: called after every batch.
+        facts: which weights answer: plain JSON for metrics.json, beside the split and the step.
 
     Returns: the report on rank 0, None elsewhere.
 
@@ -90,7 +92,7 @@ def evaluate_split(
     report = score_samples(config.eval.scorer, samples, [answer.text for answer in answered], str(samples_file))
     report = replace(report, remarks=_remarks(samples, answered, questions, tokenizer, config, str(samples_file)))
     if folder is not None:
-        write_report(report, folder / "eval" / split, {"split": split, "step": step})
+        write_report(report, folder / "eval" / split, {"split": split, "step": step, **(facts or {})})
     if writer is not None:
         _show(writer, report, samples, config, split, samples_file.parent, step)
     return report

@@ -14,14 +14,13 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file as write
 
+from vltrain.files.mode import umask_mode
+
 
 def save_file(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes tensors by name, in the mode that the umask gives new files. Raises OSError naming the path."""
     try:
-        # A file of ours first: its mode is the umask's, which cannot be asked for without changing it for all threads.
-        with open(path, "wb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
         write(dict(tensors), path, metadata)
-        os.chmod(path, mode)
+        os.chmod(path, umask_mode(path.parent))
     except SafetensorError as error:  # its way to report a failed write
         raise OSError(f"{path}: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,6 +155,7 @@ class RandomBlipWeights:
         owners = {"vision_model": network.vision_model, "qformer": network.qformer, "language_model": network.language_model}
         self._parts = {name: RandomWeights(owner, seed, f"blip/{name}") for name, owner in owners.items()}
         self._rest, self._seed = RandomWeights(network, seed, "blip"), seed
+        self.files: dict[str, Path] = {}
 
     def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
         if name:

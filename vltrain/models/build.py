@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
-from vltrain.models.build_blip import blip_part_of, build_blip, check_blip_sources
+from vltrain.models.build_blip import blip_part_of, blip_weight_files, build_blip, check_blip_sources
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
 from vltrain.models.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
 from vltrain.models.lora import insert_peft, is_peft_parameter, peft_parameters
@@ -108,6 +109,18 @@ def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu", dtype
         return build_model(model, dtype=dtype, device="meta", runs_on=runs_on)
     _open_weights(model, _empty_clip(model), _empty_llm(model, "meta", dtype), torch.float32)
     return build_model(model, dtype=dtype, device="meta", runs_on=runs_on)
+
+
+def weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
+    """The files that a recipe's weights are read from, by the setting that names their source and by their name in it; none for random weights.
+
+    Raises: InputError as `outline_model`, for sources that are missing or do not fit.
+    """
+    if model.architecture == "instructblip":
+        return blip_weight_files(model)
+    weights = _open_weights(model, _empty_clip(model), _empty_llm(model, "meta", torch.float32, log=False), torch.float32)
+    named = zip(("model.vision.source", "model.llm.source"), weights)
+    return {key: one.files for key, one in named if one.files}
 
 
 def _empty_clip(model: ModelConfig) -> CLIPVisionModel:

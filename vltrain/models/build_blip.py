@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from vltrain.models.blip_weights import KEY, blip_config, blip_units, empty_blip
 from vltrain.models.llm import LossHead, checkpoint_blocks
 from vltrain.models.low_rank import TARGETS, insert_low_rank
 from vltrain.models.materialise import Weights, assert_materialised
-from vltrain.models.peft_reader import PeftFolder
+from vltrain.models.peft_reader import PeftFolder, peft_files
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
 from vltrain.ops.attention_choice import choose_attention
@@ -82,6 +83,16 @@ def check_blip_sources(model: ModelConfig) -> None:
     open_blip(model.instructblip.source, empty_blip(config, "sdpa"), model.seed)
     if model.instructblip.adapters is not None:
         PeftFolder(model.instructblip.adapters, model.instructblip, config)
+
+
+def blip_weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
+    """`vltrain.models.build.weight_files` of an InstructBLIP."""
+    blip = model.instructblip
+    config = blip_config(blip.source, blip.config, None)
+    found = {f"{KEY}.source": open_blip(blip.source, empty_blip(config, "sdpa"), model.seed).files}
+    if blip.adapters is not None:
+        found[f"{KEY}.adapters"] = peft_files(blip.adapters)
+    return {key: files for key, files in found.items() if files}
 
 
 def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place) -> None:

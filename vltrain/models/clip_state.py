@@ -83,6 +83,7 @@ class ClipStateWeights:
 
     def __init__(self, key: str, path: Path, network: CLIPVisionModel) -> None:
         self.key, self.path = key, path
+        self.files = {"file": path}
         self._pieces: dict[str, tuple[str, int, int]] = {}  # our name -> (theirs, which piece of it, of how many)
         prefix, visual = _visual(key, path)
         for theirs, names in _names(network.config.num_hidden_layers).items():

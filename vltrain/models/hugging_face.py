@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # What a folder may hold, the first that is there counts; each has an index beside it where it is cut into several files.
 FILES = ("model.safetensors", "pytorch_model.bin")
+READ_BESIDE = ("config.json", "preprocessor_config.json")  # what also says what the network computes
 FLOATS = {"F64", "F32", "F16", "BF16"}  # of a safetensors head
 # What reading a broken or foreign file ends in, by format: JSON, safetensors, GGUF (a binary layout read field by field).
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError, struct.error, IndexError, StrictDataclassError)
@@ -57,6 +59,8 @@ class HuggingFaceWeights:
         self._files: dict[str, tuple[Path, str]] = {}  # our name -> (file, the name in it)
         expected = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
         paths, promised = self._paths()
+        beside = [path for name in READ_BESIDE if (path := self._path(name) if name == "config.json" or Path(place).is_dir() else None)]
+        self.files = {os.path.relpath(path, place) if Path(place).is_dir() else path.name: path for path in (*beside, *paths)}
         several = len(paths) > 1
         wrong: dict[str, list[str]] = {"missing": [], "not of this model": [], "of another shape": []}
         for path in paths:
@@ -155,6 +159,7 @@ class GgufWeights:
         self.key, self.source, self.folder, self.file, self.dtype = key, source, folder, file, dtype
         self._class, self._config = type(network), network.config
         self._left: dict[str, nn.Parameter] | None = None
+        self.files = {"file": Path(folder, file)}
 
     def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
         if self._left is None:

@@ -8,6 +8,7 @@ for every unit, so that what was read for the last one leaves memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -23,7 +24,12 @@ Write = Callable[[str, Tensor], None]
 
 
 class Weights(Protocol):
-    """Where a network's weights come from. Making one checks names and shapes, as far as files tell without being read."""
+    """Where a network's weights come from. Making one checks names and shapes, as far as files tell without being read.
+
+    files: everything that is read for them, sizes included, by its name in the source; a single file is called `file`, whatever it is called.
+    """
+
+    files: dict[str, Path]
 
     def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:
         """Gives every parameter of a unit that is still on the meta device memory on the CPU, and its value in `dtype`.
@@ -66,6 +72,7 @@ class RandomWeights:
 
     def __init__(self, network: PreTrainedModel, seed: int, part: str) -> None:
         self.network, self.seed, self.part = network, seed, part
+        self.files: dict[str, Path] = {}
 
     @torch.no_grad()
     def fill(self, name: str, unit: nn.Module, dtype: torch.dtype) -> None:

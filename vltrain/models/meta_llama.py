@@ -105,6 +105,7 @@ class MetaWeights:
     def __init__(self, key: str, folder: Path, network: LlamaForCausalLM) -> None:
         self.key, self.config = key, network.config
         self._paths = _shard_paths(key, folder)
+        self.files = {path.name: path for path in (folder / "params.json", *self._paths)}
         _check(key, self._paths, network)
         self._theirs = {ours: theirs for theirs, ours in _names(self.config.num_hidden_layers).items()}
 

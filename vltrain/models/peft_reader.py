@@ -37,6 +37,12 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 SCHEDULE = {name: name for name in ("tinit", "tfinal", "beta1", "beta2", "orth_reg_weight")} | {"target_rank": "target_r", "delta_t": "deltaT"}
 
 
+def peft_files(place: str) -> dict[str, Path]:
+    """The files that are read of such a folder, by name. Raises InputError as `PeftFolder`, as far as its tensors go."""
+    weights, *_ = _open(Path(place))
+    return {path.name: path for path in (Path(place) / CONFIG, weights)}
+
+
 class PeftFolder:
     """Reads a folder into a model of ours, module by module.
 

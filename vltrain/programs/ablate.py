@@ -36,11 +36,14 @@ from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.older_runs import value_before
 from vltrain.programs.data_ready import ready_samples
+from vltrain.programs.made_of import made_of
+from vltrain.programs.run_folder import recorded_identity
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
 from vltrain.shipped import find_recipe
 from vltrain.settings import COMMAND_LINE, Arguments, Option, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.identity import MADE_OF, differences
 from vltrain.train.preemption import EXIT_REQUEUE, Preempted
 from vltrain.train.provenance import make_run_folder
 
@@ -212,7 +215,23 @@ def _settled(job: Job) -> Outcome:
         if before != value:
             found = f"{key} was {before!r}, is {value!r}"
             raise InputError(f"{job.folder}: holds row '{job.row}' of other settings: {found}; choose another --output, or remove it")
+    _require_same_files(job)
     return outcome
+
+
+def _require_same_files(job: Job) -> None:
+    """Raises InputError if the row was made over other weights than those that are there for the other rows."""
+    identity = recorded_identity(job.folder)
+    if MADE_OF not in identity:
+        return
+    try:
+        files = made_of(job.config)
+    except InputError as error:  # a table can be read on where the weights are not
+        logger.warning("row %s: whether its weights have changed cannot be told (%s)", job.row, error)
+        return
+    changed = list(differences({MADE_OF: identity[MADE_OF]}, {MADE_OF: files}))
+    if changed:
+        raise InputError(f"{job.folder}: holds row '{job.row}' over other weights: {'; '.join(changed)}; choose another --output, or remove it")
 
 
 def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:

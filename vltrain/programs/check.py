@@ -7,6 +7,11 @@ checkpoint, read whole, is where the receipt says (one that was cut short, or pu
 to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder
 without a receipt.
 
+    vltrain check weights RUN [--KEY VALUE ...]
+
+reads every file of the run's checkpoints, of its frozen weights and of its tokenizer anew, and compares each digest with the one that the run
+keeps. A folder that has moved is named by its new path (--model.llm.source FOLDER). Exit code as above.
+
     vltrain check replay RUN --step K [--packs FOLDER]
 
 does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those
@@ -19,7 +24,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from vltrain.check.resume import prove
+from vltrain.check.resume import Proof, prove
 from vltrain.console import start_logging
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
@@ -49,11 +54,24 @@ def _resume(arguments: Arguments) -> int:
     run, *other = map(Path, arguments.positionals)
     packs = arguments.last("packs")
     proof = prove(run, Path(packs) if packs else None, other[0] if other else None, _tolerance(arguments.last("tolerance") or "0"))
+    return _show(proof)
+
+
+def _show(proof: Proof) -> int:
     for fact in proof.facts:
         print(f"ok      {fact}")
     for failure in proof.failures:
         print(f"FAILED  {failure}")
     return EXIT_DIFFERS if proof.failures else 0
+
+
+def _weights(arguments: Arguments) -> int:
+    from vltrain.programs.weights_check import check_weights
+
+    if len(arguments.positionals) != 1:
+        raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
+    start_logging()
+    return _show(check_weights(Path(arguments.positionals[0]), [f"--{name}={value}" for name, value in arguments.options]))
 
 
 def _replay(arguments: Arguments) -> int:
@@ -91,4 +109,4 @@ def _require_known(arguments: Arguments, known: tuple[str, ...]) -> None:
             raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {nearest(name, known)}")
 
 
-CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "replay": _replay}
+CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "weights": _weights, "replay": _replay}

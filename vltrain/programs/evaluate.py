@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from vltrain.check.manifest import BEST, pointed
 from vltrain.console import start_logging
@@ -29,14 +28,17 @@ from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
-from vltrain.evaluate.report import write_json, write_report
+from vltrain.evaluate.report import write_report
 from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scoring import Report
+from vltrain.files.events import EventWriter
 from vltrain.files.lock import lock_inside, one_writer
+from vltrain.files.whole import write_json
 from vltrain.models.build import build_model
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.programs.fits import require_tokenizer_fits
-from vltrain.programs.run_folder import RECIPE, require_run, why_not_writable
+from vltrain.programs.made_of import made_of
+from vltrain.programs.run_folder import RECIPE, require_run, weights_before, weights_used, why_not_writable
 from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
 from vltrain.train.determinism import set_determinism
@@ -51,8 +53,8 @@ RUN_OPTIONS: dict[str, Option] = {
     "ranks": RANKS,
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
     "checkpoint": Option(
-        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning; left "
-        "out: the run's newest", metavar="{FOLDER,best,none}",
+        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning (with "
+        "train.init_from: as it began); left out: the run's newest", metavar="{FOLDER,best,none}",
     ),
     "json": Option("also write the figures to this file", metavar="FILE"),
     "predictions": Option(
@@ -93,7 +95,7 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
 
 
 def _finish(report: Report, json_file: str | None, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
-    """Shows a report, and then writes it: what took hours is on the screen, whatever the disk says."""
+    """Shows a report, and then writes it, with `facts` (which weights answered): what took hours is on the screen, whatever the disk says."""
     for what, how in report.told.items():
         print(f"{what}: {how}")
     if report.missing:
@@ -105,7 +107,7 @@ def _finish(report: Report, json_file: str | None, folder: Path | None = None, f
     if folder is not None:
         write_report(report, folder, facts or {})
     if json_file is not None:
-        write_json(Path(json_file), report.to_json())
+        write_json(Path(json_file), {**(facts or {}), **report.to_json()})
 
 
 def _require_place(json_file: str | None) -> None:
@@ -149,6 +151,10 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     limit_threads(local_world_size())
     split = settings.options["split"] or config.data.test_split
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
+    facts = weights_used(folder, config, checkpoint, made_of(config), settings.overrides) if rank == 0 else {}
+    if rank == 0:
+        told = "the model before tuning" if checkpoint is None else f"{checkpoint.path} (step {checkpoint.step}, {checkpoint.digest[:12]})"
+        logger.info("weights: %s", told)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
     max_samples = config.eval.max_samples if "eval.max_samples" in settings.overrides else None
@@ -162,27 +168,28 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
         if rank == 0 and reason is None:
             place = folder / "eval" / split
             held.enter_context(one_writer(lock_inside(place), place, remedy="evaluate another split or run meanwhile"))
-        _answer(folder, settings, tokenizer, checkpoint, samples_file, split, max_samples, keeps=reason is None)
+        _answer(folder, settings, tokenizer, checkpoint, samples_file, split, max_samples, facts, keeps=reason is None)
 
 
 def _answer(
     folder: Path, settings: Settings, tokenizer: Tokenizer, checkpoint: Checkpoint | None, samples_file: Path, split: str, max_samples: int | None,
-    *, keeps: bool,
+    facts: dict[str, Any], *, keeps: bool,
 ) -> None:  # fmt: skip
-    """`keeps`: what it finds is written into the run's folder."""
+    """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
     config, rank, world_size = settings.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
     require_tokenizer_fits(config, tokenizer, build_model(config.model, dtype=dtype, device="meta", runs_on=place))
     model = build_model(config.model, dtype=dtype, runs_on=place)
-    if checkpoint is not None:
-        load_trainable(model, checkpoint)
+    weights = checkpoint or weights_before(folder, config)
+    if weights is not None:
+        load_trainable(model, weights)
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
         require_one_model()
     step = checkpoint.step if checkpoint is not None else 0
-    writer = SummaryWriter(str(folder / "tensorboard")) if rank == 0 and keeps else None
+    writer = EventWriter(folder / "tensorboard") if rank == 0 and keeps else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
             model.to(place).eval(), samples_file, tokenizer, config, split=split, folder=None, step=step, max_samples=max_samples, device=place,
@@ -191,7 +198,7 @@ def _answer(
     if writer is not None:
         writer.close()
     if report is not None:
-        _finish(report, settings.options["json"], folder / "eval" / split if keeps else None, {"split": split, "step": step})
+        _finish(report, settings.options["json"], folder / "eval" / split if keeps else None, {"split": split, "step": step, **facts})
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:

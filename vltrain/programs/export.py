@@ -7,7 +7,8 @@
     --checkpoint      a checkpoint's folder, or best; left out: the run's newest; none (with whole): the model before tuning, the base of a run
                       that began with random weights
 
-The folder must be new; it appears when it is whole. Exit code: 0, or 2 for a mistake in the input.
+The folder must be new; it appears when it is whole; vltrain_origin.json in it says which weights it was made of. Exit code: 0, or 2 for a
+mistake in the input.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vltrain.config import Config
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.files.tensors import save_file
+from vltrain.files.whole import write_json
 from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.models.blip_weights import empty_blip, tie_embeddings
 from vltrain.models.build import build_model
@@ -35,12 +37,14 @@ from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import dequantise_linears
 from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.programs.run_folder import read_command, recipe_of
+from vltrain.programs.made_of import made_of
+from vltrain.programs.run_folder import read_command, recipe_of, weights_before, weights_used
 from vltrain.programs.stock_processor import write_processor
 from vltrain.settings import COMMAND_LINE
 from vltrain.train.checkpoint import Checkpoint, kept_by_adalora, load_trainable
 
 FORMATS = ("peft", "whole")
+ORIGIN = "vltrain_origin.json"  # in an exported folder: which weights it was made of
 
 
 @exits_cleanly
@@ -71,13 +75,15 @@ def export(run: Path, output: Path, form: str = "peft", named: str | None = None
     checkpoint = choose_checkpoint(run, named)
     if checkpoint is None and form == "peft":
         raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export; take --format whole for the base")
+    used = weights_used(run, config, checkpoint, made_of(config) if form == "whole" else None)
     with new_folder(output) as folder:
         try:
             if form == "whole":
-                _write_whole(folder, config, checkpoint)
+                _write_whole(folder, config, checkpoint or weights_before(run, config))
             else:
                 assert checkpoint is not None
                 _write_updates(folder, blip, checkpoint)
+            write_json(folder / ORIGIN, {"run": str(run), **used})
         except SafetensorError as error:  # a full disk, among others
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from None
     print(f"{output}: {form} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")

@@ -27,7 +27,7 @@ from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.models.low_rank import sublayer_of
 from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.programs.run_folder import read_command, recipe_of, why_not_writable
+from vltrain.programs.run_folder import read_command, recipe_of, weights_used, why_not_writable
 from vltrain.train.checkpoint import kept_by_adalora
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def read_ranks(run: Path, named: str | None) -> tuple[list[LayerRank], int]:
     if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
         raise InputError(f"{run}: its recipe tunes nothing by AdaLoRA, expected model.instructblip.qformer.mode or llm.mode adalora")
     checkpoint = choose_checkpoint(run, named)
+    weights_used(run, config, checkpoint, None)
     kept = kept_by_adalora(checkpoint) if checkpoint is not None else {}
     if checkpoint is None or not kept:
         raise InputError(f"{run}: AdaLoRA had pruned nothing yet at {checkpoint.path if checkpoint else 'the start'}; choose a later checkpoint")

@@ -24,7 +24,7 @@ from vltrain.config import Config
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.evaluate.report import write_json
+from vltrain.files.whole import write_json
 from vltrain.models.build import AnyModel, build_model, count_trained, part_of
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits

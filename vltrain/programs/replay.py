@@ -18,7 +18,8 @@ from vltrain.errors import InputError
 from vltrain.models.build import build_model, outline_model
 from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.train import open_packs
-from vltrain.programs.run_folder import recipe_of
+from vltrain.programs.made_of import made_of
+from vltrain.programs.run_folder import recipe_of, weights_before, weights_used
 from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
@@ -26,6 +27,7 @@ from vltrain.train.engine import init_distributed, partitioner, shutdown_distrib
 from vltrain.train.guard import own_losses
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import require_machine
+from vltrain.train.origin import find_origin
 from vltrain.train.trainer import Trainer, make_trainer
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,11 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away
     ds_json = load_ds_json(run / "ds_config.json")
     checkpoint = newest_checkpoint(run / "checkpoints", until=step)
+    files = made_of(config)
+    weights_used(run, config, checkpoint, files)
+    if checkpoint is None:
+        weights_before(run, config)
+    origin = find_origin(config, checkpoint)
     limit_threads(1)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
@@ -57,7 +64,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
         with tempfile.TemporaryDirectory() as elsewhere:
             trainer = make_trainer(
                 dataclasses.replace(config, output=elsewhere), ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank,
-                world_size=world_size, dtype=dtype, evaluate=lambda steps_done: None,
+                world_size=world_size, dtype=dtype, evaluate=lambda steps_done: None, made_of=files, origin=origin,
             )
             return replay_steps(trainer, step)
     finally:

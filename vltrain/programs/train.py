@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from vltrain.check.manifest import checkpoints_in
+from vltrain.check.receipt import RECEIPT, read_receipt
+from vltrain.check.resume import unsaved_steps
 from vltrain.config import Config
 from vltrain.console import start_logging
 from vltrain.data.conversation import fingerprint
@@ -34,15 +36,18 @@ from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
 from vltrain.recipe import dump_config
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
-from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
+from vltrain.programs.made_of import made_of
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
 from vltrain.train.hardware import choose_dtype, device, limit_threads
+from vltrain.train.identity import MADE_OF, FilesOf, agreed_over_nodes, require_same_run, run_identity, tell_unknown_files
 from vltrain.train.length import require_reachable
 from vltrain.train.machine import local_world_size, require_machine
+from vltrain.train.origin import Origin, find_origin, require_same_frozen
 from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
@@ -119,7 +124,13 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
     ds_json = fill_buckets(ds_json, count_trained(outline))
+    # Once on each node, whose disk may hold other files than rank 0's.
+    files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
+    origin = find_origin(config, checkpoint)
+    if files is not None:
+        _require_same_start(config, dataset, checkpoint, origin, files, outline)
     rank, world_size = init_distributed()
+    files = agreed_over_nodes(files)
     model = build_model(
         config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(),
         place=partitioner(resolve_ds_config(ds_json, config, world_size)),
@@ -128,11 +139,15 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
         compile_blocks(model)
     trainer = make_trainer(
         config, ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples), preemption=preemption,
+        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples, files), preemption=preemption, made_of=files,
+        origin=origin,
     )
     if rank == 0:
         resolved = dump_config(config)
-        write_provenance(folder, resolved_config=resolved, ds_config=ds_json, world_size=world_size, parameters=parameters, full_qformer=full)
+        write_provenance(
+            folder, resolved_config=resolved, ds_config=ds_json, world_size=world_size, parameters=parameters, identity=trainer.belongs_to,
+            tokenizer=tokenizer.fingerprint, full_qformer=full,
+        )
         _announce(trainer, parameters, dataset, checkpoint)
         if full is not None:
             _tell_share(parameters, full)
@@ -140,20 +155,48 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     trainer.monitor.close()
 
 
+def _require_same_start(
+    config: Config, dataset: PackedDataset, checkpoint: Checkpoint | None, origin: Origin | None, files: FilesOf, outline: AnyModel
+) -> None:
+    """Raises InputError where the run cannot go on, or begin, as it is told; here so that it is found before the model is loaded."""
+    if checkpoint is not None:
+        require_same_run(checkpoint, run_identity(config, dataset, files, origin.facts if origin else None))
+        require_fit(checkpoint, outline)
+        tell_unknown_files(checkpoint.belongs_to, checkpoint.path)
+    elif origin is not None and origin.checkpoint is not None:
+        require_same_frozen(origin.checkpoint, config, files)
+        require_fit(origin.checkpoint, outline)
+        logger.info("begins with the trained weights of %s, step %d", origin.checkpoint.path, origin.checkpoint.step)
+
+
 def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
     """What to go on from: `auto` the newest whole checkpoint, if any; `never` none, and none may be there; else that folder.
 
     Raises:
-        InputError: the named checkpoint is damaged, or `never` would overwrite a run.
+        InputError: the named checkpoint is damaged, none can be used, or a run would be overwritten.
     """
     root = folder / "checkpoints"
-    if resume == "auto":
-        return newest_checkpoint(root)
     if resume == "never":
         if checkpoints_in(root):
             raise InputError(f"{folder}: holds the checkpoints of a run; go on with --resume auto, choose another --output, or remove the folder")
-        return None
-    return open_checkpoint(Path(resume))
+    elif resume != "auto":
+        return open_checkpoint(Path(resume))
+    found = newest_checkpoint(root) if resume == "auto" else None
+    if found is None:
+        _require_no_lost_checkpoints(folder)
+    return found
+
+
+def _require_no_lost_checkpoints(folder: Path) -> None:
+    """Raises InputError for a run's folder whose receipt says that there were checkpoints, before it is written anew."""
+    if not (folder / RECEIPT).exists():
+        return
+    done = len(read_receipt(folder / RECEIPT).lines)
+    if done > unsaved_steps(folder):
+        raise InputError(
+            f"{folder}: its receipt has {done} steps and there is no checkpoint: they were removed or moved. Put one back; or, to train anew, choose another "
+            f"--output or remove {folder / RECEIPT}"
+        )
 
 
 def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> PackedDataset:
@@ -183,7 +226,7 @@ def _require_answerable(config: Config, tokenizer: Tokenizer, outline: AnyModel)
         ask(samples, read_samples(samples_file), tokenizer, config, outline, str(samples_file))
 
 
-def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None) -> float | None:
+def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None, files: FilesOf) -> float | None:
     """The figure of the report on rank 0, None elsewhere."""
     config = trainer.config
     samples = ready_samples(config, config.data.eval_split)
@@ -191,6 +234,7 @@ def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_sampl
         trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
         step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,
         on_progress=trainer.watchdog.goes_on,
+        facts={MADE_OF: files},
     )
     if report is None:
         return None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from safetensors import SafetensorError, safe_open
 from vltrain.check.manifest import FORMAT_VERSION, LATEST, MANIFEST, checkpoint_name, checkpoints_in, dumps, newest_in, read_manifest, sha256_of, verify_files
 from vltrain.errors import InputError
 from vltrain.files.tensors import save_file
-from vltrain.older_runs import ADDED
 from vltrain.train.retention import point, prune, put_in_place, sync
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 2 * 1024**3  # of the host memory that a save needs beside the model
+NAMED = 4  # parameters that an error names of each kind
 KINDS = ("weights", "optimizer", "extra")
 ADALORA_KEPT = "adalora/kept/"  # of `Checkpoint.extra`, see `vltrain.train.adalora.RankAllocator.state`
 
@@ -64,6 +64,10 @@ class Checkpoint:
         """Trainable parameters by full name, one at a time, fp32 on the CPU."""
         return _tensors(self._files("weights"))
 
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of `weights` by name, read off the files' heads."""
+        return {name: tuple(shape) for file in self._files("weights") for name, shape in _shapes(file)}
+
     def optimizer_states(self) -> dict[str, dict[str, torch.Tensor]]:
         """{parameter name: {"exp_avg": ..., "exp_avg_sq": ...}}"""
         states: dict[str, dict[str, torch.Tensor]] = {}
@@ -84,15 +88,27 @@ def kept_by_adalora(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 def _tensors(files: list[Path], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name.startswith(prefix):
-                        yield name, tensors.get_tensor(name)
-        except SafetensorError as error:  # the checksums hold, so it was made like that
-            raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read any more ({error.strerror or error}); was it removed meanwhile?") from None
+        with _opened(file) as tensors:
+            for name in tensors.keys():
+                if name.startswith(prefix):
+                    yield name, tensors.get_tensor(name)
+
+
+def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
+    with _opened(file) as tensors:
+        for name in tensors.keys():
+            yield name, tensors.get_slice(name).get_shape()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:  # the checksums hold, so it was made like that
+        raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read any more ({error.strerror or error}); was it removed meanwhile?") from None
 
 
 class CheckpointWriter:
@@ -232,32 +248,10 @@ def newest_checkpoint(root: Path, until: int | None = None) -> Checkpoint | None
     return newest_in(root, open_checkpoint, until)
 
 
-def require_same_run(checkpoint: Checkpoint, belongs_to: dict[str, Any]) -> None:
-    """Raises InputError, naming each difference, if a run described by `belongs_to` cannot go on exactly from the checkpoint."""
-    differences = list(_differences(checkpoint.belongs_to, belongs_to))
-    if differences:
-        raise InputError(f"{checkpoint.path}: belongs to another run: " + "; ".join(differences) + ". Restore these settings, or train into another --output")
-
-
-def _differences(saved: Any, now: Any, path: str = "") -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in sorted(saved.keys() | now.keys()):
-            here = f"{path}.{key}" if path else key
-            before = {} if isinstance(now.get(key), dict) else _plain(ADDED.get(here))  # of a setting that its version did not know
-            yield from _differences(saved.get(key, before), now.get(key), here)
-    elif saved != now:
-        yield f"{path} was {saved!r}, is {now!r}"
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from a checkpoint."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def load_trainable(
     model: torch.nn.Module, checkpoint: Checkpoint, whole: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext
 ) -> None:
-    """Copies the checkpoint's weights into the model's trainable parameters.
+    """Copies the checkpoint's weights into the model's trainable parameters, after names and shapes were checked.
 
     Args:
         whole: a context in which a parameter that is cut up among ranks is whole and can be written; see `vltrain.train.engine.whole`.
@@ -265,18 +259,26 @@ def load_trainable(
     Raises:
         InputError: names or shapes differ: a checkpoint of another model.
     """
-    expected = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = set()
+    require_fit(checkpoint, model)
+    expected = dict(model.named_parameters())
     for name, tensor in checkpoint.weights():
-        if name not in expected:
-            raise InputError(f"{checkpoint.path}: has '{name}', which this model does not train: a checkpoint of another model or recipe")
         with whole(expected[name]):
-            if tensor.shape != expected[name].shape:
-                raise InputError(
-                    f"{checkpoint.path}: '{name}' has shape {tuple(tensor.shape)}, this model's is {tuple(expected[name].shape)}: a checkpoint of another model or recipe"
-                )
             expected[name].data.copy_(tensor)
-        found.add(name)
-    missing = sorted(expected.keys() - found)
-    if missing:
-        raise InputError(f"{checkpoint.path}: lacks {len(missing)} trained parameter(s), first '{missing[0]}': a checkpoint of another model or recipe")
+
+
+def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Raises InputError, naming parameters, if the checkpoint's are not those that the model trains, by name and shape. On the meta device, too."""
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    expected = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
+    found = checkpoint.weight_shapes()
+    problems = {
+        "lacks {} trained parameter(s)": sorted(expected.keys() - found.keys()),
+        "has {} that this model does not train": sorted(found.keys() - expected.keys()),
+        "has {} that do not fit": [
+            f"{name} has the shape {list(found[name])}, expected {list(expected[name])}"
+            for name in sorted(found.keys() & expected.keys()) if found[name] != expected[name]
+        ],
+    }
+    told = [f"{problem.format(len(names))}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}" for problem, names in problems.items() if names]
+    if told:
+        raise InputError(f"{checkpoint.path}: a checkpoint of another model or recipe: {'; '.join(told)}")

@@ -16,6 +16,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from vltrain.check.receipt import samples_text
 from vltrain.errors import InputError
+from vltrain.files.lines import LineFile
 from vltrain.ops.transfer import to_device
 from vltrain.train.lines import plain_number
 from vltrain.train.readback import HostCopy
@@ -188,7 +190,7 @@ class LossGuard:
         if dist.get_rank() == 0 and self._folder is not None:
             losses = [{"id": name, "loss": plain_number(value)} for name, value in suspects]
             line = {"step": result.step, "loss": plain_number(loss), "reason": f"the loss {fault}", "replay": replay, "samples": losses}
-            with (self._folder / QUARANTINE).open("a") as file:
+            with closing(LineFile(self._folder / QUARANTINE)) as file:
                 file.write(json.dumps(line) + "\n")
 
 

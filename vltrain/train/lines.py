@@ -6,20 +6,26 @@ import json
 import math
 from pathlib import Path
 
+from vltrain.errors import InputError
+from vltrain.files.whole import write_whole
+
 
 def cut_lines(path: Path, first_step: int) -> None:
-    """Drops the lines of `first_step` and later, and one that a crash cut short. The file is whole at any time."""
+    """Drops the lines of `first_step` and later, and one that a crash cut short. The file is whole at any time.
+
+    Raises: InputError if it cannot be read or written.
+    """
     kept = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
+    try:
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
             try:
                 if json.loads(line)["step"] < first_step:  # not read strictly: earlier versions wrote NaN as a loss
-                    kept.append(line + b"\n")
-            except (ValueError, TypeError, KeyError):
+                    kept.append(line.decode() + "\n")
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
-    beside = path.with_suffix(".partial")
-    beside.write_bytes(b"".join(kept))
-    beside.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a line of JSON for each step; move it away, and a new one begins") from None
+    write_whole(path, "".join(kept))
 
 
 def plain_number(value: float) -> float | str:

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vltrain.data.plan import StepPlan
+from vltrain.files.events import EventWriter
+from vltrain.files.lines import LineFile
 from vltrain.models.flops import Flops
 from vltrain.train.hardware import peak_memory_bytes
 from vltrain.train.lines import cut_lines, plain_number
@@ -36,7 +37,7 @@ class Monitor:
             return
         self._flops, self._peak_flops = flops, peak_flops
         self._log_every_steps = log_every_steps
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.writer = EventWriter(folder / "tensorboard", purge_step=first_step)
         self._log = _reopen_log(folder / "log.jsonl", first_step)
         self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True, file=sys.stderr, mininterval=1.0)
         self._reset(time.perf_counter())
@@ -89,7 +90,6 @@ class Monitor:
     def pause(self) -> None:
         """Time spent on evaluation or saving is not training time: the interval's figures start anew."""
         if self.active:
-            self._log.flush()
             self.writer.flush()
             self._reset(time.perf_counter())
 
@@ -105,7 +105,7 @@ class Monitor:
             self.writer.close()
 
 
-def _reopen_log(path: Path, first_step: int) -> Any:
+def _reopen_log(path: Path, first_step: int) -> LineFile:
     """Opens the log for appending, without the lines from `first_step` on (and without a line that a crash cut short)."""
     cut_lines(path, first_step)
-    return path.open("a", buffering=1)
+    return LineFile(path)

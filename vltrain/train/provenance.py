@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 
 from vltrain.errors import InputError
+from vltrain.files.whole import write_json, write_whole
 
+RUN = "run.json"
 PACKAGES = ("vltrain", "torch", "deepspeed", "transformers", "peft", "flash-attn", "liger-kernel", "bitsandbytes", "numpy", "pyarrow", "sentencepiece", "pillow")
 GIT_SECONDS = 30.0
 
@@ -48,12 +49,14 @@ def package_versions() -> dict[str, str]:
 
 def write_provenance(
     folder: Path, *, resolved_config: str, ds_config: dict[str, Any], world_size: int, parameters: dict[str, tuple[int, int]],
-    full_qformer: int | None = None,
+    identity: dict[str, Any], tokenizer: str, full_qformer: int | None = None,
 ) -> None:
-    """Writes `config.yaml`, `ds_config.json` and `run.json` into the run's folder. Raises InputError if that is not possible.
+    """Writes `config.yaml`, `ds_config.json` and `run.json` into the run's folder, each whole. Raises InputError if that is not possible.
 
     Args:
         parameters: (total, trainable) by part.
+        identity: see `vltrain.train.identity.run_identity`.
+        tokenizer: its fingerprint, as it is used.
         full_qformer: of an InstructBLIP, what full tuning of its Q-Former would train: the paper's 100%.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -66,15 +69,14 @@ def write_provenance(
         "ranks": world_size,
         "threads_per_rank": torch.get_num_threads(),
         "parameters": {part: {"total": total, "trainable": trainable} for part, (total, trainable) in parameters.items()},
+        "tokenizer_fingerprint": tokenizer,
+        "identity": identity,
     }
     if full_qformer is not None:
         facts["full_qformer"] = full_qformer
-    try:
-        (folder / "config.yaml").write_text(resolved_config)
-        (folder / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n")
-        (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"run folder {folder}: cannot be written ({error.strerror})") from None
+    write_whole(folder / "config.yaml", resolved_config)
+    write_json(folder / "ds_config.json", ds_config)
+    write_json(folder / RUN, facts)
 
 
 def make_run_folder(folder: Path) -> None:

@@ -5,9 +5,6 @@ fetch -> forward -> backward (per micro-step) -> step -> log -> save -> evaluate
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from vltrain.check.receipt import Header, ReceiptWriter, fingerprint
+from vltrain.check.resume import RUN_ID
 from vltrain.config import Config
 from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
@@ -28,14 +26,16 @@ from vltrain.models.build import AnyModel, count_trained, part_of
 from vltrain.models.compiled import uncompiled
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.background import BackgroundTask
-from vltrain.train.checkpoint import Checkpoint, load_trainable, require_same_run, save_checkpoint
+from vltrain.train.checkpoint import Checkpoint, load_trainable, save_checkpoint
 from vltrain.train.determinism import step_seed
 from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
 from vltrain.train.engine import Engine, from_rank_0, whole
 from vltrain.train.guard import QUARANTINE, LossGuard, StepReading, StepResult
 from vltrain.train.hardware import peak_flops
+from vltrain.train.identity import FilesOf, require_same_run, run_id, run_identity
 from vltrain.train.lines import cut_lines
 from vltrain.train.monitor import Monitor
+from vltrain.train.origin import Origin
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 from vltrain.train.out_of_memory import names_pack
 from vltrain.train.preemption import Preemption
@@ -240,7 +240,7 @@ class Trainer:
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: plain JSON."""
-        return {"receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
+        return {RUN_ID: self.receipt.run, "receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
 
     def run_evaluation(self, steps_done: int) -> None:
         """Evaluates in evaluation mode, takes the figure into account, and goes back to training. A collective."""
@@ -273,41 +273,25 @@ def pack_cost(model: AnyModel) -> PackCost:
     return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
 
 
-def run_identity(config: Config, dataset: PackedDataset) -> dict[str, Any]:
-    """What must be equal for two runs to have the same steps: not ranks, ZeRO stage, workers, logging or evaluation."""
-    train = {name: getattr(config.train, name) for name in ("epochs", "max_steps", "packs_per_step", "precision", "seed")}
-    model = dataclasses.asdict(config.model)
-    if config.model.architecture == "instructblip":
-        for kernel in ("attention", "kernels"):
-            model["instructblip"].pop(kernel)
-        for section in ("vision", "llm", "adapter", "neck", "tune"):
-            del model[section]
-    else:
-        del model["architecture"], model["instructblip"]
-        for kernel in ("attention", "kernels"):
-            model["llm"].pop(kernel)
-        model["adapter"].pop("impl")
-    identity = {"model": model, "optim": dataclasses.asdict(config.optim), "train": train, "data": dataset.manifest.checksum}
-    return json.loads(json.dumps(identity))  # as it comes back from a checkpoint: tuples are lists there
-
-
 def make_trainer(
     config: Config, ds_json: dict[str, Any], *, model: AnyModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
     rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], float | None], preemption: Preemption | None = None,
+    made_of: FilesOf | None = None, origin: Origin | None = None,
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
+
+    Args:
+        made_of: digests of the files that weights and tokenizer come from; None: they are not known, and not compared.
+        origin: of `train.init_from`: whose weights the run begins with, or began with.
 
     Raises:
         InputError: DeepSpeed's JSON contradicts the recipe, or the checkpoint belongs to another run or model.
     """
+    assert (origin is None) == (config.train.init_from is None), "whoever makes a trainer finds its origin"
     folder = Path(config.output)
-    belongs_to = run_identity(config, dataset)
+    belongs_to = run_identity(config, dataset, made_of, origin.facts if origin else None)
     ds_config = resolve_ds_config(ds_json, config, world_size, count_trained(model))
-    first_step = 0
-    if checkpoint is not None:
-        require_same_run(checkpoint, belongs_to)
-        load_trainable(model, checkpoint, whole)
-        first_step = checkpoint.step
+    first_step = _load_start(model, checkpoint, origin, belongs_to, f"rank {rank}", folder)
     plan = Plan(
         dataset.index, seed=config.train.seed, epochs=config.train.epochs, packs_per_step=config.train.packs_per_step,
         world_size=world_size, cost=pack_cost(model), max_steps=config.train.max_steps, images_always=offloads_optimizer(ds_config),
@@ -317,9 +301,6 @@ def make_trainer(
         model, parameter_groups(model.named_parameters(), config.optim, part_of), ds_config,
         betas=config.optim.betas, eps=config.optim.eps, autocast_dtype=dtype,
     )
-    if from_rank_0(first_step) != first_step:
-        found = f"rank {rank} goes on from step {first_step}, rank 0 does not"
-        raise InputError(f"{found}: they see different checkpoints in {folder}; start again, or name one with --resume")
     if checkpoint is not None:
         # AdamW's own count of steps, for its bias correction, has no skipped ones.
         skipped = checkpoint.run_state.get("guard", {}).get("num_skipped", 0)
@@ -340,13 +321,27 @@ def make_trainer(
     if rank == 0 and (folder / QUARANTINE).exists():
         cut_lines(folder / QUARANTINE, first_step)
     receipt = ReceiptWriter(
-        folder, receipt_header(config, plan, dataset, belongs_to), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
+        folder, receipt_header(config, plan, dataset, run_id(belongs_to, checkpoint)), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
     )
     return Trainer(
         config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt,
         selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"), allocator=allocator,
         preemption=preemption or Preemption(),
     )
+
+
+def _load_start(model: AnyModel, checkpoint: Checkpoint | None, origin: Origin | None, belongs_to: dict[str, Any], rank: str, folder: Path) -> int:
+    """Gives the model the weights that it starts with now. Returns the steps behind it. A collective."""
+    if checkpoint is not None:
+        require_same_run(checkpoint, belongs_to)
+    first_step, digest = checkpoint.step if checkpoint else 0, origin.facts["digest"] if origin else None
+    if from_rank_0((first_step, digest)) != (first_step, digest):
+        found = f"{rank} goes on from step {first_step}" + (f" with the weights {digest[:12]}" if digest else "")
+        raise InputError(f"{found}, rank 0 does not: they see different checkpoints in {folder}; start again, or name one with --resume")
+    start = checkpoint or (origin.checkpoint if origin else None)
+    if start is not None:
+        load_trainable(model, start, whole)
+    return first_step
 
 
 def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:
@@ -360,9 +355,8 @@ def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Check
     return allocator
 
 
-def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, belongs_to: dict[str, Any]) -> Header:
-    """What a run's receipt begins with."""
-    run = hashlib.sha256(json.dumps(belongs_to, sort_keys=True).encode()).hexdigest()
+def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, run: str) -> Header:
+    """What a run's receipt begins with. `run`: see `vltrain.train.identity.run_id`."""
     train = config.train
     return Header(
         run=run, data=dataset.manifest.checksum, packs=str(dataset.folder), seed=train.seed, epochs=train.epochs,

@@ -1,0 +1,75 @@
+"""Files that a run writes to all the time, on a disk that is full: named in one line."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vltrain.data.folder import new_folder
+from vltrain.errors import InputError
+from vltrain.files.events import EventWriter
+from vltrain.files.lines import LineFile
+from vltrain.files.whole import write_json, write_whole
+
+
+def fill(folder):
+    with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_events(small_disk, capfd):
+    writer = EventWriter(small_disk / "tensorboard")
+    writer.add_scalar("a", 1.0, 0)
+    writer.flush()
+    fill(small_disk)
+    with pytest.raises(InputError, match="tensorboard: cannot be written .No space left"):
+        for number in range(50):
+            writer.add_text("a", "x" * 10_000, number)
+            writer.flush()
+    with suppress(InputError):
+        writer.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_lines_and_whole_files(small_disk):
+    lines = LineFile(small_disk / "log.jsonl")
+    lines.write("one\n")
+    write_json(small_disk / "run.json", {"a": 1})
+    fill(small_disk)
+    with pytest.raises(InputError, match="log.jsonl: cannot be written .No space left"):
+        for _ in range(10):
+            lines.write("x" * 1000 + "\n")
+    lines.close()
+    with pytest.raises(InputError, match="run.json: could not be written .No space left"):
+        write_whole(small_disk / "run.json", "x" * 100_000)
+    assert (small_disk / "run.json").read_text() == '{\n  "a": 1\n}\n' and not list(small_disk.glob(".run.json*"))
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    for call in (lambda: LineFile(tmp_path / "log.jsonl"), lambda: write_whole(tmp_path / "log.jsonl", "x"), lambda: EventWriter(Path("/dev/null/x"))):
+        with pytest.raises(InputError, match="written"):
+            call()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_a_folder_of_files_of_many_writers_has_one_mode(tmp_path, umask):
+    """safetensors' temporary file, a copy of something read-only, and a file of ours."""
+    (tmp_path / "read-only").write_text("x")
+    (tmp_path / "read-only").chmod(0o400)
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "images").mkdir()
+            shutil.copy(tmp_path / "read-only", folder / "images" / "a.png")
+            save_file({"a": torch.zeros(3)}, folder / "model.safetensors")
+            (folder / "ours.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(modes) == 3 and set(modes.values()) == {0o666 & ~umask}

@@ -1,0 +1,42 @@
+"""A file that is appended to line by line while a run goes on: on a full disk, it is named in one line."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from vltrain.errors import InputError
+
+
+class LineFile:
+    """Appends to the file at `path`; each line reaches the operating system at once. Raises InputError where that fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("a", buffering=1, encoding="utf-8")
+        except OSError as error:
+            raise self._told(error) from None
+
+    def write(self, text: str) -> None:
+        try:
+            self._file.write(text)
+        except OSError as error:
+            raise self._told(error) from None
+
+    def sync(self) -> None:
+        """Makes everything written so far survive a crash of the machine."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._told(error) from None
+
+    def close(self) -> None:
+        # What could not be written was told by then; closing would try it once more.
+        with suppress(OSError):
+            self._file.close()
+
+    def _told(self, error: OSError) -> InputError:
+        return InputError(f"{self._path}: cannot be written ({error.strerror or error}); make room or give permission, and go on with --resume auto")

@@ -1,0 +1,108 @@
+"""`train.init_from`: a new run that begins with the trained weights of another, in place of fresh ones.
+
+Taken are the trained parameters alone, by name and shape, bit for bit; optimizer, schedule, data, ranks and ZeRO stage are the new run's. The
+frozen weights below them must be the same, by the digests of their files. Whatever else of the model is different (an adapter's scale, which
+makes another function of the same weights; `model.bits`) is told in the log. Where a run began is kept in its identity and in run.json, so its
+origin is not needed any more once it has a checkpoint of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vltrain.check.manifest import BEST, MANIFEST, pointed
+from vltrain.config import Config
+from vltrain.errors import InputError
+from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, differing, model_identity
+
+logger = logging.getLogger(__name__)
+
+KEY = "train.init_from"
+# What frozen weights follow from; of random ones their sizes and seed.
+FROZEN = ("model.architecture", "model.vision.source", "model.vision.config", "model.vision.kind", "model.llm.source", "model.llm.config",
+          "model.instructblip.source", "model.instructblip.config")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a run began. `facts`: path, step and digest, plain JSON; `checkpoint`: None where the run goes on from one of its own."""
+
+    facts: dict[str, Any]
+    checkpoint: Checkpoint | None
+
+
+def find_origin(config: Config, checkpoint: Checkpoint | None) -> Origin | None:
+    """The origin that the recipe names; None where it names none.
+
+    Args:
+        checkpoint: of the run itself, which it goes on from.
+
+    Raises: InputError for a folder without usable weights.
+    """
+    named = config.train.init_from
+    if named is None:
+        return None
+    began = checkpoint.belongs_to.get(ORIGIN) if checkpoint is not None else None
+    if isinstance(began, dict) and began.get("path") == named:
+        return Origin(facts=began, checkpoint=None)
+    found = open_origin(Path(named).expanduser(), Path(config.output))
+    return Origin(facts={"path": named, "step": found.step, "digest": found.digest}, checkpoint=None if checkpoint is not None else found)
+
+
+def open_origin(place: Path, output: Path) -> Checkpoint:
+    """The checkpoint that `place` stands for: itself; of a run's folder the one named `best` where there is one, else the newest.
+
+    Raises: InputError where there is none, or it is the run's own.
+    """
+    expected = "expected a run's folder, or one of its checkpoints (RUN/checkpoints/step-...)"
+    if not place.is_dir():
+        raise InputError(f"{KEY}: {place}: no such folder, {expected}")
+    if place.resolve() == output.resolve() or output.resolve() in place.resolve().parents:
+        raise InputError(f"{KEY}: {place} is this run's own folder: go on with it by --resume auto, or choose another output for a new run")
+    if (place / MANIFEST).is_file():
+        return open_checkpoint(place)
+    if (place / "adapter_config.json").is_file():
+        raise InputError(f"{KEY}: {place} is a folder of peft's: name it as model.instructblip.adapters, {expected}")
+    root = place / "checkpoints"
+    best = pointed(root, BEST)
+    found = open_checkpoint(best) if best is not None else newest_checkpoint(root)
+    if found is None:
+        raise InputError(f"{KEY}: {place}: no checkpoint in it, {expected}")
+    return found
+
+
+def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> None:
+    """Raises InputError if the origin's weights were trained over other frozen weights; tells what else of the model is different."""
+    saved = {name: origin.belongs_to[name] for name in ("model", MADE_OF) if name in origin.belongs_to}
+    if "model" not in saved:
+        logger.warning("%s: %s does not say which model it was trained in", KEY, origin.path)
+        return
+    now: dict[str, Any] = json.loads(json.dumps({"model": model_identity(config), MADE_OF: files}))
+    if MADE_OF not in saved:
+        logger.warning("%s: %s was saved before digests of frozen weights were kept: paths are compared in their place", KEY, origin.path)
+    is_random = any(_value(saved, key) is None for key in _sources(saved))
+    for key, text in differing(saved, now):
+        if _is_frozen(key) or (key == "model.seed" and is_random):
+            raise InputError(f"{KEY}: {origin.path} was trained over other frozen weights: {text}. Name these, or train anew without {KEY}")
+        if key != "model.instructblip.adapters":  # where the origin itself began
+            logger.warning("%s: in the run of %s %s", KEY, origin.path, text)
+
+
+def _is_frozen(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in FROZEN)
+
+
+def _sources(identity: dict[str, Any]) -> list[str]:
+    is_blip = _value(identity, "model.architecture") == "instructblip"
+    return [key for key in BY_DIGEST if key.endswith(".source") and ("instructblip" in key) == is_blip]
+
+
+def _value(identity: Any, key: str) -> Any:
+    for name in key.split("."):
+        identity = identity.get(name) if isinstance(identity, dict) else None
+    return identity
