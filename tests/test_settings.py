@@ -119,7 +119,7 @@ def test_a_mistake_on_the_command_line_is_one_line_with_the_place_and_the_way_ou
         ("model: {adapter: {dim: true}}", ["model.adapter.dim: found True, expected a whole number"]),
         ("model: {adapter: {dim: 8.0}}", ["found 8.0"]),
         ("model: {vision: {train: yes}}", ["model.vision.train: found 'yes', expected true or false"]),
-        ("data: {input: 5}", ["data.input: found 5, expected a text or null"]),
+        ("data: {input: 5}", ["data.input: found 5, expected a text that is not empty or null"]),
         ("data: {options: [1]}", ["data.options", "a mapping"]),
         ("data: {options: {1: 2}}", ["data.options", "a mapping"]),
         ("optim: {betas: [0.9, a]}", ["optim.betas", "a list of 2 numbers"]),

@@ -59,7 +59,7 @@ def test_a_file_may_have_the_mark_in_its_name(tmp_path):
         ("base: own.yaml\noutput: o", ["own.yaml: base", "own.yaml -> own.yaml"]),
         ("base: other.yaml\noutput: o", ["other.yaml: base", "own.yaml -> other.yaml -> own.yaml"]),
         ("base: base.yaml", ["own.yaml: output", "this recipe's own folder"]),
-        ("base: gone.yaml\noutput: o", ["gone.yaml", "cannot be read"]),
+        ("base: gone.yaml\noutput: o", ["gone.yaml", "no such file"]),
         ("base: null\noutput: o", ["base: found null"]),
         ("base: [base.yaml]\noutput: o", ["base: found ['base.yaml']"]),
         ("base: bad.yaml\noutput: o", ["bad.yaml: unknown key 'optim.epochs'"]),
@@ -97,7 +97,7 @@ def test_a_mistake_about_bases_names_the_file(tmp_path, own, parts):
         ("base: t.yaml#a\noutput: o\nrows: {a: {}}", ["leads back to itself"]),
         ("output: o\nrows: {a: {}}\nablation: {progam: x}", ["unknown key 'ablation.progam'", "did you mean 'program'"]),
         ("output: o\nrows: {a: {}}\nablation: {max_samples: 0}", ["ablation.max_samples: found 0"]),
-        ("output: o\nrows: {a: {}}\nablation: {split: 3}", ["ablation.split: found 3, expected a text or null"]),
+        ("output: o\nrows: {a: {}}\nablation: {split: 3}", ["ablation.split: found 3, expected a text that is not empty or null"]),
         ("output: o\nrows: {a: {}}\nablation: x", ["ablation: found 'x'"]),
     ],
 )

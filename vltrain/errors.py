@@ -80,10 +80,11 @@ def exits_cleanly(main: Callable[P, int | None]) -> Callable[P, int]:
         except (InputError, OSError, MemoryError) as error:
             if isinstance(error, BrokenPipeError) and _silence_closed_output():
                 return EXIT_BROKEN_PIPE
-            line = _line_about(error)
+            told = _line_about(error)
             close_progress_bars()
-            if line is None:
+            if told is None:
                 raise
+            line = one_line(told)
             rank = os.environ.get("RANK", "0")
             print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
             return getattr(error, "exit_code", EXIT_USER_ERROR)
@@ -108,14 +109,21 @@ def end_at_once(message: str, code: int) -> NoReturn:
     who = "error" if rank == "0" else f"error (rank {rank})"
     line_end = "\n" if _progress_bars() else ""
     with contextlib.suppress(OSError):
-        os.write(2, f"{line_end}{who}: {message}\n".encode(errors="replace"))  # not through objects that the main thread may have locked
+        os.write(2, f"{line_end}{who}: {one_line(message)}\n".encode(errors="replace"))  # not through objects that the main thread may have locked
     os._exit(code)
+
+
+def one_line(text: str) -> str:
+    """A text on one line, with what a terminal obeys or hides written out: a message quotes names and contents of files that are not ours."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else " " if one in "\r\n" else one.encode("unicode_escape", "surrogatepass").decode() for one in text)
 
 
 def _line_about(error: Exception) -> str | None:
     """One line for an error that is not ours; None for one that may be."""
     if isinstance(error, InputError):
-        return " ".join(str(error).replace("\r", "\n").split("\n"))  # what it quotes may have line ends
+        return str(error)
     if isinstance(error, MemoryError):
         return f"out of memory ({' '.join(str(error).split()) or 'of the host'}); use fewer workers, smaller batches or images, or a larger machine"
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:

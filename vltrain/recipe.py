@@ -85,7 +85,7 @@ def describe_type(annotation: Any) -> str:
         if get_args(annotation)[-1] is ...:
             return f"a list, each of it {describe_type(get_args(annotation)[0])}"
         return f"a list of {len(get_args(annotation))} numbers"
-    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a finite number", str: "a text that is not empty"}
     return names.get(annotation, "a mapping of names to plain values (texts, finite numbers, true, false, null, lists and mappings)")
 
 
@@ -109,7 +109,7 @@ def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
     if annotation is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
         return fits, float(value) if fits else value
-    return type(value) is annotation, value
+    return type(value) is annotation and (annotation is not str or bool(value.strip())), value
 
 
 def _is_plain(value: Any) -> bool:

@@ -98,6 +98,8 @@ def split_arguments(argv: list[str], flags: Collection[str] = FLAGS) -> Argument
     positionals: list[str] = []
     words = iter(["--help" if word == "-h" else word for word in argv])
     for word in words:
+        if not word.strip():  # what a shell makes of a variable that is not set
+            raise InputError(f"{COMMAND_LINE}: found an empty word, expected a name or an option (is a variable of the shell empty?)")
         if not word.startswith("--"):
             positionals.append(word)
             continue
@@ -111,6 +113,8 @@ def split_arguments(argv: list[str], flags: Collection[str] = FLAGS) -> Argument
         following = value if equals else next(words, None)
         if following is None or (not equals and following.startswith("--")):
             raise InputError(f"{COMMAND_LINE}: --{name}: found no value, expected one")
+        if not following.strip() and "." not in name:  # the text of an option within a mapping may be empty; other settings are judged by their type
+            raise InputError(f"{COMMAND_LINE}: --{name}: found an empty text, expected a value (is a variable of the shell empty?)")
         options.append((name, following))
     return Arguments(tuple(options), tuple(positionals))
 
