@@ -29,7 +29,7 @@ from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.sources import SOURCES
 from data_prep.sources.raw import ImageSource
-from data_prep.splits import SplitOverlap
+from data_prep.sources.splits import SplitOverlap
 from vltrain.config import DataConfig
 from vltrain.data.folder import new_folder
 from vltrain.data.images import DARK, is_dark, read_image

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample
-from data_prep.splits import same_images
+from data_prep.sources.splits import same_images
 from vltrain.errors import InputError
 from vltrain.files.strict_json import expect, read_json, shown
 from vltrain.locate import locate

@@ -19,7 +19,7 @@ from typing import Any
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
-from data_prep.splits import same_images
+from data_prep.sources.splits import same_images
 from vltrain.errors import InputError
 from vltrain.files.strict_json import field, read_json, read_text
 from vltrain.ranges import MOST_STEPS, Range

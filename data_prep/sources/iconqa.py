@@ -8,7 +8,7 @@ Official layout, in the given folder or in its `iconqa_data`:
     pid2skills.json   {PID: [skill, ...]}; for accuracy by skill
 
 Levels above the question types may be missing. Without a split level and without pid_splits.json, `val_fraction` and `test_fraction` of the
-questions are held out by image (`data_prep.splits`).
+questions are held out by image (`data_prep.sources.splits`).
 
 choose_txt: the choices are listed as `(a) x (b) y`, and the answer is the right one, letter and text. choose_img (which the paper's code
 leaves out): each choice is an image of its own and stands behind its letter, and the answer is the letter, `(b)`. A model that takes one
@@ -26,7 +26,7 @@ from typing import Any
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import MAX_CHOICES, check_template, lettered, plain
 from data_prep.sources.raw import RawSample, ids_of
-from data_prep.splits import FRACTIONS, check_fractions, drawn
+from data_prep.sources.splits import FRACTIONS, check_fractions, drawn
 from vltrain.errors import InputError, nearest
 from vltrain.files.strict_json import field, read_json, read_object, shown, texts
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers

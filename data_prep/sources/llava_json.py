@@ -23,7 +23,7 @@ from typing import Any
 
 from data_prep.sources.options import choose, settle
 from data_prep.sources.raw import RawSample
-from data_prep.splits import FRACTIONS, drawn
+from data_prep.sources.splits import FRACTIONS, drawn
 from vltrain.errors import InputError, nearest
 from vltrain.files.strict_json import id_text, read_records, shown
 from vltrain.schema import IMAGE_MARKER, SYSTEM, Sample, Turn, escape_markers, unescape_markers
@@ -41,13 +41,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the file.
-        options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by image (`data_prep.splits`):
+        options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by image (`data_prep.sources.splits`):
             each in [0, 1), together less than 1; `images`, a folder; `unusable`: `error`, or `drop` to leave records out that are no samples, the
             first ones named.
 
     Raises:
         InputError: not such a file, a text that is none, an unknown speaker, an empty turn, speakers who do not alternate, a path that leads out of
-            the image folder; markers and images that differ: named with file, line and path in the record. Fractions as `data_prep.splits.drawn`.
+            the image folder; markers and images that differ: named with file, line and path in the record. Fractions as `data_prep.sources.splits.drawn`.
     """
     defaults = {"val_fraction": 0.02, "test_fraction": 0.0, "images": None, "unusable": "error"}
     settled = settle("llava_json", options, defaults, FRACTIONS)

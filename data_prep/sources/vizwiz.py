@@ -6,7 +6,7 @@
 test.json has no answers, so nothing can be learned or scored from it: it is left out, and said so. The official val is what figures are
 reported on, so it must not choose the model as well. The splits are therefore
 
-    train, val             train.json; `val`, on which a run is evaluated while it trains, is held out by image (`data_prep.splits`)
+    train, val             train.json; `val`, on which a run is evaluated while it trains, is held out by image (`data_prep.sources.splits`)
     test                   val.json, whole: figures are comparable with those that others report on the official val
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
-from data_prep.splits import FRACTIONS, drawn
+from data_prep.sources.splits import FRACTIONS, drawn
 from vltrain.errors import InputError
 from vltrain.files.strict_json import expect, field, read_json, shown
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources.splits import overlap_of
 from tests.attacks.attack import Shown, attack, refused, refuses, right, run_vltrain, told
 from tests.attacks.inputs import chat, picture, sample, write_json, write_jsonl
 from vltrain.config import Config, EvalConfig, OptimConfig, TrainConfig
@@ -172,6 +173,19 @@ def no_split_to_evaluate(folder: Path) -> Shown:
     shown = refused(_train_words(folder), "val.jsonl: no such file", "splits there: train", "eval.scorer: null")
     assert not (folder / "data" / "packed").exists() and not (folder / "run" / "checkpoints").exists()
     return shown
+
+
+@attack(SCORER)
+def own_samples_whose_splits_leak(folder: Path) -> Shown:
+    """Samples of one's own, in which val shows an image of train under another name and asks the same: told before the first step."""
+    data = folder / "data" / "samples"
+    for name in ("a", "b"):
+        picture(data / "images" / f"{name}.png")
+    write_jsonl(data / "train.jsonl", [sample(1, question="<image>\nQ?", images=("images/a.png",))])
+    write_jsonl(data / "val.jsonl", [sample(2, question="<image>\nQ?", images=("images/b.png",))])
+    (line,) = overlap_of(data)
+    assert "1 of the 1 image(s) of 'val' are in 'train' too" in line and "1 of the 1 sample(s) of 'val' ask" in line
+    return Shown("told", line)
 
 
 @attack(SCORER)

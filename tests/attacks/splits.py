@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -62,6 +63,17 @@ def one_image_under_two_names(folder: Path) -> Shown:
         records += [_chat_about(f"a{name}", name), _chat_about(f"b{name}", f"copies/other-{name}")]
     prepare("llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.3}, workers=1)
     return _require_apart(folder / "out", "train", "val")
+
+
+@attack(LEAK)
+def splits_that_were_right_stay(folder: Path) -> Shown:
+    """What is right: records with an image each, or none, are held out by the hash of their ids, as they were before images were looked at."""
+    names = list(_colours(folder, 150))
+    records = [_chat_about(f"i{name}", name) for name in names] + [chat(f"t{number}", question=f"{number}?") for number in range(150)]
+    prepare("llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.1}, workers=1)
+    held_out = [record["id"] for record in records if int.from_bytes(hashlib.sha256(record["id"].encode()).digest()[:4], "big") < 0.1 * 2**32]
+    assert [json.loads(line)["id"] for line in (folder / "out" / "val.jsonl").read_text().splitlines()] == held_out and len(held_out) > 10
+    return right(f"the same {len(held_out)} of 300")
 
 
 @attack(LEAK)

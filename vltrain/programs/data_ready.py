@@ -92,8 +92,13 @@ def _prepare(config: Config) -> None:
 
 def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> None:
     from data_prep.pack import OVER_LONG, pack
+    from data_prep.prepare import RECORD
+    from data_prep.sources.splits import overlap_of
 
     logger.info("data: packing %s into %s", samples, folder)
+    if not (samples.parent / RECORD).exists():  # of those that were prepared from raw data it has been told
+        for line in overlap_of(samples.parent):
+            logger.warning("%s: %s", samples.parent, line)
     source, instruction = tokenizer_sources(config)
     manifest = pack(
         samples, source, config.data.template, visual_tokens, config.data.pack_length, folder, instruction=instruction,

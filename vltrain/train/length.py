@@ -42,6 +42,9 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
     patience = train.early_stopping_patience
     if patience is not None and every > 0 and -(-num_steps // every) <= patience:
         logger.warning("train.early_stopping_patience: never stops this run, which evaluates %d time(s)", -(-num_steps // every))
+    if (train.keep_best or patience is not None) and config.data.eval_split == config.data.test_split:
+        told = "data.test_split: '%s' also chooses the checkpoint (data.eval_split): figures on it are too good; hold out another split to report"
+        logger.warning(told, config.data.test_split)
     if num_packs < train.packs_per_step:
         logger.warning(
             "data: %d pack(s), fewer than train.packs_per_step = %d: a step takes all of them, and those of several epochs at once; "

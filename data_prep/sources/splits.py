@@ -24,6 +24,7 @@ from typing import Any
 from data_prep.sources.raw import ImageSource, RawSample
 from vltrain.errors import InputError
 from vltrain.files.digest import file_digests
+from vltrain.files.strict_json import read_lines
 from vltrain.ranges import Range
 from vltrain.schema import Sample
 
@@ -179,6 +180,17 @@ def _tail_of(paths: Sequence[Path]) -> list[bytes | Path]:
         except OSError:
             tails.append(path)
     return tails
+
+
+def overlap_of(folder: Path) -> list[str]:
+    """`SplitOverlap.lines` of samples that are prepared already, `folder`/SPLIT.jsonl each. Raises InputError for a malformed sample."""
+    overlap, names = SplitOverlap(), set[str]()
+    for path in sorted(folder.glob("*.jsonl")):
+        for where, record in read_lines(path, "prepared samples"):
+            sample = Sample.from_json(record, where)
+            overlap.add(path.stem, sample, sample.images)
+            names.update(sample.images)
+    return overlap.lines({name: folder / name for name in names})
 
 
 class SplitOverlap:
