@@ -223,10 +223,15 @@ def one_file_named_of_several(folder: Path) -> Shown:
 
 @attack(FILES)
 def stale_model_beside_tokenizer_json(folder: Path) -> Shown:
-    """tokenizer.model is of another vocabulary than the tokenizer.json beside it."""
+    """tokenizer.model, spiece.model or vocab.json is of another vocabulary than the tokenizer.json beside it."""
     place = Path(make_metaspace(folder / "t", CHATML))
     shutil.copy(locate("asset://tiny_llama/tokenizer.model"), place)
-    return refuses(lambda: load_tokenizer(str(place)), "tokenizer.model", "two vocabularies")
+    refuses(lambda: load_tokenizer(str(place)), "tokenizer.model: the token", "as transformers reads the folder it is")
+    (place / "tokenizer.model").rename(place / "spiece.model")
+    refuses(lambda: load_tokenizer(str(place)), "spiece.model: the token")
+    (place / "spiece.model").unlink()
+    write_json(place / "vocab.json", {"<s>": 7})
+    return refuses(lambda: load_tokenizer(str(place)), "vocab.json: the token '<s>' is 7")
 
 
 @attack(FILES)

@@ -17,7 +17,7 @@ from vltrain.files.strict_json import read_object, read_text
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 CONFIG, SPECIAL, ADDED, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"
-PLAIN = ("vocab.json", "vocab.txt")
+PLAIN = ("vocab.json", "vocab.txt", "spiece.model")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 KNOWN_FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, *TEMPLATES)
 _LLAMA_CLASSES = ("llamatokenizer", "llamatokenizerfast", "pretrainedtokenizerfast", "tokenizersbackend", "")
@@ -28,7 +28,7 @@ _ONE_OF_THEM = "keep the file that belongs to the weights, and remove or mend th
 class TokenizerFiles:
     """What the files say that are there.
 
-    plain       vocab.json and vocab.txt, which tokenizer.json replaces
+    plain       vocab.json, vocab.txt and spiece.model, which tokenizer.json replaces
     added       token -> id, and the file that says so
     named       `eos` and `bos` -> the token's text by each file that names one
     templates   file -> the chat template's source
@@ -160,15 +160,18 @@ def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> No
     own = dict(_pieces(saved.get("model")))
     own |= {token["content"]: token["id"] for token in saved.get("added_tokens") or () if isinstance(token, dict)}
     _require_ids(own, vocabulary, files.json)
-    for path in files.plain:
-        listed = {token: number for number, line in enumerate(read_text(path).split("\n")) if (token := line.rstrip("\r"))} if path.suffix == ".txt" else read_object(path)
-        _require_ids(listed, vocabulary, path)
     _require_known(files, set(own))
-    for piece, number in (pieces_of(files.model) or {}).items() if files.model is not None else ():
-        if vocabulary.get(piece, number) != number:
-            raise InputError(
-                f"{files.model}: the piece {piece!r} is {number}, but {vocabulary[piece]} in {JSON} beside it: they are two vocabularies; {_ONE_OF_THEM}"
-            )
+    for path in (*files.plain, *([files.model] if files.model is not None else ())):
+        _require_ids(_listed_in(path, vocabulary), vocabulary, path)
+
+
+def _listed_in(path: Path, vocabulary: dict[str, int]) -> dict[str, int]:
+    """Token -> id by a vocabulary's file beside tokenizer.json; of a sentencepiece model's pieces those that are tokens there, too."""
+    if path.suffix == ".json":
+        return read_object(path)
+    if path.suffix == ".txt":
+        return {token: number for number, line in enumerate(read_text(path).split("\n")) if (token := line.rstrip("\r"))}
+    return {piece: number for piece, number in (pieces_of(path) or {}).items() if piece in vocabulary}
 
 
 def _require_ids(own: dict[str, int], vocabulary: dict[str, int], file: Path) -> None:
