@@ -21,6 +21,7 @@ from tests.models.test_qformer import IMAGE_ID, loss_of_one, tokenizer_of
 from tests.support.blip import LLAMA, SIZES, T5, blip_config, make_batch, make_samples, make_tokenizers
 from vltrain.config import Config
 from vltrain.models.build import build_model
+from vltrain.models.build_blip import check_blip_sources
 from vltrain.programs.export import export
 from vltrain.recipe import dump_config
 from vltrain.train.checkpoint import save_checkpoint
@@ -130,8 +131,10 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, T
 
 
 def taken_up(folder: Path, kind: str, **changes: Any) -> Any:
-    """Our model that starts from the folder."""
-    return build_model(base(kind).recipe(adapters=str(folder), **changes).model)
+    """Our model that starts from the folder, which is checked without reading any weight first, as a run does."""
+    model = base(kind).recipe(adapters=str(folder), **changes).model
+    check_blip_sources(model)
+    return build_model(model)
 
 
 def off_from_stock(folder: Path, kind: str, **changes: Any) -> tuple[float, float]:

@@ -103,31 +103,30 @@ def stock_layout(settings: dict[str, Any], sizes: Sizes, where: str) -> Layout:
     return Layout(layers=layers, whole=frozenset(written.values()), shapes=shapes, owners=written)
 
 
-def recipe_layers(blip: InstructBlipConfig, sizes: Sizes) -> dict[str, Update]:
-    """The linear layers that a recipe updates."""
-    network, found = empty_network(sizes), {}
+def recipe_layers(blip: InstructBlipConfig, network: nn.Module) -> dict[str, Update]:
+    """The linear layers of an (empty) network that a recipe updates."""
+    found: dict[str, Update] = {}
     for part, name, unit, is_block in blip_units(network):
         if not is_block or part not in ("qformer", "llm"):
             continue
         tuning: QFormerTuning | LanguageTuning = blip.qformer if part == "qformer" else blip.llm
         if tuning.mode in LOW_RANK:
-            wanted = targeted(kind_of(part, sizes), tuning.targets)
+            wanted = targeted(kind_of(part, network), tuning.targets)
             found |= {f"{name}.{inner}": _update(blip, tuning) for inner, _ in unit.named_modules() if inner in wanted}
     return found
 
 
-def recipe_whole(blip: InstructBlipConfig, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """The parameters that a recipe tunes themselves, and their shapes; tied ones by their first name."""
-    network = empty_network(sizes)
+def recipe_whole(blip: InstructBlipConfig, network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters of an (empty) network that a recipe tunes themselves, and their shapes; tied ones by their first name."""
     modes = {"vision": blip.vision, "qformer": blip.qformer.mode, "llm": blip.llm.mode, "bridge": "full"}
     names = {f"{name}.{inner}" for part, name, unit, _ in blip_units(network) if modes[part] == "full" for inner, _ in unit.named_parameters()}
     owners = owners_of(network)
     return {name: tuple(network.get_parameter(name).shape) for name in {owners[name] for name in names} | {QUERIES}}
 
 
-def kind_of(part: str, sizes: Sizes) -> str:
+def kind_of(part: str, network: nn.Module) -> str:
     """The key of `vltrain.models.low_rank.TARGETS` for the part `qformer` or `llm`."""
-    return "qformer" if part == "qformer" else sizes.text_config.model_type
+    return "qformer" if part == "qformer" else network.config.text_config.model_type
 
 
 def _update(blip: InstructBlipConfig, tuning: QFormerTuning | LanguageTuning) -> Update:
@@ -136,22 +135,22 @@ def _update(blip: InstructBlipConfig, tuning: QFormerTuning | LanguageTuning) ->
     return Update(blip.adalora.init_rank, tuning.alpha)
 
 
-def require_known_layers(layers: set[str], sizes: Sizes, where: str) -> None:
+def require_known_layers(layers: set[str], network: nn.Module, where: str) -> None:
     """Raises InputError if a file holds updates of layers that this network does not have; peft passes them over."""
-    alien = sorted(layers - {name for name, _ in empty_network(sizes).named_modules()})
+    alien = sorted(layers - {name for name, _ in network.named_modules()})
     if alien:
-        kind = sizes.text_config.model_type
+        kind = network.config.text_config.model_type
         raise InputError(f"{where} holds updates of '{alien[0]}'{_more(alien)}, which an InstructBLIP with this LLM ({kind}) does not have: made for another base")
 
 
-def require_same_layers(stock: dict[str, Update], blip: InstructBlipConfig, sizes: Sizes, where: str) -> None:
+def require_same_layers(stock: dict[str, Update], blip: InstructBlipConfig, network: nn.Module, where: str) -> None:
     """Raises InputError if a folder's updates stand at other layers than the recipe's, or with another rank or scaling; says what to set."""
-    ours = recipe_layers(blip, sizes)
+    ours = recipe_layers(blip, network)
     alien, missing = sorted(stock.keys() - ours.keys()), sorted(ours.keys() - stock.keys())
     if alien or missing:
         found = [f"updates '{alien[0]}'{_more(alien)}, which this recipe does not tune"] if alien else []
         found += [f"lacks updates of '{missing[0]}'{_more(missing)}, which this recipe tunes"] if missing else []
-        raise InputError(f"{where}: {' and '.join(found)}; {_which_targets(stock, blip, sizes)}")
+        raise InputError(f"{where}: {' and '.join(found)}; {_which_targets(stock, blip, network)}")
     for root, short in RECIPE_ROOTS.items():
         names = sorted(name for name in ours if name.startswith(f"{root}."))
         different = [name for name in names if not _same(stock[name], ours[name])]
@@ -189,7 +188,7 @@ def _which_scale(short: str, due: Update, blip: InstructBlipConfig) -> str:
     return f"it was made with {key}.rank {due.rank} and {key}.alpha {due.scaling * due.rank!r} (its scaling times its rank): set these"
 
 
-def _which_targets(stock: dict[str, Update], blip: InstructBlipConfig, sizes: Sizes) -> str:
+def _which_targets(stock: dict[str, Update], blip: InstructBlipConfig, network: nn.Module) -> str:
     """The targets that a recipe would say to mean the folder's layers."""
     if any(not name.startswith(tuple(f"{root}." for root in RECIPE_ROOTS)) for name in stock):
         return f"a recipe updates layers of the Q-Former and the LLM only, this folder {_kinds(frozenset(stock))}"
@@ -199,7 +198,7 @@ def _which_targets(stock: dict[str, Update], blip: InstructBlipConfig, sizes: Si
         if not layers:
             told.append(f"model.instructblip.{short}.mode frozen" if getattr(blip, short).mode in LOW_RANK else "")
             continue
-        chosen = _targets_of(layers, short, sizes)
+        chosen = _targets_of(layers, short, network)
         if chosen is None:
             return f"no targets of model.instructblip.{short} mean just its layers: {_kinds(layers)}"
         if getattr(blip, short).mode not in LOW_RANK or set(getattr(blip, short).targets) != set(chosen):
@@ -207,13 +206,12 @@ def _which_targets(stock: dict[str, Update], blip: InstructBlipConfig, sizes: Si
     return f"it was made with {' and '.join(filter(None, told))}: set these"
 
 
-def _targets_of(layers: frozenset[str], short: str, sizes: Sizes) -> tuple[str, ...] | None:
+def _targets_of(layers: frozenset[str], short: str, network: nn.Module) -> tuple[str, ...] | None:
     names: tuple[str, ...] = QFormerTarget.__args__ if short == "qformer" else LanguageTarget.__args__  # type: ignore[attr-defined]
     part = "qformer" if short == "qformer" else "llm"
-    network = empty_network(sizes)
     blocks = [(name, unit) for owner, name, unit, is_block in blip_units(network) if is_block and owner == part]
     found = {
-        target: {f"{name}.{inner}" for name, unit in blocks for inner, _ in unit.named_modules() if inner in targeted(kind_of(part, sizes), (target,))}
+        target: {f"{name}.{inner}" for name, unit in blocks for inner, _ in unit.named_modules() if inner in targeted(kind_of(part, network), (target,))}
         for target in names
     }
     chosen = tuple(target for target in names if found[target] and found[target] <= layers)

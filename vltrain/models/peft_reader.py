@@ -24,7 +24,7 @@ from vltrain.errors import InputError
 from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.models.low_rank import NAME
 from vltrain.models.peft_folder import layer_of, peft_key
-from vltrain.models.peft_layout import LOW_RANK, QUERIES, RECIPE_ROOTS, ROOT, is_bridge, recipe_whole, require_known_layers, require_same_layers, stock_layout
+from vltrain.models.peft_layout import LOW_RANK, QUERIES, RECIPE_ROOTS, ROOT, empty_network, is_bridge, recipe_whole, require_known_layers, require_same_layers, stock_layout
 from vltrain.models.peft_settings import CONFIG, read_settings
 from vltrain.models.tensor_files import open_tensors
 
@@ -58,15 +58,16 @@ class PeftFolder:
         if not self._folder.is_dir():
             raise InputError(f"{KEY}: {place} is no folder of peft's: it is not there, or no folder; expected one with {CONFIG} and {WEIGHTS}")
         settings = read_settings(KEY, self._folder)
+        network = empty_network(sizes)
         _require_one_mode(place, settings, blip)
         where = f"{KEY}: {self._folder / CONFIG}"
         self._file, self._shapes, self._read = _open(self._folder)
         updated = {key.removeprefix(ROOT).partition(".lora_")[0] for key in self._shapes if ".lora_" in key}
-        require_known_layers(updated, sizes, f"{KEY}: {self._file}")
+        require_known_layers(updated, network, f"{KEY}: {self._file}")
         self._stock = stock_layout(settings, sizes, where)
-        require_same_layers(self._stock.layers, blip, sizes, where)
+        require_same_layers(self._stock.layers, blip, network, where)
         self._masks = _masks(settings, self._stock.layers, where)
-        self._whole = recipe_whole(blip, sizes)
+        self._whole = recipe_whole(blip, network)
         self._leaves_bridge = not any(is_bridge(name) for name in (*self._stock.whole, *(key.removeprefix(ROOT) for key in self._shapes)))
         self._require_whole()
         self._left = {key for key in self._shapes}
