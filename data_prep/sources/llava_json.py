@@ -11,7 +11,8 @@ Images are found beside the file, or in the folder that the option `images` name
 - Content parts are joined as they stand. Where a record has image parts, they alone are images, and `<image>` in a text is text.
 - A system turn stays one (see `vltrain.data.conversation`). Keys that are not read are named.
 
-A record of which nothing can be made stops the reading, or with `unusable=drop` is left out and told.
+A record of which nothing can be made stops the reading, or with `unusable=drop` is left out and told; so does one that has images and nowhere
+`<image>`, or with `unmarked=front` its images stand in front of the first question.
 """
 
 from __future__ import annotations
@@ -43,15 +44,16 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         input: the file.
         options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by image (`data_prep.sources.splits`):
             each in [0, 1), together less than 1; `images`, a folder; `unusable`: `error`, or `drop` to leave records out that are no samples, the
-            first ones named.
+            first ones named; `unmarked`: `error`, or `front`, see the module.
 
     Raises:
         InputError: not such a file, a text that is none, an unknown speaker, an empty turn, speakers who do not alternate, a path that leads out of
             the image folder; markers and images that differ: named with file, line and path in the record. Fractions as `data_prep.sources.splits.drawn`.
     """
-    defaults = {"val_fraction": 0.02, "test_fraction": 0.0, "images": None, "unusable": "error"}
+    defaults = {"val_fraction": 0.02, "test_fraction": 0.0, "images": None, "unusable": "error", "unmarked": "error"}
     settled = settle("llava_json", options, defaults, FRACTIONS)
     choose("llava_json", "unusable", settled["unusable"], ("error", "drop"))
+    choose("llava_json", "unmarked", settled["unmarked"], ("error", "front"))
     if input is None:
         raise InputError("source 'llava_json' needs --input, the JSON or JSONL file")
     told: set[str] = set()
@@ -61,7 +63,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 def _samples(input: Path, settled: Mapping[str, Any], told: set[str]) -> Iterator[RawSample]:
     """All samples of the file, in one split. `told`: lines that were printed already, by a reading before."""
     folder = Path(settled["images"]) if settled["images"] else input.parent
-    reader = _Reader(input, told)
+    reader = _Reader(input, told, settled["unmarked"] == "front")
     for number, (where, record) in enumerate(read_records(input, "a JSON list of conversations, or JSON Lines of them")):
         try:
             sample = reader.sample(record, number, f"{where}, record {number}")
@@ -77,8 +79,8 @@ def _samples(input: Path, settled: Mapping[str, Any], told: set[str]) -> Iterato
 class _Reader:
     """Makes samples of records, and counts what was done to them."""
 
-    def __init__(self, input: Path, told: set[str]) -> None:
-        self._input, self._told = input, told
+    def __init__(self, input: Path, told: set[str], marks_images: bool) -> None:
+        self._input, self._told, self._marks_images = input, told, marks_images
         self._ids: dict[str, int] = {}  # each id given so far, and how often it came
         self._counts: Counter[str] = Counter()
         self._unread: Counter[str] = Counter()
@@ -119,6 +121,8 @@ class _Reader:
             turns = self._trimmed([self._turn(turn, f"{where}: {key}[{place}]", has_parts, own_images) for place, turn in enumerate(record[key])])
         if own_images and images:
             raise InputError(f"{where}: images both in content parts and under {' or '.join(IMAGE_KEYS)}, expected one of the two")
+        if images and not any(IMAGE_MARKER in turn.text for turn in turns):
+            turns = self._marked(turns, len(images), where)
         for name in record:
             if name not in ("id", key, *IMAGE_KEYS):
                 self._unread[name] += 1
@@ -191,6 +195,15 @@ class _Reader:
             self._counts[f"text(s) with {IMAGE_MARKER} in an answer, a system turn or beside image parts: taken as text"] += 1
             return text.replace(IMAGE_MARKER, escape_markers(IMAGE_MARKER))
         return text
+
+    def _marked(self, turns: list[Turn], num_images: int, where: str) -> list[Turn]:
+        """Turns without a marker, with the images in front of the first question. Raises InputError unless that is asked for."""
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if not self._marks_images or first is None:
+            raise InputError(f"{where}: {num_images} image(s) and no {IMAGE_MARKER} in its turns; write where they stand, or --options unmarked=front")
+        self._counts[f"record(s) with images and no {IMAGE_MARKER}: they stand in front of the first question (unmarked=front)"] += 1
+        text = f"{IMAGE_MARKER}\n" * num_images + turns[first].text
+        return [*turns[:first], Turn(role="user", text=text), *turns[first + 1 :]]
 
     def _trimmed(self, turns: list[Turn]) -> list[Turn]:
         """From the first question (behind a system turn) to the last answer."""

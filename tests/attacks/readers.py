@@ -402,6 +402,17 @@ def parts_that_name_their_images(folder: Path) -> Shown:
 
 
 @attack(CHATS)
+def images_nowhere_in_the_text(folder: Path) -> Shown:
+    """An image that no turn shows, which other readers drop: refused, or put in front where that is asked for."""
+    picture(folder / "a.png")
+    refused(talks(folder, chat(1, image="a.png")), "1 image(s) and no <image> in its turns", "unmarked=front")
+    words = prepare_words("llava_json", folder / "chats.json", folder / "out", "val_fraction=0", "unmarked=front")
+    (made,) = prepared(folder, words, "1 record(s) with images and no <image>")
+    expect((made["turns"][0]["text"], made["images"]), ("<image>\nQ?", ["images/a.png"]))
+    return right("refused, with the option that was then taken and told")
+
+
+@attack(CHATS)
 def image_from_the_net(folder: Path) -> Shown:
     """An image given as an address, and one as base64 text."""
     refused(talks(folder, chat(1, question="<image>", image="data:image/png;base64,AAAA")), "image: found", "download it first")

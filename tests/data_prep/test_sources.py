@@ -162,7 +162,7 @@ def talk(answer="yes", text="<image>\nred?", **fields):
     ("record", "named"),
     [
         (talk(image="gone.png"), "gone.png"), (talk(image="broken.png"), "broken.png"), (talk(answer=" "), "empty answer"),
-        (talk(text="red?"), "0 <image> marker"), (talk(image=None), "0 image"), (talk(image="../a.png"), "leads out"), ({"id": "x"}, "expected id"),
+        (talk(text="red?"), "no <image> in its turns"), (talk(image=None), "0 image"), (talk(image="../a.png"), "leads out"), ({"id": "x"}, "expected id"),
         (talk(image=7), "image: found 7"), (talk(image={"a.png": 1}), "expected a file's name"), (talk(image=["a.png", 7]), "expected a file's name"),
     ],
 )  # fmt: skip
