@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import signal
 import sys
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """Ctrl-C while modules are imported, which takes seconds, may swallow exceptions, and has nothing to lose."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+# Before the other imports; not where another program imports this module.
+_IS_PROGRAM = os.path.basename(sys.argv[0]) == "vltrain" or sys.argv[0].endswith(os.path.join("vltrain", "__main__.py"))
+if _IS_PROGRAM and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end_at_once)
+
+import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, interrupted, nearest
+from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, nearest
 from vltrain.files.processes import end_with_launchers
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -41,6 +53,8 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program that the first word names. Returns its exit code; 2 for an unknown one."""
+    if signal.getsignal(signal.SIGINT) == _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     code = _choose(sys.argv[1:] if argv is None else argv)
     if argv is None and code == EXIT_INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter only ends now: a second Ctrl-C would show where
@@ -53,7 +67,9 @@ def _choose(words: list[str]) -> int:
         print(usage())
         return 0
     if words[0] == "--version":
-        print(f"vltrain {importlib.metadata.version('vltrain')}")
+        from importlib.metadata import version
+
+        print(f"vltrain {version('vltrain')}")
         return 0
     if words[0] not in COMMANDS:
         raise InputError(f"unknown command '{words[0]}', {nearest(words[0], COMMANDS)}")
@@ -78,14 +94,10 @@ def start(module: str, words: list[str], **named: Any) -> int:
 
 @contextmanager
 def _interrupt_ends_at_once() -> Iterator[None]:
-    """Ctrl-C inside the block ends the process: for imports, which take seconds, may swallow exceptions, and have nothing to lose."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        os._exit(interrupted())
-
+    """Ctrl-C inside the block ends the process: for imports, see `_end_at_once`."""
     hears = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     if hears:
-        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGINT, _end_at_once)
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from vltrain.data.signals import HEARD_BY_RANKS
-from vltrain.errors import EXIT_INTERRUPTED, end_at_once
+from vltrain.errors import EXIT_INTERRUPTED, close_progress_bars, end_at_once
 from vltrain.train.readback import HostCopy
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,7 @@ class Preemption:
 
     def _end_now(self) -> NoReturn:
         reason = self._reason or "a signal"
+        close_progress_bars()
         logger.warning("%s: nothing to save; ends with code %d, to be started again with the same command", reason, self._code)
         self._begin_to_leave()
         raise Preempted(reason, self._code)
