@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from tests.support.processes import ROOT, free_port
-from vltrain.errors import InputError
-from vltrain.train.ranks import adopt_ranks, bind_rendezvous, first_host, tasks_per_node
+from vltrain.errors import InputError, RunLost
+from vltrain.train.ranks import adopt_ranks, bind_rendezvous, first_host, names_lost_ranks, tasks_per_node
 
 # Task 3 of `srun --nodes 2 --ntasks 5`, of which two run on the second node.
 SRUN = {
@@ -132,3 +132,51 @@ def test_a_place_where_nobody_can_meet_is_named():
         bind_rendezvous("192.0.2.1", free_port(), across_nodes=True)
     with pytest.raises(InputError, match="does not resolve"):
         bind_rendezvous("no-such-host.invalid", 1, across_nodes=True)
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:4711", "NCCL error: unhandled system error"])
+def test_a_lost_rank_is_one_line_and_no_mistake_of_the_input(text):
+    with pytest.raises(RunLost, match="another rank, its machine or the network") as lost, names_lost_ranks():
+        raise RuntimeError(text + "\nwhere it was raised")
+    assert lost.value.exit_code == 1 and "\n" not in str(lost.value)
+
+
+def test_other_errors_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), names_lost_ranks():
+        raise RuntimeError("shapes differ")
+
+
+MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+def test_mpi_across_hosts_meets_where_the_user_says():
+    environment = {**MPI, **MEET}
+    adopt_ranks(environment, 0)
+    expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert {name: environment[name] for name in expected} == expected
+    assert {name: environment[name] for name in MEET} == MEET
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+    ],
+)
+def test_every_dialect_on_one_host(names):
+    environment = dict(zip(names, ("1", "2", "1", "2"), strict=True))
+    adopt_ranks(environment, 2)
+    found = [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")]
+    assert found == ["1", "2", "1", "2", "127.0.0.1"]
+
+
+def test_mpi_of_one_rank_is_alone():
+    environment = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    adopt_ranks(environment, 0)
+    assert "RANK" not in environment
+
+
+def test_srun_says_it_where_it_sets_pmis_variables_too():
+    assert adopted(PMI_RANK="3", PMI_SIZE="5", PMIX_RANK="3")["LOCAL_WORLD_SIZE"] == "2"

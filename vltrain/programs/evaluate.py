@@ -45,7 +45,7 @@ from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import local_world_size, require_machine, require_one_model
 from vltrain.train.preemption import Preemption
-from vltrain.train.ranks import adopt_ranks, join_process_group
+from vltrain.train.ranks import adopt_ranks, join_process_group, names_lost_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     )
     assert folder is not None, "load_settings asks for the run"
     refuse_ranks(settings.options)
-    with Preemption().listening():  # there is nothing to save: a signal ends it at once, also in a collective
+    with Preemption().listening(), names_lost_ranks():  # there is nothing to save: a signal ends it at once, also in a collective
         try:
             evaluate_run(folder, settings)
             return 0

@@ -49,7 +49,7 @@ from vltrain.train.length import require_reachable
 from vltrain.train.machine import local_world_size, require_machine
 from vltrain.train.origin import Origin, find_origin, require_same_frozen
 from vltrain.train.preemption import Preemption, time_limit_end
-from vltrain.train.ranks import adopt_ranks
+from vltrain.train.ranks import adopt_ranks, names_lost_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
 from vltrain.train.trainer import Trainer, make_trainer
 
@@ -71,7 +71,7 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
     require_machine(settings.config.data.workers)
     limit_threads(local_world_size())
     preemption = Preemption(time_limit_end(os.environ, settings.config.train.time_limit_minutes, started))
-    with preemption.listening():
+    with preemption.listening(), names_lost_ranks():
         try:
             run(settings, preemption)
         finally:

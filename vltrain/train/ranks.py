@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 INTERACTIVE_STEPS = 0xFFFFFFF0  # ids from here on are Slurm's own steps: the batch script, a shell that salloc opened
 LAUNCHER_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 EITHER = "deepspeed or torchrun, which say it"
+OF_LOST_RANKS = ("Connection closed by peer", "Connection reset by peer", "gloo/transport/", "Broken pipe", "Timed out waiting", "NCCL error")
 TELL_SECONDS = 60.0  # of waiting for other ranks, before a line about it
 PORTS = range(15000, 32000)  # below the ports that Linux gives away by itself
 
@@ -260,6 +261,18 @@ def _waiting_for_ranks(rank: int, world_size: int, place: str, timeout: datetime
         ) from None
     finally:
         tell.cancel()
+
+
+@contextmanager
+def names_lost_ranks() -> Iterator[None]:
+    """Turns what a collective raises when another rank has gone into one line. Raises RunLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in OF_LOST_RANKS)):
+            raise
+        raise RunLost(f"another rank, its machine or the network to it has gone ({detail[:300]}); see the other ranks' logs, then go on with --resume auto") from error
 
 
 def bind_rendezvous(address: str, port: int, across_nodes: bool) -> socket.socket:
