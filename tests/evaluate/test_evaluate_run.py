@@ -310,8 +310,8 @@ def test_a_missing_image_is_named(evaluated, tmp_path, capsys):
 def test_malformed_samples_name_file_and_line(tmp_path):
     good = json.dumps(Sample(id="a", turns=(Turn(role="user", text="q"), Turn(role="assistant", text="x"))).to_json())
     for text, part in (
-        (f"{good}\n{{\n", "line 2: not JSON"),
-        (f"{good}\n[]\n", "line 2: not a sample"),
+        (f"{good}\n{{\n", "jsonl:2:2: not JSON"),
+        (f"{good}\n[]\n", "jsonl:2: not a sample"),
         (f"{good}\n{good}\n", "'a' occurs twice"),
         ("\n", "no samples"),
     ):
