@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,23 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.command_line import CommandLine, whole
-from data_prep.parallel import in_chunks, ordered_map, usable_cores
+from data_prep.packed_images import PackedImages
+from data_prep.parallel import usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
-from data_prep.prepare import MAX_IMAGE_PIXELS, tell_dark
+from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
 from data_prep.spool import Spool
 from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
 from vltrain.data.conversation import TEMPLATES, find_template, fingerprint
-from vltrain.data.images import is_dark, read_image
 from vltrain.data.instruction import InstructionSource
+from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
-from vltrain.data.shards import Manifest, ShardFile, sha256_of
+from vltrain.data.shards import Manifest, ShardFile
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
 from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
 
 OVER_LONG = "over_long.jsonl"
-_IMAGES_PER_CHUNK = 16
 
 
 def pack(
@@ -53,6 +55,7 @@ def pack(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     instruction: InstructionSource | None = None,
     share: Share | None = None,
+    rebuild: bool = False,
 ) -> Manifest | None:
     """Packs a file of samples.
 
@@ -69,6 +72,7 @@ def pack(
         over_long: "error" or "drop", for samples that do not fit into a pack.
         instruction: the Q-Former's tokenizer, for templates that one reads.
         share: do only a part of the work, or merge the parts; None: everything at once.
+        rebuild: what is there already is replaced once the new packs are whole.
 
     Returns:
         The manifest of the written shards; None after a part.
@@ -78,26 +82,65 @@ def pack(
             folder, a sample that does not fit, an output that exists or cannot be written, parts that are missing or were made of something else.
     """
     _require_sensible(template, instruction, visual_tokens, pack_length, max_images, over_long)
-    workers = usable_cores() if workers is None else workers
+    workers = workers or usable_cores()
     loaded = load_tokenizer(tokenizer, instruction)
     facts = {
         "tokenizer_fingerprint": fingerprint(loaded, template), "tokenizer": tokenizer, "template": template, "visual_tokens": visual_tokens,
         "pack_length": pack_length, "max_images": max_images, "seed": seed,
     }  # fmt: skip
+    before = look(samples)
+    origin = _origin(samples, before, rendered_digest(loaded, template), {"over_long": over_long, "max_image_pixels": max_image_pixels})
+    given = _Given(samples, before, PackedImages(samples.parent, workers, max_image_pixels), origin)
     if share is None:
-        tokens = tokenised(samples, loaded, template, visual_tokens, workers)
-        return _write_packs(tokens, samples.parent, output, facts, over_long, workers, max_image_pixels)
-    made_with = {**facts, "samples": _digest(samples), "over_long": over_long, "max_image_pixels": max_image_pixels}
+        return _write_packs(tokenised(samples, loaded, template, visual_tokens, workers), given, output, facts, over_long, rebuild=rebuild)
+    made_with = {**facts, "samples": origin.samples, "over_long": over_long, "max_image_pixels": max_image_pixels}
     if share.part is None:
-        tokens = chain.from_iterable(map(read_tokens, finished_parts(output, share, made_with)))
-        manifest = _write_packs(tokens, samples.parent, output, facts, over_long, workers, max_image_pixels, decode=False)
-        remove_parts(output)
-        return manifest
+        return _merge(finished_parts(output, share, made_with), given, output, facts, over_long)
     if not is_done(output, share, made_with):
-        with new_part(output, share, made_with) as folder:
-            tokens = tokenised(samples, loaded, template, visual_tokens, workers, share)
-            write_tokens(_with_images_checked(tokens, samples.parent, pack_length, max_images, workers, max_image_pixels), folder)
+        tokens = tokenised(samples, loaded, template, visual_tokens, workers, share)
+        _write_part(_with_images_checked(tokens, given.images, pack_length, max_images), given, output, share, made_with)
     return None
+
+
+def _write_part(tokens: Iterable[Tokens], given: _Given, output: Path, share: Share, made_with: dict[str, Any]) -> None:
+    with new_part(output, share, made_with) as folder:
+        write_tokens(tokens, folder)
+        given.require_unchanged()
+        given.images.record.write(folder / CHECKED)
+
+
+def _merge(parts: list[Path], given: _Given, output: Path, facts: dict[str, Any], over_long: str) -> Manifest:
+    for part in parts:
+        given.images.expect(read_record(part / CHECKED))
+    manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), given, output, facts, over_long)
+    remove_parts(output)
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The file that is packed, as it was before, its images, and what the packs are made from."""
+
+    samples: Path
+    before: Seen
+    images: PackedImages
+    origin: MadeFrom
+
+    def require_unchanged(self) -> None:
+        if stat_of(self.samples) != self.before.stat and look(self.samples).digest != self.before.digest:
+            raise InputError(f"{self.samples}: was changed while it was packed; pack again when it is whole")
+
+
+def _origin(samples: Path, before: Seen, rendered: str | None, options: dict[str, Any]) -> MadeFrom:
+    """What packs are made from, the images but: those are known when they are stored."""
+    if before.kind != FILE:
+        raise InputError(f"{samples}: {'a folder' if before.kind == FOLDER else 'no such file'}, expected a file of samples")
+    prepared = read_prepared(samples.parent)
+    known = prepared is not None and prepared.samples is not None
+    return MadeFrom(
+        name=samples.name, samples=before.digest.hex(), prepared=prepared.samples if known else None, source=prepared.name() if known else None,
+        rendered=rendered, options=options,
+    )  # fmt: skip
 
 
 def _require_sensible(
@@ -114,46 +157,39 @@ def _require_sensible(
         raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
 
 
-def _digest(samples: Path) -> str:
-    try:
-        return sha256_of(samples)
-    except OSError as error:
-        raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
-
-
-def _with_images_checked(
-    chunks: Iterable[Tokens], root: Path, pack_length: int, max_images: int | None, workers: int, max_image_pixels: int
-) -> Iterator[Tokens]:
+def _with_images_checked(chunks: Iterable[Tokens], images: PackedImages, pack_length: int, max_images: int | None) -> Iterator[Tokens]:
     """Passes a part's tokens on, and then decodes every image of a sample that fits into a pack. Raises InputError for a damaged one."""
     first_user: dict[str, str] = {}
     for chunk in chunks:
-        for sample_id, images, length in zip(chunk.ids, chunk.images, chunk.lengths, strict=True):
-            if length <= pack_length and (max_images is None or len(images) <= max_images):
-                for path in images:
+        for sample_id, shown, length in zip(chunk.ids, chunk.images, chunk.lengths, strict=True):
+            if length <= pack_length and (max_images is None or len(shown) <= max_images):
+                for path in shown:
                     first_user.setdefault(path, sample_id)
         yield chunk
-    wanted = [(number, path, sample_id) for number, (path, sample_id) in enumerate(first_user.items())]
-    for _ in _checked_images(wanted, root, workers, max_image_pixels):
+    for _ in images.read([(number, path, sample_id) for number, (path, sample_id) in enumerate(first_user.items())]):
         pass
 
 
 def _write_packs(
-    tokens: Iterable[Tokens], root: Path, output: Path, facts: dict[str, Any], over_long: str, workers: int, max_image_pixels: int, *, decode: bool = True
+    tokens: Iterable[Tokens], given: _Given, output: Path, facts: dict[str, Any], over_long: str, *, rebuild: bool = False
 ) -> Manifest:
-    """Deals all samples to packs and writes the shards. `decode` False: the images have been decoded and are only read."""
+    """Deals all samples to packs and writes the shards."""
     pack_length, max_images = facts["pack_length"], facts["max_images"]
-    with write_shards(output) as writer:
+    with write_shards(output, replace=rebuild) as writer:
         spool = Spool(writer.folder)
         spool.fill(tokens)
         fits = spool.fitting(pack_length, max_images)
         extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
-        image_ids = _store_images(root, spool, kept, writer, workers, max_image_pixels, decode)
+        image_ids = _store_images(given.images, spool, kept, writer)
         order, starts = spool.deal(kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded)
         for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
         lost = spool.spelling.for_manifest()
         spool.remove()
+        given.require_unchanged()
+        given.images.record.add(SAMPLES_FILE, ".", given.before)
+        write_made_from(writer.folder, given.origin, given.images.record)
         return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept), lost=lost)
 
 
@@ -179,50 +215,17 @@ def _settle_over_long(
     return (describe(path, len(misfits)),)
 
 
-def _store_images(
-    root: Path, spool: Spool, kept: np.ndarray, writer: ShardWriter, workers: int, max_image_pixels: int, decode: bool
-) -> np.ndarray:
-    """Decodes (to check, if `decode`) and stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
+def _store_images(images: PackedImages, spool: Spool, kept: np.ndarray, writer: ShardWriter) -> np.ndarray:
+    """Stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
     first_user: dict[int, int] = {}
     for sample in kept[spool.num_images[kept] > 0].tolist():
         for ref in spool.refs(sample).tolist():
             first_user.setdefault(ref, sample)
     paths = list(spool.paths)
-    wanted = [(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]
     image_ids = np.full(len(paths), -1, np.int64)
-    for ref, data in _checked_images(wanted, root, workers, max_image_pixels, decode):
+    for ref, data in images.read([(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]):
         image_ids[ref] = writer.add_image(data)
     return image_ids
-
-
-def _checked_images(
-    wanted: list[tuple[int, str, str]], root: Path, workers: int, max_image_pixels: int, decode: bool = True
-) -> Iterator[tuple[int, bytes]]:
-    """Reads and, if `decode`, decodes images (number, path, sample) in several processes; yields their numbers and file bytes, in order."""
-    chunks = in_chunks(wanted, _IMAGES_PER_CHUNK)
-    checked = ordered_map(_check_images, chunks, workers, (str(root), max_image_pixels, decode))
-    dark: list[str] = []
-    with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
-        for chunk, found in checked:
-            yield from chunk
-            dark += found
-            progress.update(len(chunk))
-    tell_dark(dark)
-
-
-def _check_images(wanted: list[tuple[int, str, str]], root: str, max_pixels: int, decode: bool) -> tuple[list[tuple[int, bytes]], list[str]]:
-    """Reads and, if `decode`, decodes images (number, path, sample); returns their numbers and file bytes, and the paths of those that come out dark."""
-    checked, dark = [], []
-    folder = Path(root)
-    for ref, name, sample_id in wanted:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
-        where = f"sample '{sample_id}', image {folder / name}"
-        data = read_image(folder / name, max_pixels, where, inside=folder)
-        if decode and is_dark(data, max_pixels, where):
-            dark.append(name)
-        checked.append((ref, data))
-    return checked, dark
 
 
 @exits_cleanly
@@ -242,8 +245,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
     parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
     add_share_options(parser)
+    parser.add_argument("--rebuild", action="store_true", help="replace what is there already, once the new packs are whole")
     given = parser.read()
     share = read_share(given)
+    if share is not None and given.rebuild:
+        raise InputError("--rebuild does not go with --parts; remove the output, or name another one")
     settings = vars(given)
     read_with, max_tokens = settings.pop("qformer_tokenizer"), settings.pop("qformer_tokens")
     manifest = pack(**settings, instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None, share=share)

@@ -78,7 +78,7 @@ def new_part(output: Path, share: Share, made_with: Mapping[str, Any]) -> Iterat
     folder = part_folder(output, share.part, share.parts)
     with new_folder(folder) as temporary:
         yield temporary
-        files = {path.name: sha256_of(path) for path in sorted(temporary.iterdir()) if path.is_file()}
+        files = {path.name: sha256_of(path) for path in sorted(temporary.iterdir()) if path.is_file() and not path.match("*.stats.npy")}
         (temporary / RECORD).write_text(json.dumps({"made_with": made_with, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -105,6 +105,12 @@ def finished_parts(output: Path, share: Share, made_with: Mapping[str, Any]) -> 
     return folders
 
 
+def require_same_raw(folders: list[Path], raw: str) -> None:
+    """Raises InputError for a part that was made of other raw data than has this digest."""
+    for folder in folders:
+        _require_equal(folder, read_object(folder / RECORD)["made_with"], {"raw": raw})
+
+
 def remove_parts(output: Path) -> None:
     """Removes what the merge has used up."""
     shutil.rmtree(output.parent / f"{output.name}.parts")
@@ -119,7 +125,10 @@ def _require_same(folder: Path, made_with: Mapping[str, Any]) -> None:
         raise InputError(f"{folder / RECORD}: cannot be read ({error}); remove the folder and run the part again") from None
     if damaged:
         raise InputError(f"{folder / damaged[0]}: missing or changed since it was written; remove {folder} and run the part again")
-    now = json.loads(json.dumps(made_with))
-    differences = [f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    _require_equal(folder, before, json.loads(json.dumps(made_with)))
+
+
+def _require_equal(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differences = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in sorted(now) if before.get(name) != now[name]]
     if differences:
         raise InputError(f"{folder}: was made with other settings or data: {'; '.join(differences)}; remove it and run the part again")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
@@ -26,32 +26,35 @@ from tqdm import tqdm
 
 from data_prep.command_line import CommandLine, whole
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
-from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
-from data_prep.sources import SOURCES
+from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts, require_same_raw
+from data_prep.reading import ELSEWHERE, Reading
+from data_prep.sources import SOURCES, places_of, settled_texts
 from data_prep.sources.raw import ImageSource
 from data_prep.sources.splits import SplitOverlap
-from vltrain.config import DataConfig
+from vltrain.config import OWN, DataConfig
 from vltrain.data.folder import new_folder
 from vltrain.data.images import DARK, is_dark, read_image
+from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
 from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.files.record import FILE, FileRecord, Seen, digest_of, look, read_record, stat_of
 from vltrain.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.schema import Sample
 
 IMAGES = "images"
-RECORD = "prepared.json"  # the source and its options, for whoever finds the samples made already
 MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
-CHECKED = "images.sha256"  # in a part: the digest of the names of the images that it has checked
+CHECKED = "images.arrow"  # in a part: the record of the images that it has checked, raw and copied
 _CHUNK = 64
 
 Images = dict[str, tuple[ImageSource, str]]
 """Per image name its source and the first sample that uses it."""
 Named = tuple[str, tuple[ImageSource, str]]
 """An item of those."""
+Done = tuple[str, str | None, bytes, tuple[int, int, int, int] | None, tuple[int, int, int, int]]
+"""An image's name, its file if it has one, its digest, and the stats of file and copy."""
 
 logger = logging.getLogger(__name__)
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
-logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -63,6 +66,7 @@ def prepare(
     workers: int | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     share: Share | None = None,
+    rebuild: bool = False,
 ) -> dict[str, int]:
     """Prepares a raw data set.
 
@@ -74,6 +78,7 @@ def prepare(
         workers: processes that check images; None: all usable cores.
         max_image_pixels: larger images are refused.
         share: do only a part of the work, or merge the parts; None: everything at once.
+        rebuild: what is there already is replaced once the new samples are whole.
 
     Returns:
         Samples per split.
@@ -83,40 +88,53 @@ def prepare(
             an output that exists or cannot be written, parts that are missing or were made of something else.
     """
     if source not in SOURCES:
-        raise InputError(f"unknown source '{source}'; {nearest(source, SOURCES)}")
-    workers = usable_cores() if workers is None else workers
-    told = {name: str(value) for name, value in (options or {}).items()}
-    made_with = {"source": source, "input": str(input), "options": told, "max_image_pixels": max_image_pixels}
+        already = "samples are prepared: name them in a recipe, data.source: samples" if source == OWN else nearest(source, SOURCES)
+        raise InputError(f"unknown source '{source}'; {already}")
+    options = options or {}
+    made_with = {"source": source, "options": settled_texts(source, options), "max_image_pixels": max_image_pixels}
     counts: Counter[str] = Counter()
-    roots = _image_roots(input, options)
+    reading = Reading(places_of(source, input, options))
+    checks = _Checks(usable_cores() if workers is None else workers, max_image_pixels, _image_roots(input, options), reading)
     if share is not None and share.part is not None:
-        images = dict(_write_samples(source, input, options, None, counts))
+        images = dict(_write_samples(source, input, options, None, counts, reading))
+        made_with["raw"] = reading.record(_paths_in(images)).digest(*_everywhere(reading))
         if not is_done(output, share, made_with):
             names = _names_of_part(images, share, share.part)
             with new_part(output, share, made_with) as folder:
-                _check_images([(name, images[name]) for name in names], folder, workers, max_image_pixels, roots)
-                (folder / CHECKED).write_text(_digest(names))
+                checks.run([(name, images[name]) for name in names], folder).write(folder / CHECKED)
         return dict(counts)
     parts = finished_parts(output, share, made_with) if share is not None else []
-    with new_folder(output) as folder:
-        met = _write_samples(source, input, options, folder, counts)
-        if share is None:
-            _check_images(met, folder, workers, max_image_pixels, roots)
-        else:
-            _take_images(dict(met), share, parts, folder)
-        (folder / RECORD).write_text(json.dumps({"source": source, "options": told}, indent=2) + "\n")
+    with new_folder(output, replace=rebuild) as folder:
+        met, sources = _write_samples(source, input, options, folder, counts, reading), {}
+        record = checks.run(_kept(met, sources), folder) if share is None else _take_images(_kept(met, sources), reading, share, parts, folder)
+        record.extend(reading.record(_paths_in(sources)))
+        record.add_all(SAMPLES, ((f"{split}.jsonl", look(folder / f"{split}.jsonl")) for split in counts))
+        places, told = ({name: str(value) for name, value in some.items()} for some in (reading.places, options))
+        write_prepared(folder, Prepared(source=source, places=places, options=told, settled=made_with["options"]), record)
     if share is not None:
         remove_parts(output)
+        refresh_stats(output / SAMPLES_RECORD, record, {SAMPLES: output})  # a file that loses one of its names has changed
     return dict(counts)
+
+
+def _everywhere(reading: Reading) -> tuple[str, ...]:
+    return (*reading.places, ELSEWHERE)
+
+
+def _kept(met: Iterable[Named], sources: Images) -> Iterator[Named]:
+    """Passes images on, and keeps them."""
+    for name, source in met:
+        sources[name] = source
+        yield name, source
+
+
+def _paths_in(images: Images) -> Iterator[Path]:
+    return (source for source, _ in images.values() if isinstance(source, Path))
 
 
 def _names_of_part(images: Images, share: Share, part: int) -> list[str]:
     first, last = share.bounds(part, len(images))
     return list(images)[first:last]
-
-
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest() + "\n"
 
 
 def _image_roots(input: Path | None, options: Mapping[str, Any] | None) -> tuple[Path, ...]:
@@ -125,15 +143,30 @@ def _image_roots(input: Path | None, options: Mapping[str, Any] | None) -> tuple
     return (input if input.is_dir() else input.parent, *named) if input is not None else ()
 
 
-def _check_images(images: Iterable[Named], folder: Path, workers: int, max_image_pixels: int, roots: tuple[Path, ...]) -> None:
-    """`_copy_or_draw` in several processes, while the images are still being named; tells how many come out dark."""
-    checked = ordered_map(_copy_or_draw, in_chunks(images, _CHUNK), workers, (folder, max_image_pixels, roots))
-    dark: list[str] = []
-    with tqdm(desc="images", unit="image", disable=None) as progress:
-        for count, found in checked:
-            progress.update(count)
-            dark += found
-    tell_dark(dark)
+@dataclass(frozen=True)
+class _Checks:
+    """`_copy_or_draw` in several processes. `roots`: out of which no link of an image may lead."""
+
+    workers: int
+    max_image_pixels: int
+    roots: tuple[Path, ...]
+    reading: Reading
+
+    def run(self, images: Iterable[Named], folder: Path) -> FileRecord:
+        """Fills `folder` while the images are still being named; tells how many come out dark. Returns the images' record."""
+        checked = ordered_map(_copy_or_draw, in_chunks(images, _CHUNK), self.workers, (folder, self.max_image_pixels, self.roots))
+        dark: list[str] = []
+        record = FileRecord()
+        with tqdm(desc="images", unit="image", disable=None) as progress:
+            for done, found in checked:
+                progress.update(len(done))
+                dark += found
+                for name, source, digest, raw, copied in done:
+                    record.add(SAMPLES, name, Seen(FILE, digest, copied))
+                    if source is not None:
+                        record.add(*self.reading.name_of(source), Seen(FILE, digest, raw))
+        tell_dark(dark)
+        return record
 
 
 def tell_dark(names: list[str]) -> None:
@@ -143,18 +176,27 @@ def tell_dark(names: list[str]) -> None:
         logger.warning("images: %d come(s) out dark (%s): %s", len(names), why, ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))
 
 
-def _take_images(images: Images, share: Share, parts: list[Path], folder: Path) -> None:
-    """Takes what the parts have copied or drawn. Raises InputError if a part has checked others than the data has now."""
+def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: list[Path], folder: Path) -> FileRecord:
+    """Takes what the parts have copied or drawn. Raises InputError if a part was made of other raw data than is there now, or was changed since."""
+    images = dict(met)
+    require_same_raw(parts, reading.record(_paths_in(images)).digest(*_everywhere(reading)))
+    whole = FileRecord()
     for part, made in enumerate(parts, start=1):
-        names = _names_of_part(images, share, part)
-        if (made / CHECKED).read_text() != _digest(names):
+        record = read_record(made / CHECKED)
+        if [name for place, name in zip(record.places, record.names, strict=True) if place == SAMPLES] != _names_of_part(images, share, part):
             raise InputError(f"{made}: was made of other raw data than is there now; remove it and run the part again")
-        for name in names:
-            _link_or_copy(made / name, folder / name)
+        if changed := record.changes({SAMPLES: made}):
+            raise InputError(f"{made}: {'; '.join(changed)} since the part was made; remove it and run the part again")
+        for place, name, seen in record.rows():
+            if place == SAMPLES:
+                _link_or_copy(made / name, folder / name)
+                seen = seen._replace(stat=stat_of(folder / name))
+            whole.add(place, name, seen)
+    return whole
 
 
 def _write_samples(
-    source: str, input: Path | None, options: Mapping[str, Any] | None, folder: Path | None, counts: Counter[str]
+    source: str, input: Path | None, options: Mapping[str, Any], folder: Path | None, counts: Counter[str], reading: Reading
 ) -> Iterator[Named]:
     """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each image when it first comes."""
     sources: dict[str, ImageSource] = {}
@@ -162,7 +204,7 @@ def _write_samples(
     overlap = SplitOverlap()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for raw in tqdm(SOURCES[source](input, options or {}), desc="samples", unit="sample", disable=None):
+        for raw in tqdm(reading.watch(SOURCES[source](input, options)), desc="samples", unit="sample", disable=None):
             sample = raw.sample
             if sample.id in seen:
                 raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
@@ -202,20 +244,24 @@ def _image_name(name: str) -> str:
     return str(IMAGES / PurePosixPath(name))
 
 
-def _copy_or_draw(images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]) -> tuple[int, list[str]]:
-    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns their number, and the files that come out dark."""
-    dark = []
+def _copy_or_draw(images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]) -> tuple[list[Done], list[str]]:
+    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns also the files that come out dark."""
+    done, dark = [], []
     for name, (source, sample_id) in images:
+        path, before = None, None
         if isinstance(source, Path):
             where = f"sample '{sample_id}', image {source}"
+            path, before = str(source), stat_of(source)
             data = read_image(source, max_pixels, where, inside=_root_of(source, roots))
             if is_dark(data, max_pixels, where):
-                dark.append(str(source))
+                dark.append(path)
         else:
             data = source()
-        _make_folder((folder / name).parent)
-        (folder / name).write_bytes(data)
-    return len(images), dark
+        copy = folder / name
+        _make_folder(copy.parent)
+        copy.write_bytes(data)
+        done.append((name, path, digest_of(data), before, stat_of(copy)))
+    return done, dark
 
 
 def _root_of(source: Path, roots: tuple[Path, ...]) -> Path | None:
@@ -260,11 +306,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes that check images (default: all cores)")
     parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
     add_share_options(parser)
+    parser.add_argument("--rebuild", action="store_true", help="replace what is there already, once the new samples are whole")
     given = parser.read()
     share = read_share(given)
+    if share is not None and given.rebuild:
+        raise InputError("--rebuild does not go with --parts; remove the output, or name another one")
     counts = prepare(
         given.source, given.input, given.output, parse_options(given.options), workers=given.workers,
-        max_image_pixels=given.max_image_pixels, share=share,
+        max_image_pixels=given.max_image_pixels, share=share, rebuild=given.rebuild,
     )  # fmt: skip
     if share is not None and share.part is not None:
         print(f"part {share.part} of {share.parts} is done")

@@ -27,7 +27,7 @@ def test_nothing_given_is_the_defaults():
     loaded = load()
     assert loaded.config == Config()
     assert loaded.given == frozenset()
-    assert loaded.options == {"ranks": None, "ds": None, "resume": "auto"}
+    assert loaded.options == {"ranks": None, "ds": None, "resume": "auto", "rebuild": None}
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):

@@ -15,6 +15,8 @@ from vltrain.errors import require as _require
 from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_STEPS, MOST_TOKENS, MOST_WORKERS, check_ranges, number
 
+OWN = "samples"  # the source that prepares nothing
+EASYVQA_ROOT = "data/easyvqa"
 Placement = Literal["none", "attention", "ffn", "both"]
 
 
@@ -194,14 +196,17 @@ class ModelConfig:
 class DataConfig:
     """Raw data, its prepared samples and its packed shards."""
 
-    source: str = "easyvqa"
-    """Which reader of `data_prep.sources` prepares the raw data."""
+    source: str | None = None
+    """Which reader of `data_prep.sources` prepares the raw data; `samples`: none, they are samples in JSONL already and are read where they
+    are; null: easyvqa for its own root, and for any other root the samples that are prepared there, whatever they were made from."""
     input: str | None = None
-    """Where the raw data is; null where the source finds it by itself (easyvqa: the installed package)."""
+    """Where the raw data is; null where the source finds it by itself (easyvqa: the installed package). Of `samples`: a folder of SPLIT.jsonl,
+    or the file of `train_split`."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of that reader, e.g. `prompt_format: QCM-ALE` of scienceqa."""
-    root: str = "data/easyvqa"
-    """Where prepared samples (`samples/SPLIT.jsonl`) and packs (`packed/SPLIT-FINGERPRINT/`) are kept; made if missing."""
+    """Options of that reader, e.g. `prompt_format: QCM-ALE` of scienceqa. Of `samples`: the files of further splits, `val: FILE`."""
+    root: str = EASYVQA_ROOT
+    """Where prepared samples (`samples/SPLIT.jsonl`) and packs (`packed/SPLIT-FINGERPRINT/`) are kept; made if missing. The default is kept for
+    easyvqa; what is there is used only if it was made from what the recipe says."""
     train_split: str = "train"
     eval_split: str = "val"
     """The split that is evaluated while training."""
@@ -225,6 +230,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
+
+    @property
+    def is_easyvqa(self) -> bool:
+        """Whether it is the installed easy-VQA, by its name or by its root."""
+        return self.input is None and (self.source == "easyvqa" or (self.source is None and self.root == EASYVQA_ROOT))
+
+    @property
+    def reader(self) -> str | None:
+        """Which reader prepares the samples; None where they must be there."""
+        return "easyvqa" if self.is_easyvqa else None if self.source == OWN else self.source
 
 
 @dataclass(kw_only=True)

@@ -29,18 +29,19 @@ from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import load_text as load_recipe_text
 
 COMMAND_LINE = "command line"
-FLAGS = ("help", "print_config")
+FLAGS = ("help", "print_config")  # of every program
+REBUILD = "rebuild"
 SHORT_NAMES = {"bits": "model.bits"}  # settings that have a name of one word on the command line, too
 LAUNCHER_OPTIONS = ("local_rank", "local-rank")  # `deepspeed` hands its workers this; the environment says the same
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a program beside the settings."""
+    """An option of a program beside the settings. `metavar` None: it stands alone, and its value is `yes` where it is given."""
 
     help: str
     default: str | None = None
-    metavar: str = "VALUE"
+    metavar: str | None = "VALUE"
 
 
 RANKS = Option("ranks of this machine, or auto for one per accelerator, else two on the CPU; of `vltrain` alone, a launcher says it itself", metavar="N")
@@ -50,6 +51,7 @@ TRAIN_OPTIONS: dict[str, Option] = {
     "resume": Option(
         "auto: from the newest whole checkpoint in the output folder, if any; never; or a checkpoint's folder", "auto", "{auto,never,PATH}"
     ),
+    REBUILD: Option("make prepared samples and packs that were made from something else than the recipe says anew; what matches stays", metavar=None),
 }
 
 
@@ -145,12 +147,13 @@ def load_settings(
     """
     recipe_option = Option("YAML file of settings, or the name of one that comes with vltrain; FILE#ROW: a row of a table", str(default_recipe) if default_recipe else None, "FILE")
     options = {"recipe": recipe_option, **(options or {})}
-    arguments = split_arguments(argv)
+    arguments = split_arguments(argv, flags=(*FLAGS, *(name for name, option in options.items() if option.metavar is None)))
     if ("help", None) in arguments.options:
         _parser(program, description, options, positionals).print_help()
         raise SystemExit(0)
     _check_names(arguments, options, positionals)
     chosen = {name: arguments.last(name) or option.default for name, option in options.items()}
+    chosen |= {name: "yes" for name, option in options.items() if option.metavar is None and (name, None) in arguments.options}
     recipe = find_recipe(chosen["recipe"], f"{COMMAND_LINE}: --recipe") if chosen["recipe"] else None
     from_recipe = read_recipe(recipe) if recipe else {}
     is_stored = default_is_checked and recipe == default_recipe
@@ -238,7 +241,10 @@ def _parser(program: str, description: str, options: Mapping[str, Option], posit
         prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="recipe"
     )
     for name, option in options.items():
-        parser.add_argument(f"--{name}", help=option.help, default=option.default, metavar=option.metavar, type=str)
+        if option.metavar is None:
+            parser.add_argument(f"--{name}", help=option.help, action="store_true")
+        else:
+            parser.add_argument(f"--{name}", help=option.help, default=option.default, metavar=option.metavar, type=str)
     for name, key in SHORT_NAMES.items():
         parser.add_argument(f"--{name}", help=f"short for --{key}", metavar="VALUE", type=str)
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and end")

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import easyvqa, flickr30k, iconqa, llava_json, scienceqa, scienceqa_image, shapes, vizwiz
+from data_prep.sources.options import all_options
 from data_prep.sources.raw import RawSample
+from vltrain.errors import InputError
+from vltrain.locate import locate
 
 SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample]]] = {
     "easyvqa": easyvqa.read,
@@ -25,3 +28,29 @@ SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample
     "shapes": shapes.read,
     "vizwiz": vizwiz.read,
 }
+
+# Where a source finds its data by itself, and the options that name a file or folder: what is read there counts, not what it is called.
+OWN_DATA = {"easyvqa": "package://easy_vqa/data"}
+_GIVEN = "a file or folder"
+PATH_OPTIONS = {"llava_json": ("images",), "scienceqa": ("rationales",)}
+
+
+def settled_texts(source: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Every option of a source as a text, those at their default too; of one that names a file or folder only that it does."""
+    paths = PATH_OPTIONS.get(source, ())
+    settled = all_options(SOURCES[source], options)
+    return {name: _GIVEN if name in paths and value else str(value) for name, value in settled.items()}
+
+
+def places_of(source: str, input: Path | None, options: Mapping[str, Any]) -> dict[str, Path]:
+    """The files and folders that a source is told to read, or finds by itself, by the name of the setting."""
+    places = {"data.input": input} if input is not None else {}
+    if input is None and source in OWN_DATA:
+        try:
+            places["data.input"] = Path(locate(OWN_DATA[source]))
+        except InputError:  # not installed: whoever reads it says so
+            pass
+    for name in PATH_OPTIONS.get(source, ()):
+        if options.get(name):
+            places[f"data.options.{name}"] = Path(str(options[name]))
+    return places

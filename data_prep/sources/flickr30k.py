@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading import is_there
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
@@ -50,7 +51,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     folder = next((input / name for name in IMAGE_FOLDERS if (input / name).is_dir()), None)
     if folder is None:
         raise InputError(f"{input}: found no folder of images, expected one of {', '.join(IMAGE_FOLDERS)}")
-    if (input / SPLIT_FILE).is_file():
+    if is_there(input / SPLIT_FILE):
         for name in ("val_images", "test_images"):
             if name in options:
                 raise InputError(f"source 'flickr30k', option '{name}': has no effect: {SPLIT_FILE} has splits of its own; leave it out")

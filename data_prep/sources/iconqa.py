@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading import is_there
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import MAX_CHOICES, check_template, lettered, plain
 from data_prep.sources.raw import RawSample, ids_of
@@ -59,10 +60,10 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     if input is None:
         raise InputError("source 'iconqa' needs --input, the folder of the official files")
     root, base = _find_root(input)
-    has_splits = any((root / split).is_dir() for split in SPLITS)
-    problems = read_object(base / "problems.json") if (base / "problems.json").is_file() else {}
-    skills = read_object(base / "pid2skills.json") if (base / "pid2skills.json").is_file() else {}
-    splits = None if has_splits or not (base / "pid_splits.json").is_file() else _splits_by_pid(base / "pid_splits.json")
+    has_splits = any([is_there(root / split) for split in SPLITS])
+    problems = read_object(base / "problems.json") if is_there(base / "problems.json") else {}
+    skills = read_object(base / "pid2skills.json") if is_there(base / "pid2skills.json") else {}
+    splits = None if has_splits or not is_there(base / "pid_splits.json") else _splits_by_pid(base / "pid_splits.json")
     held_out = [name for name in ("val_fraction", "test_fraction") if name in options]
     if held_out and (has_splits or splits is not None):
         raise InputError(f"source 'iconqa', option '{held_out[0]}': has no effect: {root} has splits of its own; leave it out")
@@ -76,7 +77,7 @@ def _questions(
     """All questions; in `train` where neither folders nor `splits` tell the split."""
     for folder, split in _question_folders(root, has_splits, settled["ques_types"]):
         where = f"{folder / 'data.json'}: problem '{folder.name}'"
-        if (folder / "data.json").is_file():
+        if is_there(folder / "data.json"):
             record = read_json(folder / "data.json")
         elif folder.name in problems:
             record, where = problems[folder.name], f"{base / 'problems.json'}: problem '{folder.name}'"
@@ -118,7 +119,7 @@ def _question_folders(root: Path, has_splits: bool, wanted: tuple[str, ...]) -> 
             for entry in sorted(parent.iterdir()):
                 if entry.is_dir() and entry.name not in TYPES:
                     raise InputError(f"{entry}: unknown question type '{entry.name}', {nearest(entry.name, TYPES)}")
-        for ques_type in (name for name in TYPES if name in wanted and (parent / name).is_dir()):
+        for ques_type in (name for name in TYPES if name in wanted and is_there(parent / name)):
             folders = (entry for entry in (parent / ques_type).iterdir() if entry.is_dir())
             yield from ((folder, split) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name)))
 

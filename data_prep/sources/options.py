@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vltrain.errors import InputError, nearest
@@ -30,7 +30,29 @@ def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any], r
             raise InputError(f"source '{source}', option '{name}': found {value!r}, expected {kind.__name__}") from None
         if name in ranges:
             ranges[name].require(f"source '{source}', option '{name}'", settled[name])
+    if _asked:
+        raise _Settled(settled)
     return settled
+
+
+class _Settled(Exception):
+    """Carries a reader's options out of it before it reads anything."""
+
+
+_asked = False
+
+
+def all_options(read: Callable[[None, Mapping[str, Any]], Iterator[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option of a reader, those at their default too, by the `settle` that each begins with. Raises InputError as that does."""
+    global _asked
+    _asked = True
+    try:
+        next(read(None, given), None)
+    except _Settled as found:
+        return found.args[0]
+    finally:
+        _asked = False
+    raise AssertionError(f"{read.__module__}: a reader begins with `settle`")
 
 
 def _read(value: Any, kind: type) -> Any:

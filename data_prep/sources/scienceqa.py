@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading import is_there
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample, ids_of, image_name
 from vltrain.errors import InputError, nearest
@@ -56,7 +57,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             where = f"{input / 'problems.json'}: problem '{pid}'"
             problem = checked(problems[pid], where)
             image = input / "images" / split / pid / image_name(problem, "image", where) if problem.get("image") else None
-            if image is not None and settled["missing_images"] == "drop" and not image.is_file():
+            if image is not None and settled["missing_images"] == "drop" and not is_there(image):
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
             yield to_sample(pid, split, problem, image, settled["prompt_format"], rationales.of(pid, problem))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading import is_there
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, lettered, plain
 from data_prep.sources.raw import RawSample, ids_of, image_name
@@ -48,7 +49,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             if not problem.get("image"):
                 continue
             image = input / "images" / split / pid / image_name(problem, "image", where)
-            if settled["missing_images"] == "drop" and not image.is_file():
+            if settled["missing_images"] == "drop" and not is_there(image):
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
             yield _sample(pid, split, problem, image, settled["prompt"])

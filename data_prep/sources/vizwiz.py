@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading import is_there
 from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
@@ -66,7 +67,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
 
 def _first(input: Path, name: str, folder: str) -> Path | None:
-    return next((path for path in (input / name, input / folder / name) if path.exists()), None)
+    return next((path for path in (input / name, input / folder / name) if is_there(path)), None)
 
 
 def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) -> Iterator[RawSample]:

@@ -7,10 +7,11 @@ import threading
 import time
 
 import pytest
+import xxhash
 
 from vltrain.errors import InputError
 from vltrain.files import digest
-from vltrain.files.digest import file_digest, file_digests, files_below, folder_digest, remember
+from vltrain.files.digest import file_digest, file_digests, files_below, folder_digest
 
 BIG = 1 << 20  # remembered; less is read each time
 
@@ -28,7 +29,7 @@ def reads(monkeypatch):
     """Which files were read."""
     seen = []
     whole = digest._read_digest
-    monkeypatch.setattr(digest, "_read_digest", lambda path: seen.append(os.path.basename(path)) or whole(path))
+    monkeypatch.setattr(digest, "_read_digest", lambda algorithm, path: seen.append(os.path.basename(path)) or whole(algorithm, path))
     return seen
 
 
@@ -148,11 +149,12 @@ def test_without_a_cache_files_are_read(tmp_path, cache, state, monkeypatch, rea
     assert reads == ["a"]
 
 
-def test_what_was_taken_elsewhere_is_remembered(tmp_path, reads):
+def test_algorithms_are_remembered_apart(tmp_path, reads):
     path = write(tmp_path / "a")
-    remember({path: (path.stat(), sha(path))})
-    assert file_digest(path) == sha(path)
-    assert reads == []
+    for _ in range(2):
+        assert file_digests([path], algorithm="xxh3_128") == [xxhash.xxh3_128(path.read_bytes()).hexdigest()]
+        assert file_digest(path) == sha(path)
+    assert reads == ["a", "a"]
 
 
 def test_writers_at_once_leave_whole_entries(tmp_path, cache):
@@ -171,4 +173,4 @@ def test_entries_replace_those_of_the_same_file(tmp_path, cache):
         time.sleep(0.01)
         file_digest(write(tmp_path / "a", byte))
     (entries,) = cache.iterdir()
-    assert len(digest._read(str(entries))) == 1
+    assert len(digest._read(str(entries), "sha256")) == 1

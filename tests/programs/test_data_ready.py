@@ -1,4 +1,4 @@
-"""Samples that are there already are taken as they are, unless the recipe asks for others."""
+"""Samples that are there already are used if they were made from what the recipe names, and else refused or made anew; older ones are adopted."""
 
 import json
 from dataclasses import replace
@@ -27,16 +27,44 @@ def asking(config: Config, **options: str) -> Config:
     return replace(config, data=replace(config.data, options=options))
 
 
-def test_samples_of_another_option_are_refused(config):
+def test_samples_of_another_option_are_refused_and_made_anew_on_request(config):
     file = ready_samples(config, "train")
     before = file.read_bytes()
-    assert ready_samples(config, "train") == ready_samples(asking(config), "train") == file
     assert ready_samples(asking(config, prompt_format="QCM-A", missing_images="error"), "train").read_bytes() == before
-    with pytest.raises(InputError, match="prompt_format = QCM-A, the recipe says QCM-ALE.*another data.root"):
-        ready_samples(asking(config, prompt_format="QCM-ALE"), "train")
+    for other, said in (({"prompt_format": "QCM-AE"}, "is QCM-AE"), ({}, r"is QCM-ALE \(its default\)")):
+        with pytest.raises(InputError, match=f"data.options.prompt_format was QCM-A, {said}.*--rebuild.*another data.root"):
+            ready_samples(asking(config, **other), "train")
+        assert file.read_bytes() == before
+    assert ready_samples(asking(config), "train", rebuild=True).read_bytes() != before
+    assert "BECAUSE" in file.read_text()
 
 
-def test_samples_of_other_makers_are_taken_as_they_are(config):
+def test_what_matches_is_not_made_anew(config):
     file = ready_samples(config, "train")
-    (file.parent / "prepared.json").unlink()
+    before = file.stat()
+    assert ready_samples(config, "train", rebuild=True).stat() == before
+
+
+def test_samples_without_a_record_are_taken_told_and_watched_from_then_on(config, caplog):
+    file = ready_samples(config, "train")
+    for path in file.parent.glob("prepared*"):
+        path.unlink()
     assert ready_samples(asking(config, prompt_format="QCM-ALE"), "train") == file
+    assert "no record of what they were made from" in caplog.text
+    file.write_text(file.read_text().replace("Q?", "R?"))
+    with pytest.raises(InputError, match="train.jsonl differs"):
+        ready_samples(config, "train")
+
+
+def test_an_older_record_says_what_it_can(config, caplog):
+    file = ready_samples(config, "train")
+    for path in file.parent.glob("prepared*"):
+        path.unlink()
+    (file.parent / "prepared.json").write_text(json.dumps({"source": "scienceqa", "options": {"prompt_format": "QCM-A"}}))
+    with pytest.raises(InputError, match="prompt_format was QCM-A"):
+        ready_samples(asking(config), "train")
+    assert ready_samples(config, "train") == file and "taken as they are" in caplog.text
+    assert ready_samples(config, "train", rebuild=True) == file
+    caplog.clear()
+    ready_samples(config, "train")
+    assert not caplog.text

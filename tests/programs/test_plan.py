@@ -166,7 +166,7 @@ def test_an_instructblips_packs_are_planned_with(tmp_path: Path) -> None:
     config = load_settings(["--recipe", str(recipe)], program="", description="", options={}).config
     source, instruction = tokenizer_sources(config)
     folder = packed_folder(config, load_tokenizer(source, instruction), QUERIES)
-    ready_packs(config, folder, QUERIES)
+    ready_packs(config, folder, load_tokenizer(source, instruction), QUERIES)
     plan = planned(tmp_path, "--recipe", str(recipe))
     assert plan["packs"] == str(folder) and plan["steps_per_epoch"] > 0
     assert plan["pack"]["num_tokens"] <= config.data.pack_length and plan["pack"]["num_images"] > 0

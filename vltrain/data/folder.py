@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vltrain.errors import InputError
-from vltrain.files.leftovers import remove_leftovers, temporary_beside
+from vltrain.files.leftovers import remove, remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
 
 from vltrain.files.mode import umask_mode
@@ -29,27 +29,51 @@ def refuse_existing(output: Path) -> None:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `output` when the block ends without an error.
+def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `output` when the block ends without an error; `replace`: in the place of what has that name.
 
     Raises:
         InputError: `output` exists, or the place cannot be written to (no permission, disk full, read-only, not a folder).
     """
-    refuse_existing(output)
+    if not replace:
+        refuse_existing(output)
     with one_writer(lock_beside(output), output, remedy="name another output"):
         temporary = temporary_beside(output)
         try:
-            refuse_existing(output)  # again: it may have appeared before the lock was ours
-            remove_leftovers(output)
+            if not replace:
+                refuse_existing(output)  # again: it may have appeared before the lock was ours
+            for name in (output, _aside(output)):
+                remove_leftovers(name)
             temporary.mkdir()
             yield temporary
             _flush(temporary)
-            os.rename(temporary, output)
+            with _put_aside(output, replace):
+                os.rename(temporary, output)
             _flush_one(output.parent)
         except OSError as error:
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.old")
+
+
+@contextmanager
+def _put_aside(output: Path, replace: bool) -> Iterator[None]:
+    """Moves away what has that name, removes it if the block ends without an error, and else puts it back."""
+    if not replace or not os.path.lexists(output):
+        yield
+        return
+    old = temporary_beside(_aside(output))
+    os.rename(output, old)
+    try:
+        yield
+    except BaseException:
+        os.rename(old, output)
+        raise
+    remove(old)
 
 
 def _flush(folder: Path) -> None:

@@ -20,13 +20,14 @@ FILE_BYTES = 256 << 20  # a new file is begun when one has grown to this
 
 
 @contextmanager
-def write_shards(output: Path, file_bytes: int = FILE_BYTES) -> Iterator[ShardWriter]:
-    """Gives a writer; the folder `output` exists once the block has ended without an error and the writer was finished.
+def write_shards(output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = False) -> Iterator[ShardWriter]:
+    """Gives a writer; the folder `output` exists once the block has ended without an error and the writer was finished, with `replace` in the
+    place of an older one.
 
     Raises:
         InputError: `output` exists or cannot be written.
     """
-    with new_folder(output) as folder:
+    with new_folder(output, replace=replace) as folder:
         writer = ShardWriter(folder, file_bytes)
         try:
             yield writer

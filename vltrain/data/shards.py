@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vltrain.data.origin import require_whole_record
 from vltrain.errors import InputError
 from vltrain.files.strict_json import parse_json, read_text
 from vltrain.schema import PackedRow
@@ -208,6 +209,8 @@ class PackedDataset:
         """
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
+        if verify:
+            require_whole_record(self.folder)
         for file in self.manifest.files:
             self._check(file, verify)
         self._packs = _Table(self.folder, self._files("packs-"))

@@ -1,4 +1,6 @@
-"""SHA-256 of files and folders: what something was made from, whatever it is called and wherever it lies.
+"""Digests of files and folders: what something was made from, whatever it is called and wherever it lies.
+
+SHA-256, or for images by the million XXH3 of 128 bits: it finds every edit at a twentieth of the cost, but no forger who makes two files for it.
 
 A digest is remembered under size, modification and change time and inode of its file, so that asking a second time costs a stat. The change
 time is what no program can set: an edit that puts the modification time back is seen too. The device is left out, since network
@@ -23,9 +25,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import xxhash
 
 from vltrain.errors import InputError
 
@@ -35,6 +40,8 @@ _FEW_FILES, _FEW_BYTES = 100, 1 << 20
 # V and not S: numpy strips zero bytes at the end of an S.
 _ENTRY = np.dtype([("inode", "<u8"), ("size", "<i8"), ("mtime_ns", "<i8"), ("ctime_ns", "<i8"), ("digest", "V32")])
 
+Algorithm = Literal["sha256", "xxh3_128"]
+_HASHES = {"sha256": hashlib.sha256, "xxh3_128": xxhash.xxh3_128}
 Known = dict[tuple[int, int, int, int], bytes]
 """Digests by (inode, size, mtime_ns, ctime_ns)."""
 
@@ -44,8 +51,8 @@ def file_digest(path: Path | str, *, verify: bool = False) -> str:
     return file_digests([path], verify=verify)[0]
 
 
-def file_digests(paths: Sequence[Path | str], *, verify: bool = False) -> list[str]:
-    """SHA-256 (hex) of each file's bytes; links are followed.
+def file_digests(paths: Sequence[Path | str], *, verify: bool = False, algorithm: Algorithm = "sha256") -> list[str]:
+    """Digest (hex) of each file's bytes; links are followed.
 
     Args:
         verify: read every file, though its digest may be known.
@@ -58,7 +65,7 @@ def file_digests(paths: Sequence[Path | str], *, verify: bool = False) -> list[s
         by_folder[os.path.dirname(path)].append(number)
     found = [""] * len(paths)
     for folder, numbers in by_folder.items():
-        for number, digest in zip(numbers, _digests_in(folder, [paths[number] for number in numbers], verify), strict=True):
+        for number, digest in zip(numbers, _digests_in(folder, [paths[number] for number in numbers], verify, algorithm), strict=True):
             found[number] = digest.hex()
     return found
 
@@ -105,27 +112,17 @@ def files_below(folder: Path | str) -> list[str]:
     return sorted(names)
 
 
-def remember(digests: Mapping[Path, tuple[os.stat_result, str]]) -> None:
-    """Keeps digests (hex) that were taken elsewhere, of files with the stat from before they were read."""
-    by_folder: dict[str, Known] = defaultdict(dict)
-    for path, (before, digest) in digests.items():
-        if _is_settled(before):
-            by_folder[os.path.dirname(path)][_identity(before)] = bytes.fromhex(digest)
-    for folder, new in by_folder.items():
-        _add(_entries_of(folder), new)
-
-
-def _digests_in(folder: str, paths: Sequence[Path | str], verify: bool) -> list[bytes]:
-    entries = _entries_of(folder)
-    known = _read(entries) if entries is not None and not verify else {}
+def _digests_in(folder: str, paths: Sequence[Path | str], verify: bool, algorithm: Algorithm) -> list[bytes]:
+    entries = _entries_of(folder, algorithm)
+    known = _read(entries, algorithm) if entries is not None and not verify else {}
     identities = [_identity(_stat(path)) for path in paths]
     missing = [number for number, identity in enumerate(identities) if identity not in known]
     if not missing:
         return [known[identity] for identity in identities]
     with ThreadPoolExecutor(_THREADS) as pool:
-        taken = dict(zip(missing, pool.map(_read_digest, [paths[number] for number in missing]), strict=True))
+        taken = dict(zip(missing, pool.map(partial(_read_digest, algorithm), [paths[number] for number in missing]), strict=True))
     found = [taken[number][1] if number in taken else known[identity] for number, identity in enumerate(identities)]
-    _add(entries, {_identity(before): digest for before, digest in taken.values() if _is_settled(before)})
+    _add(entries, algorithm, {_identity(before): digest for before, digest in taken.values() if _is_settled(before)})
     return found
 
 
@@ -139,12 +136,12 @@ def _stat(path: Path | str) -> os.stat_result:
     return found
 
 
-def _read_digest(path: Path | str) -> tuple[os.stat_result, bytes]:
+def _read_digest(algorithm: Algorithm, path: Path | str) -> tuple[os.stat_result, bytes]:
     """The stat from before reading, so that what is written meanwhile is not taken for what was read."""
     before = _stat(path)
     try:
         with open(path, "rb") as stream:
-            return before, hashlib.file_digest(stream, "sha256").digest()
+            return before, hashlib.file_digest(stream, _HASHES[algorithm]).digest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -157,29 +154,30 @@ def _is_settled(found: os.stat_result) -> bool:
     return time.time_ns() - found.st_ctime_ns > SETTLED_NS
 
 
-def _entries_of(folder: str) -> str | None:
+def _entries_of(folder: str, algorithm: Algorithm) -> str | None:
     """The cache file for the files of a folder; None where there can be no cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as its specification says
         base = os.path.join(os.path.expanduser("~"), ".cache")
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder or "."))).hexdigest()
-    return os.path.join(base, "vltrain", "digests", f"{name[:32]}.npy") if os.path.isabs(base) else None
+    return os.path.join(base, "vltrain", "digests", f"{name[:32]}.{algorithm}.npy") if os.path.isabs(base) else None
 
 
-def _read(entries: str) -> Known:
+def _read(entries: str, algorithm: Algorithm) -> Known:
     try:
         table = np.load(entries, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return {}
     if table.dtype != _ENTRY or table.ndim != 1:
         return {}
+    width = _HASHES[algorithm]().digest_size
     keys = zip(*(table[name].tolist() for name in ("inode", "size", "mtime_ns", "ctime_ns")), strict=True)
-    return dict(zip(keys, table["digest"].tolist(), strict=True))
+    return dict(zip(keys, (digest[:width] for digest in table["digest"].tolist()), strict=True))
 
 
-def _add(entries: str | None, new: Known) -> None:
+def _add(entries: str | None, algorithm: Algorithm, new: Known) -> None:
     if entries is not None and (len(new) >= _FEW_FILES or sum(size for _, size, _, _ in new) >= _FEW_BYTES):
-        _write(entries, _read(entries) | new)
+        _write(entries, _read(entries, algorithm) | new)
 
 
 def _write(entries: str, known: Known) -> None:

@@ -8,6 +8,7 @@ TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipe
     --ds JSON          DeepSpeed's knobs for every row
     --only ROW ...     these rows alone
     --ranks N          ranks of this machine; left out: its accelerators, or two on a CPU
+    --rebuild          make prepared samples and packs that were made from something else than the recipes say anew
     --split NAME       the split to answer; left out: the table's `ablation.split`, or the recipe's data.test_split
     --KEY VALUE        overrides for all rows (vltrain train --help names them); --output: the folder of the table; --eval.max_samples
                        bounds the questions of every evaluation, the last one too
@@ -35,13 +36,13 @@ from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.older_runs import value_before
-from vltrain.programs.data_ready import ready_samples
+from vltrain.programs.data_ready import data_identity, ready_samples, samples_folder
 from vltrain.programs.made_of import made_of
 from vltrain.programs.run_folder import recorded_identity
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
 from vltrain.shipped import find_recipe
-from vltrain.settings import COMMAND_LINE, Arguments, Option, load_settings, split_arguments
+from vltrain.settings import COMMAND_LINE, FLAGS, REBUILD, Arguments, Option, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.identity import MADE_OF, differences
 from vltrain.train.preemption import EXIT_REQUEUE, Preempted
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's knobs", metavar="JSON"), "only": Option("rows", metavar="ROW ..."), "ranks": Option("ranks", metavar="N"),
-    "split": Option("split to answer", metavar="NAME"),
+    "split": Option("split to answer", metavar="NAME"), REBUILD: Option("make data that does not match anew", metavar=None),
 }  # fmt: skip
 # Settings that change no figure of a row's line: a finished row stays finished under others.
 CHANGE_NOTHING = {
@@ -59,6 +60,7 @@ CHANGE_NOTHING = {
     "output", "model.llm.attention", "model.adapter.impl", "data.workers", "train.log_every_steps", "train.save_every_steps",
     "train.keep_checkpoints", "train.time_limit_minutes", "eval.batch_size", "eval.max_samples", "eval.tensorboard_samples",
 }  # fmt: skip
+DATA = "samples"  # in what a row was made with: their digest, known once they are there
 # These too, unless the best checkpoint is answered by, or evaluations end the training.
 CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_every_epochs"}
 INTERRUPTED = 130  # as shells report Ctrl-C
@@ -77,6 +79,7 @@ class Job:
     made_with: dict[str, Any]
     config: Config
     max_samples: int | None
+    rebuild: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ class Plan:
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
     """Runs the table that the command line names. Returns the exit code, see the module."""
-    arguments = split_arguments(argv)
+    arguments = split_arguments(argv, flags=(*FLAGS, REBUILD))
     if ("help", None) in arguments.options:
         print(__doc__)
         return 0
@@ -186,10 +189,11 @@ def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int)
     max_samples = config.eval.max_samples if bounded else table.ablation.max_samples
     bound = () if max_samples is None else ("--eval.max_samples", str(max_samples))
     best = ("--checkpoint", "best") if config.train.keep_best else ()
+    rebuild = (REBUILD, None) in arguments.options
     return Job(
-        row=row, folder=folder / row, train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ())),
+        row=row, folder=folder / row, train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ()), *(("--rebuild",) if rebuild else ())),
         evaluate_words=(str(folder / row), "--split", split, *best, *bound), split=split,
-        made_with={**_figures(config), "split": split, "questions": max_samples}, config=config, max_samples=max_samples,
+        made_with={**_figures(config), "split": split, "questions": max_samples}, config=config, max_samples=max_samples, rebuild=rebuild,
     )  # fmt: skip
 
 
@@ -216,6 +220,10 @@ def _settled(job: Job) -> Outcome:
             found = f"{key} was {before!r}, is {value!r}"
             raise InputError(f"{job.folder}: holds row '{job.row}' of other settings: {found}; choose another --output, or remove it")
     _require_same_files(job)
+    data = data_identity(job.config, job.split)
+    if data is not None and outcome.made_with.get(DATA, data) != data:
+        found = f"{samples_folder(job.config)} has other samples now than it was trained and answered on"
+        raise InputError(f"{job.folder}: holds row '{job.row}' of other data: {found}; choose another --output, or remove it")
     return outcome
 
 
@@ -241,6 +249,7 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
         outcome.state, outcome.reason, outcome.made_with = RUNNING, None, job.made_with
         if not _can_be_answered(job, outcome, title):
             return
+        outcome.made_with = {**job.made_with, DATA: data_identity(job.config, job.split)}
         if not _run_program("train", plan.train, job.train_words, plan.ranks, job, outcome, title):
             return
         outcome.state = TRAINED
@@ -257,7 +266,7 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
 def _can_be_answered(job: Job, outcome: Outcome, title: str) -> bool:
     """Whether the split that the row will answer is there and fits its scorer, asked before hours of training; if not, `outcome` says why."""
     try:
-        answerable_samples(ready_samples(job.config, job.split), job.config, job.max_samples)
+        answerable_samples(ready_samples(job.config, job.split, rebuild=job.rebuild), job.config, job.max_samples)
     except InputError as error:
         outcome.state, outcome.reason = FAILED, str(error)
         logger.error("%s: %s", title, error)

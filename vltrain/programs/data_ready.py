@@ -1,55 +1,121 @@
-"""Makes the data that a recipe names, if it is not there yet: one process works, all others wait before the process group exists."""
+"""Makes the data that a recipe names, if it is not there yet, and lets what is there be used only if it was made from what the recipe names.
+
+One process makes and checks, all others wait before the process group exists. What there is to be compared is in the records that
+`vltrain.data.origin` describes: a mismatch is an error that says what changed; with `rebuild` what does not match is made anew beside, and swapped.
+Samples and packs of versions that kept no records are taken as they are, with a notice, where nothing contradicts, and recorded from then on.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from vltrain.config import Config
+from vltrain.config import EASYVQA_ROOT, OWN, Config, DataConfig
 from vltrain.data.conversation import fingerprint
 from vltrain.data.instruction import SUBFOLDER, InstructionSource
+from vltrain.data.origin import PREPARED, read_prepared
 from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
-from vltrain.errors import InputError
-from vltrain.files.strict_json import read_object
+from vltrain.errors import InputError, require
+from vltrain.files.digest import combined_digest
+from vltrain.files.record import look
 from vltrain.programs.made_once import made_once
+from vltrain.programs.origins import packs_differ, samples_differ
 
 logger = logging.getLogger(__name__)
 
 OTHER_ROOT = "choose another data.root"
+REBUILD = "make them anew with --rebuild"
 
 
 def samples_folder(config: Config) -> Path:
-    """Where the prepared samples of a recipe are."""
-    return Path(config.data.root) / "samples"
+    """Where the samples of a recipe are: prepared ones, or those of its own."""
+    data = config.data
+    if data.source != OWN:
+        return Path(data.root) / "samples"
+    place = Path(str(data.input))
+    return place if place.is_dir() else place.parent
 
 
-def ready_samples(config: Config, split: str) -> Path:
+def require_source(data: DataConfig) -> None:
+    """Raises InputError unless the recipe says whose samples are in `data.root`."""
+    if data.source is None and not data.is_easyvqa:
+        for name in ("input", "options"):
+            require(not getattr(data, name), f"data.{name}", getattr(data, name), "nothing, since data.source names no reader; name one, or samples")
+    if data.source == OWN:
+        require(data.input is not None, "data.input", None, "a folder of SPLIT.jsonl or a file of samples, for data.source = samples")
+        for split, file in data.options.items():
+            require(isinstance(file, str), f"data.options.{split}", file, "the split's file of samples, for data.source = samples")
+    if data.root == EASYVQA_ROOT and not data.is_easyvqa and not (data.source == OWN and data.train_packs is not None):
+        made = f"data.source = {data.source}{f', data.input = {data.input}' if data.input else ''}"
+        raise InputError(f"data.root: found {data.root!r}, which is kept for easyvqa; expected a folder of its own for {made}")
+
+
+def ready_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
     """The JSONL file of one split's samples, prepared from the raw data if it is missing. Every rank may call this.
 
-    Raises: InputError if the samples that are there were made from the same source with another option.
+    Raises: InputError if the samples that are there were made from something else than the recipe names.
     """
+    require_source(config.data)
+    if config.data.source == OWN:
+        return samples_file(config, split)
     folder = samples_folder(config)
-    if not folder.exists():
-        made_once(lambda: _prepare(config), folder, remedy=OTHER_ROOT)
-    _require_same_options(config, folder)
-    return folder / f"{split}.jsonl"
+    if not folder.exists() or rebuild:
+        _require_maker(config, folder)
+        made_once(lambda: _prepare(config, replace=rebuild), folder, remedy=OTHER_ROOT, is_good=_no_differences(config, folder) if rebuild else None)
+    if int(os.environ.get("RANK", "0")) == 0 and (differences := samples_differ(config, folder)):
+        way_out = f"{REBUILD}, or {OTHER_ROOT}; or take them as they are: data.source null, without data.input and data.options"
+        raise InputError(f"{folder}: its samples were made from something else than the recipe names: {'; '.join(differences)}. Nothing was changed; {way_out}")
+    return samples_file(config, split)
 
 
-def _require_same_options(config: Config, folder: Path) -> None:
-    """What either side leaves to the source's default is not compared; nor are samples of other makers, which have no record."""
-    from data_prep.prepare import RECORD
+def samples_file(config: Config, split: str) -> Path:
+    """Where a split's samples are, for whoever has had them made and checked: while a run goes on, its raw data may become the next one's.
 
-    record = folder / RECORD
-    made = read_object(record) if record.exists() else {"source": None}
-    if made["source"] != config.data.source:
-        return
-    for name, value in config.data.options.items():
-        if made["options"].get(name, str(value)) != str(value):
-            found = f"its samples were made with {name} = {made['options'][name]}, the recipe says {value}"
-            raise InputError(f"data.options.{name}: has no effect on {folder}: {found}; name another data.root, or remove the folder")
+    Raises: InputError for a split of own samples that the recipe does not say the file of.
+    """
+    data, folder = config.data, samples_folder(config)
+    if data.source != OWN:
+        return folder / f"{split}.jsonl"
+    if split in data.options:
+        return Path(str(data.options[split]))
+    place = Path(str(data.input))
+    if not place.exists():
+        raise InputError(f"data.input: {place}: no such file or folder, expected own samples (data.source = samples)")
+    if place.is_dir():
+        return place / f"{split}.jsonl"
+    if split != data.train_split:
+        ways = f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without evaluation (eval.scorer: null)"
+        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; {ways}")
+    return place
+
+
+def data_identity(config: Config, split: str) -> str | None:
+    """Digest (hex) of the set of samples that a recipe trains on and of which a split is answered; None where it is not there yet, or has no record."""
+    if config.data.source != OWN:
+        prepared = read_prepared(samples_folder(config))
+        return None if prepared is None else prepared.samples
+    files = (samples_file(config, name) for name in dict.fromkeys((config.data.train_split, split)))
+    return combined_digest({str(number): look(file).digest.hex() for number, file in enumerate(files)})
+
+
+def _require_maker(config: Config, folder: Path) -> None:
+    """Raises InputError where nothing says what is to be prepared, or packs of other samples would be evaluated by what is."""
+    data = config.data
+    if data.reader is None:
+        way_out = "name what they are prepared from (data.source, data.input), or own samples: data.source samples, data.input FOLDER"
+        raise InputError(f"{folder}: no such folder, and data.source names nothing to make it of; {way_out}")
+    if data.train_packs is not None and not folder.exists():
+        found = f"data.train_packs = {data.train_packs} are trained on, and {folder}, whose samples would be answered, is not there"
+        raise InputError(f"{found}; name theirs: data.root, or data.source samples with data.input FOLDER; or prepare it first (vltrain prepare)")
+
+
+def _no_differences(config: Config, folder: Path) -> Callable[[], bool]:
+    return lambda: folder.exists() and not samples_differ(config, folder, strict=True)
 
 
 def tokenizer_sources(config: Config) -> tuple[str, InstructionSource | None]:
@@ -66,7 +132,7 @@ def tokenizer_sources(config: Config) -> tuple[str, InstructionSource | None]:
 
 
 def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:
-    """Where the packs of a recipe are: a folder named after everything that they depend on."""
+    """Where the packs of a recipe are: a folder named after everything that they depend on but the samples, of which a root has one set."""
     data = config.data
     depends_on = [FORMAT_VERSION, fingerprint(tokenizer, data.template), data.template, visual_tokens, data.pack_length, data.max_images]
     if data.over_long == "drop":  # packs made under `error` hold every sample
@@ -75,33 +141,53 @@ def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> P
     return Path(data.root) / "packed" / f"{data.train_split}-{digest}"
 
 
-def ready_packs(config: Config, folder: Path, visual_tokens: int) -> None:
-    """Packs the recipe's training split into `folder` if that is missing. Every rank calls this."""
-    if not folder.exists():
-        samples = ready_samples(config, config.data.train_split)
-        made_once(lambda: _pack(config, samples, folder, visual_tokens), folder, remedy=OTHER_ROOT)
+def ready_packs(
+    config: Config, folder: Path, tokenizer: Tokenizer, visual_tokens: int, *, rebuild: bool = False, samples_are_ready: bool = False
+) -> None:
+    """Packs the recipe's training split into `folder` if that is missing. Every rank calls this.
+
+    Args:
+        rebuild: packs that do not match are made anew, and so are samples.
+        samples_are_ready: `ready_samples` was called.
+
+    Raises: InputError if what is there was packed from other samples.
+    """
+    split = config.data.train_split
+    samples = samples_file(config, split) if samples_are_ready else ready_samples(config, split, rebuild=rebuild)
+    if not samples.is_file():
+        there = ", ".join(sorted(path.stem for path in samples.parent.glob("*.jsonl"))) or "none"
+        raise InputError(f"{samples}: no such file, so there are no samples of data.train_split = {split}; splits there: {there}")
+    if not folder.exists() or rebuild:
+        is_good = (lambda: folder.exists() and not packs_differ(config, folder, samples, tokenizer, strict=True)) if rebuild else None
+        made_once(lambda: _pack(config, samples, folder, visual_tokens, replace=rebuild), folder, remedy=OTHER_ROOT, is_good=is_good)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    if differences := packs_differ(config, folder, samples, tokenizer):
+        found = f"{folder}: was packed from something else than {samples}: {'; '.join(differences)}"
+        raise InputError(f"{found}. Nothing was changed; {REBUILD}, or {OTHER_ROOT}")
 
 
-def _prepare(config: Config) -> None:
+def _prepare(config: Config, *, replace: bool) -> None:
     from data_prep.prepare import prepare
 
-    logger.info("data: preparing %s into %s", config.data.source, samples_folder(config))
+    reader = config.data.reader
+    assert reader is not None, "_require_maker"
+    logger.info("data: preparing %s into %s", reader, samples_folder(config))
     raw = Path(config.data.input) if config.data.input else None
-    prepare(config.data.source, raw, samples_folder(config), config.data.options, max_image_pixels=config.data.max_image_pixels)
+    prepare(reader, raw, samples_folder(config), config.data.options, max_image_pixels=config.data.max_image_pixels, rebuild=replace)
 
 
-def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int) -> None:
+def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int, *, replace: bool) -> None:
     from data_prep.pack import OVER_LONG, pack
-    from data_prep.prepare import RECORD
     from data_prep.sources.splits import overlap_of
 
     logger.info("data: packing %s into %s", samples, folder)
-    if not (samples.parent / RECORD).exists():  # of those that were prepared from raw data it has been told
+    if not (samples.parent / PREPARED).exists():  # of those that were prepared from raw data it has been told
         for line in overlap_of(samples.parent):
             logger.warning("%s: %s", samples.parent, line)
     source, instruction = tokenizer_sources(config)
     manifest = pack(
-        samples, source, config.data.template, visual_tokens, config.data.pack_length, folder, instruction=instruction,
+        samples, source, config.data.template, visual_tokens, config.data.pack_length, folder, instruction=instruction, rebuild=replace,
         max_images=config.data.max_images, over_long=config.data.over_long, max_image_pixels=config.data.max_image_pixels,
     )
     if manifest.over_long:

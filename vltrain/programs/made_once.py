@@ -26,32 +26,34 @@ LONGEST_SECONDS = 48 * 3600.0  # for a result that another process makes, while 
 TELL_SECONDS = 60.0
 
 
-def made_once(make: Callable[[], object], result: Path, *, remedy: str) -> None:
+def made_once(make: Callable[[], object], result: Path, *, remedy: str, is_good: Callable[[], bool] | None = None) -> None:
     """Has `make` make the folder `result`, unless another process is at it: then its result is waited for. Every rank calls this.
 
     Args:
         remedy: what a user can do but wait, see `vltrain.files.lock.one_writer`.
+        is_good: whether what is there is the result; None: if anything is there.
 
     Raises:
         InputError: whoever makes it has gone without a result, or takes longer than LONGEST_SECONDS; what `make` raises.
     """
+    is_good = is_good or result.exists
     if int(os.environ.get("RANK", "0")) > 0:
-        _wait_for(result)
+        _wait_for(result, is_good)
         return
     with one_writer(lock_beside(result), result, remedy=remedy, wait_seconds=LONGEST_SECONDS) as waited:
-        if result.exists():
-            logger.info("data: %s was made by another run meanwhile, and is used", result)
+        if is_good():
+            logger.info("data: %s is there meanwhile, and is used", result)
             return
         if waited:
             logger.warning("data: who was making %s has ended without a result; it is made here", result)
         make()
 
 
-def _wait_for(result: Path) -> None:
+def _wait_for(result: Path, is_good: Callable[[], bool]) -> None:
     """For ranks other than 0."""
     began = seen = looked = told = time.monotonic()
     patience = UNSEEN_SECONDS
-    while not result.exists():
+    while not is_good():
         now = time.monotonic()
         if now - looked >= LOOK_SECONDS or now - seen >= patience:
             looked = now

@@ -21,13 +21,15 @@ from vltrain.check.memory_plan import (
 )  # fmt: skip
 from vltrain.check.sizes import assume_sizes, is_here
 from vltrain.config import Config
+from vltrain.data.origin import read_made_from
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.whole import write_json
 from vltrain.models.build import AnyModel, build_model, count_trained, part_of
-from vltrain.programs.data_ready import packed_folder, tokenizer_sources
+from vltrain.programs.data_ready import packed_folder, samples_file, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
+from vltrain.programs.origins import packs_differ
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.optim import parameter_groups
@@ -130,7 +132,13 @@ def _packs(config: Config, tokenizer: Tokenizer | None, no_tokenizer: str, visua
         return None, no_tokenizer
     else:
         folder = packed_folder(config, tokenizer, visual_tokens)
-    return (PackedDataset(folder, verify=False), str(folder)) if folder.exists() else (None, f"none at {folder}")
+    if not folder.exists():
+        return None, f"none at {folder}"
+    if config.data.train_packs is None and tokenizer is not None and read_made_from(folder) is not None:
+        samples = samples_file(config, config.data.train_split)
+        if samples.is_file() and (differences := packs_differ(config, folder, samples, tokenizer)):
+            return None, f"not looked at: {folder} was packed from something else than {samples}: {'; '.join(differences)}"
+    return PackedDataset(folder, verify=False), str(folder)
 
 
 def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, outline_model
-from vltrain.programs.data_ready import tokenizer_sources
+from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.programs.train import open_packs
 from vltrain.programs.made_of import made_of
 from vltrain.programs.run_folder import recipe_of, weights_before, weights_used
@@ -54,7 +54,11 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     limit_threads(1)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
-    dataset = open_packs(config, tokenizer, outline_model(config.model, device(), dtype).visual_tokens)
+    visual_tokens = outline_model(config.model, device(), dtype).visual_tokens
+    if config.data.train_packs is None:  # those that it was trained on, whatever became of the samples; none are made
+        own_packs = str(packed_folder(config, tokenizer, visual_tokens))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_packs=own_packs))
+    dataset = open_packs(config, tokenizer, visual_tokens)
     rank, world_size = init_distributed()
     try:
         model = build_model(

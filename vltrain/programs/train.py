@@ -35,11 +35,12 @@ from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
 from vltrain.recipe import dump_config
-from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
+from vltrain.settings import REBUILD, TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
 from vltrain.programs.made_of import made_of
-from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, tokenizer_sources
+from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source, samples_file, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
+from vltrain.programs.origins import require_same_set
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
@@ -85,6 +86,7 @@ def run(settings: Settings, preemption: Preemption) -> None:
     set_determinism(config.train.deterministic)
     ds_json = load_ds_json(settings.options["ds"])
     # Here only so that a mistake is found before hours of preparation.
+    require_source(config.data)
     stage = zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1"))))
     require_compilable(config, stage)
     _require_widenable(config, stage)
@@ -114,12 +116,7 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
     outline = outline_model(config.model, device(), dtype)
     require_tokenizer_fits(config, tokenizer, outline)
-    packed = config.data.train_packs is not None
-    if not packed:
-        _require_answerable(config, tokenizer, outline)  # before hours of packing
-    dataset = open_packs(config, tokenizer, outline.visual_tokens)
-    if packed:
-        _require_answerable(config, tokenizer, outline)
+    dataset = _ready_data(config, tokenizer, outline, rebuild=settings.options[REBUILD] is not None)
     require_positions(dataset, outline)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
@@ -199,17 +196,40 @@ def _require_no_lost_checkpoints(folder: Path) -> None:
         )
 
 
-def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> PackedDataset:
+def _ready_data(config: Config, tokenizer: Tokenizer, outline: AnyModel, *, rebuild: bool) -> PackedDataset:
+    """Samples and packs, made, made anew or checked.
+
+    Raises: InputError if they are not of what the recipe names or not of one set, and for evaluations that would fail after the first step.
+    """
+    dataset = open_packs(config, tokenizer, outline.visual_tokens) if config.data.train_packs is not None else None
+    evaluates = config.eval.scorer is not None
+    if evaluates:
+        file = ready_samples(config, config.data.eval_split, rebuild=rebuild)
+        if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
+            require_same_set(config, dataset.folder, file)
+        answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
+        ask(answered, read_samples(file), tokenizer, config, outline, str(file))
+    if dataset is not None:
+        return dataset
+    return open_packs(config, tokenizer, outline.visual_tokens, rebuild=rebuild, samples_are_ready=evaluates)
+
+
+def open_packs(
+    config: Config, tokenizer: Tokenizer, visual_tokens: int, *, rebuild: bool = False, samples_are_ready: bool = False
+) -> PackedDataset:
     """Opens the packs to train on, made first if the recipe leaves that to us.
 
+    Args:
+        rebuild, samples_are_ready: see `ready_packs`.
+
     Raises:
-        InputError: damaged packs, or packs made for another tokenizer, template or number of visual tokens.
+        InputError: damaged packs, packs made for another tokenizer, template or number of visual tokens, or from other samples than the recipe's.
     """
     if config.data.train_packs is not None:
         folder = Path(config.data.train_packs)
     else:
         folder = packed_folder(config, tokenizer, visual_tokens)
-        ready_packs(config, folder, visual_tokens)
+        ready_packs(config, folder, tokenizer, visual_tokens, rebuild=rebuild, samples_are_ready=samples_are_ready)
     dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
     require_match(
         dataset.manifest, tokenizer_fingerprint=fingerprint(tokenizer, config.data.template), visual_tokens=visual_tokens,
@@ -218,18 +238,10 @@ def open_packs(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Pack
     return dataset
 
 
-def _require_answerable(config: Config, tokenizer: Tokenizer, outline: AnyModel) -> None:
-    """Raises InputError, before the first step, for evaluations that would fail after it."""
-    if config.eval.scorer is not None:
-        samples_file = ready_samples(config, config.data.eval_split)
-        samples = answerable_samples(samples_file, config, config.eval.max_samples)
-        ask(samples, read_samples(samples_file), tokenizer, config, outline, str(samples_file))
-
-
 def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None, files: FilesOf) -> float | None:
     """The figure of the report on rank 0, None elsewhere."""
     config = trainer.config
-    samples = ready_samples(config, config.data.eval_split)
+    samples = samples_file(config, config.data.eval_split)
     report = evaluate_split(
         trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
         step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,

@@ -1,0 +1,170 @@
+"""What prepared samples and packs were made from: a record beside each, and what has changed since.
+
+    samples/prepared.json       source, its places as they were named, every option, and digests of what was read and of what was made
+    samples/prepared.arrow      the files read and made; .stats.npy: how they were (`vltrain.files.record`)
+    packed/*/made_from.json     digest of the samples file, of the prepared set that it belongs to, the chat template as rendered
+    packed/*/made_from.arrow    the samples file and the images that were packed; .stats.npy
+
+The record of packs stands beside their manifest and not in it: the manifest's checksum is of what was packed, by which runs know their packs, and
+the same packs may be made from samples that lie elsewhere or differ in what is not trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vltrain.data.tokenizer import Tokenizer
+from vltrain.errors import InputError
+from vltrain.files.record import FileRecord, digest_of, read_record
+from vltrain.files.strict_json import read_object
+
+PREPARED, SAMPLES_RECORD = "prepared.json", "prepared.arrow"
+MADE_FROM, PACKS_RECORD = "made_from.json", "made_from.arrow"
+SAMPLES = "samples"  # the place of prepared files: JSONL and images
+SAMPLES_FILE = "samples file"  # the place of the file that was packed
+VERSION = 2
+_DAMAGED = "its text is not as it was written: changed or damaged; make what is beside it anew with --rebuild"
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What a set of prepared samples was made from.
+
+    places    the files and folders that were named, by setting, as they were
+    options   those that were given, as texts
+    settled   every option, as a text; None in a record of an older version, which has no files either
+    samples   digest of what was made: the set's identity, wherever it lies
+    adopted   the record is of samples that an older version made: of how they were when they were first met
+    """
+
+    source: str | None
+    places: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+    settled: dict[str, str] | None = None
+    samples: str | None = None
+    files: str | None = None
+    adopted: bool = False
+    version: int = 1
+
+    def name(self) -> str:
+        """As an error message calls it."""
+        named = ", ".join(self.places.values())
+        return f"{self.source or 'an unknown source'}{f' ({named})' if named else ''}"
+
+
+@dataclass(kw_only=True)
+class MadeFrom:
+    """What a set of packs was made from.
+
+    name       of the samples file
+    samples    digest of what was packed: the file and the images
+    prepared   `Prepared.samples` of the set that the file belongs to; None where it has no record
+    source     what that set was made from, for messages
+    rendered   digest of a conversation as the chat template wrote it; None without one
+    """
+
+    name: str
+    samples: str
+    prepared: str | None = None
+    source: str | None = None
+    rendered: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    files: str | None = None
+    adopted: bool = False
+    version: int = VERSION
+
+
+def write_prepared(folder: Path, made: Prepared, record: FileRecord) -> None:
+    """Writes both files of a set of samples into its folder; `samples` and `files` are filled in."""
+    made.samples, made.version = record.digest(SAMPLES), VERSION
+    _write(folder, PREPARED, SAMPLES_RECORD, made, record)
+
+
+def write_made_from(folder: Path, made: MadeFrom, record: FileRecord) -> None:
+    """Writes both files of a set of packs into its folder; `files` is filled in."""
+    _write(folder, MADE_FROM, PACKS_RECORD, made, record)
+
+
+def _write(folder: Path, name: str, record_name: str, made: Prepared | MadeFrom, record: FileRecord) -> None:
+    made.files = record.write(folder / record_name)
+    fields = asdict(made)
+    text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, ensure_ascii=False)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return digest_of(json.dumps(fields, sort_keys=True).encode()).hex()
+
+
+def read_prepared(folder: Path) -> Prepared | None:
+    """The record of a set of samples; None where there is none. Raises InputError for a damaged one."""
+    return _read(folder / PREPARED, Prepared)
+
+
+def read_made_from(folder: Path) -> MadeFrom | None:
+    """The record of a set of packs; None where there is none. Raises InputError for a damaged one."""
+    return _read(folder / MADE_FROM, MadeFrom)
+
+
+def _read(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    checksum = content.pop("checksum", None)
+    if checksum != _checksum(content) and content.get("version", 1) >= VERSION:
+        raise InputError(f"{path}: {_DAMAGED}")
+    try:
+        return kind(**content)
+    except TypeError as error:
+        raise InputError(f"{path}: is no record of this version ({error}); {_DAMAGED}") from None
+
+
+def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
+    """Digest (hex) of a conversation as the tokenizer's chat template writes it, for the template that uses it.
+
+    Raises: InputError if it writes something else each time: what is trained on must be what is asked.
+    """
+    if template != "chat":
+        return None
+    turns = [{"role": role, "content": f"turn {number}"} for number, role in enumerate(("user", "assistant", "user", "assistant"))]
+    rendered = {tokenizer.render_chat(turns) for _ in range(8)}
+    if len(rendered) > 1:
+        raise InputError("the tokenizer's chat template writes something else each time; take one that does not, or data.template: mmt")
+    return digest_of(rendered.pop().encode("utf-8", "surrogatepass")).hex()
+
+
+def changes_since(folder: Path, made: Prepared | MadeFrom, roots: Mapping[str, Path | None], *, verify: bool = False) -> list[str]:
+    """What has changed of the files that samples or packs in `folder` were made from, see `FileRecord.changes`.
+
+    What is found unchanged in another place is recorded anew, so that the next time costs a stat. Raises InputError for a damaged record.
+    """
+    path = folder / (SAMPLES_RECORD if isinstance(made, Prepared) else PACKS_RECORD)
+    record = read_record(path, made.files)
+    found = record.changes(roots, verify=verify)
+    if not found:
+        _keep_stats(path, record)
+    return found
+
+
+def refresh_stats(path: Path, record: FileRecord, roots: Mapping[str, Path | None]) -> None:
+    """Records the stats of files that something was done to which changed none of their bytes."""
+    record.take_stats(roots)
+    _keep_stats(path, record)
+
+
+def _keep_stats(path: Path, record: FileRecord) -> None:
+    if record.has_new_stats:
+        with suppress(OSError):  # a folder that can only be read: its files are compared again the next time
+            record.write_stats(path)
+
+
+def require_whole_record(folder: Path) -> None:
+    """Raises InputError if packs have a damaged record of what they were made from; those of older versions have none."""
+    made = read_made_from(folder)
+    if made is not None:
+        read_record(folder / PACKS_RECORD, made.files)
