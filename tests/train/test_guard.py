@@ -62,7 +62,8 @@ def test_the_log_goes_on_where_the_checkpoint_is(tmp_path, content):
 
     path = tmp_path / "log.jsonl"
     path.write_text(content)
-    with _reopen_log(path, 2) as log:
-        log.write('{"step": 2, "new": 1}\n')
+    log = _reopen_log(path, 2)
+    log.write('{"step": 2, "new": 1}\n')
+    log.close()
     kept = '{"step": 0}\n{"step": 1}\n' if content else ""
     assert path.read_text() == kept + '{"step": 2, "new": 1}\n'
