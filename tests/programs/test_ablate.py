@@ -110,12 +110,15 @@ class Pretender:
         self.commands: list[list[str]] = []
         self.failing: set[str] = set()
         self.interrupts: set[str] = set()
+        self.leaves: dict[str, int] = {}
 
     def __call__(self, program: Path, words: tuple[str, ...], ranks: int, log: Path) -> int:
         self.commands.append([program.stem, str(ranks), *words])
         row = log.parent.name
         if f"{row}/{program.stem}" in self.interrupts:
             raise KeyboardInterrupt
+        if f"{row}/{program.stem}" in self.leaves:
+            return self.leaves[f"{row}/{program.stem}"]
         if f"{row}/{program.stem}" in self.failing:
             log.write_text("starting\nerror: no such thing as a blue moon\nKilling subprocess 7\n")
             return 2
@@ -271,3 +274,12 @@ def test_an_instructblips_percentages_are_of_full_qformer_tuning():
     outcomes = {"lora": Outcome(state="done", parameters=1000, trained=5, full_qformer=50, steps=1, metrics={"total": 1, "failed": 0, "accuracy": 1.0, "columns": {}})}
     lines = to_markdown({"lora": {}}, outcomes).splitlines()
     assert "% of full Q-Former" in lines[0] and " 10.00 " in lines[2]
+
+
+@pytest.mark.parametrize("code", [85, 130])
+def test_a_row_that_was_asked_to_leave_has_not_failed(table, pretender, capsys, code):
+    pretender.leaves = {"small/train_mmt": code}
+    assert main([str(table), "--ranks", "1"]) == code
+    assert json.loads((table.parent / "out" / "small" / "row.json").read_text())["state"] == "running"
+    pretender.leaves = {}
+    assert main([str(table), "--ranks", "1"]) == 0

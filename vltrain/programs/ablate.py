@@ -30,7 +30,7 @@ from typing import Any
 
 from vltrain.config import Config
 from vltrain.console import start_logging
-from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, nearest
 from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, read_outcome, write_outcome, write_table
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
@@ -63,7 +63,6 @@ CHANGE_NOTHING = {
 DATA = "samples"  # in what a row was made with: their digest, known once they are there
 # These too, unless the best checkpoint is answered by, or evaluations end the training.
 CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_every_epochs"}
-INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ def run(plan: Plan) -> int:
         except (KeyboardInterrupt, Preempted) as stop:
             write_table(plan.folder, rows, outcomes)
             logger.warning("%s: interrupted; the same command goes on from its newest checkpoint", title)
-            return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else EXIT_REQUEUE
+            return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         print(write_table(plan.folder, rows, outcomes), flush=True)
     failed = [job.row for job in jobs if outcomes[job.row].state == FAILED]
     for row in failed:
@@ -287,12 +286,12 @@ def _run_program(name: str, program: Path, words: tuple[str, ...], ranks: int, j
         spent = time.monotonic() - started
         outcome.seconds += spent if name == "train" else 0.0
         outcome.evaluation_seconds = spent if name == "evaluate" else outcome.evaluation_seconds
-        if code and code != EXIT_REQUEUE:
+        if code and code not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
             outcome.state, outcome.reason = FAILED, f"{name} ended with exit code {code}: {reason_of_failure(log)} (whole output: {log})"
             logger.error("%s: %s", title, outcome.reason)
         write_outcome(job.folder, outcome)
-    if code == EXIT_REQUEUE:
-        raise Preempted(f"{name} was asked to leave")
+    if code in (EXIT_REQUEUE, EXIT_INTERRUPTED):
+        raise Preempted(f"{name} was asked to leave", code)
     return code == 0
 
 
