@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from tests.support.tiny import make_segments, write_packs
 from vltrain.errors import EXIT_INTERRUPTED
 from vltrain.train.checkpoint import open_checkpoint
 from vltrain.train.preemption import CAUTION, EXIT_REQUEUE, RESERVE_SECONDS, UNSEEN_SAVE_SECONDS, Preemption, time_limit_end
+from vltrain.train.trainer import Trainer
 
 NUM_STEPS = 60
 CHANGES = {
@@ -218,3 +220,15 @@ def test_the_earlier_limit_counts():
     assert time_limit_end({"SLURM_JOB_END_TIME": "1000"}, None, 0) == 1000
     assert time_limit_end({"SLURM_JOB_END_TIME": "1000"}, 10, 0) == 600
     assert time_limit_end({"SLURM_JOB_END_TIME": "500"}, 10, 0) == 500
+
+
+@pytest.mark.parametrize(("world_size", "asked", "saved_before", "saves", "leaves"), [(1, True, 2, [3], [3]), (1, True, 3, [], [3]), (1, False, 2, [], []), (2, True, 2, [], [])])
+def test_a_rank_alone_that_waits_for_data_saves_and_leaves(world_size, asked, saved_before, saves, leaves):
+    """It stands at a step boundary; of several ranks the others may not."""
+    saved, left = [], []
+    trainer = SimpleNamespace(
+        engine=SimpleNamespace(world_size=world_size), preemption=SimpleNamespace(is_asked=asked), guard=SimpleNamespace(flush=lambda: None),
+        done=3, saved=saved_before, save=saved.append, _leave=left.append,
+    )  # fmt: skip
+    Trainer._leave_while_waiting(trainer)
+    assert (saved, left) == (saves, leaves)
