@@ -13,11 +13,13 @@ from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.attacks.attack import AttackFailed, Shown, attack, refuses, right
-from tests.support.peft_folders import CONFIG, WEIGHTS, by_stock_peft, edit, edit_weights, exported, off_from_stock, taken_up
+from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, right
+from tests.support.peft_folders import CONFIG, WEIGHTS, base, by_stock_peft, edit, edit_weights, exported, off_from_stock, save_run, taken_up
+from vltrain.models.build import build_model
 
 SCALED, PATTERNS, CHANGED, ALIEN = "scaling of an adapter folder", "layers that an adapter folder means", "adapters on a changed base", "settings of an adapter folder"
 BROKEN, TENSORS, ORIGIN = "broken adapter folders", "tensors of an adapter folder", "adapters of another base or kind"
+EXPORTS, PRECISION = "exports that cannot be written", "precision of answers"
 MADE = {"qformer__mode": "lora", "qformer__rank": 4, "qformer__alpha": 16.0}  # scaling 4
 BOTH = {**MADE, "llm__mode": "lora", "llm__rank": 2, "llm__alpha": 6.0}
 ADALORA = {"qformer__mode": "adalora", "qformer__alpha": 8.0, "adalora__init_rank": 4, "adalora__target_rank": 2}
@@ -538,3 +540,63 @@ def adalora_of_stock_peft(folder: Path) -> Shown:
     _refused(made, "init_rank 4", made={**self_alone, "adalora__init_rank": 6})
     _refused(edit(made, total_step=None), "total_step", made=self_alone)
     return _as_stock(edit(made, total_step=10), made=self_alone)
+
+
+# ---- exports and evaluation
+
+
+def _run(folder: Path, **changes: Any) -> Path:
+    config = base("llama").recipe(**{**MADE, **changes})
+    save_run(folder, config, build_model(config.model))
+    return folder
+
+
+@attack(EXPORTS)
+def an_output_that_is_there(folder: Path) -> Shown:
+    """--output names a file, a folder with something in it, a link to nothing, the run itself."""
+    run = _run(folder / "run")
+    (folder / "file").write_text("x")
+    (folder / "full").mkdir()
+    (folder / "full" / "x").write_text("x")
+    (folder / "link").symlink_to(folder / "nowhere")
+    for name in ("file", "full", "link", "run"):
+        for form in ("peft", "whole"):
+            shown = refused(["export", run, "--output", folder / name, "--format", form], "exists already", untouched=folder)
+    return shown
+
+
+@attack(EXPORTS)
+def a_place_that_cannot_hold_it(folder: Path) -> Shown:
+    """--output below a file, a device, /proc."""
+    run = _run(folder / "run")
+    (folder / "file").write_text("x")
+    for place in (folder / "file" / "out", Path("/dev/full/out"), Path("/proc/out")):
+        shown = refused(["export", run, "--output", place], str(place), untouched=folder)
+    return shown
+
+
+@attack(EXPORTS)
+def what_one_folder_cannot_hold(folder: Path) -> Shown:
+    """LoRA in one network and AdaLoRA in the other; two dropouts; nothing by either."""
+    cases: dict[str, dict[str, Any]] = {
+        "kinds": {"llm__mode": "adalora"}, "dropouts": {"llm__mode": "lora", "llm__dropout": 0.5}, "none": {"qformer__mode": "full", "qformer__rank": 8, "qformer__alpha": 8.0},
+    }  # fmt: skip
+    return _each(
+        {name: lambda place, changes=changes: refused(["export", _run(place, **changes), "--output", folder / "out"], "--format whole", untouched=place) for name, changes in cases.items()},
+        folder,
+    )
+
+
+@attack(EXPORTS)
+def tokenizers_that_are_gone(folder: Path) -> Shown:
+    """--format whole of a run whose tokenizer is no longer there."""
+    run = _run(folder / "run", tokenizer=str(folder / "gone"))
+    return refused(["export", run, "--output", folder / "out", "--format", "whole"], "gone", untouched=folder)
+
+
+@attack(PRECISION)
+def fp32_of_eight_bits(folder: Path) -> Shown:
+    """eval.precision fp32 where LLM.int8 decides by what is answered together, or where all is fp32 anyway."""
+    refused(["train", "--recipe", "quickstart", "--eval.precision", "fp32", "--train.precision", "fp32"], "eval.precision: has no effect", untouched=folder)
+    refused(["train", "--recipe", "quickstart", "--eval.precision", "fp64"], "eval.precision", "one of train, fp32", untouched=folder)
+    return refused(["train", "--recipe", "quickstart", "--eval.precision", "fp32", "--bits", "8"], "eval.precision", "LLM.int8", untouched=folder)
