@@ -49,3 +49,9 @@ def test_help_costs_no_import_of_torch():
 def test_the_console_script_is_this_function():
     scripts = importlib.metadata.entry_points(group="console_scripts", name="vltrain")
     assert [script.load() for script in scripts] == [cli.main]
+
+
+def test_python_m_vltrain_is_the_console_script():
+    done = subprocess.run([sys.executable, "-m", "vltrain", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"vltrain {importlib.metadata.version('vltrain')}\n")
+    assert subprocess.run([sys.executable, "-m", "vltrain", "trian"], capture_output=True).returncode == 2
