@@ -134,7 +134,7 @@ class _Given:
 def _origin(samples: Path, before: Seen, rendered: str | None, options: dict[str, Any]) -> MadeFrom:
     """What packs are made from, the images but: those are known when they are stored."""
     if before.kind != FILE:
-        raise InputError(f"{samples}: {'a folder' if before.kind == FOLDER else 'no such file'}, expected a file of samples")
+        raise InputError(f"{samples}: cannot be read ({'it is a folder' if before.kind == FOLDER else 'no such file'}), expected a file of samples")
     prepared = read_prepared(samples.parent)
     known = prepared is not None and prepared.samples is not None
     return MadeFrom(

@@ -15,7 +15,7 @@ from vltrain.config import Config, DataConfig
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.programs.data_ready import ready_samples
-from vltrain.programs.origins import require_same_set
+from vltrain.programs.origins import data_identity, require_same_set, require_trained_set
 from vltrain.programs.train import open_packs
 
 REUSED = "what was made from something else is used again"
@@ -242,6 +242,32 @@ def packs_of_another_set_beside_samples(folder: Path) -> Shown:
     samples = ready_samples(other, "train")
     assert config.data.root != other.data.root
     return refuses(lambda: require_same_set(other, packed, samples), "data.train_packs", "would be answered", "data.source samples")
+
+
+def trained(folder: Path, config: Config) -> Path:
+    """A run's folder that says which samples stood beside it."""
+    return write_json(folder / "run" / "run.json", {"data": {"samples": data_identity(config, "train")}}).parent
+
+
+@attack(REUSED)
+def evaluated_on_samples_that_were_made_anew(folder: Path) -> Shown:
+    """A run's data root made anew from other data, and the run evaluated."""
+    config = made(folder)
+    run = trained(folder, config)
+    require_trained_set(run, config, ())
+    chats(folder / "raw", "B")
+    packs(config, rebuild=True)
+    require_trained_set(run, config, ("data.root",))
+    return refuses(lambda: require_trained_set(run, config, ("eval.batch_size",)), "other samples now than when", "--data.root")
+
+
+@attack(REUSED)
+def evaluated_beside_edited_own_samples(folder: Path) -> Shown:
+    """Own training samples edited after the run, and the run evaluated."""
+    config = own(folder)
+    run = trained(folder, config)
+    write_jsonl(folder / "own" / "train.jsonl", [sample("new")])
+    return refuses(lambda: require_trained_set(run, config, ()), "other samples now than when", "--data.source samples")
 
 
 @attack(REBUILT)

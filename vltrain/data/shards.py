@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -273,9 +274,15 @@ class _Table:
 
     def __init__(self, folder: Path, files: list[ShardFile]) -> None:
         self._paths = [str(folder / file.name) for file in files]
+        self._bytes = {str(folder / file.name): file.bytes for file in files}
         self._ends = list(accumulate(file.rows for file in files))
         # Mapped files cost address space and a file handle each, so only the last used stay open.
-        self._open = functools.lru_cache(maxsize=64)(lambda path: pa.ipc.open_file(pa.memory_map(path)))
+        self._open = functools.lru_cache(maxsize=64)(self._map)
+
+    def _map(self, path: str) -> pa.ipc.RecordBatchFileReader:
+        if os.stat(path).st_size != self._bytes[path]:
+            raise InputError(f"{path}: was replaced while it was in use (a --rebuild of the same data.root?); start again")
+        return pa.ipc.open_file(pa.memory_map(path))
 
     def find(self, row: int) -> tuple[pa.RecordBatch, int]:
         """The record batch that holds `row`, and its place in it."""

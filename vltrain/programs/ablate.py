@@ -36,7 +36,8 @@ from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.older_runs import value_before
-from vltrain.programs.data_ready import data_identity, ready_samples, samples_folder
+from vltrain.programs.data_ready import ready_samples
+from vltrain.programs.origins import data_identity, samples_folder
 from vltrain.programs.made_of import made_of
 from vltrain.programs.run_folder import recorded_identity
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure

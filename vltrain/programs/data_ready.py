@@ -17,28 +17,17 @@ from pathlib import Path
 from vltrain.config import EASYVQA_ROOT, OWN, Config, DataConfig
 from vltrain.data.conversation import fingerprint
 from vltrain.data.instruction import SUBFOLDER, InstructionSource
-from vltrain.data.origin import PREPARED, read_prepared
+from vltrain.data.origin import PREPARED
 from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError, require
-from vltrain.files.digest import combined_digest
-from vltrain.files.record import look
 from vltrain.programs.made_once import made_once
-from vltrain.programs.origins import packs_differ, samples_differ
+from vltrain.programs.origins import packs_differ, samples_differ, samples_file, samples_folder
 
 logger = logging.getLogger(__name__)
 
 OTHER_ROOT = "choose another data.root"
 REBUILD = "make them anew with --rebuild"
-
-
-def samples_folder(config: Config) -> Path:
-    """Where the samples of a recipe are: prepared ones, or those of its own."""
-    data = config.data
-    if data.source != OWN:
-        return Path(data.root) / "samples"
-    place = Path(str(data.input))
-    return place if place.is_dir() else place.parent
 
 
 def require_source(data: DataConfig) -> None:
@@ -71,36 +60,6 @@ def ready_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
         way_out = f"{REBUILD}, or {OTHER_ROOT}; or take them as they are: data.source null, without data.input and data.options"
         raise InputError(f"{folder}: its samples were made from something else than the recipe names: {'; '.join(differences)}. Nothing was changed; {way_out}")
     return samples_file(config, split)
-
-
-def samples_file(config: Config, split: str) -> Path:
-    """Where a split's samples are, for whoever has had them made and checked: while a run goes on, its raw data may become the next one's.
-
-    Raises: InputError for a split of own samples that the recipe does not say the file of.
-    """
-    data, folder = config.data, samples_folder(config)
-    if data.source != OWN:
-        return folder / f"{split}.jsonl"
-    if split in data.options:
-        return Path(str(data.options[split]))
-    place = Path(str(data.input))
-    if not place.exists():
-        raise InputError(f"data.input: {place}: no such file or folder, expected own samples (data.source = samples)")
-    if place.is_dir():
-        return place / f"{split}.jsonl"
-    if split != data.train_split:
-        ways = f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without evaluation (eval.scorer: null)"
-        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; {ways}")
-    return place
-
-
-def data_identity(config: Config, split: str) -> str | None:
-    """Digest (hex) of the set of samples that a recipe trains on and of which a split is answered; None where it is not there yet, or has no record."""
-    if config.data.source != OWN:
-        prepared = read_prepared(samples_folder(config))
-        return None if prepared is None else prepared.samples
-    files = (samples_file(config, name) for name in dict.fromkeys((config.data.train_split, split)))
-    return combined_digest({str(number): look(file).digest.hex() for number, file in enumerate(files)})
 
 
 def _require_maker(config: Config, folder: Path) -> None:

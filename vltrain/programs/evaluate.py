@@ -35,9 +35,11 @@ from vltrain.files.events import EventWriter
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.whole import write_json
 from vltrain.models.build import build_model
+from vltrain.files.digest import file_digest
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
 from vltrain.programs.fits import require_tokenizer_fits
 from vltrain.programs.made_of import made_of
+from vltrain.programs.origins import require_trained_set
 from vltrain.programs.run_folder import RECIPE, require_run, weights_before, weights_used, why_not_writable
 from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
 from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
@@ -160,6 +162,9 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     max_samples = config.eval.max_samples if "eval.max_samples" in settings.overrides else None
     samples_file = ready_samples(config, split)
     answerable_samples(samples_file, config, max_samples)  # before a model is built
+    if rank == 0:
+        require_trained_set(folder, config, settings.overrides)
+        facts = {**facts, "samples": file_digest(samples_file)}
     reason = why_not_writable(folder / "eval" / split) or why_not_writable(folder / "tensorboard")
     if reason is not None:
         told = "%s: cannot be written (%s): figures are printed%s, predictions are not kept"

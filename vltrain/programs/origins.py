@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vltrain.config import OWN, Config
 from vltrain.data.origin import SAMPLES, SAMPLES_FILE, MadeFrom, Prepared, changes_since, read_made_from, read_prepared, rendered_digest
@@ -12,12 +15,55 @@ from vltrain.data.origin import write_made_from, write_prepared
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
+from vltrain.files.digest import combined_digest
 from vltrain.files.record import FileRecord, look
-from vltrain.files.strict_json import read_lines
+from vltrain.files.strict_json import read_lines, read_object
+from vltrain.train.provenance import RUN
 
 logger = logging.getLogger(__name__)
 
 NO_RECORD = "there is no record of what they were made from"
+
+
+def samples_folder(config: Config) -> Path:
+    """Where the samples of a recipe are: prepared ones, or those of its own."""
+    data = config.data
+    if data.source != OWN:
+        return Path(data.root) / "samples"
+    place = Path(str(data.input))
+    return place if place.is_dir() else place.parent
+
+
+def samples_file(config: Config, split: str) -> Path:
+    """Where a split's samples are, for whoever has had them made and checked: while a run goes on, its raw data may become the next one's.
+
+    Raises: InputError for a split of own samples that the recipe does not say the file of.
+    """
+    data, folder = config.data, samples_folder(config)
+    if data.source != OWN:
+        return folder / f"{split}.jsonl"
+    if split in data.options:
+        return Path(str(data.options[split]))
+    place = Path(str(data.input))
+    if not place.exists():
+        raise InputError(f"data.input: {place}: no such file or folder, expected own samples (data.source = samples)")
+    if place.is_dir():
+        return place / f"{split}.jsonl"
+    if split != data.train_split:
+        ways = f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without evaluation (eval.scorer: null)"
+        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; {ways}")
+    return place
+
+
+def data_identity(config: Config, split: str) -> str | None:
+    """Digest (hex) of the set of samples that a recipe trains on and of which a split is answered; None where it is not there, or has no record."""
+    if config.data.source != OWN:
+        prepared = read_prepared(samples_folder(config))
+        return None if prepared is None else prepared.samples
+    files = [samples_file(config, name) for name in dict.fromkeys((config.data.train_split, split))]
+    if not all(file.is_file() for file in files):
+        return None
+    return combined_digest({str(number): look(file).digest.hex() for number, file in enumerate(files)})
 
 
 def samples_differ(config: Config, folder: Path, *, strict: bool = False) -> list[str]:
@@ -164,3 +210,30 @@ def require_same_set(config: Config, folder: Path, samples: Path) -> None:
         return
     found = f"data.train_packs = {folder} were packed from {packed_from}, which is not in {samples.parent} (any more), and {answered} would be answered"
     raise InputError(f"{found}; name the data.root that they belong to, or the samples to answer: data.source samples, data.input FOLDER")
+
+
+def facts_of(config: Config, dataset: PackedDataset) -> dict[str, Any]:
+    """What `run.json` says of the data: packs, their checksum and what they were made from, and the digest of the samples that stand beside them."""
+    made = read_made_from(dataset.folder)
+    return {
+        "packs": str(dataset.folder), "checksum": dataset.manifest.checksum, "made_from": None if made is None else asdict(made),
+        "samples": data_identity(config, config.data.train_split),
+    }  # fmt: skip
+
+
+def require_trained_set(run: Path, config: Config, overrides: Collection[str]) -> None:
+    """The samples that are answered are of the set that stood beside the run's packs when it was trained, unless the command line names other data.
+
+    Raises: InputError if they are not. Of other data that is named it is told.
+    """
+    if not (run / RUN).exists():
+        return
+    before = read_object(run / RUN, "what the run was made of").get("data", {}).get("samples")
+    now = data_identity(config, config.data.train_split)
+    if before is None or now is None or before == now:
+        return
+    found = f"{samples_folder(config)} holds other samples now than when {run} was trained"
+    if any(name.startswith("data.") for name in overrides):
+        logger.warning("data: %s; they are answered, since the command line names the data", found)
+        return
+    raise InputError(f"{found}; restore them, or name the data to answer: --data.root {config.data.root}, or --data.source samples --data.input FOLDER")

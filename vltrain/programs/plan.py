@@ -27,9 +27,9 @@ from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.whole import write_json
 from vltrain.models.build import AnyModel, build_model, count_trained, part_of
-from vltrain.programs.data_ready import packed_folder, samples_file, tokenizer_sources
+from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
-from vltrain.programs.origins import packs_differ
+from vltrain.programs.origins import packs_differ, samples_file
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.optim import parameter_groups

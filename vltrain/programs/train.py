@@ -38,9 +38,9 @@ from vltrain.recipe import dump_config
 from vltrain.settings import REBUILD, TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
 from vltrain.programs.made_of import made_of
-from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source, samples_file, tokenizer_sources
+from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_tokenizer_fits
-from vltrain.programs.origins import require_same_set
+from vltrain.programs.origins import facts_of, require_same_set, samples_file
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
@@ -143,7 +143,7 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
         resolved = dump_config(config)
         write_provenance(
             folder, resolved_config=resolved, ds_config=ds_json, world_size=world_size, parameters=parameters, identity=trainer.belongs_to,
-            tokenizer=tokenizer.fingerprint, full_qformer=full,
+            tokenizer=tokenizer.fingerprint, data=facts_of(config, dataset), full_qformer=full,
         )
         _announce(trainer, parameters, dataset, checkpoint)
         if full is not None:

@@ -49,7 +49,7 @@ def package_versions() -> dict[str, str]:
 
 def write_provenance(
     folder: Path, *, resolved_config: str, ds_config: dict[str, Any], world_size: int, parameters: dict[str, tuple[int, int]],
-    identity: dict[str, Any], tokenizer: str, full_qformer: int | None = None,
+    identity: dict[str, Any], tokenizer: str, data: dict[str, Any], full_qformer: int | None = None,
 ) -> None:
     """Writes `config.yaml`, `ds_config.json` and `run.json` into the run's folder, each whole. Raises InputError if that is not possible.
 
@@ -57,6 +57,7 @@ def write_provenance(
         parameters: (total, trainable) by part.
         identity: see `vltrain.train.identity.run_identity`.
         tokenizer: its fingerprint, as it is used.
+        data: the packs, their checksum, what they were made from, and the digest of the samples.
         full_qformer: of an InstructBLIP, what full tuning of its Q-Former would train: the paper's 100%.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -70,6 +71,7 @@ def write_provenance(
         "threads_per_rank": torch.get_num_threads(),
         "parameters": {part: {"total": total, "trainable": trainable} for part, (total, trainable) in parameters.items()},
         "tokenizer_fingerprint": tokenizer,
+        "data": data,
         "identity": identity,
     }
     if full_qformer is not None:
