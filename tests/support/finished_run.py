@@ -68,7 +68,7 @@ def finished_run(folder: Path) -> Places:
     template = _template()
     for path in template.root.iterdir():
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
-    for path in (folder / "recipe.yaml", folder / "run" / "config.yaml"):
+    for path in (folder / "recipe.yaml", folder / "run" / "config.yaml", folder / "run" / "run.json"):
         path.write_text(path.read_text().replace(str(template.root), str(folder)))
     return Places(folder)
 

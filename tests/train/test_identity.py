@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.blip import blip_config, make_tokenizers
+from tests.support.finished_run import finished_run
 from tests.train.test_checkpoint import Net, state_of
 from vltrain.check.manifest import checksum
 from vltrain.errors import InputError
 from vltrain.locate import locate
 from vltrain.programs.made_of import made_of
+from vltrain.programs.run_folder import weights_used
 from vltrain.recipe import build_config
 from vltrain.train.checkpoint import open_checkpoint, save_checkpoint
-from vltrain.train.identity import MADE_OF, differences, model_identity, require_same_model, require_same_run, run_id, tell_unknown_files
+from vltrain.train.identity import MADE_OF, agreed_over_nodes, differences, model_identity, require_same_model, require_same_run, run_id, tell_unknown_files
 
 
 @pytest.fixture
@@ -136,6 +138,19 @@ def test_an_instructblips_base_tokenizers_and_adapters(tmp_path):
     assert "model.instructblip.qformer_tokenizer" in told and "tokenizer.json has changed" in told
 
 
+@pytest.mark.parametrize(("third", "told"), [("a", None), ("b", "rank 2's node has other files than rank 0's: model.llm.source: model.safetensors has changed"), (None, None)])
+def test_nodes_must_have_the_same_files(monkeypatch, third, told):
+    """Ranks 0 and 2 are the first of their nodes; rank 1 has looked at nothing."""
+    found = [{"model.llm.source": {"model.safetensors": digest}} if digest else None for digest in ("a", None, third)]
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: len(found))
+    monkeypatch.setattr("torch.distributed.all_gather_object", lambda gathered, own: gathered.__setitem__(slice(None), found))
+    if told is None:
+        assert agreed_over_nodes(None) == found[0]
+        return
+    with pytest.raises(InputError, match=told):
+        agreed_over_nodes(None)
+
+
 def checkpoint_of(folder, belongs_to, **run_state):
     return open_checkpoint(save_checkpoint(state_of(Net()), folder, step=1, belongs_to=belongs_to, keep=2, is_writer=True, run_state=run_state))
 
@@ -162,3 +177,16 @@ def test_a_run_from_before_digests_goes_on_and_says_what_it_cannot_tell(places, 
 def test_an_identity_that_is_none_is_a_difference(places, tmp_path, belongs_to):
     with pytest.raises(InputError, match="belongs to another run"):
         require_same_run(checkpoint_of(tmp_path / "c", belongs_to), identity_of(config_of(places)))
+
+
+def test_what_was_edited_in_a_runs_recipe_is_told(tmp_path, caplog):
+    places = finished_run(tmp_path)
+    checkpoint = open_checkpoint(places.checkpoint())
+    weights_used(places.run, places.config(), checkpoint, None)
+    assert caplog.text == ""
+    stored = places.run / "config.yaml"
+    text = stored.read_text().replace("template: mmt", "template: chat").replace("  init_from: null\n", "").replace("max_image_pixels: 50000000", "max_image_pixels: 4")
+    stored.write_text(text)
+    weights_used(places.run, places.config(), checkpoint, None)
+    told = [record.message.partition("wrote it: ")[2] for record in caplog.records]
+    assert told == ["data.template was 'mmt', is 'chat'", "data.max_image_pixels was 50000000, is 4"]

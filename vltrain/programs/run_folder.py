@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ from vltrain.config import Config
 from vltrain.console import start_logging
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
-from vltrain.older_runs import complete
+from vltrain.older_runs import ADDED, complete
 from vltrain.recipe import build_config, read_recipe
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
 from vltrain.train.checkpoint import Checkpoint
-from vltrain.train.identity import MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
+from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
 from vltrain.train.origin import open_origin
 from vltrain.train.provenance import RUN
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "config.yaml"  # the resolved one, which every run writes
 
@@ -47,12 +50,32 @@ def recipe_of(run: Path, *others: str) -> Config:
 
 def recorded_identity(run: Path) -> dict[str, Any]:
     """What the run says of itself (`run.json`), see `vltrain.train.identity`; {} where its version kept nothing. Raises InputError."""
+    return _recorded(run, "identity")
+
+
+def _recorded(run: Path, name: str) -> dict[str, Any]:
     if not (run / RUN).exists():
         return {}
-    identity = read_object(run / RUN, "what the run was made of").get("identity", {})
-    if not isinstance(identity, dict):
-        raise InputError(f"{run / RUN}: identity: found {identity!r:.80}, expected an object; the file was changed")
-    return identity
+    found = read_object(run / RUN, "what the run was made of").get(name, {})
+    if not isinstance(found, dict):
+        raise InputError(f"{run / RUN}: {name}: found {found!r:.80}, expected an object; the file was changed")
+    return found
+
+
+def tell_edits(run: Path) -> None:
+    """Warns of settings that were edited in the run's recipe since the run wrote it. Raises InputError where one of both cannot be read."""
+    wrote = _recorded(run, "settings")
+    if not wrote:
+        return
+    for key, now in complete(read_recipe(run / RECIPE)).items():
+        if key == "output" or key in BY_DIGEST:  # folders move
+            continue
+        before: Any = wrote
+        for name in key.split("."):
+            before = before.get(name, ADDED.get(key)) if isinstance(before, dict) else before
+        now = list(now) if isinstance(now, tuple) else now
+        if before != now:
+            logger.warning("%s was edited since the run wrote it: %s was %r, is %r", run / RECIPE, key, before, now)
 
 
 def weights_before(run: Path, config: Config) -> Checkpoint | None:
@@ -80,6 +103,7 @@ def weights_used(
 
     Raises: InputError if the recipe in the run's folder, or a file of its weights, is not what the weights were trained with.
     """
+    tell_edits(run)
     identity = checkpoint.belongs_to if checkpoint is not None else recorded_identity(run)
     where = str(checkpoint.path if checkpoint is not None else run)
     require_same_model(identity, config, files, where, changed_on_purpose)

@@ -109,8 +109,8 @@ def require_same_model(belongs_to: dict[str, Any], config: Config, made_of: File
         return
     saved = {name: belongs_to[name] for name in ("model", MADE_OF) if name in belongs_to}
     now = {"model": model_identity(config), **({MADE_OF: made_of} if made_of is not None else {})}
-    # Where no digest was kept, nothing tells a folder that has moved from another one: that is warned of, see `tell_unknown_files`.
-    unknown = () if MADE_OF in saved else BY_DIGEST
+    # Without digests nothing tells a folder that has moved from another one: where none were kept that is warned of, see `tell_unknown_files`.
+    unknown = () if MADE_OF in saved and made_of is not None else BY_DIGEST
     found = list(differences(saved, _as_stored(now), {*changed_on_purpose, *unknown}))
     if found:
         told = "; ".join(found)

@@ -14,6 +14,7 @@ import torch
 
 from vltrain.errors import InputError
 from vltrain.files.whole import write_json, write_whole
+from vltrain.strict_yaml import load_text
 
 RUN = "run.json"
 PACKAGES = ("vltrain", "torch", "deepspeed", "transformers", "peft", "flash-attn", "liger-kernel", "bitsandbytes", "numpy", "pyarrow", "sentencepiece", "pillow")
@@ -73,6 +74,7 @@ def write_provenance(
         "tokenizer_fingerprint": tokenizer,
         "data": data,
         "identity": identity,
+        "settings": load_text(resolved_config),
     }
     if full_qformer is not None:
         facts["full_qformer"] = full_qformer
