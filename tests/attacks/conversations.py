@@ -342,7 +342,7 @@ def stretched_positions(folder: Path) -> Shown:
 @attack(CONTEXT)
 def qformer_beyond_its_positions(folder: Path) -> Shown:
     """A Q-Former that is to read more tokens than it has positions: asked by plan."""
-    return refused(["plan", "qformer_shapes", "--model.instructblip.qformer_tokens", "129"], "model.instructblip.qformer_tokens: found 129", "128")
+    return told(["plan", "qformer_shapes", "--model.instructblip.qformer_tokens", "129"], "training will refuse this", "qformer_tokens: found 129", "128")
 
 
 @attack(CUT)

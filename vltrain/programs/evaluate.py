@@ -37,7 +37,7 @@ from vltrain.files.whole import write_json
 from vltrain.models.build import build_model
 from vltrain.files.digest import file_digest
 from vltrain.programs.data_ready import ready_samples, tokenizer_sources
-from vltrain.programs.fits import require_tokenizer_fits
+from vltrain.programs.fits import require_qformer_positions, require_tokenizer_fits
 from vltrain.programs.made_of import made_of
 from vltrain.programs.origins import require_trained_set
 from vltrain.programs.run_folder import RECIPE, require_run, weights_before, weights_used, why_not_writable
@@ -183,7 +183,9 @@ def _answer(
     """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
     config, rank, world_size = settings.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
-    require_tokenizer_fits(config, tokenizer, build_model(config.model, dtype=dtype, device="meta", runs_on=place))
+    outline = build_model(config.model, dtype=dtype, device="meta", runs_on=place)
+    require_tokenizer_fits(config, tokenizer, outline)
+    require_qformer_positions(config, outline)
     model = build_model(config.model, dtype=dtype, runs_on=place)
     weights = checkpoint or weights_before(folder, config)
     if weights is not None:

@@ -19,10 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_tokenizer_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) -> None:
-    """Every id has a row in the model's tables, the template is one that it reads, and the Q-Former has positions for what it reads.
-
-    `model` may be an outline. Raises: InputError.
-    """
+    """Every id has a row in the model's tables, and the template is one that it reads. `model` may be an outline. Raises: InputError."""
     is_blip = isinstance(model, InstructBlip)
     rows = model.llm.config.vocab_size
     if tokenizer.vocab_size > rows:
@@ -37,9 +34,13 @@ def require_tokenizer_fits(config: Config, tokenizer: Tokenizer, model: AnyModel
     if read is None or read.vocab_size > sizes.vocab_size:
         found = f"the Q-Former's tokenizer has {read and read.vocab_size} tokens but the Q-Former embeds {sizes.vocab_size}"
         raise InputError(f"{found}: they do not belong together (model.instructblip.qformer_tokenizer)")
-    if config.model.instructblip.qformer_tokens > sizes.max_position_embeddings:
-        found = f"found {config.model.instructblip.qformer_tokens}, but the Q-Former has positions for {sizes.max_position_embeddings}"
-        raise InputError(f"model.instructblip.qformer_tokens: {found}")
+
+
+def require_qformer_positions(config: Config, model: AnyModel) -> None:
+    """The Q-Former has positions for what it is to read. Raises: InputError."""
+    if isinstance(model, InstructBlip) and config.model.instructblip.qformer_tokens > model.config.qformer_config.max_position_embeddings:
+        bound = model.config.qformer_config.max_position_embeddings
+        raise InputError(f"model.instructblip.qformer_tokens: found {config.model.instructblip.qformer_tokens}, but the Q-Former has positions for {bound}")
 
 
 def require_positions(dataset: PackedDataset, model: AnyModel) -> None:

@@ -28,11 +28,13 @@ from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.whole import write_json
 from vltrain.models.build import AnyModel, build_model, count_trained, part_of
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
-from vltrain.programs.fits import require_positions, require_tokenizer_fits
+from vltrain.programs.fits import require_positions, require_qformer_positions, require_tokenizer_fits
 from vltrain.programs.origins import packs_differ, samples_file
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.optim import parameter_groups
+
+logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
@@ -77,6 +79,10 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     tokenizer, no_tokenizer = _tokenizer(config)
     if tokenizer is not None:
         require_tokenizer_fits(sized, tokenizer, model)
+    try:
+        require_qformer_positions(sized, model)
+    except InputError as error:  # its memory can be planned all the same
+        logger.warning("training will refuse this: %s", error)
     packs, no_packs = _packs(config, tokenizer, no_tokenizer, model.visual_tokens)
     if packs is not None:
         require_positions(packs, model)

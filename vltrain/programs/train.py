@@ -39,7 +39,7 @@ from vltrain.settings import REBUILD, TRAIN_OPTIONS, Settings, load_settings, re
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
 from vltrain.programs.made_of import made_of
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source, tokenizer_sources
-from vltrain.programs.fits import require_positions, require_tokenizer_fits
+from vltrain.programs.fits import require_positions, require_qformer_positions, require_tokenizer_fits
 from vltrain.programs.origins import facts_of, require_same_set, samples_file
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
@@ -116,6 +116,7 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
     outline = outline_model(config.model, device(), dtype)
     require_tokenizer_fits(config, tokenizer, outline)
+    require_qformer_positions(config, outline)
     dataset = _ready_data(config, tokenizer, outline, rebuild=settings.options[REBUILD] is not None)
     require_positions(dataset, outline)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
