@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vltrain.errors import InputError
-from vltrain.errors import require as _require
+from vltrain.errors import InputError, require as _require
 from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_STEPS, MOST_TOKENS, MOST_WORKERS, check_ranges, number
 
@@ -26,6 +25,8 @@ class AdapterConfig:
 
     kind: str = "bottleneck"
     """Which adapter, a name of `vltrain.models.adapters.ADAPTERS`."""
+    vision_kind: str | None = None
+    """The same of the ViT, where it has another kind than the LLM; null: `kind`. All other settings are both's."""
     dim: int = number(16, 1, MOST_SIZE)
     """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
     groups: int = number(2, 1, MOST_SIZE)
@@ -38,6 +39,8 @@ class AdapterConfig:
     """Rank of the factors of LoHa kinds."""
     scale: float = number(1.0, 0, 1e6, open_low=True)
     """Fixed factor s on what the adapter adds, of kinds other than `bottleneck`."""
+    residual: bool = True
+    """repadapter: add what goes in; false: f(Z) = s psi_u(psi_d(Z)) alone, as the visual adapters that LaVIN's code calls `normal`."""
     temperature: float = number(10.0, 1e-3, 1e6)
     """Temperature t of the routing weights of routed kinds (LaVIN: 10 for 7B, 5 for 13B)."""
     vision: Placement = "attention"
@@ -52,9 +55,7 @@ class AdapterConfig:
         check_ranges(self, "model.adapter")
         for name in ("groups", "down_groups"):
             groups = getattr(self, name)
-            _require(
-                self.dim % groups == 0, f"model.adapter.{name}", groups, f"a divisor of model.adapter.dim = {self.dim}"
-            )
+            _require(self.dim % groups == 0, f"model.adapter.{name}", groups, f"a divisor of model.adapter.dim = {self.dim}")
 
 
 @dataclass(kw_only=True)
@@ -69,6 +70,9 @@ class VisionConfig:
     themselves."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' CLIPVisionConfig."""
+    preprocessing: Literal["checkpoint", "square"] = "checkpoint"
+    """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop, filter, mean, deviation), and as
+    with `square` where there is none; square: resized straight to the square, bicubic, CLIP's mean and deviation."""
     tap_every: int = number(4, 1, MOST_SIZE)
     """A [cls] state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
     train: bool = False
@@ -133,10 +137,8 @@ class LLMConfig:
             (self.source is None) == bool(self.config), "model.llm", {"source": self.source, "config": self.config},
             "either `source` (weights to load) or `config` (sizes of a random LLaMA)",
         )
-        _require(
-            self.source is not None or self.tokenizer is not None, "model.llm.tokenizer", self.tokenizer,
-            "a tokenizer's place, since random weights bring none",
-        )
+        named = self.source is not None or self.tokenizer is not None
+        _require(named, "model.llm.tokenizer", self.tokenizer, "a tokenizer's place, since random weights bring none")
 
 
 @dataclass(kw_only=True)

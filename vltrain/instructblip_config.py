@@ -99,6 +99,9 @@ class InstructBlipConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: transformers' InstructBlipConfig, i.e. vision_config (`initializer_range` 0.02 unless given), qformer_config, text_config
     (with model_type t5 or llama) and num_query_tokens."""
+    preprocessing: Literal["checkpoint", "square"] = "checkpoint"
+    """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop, filter, mean, deviation), and as
+    with `square` where there is none; square: resized straight to the square, bicubic, CLIP's mean and deviation."""
     tokenizer: str | None = None
     """Where the LLM's tokenizer is, if not beside the weights; required with random weights."""
     qformer_tokenizer: str | None = None

@@ -13,6 +13,10 @@ from vltrain.recipe import known_keys
 
 ADDED: dict[str, Any] = {
     "eval.precision": "train",
+    "model.adapter.residual": True,
+    "model.adapter.vision_kind": None,
+    "model.instructblip.preprocessing": "square",
+    "model.vision.preprocessing": "square",
     "train.init_from": None,
 }
 """Every setting that was added since the first runs, by dotted name, with the value that does what was done without it. A setting that is

@@ -34,6 +34,21 @@ _TYPED_MARKER = re.compile(r"<(\\*)image>")
 _ESCAPED_MARKER = re.compile(r"<\\(\\*)image>")
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How an image of any size becomes the square that a ViT reads.
+
+    shorter_edge: pixels that its shorter edge is resized to, after which the middle is cut out; None: resized straight to the square.
+    resample: Pillow's number of the filter; 3: bicubic.
+    """
+
+    shorter_edge: int | None = None
+    resample: int = 3
+
+
+SQUARE = Framing()
+
+
 def escape_markers(text: str) -> str:
     """A text as a turn writes it: `<image>` becomes `<\\image>`, which is no marker, and `<\\image>` one backslash more; all else stays."""
     return _TYPED_MARKER.sub(r"<\\\1image>", text) if "image>" in text else text

@@ -300,6 +300,7 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
         for name in (entry.name for entry in fields(AdapterConfig) if entry.name not in ("vision", "llm"))
     ),
+    ("model.adapter.vision_kind", lambda c: c.model.adapter.vision == "none", "model.adapter.vision is none"),
     *(
         (f"model.llm.peft.{name}", lambda c: c.model.llm.peft.kind != "lora", "model.llm.peft.kind is not lora")
         for name in ("rank", "alpha", "dropout", "targets")

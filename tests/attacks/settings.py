@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,6 +13,7 @@ from tests.attacks.inputs import pack_words, prepare_words, sample, write_jsonl
 from vltrain.config import OptimConfig
 from vltrain.recipe import known_keys, read_table
 from vltrain.train.determinism import step_seed
+from vltrain.train.ds_schema import check_ds_json
 from vltrain.train.optim import parameter_groups
 
 ZERO = "0 taken for 'not set', numbers without a range"
@@ -211,3 +213,113 @@ def infinite_fraction(folder: Path) -> Shown:
     """A fraction that is not one, as an option of a source."""
     given = write_jsonl(folder / "c.json", ["[]"])
     return refused(prepare_words("llava_json", given, folder / "out", "val_fraction=nan"), "'val_fraction': found nan", untouched=folder)
+
+
+DS_KEYS = "a key or value of DeepSpeed's JSON that is none"
+DS_FEATURES = "a feature of DeepSpeed's that changes what is computed"
+
+
+def ds(folder: Path, content: Any) -> list[str]:
+    """A plan with that DeepSpeed JSON."""
+    path = folder / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return plan("--ds", str(path))
+
+
+def zero(**values: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2, **values}}
+
+
+@attack(DS_KEYS)
+def ds_section_misspelt(folder: Path) -> Shown:
+    """The whole section under a wrong name: DeepSpeed would run without ZeRO."""
+    return refused(ds(folder, {"zero_optimisation": {"stage": 3}}), "'zero_optimisation' is no key", "did you mean 'zero_optimization'")
+
+
+@attack(DS_KEYS)
+def ds_key_misspelt_inside(folder: Path) -> Shown:
+    """A misspelt key two levels down."""
+    return refuses(lambda: check_ds_json(zero(offload_optimizer={"devcie": "cpu"})), "offload_optimizer.devcie' is no key", "offload_optimizer.device'")
+
+
+@attack(DS_KEYS)
+def ds_key_in_another_section(folder: Path) -> Shown:
+    """A key that belongs a level deeper."""
+    return refuses(lambda: check_ds_json({"overlap_comm": True}), "did you mean 'zero_optimization.overlap_comm'")
+
+
+@attack(DS_KEYS)
+def ds_key_of_python(folder: Path) -> Shown:
+    """A field's name in DeepSpeed's code, which its JSON has under another."""
+    return refuses(lambda: check_ds_json(zero(prefetch_bucket_size=1)), "did you mean 'zero_optimization.stage3_prefetch_bucket_size'")
+
+
+@attack(DS_KEYS)
+def ds_wrong_types(folder: Path) -> Shown:
+    """Texts, true and halves where there are numbers, numbers where there are switches."""
+    for values in (zero(stage="2"), zero(stage=True), zero(reduce_bucket_size="5e8"), zero(reduce_bucket_size=1.5), zero(overlap_comm=1), zero(overlap_comm="true"),
+                   {"train_batch_size": "4"}, {"steps_per_print": 0}, {"gradient_clipping": "1"}, zero(offload_optimizer="cpu"), zero(stage=4), {"fp16": True}):  # fmt: skip
+        refuses(lambda: check_ds_json(values), "DeepSpeed's '")
+    return right("each refused by key, found and expected")
+
+
+@attack(DS_KEYS)
+def ds_bad_values(folder: Path) -> Shown:
+    """Buckets of nothing, a device that is none, an auto that nobody fills."""
+    refuses(lambda: check_ds_json(zero(reduce_bucket_size=0)), "reduce_bucket_size': found 0")
+    refuses(lambda: check_ds_json(zero(offload_optimizer={"device": "nvme"})), "offload_optimizer.device' is 'nvme'")
+    return refuses(lambda: check_ds_json(zero(sub_group_size="auto")), "sub_group_size' says \"auto\"")
+
+
+@attack(DS_KEYS)
+def ds_that_is_no_json(folder: Path) -> Shown:
+    """NaN, and a key twice."""
+    refused(ds(folder, '{"gradient_clipping": NaN}'), "ds.json", "NaN")
+    return refused(ds(folder, '{"zero_optimization": {"stage": 1, "stage": 3}}'), "ds.json", "stage")
+
+
+@attack(DS_FEATURES)
+def ds_sums_in_fp16(folder: Path) -> Shown:
+    """Gradients that are summed in 16 bits."""
+    for kind in ("fp16", "bf16"):
+        refuses(lambda: check_ds_json({"communication_data_type": kind}), f"communication_data_type' is '{kind}'", "expected 'fp32'")
+    return refuses(lambda: check_ds_json({"data_types": {"grad_accum_dtype": "bf16"}}), "data_types.grad_accum_dtype' is 'bf16'")
+
+
+@attack(DS_FEATURES)
+def ds_quantised(folder: Path) -> Shown:
+    """ZeRO++: quantised gradients and weights, weights kept twice."""
+    for name in ("zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        refuses(lambda: check_ds_json(zero(stage=3, **{name: True})), f"{name}' is True, expected false")
+    return refuses(lambda: check_ds_json(zero(stage=3, zero_hpz_partition_size=8)), "zero_hpz_partition_size' is 8, expected 1")
+
+
+@attack(DS_FEATURES)
+def ds_other_trainings(folder: Path) -> Shown:
+    """Curricula, elasticity, compression, dropped layers, sparse attention, tuning of its own: each a section of its own."""
+    names = ("curriculum_learning", "data_efficiency", "elasticity", "compression_training", "progressive_layer_drop", "sparse_attention", "eigenvalue",
+             "autotuning", "hybrid_engine", "pipeline", "amp", "quantize_training", "checkpoint", "activation_checkpointing", "tensorboard")  # fmt: skip
+    for name in names:
+        refuses(lambda: check_ds_json({name: {"enabled": True}}), f"DeepSpeed's '{name}'", "refused", "leave it out")
+        check_ds_json({name: {"enabled": False}})
+    return right(f"{len(names)} sections, each refused, unless switched off")
+
+
+@attack(DS_FEATURES)
+def ds_other_optimizers(folder: Path) -> Shown:
+    """A 1-bit optimizer."""
+    return refused(ds(folder, {"optimizer": {"type": "OneBitAdam", "params": {"lr": "auto", "freeze_step": 10}}}), "OneBitAdam", "AdamW")
+
+
+@attack(DS_FEATURES)
+def ds_gradients_scaled_twice(folder: Path) -> Shown:
+    """Gradients that are divided by DeepSpeed beside our own division."""
+    refused(ds(folder, {"gradient_predivide_factor": 2.0}), "gradient_predivide_factor", "2.0")
+    return refuses(lambda: check_ds_json({"sparse_gradients": True}), "sparse_gradients' is True")
+
+
+@attack(DS_FEATURES)
+def ds_norm_left_out(folder: Path) -> Shown:
+    """Switches by which DeepSpeed leaves out what the log and clipping need."""
+    refuses(lambda: check_ds_json({"disable_allgather": True}), "disable_allgather' is True")
+    return refuses(lambda: check_ds_json(zero(compute_grad_norm=False)), "compute_grad_norm' is False, expected true")

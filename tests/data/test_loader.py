@@ -134,9 +134,9 @@ def test_a_finished_run_has_nothing_to_load(dataset):
 def test_a_picture_that_samples_share_is_decoded_once(dataset, monkeypatch):
     decoded: Counter[str] = Counter()
 
-    def counting(data, image_size, max_pixels, where):
+    def counting(data, image_size, max_pixels, where, framing):
         decoded[where] += 1
-        return decode(data, image_size, max_pixels, where)
+        return decode(data, image_size, max_pixels, where, framing)
 
     decode = loader_module.decode_image
     monkeypatch.setattr(loader_module, "decode_image", counting)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import mixed_batch, tiny_config
 from torch import Tensor, nn
 
 from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.models.adapters import ADAPTERS, make_adapter
+from vltrain.models.adapters import ADAPTERS, Adapter, make_adapter
 from vltrain.models.adapters.loha import LohaMatrix
 from vltrain.models.build import build_model, count_parameters
 from vltrain.ops import reference
@@ -178,13 +179,48 @@ def test_under_autocast_the_state_is_bf16_and_close(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_settings_that_a_kind_does_not_have_are_refused(kind: str) -> None:
-    others = {"down_groups": 2, "dropout": 0.5, "rank": 7, "scale": 3.0, "temperature": 3.0}
+    others = {"down_groups": 2, "dropout": 0.5, "rank": 7, "scale": 3.0, "temperature": 3.0, "residual": False}
     for name, value in others.items():
         if name not in ADAPTERS[kind].settings:
             with pytest.raises(
                 InputError, match=f"model.adapter.{name}: found {value}, but an adapter of kind '{kind}' has no such setting"
             ):
                 make_adapter(WIDTH, AdapterConfig(kind=kind, **{name: value}))
+
+
+def test_a_repadapter_without_residual_is_lavins_normal_one() -> None:
+    """s psi_u(psi_d(Z)), from zero; linear, so that it can be merged."""
+    torch.manual_seed(0)
+    config = AdapterConfig(kind="repadapter", dim=DIM, groups=2, scale=0.7, residual=False)
+    adapter, z = make_adapter(WIDTH, config).double(), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    assert not adapter(z).any()
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    whole = make_adapter(WIDTH, AdapterConfig(kind="repadapter", dim=DIM, groups=2, scale=0.7)).double()
+    whole.load_state_dict(adapter.state_dict())
+    assert torch.allclose(adapter(z), whole(z) - z)
+    matrix, offset = adapter.linear_map()
+    assert torch.allclose(adapter(z), z @ matrix.t() + offset)
+    norm = nn.LayerNorm(WIDTH).double()
+    assert torch.equal(adapter(z, norm), adapter(norm(z)))
+    with pytest.raises(InputError, match="impl: found 'triton', but its kernel adds what goes in"):
+        make_adapter(WIDTH, AdapterConfig(kind="repadapter", residual=False, impl="triton"))
+
+
+def test_another_kind_in_the_vit() -> None:
+    """LaVIN's code with `normal` visual adapters: routed ones in the LLM, RepAdapters in the ViT."""
+    mixed = {"kind": "router", "vision_kind": "repadapter", "groups": 2, "residual": False, "scale": 0.5}
+    model = build_model(tiny_config(adapter=mixed))
+    kinds = {part: {type(one).__name__ for one in module.modules() if isinstance(one, Adapter)} for part, module in (("vision", model.vision), ("llm", model.llm))}
+    assert kinds == {"vision": {"RepAdapter"}, "llm": {"RouterAdapter"}}
+    assert model.routing is not None
+    assert model(mixed_batch()).loss_sum.isfinite()
+    with pytest.raises(InputError, match="model.adapter.vision_kind: found 'repadaptr'; did you mean 'repadapter'"):
+        build_model(tiny_config(adapter={"vision_kind": "repadaptr"}))
+    with pytest.raises(InputError, match="model.adapter.rank: found 7, but an adapter of kind 'router' or 'repadapter' has no such setting"):
+        build_model(tiny_config(adapter={**mixed, "rank": 7}))
+    # The other way round nothing is routed in the LLM.
+    assert build_model(tiny_config(adapter={"kind": "bottleneck", "vision_kind": "router"})).routing is None
 
 
 def test_concatenated_experts_need_half_the_width_to_divide() -> None:

@@ -14,7 +14,7 @@ from vltrain.check.sizes import assume_sizes
 from vltrain.models.build import build_model
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.programs.data_ready import packed_folder, ready_packs, tokenizer_sources
-from vltrain.programs.plan import main
+from vltrain.programs.plan import describe, main
 from vltrain.shipped import find_recipe
 from vltrain.recipe import dump_config
 from vltrain.settings import load_settings
@@ -149,6 +149,9 @@ def test_a_recipe_is_a_file_or_a_name() -> None:
 def test_an_instructblip_without_its_weights(tmp_path: Path) -> None:
     """LoRA of rank 8 on every sublayer of the Q-Former is the paper's 2.126M; AdaLoRA starts from rank 12 and keeps two averages of each number."""
     plan = planned(tmp_path, "qformer_t5", "--model.instructblip.qformer.mode", "adalora", "--data.max_images", "4")
+    share = plan["full_qformer_tuning"]
+    assert round(share["parameters"] / 1e6, 2) == 187.26 and share["trained"] == plan["parameters"]["all"]["trainable"]
+    assert f"low-rank updates {share['updates']:,} ({100 * share['updates'] / share['parameters']:.2f}%)" in describe(plan)
     trained = {part: count["trainable"] for part, count in plan["parameters"].items()}
     entries = 12 * (12 * 2 + 6 * 4 + 12 * 4)  # of E: one for each direction of each layer, self, cross, ffn
     low_rank = 2_125_824 * 12 // 8 + entries

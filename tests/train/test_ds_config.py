@@ -50,7 +50,7 @@ def test_the_users_dict_is_left_alone():
         ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage"]),
         ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, ["zero_optimization.stage3_prefetch_bucket_size", "auto"]),
-        ({"reduce_bucket_size": "auto"}, ["'reduce_bucket_size'", "auto"]),
+        ({"reduce_bucket_size": "auto"}, ["'reduce_bucket_size'", "did you mean 'zero_optimization.reduce_bucket_size'"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

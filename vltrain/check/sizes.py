@@ -76,13 +76,14 @@ def _flan_t5(width: int, ffn: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# transformers' defaults are the released ViT-g and Q-Former; Vicuna's table has one token more than LLaMA's.
+# transformers' defaults are the released ViT-g and Q-Former, but for its token [DEC] behind BERT's 30,522; Vicuna's table has one more than LLaMA's.
+_QFORMER: dict[str, Any] = {"qformer_config": {"vocab_size": 30523}}
 BLIPS: dict[str, Network] = {
-    "instructblip-flan-t5-xl": Network({"text_config": _flan_t5(2048, 5120, 32)}, ("instructblipflant5xl",)),
-    "instructblip-flan-t5-xxl": Network({"text_config": _flan_t5(4096, 10240, 64)}, ("instructblipflant5xxl",)),
+    "instructblip-flan-t5-xl": Network({"text_config": _flan_t5(2048, 5120, 32), **_QFORMER}, ("instructblipflant5xl",)),
+    "instructblip-flan-t5-xxl": Network({"text_config": _flan_t5(4096, 10240, 64), **_QFORMER}, ("instructblipflant5xxl",)),
     **{
         f"instructblip-vicuna-{size}": Network(
-            {"text_config": {"model_type": "llama", **LLMS[f"llama-{size}"].config, "vocab_size": 32001}}, (f"instructblipvicuna{size}",)
+            {"text_config": {"model_type": "llama", **LLMS[f"llama-{size}"].config, "vocab_size": 32001}, **_QFORMER}, (f"instructblipvicuna{size}",)
         )
         for size in ("7b", "13b")
     },

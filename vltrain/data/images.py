@@ -1,6 +1,7 @@
 """Image files to pixels: RGB, resized to a square, uint8.
 
-The resize is direct and bicubic (no crop, no padding, no augmentation), as the reference of the paper does. Transparency is laid
+The resize is direct and bicubic (no crop, no padding, no augmentation), as the reference of the paper does, unless a checkpoint asks for another
+filter or for the middle (`Framing`). Transparency is laid
 over white, EXIF rotation applied, 16-bit grey scaled to 8 bits. Normalisation is the model's, on its own device.
 
 Files are untrusted: only formats of a list are opened (Pillow's others start programs, as PostScript's does, or are rarely looked after), a
@@ -28,6 +29,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vltrain.errors import InputError
+from vltrain.schema import SQUARE, Framing
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DARK = 16  # of 255: an image whose brightest value is no more holds, most likely, values of another range (12 of 16 bits, floats in [0, 1], class numbers)
@@ -38,13 +40,14 @@ _ROWS_AT_ONCE = 256
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def decode_image(data: bytes, image_size: int, max_pixels: int, where: str) -> np.ndarray:
+def decode_image(data: bytes, image_size: int, max_pixels: int, where: str, framing: Framing = SQUARE) -> np.ndarray:
     """Decodes an image file's bytes.
 
     Args:
         image_size: edge of the square, in pixels.
         max_pixels: larger files are refused before they are decoded.
         where: file and sample, named in errors.
+        framing: how it becomes a square.
 
     Returns:
         uint8 [3, image_size, image_size], RGB.
@@ -52,9 +55,18 @@ def decode_image(data: bytes, image_size: int, max_pixels: int, where: str) -> n
     Raises:
         InputError: empty, damaged, truncated, of another format than FORMATS, or too large.
     """
-    image = open_rgb(data, max_pixels, where, at_least=_REDUCING_GAP * image_size)
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    edge = framing.shorter_edge
+    image = open_rgb(data, max_pixels, where, at_least=_REDUCING_GAP * (edge or image_size))
+    width, height = image.size
+    # Rounded down, as transformers does.
+    scaled = (image_size, image_size) if edge is None else (edge, edge * height // width) if width <= height else (edge * width // height, edge)
+    if image.size != scaled:
+        if scaled[0] * scaled[1] > max_pixels:
+            raise InputError(f"{where}: {width} x {height} pixels, which become {scaled[0]} x {scaled[1]} with a shorter edge of {edge}: more than the allowed {max_pixels}")
+        image = image.resize(scaled, framing.resample)
+    if edge is not None:
+        left, top = (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2
+        image = image.crop((left, top, left + image_size, top + image_size))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

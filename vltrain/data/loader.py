@@ -24,7 +24,7 @@ from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
 from vltrain.data.signals import deaf_children, end_with_parent
 from vltrain.errors import InputError
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, PackedRow, Segment
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, SQUARE, TEXT_MODALITY_TOKEN, Framing, PackedRow, Segment
 
 PREFETCH_PACKS = 4  # per worker
 POLL_SECONDS = 2.0  # between two looks at workers that let us wait
@@ -136,8 +136,8 @@ def filler(image: bool, image_size: int) -> Batch:
 class _Fetcher(Dataset):
     """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's text."""
 
-    def __init__(self, dataset: PackedDataset, image_size: int, max_image_pixels: int) -> None:
-        self._dataset, self._image_size, self._max_image_pixels = dataset, image_size, max_image_pixels
+    def __init__(self, dataset: PackedDataset, image_size: int, max_image_pixels: int, framing: Framing = SQUARE) -> None:
+        self._dataset, self._image_size, self._max_image_pixels, self._framing = dataset, image_size, max_image_pixels, framing
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[PackedRow, torch.Tensor] | str:
         # An exception would come out of the DataLoader with the worker's traceback in its message.
@@ -155,7 +155,7 @@ class _Fetcher(Dataset):
         pixels = _shared_pixels(1 if blank else len(row.image_ids), size)
         for place, image_id in enumerate(row.image_ids.tolist()):
             where = f"{self._dataset.folder}: image {image_id} of pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
-            pixels[place] = torch.from_numpy(decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where))
+            pixels[place] = torch.from_numpy(decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing))
         return row, pixels
 
 
@@ -216,8 +216,10 @@ class StepLoader:
         start_step: int = 0,
         pin_memory: bool = False,
         while_waiting: Callable[[], None] = lambda: None,
+        framing: Framing = SQUARE,
     ) -> None:
         """Args:
+        framing: how images become squares of `image_size`.
         workers: processes that decode; 0 decodes in this one.
         pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads them.
         while_waiting: called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it may raise.
@@ -226,7 +228,7 @@ class StepLoader:
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
         self._pin_memory = pin_memory
         self._loader: DataLoader | None = DataLoader(
-            _Fetcher(dataset, image_size, max_image_pixels),
+            _Fetcher(dataset, image_size, max_image_pixels, framing),
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,
             num_workers=workers,

@@ -139,7 +139,7 @@ def _generate(
     answers = generate(
         model,
         [questions.prompts[number] for number in own],
-        image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels),
+        image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing),
         sampling=Sampling(
             max_new_tokens=questions.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
         ),
@@ -159,7 +159,7 @@ def _rank(
     *, sync: Sync, on_answered: Callable[[int], None],
 ) -> list[Said]:  # fmt: skip
     """The likeliest candidate of each sample."""
-    load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels)
+    load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
     place = {"tokenizer": tokenizer, "load_image": load_image, "device": device}
     if isinstance(model, InstructBlip):
         candidates: CandidateModel = BlipCandidates(model=model, **place)

@@ -11,7 +11,7 @@ import numpy as np
 from vltrain.data.images import decode_image, read_image
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_lines
-from vltrain.schema import Sample
+from vltrain.schema import SQUARE, Framing, Sample
 
 T = TypeVar("T")
 
@@ -42,11 +42,11 @@ def deal(samples: list[Sample], rank: int, world_size: int) -> list[int]:
     return by_length[rank::world_size]
 
 
-def image_loader(folder: Path, image_size: int, max_pixels: int) -> Callable[[str], np.ndarray]:
+def image_loader(folder: Path, image_size: int, max_pixels: int, framing: Framing = SQUARE) -> Callable[[str], np.ndarray]:
     """name -> uint8 [3, image_size, image_size] of the image file of that name in `folder`."""
 
     def load(name: str) -> np.ndarray:
         where = str(folder / name)
-        return decode_image(read_image(folder / name, max_pixels, where, inside=folder), image_size, max_pixels, where)
+        return decode_image(read_image(folder / name, max_pixels, where, inside=folder), image_size, max_pixels, where, framing)
 
     return load

@@ -5,14 +5,12 @@ Its LLM is a T5 (Flan-T5) or a LLaMA (Vicuna); transformers would take others, w
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipQFormerConfig, InstructBlipVisionConfig, LlamaConfig,
@@ -21,15 +19,18 @@ from transformers import (
 
 from vltrain.errors import InputError, nearest
 from vltrain.locate import locate
-from vltrain.models.hugging_face import LOAD_ERRORS, HuggingFaceWeights, cannot_load, quiet_transformers
+from vltrain.models.checkpoint_config import read_values, try_config
+from vltrain.models.hugging_face import Beside, HuggingFaceWeights, has_own_head
 from vltrain.models.materialise import RandomWeights, Weights, empty_model, fill_by_name
 from vltrain.models.random import seeded
+from vltrain.models.rotary import rotary_frequencies
 
 KEY = "model.instructblip"
 LANGUAGE_MODELS: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "t5": T5Config}
 PARTS = {"vision_config": InstructBlipVisionConfig, "qformer_config": InstructBlipQFormerConfig}
-# The other spellings of T5's one table of embeddings, and buffers that older files hold.
-IGNORED = re.compile(r"language_model\.(encoder|decoder)\.embed_tokens\.weight$|.*\b(position_ids|inv_freq)$")
+HEAD = "language_model.lm_head.weight"
+TABLES = {"llama": "language_model.model.embed_tokens.weight", "t5": "language_model.shared.weight"}
+T5_COPIES = tuple(f"language_model.{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
 DROPOUTS = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "classifier_dropout")
 VISION_STD = 0.02  # of random weights, as the Q-Former's and CLIP's
 
@@ -61,10 +62,7 @@ def _config_from_values(values: dict[str, Any]) -> InstructBlipConfig:
     _require_known(text, LANGUAGE_MODELS[kind], ".text_config")
     # transformers' default of 1e-10 is for weights that are then loaded: with it all images would look the same to a random ViT.
     values = {**values, "vision_config": {"initializer_range": VISION_STD, **values.get("vision_config", {})}}
-    try:
-        return InstructBlipConfig(**values)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise InputError(f"{KEY}.config: {' '.join(str(error).split())}") from None
+    return try_config(f"{KEY}.config.", values, lambda given: InstructBlipConfig(**given), InstructBlipForConditionalGeneration)
 
 
 def _require_known(values: Any, config_class: type[PreTrainedConfig], where: str) -> None:
@@ -79,14 +77,15 @@ def _require_known(values: Any, config_class: type[PreTrainedConfig], where: str
 
 def _read_config(source: str) -> InstructBlipConfig:
     place = _place(source)
-    try:
-        with quiet_transformers():
-            found, _ = PreTrainedConfig.get_config_dict(place)
-            if found.get("model_type") == "instructblip":
-                return InstructBlipConfig.from_dict(found)
-    except LOAD_ERRORS as error:
-        raise cannot_load(KEY, source, place, error) from None
-    raise InputError(f"{KEY}.source: '{source}' ({place}) is a model of type {found.get('model_type')!r}, expected 'instructblip'")
+    found = read_values(KEY, source, place, {})
+    if found.get("model_type") != "instructblip":
+        raise InputError(f"{KEY}.source: '{source}' ({place}) is a model of type {found.get('model_type')!r:.80}, expected 'instructblip'")
+    where = f"{KEY}.source: {Path(place, 'config.json')}: "
+    config = try_config(where, found, InstructBlipConfig.from_dict, InstructBlipForConditionalGeneration)
+    text = config.text_config
+    if text.model_type == "llama" and text.tie_word_embeddings and has_own_head(KEY, source, place, HEAD, (TABLES["llama"],)):
+        text.tie_word_embeddings = False
+    return config
 
 
 def _place(source: str) -> str:
@@ -172,4 +171,11 @@ def open_blip(source: str | None, network: InstructBlipForConditionalGeneration,
     """
     if source is None:
         return RandomBlipWeights(network, seed)
-    return HuggingFaceWeights(KEY, source, _place(source), network, lambda name: name, IGNORED)
+    text = network.config.text_config
+    is_llama = text.model_type == "llama"
+    table = TABLES[text.model_type]
+    copies = {} if is_llama else dict.fromkeys(T5_COPIES, table)
+    if text.tie_word_embeddings if is_llama else text.scale_decoder_outputs:
+        copies[HEAD] = table
+    beside = Beside(copies=copies, rotary=rotary_frequencies(text) if is_llama else ())
+    return HuggingFaceWeights(KEY, source, _place(source), network, lambda name: name, beside)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
+from vltrain.locate import locate
 from vltrain.models.build_blip import blip_part_of, blip_weight_files, build_blip, check_blip_sources
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
 from vltrain.models.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
@@ -23,6 +24,7 @@ from vltrain.models.lora import insert_peft, is_peft_parameter, peft_parameters
 from vltrain.models.materialise import RandomWeights, Weights, assert_materialised, empty_model
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.neck import make_neck
+from vltrain.models.preprocessor import CLIP_KINDS, Preprocessing, read_preprocessing
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights, quantise_linears
 from vltrain.models.random import seeded
@@ -70,7 +72,7 @@ def build_model(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         clip = _empty_clip(model)
-        vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing)
+        vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing, _preprocessing(model, clip.config.image_size))
         llm = _empty_llm(model, runs_on, dtype, log=not on_meta)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
@@ -126,6 +128,13 @@ def weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
 def _empty_clip(model: ModelConfig) -> CLIPVisionModel:
     config = clip_config("model.vision", model.vision.source, model.vision.config, model.vision.kind)
     return empty_model(CLIPVisionModel, config, "eager" if model.llm.attention == "eager" else "sdpa")
+
+
+def _preprocessing(model: ModelConfig, image_size: int) -> Preprocessing:
+    source = model.vision.source
+    if source is None or model.vision.preprocessing == "square":
+        return Preprocessing()
+    return read_preprocessing("model.vision", source, locate(source), image_size, CLIP_KINDS)
 
 
 def _empty_llm(model: ModelConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True) -> LlamaForCausalLM:

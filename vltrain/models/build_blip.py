@@ -16,15 +16,19 @@ from transformers import InstructBlipConfig, LlamaForCausalLM
 
 from vltrain.config import ModelConfig
 from vltrain.errors import InputError
+from vltrain.instructblip_config import InstructBlipConfig as InstructBlipSettings
+from vltrain.locate import locate
 from vltrain.models.blip_weights import KEY, blip_config, blip_units, empty_blip, open_blip, tie_embeddings
 from vltrain.models.llm import LossHead, checkpoint_blocks
 from vltrain.models.low_rank import TARGETS, insert_low_rank
 from vltrain.models.materialise import Weights, assert_materialised
 from vltrain.models.peft_reader import PeftFolder, peft_files
+from vltrain.models.preprocessor import BLIP_KINDS, Preprocessing, read_preprocessing
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
 from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.liger import choose_kernels, install_liger
+from vltrain.schema import SQUARE
 
 Place = Callable[[nn.Module], None] | None
 ALWAYS_TRAINED = ("bridge",)
@@ -45,7 +49,7 @@ def build_blip(
         llm.lm_head = LossHead.take_over(llm.lm_head)
         if _wants_liger(model, llm, runs_on, log=not on_meta):
             install_liger(llm)
-        built = InstructBlip(network)
+        built = InstructBlip(network, _preprocessing(model.instructblip, config.vision_config.image_size))
         for part in (built.qformer, built.llm, built.vision) if activation_checkpointing else ():
             checkpoint_blocks(part, {"use_reentrant": False})
     _assert_trainable(built, model)
@@ -57,6 +61,15 @@ def build_blip(
         place(built.projection)
         return built.train()
     return built.to(device).train()
+
+
+def _preprocessing(blip: InstructBlipSettings, image_size: int) -> Preprocessing:
+    if blip.source is None or blip.preprocessing == "square":
+        return Preprocessing()
+    found = read_preprocessing(KEY, blip.source, locate(blip.source), image_size, BLIP_KINDS)
+    if found.framing != SQUARE:
+        raise InputError(f"{KEY}.source: {blip.source}: its preprocessor asks for {found.framing}, expected a bicubic resize straight to the square")
+    return found
 
 
 def _attention(requested: str, config: InstructBlipConfig, runs_on: torch.device | str, dtype: torch.dtype, *, log: bool) -> str:

@@ -7,7 +7,6 @@ come first and 1, 3, 5, ... second. Later LLaMAs with scaled rotary frequencies 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import KeysView
@@ -19,7 +18,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
+from vltrain.models.checkpoint_config import try_config
 from vltrain.models.materialise import fill_by_name
+from vltrain.models.rotary import rotary_frequencies, same_frequencies
 from vltrain.models.tensor_files import open_tensors
 
 BLOCK_NAMES = {
@@ -82,18 +84,19 @@ def meta_llama_config(key: str, folder: Path) -> LlamaConfig:
                 f"{key}.source: {folder / 'params.json'}: {name} is {said} but the weights of {num_shards} shard(s) say {found}; "
                 "a shard is missing, or the files are of different models"
             )
-    return LlamaConfig(
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=params["n_heads"],
-        num_key_value_heads=params["n_kv_heads"],
-        rms_norm_eps=params["norm_eps"],
-        vocab_size=vocabulary,
-        rope_parameters={"rope_type": "default", "rope_theta": float(params.get("rope_theta") or 10000.0)},
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params["n_kv_heads"],
+        "rms_norm_eps": params["norm_eps"],
+        "vocab_size": vocabulary,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(params.get("rope_theta") or 10000.0)},
         # LLaMA-3's and LLaMA-2's; not in params.json, and nothing that is computed depends on it but what fits.
-        max_position_embeddings=8192 if vocabulary == LLAMA_3_VOCABULARY else 4096,
-    )
+        "max_position_embeddings": 8192 if vocabulary == LLAMA_3_VOCABULARY else 4096,
+    }
+    return try_config(f"{key}.source: {folder / 'params.json'}: ", sizes, lambda values: LlamaConfig(**values), LlamaForCausalLM)
 
 
 class MetaWeights:
@@ -199,13 +202,19 @@ def _check_names(key: str, path: Path, shard: dict[str, Tensor], expected: KeysV
 
 
 def _check_rotary(key: str, path: Path, shard: dict[str, Tensor], expected: KeysView[str], config: LlamaConfig) -> None:
-    """The buffer is not loaded, but nothing else in the file says how many heads there are."""
+    """The buffer is not loaded, but must be what is computed with; and nothing else in the file says how many heads there are."""
     head_dim = config.hidden_size // config.num_attention_heads
-    for name in shard.keys() - expected:
+    due = rotary_frequencies(config)[0]
+    for name in sorted(shard.keys() - expected):
         if shard[name].numel() != head_dim // 2:
             raise InputError(
                 f"{key}.source: {path}: {name} has {shard[name].numel()} frequencies, expected {head_dim // 2}: n_heads of params.json is "
                 f"{config.num_attention_heads}, the weights say {config.hidden_size // (2 * max(1, shard[name].numel()))}"
+            )
+        if not same_frequencies(shard[name].flatten(), due):
+            raise InputError(
+                f"{key}.source: {path}: {name} is not what rope_theta = {config.rope_parameters['rope_theta']:g} of params.json gives, and that is "
+                "what would be computed with; mend params.json, or take the buffer out"
             )
 
 
@@ -217,7 +226,12 @@ def _named(key: str, path: Path, tensors: dict[str, Tensor], name: str) -> Tenso
 
 def _shard_paths(key: str, folder: Path) -> list[Path]:
     """The shards in order. Raises InputError if there is none or one is missing between others."""
-    by_number = {int(found[1]): path for path in folder.iterdir() if (found := SHARD_NAME.fullmatch(path.name))}
+    by_number: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if found := SHARD_NAME.fullmatch(path.name):
+            other = by_number.setdefault(int(found[1]), path)
+            if other is not path:
+                raise InputError(f"{key}.source: {folder}: {other.name} and {path.name} are both shard {int(found[1])}, and only one can be meant")
     missing = [number for number in range(max(by_number, default=0) + 1) if number not in by_number]
     if missing:
         absent = f"consolidated.{missing[0]:02d}.pth"
@@ -229,11 +243,9 @@ def _read_params(key: str, folder: Path) -> dict[str, Any]:
     """params.json, checked, and `n_kv_heads` filled in. Raises InputError naming file and key."""
     path = folder / "params.json"
     try:
-        params = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{key}.source: {path}: cannot be read as JSON ({error}); it comes with consolidated.NN.pth") from None
-    if not isinstance(params, dict):
-        raise InputError(f"{key}.source: {path}: holds a {type(params).__name__}, expected an object")
+        params = read_object(path, "params.json, which comes with consolidated.NN.pth")
+    except InputError as error:
+        raise InputError(f"{key}.source: {error}") from None
     if params.get("vocab_size") == -1:  # "the tokenizer's", in the files as published
         params["vocab_size"] = None
     for name, value in params.items():

@@ -24,7 +24,7 @@ from vltrain.models.llm import packed_hidden_states
 from vltrain.models.vision import ClipTaps
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Framing
 
 
 class LossOutput(NamedTuple):
@@ -69,6 +69,11 @@ class MultimodalModel(nn.Module):
     def image_size(self) -> int:
         """Height and width of the images the ViT reads, in pixels."""
         return self.vision.image_size
+
+    @property
+    def framing(self) -> Framing:
+        """How an image becomes that square."""
+        return self.vision.framing
 
     def flops(self) -> Flops:
         """What a training step costs, given which parameters are trained now. To be asked before ZeRO-3 cuts them up."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import InstructBlipForConditionalGeneration, InstructBlipQFormerModel, InstructBlipVisionModel, LlamaForCausalLM
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vltrain.batch import Batch
 from vltrain.models.flops import Flops
 from vltrain.models.llm import packed_hidden_states
 from vltrain.models.low_rank import orthogonality
 from vltrain.models.multimodal import LossOutput
+from vltrain.models.preprocessor import Preprocessing
 from vltrain.models.qformer_flops import count_flops
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
@@ -50,15 +50,16 @@ class InstructBlip(nn.Module):
     }  # fmt: skip
     routing = None  # as of a `MultimodalModel` without routed adapters
 
-    def __init__(self, network: InstructBlipForConditionalGeneration) -> None:
+    def __init__(self, network: InstructBlipForConditionalGeneration, preprocessing: Preprocessing = Preprocessing()) -> None:
         super().__init__()
+        self.framing = preprocessing.framing
         self.config = network.config
         self.vision: InstructBlipVisionModel = network.vision_model
         self.queries = QueryTokens(network.query_tokens)
         self.qformer: InstructBlipQFormerModel = network.qformer
         self.projection: nn.Linear = network.language_projection
         self.llm: Any = network.language_model
-        for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
     @classmethod

@@ -37,10 +37,10 @@ def open_tensors(key: str, path: Path) -> dict[str, Tensor]:
     Raises: InputError for a file that is cut off, holds code, is a TorchScript archive, or has no named tensors.
     """
     content = _read_safetensors(key, path) if path.suffix == ".safetensors" else _read_torch(key, path)
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
+    wrappers = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    if len(wrappers) > 1:
+        raise InputError(f"{key}.source: {path}: holds weights under {' and '.join(wrappers)}, and only one can be meant; save that one alone")
+    content = content[wrappers[0]] if wrappers else content
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if isinstance(content, dict) else {}
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise InputError(f"{key}.source: {path}: holds no named tensors but a {type(content).__name__}; expected a state dict")

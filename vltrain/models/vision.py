@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vltrain.errors import InputError
+from vltrain.models.preprocessor import Preprocessing
 
 VISION_NORMS = {"attention": "layer_norm1", "ffn": "layer_norm2"}
 
@@ -35,7 +35,7 @@ class ClipTaps(nn.Module):
     quick one is the checkpoint's `hidden_act`.
     """
 
-    def __init__(self, clip: CLIPVisionModel, tap_every: int, activation_checkpointing: bool = False) -> None:
+    def __init__(self, clip: CLIPVisionModel, tap_every: int, activation_checkpointing: bool = False, preprocessing: Preprocessing = Preprocessing()) -> None:
         super().__init__()
         num_blocks = clip.config.num_hidden_layers
         if tap_every > num_blocks:
@@ -43,7 +43,8 @@ class ClipTaps(nn.Module):
         self.clip = clip
         self.tap_every = tap_every
         self.activation_checkpointing = activation_checkpointing
-        for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
+        self.framing = preprocessing.framing
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     @property
@@ -70,7 +71,7 @@ class ClipTaps(nn.Module):
         return {parameter for module in dead for parameter in module.parameters()}
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> fp32, CLIP's mean and deviation taken out."""
+        """uint8 [N, 3, H, W] -> fp32, mean and deviation taken out."""
         return (pixels.float() / 255 - self.mean) / self.std
 
     def forward(self, pixels: Tensor) -> Tensor:

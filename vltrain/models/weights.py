@@ -15,25 +15,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vltrain.errors import InputError, nearest
 from vltrain.locate import locate
+from vltrain.models.checkpoint_config import read_values, try_config
 from vltrain.models.clip_state import ACTIVATIONS, ClipStateWeights, clip_state_config, is_state_file
-from vltrain.models.hugging_face import LOAD_ERRORS, GgufWeights, HuggingFaceWeights, cannot_load, quiet_transformers
+from vltrain.models.gguf_file import GgufWeights, read_header, with_rope_factors
+from vltrain.models.hugging_face import Beside, HuggingFaceWeights, has_own_head
 from vltrain.models.llm import empty_llama, llm_units, tie_head
 from vltrain.models.materialise import Weights, assert_materialised, empty_model
 from vltrain.models.meta_llama import MetaWeights, is_meta_folder, meta_llama_config
+from vltrain.models.rotary import rotary_frequencies
 from vltrain.models.tensor_files import TENSOR_FILE_SUFFIXES
 from vltrain.models.vision import vision_units
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
-# The other half of a whole CLIP, and buffers that older files hold; a CLIPVisionModel has no use for them.
-CLIP_IGNORED = re.compile(r"text_model\.|text_projection\.|visual_projection\.|logit_scale$|.*\bposition_ids$")
-LLAMA_IGNORED = re.compile(r".*\brotary_emb\.inv_freq$")
+# The other half of a whole CLIP, and what leads into the space that both share: none of it is in a CLIPVisionModel.
+OTHER_TOWER = re.compile(r"text_model\.|text_projection\.|visual_projection\.weight$|logit_scale$")
+NETWORKS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {LlamaConfig: LlamaForCausalLM, CLIPVisionConfig: CLIPVisionModel}
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaConfig:
@@ -44,14 +46,13 @@ def llama_config(key: str, source: str | None, values: dict[str, Any]) -> LlamaC
     """
     if source is not None:
         path = _located(key, source)
-        return meta_llama_config(key, Path(path)) if is_meta_folder(path) else _read_config(key, source, LlamaConfig, ("llama",))
-    config = _config_from_values(key, LlamaConfig, values)
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(
-            f"{key}.config: {config.num_attention_heads} attention heads cannot share {config.num_key_value_heads} key-value heads "
-            "evenly; num_attention_heads must be a multiple of num_key_value_heads"
-        )
-    return config
+        if is_meta_folder(path):
+            return meta_llama_config(key, Path(path))
+        config = _read_config(key, source, LlamaConfig, ("llama",))
+        if config.tie_word_embeddings and not path.endswith(".gguf") and has_own_head(key, source, path, HEAD, (TABLE, TABLE.removeprefix("model."))):
+            config.tie_word_embeddings = False
+        return config
+    return _config_from_values(key, LlamaConfig, values)
 
 
 def clip_config(key: str, source: str | None, values: dict[str, Any], kind: str | None = None) -> CLIPVisionConfig:
@@ -91,9 +92,8 @@ def open_llama(key: str, source: str, network: LlamaForCausalLM, dtype: torch.dt
     def ours(name: str) -> str:
         return f"model.{name}" if f"model.{name}" in names else name  # of a LLaMA saved without its head
 
-    # A head that shares the embeddings' weight may be in the file once more.
-    ignored = re.compile(rf"{LLAMA_IGNORED.pattern}|lm_head\.weight$") if network.config.tie_word_embeddings else LLAMA_IGNORED
-    return _open(key, source, network, dtype, ours, ignored)
+    copies = {HEAD: TABLE} if network.config.tie_word_embeddings else {}
+    return _open(key, source, network, dtype, ours, Beside(copies=copies, rotary=rotary_frequencies(network.config)))
 
 
 def open_clip(key: str, source: str, network: CLIPVisionModel, dtype: torch.dtype) -> Weights:
@@ -101,7 +101,7 @@ def open_clip(key: str, source: str, network: CLIPVisionModel, dtype: torch.dtyp
     path = _located(key, source)
     if is_state_file(path):
         return ClipStateWeights(key, Path(path), network)
-    return _open(key, source, network, dtype, lambda name: name.removeprefix("vision_model."), CLIP_IGNORED)
+    return _open(key, source, network, dtype, lambda name: name.removeprefix("vision_model."), Beside(unused=OTHER_TOWER))
 
 
 def load_llama(key: str, source: str, config: LlamaConfig, dtype: torch.dtype, attention: str) -> LlamaForCausalLM:
@@ -130,37 +130,32 @@ def _config_from_values(key: str, config_class: type[Config], values: dict[str, 
     for name in values:
         if name not in known:
             raise InputError(f"{key}.config.{name}: {config_class.__name__} has no such setting; {nearest(name, known)}")
-    try:
-        config = config_class(**values)
-    except StrictDataclassError as error:
-        raise InputError(f"{key}.config: {' '.join(str(error).split())}") from None
-    if config.hidden_act not in ACT2FN:
-        raise InputError(f"{key}.config.hidden_act: found '{config.hidden_act}'; {nearest(config.hidden_act, ACT2FN)}")
-    return config
+    return try_config(f"{key}.config.", values, lambda given: config_class(**given), NETWORKS[config_class])
 
 
 def _read_config(key: str, source: str, config_class: type[Config], model_types: tuple[str, ...]) -> Config:
     place, arguments = _place(key, source)
-    try:
-        with quiet_transformers():
-            found, _ = PreTrainedConfig.get_config_dict(place, **arguments)
-            model_type = found.get("model_type")
-            if model_type in model_types:
-                return config_class.from_dict(found["vision_config"] if model_type == "clip" else found)
-    except LOAD_ERRORS as error:
-        raise cannot_load(key, source, place, error) from None
-    raise InputError(
-        f"{key}.source: '{source}' ({place}) is a model of type {model_type!r}, expected {' or '.join(map(repr, model_types))}"
-    )
+    path, factors = Path(place, arguments.get("gguf_file", "config.json")), None
+    if arguments:
+        factors = read_header(key, source, str(path))
+    found = read_values(key, source, place, arguments)
+    model_type = found.get("model_type")
+    if model_type not in model_types:
+        raise InputError(
+            f"{key}.source: '{source}' ({place}) is a model of type {model_type!r:.80}, expected {' or '.join(map(repr, model_types))}"
+        )
+    if model_type == "clip":  # whose older files say its parts twice: transformers' own reading of both counts
+        return try_config(f"{key}.source: {path}: ", found, lambda given: CLIPConfig.from_dict(given).vision_config, NETWORKS[config_class], "vision_config.")
+    return try_config(f"{key}.source: {path}: ", with_rope_factors(key, str(path), found, factors), config_class.from_dict, NETWORKS[config_class])
 
 
 def _open(
-    key: str, source: str, network: PreTrainedModel, dtype: torch.dtype, ours: Callable[[str], str], ignored: re.Pattern[str]
+    key: str, source: str, network: PreTrainedModel, dtype: torch.dtype, ours: Callable[[str], str], beside: Beside
 ) -> Weights:
     place, arguments = _place(key, source)
     if "gguf_file" in arguments:
         return GgufWeights(key, source, place, arguments["gguf_file"], network, dtype)
-    return HuggingFaceWeights(key, source, place, network, ours, ignored)
+    return HuggingFaceWeights(key, source, place, network, ours, beside)
 
 
 def _located(key: str, source: str) -> str:

@@ -26,7 +26,9 @@ from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.whole import write_json
-from vltrain.models.build import AnyModel, build_model, count_trained, part_of
+from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, part_of
+from vltrain.models.build_blip import full_qformer_size
+from vltrain.models.qformer import InstructBlip
 from vltrain.programs.data_ready import packed_folder, tokenizer_sources
 from vltrain.programs.fits import require_positions, require_qformer_positions, require_tokenizer_fits
 from vltrain.programs.origins import packs_differ, samples_file
@@ -100,12 +102,21 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         "recipe": str(settings.recipe), "gpus": num_gpus, "zero_stage": zero_stage(ds_config),
         "micro_steps_per_step": micro_steps_per_step(config.train.packs_per_step, num_gpus), "bits": bits,
         "products": str(dtype).removeprefix("torch."), "activation_checkpointing": config.train.activation_checkpointing,
-        "assumed": assumed, "pack": asdict(pack), "parameters": parameters, "memory_per_rank": _memory_to_json(memory),
+        "assumed": assumed, "pack": asdict(pack), "parameters": parameters, "full_qformer_tuning": _share(model), "memory_per_rank": _memory_to_json(memory),
         "cards": {name: {"gib": gib, "verdict": memory.verdict(gib)} for name, gib in cards.items()},
         "disk": {"checkpoint_bytes": per_checkpoint, "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1)},
         "steps_per_epoch": None if index is None else len(index) / config.train.packs_per_step, "packs": no_packs,
         "flops_per_step": step_flops(config, model, pack, index),
     }  # fmt: skip
+
+
+def _share(model: AnyModel) -> dict[str, float] | None:
+    """What is trained of an InstructBLIP, beside full tuning of its Q-Former, the paper's 100%; None of other networks."""
+    if not isinstance(model, InstructBlip):
+        return None
+    full, counts = full_qformer_size(model), count_parameters(model)
+    updates, trained = counts["peft"][1], sum(trained for _, trained in counts.values())
+    return {"parameters": full, "updates": updates, "updates_percent": 100 * updates / full, "trained": trained, "trained_percent": 100 * trained / full}
 
 
 def _number(options: dict[str, str | None], name: str, kind: type[int] | type[float]) -> Any:
@@ -165,6 +176,10 @@ def describe(plan: dict[str, Any]) -> str:
     lines += [f"assumed: {assumption}" for assumption in plan["assumed"]]
     lines += ["", f"{'parameters':44}{'total':>18}{'trained':>18}"]
     lines += [f"  {part:42}{count['total']:18,}{count['trainable']:18,}" for part, count in plan["parameters"].items() if count["total"]]
+    share = plan["full_qformer_tuning"]
+    if share is not None:
+        lines += [f"of full Q-Former tuning ({share['parameters']:,}): low-rank updates {share['updates']:,} ({share['updates_percent']:.2f}%), "
+                  f"everything trained {share['trained']:,} ({share['trained_percent']:.2f}%)"]  # fmt: skip
     for key, title in (("held", "held all the time"), ("at_work", "and in forward and backward"), ("in_step", "or in the step instead"),
                        ("host", "in CPU memory, of each rank")):  # fmt: skip
         kinds = memory[f"{key}_bytes"]

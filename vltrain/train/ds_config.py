@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.shipped import find_ds_json
+from vltrain.train.ds_schema import AUTO, check_ds_json
 
-AUTO = "auto"
 # Numbers that a bucket of gradients or of updated weights holds at most where the JSON leaves it open. DeepSpeed allocates a gradient bucket at
 # its full size, two with overlap_comm. ZeRO-3's prefetch and persistence are about frozen weights, too, and are not filled.
 LARGEST_BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 200_000_000}
@@ -82,9 +81,10 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int, num_
         A configuration of numbers only, ready for `deepspeed.initialize`; see `num_trained`.
 
     Raises:
-        InputError: a value contradicts the recipe, belongs to the recipe alone, or is an "auto" nobody fills.
+        InputError: an unknown key, a value of a wrong type, one that contradicts the recipe or belongs to it alone, an "auto" nobody fills, and a
+            feature that is refused, see `vltrain.train.ds_schema`.
     """
-    _require_objects(raw)
+    check_ds_json(raw)
     resolved = copy.deepcopy(raw) if num_trained is None else fill_buckets(raw, num_trained)
     zero_stage(resolved)
     _settle_optimizer(resolved, config)
@@ -119,20 +119,7 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int, num_
         raise InputError("DeepSpeed's 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; stage is 0")
     # DeepSpeed's own progress lines are replaced by the monitor's.
     resolved.setdefault("steps_per_print", 2**31 - 1)
-    _refuse_left_autos(resolved, to_be_filled=LARGEST_BUCKETS if num_trained is None else ())
     return resolved
-
-
-def _require_objects(raw: dict[str, Any]) -> None:
-    """InputError for a section that is no object."""
-    sections = [(name, raw[name]) for name in ("zero_optimization", "optimizer", "scheduler", "bf16", "fp16") if name in raw]
-    below = {"zero_optimization": ("offload_optimizer", "offload_param"), "optimizer": ("params",), "scheduler": ("params",)}
-    for outer, names in below.items():
-        inside = raw.get(outer)
-        sections += [(f"{outer}.{name}", inside[name]) for name in names if isinstance(inside, dict) and name in inside]
-    for name, section in sections:
-        if not isinstance(section, dict):
-            raise InputError(f"DeepSpeed's '{name}' is {section!r:.80}, expected an object")
 
 
 def _settle_optimizer(resolved: dict[str, Any], config: Config) -> None:
@@ -159,12 +146,3 @@ def _settle_precision(resolved: dict[str, Any]) -> None:
         section = resolved.pop(key, None)
         if section is not None and section.get("enabled", AUTO) not in (AUTO, False):
             raise InputError(f"DeepSpeed's '{key}.enabled' is {section['enabled']!r}: precision belongs to the recipe (train.precision); write \"auto\"")
-
-
-def _refuse_left_autos(node: Any, path: str = "", *, to_be_filled: Collection[str]) -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if path != "zero_optimization" or key not in to_be_filled:
-                _refuse_left_autos(value, f"{path}.{key}" if path else key, to_be_filled=to_be_filled)
-    elif node == AUTO:
-        raise InputError(f"DeepSpeed's '{path}' says \"auto\", but neither the recipe nor the model fills it; give a value or remove it")

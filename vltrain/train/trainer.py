@@ -296,7 +296,7 @@ def make_trainer(
         dataset.index, seed=config.train.seed, epochs=config.train.epochs, packs_per_step=config.train.packs_per_step,
         world_size=world_size, cost=pack_cost(model), max_steps=config.train.max_steps, images_always=offloads_optimizer(ds_config),
     )
-    image_size, flops = model.image_size, model.flops()
+    image_size, framing, flops = model.image_size, model.framing, model.flops()
     engine = Engine(
         model, parameter_groups(model.named_parameters(), config.optim, part_of), ds_config,
         betas=config.optim.betas, eps=config.optim.eps, autocast_dtype=dtype,
@@ -308,7 +308,7 @@ def make_trainer(
     allocator = make_allocator(config, engine, plan, checkpoint)
     loader = StepLoader(
         dataset, plan, rank, image_size=image_size, max_image_pixels=config.data.max_image_pixels,
-        workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda",
+        workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda", framing=framing,
     )
     monitor = Monitor(
         folder, active=rank == 0, first_step=first_step, num_steps=plan.num_steps, log_every_steps=config.train.log_every_steps,

@@ -12,7 +12,7 @@ from vltrain.models.adapters.routing import Routing
 
 
 class Adapter(nn.Module):
-    """Maps states [..., d] to [..., d]. All of its parameters are trained.
+    """Maps states [..., d] to [..., d], at the start each to itself. All of its parameters are trained.
 
     A subclass lists in `settings` the fields of `AdapterConfig` that it reads, so that one which has no effect can be refused.
     """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vltrain.config import AdapterConfig
+from vltrain.errors import InputError
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.quantise import num_weights
@@ -83,6 +85,30 @@ class RepAdapter(BottleneckAdapter):
 
     The same parameters as the Bottleneck Adapter; what it has more is the fixed factor `scale`. Row 10 puts LoRA in the LLM
     and this into the ViT: `llm: none` gives its ViT half.
+
+    Without `residual`, f(Z) = s psi_u(psi_d(Z)): what LaVIN's code (`lavin/mm_adapter.py`) puts into the ViT as its `normal` adapter. It starts
+    at zero, not as the identity, so that a sublayer behind it begins with its biases alone.
     """
 
-    settings = BottleneckAdapter.settings | {"scale"}
+    settings = BottleneckAdapter.settings | {"scale", "residual"}
+
+    def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
+        super().__init__(width, config)
+        self.residual = config.residual
+        if not self.residual and self.impl == "triton":
+            raise InputError("model.adapter.impl: found 'triton', but its kernel adds what goes in, and model.adapter.residual is false; take auto or torch")
+
+    def forward(self, z: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """`z` [..., d] -> [..., d]: f(z), or f(norm(z))."""
+        if self.residual:
+            return super().forward(z, norm)
+        z = z if norm is None else norm(z)
+        hidden = F.linear(z, grouped_matrix(self.down_weight), self.down_bias)
+        if self.active_dropout > 0:
+            hidden = F.dropout(hidden, self.active_dropout)
+        return self.scale * F.linear(hidden, grouped_matrix(self.up_weight), self.up_bias)
+
+    @torch.no_grad()
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        matrix, offset = super().linear_map()
+        return (matrix if self.residual else matrix - torch.eye(self.width, dtype=matrix.dtype, device=matrix.device)), offset

@@ -32,7 +32,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "loha_silu": LohaSiluAdapter,
 }
 
-NOT_OF_A_KIND = {"kind", "vision", "llm"}  # fields of AdapterConfig that every kind obeys
+NOT_OF_A_KIND = {"kind", "vision_kind", "vision", "llm"}  # fields of AdapterConfig that every kind obeys
 
 
 class NormThenAdapter(nn.Sequential):
@@ -47,25 +47,26 @@ class NormThenAdapter(nn.Sequential):
         return self.adapter(x, self.norm) if self.adapter.takes_norm else super().forward(x)
 
 
-def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = None) -> Adapter:
-    """The adapter that `config` asks for, for states of `width` numbers.
+def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = None, part: str = "llm") -> Adapter:
+    """The adapter that `config` asks for in a network, `llm` or `vision`, for states of `width` numbers.
 
-    Raises: InputError for an unknown kind, a setting that this kind does not have, or a width its groups do not divide.
+    Raises: InputError for an unknown kind, a setting that no kind in use has, or a width its groups do not divide.
     """
-    kind = _kind(config)
-    defaults = AdapterConfig()
+    kinds = {name: _kind(config, name) for name in ("llm", "vision")}
+    known, defaults = kinds["llm"].settings | kinds["vision"].settings, AdapterConfig()
     for entry in fields(config):
-        if entry.name not in kind.settings | NOT_OF_A_KIND and getattr(config, entry.name) != getattr(defaults, entry.name):
+        if entry.name not in known | NOT_OF_A_KIND and getattr(config, entry.name) != getattr(defaults, entry.name):
+            named = " or ".join(f"'{name}'" for name in dict.fromkeys((config.kind, config.vision_kind or config.kind)))
             raise InputError(
-                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind '{config.kind}' has no such "
-                f"setting (it has {', '.join(sorted(kind.settings))}); leave it out"
+                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind {named} has no such "
+                f"setting (it has {', '.join(sorted(known))}); leave it out"
             )
-    return kind(width, config, routing)
+    return kinds[part](width, config, routing)
 
 
 def is_routed(config: AdapterConfig) -> bool:
     """Whether adapters of that kind stand in the LLM and ask for the modality of a position."""
-    return _kind(config).routed and config.llm != "none"
+    return _kind(config, "llm").routed and config.llm != "none"
 
 
 def insert_adapters(
@@ -93,11 +94,12 @@ def insert_adapters(
     for sublayer in chosen:
         norm = getattr(block, norms[sublayer])
         with seeded(seed, f"adapter/{part}/{number}/{sublayer}"):
-            adapter = make_adapter(norm.weight.shape[-1], config, routing)
+            adapter = make_adapter(norm.weight.shape[-1], config, routing, part)
         setattr(block, norms[sublayer], NormThenAdapter(OrderedDict(norm=norm, adapter=adapter)))
 
 
-def _kind(config: AdapterConfig) -> type[Adapter]:
-    if config.kind not in ADAPTERS:
-        raise InputError(f"model.adapter.kind: found '{config.kind}'; {nearest(config.kind, ADAPTERS)}")
-    return ADAPTERS[config.kind]
+def _kind(config: AdapterConfig, part: str) -> type[Adapter]:
+    key, kind = ("vision_kind", config.vision_kind) if part == "vision" and config.vision_kind is not None else ("kind", config.kind)
+    if kind not in ADAPTERS:
+        raise InputError(f"model.adapter.{key}: found '{kind}'; {nearest(kind, ADAPTERS)}")
+    return ADAPTERS[kind]

@@ -1,0 +1,179 @@
+"""Sizes of a network from a checkpoint's config.json or a recipe's mapping: read, and tried, before anything is built with them.
+
+transformers takes many values that its networks then fail on, or that mean what cannot be: a padding token beyond the vocabulary, an
+activation that it has not, a factor of zero. So each config is tried here: numbers have ranges, and a network of one block is made without
+memory. What raises there is one line that names the file and the key.
+
+Rotary frequencies must be a function of the position alone: rows are packed, so frequencies that follow the longest sequence of a batch
+(`dynamic`, `longrope` beyond its first length) would make a sample's loss depend on its neighbours, and on what was seen before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from vltrain.errors import InputError, nearest
+from vltrain.models.quiet import LOAD_ERRORS, cannot_load, quiet_transformers, read_settings
+from vltrain.ranges import Range
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
+_SIZE, _LAYERS = Range(1, 2**24), Range(1, 4096)
+_RATE, _EPSILON = Range(0, 1, open_high=True), Range(0, 1, open_low=True)
+# Of numbers in any config or section of one, by their names.
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
+         "image_size", "patch_size", "projection_dim", "encoder_hidden_size", "cross_attention_frequency", "num_query_tokens", "d_model", "d_kv",
+         "d_ff", "num_heads", "relative_attention_num_buckets", "relative_attention_max_distance"),
+        _SIZE,
+    ),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers"), _LAYERS),
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon"), _EPSILON),
+    **dict.fromkeys(
+        ("attention_dropout", "dropout_rate", "classifier_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout"), _RATE
+    ),
+    "num_channels": Range(3, 3, hint=", since images are RGB"), "initializer_range": Range(0, 1e3), "initializer_factor": Range(0, 1e3),
+}  # fmt: skip
+ACTIVATIONS = ("hidden_act", "dense_act_fn")
+DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+POSITION_ONLY = ("default", "linear", "yarn", "llama3")  # rotary frequencies that depend on nothing else
+_THETA, _FACTOR = Range(1, 1e15), Range(0, 1e6, open_low=True)
+
+
+def read_values(key: str, source: str, place: str, arguments: dict[str, str]) -> dict[str, Any]:
+    """What a source's config.json (or GGUF header) says, as transformers reads it. Raises InputError."""
+    path = Path(place, "config.json")
+    if not arguments and path.is_file():
+        read_settings(key, source, path)
+    try:
+        with quiet_transformers():
+            found, _ = PreTrainedConfig.get_config_dict(place, **arguments)
+    except LOAD_ERRORS as error:
+        raise cannot_load(key, source, place, error) from None
+    for name, what in (("quantization_config", "holds quantised weights"), ("transformers_weights", "names another file of weights")):
+        if found.get(name) is not None:
+            raise InputError(f"{key}.source: {path}: {name} is there, so the checkpoint {what}, which is not read here; take the plain one")
+    return found
+
+
+def try_config(
+    where: str, values: dict[str, Any], make: Callable[[dict[str, Any]], Config], network: type[PreTrainedModel], section: str = ""
+) -> Config:
+    """The config that `make` makes of `values`, after a network of one block was made of it.
+
+    Args:
+        where: what stands before a key in errors: `FILE: ` or `SETTING.`.
+        network: the class that will be built.
+        section: `NAME.` where `make` gives that section of the values alone.
+
+    Raises: InputError naming `where` and the key, for whatever fails.
+    """
+    config, problem = _attempt(values, make, network, section)
+    if config is not None and problem is None:
+        return config
+    if isinstance(problem, _Named):
+        raise InputError(f"{where}{problem}")
+    suspects = list(islice((name for name, without in _each_left_out(values) if _attempt(without, make, network, section)[1] is None), 3))
+    named = f"{where}{' or '.join(f'{name} = {_value_at(values, name)!r:.80}' for name in suspects)}" if suspects else where.rstrip(".: ")
+    raise InputError(f"{named}: no {network.__name__} can be made of it ({type(problem).__name__}: {' '.join(str(problem).split())[:400]})")
+
+
+class _Named(Exception):
+    """A problem that names its key already."""
+
+
+def _attempt(
+    values: dict[str, Any], make: Callable[[dict[str, Any]], Config], network: type[PreTrainedModel], section: str
+) -> tuple[Config | None, Exception | None]:
+    try:
+        with quiet_transformers():
+            config = make(copy.deepcopy(values))
+            _check_numbers(config, section)
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                network._from_config(_one_block(config))
+    except Exception as error:  # whatever transformers' code runs into with such values
+        return None, error
+    return config, None
+
+
+def _sections(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:
+    yield prefix, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _sections(value, f"{prefix}{name}.")
+
+
+def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
+    """Raises _Named for a number out of its range, an unknown activation, heads that do not fit, and frequencies that follow the batch."""
+    for prefix, section in _sections(config, outer):
+        own = vars(section)  # without transformers' second names of the same numbers
+        for name, allowed in RANGES.items():
+            value = own.get(name)
+            if not allowed.holds(value):
+                raise _Named(f"{prefix}{name}: found {value!r:.80}, expected {allowed}")
+        for name in ACTIVATIONS:
+            value = own.get(name)
+            if value is not None and value not in ACT2FN:
+                raise _Named(f"{prefix}{name}: found {value!r:.80}; {nearest(str(value), ACT2FN)}")
+        heads, shared = getattr(section, "num_attention_heads", None), getattr(section, "num_key_value_heads", None)
+        if heads is not None and shared is not None and heads % shared:
+            raise _Named(
+                f"{prefix}num_key_value_heads: {heads} attention heads cannot share {shared} key-value heads evenly; num_attention_heads must be "
+                "a multiple of num_key_value_heads"
+            )
+        padding, vocabulary = getattr(section, "pad_token_id", None), getattr(section, "vocab_size", None)
+        if isinstance(padding, int) and vocabulary is not None and not -vocabulary <= padding < vocabulary:
+            raise _Named(f"{prefix}pad_token_id: found {padding}, expected an id below vocab_size = {vocabulary}")
+        if getattr(section, "rope_parameters", None) is not None:
+            _check_rotary(f"{prefix}rope_parameters", section)
+
+
+def _check_rotary(key: str, config: PreTrainedConfig) -> None:
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    constant = kind == "longrope" and rope.get("short_factor") == rope.get("long_factor") is not None
+    if kind not in POSITION_ONLY and not constant:
+        raise _Named(
+            f"{key}.rope_type (rope_scaling): found '{kind}', which makes frequencies depend on the longest sequence of a batch, or is unknown; "
+            f"expected one of {', '.join(POSITION_ONLY)}, whose frequencies depend on the position alone"
+        )
+    for name, allowed in (("rope_theta", _THETA), ("factor", _FACTOR), ("attention_factor", _FACTOR)):
+        if not allowed.holds(rope.get(name)):
+            raise _Named(f"{key}.{name}: found {rope.get(name)!r:.80}, expected {allowed}")
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width % 2:
+        raise _Named(f"{key}: heads of width {width} cannot be rotated in pairs; expected an even width")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _Named(f"{key}.partial_rotary_factor: found {rope['partial_rotary_factor']!r:.80}, expected 1, since a LLaMA rotates whole heads")
+
+
+def _one_block(config: Config) -> Config:
+    small = copy.deepcopy(config)
+    for _, section in _sections(small):
+        for name in DEPTHS:
+            if isinstance(getattr(section, name, None), int):
+                setattr(section, name, 1)
+    return small
+
+
+def _each_left_out(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """By dotted key, inner ones first: the values without it."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((inner, {**values, name: without}) for inner, without in _each_left_out(value, f"{prefix}{name}."))
+        yield f"{prefix}{name}", {other: kept for other, kept in values.items() if other != name}
+
+
+def _value_at(values: dict[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        values = values[part]
+    return values
