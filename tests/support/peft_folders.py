@@ -28,6 +28,7 @@ from vltrain.train.checkpoint import save_checkpoint
 
 SAMPLES = [sample for sample in make_samples(5) if sample.images][:3]
 LLMS = {"llama": LLAMA, "t5": T5, "llama tied": {**LLAMA, "tie_word_embeddings": True}, "t5 tied": {**T5, "tie_word_embeddings": True}}
+_KEPT: list[tempfile.TemporaryDirectory] = []
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -65,10 +66,16 @@ class Base:
             return torch.stack([loss_of_one(theirs.double().eval(), ours, sample, tokenizer, ours.template) for sample in SAMPLES])
 
 
+def _kept_folder() -> Path:
+    """A folder that lasts as long as this process."""
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="vltrain-"))
+    return Path(_KEPT[-1].name)
+
+
 @cache
 def base(kind: str) -> Base:
     """One for the whole process."""
-    folder = Path(tempfile.mkdtemp(prefix="vltrain-base-"))
+    folder = _kept_folder()
     tokenizers = make_tokenizers(folder / "tokenizers")
     config = blip_config(kind.split()[0], tokenizers, config={**SIZES, "text_config": LLMS[kind]}, vision="full", qformer__mode="full", llm__mode="full")
     save_run(folder / "run", config, build_model(config.model))
@@ -95,7 +102,7 @@ def moved(model: nn.Module, by: float = 0.1) -> nn.Module:
 
 @cache
 def _exported(kind: str, changes: tuple[tuple[str, Any], ...]) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="vltrain-adapters-"))
+    folder = _kept_folder()
     config = base(kind).recipe(**dict(changes))
     save_run(folder / "run", config, moved(build_model(config.model)))
     export(folder / "run", folder / "adapters")
