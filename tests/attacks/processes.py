@@ -256,7 +256,10 @@ def ctrl_c_while_packing(folder: Path) -> Shown:
     """Ctrl-C while a pack's samples are read: its temporary folder and its lock go, too."""
     samples_of(folder)
     script = "import os, signal, threading, sys\nfrom vltrain.cli import main\n"
-    strike = "import data_prep.pack as m; real = m.write_shards\ndef late(*a):\n    os.kill(os.getpid(), signal.SIGINT); return real(*a)\nm.write_shards = late\n"
+    strike = (
+        "import contextlib, data_prep.pack as m\nreal = m.write_shards\n@contextlib.contextmanager\ndef late(*words, **named):\n"
+        "    with real(*words, **named) as writer:\n        os.kill(os.getpid(), signal.SIGINT)\n        yield writer\nm.write_shards = late\n"
+    )
     words = [str(word) for word in pack_words(folder / "s.jsonl", folder / "packs")]
     command = [sys.executable, "-c", f"{script}{strike}sys.exit(main({words!r}))"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
