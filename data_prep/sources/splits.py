@@ -182,15 +182,16 @@ def _tail_of(paths: Sequence[Path]) -> list[bytes | Path]:
     return tails
 
 
-def overlap_of(folder: Path) -> list[str]:
-    """`SplitOverlap.lines` of samples that are prepared already, `folder`/SPLIT.jsonl each. Raises InputError for a malformed sample."""
-    overlap, names = SplitOverlap(), set[str]()
-    for path in sorted(folder.glob("*.jsonl")):
+def overlap_of(files: Mapping[str, Path]) -> list[str]:
+    """`SplitOverlap.lines` of samples that are prepared already, by split their file. Raises InputError for a malformed sample."""
+    overlap, images = SplitOverlap(), dict[str, ImageSource]()
+    for split, path in files.items():
         for where, record in read_lines(path, "prepared samples"):
             sample = Sample.from_json(record, where)
-            overlap.add(path.stem, sample, sample.images)
-            names.update(sample.images)
-    return overlap.lines({name: folder / name for name in names})
+            names = [str(path.parent / name) for name in sample.images]
+            overlap.add(split, sample, names)
+            images.update((name, Path(name)) for name in names)
+    return overlap.lines(images)
 
 
 class SplitOverlap:

@@ -176,6 +176,14 @@ def no_split_to_evaluate(folder: Path) -> Shown:
 
 
 @attack(SCORER)
+def no_split_to_train_on(folder: Path) -> Shown:
+    """A train split that the data do not have, and one whose name leads out of the data's folder."""
+    off = ("--eval.scorer", "null")
+    refused(_train_words(folder, *off, "--data.train_split", "../../chats"), "'../../chats'", "a plain name")
+    return refused(_train_words(folder, *off, "--data.train_split", "trian"), "data.train_split", "trian", "splits there: train")
+
+
+@attack(SCORER)
 def own_samples_whose_splits_leak(folder: Path) -> Shown:
     """Samples of one's own, in which val shows an image of train under another name and asks the same: told before the first step."""
     data = folder / "data" / "samples"
@@ -183,7 +191,7 @@ def own_samples_whose_splits_leak(folder: Path) -> Shown:
         picture(data / "images" / f"{name}.png")
     write_jsonl(data / "train.jsonl", [sample(1, question="<image>\nQ?", images=("images/a.png",))])
     write_jsonl(data / "val.jsonl", [sample(2, question="<image>\nQ?", images=("images/b.png",))])
-    (line,) = overlap_of(data)
+    (line,) = overlap_of({split: data / f"{split}.jsonl" for split in ("train", "val")})
     assert "1 of the 1 image(s) of 'val' are in 'train' too" in line and "1 of the 1 sample(s) of 'val' ask" in line
     return Shown("told", line)
 

@@ -36,7 +36,8 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
     assert config.eval.scorer is not None
     scorer = find_scorer(config.eval.scorer)
     if not samples_file.exists():
-        raise InputError(_no_split(samples_file))
+        ways = "name one that is there (data.eval_split while training, --split), prepare the data anew with another val_fraction or test_fraction"
+        raise InputError(f"{missing_split(samples_file)}; {ways}, or train without evaluation (eval.scorer: null)")
     samples = read_samples(samples_file)
     for sample in samples:
         question = question_of(sample, str(samples_file))
@@ -56,8 +57,8 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
     return answered
 
 
-def _no_split(samples_file: Path) -> str:
+def missing_split(samples_file: Path) -> str:
+    """What is there instead of the file of a split."""
     there = sorted(path.stem for path in samples_file.parent.glob("*.jsonl"))
     found = f"splits there: {', '.join(there)}" if there else "there is no split at all"
-    ways = "name one that is there (data.eval_split while training, --split), prepare the data anew with another val_fraction or test_fraction"
-    return f"{samples_file}: no such file, so there is no split '{samples_file.stem}'; {found}; {ways}, or train without evaluation (eval.scorer: null)"
+    return f"{samples_file}: no such file, so there is no split '{samples_file.stem}'; {found}"

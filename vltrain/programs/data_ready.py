@@ -126,6 +126,19 @@ def ready_packs(
         raise InputError(f"{found}. Nothing was changed; {REBUILD}, or {OTHER_ROOT}")
 
 
+def _files_of(config: Config) -> dict[str, Path]:
+    """The files of samples of the splits that a recipe names and that are there."""
+    found: dict[str, Path] = {}
+    for split in (config.data.train_split, config.data.eval_split, config.data.test_split):
+        try:
+            file = samples_file(config, split)
+        except InputError:  # of own samples, a split without a file: whoever needs it says so
+            continue
+        if file.is_file():
+            found[split] = file
+    return found
+
+
 def _prepare(config: Config, *, replace: bool) -> None:
     from data_prep.prepare import prepare
 
@@ -142,7 +155,7 @@ def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int, *, re
 
     logger.info("data: packing %s into %s", samples, folder)
     if not (samples.parent / PREPARED).exists():  # of those that were prepared from raw data it has been told
-        for line in overlap_of(samples.parent):
+        for line in overlap_of(_files_of(config)):
             logger.warning("%s: %s", samples.parent, line)
     source, instruction = tokenizer_sources(config)
     manifest = pack(

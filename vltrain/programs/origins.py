@@ -39,6 +39,8 @@ def samples_file(config: Config, split: str) -> Path:
 
     Raises: InputError for a split of own samples that the recipe does not say the file of.
     """
+    if Path(split).name != split:
+        raise InputError(f"split {split!r}: expected a plain name, such as 'val', which is a file below {samples_folder(config)}")
     data, folder = config.data, samples_folder(config)
     if data.source != OWN:
         return folder / f"{split}.jsonl"
