@@ -18,6 +18,7 @@ from vltrain.data.shards import PackedDataset
 from vltrain.locate import locate
 from vltrain.models.build import build_model
 from vltrain.programs.made_of import made_of
+from vltrain.programs.origins import facts_of
 from vltrain.recipe import build_config, dump_config
 from vltrain.train.checkpoint import save_checkpoint
 from vltrain.train.identity import run_id, run_identity
@@ -95,7 +96,8 @@ def write_run(places: Places, **changes: object) -> None:
     identity = run_identity(config, dataset, made_of(config))
     places.run.mkdir(parents=True)
     write_provenance(
-        places.run, resolved_config=dump_config(config), ds_config={}, world_size=1, parameters={"llm": (1, 1)}, identity=identity, tokenizer="none"
+        places.run, resolved_config=dump_config(config), ds_config={}, world_size=1, parameters={"llm": (1, 1)}, identity=identity, tokenizer="none",
+        data=facts_of(config, dataset),
     )
     train = config.train
     plan = Plan(
