@@ -240,8 +240,8 @@ def epochs_of_no_pack(folder: Path) -> Shown:
 
 @attack(LENGTH)
 def evaluations_that_never_come(folder: Path) -> Shown:
-    """Every five epochs in a run of two; every 100 steps in one of 10, whose best checkpoint is wanted."""
-    _unreachable(10, "train.eval_every_epochs: found 5", "2 epochs", epochs=2.0, eval_every_epochs=5.0)
+    """Every five epochs in a run of two that is to stop early; every 100 steps in one of 10, whose best checkpoint is wanted."""
+    _unreachable(10, "train.eval_every_epochs: found 5", "2 epochs", epochs=2.0, eval_every_epochs=5.0, early_stopping_patience=1)
     return _unreachable(20, "train.eval_every_steps: found 100", "ends after 10 steps", "keep_best", eval_every_steps=100, keep_best=True)
 
 

@@ -21,7 +21,8 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
         resumed: the run goes on from a checkpoint: what it was started with is told instead of refused.
 
     Raises:
-        InputError: `train.epochs` of no pack, `train.max_steps` beyond `train.epochs`, evaluations that never come.
+        InputError: `train.epochs` of no pack, `train.max_steps` beyond `train.epochs`, evaluations that never come though
+            `train.keep_best` or `train.early_stopping_patience` choose by them.
     """
     train = config.train
     refuse: Callable[[str], None] = logger.warning if resumed else _refuse
@@ -36,9 +37,11 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
     every = train.eval_every_steps or train.eval_every_epochs * steps_per_epoch
     if every >= num_steps + 1:
         name = "eval_every_steps" if train.eval_every_steps else "eval_every_epochs"
-        found = f"found {getattr(train, name):g}, but the run ends after {num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs"
-        chosen = " and leave out train.keep_best and train.early_stopping_patience" if train.keep_best or train.early_stopping_patience else ""
-        refuse(f"train.{name}: {found}, so that it never evaluates on the way; lower it, or set it to 0 to evaluate at the end only{chosen}")
+        found = f"found {getattr(train, name):g}, but the run ends after {num_steps} steps, {num_steps / steps_per_epoch:.3g} epochs: it evaluates at the end only"
+        if train.keep_best or train.early_stopping_patience is not None:  # which then have no effect
+            refuse(f"train.{name}: {found}; lower it, or leave out train.keep_best and train.early_stopping_patience")
+        else:  # a recipe that is cut short by train.max_steps, to try it
+            logger.warning("train.%s: %s", name, found)
     patience = train.early_stopping_patience
     if patience is not None and every > 0 and -(-num_steps // every) <= patience:
         logger.warning("train.early_stopping_patience: never stops this run, which evaluates %d time(s)", -(-num_steps // every))
