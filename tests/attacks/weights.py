@@ -438,6 +438,7 @@ def instructblip_values(folder: Path) -> Shown:
     values = (
         ("qformer_config__cross_attention_frequency", 0), ("qformer_config__hidden_act", "silo"), ("text_config__d_kv", -1),
         ("text_config__num_layers", "2"), ("vision_config__num_attention_heads", 0), ("num_query_tokens", 0), ("text_config__model_type", "gpt2"),
+        ("text_config__decoder_start_token_id", "0"), ("text_config__decoder_start_token_id", 64),
     )  # fmt: skip
     for name, value in values:
         (folder / "config.json").write_text(whole)

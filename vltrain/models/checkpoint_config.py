@@ -133,6 +133,9 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
         padding, vocabulary = getattr(section, "pad_token_id", None), getattr(section, "vocab_size", None)
         if isinstance(padding, int) and vocabulary is not None and not -vocabulary <= padding < vocabulary:
             raise _Named(f"{prefix}pad_token_id: found {padding}, expected an id below vocab_size = {vocabulary}")
+        start = own.get("decoder_start_token_id")  # of a T5, which reads it first
+        if start is not None and vocabulary is not None and not (type(start) is int and 0 <= start < vocabulary):
+            raise _Named(f"{prefix}decoder_start_token_id: found {start!r:.80}, expected an id from 0 to below vocab_size = {vocabulary}")
         if getattr(section, "rope_parameters", None) is not None:
             _check_rotary(f"{prefix}rope_parameters", section)
 
