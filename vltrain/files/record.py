@@ -17,10 +17,11 @@ import stat
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,8 @@ from vltrain.files.digest import SETTLED_NS, file_digests
 
 FILE, FOLDER, ABSENT = 0, 1, 2  # kinds
 _SHOWN = 3
+_CHUNK = 2048  # files that a thread asks for at once
+_THREADS = 16
 _ALGORITHM = "xxh3_128"
 _NO_DIGEST = bytes(16)
 _NO_STAT = (-1, -1, -1, -1)
@@ -61,8 +64,20 @@ def stat_of(path: Path | str) -> tuple[int, int, int, int]:
     return tuple(_stats_of([path]))
 
 
-def _stats_of(paths: Iterable[Path | str]) -> array:
-    """`stat_of` of each, one after another: a function call for each would take as long as its stat."""
+def _stats_of(paths: Sequence[Path | str]) -> array:
+    """`stat_of` of each. Many are asked by several threads: where files come over a network, all of the time is waiting."""
+    if len(paths) <= _CHUNK:
+        return _stats_one_by_one(paths)
+    chunks = [paths[first : first + _CHUNK] for first in range(0, len(paths), _CHUNK)]
+    found = array("q")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for stats in threads.map(_stats_one_by_one, chunks):
+            found.extend(stats)
+    return found
+
+
+def _stats_one_by_one(paths: Sequence[Path | str]) -> array:
+    """In one loop: a function call for each would take as long as its stat."""
     found = array("q")
     for path in paths:
         try:
@@ -139,9 +154,11 @@ class FileRecord:
 
     def write(self, path: Path) -> str:
         """Writes the record, whole or not at all, and the stats beside it. Returns its digest (hex), for `read_record`."""
+        known = {place: number for number, place in enumerate(dict.fromkeys(self.places))}
+        places = np.fromiter((known[place] for place in self.places), np.int16, len(self))
         columns = [
-            pa.array(self.places, pa.string()).dictionary_encode().cast(_SCHEMA.field("place").type), pa.array(map(_plain, self.names), pa.string()),
-            pa.array(np.array(self.kinds, np.int8), pa.int8()), pa.array(self.digests, pa.binary(16)),
+            pa.DictionaryArray.from_arrays(_column(pa.int16(), len(self), places), _texts(list(known))), _texts([_plain(name) for name in self.names]),
+            _column(pa.int8(), len(self), self.kinds), _column(pa.binary(16), len(self), b"".join(self.digests)),
         ]  # fmt: skip
 
         def write_table(file: BinaryIO) -> None:
@@ -263,6 +280,19 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _column(kind: pa.DataType, count: int, *buffers: Any) -> pa.Array:
+    """An array without nulls of those buffers. `pa.array` would import pandas, which takes as long as preparing some thousands of samples."""
+    return pa.Array.from_buffers(kind, count, [None, *map(pa.py_buffer, buffers)])
+
+
+def _texts(texts: Sequence[str]) -> pa.Array:
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    if ends[-1] > np.iinfo(np.int32).max:  # 2 GiB of names, which one array of this kind does not hold
+        raise InputError(f"found {len(texts):,} files whose names take {ends[-1]:,} bytes, expected at most 2 GiB of names; prepare the data in several sets")
+    return _column(pa.string(), len(texts), ends.astype(np.int32), b"".join(encoded))
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`vltrain check`: what can be proven about a run.
+"""`vltrain check`: what can be proven about a run, and about its data.
 
     vltrain check resume RUN [OTHER] [--packs FOLDER] [--tolerance 1e-5]
 
@@ -11,6 +11,11 @@ without a receipt.
 
 reads every file of the run's checkpoints, of its frozen weights and of its tokenizer anew, and compares each digest with the one that the run
 keeps. A folder that has moved is named by its new path (--model.llm.source FOLDER). Exit code as above.
+
+    vltrain check data FOLDER
+
+reads every file of prepared samples and packs (a data.root, or a folder of one of them) anew, and the raw data where it still is, and compares each
+digest with the one kept beside them; a run's start trusts size, times and inode. Exit code as above.
 
     vltrain check replay RUN --step K [--packs FOLDER]
 
@@ -74,6 +79,16 @@ def _weights(arguments: Arguments) -> int:
     return _show(check_weights(Path(arguments.positionals[0]), [f"--{name}={value}" for name, value in arguments.options]))
 
 
+def _data(arguments: Arguments) -> int:
+    from vltrain.programs.data_check import check_data
+
+    _require_known(arguments, ())
+    if len(arguments.positionals) != 1:
+        raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected FOLDER")
+    start_logging()
+    return _show(check_data(Path(arguments.positionals[0])))
+
+
 def _replay(arguments: Arguments) -> int:
     from vltrain.programs.replay import replay  # with torch and DeepSpeed, which a proof does without
 
@@ -109,4 +124,4 @@ def _require_known(arguments: Arguments, known: tuple[str, ...]) -> None:
             raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {nearest(name, known)}")
 
 
-CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "weights": _weights, "replay": _replay}
+CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "weights": _weights, "data": _data, "replay": _replay}
