@@ -32,7 +32,7 @@ from vltrain.data.instruction import InstructionSource
 from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
 from vltrain.data.shards import Manifest, ShardFile
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
 from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
@@ -89,11 +89,11 @@ def pack(
         "pack_length": pack_length, "max_images": max_images, "seed": seed,
     }  # fmt: skip
     before = look(samples)
-    origin = _origin(samples, before, rendered_digest(loaded, template), {"over_long": over_long, "max_image_pixels": max_image_pixels})
+    origin = _origin(samples, before, loaded, template, {"over_long": over_long, "max_image_pixels": max_image_pixels})
     given = _Given(samples, before, PackedImages(samples.parent, workers, max_image_pixels), origin)
     if share is None:
         return _write_packs(tokenised(samples, loaded, template, visual_tokens, workers), given, output, facts, over_long, rebuild=rebuild)
-    made_with = {**facts, "samples": origin.samples, "over_long": over_long, "max_image_pixels": max_image_pixels}
+    made_with = {**facts, "samples": origin.samples, "tokenizer_state": origin.tokenizer, "over_long": over_long, "max_image_pixels": max_image_pixels}
     if share.part is None:
         return _merge(finished_parts(output, share, made_with), given, output, facts, over_long)
     if not is_done(output, share, made_with):
@@ -131,7 +131,7 @@ class _Given:
             raise InputError(f"{self.samples}: was changed while it was packed; pack again when it is whole")
 
 
-def _origin(samples: Path, before: Seen, rendered: str | None, options: dict[str, Any]) -> MadeFrom:
+def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, template: str, options: dict[str, Any]) -> MadeFrom:
     """What packs are made from, the images but: those are known when they are stored."""
     if before.kind != FILE:
         raise InputError(f"{samples}: cannot be read ({'it is a folder' if before.kind == FOLDER else 'no such file'}), expected a file of samples")
@@ -139,7 +139,7 @@ def _origin(samples: Path, before: Seen, rendered: str | None, options: dict[str
     known = prepared is not None and prepared.samples is not None
     return MadeFrom(
         name=samples.name, samples=before.digest.hex(), prepared=prepared.samples if known else None, source=prepared.name() if known else None,
-        rendered=rendered, options=options,
+        rendered=rendered_digest(tokenizer, template), tokenizer=tokenizer.state(), options=options,
     )  # fmt: skip
 
 

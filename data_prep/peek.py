@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.command_line import CommandLine, whole
+from vltrain.data.conversation import find_template, fingerprint
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -68,6 +69,17 @@ def _words(ids: list[int], tokenizer: Tokenizer) -> str:
     return text
 
 
+def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
+    """The tokenizer that the packs name. Raises InputError if another one is there by now, whose words would be shown."""
+    manifest = dataset.manifest
+    tokenizer = load_tokenizer(manifest.tokenizer)
+    if find_template(manifest.template).instruction:
+        print("packed with a Q-Former's tokenizer too, which is not named here: whether the LLM's is still the one that they were packed with is not compared")
+    elif fingerprint(tokenizer, manifest.template) != manifest.tokenizer_fingerprint:
+        raise InputError(f"{dataset.folder}: was packed with another tokenizer than {manifest.tokenizer} is now; restore that, or pack the samples again")
+    return tokenizer
+
+
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine("peek", "Show a pack as the model sees it.", arguments)
@@ -75,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
     options = parser.read()
     dataset = PackedDataset(options.folder, verify=False)
-    print(describe(dataset, options.row, load_tokenizer(dataset.manifest.tokenizer)))
+    print(describe(dataset, options.row, _tokenizer_of(dataset)))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,11 @@ class Reading:
 
     def __init__(self, places: Mapping[str, Path]) -> None:
         self.places = dict(places)
-        bases = ((place, root, root if root.is_dir() else root.parent) for place, root in self.places.items())
+        bases = [(place, root, root if root.is_dir() else root.parent) for place, root in self.places.items()]
+        # A file belongs to the setting that names it most closely: one that is named later, or not any more, must find its own files changed.
+        bases.sort(key=lambda one: (one[2] == one[1], len(one[2].absolute().parts)), reverse=True)
         self._bases = [(place, str(root), str(base), os.path.abspath(root), os.path.abspath(base)) for place, root, base in bases]
+        self._named = {path: place for place, root in self.places.items() for path in (str(root), os.path.abspath(root))}
         self._stats: dict[str, tuple[int, int, int, int]] = {}
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -71,14 +74,16 @@ class Reading:
         return found
 
     def _place_of(self, path: str) -> tuple[str, str] | None:
+        if path in self._named:
+            return self._named[path], "."
         for place, root, base, _, _ in self._bases:
-            if path == root:
-                return place, "."
             if path.startswith(base + "/"):
                 return place, path[len(base) + 1 :] if base == root else f"../{path[len(base) + 1 :]}"
         full = os.path.abspath(path)
+        if full in self._named:
+            return self._named[full], "."
         for place, _, _, root, base in self._bases:
-            if full == root or full.startswith(base + os.sep):
+            if full.startswith(base + os.sep):
                 return place, os.path.relpath(full, root)
         return None
 

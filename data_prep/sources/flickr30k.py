@@ -48,7 +48,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     choose("flickr30k", "train_captions", settled["train_captions"], ("all", "first"))
     if input is None:
         raise InputError(f"source 'flickr30k' needs --input, the folder of {SPLIT_FILE} or {TOKEN_FILE} and the images")
-    folder = next((input / name for name in IMAGE_FOLDERS if (input / name).is_dir()), None)
+    folder = next((input / name for name in IMAGE_FOLDERS if is_there(input / name) and (input / name).is_dir()), None)
     if folder is None:
         raise InputError(f"{input}: found no folder of images, expected one of {', '.join(IMAGE_FOLDERS)}")
     if is_there(input / SPLIT_FILE):

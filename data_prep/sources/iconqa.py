@@ -103,8 +103,8 @@ def _find_root(input: Path) -> tuple[Path, Path]:
     """The folder that holds splits or question types, and the one that holds the JSON files."""
     for base in (input, input / "iconqa_data"):
         for root in (base, base / "iconqa"):
-            if any((root / name).is_dir() for name in (*SPLITS, *TYPES)):
-                in_base = base != root and any((base / f"{name}.json").is_file() for name in ("problems", "pid_splits", "pid2skills"))
+            if any([is_there(root / name) and (root / name).is_dir() for name in (*SPLITS, *TYPES)]):
+                in_base = base != root and any([is_there(base / f"{name}.json") for name in ("problems", "pid_splits", "pid2skills")])
                 return root, base if in_base else root
     raise InputError(f"{input}: found neither {', '.join(SPLITS)} nor {', '.join(TYPES)} in it; expected SPLIT/QUESTION_TYPE/PID/data.json")
 

@@ -272,3 +272,13 @@ def a_table_without_its_split(folder: Path) -> Shown:
 def a_table_without_a_scorer(folder: Path) -> Shown:
     """A table whose evaluations are turned off."""
     return refused(_table(folder, "val", "--eval.scorer", "null"), "eval.scorer: found null", "row 'a'", untouched=folder)
+
+
+@attack(SCORER)
+def fewer_candidates_than_choices(folder: Path) -> Shown:
+    """Three choices and two candidates: an answer by the third letter is none of them."""
+    spoilt = _choice(choices=["x", "y", "z"])
+    samples = write_jsonl(folder / "test.jsonl", [spoilt])
+    answers = write_json(folder / "answers.json", {"1": "C"})
+    words = ["evaluate", "--predictions", answers, "--data", samples, "--eval.scorer", "iconqa", "--letters"]
+    return refused(words, "candidates: found 2 of 3 choices")

@@ -45,6 +45,11 @@ def reset_backend(outer: Any, where: str) -> None:
         logger.warning("%s: was saved with %s, which is left out: texts are tokenised whole, and the same each time", where, " and ".join(found))
 
 
+def state_of(backend: tokenizers.Tokenizer) -> tuple[str, bytes]:
+    """(library and version, the backend as that writes it)."""
+    return f"tokenizers {tokenizers.__version__}", backend.to_str().encode("utf-8", "surrogatepass")
+
+
 def make_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None:
     """Marks added tokens as special, in place, so that a text that spells one need not become it; ids stay."""
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}

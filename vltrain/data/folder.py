@@ -37,6 +37,8 @@ def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace:
         refuse_existing(output)
+    elif output.is_symlink():  # what it leads to is replaced, on its own disk
+        output = Path(os.path.realpath(output))
     with one_writer(lock_beside(output), output, remedy="name another output"):
         temporary = temporary_beside(output)
         try:

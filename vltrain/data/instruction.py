@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from vltrain.data.backend import reset_backend, rows_of
+from vltrain.data.backend import reset_backend, rows_of, state_of
 from vltrain.data.tokenizer_files import find_in, read_files, require_agreement
 from vltrain.errors import InputError
 from vltrain.locate import locate
@@ -65,6 +65,10 @@ class InstructionTokenizer:
         backend = self._outer.backend_tokenizer
         backend.encode_special_tokens = True  # "[SEP]" in a text stays five characters; those around it are put there all the same
         return backend.encode(text).ids
+
+    def state(self) -> tuple[str, bytes]:
+        """See `vltrain.data.backend.state_of`."""
+        return state_of(self._outer.backend_tokenizer)
 
     def num_unknown(self, ids: list[int]) -> int:
         """How many of `ids` stand for what the vocabulary cannot spell."""

@@ -65,7 +65,8 @@ class MadeFrom:
     samples    digest of what was packed: the file and the images
     prepared   `Prepared.samples` of the set that the file belongs to; None where it has no record
     source     what that set was made from, for messages
-    rendered   digest of a conversation as the chat template wrote it; None without one
+    rendered   digest of conversations as the chat template wrote them; None without one
+    tokenizer  `Tokenizer.state`
     """
 
     name: str
@@ -73,6 +74,7 @@ class MadeFrom:
     prepared: str | None = None
     source: str | None = None
     rendered: str | None = None
+    tokenizer: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     files: str | None = None
     adopted: bool = False
@@ -124,6 +126,16 @@ def _read(path: Path, kind: type) -> Any:
         raise InputError(f"{path}: is no record of this version ({error}); {_DAMAGED}") from None
 
 
+def tokenizer_changes(made: MadeFrom, tokenizer: Tokenizer, template: str) -> list[str]:
+    """What of the tokenizer has changed since packs were made with it, that its fingerprint does not tell."""
+    found, now = [], tokenizer.state()
+    if any(now.get(library, digest) != digest for library, digest in made.tokenizer.items()):
+        found.append("the tokenizer's files say otherwise by now how a text is split (normalizer, pre-tokenizer, model), though its vocabulary is the same")
+    if made.rendered is not None and rendered_digest(tokenizer, template) != made.rendered:
+        found.append("the tokenizer's chat template writes another text")
+    return found
+
+
 def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
     """Digest (hex) of a conversation as the tokenizer's chat template writes it, for the template that uses it.
 
@@ -131,11 +143,21 @@ def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
     """
     if template != "chat":
         return None
-    turns = [{"role": role, "content": f"turn {number}"} for number, role in enumerate(("user", "assistant", "user", "assistant"))]
-    rendered = {tokenizer.render_chat(turns) for _ in range(8)}
+    rendered = {json.dumps([_rendered(tokenizer, roles) for roles in _ROLES]) for _ in range(8)}
     if len(rendered) > 1:
         raise InputError("the tokenizer's chat template writes something else each time; take one that does not, or data.template: mmt")
-    return digest_of(rendered.pop().encode("utf-8", "surrogatepass")).hex()
+    return digest_of(rendered.pop().encode()).hex()
+
+
+_ROLES = (("user", "assistant"), ("user", "assistant", "user", "assistant"), ("system", "user", "assistant"))
+"""Conversations of which a template writes each in a way of its own: first and later turns, and with a system turn."""
+
+
+def _rendered(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+    try:
+        return tokenizer.render_chat([{"role": role, "content": f"turn {number}"} for number, role in enumerate(roles)])
+    except InputError as error:  # of templates without system turns, or for one question and answer
+        return str(error)
 
 
 def changes_since(folder: Path, made: Prepared | MadeFrom, roots: Mapping[str, Path | None], *, verify: bool = False) -> list[str]:

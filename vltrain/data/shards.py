@@ -197,7 +197,7 @@ def read_index(path: Path) -> Index:
 
 
 class PackedDataset:
-    """A folder of packed shards. Picklable: a worker process that gets one maps the files anew and does not verify again."""
+    """A folder of packed shards. Picklable: a worker process that gets one maps the files anew, if they are still those that were opened."""
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
         """Opens `folder`.
@@ -212,24 +212,26 @@ class PackedDataset:
         self.manifest = read_manifest(self.folder)
         if verify:
             require_whole_record(self.folder)
-        for file in self.manifest.files:
-            self._check(file, verify)
-        self._packs = _Table(self.folder, self._files("packs-"))
-        self._images = _Table(self.folder, self._files("images-"))
+        self._stamps = {file.name: self._check(file, verify) for file in self.manifest.files}
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        self._packs, self._images = (_Table(self.folder, self._files(prefix), self._stamps) for prefix in ("packs-", "images-"))
 
     def _files(self, prefix: str) -> list[ShardFile]:
         return [file for file in self.manifest.files if file.name.startswith(prefix)]
 
-    def _check(self, file: ShardFile, verify: bool) -> None:
+    def _check(self, file: ShardFile, verify: bool) -> _Stamp:
         path = self.folder / file.name
         try:
-            size = path.stat().st_size
+            size, _ = stamp = _stamp_of(path)
             if size != file.bytes:
                 raise InputError(f"{path}: {size} bytes, the manifest says {file.bytes}; {_REMAKE}")
             if verify:
                 found = sha256_of(path)
                 if found != file.sha256:
                     raise InputError(f"{path}: SHA-256 is {found}, the manifest says {file.sha256}: the file is damaged; {_REMAKE}")
+            return stamp
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}), the manifest lists it; {_REMAKE}") from None
 
@@ -238,6 +240,7 @@ class PackedDataset:
 
     @functools.cached_property
     def index(self) -> Index:
+        _require_opened(self.folder / INDEX, self._stamps[INDEX])
         return read_index(self.folder / INDEX)
 
     def row(self, number: int) -> PackedRow:
@@ -261,27 +264,40 @@ class PackedDataset:
         return batch.column("data")[place].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest}
+        return {"folder": self.folder, "manifest": self.manifest, "_stamps": self._stamps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._packs = _Table(self.folder, self._files("packs-"))
-        self._images = _Table(self.folder, self._files("images-"))
+        self._make_tables()
+
+
+_Stamp = tuple[int, int]
+"""A file's size and modification time in ns: packs that are made anew may have the same size to the byte."""
+
+
+def _stamp_of(path: Path | str) -> _Stamp:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _require_opened(path: Path | str, stamp: _Stamp) -> None:
+    """Raises InputError unless the file is still the one that was opened."""
+    if _stamp_of(path) != stamp:
+        raise InputError(f"{path}: was replaced while it was in use (a --rebuild of the same data.root?); start again")
 
 
 class _Table:
     """Rows spread over several Arrow files, each file mapped when it is first needed."""
 
-    def __init__(self, folder: Path, files: list[ShardFile]) -> None:
+    def __init__(self, folder: Path, files: list[ShardFile], stamps: dict[str, _Stamp]) -> None:
         self._paths = [str(folder / file.name) for file in files]
-        self._bytes = {str(folder / file.name): file.bytes for file in files}
+        self._stamps = {str(folder / file.name): stamps[file.name] for file in files}
         self._ends = list(accumulate(file.rows for file in files))
         # Mapped files cost address space and a file handle each, so only the last used stay open.
         self._open = functools.lru_cache(maxsize=64)(self._map)
 
     def _map(self, path: str) -> pa.ipc.RecordBatchFileReader:
-        if os.stat(path).st_size != self._bytes[path]:
-            raise InputError(f"{path}: was replaced while it was in use (a --rebuild of the same data.root?); start again")
+        _require_opened(path, self._stamps[path])
         return pa.ipc.open_file(pa.memory_map(path))
 
     def find(self, row: int) -> tuple[pa.RecordBatch, int]:

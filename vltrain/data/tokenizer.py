@@ -18,7 +18,7 @@ from typing import Any
 
 import sentencepiece
 
-from vltrain.data.backend import make_special, reset_backend, rows_of
+from vltrain.data.backend import make_special, reset_backend, rows_of, state_of
 from vltrain.data.instruction import InstructionSource, InstructionTokenizer
 from vltrain.data.tokenizer_files import JSON, KNOWN_FILES, MODEL, TokenizerFiles, default_template, find_in, read_files, require_agreement
 from vltrain.errors import InputError
@@ -81,6 +81,16 @@ class Tokenizer(ABC):
         """Text of `ids`, special tokens left out."""
 
     @abstractmethod
+    def _state(self) -> tuple[str, bytes]:
+        """The library that reads it, with the version if that decides how it writes it, and all that decides its tokens, as written by it."""
+
+    def state(self) -> dict[str, str]:
+        """By library, SHA-256 (hex) of all that decides the tokens of a text, a Q-Former's too: normalizers and pre-tokenizers, of which a
+        fingerprint knows only what they do to the probes. Another version of a library may write the same otherwise."""
+        states = [self._state(), *([self.instruction.state()] if self.instruction is not None else [])]
+        return {library: hashlib.sha256(b"".join(data for name, data in states if name == library)).hexdigest() for library, _ in states}
+
+    @abstractmethod
     def unknown_parts(self, text: str) -> list[str]:
         """The parts of `text` that become the unknown token, in order."""
 
@@ -116,6 +126,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
+
+    def _state(self) -> tuple[str, bytes]:
+        return "sentencepiece", self._model.serialized_model_proto()
 
     def encode_markup(self, text: str) -> list[int]:
         raise InputError("a bare sentencepiece model has no chat template; use template 'mmt'")
@@ -171,6 +184,9 @@ class TransformersTokenizer(Tokenizer):
         backend = self._outer.backend_tokenizer
         backend.encode_special_tokens = True  # "</s>" in a text stays five characters
         return backend.encode(text, add_special_tokens=False).ids
+
+    def _state(self) -> tuple[str, bytes]:
+        return state_of(self._outer.backend_tokenizer)
 
     def encode_markup(self, text: str) -> list[int]:
         backend = self._outer.backend_tokenizer

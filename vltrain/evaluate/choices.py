@@ -24,6 +24,9 @@ def candidates_of(question: Question) -> tuple[list[str], int]:
         raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected two or more texts that are not empty")
     if len(set(map(normalise, candidates))) < len(candidates):
         raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected different ones")
+    choices = question.metadata.get("choices")
+    if isinstance(choices, list) and len(choices) != len(candidates):
+        raise InputError(f"{question.where}: candidates: found {len(candidates)} of {len(choices)} choices, expected one for each")
     answer = fact(question, "answer", int, "the number of the right candidate")
     if not 0 <= answer < len(candidates):
         raise InputError(f"{question.where}: answer: found {answer}, expected 0 to {len(candidates) - 1}, one of the candidates")

@@ -62,7 +62,7 @@ def _packs_changes(folder: Path) -> tuple[list[str], list[str]]:
     made = read_made_from(folder)
     if made is None:
         return [], [*facts, f"no {MADE_FROM}: of an older version"]
-    samples = folder.parents[1] / "samples" / made.name
+    samples = folder.absolute().parent.parent / "samples" / made.name
     if not samples.is_file():
         return [], [*facts, f"their samples, {made.name}, are not beside them: not compared"]
     return changes_since(folder, made, {SAMPLES_FILE: samples, SAMPLES: samples.parent}, verify=True), [*facts, f"packed from {samples} as it is"]

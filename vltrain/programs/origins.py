@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.config import OWN, Config
-from vltrain.data.origin import SAMPLES, SAMPLES_FILE, MadeFrom, Prepared, changes_since, read_made_from, read_prepared, rendered_digest
+from vltrain.data.origin import SAMPLES, SAMPLES_FILE, MadeFrom, Prepared, changes_since, read_made_from, read_prepared, tokenizer_changes
 from vltrain.data.origin import write_made_from, write_prepared
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer
@@ -156,17 +156,16 @@ def packs_differ(config: Config, folder: Path, samples: Path, tokenizer: Tokeniz
         made = read_made_from(folder)
         if made is None:
             return [NO_RECORD] if strict else _adopt_packs(folder, samples)
-        if strict:
-            PackedDataset(folder, verify=True)
         if made.adopted:
             logger.warning("data: %s: packs of an older version, whose images are not compared; --rebuild makes them anew", folder)
-        differences = []
-        if made.rendered is not None and rendered_digest(tokenizer, config.data.template) != made.rendered:
-            differences.append("the tokenizer's chat template writes another text")
+        differences = tokenizer_changes(made, tokenizer, config.data.template)
         prepared = read_prepared(samples.parent)
         compared = config.data.reader is not None and prepared is not None and made.prepared is not None and prepared.samples == made.prepared
         # Images of the very set that they were packed from have just been compared with its record.
-        return [*differences, *changes_since(folder, made, {SAMPLES_FILE: samples, SAMPLES: None if compared else samples.parent})]
+        differences += changes_since(folder, made, {SAMPLES_FILE: samples, SAMPLES: None if compared else samples.parent})
+        if strict and not differences:  # last, since ranks that wait ask again and again
+            PackedDataset(folder, verify=True)
+        return differences
     except InputError as error:
         if strict:
             return [str(error)]

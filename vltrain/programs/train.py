@@ -20,6 +20,7 @@ from vltrain.check.resume import unsaved_steps
 from vltrain.config import Config
 from vltrain.console import start_logging
 from vltrain.data.conversation import fingerprint
+from vltrain.data.origin import read_made_from, tokenizer_changes
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.spelling import describe_lost
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,6 +29,7 @@ from vltrain.evaluate.questions import ask
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.samples import read_samples
+from vltrain.files.digest import file_digest
 from vltrain.files.leftovers import remove
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
@@ -127,6 +129,7 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     origin = find_origin(config, checkpoint)
     if files is not None:
         _require_same_start(config, dataset, checkpoint, origin, files, outline)
+    asked = file_digest(samples_file(config, config.data.eval_split)) if config.eval.scorer is not None else None
     rank, world_size = init_distributed()
     files = agreed_over_nodes(files)
     model = build_model(
@@ -137,8 +140,8 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
         compile_blocks(model)
     trainer = make_trainer(
         config, ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples, files), preemption=preemption, made_of=files,
-        origin=origin,
+        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples, files, asked), preemption=preemption,
+        made_of=files, origin=origin,
     )
     if rank == 0:
         resolved = dump_config(config)
@@ -228,6 +231,9 @@ def open_packs(
     """
     if config.data.train_packs is not None:
         folder = Path(config.data.train_packs)
+        made = read_made_from(folder)
+        if made is not None and (changes := tokenizer_changes(made, tokenizer, config.data.template)):
+            raise InputError(f"data.train_packs: {folder}: since they were packed, {'; '.join(changes)}; restore the tokenizer, or pack the samples again")
     else:
         folder = packed_folder(config, tokenizer, visual_tokens)
         ready_packs(config, folder, tokenizer, visual_tokens, rebuild=rebuild, samples_are_ready=samples_are_ready)
@@ -239,15 +245,20 @@ def open_packs(
     return dataset
 
 
-def _evaluate(trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None, files: FilesOf) -> float | None:
-    """The figure of the report on rank 0, None elsewhere."""
+def _evaluate(
+    trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None, files: FilesOf, asked: str | None
+) -> float | None:  # fmt: skip
+    """The figure of the report on rank 0, None elsewhere. `asked`: digest of the samples when the run began."""
     config = trainer.config
     samples = samples_file(config, config.data.eval_split)
+    found = file_digest(samples)
+    if found != asked and trainer.rank == 0:
+        logger.warning("%s: was changed since the run began (a --rebuild of the same data.root?): figures before and from here on are of other questions", samples)
     report = evaluate_split(
         trainer.engine.model, samples, tokenizer, config, split=config.data.eval_split, folder=trainer.folder,
         step=steps_done, max_samples=max_samples, writer=trainer.monitor.writer if trainer.rank == 0 else None, device=trainer.engine.device,
         on_progress=trainer.watchdog.goes_on,
-        facts={MADE_OF: files},
+        facts={MADE_OF: files, "samples": found},
     )
     if report is None:
         return None
