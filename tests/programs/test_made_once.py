@@ -43,7 +43,7 @@ def test_the_second_of_two_first_runs_uses_what_the_first_made(tmp_path, caplog)
     made_once(lambda: pytest.fail("made twice"), result, remedy="-")
     thread.join()
     assert (result / "word").read_text() == "first" and [path.name for path in result.parent.iterdir()] == ["samples"]
-    assert "waiting for" in caplog.text and "made by another run meanwhile" in caplog.text
+    assert "waiting for" in caplog.text and "is there meanwhile, and is used" in caplog.text
 
 
 def test_the_second_makes_it_where_the_first_has_failed(tmp_path):
