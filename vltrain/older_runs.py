@@ -6,10 +6,15 @@ another thing than what the run did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from vltrain.config import Config
 from vltrain.recipe import known_keys
+
+logger = logging.getLogger(__name__)
 
 ADDED: dict[str, Any] = {
     "eval.precision": "train",
@@ -41,3 +46,29 @@ def value_before(key: str) -> Any:
     if key in ADDED:
         return ADDED[key]
     return known_keys()[key].default if key in known_keys() else None
+
+
+def as_begun(config: Config, identity: Mapping[str, Any], given: Collection[str]) -> Config:
+    """The settings of a run that goes on: one that was added since it began, and that nobody set, stays as it was then, which is told.
+
+    Args:
+        identity: of the run, see `vltrain.train.identity`; checkpoints of a life in this version say the setting, with the old value.
+        given: the dotted keys that the recipe or the command line sets.
+    """
+    for key, before in ADDED.items():
+        *sections, name = key.split(".")
+        section: Any = identity
+        for one in sections:
+            section = section.get(one) if isinstance(section, Mapping) else None
+        if key in given or not isinstance(section, Mapping) or section.get(name, before) != before:
+            continue
+        now = _replaced(config, key, before)
+        if now != config:
+            logger.warning("%s: %r, as the run began; a new one would have %r", key, before, known_keys()[key].default)
+        config = now
+    return config
+
+
+def _replaced(section: Any, key: str, value: Any) -> Any:
+    name, _, inner = key.partition(".")
+    return dataclasses.replace(section, **{name: _replaced(getattr(section, name), inner, value) if inner else value})

@@ -323,3 +323,31 @@ def ds_norm_left_out(folder: Path) -> Shown:
     """Switches by which DeepSpeed leaves out what the log and clipping need."""
     refuses(lambda: check_ds_json({"disable_allgather": True}), "disable_allgather' is True")
     return refuses(lambda: check_ds_json(zero(compute_grad_norm=False)), "compute_grad_norm' is False, expected true")
+
+
+DS_IDLE = "a key of DeepSpeed's JSON without effect"
+
+
+@attack(DS_IDLE)
+def ds_knobs_of_another_stage(folder: Path) -> Shown:
+    """Knobs of ZeRO-3 beside stage 2, and of stage 2 beside 3: taken, and nothing read them."""
+    for key, value in (("stage3_max_live_parameters", 1e8), ("stage3_param_persistence_threshold", 0), ("sub_group_size", 10**6), ("offload_param", {"device": "cpu"})):
+        refuses(lambda: check_ds_json(zero(**{key: value})), f"zero_optimization.{key}", "has no effect: it is of stage 3")
+    refuses(lambda: check_ds_json(zero(stage=3, round_robin_gradients=True)), "round_robin_gradients' is true", "stage 1 or 2")
+    return refused(ds(folder, zero(stage3_prefetch_bucket_size=0)), "stage3_prefetch_bucket_size", "zero_optimization.stage is 2")
+
+
+@attack(DS_IDLE)
+def ds_without_a_stage(folder: Path) -> Shown:
+    """A section of buckets and offload whose stage was forgotten: DeepSpeed runs without ZeRO."""
+    refuses(lambda: check_ds_json({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}), "offload_optimizer.device' is 'cpu'", "stage is 0")
+    return refused(ds(folder, {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 10**6}}), "no effect", "stage is 0")
+
+
+@attack(DS_IDLE)
+def ds_knobs_of_disks(folder: Path) -> Shown:
+    """Buffers of NVMe beside offload to memory, and gathering for a file that vltrain never writes."""
+    for key, value in (("buffer_count", 8), ("fast_init", True), ("cpuadam_cores_perc", 0.5)):
+        refuses(lambda: check_ds_json(zero(offload_optimizer={"device": "cpu", key: value})), f"offload_optimizer.{key}", "no effect")
+    refuses(lambda: check_ds_json(zero(stage=3, offload_param={"device": "cpu", "max_in_cpu": 1})), "max_in_cpu' is 1", "no effect")
+    return refused(ds(folder, zero(stage=3, stage3_gather_16bit_weights_on_model_save=True)), "stage3_gather_16bit_weights_on_model_save", "no effect")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
-from vltrain.train.ds_schema import SCHEMA, ZERO, Off, Value, all_keys, check_ds_json
+from vltrain.train.ds_schema import OF_STAGES, SCHEMA, ZERO, Off, Value, all_keys, check_ds_json
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 MODELS = {
@@ -47,7 +47,15 @@ def test_what_is_taken_deepspeed_takes(key):
     if key == "stage":
         value = 2
     assert getattr(DeepSpeedZeroConfig(**{key: value}), key.removeprefix("stage3_"), value) == value
-    check_ds_json({"zero_optimization": {key: value}})
+    stage = value if key == "stage" else OF_STAGES.get(key, ((2,),))[0][-1]
+    check_ds_json({"zero_optimization": {key: value, "stage": stage}})
+
+
+@pytest.mark.parametrize("key", OF_STAGES)
+def test_defaults_that_may_be_said_at_any_stage_are_deepspeeds(key):
+    stages, default = OF_STAGES[key]
+    assert DeepSpeedZeroConfig(stage=stages[0]).model_dump()[key if key in DeepSpeedZeroConfig.model_fields else key.removeprefix("stage3_")] == default
+    assert stages == (1, 2, 3) or check_ds_json({"zero_optimization": {"stage": 0, key: default}}) is None
 
 
 def test_a_feature_may_be_switched_off():

@@ -36,6 +36,7 @@ from vltrain.models.build import AnyModel, build_model, count_parameters, count_
 from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
+from vltrain.older_runs import as_begun
 from vltrain.recipe import dump_config
 from vltrain.settings import REBUILD, TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
@@ -111,8 +112,8 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption) -> None:
-    config = settings.config
     checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
+    config = settings.config if checkpoint is None else as_begun(settings.config, checkpoint.belongs_to, settings.given)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits)
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.

@@ -115,8 +115,6 @@ def resolve_ds_config(raw: dict[str, Any], config: Config, world_size: int, num_
             "it puts a linear of its own in the place of torch's, which autocast does not reach everywhere, so that ZeRO-3 in bf16 would compute "
             "something else than the other stages; remove it"
         )
-    if offloads_optimizer(resolved) and zero_stage(resolved) == 0:
-        raise InputError("DeepSpeed's 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; stage is 0")
     # DeepSpeed's own progress lines are replaced by the monitor's.
     resolved.setdefault("steps_per_print", 2**31 - 1)
     return resolved

@@ -50,23 +50,24 @@ def _off(value: Any, why: str = _CHANGES) -> Value:
 
 
 _DEVICE = Value(str, ("none", "cpu"))
+_NVME = "it has no effect: offload goes to the CPU's memory only"
 _OFFLOAD_PARAM: dict[str, Any] = {
-    "device": _DEVICE, "pin_memory": FLAG, "buffer_count": SIZE, "buffer_size": SIZE, "max_in_cpu": COUNT,
-    "nvme_path": Value(str, (), why="offload goes to the CPU's memory only"),
+    "device": _DEVICE, "pin_memory": FLAG, "buffer_count": _off(5, _NVME), "buffer_size": _off(100_000_000, _NVME), "max_in_cpu": _off(1_000_000_000, _NVME),
+    "nvme_path": Value(str, (), why=_NVME),
 }  # fmt: skip
 _OFFLOAD_OPTIMIZER: dict[str, Any] = {
-    "device": _DEVICE, "pin_memory": FLAG, "buffer_count": SIZE, "fast_init": FLAG, "nvme_path": Value(str, (), why="offload goes to the CPU's memory only"),
+    "device": _DEVICE, "pin_memory": FLAG, "buffer_count": _off(4, _NVME), "fast_init": _off(False, _NVME), "nvme_path": Value(str, (), why=_NVME),
     "pipeline_read": _off(False), "pipeline_write": _off(False), "ratio": _off(1.0), "super_offload": _off(False),
-    "cpuadam_cores_perc": Value((int, float), Range(0, 1)),
+    "cpuadam_cores_perc": _off(0.8, "it has no effect without super_offload"),
 }  # fmt: skip
 ZERO: dict[str, Any] = {
     "stage": Value(int, Range(0, 3)), "contiguous_gradients": FLAG, "reduce_scatter": FLAG, "use_multi_rank_bucket_allreduce": FLAG,
-    "allgather_partitions": FLAG, "overlap_comm": FLAG, "round_robin_gradients": FLAG, "ignore_unused_parameters": FLAG,
+    "allgather_partitions": _off(True, "it has no effect: DeepSpeed gathers in any case"), "overlap_comm": FLAG, "round_robin_gradients": FLAG, "ignore_unused_parameters": FLAG,
     "load_from_fp32_weights": _off(True), "log_trace_cache_warnings": FLAG, "enable_sanity_checks": FLAG,
     "reduce_bucket_size": Value(int, Range(1, _MOST), auto=True), "allgather_bucket_size": Value(int, Range(2, _MOST), auto=True),
     "sub_group_size": SIZE, "stage3_prefetch_bucket_size": COUNT, "stage3_param_persistence_threshold": COUNT,
     "stage3_model_persistence_threshold": Value(int, Range(0, 2**63 - 1)), "stage3_max_live_parameters": COUNT, "stage3_max_reuse_distance": COUNT,
-    "stage3_gather_16bit_weights_on_model_save": FLAG, "stage3_module_granularity_threshold": COUNT, "stage3_use_all_reduce_for_fetch_params": FLAG,
+    "stage3_gather_16bit_weights_on_model_save": _off(False, "it has no effect: checkpoints are vltrain's own, whole and in fp32"), "stage3_module_granularity_threshold": COUNT, "stage3_use_all_reduce_for_fetch_params": FLAG,
     "stage3_allgather_sequential": FLAG, "offload_param": _OFFLOAD_PARAM, "offload_optimizer": _OFFLOAD_OPTIMIZER, "memory_efficient_linear": FLAG,
     "zero_hpz_partition_size": _off(1, "weights in 16 bits would be kept twice, which was not proven here"), "zero_quantized_weights": _off(False),
     "zero_quantized_nontrainable_weights": _off(False), "zero_quantized_gradients": _off(False), "zenflow": Off(_CHANGES),
@@ -77,6 +78,16 @@ ZERO: dict[str, Any] = {
     **{old: Off(f"it is an older name; take {new}") for old, new in (
         ("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param"), ("cpu_offload_use_pin_memory", "offload_optimizer.pin_memory"),
         ("stage3_gather_fp16_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save"))},
+}  # fmt: skip
+# Keys of `zero_optimization` that DeepSpeed reads at some stages alone: these stages, and its default, which may be said at any stage.
+OF_STAGES: dict[str, tuple[tuple[int, ...], Any]] = {
+    **dict.fromkeys(("contiguous_gradients", "reduce_scatter"), ((1, 2, 3), True)), "overlap_comm": ((1, 2, 3), False),
+    "reduce_bucket_size": ((1, 2, 3), 500_000_000), "allgather_bucket_size": ((1, 2), 500_000_000),
+    **dict.fromkeys(("use_multi_rank_bucket_allreduce", "ignore_unused_parameters"), ((1, 2), True)), "round_robin_gradients": ((1, 2), False),
+    "stage3_prefetch_bucket_size": ((3,), 50_000_000), "stage3_param_persistence_threshold": ((3,), 100_000),
+    "stage3_model_persistence_threshold": ((3,), 2**63 - 1), "stage3_module_granularity_threshold": ((3,), 0), "sub_group_size": ((3,), 1_000_000_000),
+    **dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), ((3,), 1_000_000_000)),
+    **dict.fromkeys(("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "log_trace_cache_warnings", "enable_sanity_checks"), ((3,), False)),
 }  # fmt: skip
 _FP16 = ("auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale",
          "fp16_master_weights_and_grads")  # fmt: skip
@@ -122,8 +133,22 @@ SCHEMA: dict[str, Any] = {
 
 
 def check_ds_json(raw: Mapping[str, Any]) -> None:
-    """Raises InputError for an unknown key at any depth, a value of a wrong type or out of its range, and a feature that is refused."""
+    """Raises InputError for an unknown key at any depth, a value of a wrong type or out of its range, one without effect at the stage, and a feature that is refused."""
     _check_section(raw, SCHEMA, "")
+    _check_stage(raw.get("zero_optimization", {}))
+
+
+def _check_stage(zero: Mapping[str, Any]) -> None:
+    """Buckets beside `"stage": 0` are a section that is switched off; without `stage`, which means 0 too, that may not be what was meant."""
+    stage = zero.get("stage", 0)
+    checked = {name: known for name, known in OF_STAGES.items() if stage != 0 or "stage" not in zero or known[0] != (1, 2, 3)}
+    for name, (stages, default) in {**checked, "offload_param": ((3,), "none"), "offload_optimizer": ((1, 2, 3), "none")}.items():
+        found = zero.get(name, default)
+        value = found.get("device", default) if isinstance(found, Mapping) else found
+        if stage not in stages and value not in (AUTO, default):
+            key = f"{name}.device" if isinstance(found, Mapping) else name
+            told = f"DeepSpeed's 'zero_optimization.{key}' is {_json(value)}, which has no effect: it is of stage {' or '.join(map(str, stages))}"
+            raise InputError(f"{told}, and zero_optimization.stage is {stage}; leave it out, or take another stage")
 
 
 def _check_section(found: Any, schema: Mapping[str, Any], prefix: str) -> None:
