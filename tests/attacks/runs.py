@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, right, run_vltrain
 from tests.support.finished_run import Places, finished_run, write_run
 from vltrain.check.manifest import dumps
+from vltrain.errors import InputError
 from vltrain.evaluate.ablation import DONE, Outcome, write_outcome
 from vltrain.files.lines import LineFile
 from vltrain.files.whole import write_whole
@@ -412,6 +414,23 @@ def no_recipe(folder: Path) -> Shown:
     places = finished_run(folder)
     (places.run / "config.yaml").unlink()
     return refused(evaluate_words(places), "no config.yaml in it")
+
+
+@attack(OTHERWISE)
+def older_run_goes_on(folder: Path) -> Shown:
+    """A run of a version that knew no `model.vision.preprocessing`, goes on as it was, and once more."""
+    places = finished_run(folder)
+    lines = [line for line in places.recipe.read_text().splitlines() if "preprocessing" not in line]
+    places.recipe.write_text("\n".join(lines))
+    manifest = json.loads((places.checkpoint() / "checkpoint.json").read_text())
+    identity = manifest["belongs_to"]
+    for before in ({}, {"preprocessing": "square"}):
+        identity["model"]["vision"].pop("preprocessing", None)
+        identity["model"]["vision"].update(before)
+        rewrite(places.checkpoint(), belongs_to=identity)
+        with mock.patch("vltrain.programs.train.init_distributed", side_effect=InputError("this run goes on")):
+            refused(train_words(places), "this run goes on")
+    return refused(train_words(places, "--model.vision.preprocessing", "checkpoint"), "model.vision.preprocessing was 'square', is 'checkpoint'")
 
 
 # Beginning with another run's weights
