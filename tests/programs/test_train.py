@@ -120,7 +120,7 @@ def test_evaluation_by_free_generation(trained):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_samples(trained, tmp_path):
     folder, words, _ = trained
-    changed = [*words, "--output", str(tmp_path / "run"), "--optim.lr", "1e30", "--optim.warmup_epochs", "0"]
+    changed = [*words, "--output", str(tmp_path / "run"), "--optim.lr", "10", "--optim.weight_decay", "10", "--optim.warmup_epochs", "0"]
     stopped = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *changed)
     assert stopped.returncode == 2
     assert re.search(r"error: step \d+: loss (nan|inf).*sample\(s\) train/", stopped.stderr), stopped.stderr[-2000:]

@@ -28,10 +28,11 @@ def main(kind: str, folder: Path) -> None:
             with deaf_children():
                 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             (folder / "child").write_text(str(child.pid))
-        (folder / "ready").touch()
         if kind in ("stuck", "hung"):
             with preemption.training():
+                (folder / "ready").touch()
                 wait_in_c()
+        (folder / "ready").touch()
         try:
             time.sleep(60)
         finally:

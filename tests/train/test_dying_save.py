@@ -31,10 +31,11 @@ def fail_at(monkeypatch, call: int, error: BaseException, after: bool = False) -
     def wrap(name, function):
         def wrapped(*args, **kwargs):
             made.append(name)
-            if len(made) == call and not after:
+            number = len(made)  # of this call: it may make others
+            if number == call and not after:
                 raise error
             result = function(*args, **kwargs)
-            if len(made) == call:
+            if number == call:
                 raise error
             return result
 

@@ -65,8 +65,8 @@ def run(
     save_file(masks, folder / f"masks.{rank}.safetensors")
     if rank == 0:
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        result["losses"] = torch.tensor([line["loss"] for line in log], dtype=torch.float64)
-        result["grad_norms"] = torch.tensor([line["grad_norm"] for line in log], dtype=torch.float64)
+        result["losses"] = torch.tensor([float(line["loss"]) for line in log], dtype=torch.float64)
+        result["grad_norms"] = torch.tensor([float(line["grad_norm"]) for line in log], dtype=torch.float64)
         save_file({name: value.contiguous() for name, value in result.items()}, folder / "result.safetensors")
 
 
