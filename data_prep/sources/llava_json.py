@@ -154,6 +154,8 @@ class _Reader:
         if type(turn) is not dict:
             raise InputError(f"{where}: found {shown(turn)}, expected an object with from and value, or role and content")
         speaker, content = next((names for names in TURN_KEYS.values() if names[0] in turn), TURN_KEYS["conversations"])
+        if {"from", "role"} <= turn.keys() and (ROLES.get(str(turn["from"])) != ROLES.get(str(turn["role"])) or turn.get("value") != turn.get("content", turn.get("value"))):
+            raise InputError(f"{where}: from and value say something else than role and content: {shown(turn)}; leave one of them out")
         role = ROLES.get(turn.get(speaker)) if type(turn.get(speaker)) is str else None
         if role is None:
             hint = nearest(turn[speaker], ROLES) if type(turn.get(speaker)) is str else f"expected one of {', '.join(ROLES)}"

@@ -544,3 +544,11 @@ def answer_that_is_null(folder: Path) -> Shown:
     """An answer that is null, in lines and in an object."""
     refused(answered(folder, {"outputs": {"1": "x", "2": None}}), "outputs: '2': found null, expected a text")
     return refused(answered(folder, [{"question_id": 1, "text": None}], name="answers.jsonl"), "answers.jsonl:1: text: found null")
+
+
+@attack(CHATS)
+def turn_in_both_forms(folder: Path) -> Shown:
+    """A turn with `from` and `value` beside `role` and `content` that say something else."""
+    turn = {"from": "human", "value": "Q?", "role": "user", "content": "Another?"}
+    chats = write_json(folder / "chats.json", [{"id": "1", "conversations": [turn, {"from": "gpt", "value": "yes"}]}])
+    return refused(prepare_words("llava_json", chats, folder / "out"), "conversations[0]", "say something else", "Another?")

@@ -282,3 +282,26 @@ def fewer_candidates_than_choices(folder: Path) -> Shown:
     answers = write_json(folder / "answers.json", {"1": "C"})
     words = ["evaluate", "--predictions", answers, "--data", samples, "--eval.scorer", "iconqa", "--letters"]
     return refused(words, "candidates: found 2 of 3 choices")
+
+
+@attack(SCORER)
+def answers_to_questions_that_cannot_be_scored(folder: Path) -> Shown:
+    """Files of answers are judged as a model's are: samples that an evaluation refuses are refused, by every scorer."""
+    answers, shown = write_json(folder / "answers.json", {"1": ""}), None
+    for scorer, record, named in (
+        ("exact", sample(answer="."), "an empty prediction would equal it"),
+        ("vqa", sample(metadata={"answers": ["yes"] * 9}), "found 9, expected 10"),
+        ("iconqa", _choice(answer="(b) y"), "does not begin with its right candidate"),
+        ("rouge", sample(answer="\u4f60\u597d"), "ROUGE reads no others"),
+    ):
+        samples = write_jsonl(folder / scorer / "test.jsonl", [record])
+        shown = refused(["evaluate", "--predictions", answers, "--data", samples, "--eval.scorer", scorer], named)
+    assert shown is not None
+    return shown
+
+
+@attack(SCORER)
+def two_answers_to_fill_in(folder: Path) -> Shown:
+    """A question of IconQA whose metadata gives another text than its last turn."""
+    facts = {"question_type": "fill_in_blank", "answer": "5"}
+    return _unscorable(folder, [sample(answer="6", metadata=facts)], "answer: found '5'", "'6'", "expected them to agree", scorer="iconqa")

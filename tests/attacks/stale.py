@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import pickle
 import shutil
 from pathlib import Path
@@ -201,3 +202,33 @@ def prepared_from_places_by_relative_names(folder: Path) -> Shown:
     packs(config)
     picture(folder / "raw" / "pictures" / "a.png", (0, 0, 200))
     return refuses_to_use(config, folder, "a.png differs")
+
+
+@attack(STATE)
+def merges_of_another_tokenizer(folder: Path) -> Shown:
+    """A merges.txt beside tokenizer.json that has its merges in another order, and one that has them as they are."""
+    place = Path(fast(folder / "t"))
+    merges = [" ".join(pair) for pair in json.loads((place / "tokenizer.json").read_text())["model"]["merges"]]
+    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join([*merges, "no merge", ""]))
+    load_tokenizer(str(place))
+    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join([merges[1], merges[0], *merges[2:], ""]))
+    return refuses(lambda: load_tokenizer(str(place)), "merges.txt:2", merges[1], merges[0])
+
+
+@attack(REUSED)
+def a_file_for_no_split(folder: Path) -> Shown:
+    """Own samples whose option names `vall`: the folder's val.jsonl is read in its place, which is told."""
+    write_jsonl(folder / "own" / "val.jsonl", [sample()])
+    other = write_jsonl(folder / "other.jsonl", [sample(2)])
+    config = recipe(folder, source="samples", input=str(folder / "own"), options={"vall": str(other)})
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        assert ready_samples(config, "val") == folder / "own" / "val.jsonl"
+    finally:
+        logging.getLogger().removeHandler(handler)
+    (line,) = lines
+    assert "data.options.vall" in line and "train, val, test" in line and str(other) in line
+    return Shown("told", line)

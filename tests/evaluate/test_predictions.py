@@ -169,13 +169,13 @@ def test_letters(text, choice):
 SAMPLES = [
     {"id": str(number), "images": [], "turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": text}], "metadata": metadata}
     for number, (text, metadata) in enumerate(
-        [("red", {"answers": ["red", "red"], "captions": ["a red dog"], "candidates": ["(a) red", "(b) blue"], "answer": 0, "question_type": "choose_txt"}),
-         ("blue", {"answers": ["blue", "blue"], "captions": ["a blue cat"], "candidates": ["(a) red", "(b) blue"], "answer": 1, "question_type": "choose_txt"})]
+        [("(a) red", {"answers": ["(a) red"] * 10, "captions": ["a red dog"], "candidates": ["(a) red", "(b) blue"], "answer": 0, "question_type": "choose_txt"}),
+         ("(b) blue", {"answers": ["(b) blue"] * 10, "captions": ["a blue cat"], "candidates": ["(a) red", "(b) blue"], "answer": 1, "question_type": "choose_txt"})]
     )
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("scorer", "texts", "letters"), [("exact", ["Red.", "x"], []), ("vqa", ["red", "x"], []), ("rouge", ["red", "x"], []), ("iconqa", ["(a) red", "x"], []), ("iconqa", ["A", "a"], ["--letters"]), ("caption", ["a red dog", "x"], [])])
+@pytest.mark.parametrize(("scorer", "texts", "letters"), [("exact", ["(A) red.", "x"], []), ("vqa", ["(a) red", "x"], []), ("rouge", ["red", "x"], []), ("iconqa", ["(a) red", "x"], []), ("iconqa", ["A", "a"], ["--letters"]), ("caption", ["a red dog", "x"], [])])
 @pytest.mark.parametrize("folder", [True, False])
 def test_every_scorer_judges_files_of_answers_to_samples(tmp_path, capsys, scorer, texts, letters, folder):
     if scorer == "caption":

@@ -17,7 +17,7 @@ from vltrain.files.strict_json import read_object, read_text
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 CONFIG, SPECIAL, ADDED, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"
-PLAIN = ("vocab.json", "vocab.txt", "spiece.model")
+PLAIN, MERGES = ("vocab.json", "vocab.txt", "spiece.model"), "merges.txt"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 KNOWN_FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, *TEMPLATES)
 _LLAMA_CLASSES = ("llamatokenizer", "llamatokenizerfast", "pretrainedtokenizerfast", "tokenizersbackend", "")
@@ -28,7 +28,7 @@ _ONE_OF_THEM = "keep the file that belongs to the weights, and remove or mend th
 class TokenizerFiles:
     """What the files say that are there.
 
-    plain       vocab.json, vocab.txt and spiece.model, which tokenizer.json replaces
+    plain       vocab.json, vocab.txt and spiece.model, which tokenizer.json replaces, as it does merges.txt
     added       token -> id, and the file that says so
     named       `eos` and `bos` -> the token's text by each file that names one
     templates   file -> the chat template's source
@@ -39,6 +39,7 @@ class TokenizerFiles:
     model: Path | None = None
     json: Path | None = None
     plain: tuple[Path, ...] = ()
+    merges: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
     added: dict[str, tuple[int, str]] = field(default_factory=dict)
     named: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -100,8 +101,8 @@ def read_files(where: str, find: Callable[[str], Path | None]) -> TokenizerFiles
         for name in ("eos", "bos")
     }
     return TokenizerFiles(
-        where=where, model=find(MODEL), json=find(JSON), plain=tuple(path for name in PLAIN if (path := find(name)) is not None), config=config, added=added, named=named, templates=_templates(config, find),
-        end_ids=_end_ids(generation, find(GENERATION)),
+        where=where, model=find(MODEL), json=find(JSON), plain=tuple(path for name in PLAIN if (path := find(name)) is not None), merges=find(MERGES),
+        config=config, added=added, named=named, templates=_templates(config, find), end_ids=_end_ids(generation, find(GENERATION)),
     )  # fmt: skip
 
 
@@ -163,6 +164,20 @@ def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> No
     _require_known(files, set(own))
     for path in (*files.plain, *([files.model] if files.model is not None else ())):
         _require_ids(_listed_in(path, vocabulary), vocabulary, path)
+    if files.merges is not None:
+        _require_merges(files.merges, saved.get("model"), vocabulary)
+
+
+def _require_merges(path: Path, model: Any, vocabulary: dict[str, int]) -> None:
+    """A merges.txt beside tokenizer.json has its merges, in their order; those that the vocabulary cannot make are nobody's."""
+    own = [tuple(one.split(" ")) if isinstance(one, str) else tuple(one) for one in (model.get("merges") or () if isinstance(model, dict) else ())]
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    listed = [(number, tuple(line.rstrip("\r").split(" "))) for number, line in lines if line.strip() and not (number == 1 and line.startswith("#version"))]
+    usable = [(number, pair) for number, pair in listed if all(token in vocabulary for token in (*pair, "".join(pair)))]
+    for place, (number, pair) in enumerate(usable):
+        if place >= len(own) or pair != own[place]:
+            found = " ".join(own[place]) if place < len(own) else "none"
+            raise InputError(f"{path}:{number}: the merge {' '.join(pair)!r}, where tokenizer.json has {found!r}; {_ONE_OF_THEM}")
 
 
 def _listed_in(path: Path, vocabulary: dict[str, int]) -> dict[str, int]:

@@ -40,11 +40,15 @@ def columns(question: Question) -> tuple[str, ...]:
 
 
 def needs(question: Question) -> None:
-    """A question type, and of one with choices candidates of which the answer is one. Raises InputError as `judge` and `columns`."""
+    """A question type, and of one with choices candidates of which the answer is one. Raises InputError as `judge` and `columns`, and for metadata
+    that gives a text another answer than the sample does."""
     if _type_of(question) in CHOICE_TYPES:
         needs_choices(question)
-    else:
-        exact.needs(question)
+        return
+    exact.needs(question)
+    told = question.metadata.get("answer")
+    if isinstance(told, str) and exact.normalise(told) != exact.normalise(question.reference):
+        raise InputError(f"{question.where}: answer: found {told!r:.80} in the metadata and {question.reference!r:.80} as the last turn, expected them to agree")
 
 
 SCORER = Scorer(judge=judge, columns=columns, column_order=TYPES, needs=needs)

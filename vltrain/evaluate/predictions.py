@@ -91,7 +91,12 @@ def _questions(data: Path, split: str, scorer: str | None) -> list[Asked]:
         raise InputError(f"{data}: no samples of split '{split}', {hint}")
     if scorer is None:
         raise InputError(f"{file}: these questions may be judged in several ways: name one by --eval.scorer")
-    return [Asked(question=question_of(sample, str(file)), prompt=prompt_text(sample)) for sample in read_samples(file)]
+    asked, needs = [], find_scorer(scorer).needs
+    for sample in read_samples(file):
+        question = question_of(sample, str(file))
+        needs(question)  # as where a model answers: one figure is not of other questions than the other
+        asked.append(Asked(question=question, prompt=prompt_text(sample)))
+    return asked
 
 
 def read_questions(data: Path, split: str) -> list[Question]:

@@ -30,8 +30,8 @@ OTHER_ROOT = "choose another data.root"
 REBUILD = "make them anew with --rebuild"
 
 
-def require_source(data: DataConfig) -> None:
-    """Raises InputError unless the recipe says whose samples are in `data.root`."""
+def require_source(data: DataConfig, asked: str | None = None) -> None:
+    """Raises InputError unless the recipe says whose samples are in `data.root`. `asked`: a split that is read beside the recipe's own."""
     if data.source is None and not data.is_easyvqa:
         for name in ("input", "options"):
             require(not getattr(data, name), f"data.{name}", getattr(data, name), "nothing, since data.source names no reader; name one, or samples")
@@ -39,6 +39,9 @@ def require_source(data: DataConfig) -> None:
         require(data.input is not None, "data.input", None, "a folder of SPLIT.jsonl or a file of samples, for data.source = samples")
         for split, file in data.options.items():
             require(isinstance(file, str), f"data.options.{split}", file, "the split's file of samples, for data.source = samples")
+            if split not in (data.train_split, data.eval_split, data.test_split, asked) and int(os.environ.get("RANK", "0")) == 0:
+                named = f"{data.train_split}, {data.eval_split}, {data.test_split}"
+                logger.warning("data.options.%s: names a split that is none of the recipe's (%s): %s is not read", split, named, file)
     if data.root == EASYVQA_ROOT and not data.is_easyvqa and not (data.source == OWN and data.train_packs is not None):
         made = f"data.source = {data.source}{f', data.input = {data.input}' if data.input else ''}"
         raise InputError(f"data.root: found {data.root!r}, which is kept for easyvqa; expected a folder of its own for {made}")
@@ -49,7 +52,7 @@ def ready_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
 
     Raises: InputError if the samples that are there were made from something else than the recipe names.
     """
-    require_source(config.data)
+    require_source(config.data, split)
     if config.data.source == OWN:
         return samples_file(config, split)
     folder = samples_folder(config)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from vltrain.config import Config
-from vltrain.data.tokenizer_files import GENERATION, KNOWN_FILES, PLAIN, find_in
+from vltrain.data.tokenizer_files import GENERATION, KNOWN_FILES, MERGES, PLAIN, find_in
 from vltrain.errors import InputError
 from vltrain.files.digest import file_digests
 from vltrain.locate import locate
@@ -22,7 +22,7 @@ from vltrain.train.identity import FilesOf
 logger = logging.getLogger(__name__)
 
 TOLD_BYTES = 1 << 30  # what takes seconds to read is told before
-TOKENIZER_FILES = (*KNOWN_FILES, *PLAIN, GENERATION, "merges.txt", "spiece.model")
+TOKENIZER_FILES = (*KNOWN_FILES, *PLAIN, GENERATION, MERGES)
 
 
 def made_of(config: Config, *, verify: bool = False) -> FilesOf:
