@@ -232,3 +232,11 @@ def a_file_for_no_split(folder: Path) -> Shown:
     (line,) = lines
     assert "data.options.vall" in line and "train, val, test" in line and str(other) in line
     return Shown("told", line)
+
+
+@attack(REUSED)
+def a_lower_limit_than_images_were_packed_under(folder: Path) -> Shown:
+    """A recipe that allows fewer pixels than an image has that is packed already: found before the first step, not when it is shown."""
+    config = made(folder)
+    packs(changing(config, max_image_pixels=64))
+    return refuses(lambda: packs(changing(config, max_image_pixels=63)), "image 0 of the packs", "64 pixels", "63", "max_image_pixels")

@@ -106,6 +106,12 @@ def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> It
         raise InputError(f"{where}: not a readable image ({num_bytes} bytes; {str(error) or type(error).__name__})") from None
 
 
+def require_size(data: bytes, max_pixels: int, where: str) -> None:
+    """Looks at the header of an image file's bytes alone. Raises InputError as `decode_image`, for what that tells."""
+    with _opened(io.BytesIO(data), len(data), max_pixels, where):
+        pass
+
+
 def is_dark(data: bytes, max_pixels: int, where: str) -> bool:
     """Decodes an image to check it, and says whether it comes out dark though it is not black (see DARK). Raises as `open_rgb`."""
     image = open_rgb(data, max_pixels, where)

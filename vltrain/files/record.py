@@ -29,6 +29,7 @@ import xxhash
 
 from vltrain.errors import InputError
 from vltrain.files.digest import SETTLED_NS, file_digests
+from vltrain.files.leftovers import remove_leftovers, temporary_beside
 
 FILE, FOLDER, ABSENT = 0, 1, 2  # kinds
 _SHOWN = 3
@@ -273,7 +274,8 @@ def _read_stats(path: Path, count: int) -> np.ndarray:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
+    remove_leftovers(path)
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -20,6 +20,7 @@ from vltrain.check.resume import unsaved_steps
 from vltrain.config import Config
 from vltrain.console import start_logging
 from vltrain.data.conversation import fingerprint
+from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.spelling import describe_lost
@@ -243,7 +244,17 @@ def open_packs(
         dataset.manifest, tokenizer_fingerprint=fingerprint(tokenizer, config.data.template), visual_tokens=visual_tokens,
         template=config.data.template, pack_length=config.data.pack_length,
     )
+    _require_image_sizes(dataset, config.data.max_image_pixels)
     return dataset
+
+
+def _require_image_sizes(dataset: PackedDataset, limit: int) -> None:
+    """Raises InputError for an image that was packed under a larger limit and would be refused in the middle of training."""
+    made = read_made_from(dataset.folder)
+    if made is None or made.options.get("max_image_pixels", limit) <= limit or int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return
+    for number in range(dataset.manifest.num_images):
+        require_size(dataset.image(number), limit, f"{dataset.folder}: image {number} of the packs")
 
 
 def _evaluate(
