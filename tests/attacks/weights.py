@@ -447,6 +447,35 @@ def instructblip_values(folder: Path) -> Shown:
     return right(f"{len(values)} values, each refused")
 
 
+@attack(DROPPED)
+def settings_of_other_networks(folder: Path) -> Shown:
+    """What transformers' LLaMA keeps and never reads: windows, scaled logits and residuals, soft caps, norms of queries, another order of rotated pairs."""
+    save_llama(folder)
+    whole = (folder / "config.json").read_text()
+    changes = {"sliding_window": 16, "logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12, "attention_multiplier": 0.0078, "final_logit_softcapping": 30.0,
+               "use_qk_norm": True, "rope_interleaved": True, "no_rope_layers": [1, 0], "layer_types": ["full_attention", "sliding_attention"], "num_local_experts": 8}  # fmt: skip
+    for name, value in changes.items():
+        (folder / "config.json").write_text(whole)
+        edit_config(folder, **{name: value})
+        refuses(lambda: read_llama(folder), "config.json: ", f"{name}: found {value!r}")
+    (folder / "config.json").write_text(whole)
+    edit_config(folder, sliding_window=None, use_sliding_window=False, rope_interleaved=False, logits_scaling=1.0, layer_types=["full_attention"] * 2, is_llama_config=True)
+    read_llama(folder)
+    return right(f"{len(changes)} settings refused by name; where they change nothing they are taken")
+
+
+@attack(DROPPED)
+def settings_of_other_qformers(folder: Path) -> Shown:
+    """A Q-Former that reads no text, or has relative positions."""
+    save_blip(folder, "t5")
+    whole = (folder / "config.json").read_text()
+    for name, value in (("use_qformer_text_input", False), ("position_embedding_type", "relative_key")):
+        (folder / "config.json").write_text(whole)
+        edit_config(folder, **{f"qformer_config__{name}": value})
+        refuses(lambda: open_instructblip(folder), "config.json: ", f"qformer_config.{name}: found {value!r}")
+    return right("each refused by section and name")
+
+
 @attack(CONFIG)
 def meta_values(folder: Path) -> Shown:
     """The same of Meta's params.json."""

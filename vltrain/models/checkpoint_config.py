@@ -45,6 +45,13 @@ RANGES: dict[str, Range] = {
 }  # fmt: skip
 ACTIVATIONS = ("hidden_act", "dense_act_fn")
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+# What other networks compute by and these classes keep without reading it: the values under which it changes nothing.
+UNREAD: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "attention_multiplier", "clip_qkv", "no_rope_layers"), ()),
+    **dict.fromkeys(("logits_scaling", "logit_scale", "embedding_multiplier", "residual_multiplier", "scale_emb", "partial_rotary_factor", "num_local_experts", "num_experts"), (1,)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "rope_interleaved", "alibi", "use_parallel_residual", "attn_temperature_tuning"), (False,)),
+    "position_embedding_type": ("absolute", "rope"), "use_qformer_text_input": (True,),
+}  # fmt: skip
 POSITION_ONLY = ("default", "linear", "yarn", "llama3")  # rotary frequencies that depend on nothing else
 _THETA, _FACTOR = Range(1, 1e15), Range(0, 1e6, open_low=True)
 
@@ -124,6 +131,13 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
             value = own.get(name)
             if value is not None and value not in ACT2FN:
                 raise _Named(f"{prefix}{name}: found {value!r:.80}; {nearest(str(value), ACT2FN)}")
+        for name, neutral in UNREAD.items():
+            value = own.get(name)
+            if value is not None and value not in neutral and not (name == "sliding_window" and own.get("use_sliding_window") is False):
+                told = f"expected {' or '.join(map(repr, neutral)) or 'null'}: a {type(section).__name__.removesuffix('Config')} does not read it"
+                raise _Named(f"{prefix}{name}: found {value!r:.80}, {told}, so the network would compute something else than its weights were trained for")
+        if any(kind != "full_attention" for kind in own.get("layer_types") or ()):
+            raise _Named(f"{prefix}layer_types: found {own['layer_types']!r:.80}, expected full_attention in every block")
         heads, shared = getattr(section, "num_attention_heads", None), getattr(section, "num_key_value_heads", None)
         if heads is not None and shared is not None and heads % shared:
             raise _Named(
