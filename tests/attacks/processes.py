@@ -20,6 +20,7 @@ from tests.attacks.inputs import pack_words, prepare_words, sample, write_json, 
 from tests.support.processes import ROOT
 from vltrain.files import lock as locks
 from vltrain.files.lock import lock_beside, lock_inside, one_writer
+from vltrain.files.mode import umask_mode
 from vltrain.programs import made_once
 from vltrain.train.ranks import adopt_ranks
 
@@ -179,6 +180,17 @@ def the_folder_of_a_living_process(folder: Path) -> Shown:
     if code or not theirs.is_dir():
         raise AttackFailed("silent", f"exit code {code}, removed: {not theirs.is_dir()}: {output}")
     return right("kept")
+
+
+@attack(LEFT_BEHIND)
+def the_probe_of_a_killed_process(folder: Path) -> Shown:
+    """What asks for the umask's mode was killed between two lines, in a container where each start has the same process id."""
+    left = [folder / f".mode.{pid}.tmp" for pid in (os.getpid(), 2**22 - 1)]
+    for path in left:
+        path.touch()
+    mode = umask_mode(folder)
+    assert mode == umask_mode(folder) and not any(map(os.path.lexists, left)), sorted(path.name for path in folder.iterdir())
+    return right("removed, and the mode is told")
 
 
 @attack(LEFT_BEHIND)

@@ -26,7 +26,9 @@ from vltrain.programs.made_of import made_of
 from vltrain.programs.run_folder import weights_used
 from vltrain.settings import split_arguments
 from vltrain.train.checkpoint import newest_checkpoint
+from vltrain.train.hardware import PRECISIONS
 from vltrain.train.provenance import make_run_folder
+from vltrain.train.selection import Selection, measured_by
 
 UNREADABLE = "checkpoints that are there and cannot be used"
 CHANGED = "weights or tokenizer that are not the run's any more"
@@ -431,6 +433,44 @@ def older_run_goes_on(folder: Path) -> Shown:
         with mock.patch("vltrain.programs.train.init_distributed", side_effect=InputError("this run goes on")):
             refused(train_words(places), "this run goes on")
     return refused(train_words(places, "--model.vision.preprocessing", "checkpoint"), "model.vision.preprocessing was 'square', is 'checkpoint'")
+
+
+@attack(OTHERWISE)
+def another_machines_precision(folder: Path) -> Shown:
+    """A run with `train.precision: auto`, begun where bf16 is fast, goes on where it is not, and the other way round."""
+    places = finished_run(folder)
+    places.recipe.write_text(places.recipe.read_text().replace("precision: fp32", "precision: auto"))
+    manifest = json.loads((places.checkpoint() / "checkpoint.json").read_text())
+    manifest["belongs_to"]["train"]["precision"] = "auto"
+    for begun, fast in (("bf16", False), ("fp32", True)):
+        rewrite(places.checkpoint(), belongs_to=manifest["belongs_to"], run_state={**manifest["run_state"], "precision": begun})
+        computed = []
+        with (
+            mock.patch("vltrain.train.hardware.cpu_has_fast_bf16", lambda fast=fast: fast), mock.patch("vltrain.programs.train.init_distributed", return_value=(0, 1)),
+            mock.patch("vltrain.programs.train.agreed_over_nodes", lambda files: files),
+            mock.patch("vltrain.programs.train.build_model", side_effect=lambda *_, dtype, **__: computed.append(dtype) or _stop()),
+        ):
+            refused(train_words(places), "this run goes on")
+        assert computed == [PRECISIONS[begun]], computed
+    return right("what the run began in, on either machine")
+
+
+def _stop() -> None:
+    raise InputError("this run goes on")
+
+
+@attack(OTHERWISE)
+def figures_of_another_kind(folder: Path) -> Shown:
+    """The best checkpoint was chosen by other questions, or another scorer, than those of the evaluations to come."""
+    places = finished_run(folder)
+    state = json.loads((places.checkpoint() / "checkpoint.json").read_text())["run_state"]
+    chosen = Selection(best=0.5, best_step=2, measured_by={**measured_by(places.config()), "eval.max_samples": 2})
+    rewrite(places.checkpoint(), run_state={**state, "selection": chosen.state()})
+    refused(train_words(places, "--train.early_stopping_patience", 3, "--train.eval_every_steps", 2), "eval.max_samples was 2, is 512")
+    anew = Selection(measured_by=measured_by(places.config()))
+    anew.load(chosen.state())
+    assert anew.best is None, "a figure of two questions is held against one of all"
+    return refused(train_words(places, "--train.keep_best", "true", "--train.eval_every_steps", 2), "train.keep_best", "eval.max_samples was 2, is 512", "go on without both")
 
 
 # Beginning with another run's weights

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPModel, LlamaForCausalLM
+from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from tests.attacks.attack import Shown, attack, refuses, right
@@ -26,6 +26,7 @@ from vltrain.instructblip_config import InstructBlipConfig
 from vltrain.models import tensor_folder
 from vltrain.models.build import build_model
 from vltrain.models.clip_state import clip_state_config
+from vltrain.models.vision import ClipTaps
 from vltrain.models.weights import llama_config
 from vltrain.schema import SQUARE
 
@@ -474,6 +475,17 @@ def settings_of_other_qformers(folder: Path) -> Shown:
         edit_config(folder, **{f"qformer_config__{name}": value})
         refuses(lambda: open_instructblip(folder), "config.json: ", f"qformer_config.{name}: found {value!r}")
     return right("each refused by section and name")
+
+
+@attack(DROPPED)
+def dropout_of_a_vit(folder: Path) -> Shown:
+    """A CLIP's `attention_dropout`, in the block that is computed for [cls] alone, too."""
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, attention_dropout=0.5)
+    taps = ClipTaps(CLIPVisionModel._from_config(config, attn_implementation="sdpa").eval(), tap_every=1)
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(taps.eval()(pixels), taps(pixels)), "answers do not depend on chance"
+    assert not torch.equal(taps.train()(pixels), taps(pixels)), "no dropout in training"
+    return right("it drops in training alone")
 
 
 @attack(CONFIG)

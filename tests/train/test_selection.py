@@ -84,6 +84,6 @@ def test_a_run_that_dies_between_save_and_evaluation_stops_where_it_would_have(t
         found, expected = load_file(run / "result.safetensors"), load_file(tmp_path / "whole" / "result.safetensors")
         assert all(torch.equal(found[key], expected[key]) for key in expected if not key.startswith("gradient/"))
     best = choose_checkpoint(tmp_path / "whole", "best")
-    assert best.step == 8 and best.run_state["selection"] == {"best": (0.25).hex(), "best_step": 4, "stale": 0}
+    assert best.step == 8 and best.run_state["selection"].items() >= {"best": (0.25).hex(), "best_step": 4, "stale": 0}.items()
     with pytest.raises(InputError, match="no best checkpoint"):
         choose_checkpoint(tmp_path, "best")

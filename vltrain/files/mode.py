@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vltrain.files.leftovers import remove_leftovers, temporary_beside
+
 
 def umask_mode(folder: Path) -> int:
     """The mode that a new file gets in a folder. Asked of the file system, since a process's umask cannot be read without changing it."""
-    probe = folder / f".mode.{os.getpid()}"
+    place = folder / "mode"
+    remove_leftovers(place)  # of a killed process, which may have had this one's id
+    probe = temporary_beside(place)
     descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666)
     try:
         return os.fstat(descriptor).st_mode & 0o777

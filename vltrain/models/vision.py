@@ -100,6 +100,7 @@ def _cls_of_block(block: nn.Module, states: Tensor) -> Tensor:
         projection(rows).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
         for projection, rows in ((attention.q_proj, normed[:, :1]), (attention.k_proj, normed), (attention.v_proj, normed))
     )
-    mixed = F.scaled_dot_product_attention(query, key, value, scale=attention.scale).transpose(1, 2).flatten(2)
+    dropout = attention.dropout if attention.training else 0.0  # as in the blocks before
+    mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale).transpose(1, 2).flatten(2)
     cls = states[:, :1] + attention.out_proj(mixed)
     return (cls + block.mlp(block.layer_norm2(cls)))[:, 0]

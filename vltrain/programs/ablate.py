@@ -35,7 +35,7 @@ from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, r
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
-from vltrain.older_runs import value_before
+from vltrain.older_runs import ADDED, value_before
 from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.origins import data_identity, samples_folder
 from vltrain.programs.made_of import made_of
@@ -218,7 +218,8 @@ def _settled(job: Job) -> Outcome:
         before = outcome.made_with.get(key, json.loads(json.dumps(value_before(key))))
         if before != value:
             found = f"{key} was {before!r}, is {value!r}"
-            raise InputError(f"{job.folder}: holds row '{job.row}' of other settings: {found}; choose another --output, or remove it")
+            again = f"go on as it was (--{key} {before}), " if key in ADDED else ""
+            raise InputError(f"{job.folder}: holds row '{job.row}' of other settings: {found}; {again}choose another --output, or remove it")
     _require_same_files(job)
     data = data_identity(job.config, job.split)
     if data is not None and outcome.made_with.get(DATA, data) != data:

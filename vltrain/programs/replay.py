@@ -53,7 +53,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     origin = find_origin(config, checkpoint)
     limit_threads(1)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
-    dtype = choose_dtype(config.train.precision, config.model.bits)
+    dtype = choose_dtype(config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None)
     visual_tokens = outline_model(config.model, device(), dtype).visual_tokens
     if config.data.train_packs is None:  # those that it was trained on, whatever became of the samples; none are made
         own_packs = str(packed_folder(config, tokenizer, visual_tokens))

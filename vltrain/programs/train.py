@@ -56,6 +56,7 @@ from vltrain.train.origin import Origin, find_origin, require_same_frozen
 from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks, names_lost_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
+from vltrain.train.selection import require_same_figures
 from vltrain.train.trainer import Trainer, make_trainer
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
     config = settings.config if checkpoint is None else as_begun(settings.config, checkpoint.belongs_to, settings.given)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
-    dtype = choose_dtype(config.train.precision, config.model.bits)
+    dtype = choose_dtype(config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None)
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
     outline = outline_model(config.model, device(), dtype)
     require_tokenizer_fits(config, tokenizer, outline)
@@ -165,6 +166,7 @@ def _require_same_start(
     if checkpoint is not None:
         require_same_run(checkpoint, run_identity(config, dataset, files, origin.facts if origin else None))
         require_fit(checkpoint, outline)
+        require_same_figures(checkpoint.run_state.get("selection", {}), config, str(checkpoint.path))
         tell_unknown_files(checkpoint.belongs_to, checkpoint.path)
     elif origin is not None and origin.checkpoint is not None:
         require_same_frozen(origin.checkpoint, config, files)

@@ -57,6 +57,11 @@ class Checkpoint:
     files: tuple[str, ...] = ()
     digest: str = ""
 
+    @property
+    def precision(self) -> str | None:
+        """What its run computes in, as `train.precision` names it; None where its version did not say."""
+        return self.run_state.get("precision")
+
     def _files(self, kind: str) -> list[Path]:
         return [self.path / name for name in sorted(self.files) if name.startswith(f"{kind}-")]
 

@@ -140,6 +140,7 @@ class Engine:
     ) -> None:
         self.stage = zero_stage(ds_config)
         self.device = device()
+        self.precision = "fp32" if autocast_dtype == torch.float32 else "bf16"
         self._autocast_dtype = autocast_dtype
         # Full names, before ZeRO-3 turns parameters into shells.
         self.trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -46,12 +46,21 @@ def cpu_has_fast_bf16() -> bool:
     return "amx_bf16" in flags or ("avx512_bf16" in flags and capabilities.startswith("AVX512"))
 
 
-def choose_dtype(precision: str, bits: int | None = None) -> torch.dtype:
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_dtype(precision: str, bits: int | None = None, begun: str | None = None) -> torch.dtype:
     """The dtype of matrix products for `train.precision` and `model.bits`, and of frozen weights where the bits leave it open.
+
+    Args:
+        begun: a name of `PRECISIONS` that the run computed in until now: what `auto` goes on meaning on whichever machine.
 
     fp32 is fp32 everywhere: TF32, which torch allows cuDNN's convolutions unless told otherwise, is switched off.
     """
     torch.backends.cudnn.allow_tf32 = False
+    if precision == "auto" and begun in PRECISIONS:
+        logger.info("precision: %s (train.precision auto: as the run began)", PRECISIONS[begun])
+        return PRECISIONS[begun]
     if precision == "auto" and bits == 16:
         return torch.bfloat16
     if precision == "auto":
@@ -59,7 +68,7 @@ def choose_dtype(precision: str, bits: int | None = None) -> torch.dtype:
         chosen = torch.bfloat16 if fast else torch.float32
         logger.info("precision: %s (train.precision auto: this %s is %sfast at bf16)", chosen, device().type, "" if fast else "not ")
         return chosen
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return PRECISIONS[precision]
 
 
 def limit_threads(local_world_size: int) -> None:

@@ -50,7 +50,7 @@ def run_identity(config: Config, dataset: PackedDataset, made_of: FilesOf | None
         identity[MADE_OF] = made_of
     if origin is not None:
         identity[ORIGIN] = origin
-    return _as_stored(identity)
+    return as_stored(identity)
 
 
 def model_identity(config: Config) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def model_identity(config: Config) -> dict[str, Any]:
     return model
 
 
-def _as_stored(value: Any) -> Any:
+def as_stored(value: Any) -> Any:
     """As it comes back from a checkpoint: tuples are lists there."""
     return json.loads(json.dumps(value))
 
@@ -111,7 +111,7 @@ def require_same_model(belongs_to: dict[str, Any], config: Config, made_of: File
     now = {"model": model_identity(config), **({MADE_OF: made_of} if made_of is not None else {})}
     # Without digests nothing tells a folder that has moved from another one: where none were kept that is warned of, see `tell_unknown_files`.
     unknown = () if MADE_OF in saved and made_of is not None else BY_DIGEST
-    found = list(differences(saved, _as_stored(now), {*changed_on_purpose, *unknown}))
+    found = list(differences(saved, as_stored(now), {*changed_on_purpose, *unknown}))
     if found:
         told = "; ".join(found)
         raise InputError(f"{where}: these weights were trained in another model: {told}. Restore this (a folder that has moved may be named by its new path)")
@@ -183,7 +183,7 @@ def _differing(saved: Any, now: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in sorted(saved.keys() | now.keys()):
             here = f"{path}.{key}" if path else key
-            before = {} if isinstance(now.get(key), dict) else _as_stored(ADDED.get(here))  # of a setting that its version did not know
+            before = {} if isinstance(now.get(key), dict) else as_stored(ADDED.get(here))  # of a setting that its version did not know
             yield from _differing(saved.get(key, before), now.get(key), here)
     elif saved != now:
         yield path, f"{path} was {saved!r}, is {now!r}"

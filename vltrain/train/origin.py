@@ -8,7 +8,6 @@ origin is not needed any more once it has a checkpoint of its own.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from vltrain.check.manifest import BEST, MANIFEST, pointed
 from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, differing, model_identity
+from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, model_identity
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
     if "model" not in saved:
         logger.warning("%s: %s does not say which model it was trained in", KEY, origin.path)
         return
-    now: dict[str, Any] = json.loads(json.dumps({"model": model_identity(config), MADE_OF: files}))
+    now: dict[str, Any] = as_stored({"model": model_identity(config), MADE_OF: files})
     if MADE_OF not in saved:
         logger.warning("%s: %s was saved before digests of frozen weights were kept: paths are compared in their place", KEY, origin.path)
     is_random = any(_value(saved, key) is None for key in _sources(saved))

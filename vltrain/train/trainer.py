@@ -39,7 +39,7 @@ from vltrain.train.origin import Origin
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 from vltrain.train.out_of_memory import names_pack
 from vltrain.train.preemption import Preemption
-from vltrain.train.selection import Selection, name_best
+from vltrain.train.selection import Selection, measured_by, name_best
 from vltrain.train.stragglers import WorkTimes, slowness, straggler
 from vltrain.train.watchdog import Watchdog
 
@@ -240,7 +240,8 @@ class Trainer:
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: plain JSON."""
-        return {RUN_ID: self.receipt.run, "receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
+        kept = {RUN_ID: self.receipt.run, "receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
+        return {**kept, "precision": self.engine.precision}
 
     def run_evaluation(self, steps_done: int) -> None:
         """Evaluates in evaluation mode, takes the figure into account, and goes back to training. A collective."""
@@ -314,7 +315,7 @@ def make_trainer(
         folder, active=rank == 0, first_step=first_step, num_steps=plan.num_steps, log_every_steps=config.train.log_every_steps,
         flops=flops, peak_flops=peak_flops(dtype) * world_size,
     )
-    selection = Selection(patience=config.train.early_stopping_patience)
+    selection = Selection(patience=config.train.early_stopping_patience, measured_by=measured_by(config))
     run_state = checkpoint.run_state if checkpoint is not None else {}
     if "selection" in run_state:
         selection.load(run_state["selection"])
