@@ -240,3 +240,18 @@ def a_lower_limit_than_images_were_packed_under(folder: Path) -> Shown:
     config = made(folder)
     packs(changing(config, max_image_pixels=64))
     return refuses(lambda: packs(changing(config, max_image_pixels=63)), "image 0 of the packs", "64 pixels", "63", "max_image_pixels")
+
+
+@attack(REUSED)
+def records_that_claim_to_be_older(folder: Path) -> Shown:
+    """Records edited by hand, with a version whose text was not protected, or one that is none."""
+    config, shown = made(folder), None
+    for path in (folder / "root" / "samples" / "prepared.json", next((folder / "root" / "packed").iterdir()) / "made_from.json"):
+        text = path.read_text()
+        for changed in ({"version": 1, "tokenizer": 5, "settled": None}, {"version": "x"}, {"version": None, "checksum": None}):
+            write_json(path, {**json.loads(text), **changed})
+            shown = refuses(lambda: packs(config), path.name, "not as it was written", "--rebuild")
+        path.write_text(text)
+    packs(config)
+    assert shown is not None
+    return shown

@@ -21,7 +21,7 @@ from typing import Any
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.record import FileRecord, digest_of, read_record
-from vltrain.files.strict_json import read_object
+from vltrain.files.strict_json import expect, read_object
 
 PREPARED, SAMPLES_RECORD = "prepared.json", "prepared.arrow"
 MADE_FROM, PACKS_RECORD = "made_from.json", "made_from.arrow"
@@ -118,8 +118,11 @@ def _read(path: Path, kind: type) -> Any:
         return None
     content = read_object(path)
     checksum = content.pop("checksum", None)
-    if checksum != _checksum(content) and content.get("version", 1) >= VERSION:
+    is_older = checksum is None and "version" not in content and kind is Prepared  # which had neither
+    if not is_older and checksum != _checksum(content):
         raise InputError(f"{path}: {_DAMAGED}")
+    for name in ("options", "places"):
+        expect(content.get(name, {}), dict, f"{path}: {name}")
     try:
         return kind(**content)
     except TypeError as error:
