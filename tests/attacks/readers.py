@@ -552,3 +552,19 @@ def turn_in_both_forms(folder: Path) -> Shown:
     turn = {"from": "human", "value": "Q?", "role": "user", "content": "Another?"}
     chats = write_json(folder / "chats.json", [{"id": "1", "conversations": [turn, {"from": "gpt", "value": "yes"}]}])
     return refused(prepare_words("llava_json", chats, folder / "out"), "conversations[0]", "say something else", "Another?")
+
+
+@attack(ANSWERS)
+def question_that_a_split_names_twice(folder: Path) -> Shown:
+    """pid_splits.json lists a problem twice, and its answer would count twice."""
+    words = answered(folder, {"1": "The answer is B."})
+    write_json(folder / "data" / "pid_splits.json", {"test": ["1", 1]})
+    return refused(words, "pid_splits.json", "names problem '1' twice")
+
+
+@attack(ELEMENTS)
+def choices_of_nobody(folder: Path) -> Shown:
+    """A choice that is null, where only letters are judged."""
+    words = answered(folder, {"1": "The answer is B.", "2": "The answer is A."})
+    write_json(folder / "data" / "problems.json", {"1": {**PROBLEM, "choices": ["x", None]}, "2": {**PROBLEM, "answer": 0}})
+    return refused(words, "problem '1'", "choices[1]: found null, expected a text")

@@ -105,10 +105,13 @@ def read_questions(data: Path, split: str) -> list[Question]:
     if split not in splits:
         raise InputError(f"{data / 'pid_splits.json'}: no split '{split}', {nearest(split, splits)}")
     problems = read_object(data / "problems.json")
-    questions = []
+    questions, seen = [], set[str]()
     listed = expect(splits[split], list, f"{data / 'pid_splits.json'}: {split}")
     for pid in (id_text(one, f"{data / 'pid_splits.json'}: {split}[{number}]") for number, one in enumerate(listed)):
         where = f"{data / 'problems.json'}: problem '{pid}'"
+        if pid in seen:
+            raise InputError(f"{data / 'pid_splits.json'}: {split}: names problem '{pid}' twice, which would count twice")
+        seen.add(pid)
         if pid not in problems:
             raise InputError(f"{where}: missing, though pid_splits.json lists it in '{split}'")
         text = field(problems[pid], "question", str, where)

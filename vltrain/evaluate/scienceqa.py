@@ -14,6 +14,7 @@ import re
 from vltrain.errors import InputError
 from vltrain.evaluate.choices import judge_choice, needs_choices
 from vltrain.evaluate.scoring import Question, Scorer, Verdict, fact
+from vltrain.files.strict_json import texts
 
 _ANSWER = re.compile(r"The answer is ([A-Z])\.")
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -29,6 +30,7 @@ def _is_listed(question: Question) -> bool:
 
 def _letter_of(question: Question) -> str:
     choices = fact(question, "choices", list, "a list of texts")
+    texts(question.metadata, "choices", question.where)
     answer = fact(question, "answer", int, "the number of the right choice")
     if not 0 <= answer < len(choices) <= 26:
         raise InputError(f"{question.where}: answer: found {answer}, expected a number below the {len(choices)} choices (26 at most)")
