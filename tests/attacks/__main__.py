@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tests.attacks import load_attacks
 from tests.attacks.attack import ATTACKS, Attack, AttackFailed
+from tests.support.processes import ROOT
 
 _CELL = 220  # characters of a line that the page shows
 
@@ -38,13 +40,19 @@ def _try(one: Attack) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             shown = one.run(Path(folder))
-            outcome, line = shown.outcome, shown.line.replace(folder, "FOLDER")
+            outcome, line = shown.outcome, _without_places(shown.line, folder)
         except AttackFailed as error:
             outcome, line = error.how, str(error)
         except Exception as error:
             outcome, line = "failed", f"{type(error).__name__}: {error}"
     print(f"{outcome:12} {one.name}: {line}", flush=True)
     return outcome, line
+
+
+def _without_places(line: str, folder: str) -> str:
+    """A line that is the same wherever the attack was tried."""
+    line = line.replace(folder, "FOLDER").replace(str(ROOT), "CHECKOUT")
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/[\w.-]+", "FOLDER", line)
 
 
 def _page(ended: list[tuple[Attack, str, str]], total: str) -> str:
