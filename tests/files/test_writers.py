@@ -1,5 +1,6 @@
 """Files that a run writes to all the time, on a disk that is full: named in one line."""
 
+import ctypes
 import os
 import shutil
 from contextlib import suppress
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vltrain.data import folder as folders
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
 from vltrain.files.events import EventWriter
@@ -73,3 +75,18 @@ def test_a_folder_of_files_of_many_writers_has_one_mode(tmp_path, umask):
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert len(modes) == 3 and set(modes.values()) == {0o666 & ~umask}
+
+
+def test_many_files_are_flushed_with_their_file_system(tmp_path, monkeypatch):
+    """One by one where the system has no such call."""
+    flushed, libc = [], ctypes.CDLL(None, use_errno=True)
+    monkeypatch.setattr(folders, "_MANY", 3)
+    monkeypatch.setattr(folders, "_flush_one", flushed.append)
+    for name, has_call in (("at once", True), ("one by one", False)):
+        flushed.clear()
+        monkeypatch.setattr(folders.ctypes, "CDLL", (lambda *_, **__: libc) if has_call else (lambda *_, **__: object()))
+        with folders.new_folder(tmp_path / name) as folder:
+            for number in range(4):
+                (folder / str(number)).write_text("x")
+        assert len(list((tmp_path / name).iterdir())) == 4
+        assert len(flushed) == (1 if has_call else 6), "the parent alone; or each file, the folder and the parent"

@@ -7,6 +7,7 @@ writes NAME (`vltrain.files.lock`).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from pathlib import Path
 from vltrain.errors import InputError
 from vltrain.files.leftovers import remove, remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
-
 from vltrain.files.mode import umask_mode
+
+_MANY = 256  # files, from which on all of their file system is flushed at once
 
 
 def refuse_existing(output: Path) -> None:
@@ -80,16 +82,33 @@ def _put_aside(output: Path, replace: bool) -> Iterator[None]:
 
 def _flush(folder: Path) -> None:
     """Gives every file that was written here the umask's mode, whoever wrote it, and flushes it."""
-    mode = umask_mode(folder)
+    mode, written, folders = umask_mode(folder), [], []
     for place, _, names in os.walk(folder):
+        folders.append(Path(place))
         for name in names:
             found = os.stat(path := os.path.join(place, name))
             # A hard link is another name of a file that was there before and was not written here.
             if found.st_nlink == 1:
                 if found.st_mode & 0o777 != mode:
                     os.chmod(path, mode)
-                _flush_one(Path(path))
-        _flush_one(Path(place))
+                written.append(Path(path))
+    if len(written) < _MANY or not _flush_file_system(folder):
+        for path in (*written, *folders):
+            _flush_one(path)
+
+
+def _flush_file_system(folder: Path) -> bool:
+    """Flushes all of the file system that holds the folder: thousands of images one by one would wait for the disk a thousand times. False: no such call here."""
+    flush = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if flush is None:
+        return False
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if flush(handle) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    finally:
+        os.close(handle)
+    return True
 
 
 def _flush_one(path: Path) -> None:

@@ -76,13 +76,24 @@ class Spelling:
 def _read_back(sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]) -> Iterator[tuple[str, str]]:
     """Each answer, and how it reads from the tokens that are predicted of it."""
     answers = [unescape_markers(turn.text) for turn in sample.turns if turn.role == "assistant"]
-    bounds = np.flatnonzero(np.diff(segment.loss_mask, prepend=False, append=False)).reshape(-1, 2).tolist()
+    bounds = _runs(segment.loss_mask.tobytes())
     if len(bounds) == len(answers):
         for text, (first, last) in zip(answers, bounds, strict=True):
             last -= segment.input_ids[last - 1] in ends
             yield text, _text_of(tokenizer, segment.input_ids[first:last].tobytes())
     else:  # nothing stands between two of them
         yield from ((text, tokenizer.decode(tokenizer.encode(text))) for text in answers)
+
+
+def _runs(mask: bytes) -> list[tuple[int, int]]:
+    """(first, end) of each run of ones. On bytes, since NumPy takes longer to be called than an answer to be looked through."""
+    runs, first = [], mask.find(1)
+    while first >= 0:
+        end = mask.find(0, first)
+        end = len(mask) if end < 0 else end
+        runs.append((first, end))
+        first = mask.find(1, end)
+    return runs
 
 
 @functools.lru_cache(maxsize=4096)  # short answers come again and again
