@@ -20,8 +20,8 @@ from typing import Any
 
 from data_prep.command_line import CommandLine
 from vltrain.data.folder import new_folder, refuse_existing
-from vltrain.data.shards import sha256_of
 from vltrain.errors import InputError
+from vltrain.files.digest import sha256_of
 from vltrain.files.strict_json import read_object
 
 logger = logging.getLogger(__name__)

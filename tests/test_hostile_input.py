@@ -23,7 +23,7 @@ from PIL import Image
 from data_prep.sources import SOURCES
 from tests.support.vocabularies import make_sentencepiece, make_transformers
 from tests.train.test_checkpoint import Net, save
-from vltrain.check.manifest import dumps, sha256_of
+from vltrain.check.manifest import dumps
 from vltrain.check.receipt import RECEIPT, read_receipt
 from vltrain.config import Config
 from vltrain.data.conversation import TEMPLATES, encode_prompt, encode_sample
@@ -31,6 +31,7 @@ from vltrain.data.images import decode_image, read_image
 from vltrain.data.shards import read_manifest
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
+from vltrain.files.digest import sha256_of
 from vltrain.evaluate.predictions import read_predictions, score_predictions
 from vltrain.evaluate.samples import read_samples
 from vltrain.files.strict_json import read_records

@@ -81,7 +81,7 @@ def test_many_files_are_flushed_with_their_file_system(tmp_path, monkeypatch):
     """One by one where the system has no such call."""
     flushed, libc = [], ctypes.CDLL(None, use_errno=True)
     monkeypatch.setattr(folders, "_MANY", 3)
-    monkeypatch.setattr(folders, "_flush_one", flushed.append)
+    monkeypatch.setattr(folders, "sync", flushed.append)
     for name, has_call in (("at once", True), ("one by one", False)):
         flushed.clear()
         monkeypatch.setattr(folders.ctypes, "CDLL", (lambda *_, **__: libc) if has_call else (lambda *_, **__: object()))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vltrain.errors import InputError
+from vltrain.files.digest import sha256_of
 
 logger = logging.getLogger(__name__)
 Opened = TypeVar("Opened")
@@ -180,9 +181,3 @@ def dumps(manifest: dict[str, Any]) -> str:
 
 def checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, always read: what a checkpoint holds is never taken on trust."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,6 +18,7 @@ from vltrain.errors import InputError
 from vltrain.files.leftovers import remove, remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
 from vltrain.files.mode import umask_mode
+from vltrain.files.whole import sync
 
 _MANY = 256  # files, from which on all of their file system is flushed at once
 
@@ -53,7 +54,7 @@ def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
             _flush(temporary)
             with _put_aside(output, replace):
                 os.rename(temporary, output)
-            _flush_one(output.parent)
+            sync(output.parent)
         except OSError as error:
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from error
         finally:
@@ -94,7 +95,7 @@ def _flush(folder: Path) -> None:
                 written.append(Path(path))
     if len(written) < _MANY or not _flush_file_system(folder):
         for path in (*written, *folders):
-            _flush_one(path)
+            sync(path)
 
 
 def _flush_file_system(folder: Path) -> bool:
@@ -109,11 +110,3 @@ def _flush_file_system(folder: Path) -> bool:
     finally:
         os.close(handle)
     return True
-
-
-def _flush_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from vltrain.data.folder import new_folder
-from vltrain.data.shards import IMAGE_SCHEMA, INDEX, INDEX_SCHEMA, MANIFEST, PACK_SCHEMA, ROWS_PER_BATCH, Manifest, ShardFile, sha256_of
+from vltrain.data.shards import IMAGE_SCHEMA, INDEX, INDEX_SCHEMA, MANIFEST, PACK_SCHEMA, ROWS_PER_BATCH, Manifest, ShardFile
+from vltrain.files.digest import sha256_of
 from vltrain.schema import PackedRow
 
 FILE_BYTES = 256 << 20  # a new file is begun when one has grown to this

@@ -28,6 +28,7 @@ import pyarrow as pa
 
 from vltrain.data.origin import require_whole_record
 from vltrain.errors import InputError
+from vltrain.files.digest import sha256_of
 from vltrain.files.strict_json import parse_json, read_text
 from vltrain.schema import PackedRow
 
@@ -112,15 +113,6 @@ class Manifest:
     def _fields(self) -> dict[str, Any]:
         fields = {**vars(self), "files": [vars(file) for file in self.files]}
         return fields if self.lost is not None else {name: value for name, value in fields.items() if name != "lost"}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checksum(fields: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ same, and none waits for another.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from vltrain.config import Config
 from vltrain.data.images import require_image
@@ -25,8 +26,15 @@ def require_scorer(config: Config) -> None:
     find_scorer(config.eval.scorer).require_installed()
 
 
-def answerable_samples(samples_file: Path, config: Config, max_samples: int | None) -> list[Sample]:
-    """The samples that are answered: at most `max_samples`, evenly spaced over the file; None: all.
+class Split(NamedTuple):
+    """`every`: all samples of the file; `answered`: those that are."""
+
+    every: list[Sample]
+    answered: list[Sample]
+
+
+def answerable_samples(samples_file: Path, config: Config, max_samples: int | None) -> Split:
+    """A split of which at most `max_samples` are answered, evenly spaced over the file; None: all.
 
     Raises:
         InputError: no such split, an unknown scorer or one that is not installed, a malformed sample, an id that comes twice, one that lacks what the
@@ -54,7 +62,7 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
     first_user = {name: sample.id for sample in reversed(answered) for name in sample.images}
     for name, sample_id in first_user.items():
         require_image(folder / name, config.data.max_image_pixels, f"{samples_file}: sample '{sample_id}': {folder / name}", inside=folder)
-    return answered
+    return Split(samples, answered)
 
 
 def missing_split(samples_file: Path) -> str:

@@ -33,7 +33,7 @@ from vltrain.evaluate.precision import products_in_fp32
 from vltrain.evaluate.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
-from vltrain.evaluate.samples import deal, image_loader, read_samples, thin_out
+from vltrain.evaluate.samples import deal, image_loader, thin_out
 from vltrain.evaluate.scoring import Remark, Report
 from vltrain.models.build import AnyModel
 from vltrain.models.qformer import InstructBlip
@@ -80,9 +80,8 @@ def evaluate_split(
     Raises: InputError as `answerable_samples`, before anything is answered; and for an image that is damaged behind its header, and a folder
         that cannot be written to.
     """
-    samples = answerable_samples(samples_file, config, max_samples)
+    every, samples = answerable_samples(samples_file, config, max_samples)
     assert config.eval.scorer is not None
-    every = samples if max_samples is None else read_samples(samples_file)
     questions = ask(samples, every, tokenizer, config, model, str(samples_file))
     answered = predict(
         model, samples, questions, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}", on_progress=on_progress

@@ -51,6 +51,12 @@ def file_digest(path: Path | str, *, verify: bool = False) -> str:
     return file_digests([path], verify=verify)[0]
 
 
+def sha256_of(path: Path) -> str:
+    """The same, always read and never remembered, for what is not taken on trust. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_digests(paths: Sequence[Path | str], *, verify: bool = False, algorithm: Algorithm = "sha256") -> list[str]:
     """Digest (hex) of each file's bytes; links are followed.
 

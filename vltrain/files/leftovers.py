@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vltrain.files.processes import is_alive
@@ -22,6 +23,18 @@ def remove_leftovers(path: Path) -> None:
         pid = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
             remove(leftover)
+
+
+@contextmanager
+def renamed_when_written(path: Path) -> Iterator[Path]:
+    """Gives a temporary name, which becomes `path` if the block ends without an error, and is gone else. Raises OSError."""
+    temporary = temporary_beside(path)
+    remove_leftovers(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

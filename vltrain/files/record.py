@@ -29,7 +29,7 @@ import xxhash
 
 from vltrain.errors import InputError
 from vltrain.files.digest import SETTLED_NS, file_digests
-from vltrain.files.leftovers import remove_leftovers, temporary_beside
+from vltrain.files.leftovers import renamed_when_written
 
 FILE, FOLDER, ABSENT = 0, 1, 2  # kinds
 _SHOWN = 3
@@ -274,14 +274,8 @@ def _read_stats(path: Path, count: int) -> np.ndarray:
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    temporary = temporary_beside(path)
-    remove_leftovers(path)
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with renamed_when_written(path) as beside, beside.open("wb") as file:
+        write(file)
 
 
 def _column(kind: pa.DataType, count: int, *buffers: Any) -> pa.Array:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.files.leftovers import remove_leftovers, temporary_beside
+from vltrain.files.leftovers import renamed_when_written
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, survive a crash of the machine. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -18,17 +27,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file, and the folders it lies in. Raises InputError if that is not possible."""
-    beside = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
-        try:
-            with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with renamed_when_written(path) as beside, beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise InputError(f"{path}: could not be written ({error.strerror or error}); choose a place with room and permission") from None

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.utils import cached_file
 
 from vltrain.errors import InputError
-from vltrain.models.quiet import LOAD_ERRORS, cannot_load, quiet_transformers, read_settings
+from vltrain.models.quiet import find_file, read_settings
 from vltrain.schema import SQUARE, Framing
 
 NESTED, PLAIN = "processor_config.json", "preprocessor_config.json"  # transformers' order
@@ -54,7 +53,7 @@ def read_preprocessing(key: str, source: str | None, place: str, image_size: int
     """
     if source is None or place.endswith(".gguf") or Path(place).is_file():
         return Preprocessing()
-    nested, plain = (_path(key, source, place, name) for name in (NESTED, PLAIN))
+    nested, plain = (find_file(key, source, place, name) for name in (NESTED, PLAIN))
     for path in (nested, plain):
         if path is None:
             continue
@@ -64,17 +63,6 @@ def read_preprocessing(key: str, source: str | None, place: str, image_size: int
         if isinstance(found, dict):
             return _Reader(f"{key}.source: {path}: ", found, image_size, kinds).read()
     return Preprocessing()
-
-
-def _path(key: str, source: str, place: str, name: str) -> Path | None:
-    if Path(place).is_dir():
-        return path if (path := Path(place, name)).is_file() else None
-    try:
-        with quiet_transformers():
-            found = cached_file(place, name, _raise_exceptions_for_missing_entries=False)
-    except LOAD_ERRORS as error:
-        raise cannot_load(key, source, place, error) from None
-    return Path(found) if found else None
 
 
 class _Reader:

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from vltrain.errors import InputError
@@ -35,6 +36,22 @@ def read_settings(key: str, source: str, path: Path) -> dict[str, Any]:
         return read_object(path)
     except InputError as error:
         raise InputError(f"{key}.source: cannot load '{source}': {error}. Fetch it again, or name another source") from None
+
+
+def find_file(key: str, source: str, place: str, name: str, *, fetch: bool = True) -> Path | None:
+    """Where a file of the folder or the hub's repository `place` is; None if it has none of that name. `fetch`: download what is not on this machine.
+
+    Raises: InputError if the hub cannot be asked.
+    """
+    if Path(place).is_dir():
+        path = Path(place, name)
+        return path if path.is_file() else None
+    try:
+        with quiet_transformers():
+            found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, local_files_only=not fetch)
+    except LOAD_ERRORS as error:
+        raise cannot_load(key, source, place, error) from None
+    return Path(found) if found else None
 
 
 def _broken_file(folder: Path) -> str | None:

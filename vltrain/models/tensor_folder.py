@@ -18,10 +18,9 @@ from typing import NoReturn
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils import cached_file
 
 from vltrain.errors import InputError
-from vltrain.models.quiet import LOAD_ERRORS, cannot_load, quiet_transformers, read_settings, some
+from vltrain.models.quiet import LOAD_ERRORS, cannot_load, find_file, read_settings, some
 from vltrain.models.tensor_files import open_tensors
 
 logger = logging.getLogger(__name__)
@@ -137,16 +136,7 @@ class TensorFolder:
         return [path for path in paths.values() if path is not None], promised
 
     def _path(self, name: str) -> Path | None:
-        """Where a file of the folder or the hub's repository is; None if it has none of that name."""
-        if Path(self.place).is_dir():
-            path = Path(self.place, name)
-            return path if path.is_file() else None
-        try:
-            with quiet_transformers():
-                found = cached_file(self.place, name, _raise_exceptions_for_missing_entries=False, local_files_only=not self._fetch)
-        except LOAD_ERRORS as error:
-            raise cannot_load(self.key, self.source, self.place, error) from None
-        return Path(found) if found else None
+        return find_file(self.key, self.source, self.place, name, fetch=self._fetch)
 
     def _heads_of(self, path: Path) -> dict[str, Head]:
         if path.suffix != ".safetensors":

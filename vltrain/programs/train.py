@@ -29,7 +29,6 @@ from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.questions import ask
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.run import evaluate_split
-from vltrain.evaluate.samples import read_samples
 from vltrain.files.digest import file_digest
 from vltrain.files.leftovers import remove
 from vltrain.files.lock import lock_inside, one_writer
@@ -215,8 +214,8 @@ def _ready_data(config: Config, tokenizer: Tokenizer, outline: AnyModel, *, rebu
         file = ready_samples(config, config.data.eval_split, rebuild=rebuild)
         if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
             require_same_set(config, dataset.folder, file)
-        answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
-        ask(answered, read_samples(file), tokenizer, config, outline, str(file))
+        every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
+        ask(answered, every, tokenizer, config, outline, str(file))
     if dataset is not None:
         return dataset
     return open_packs(config, tokenizer, outline.visual_tokens, rebuild=rebuild, samples_are_ready=evaluates)

@@ -28,10 +28,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vltrain.check.manifest import FORMAT_VERSION, LATEST, MANIFEST, checkpoint_name, checkpoints_in, dumps, newest_in, read_manifest, sha256_of, verify_files
+from vltrain.check.manifest import FORMAT_VERSION, LATEST, MANIFEST, checkpoint_name, checkpoints_in, dumps, newest_in, read_manifest, verify_files
 from vltrain.errors import InputError
+from vltrain.files.digest import sha256_of
 from vltrain.files.tensors import save_file
-from vltrain.train.retention import point, prune, put_in_place, sync
+from vltrain.files.whole import sync
+from vltrain.train.retention import point, prune, put_in_place
 
 logger = logging.getLogger(__name__)
 

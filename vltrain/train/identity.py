@@ -121,7 +121,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], ignored: Collection[
     """What differs between two identities, each in words; nothing of the dotted keys `ignored`, unless they name files that are known to be others."""
     if MADE_OF in saved and MADE_OF in now:
         ignored = set(ignored) - set(BY_DIGEST)
-    yield from (text for key, text in differing(saved, now) if not _is_within(key, ignored))
+    yield from (text for key, text in differing(saved, now) if not is_within(key, ignored))
 
 
 def differing(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -149,7 +149,8 @@ def _origin_in_words(origin: Any) -> str:
     return f"{origin.get('path')} at step {origin.get('step')}" if isinstance(origin, dict) else "null"
 
 
-def _is_within(key: str, keys: Collection[str]) -> bool:
+def is_within(key: str, keys: Collection[str]) -> bool:
+    """Whether a dotted key is one of `keys`, or below one."""
     return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 

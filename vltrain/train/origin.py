@@ -17,7 +17,7 @@ from vltrain.check.manifest import BEST, MANIFEST, pointed
 from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, model_identity
+from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, is_within, model_identity
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +86,10 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
         logger.warning("%s: %s was saved before digests of frozen weights were kept: paths are compared in their place", KEY, origin.path)
     is_random = any(_value(saved, key) is None for key in _sources(saved))
     for key, text in differing(saved, now):
-        if _is_frozen(key) or (key == "model.seed" and is_random):
+        if is_within(key, FROZEN) or (key == "model.seed" and is_random):
             raise InputError(f"{KEY}: {origin.path} was trained over other frozen weights: {text}. Name these, or train anew without {KEY}")
         if key != "model.instructblip.adapters":  # where the origin itself began
             logger.warning("%s: in the run of %s %s", KEY, origin.path, text)
-
-
-def _is_frozen(key: str) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in FROZEN)
 
 
 def _sources(identity: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vltrain.check.manifest import BEST, LATEST, STEP_NAME, checkpoints_in, pointed, read_manifest
 from vltrain.errors import InputError
+from vltrain.files.whole import sync
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +101,3 @@ def _discard(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's entries, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
