@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "submit": ("vltrain.programs.submit", "check a recipe and its memory plan, and hand it to Slurm"),
     "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
     "check": ("vltrain.programs.check", "prove from its receipt that a run saw every sample once, in order; do one of its steps again"),
-    "export": ("vltrain.programs.export", "write a trained InstructBLIP as a folder of peft's or transformers'"),
+    "export": ("vltrain.programs.export", "write a trained model as a folder that others load"),
     "importance": ("vltrain.programs.importance", "where AdaLoRA has left how much of its rank: table, heat map, summary"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }

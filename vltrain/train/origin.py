@@ -58,7 +58,7 @@ def open_origin(place: Path, output: Path) -> Checkpoint:
 
     Raises: InputError where there is none, or it is the run's own.
     """
-    expected = "expected a run's folder, or one of its checkpoints (RUN/checkpoints/step-...)"
+    expected = "expected a run's folder, one of its checkpoints (RUN/checkpoints/step-...), or an exported folder of adapters"
     if not place.is_dir():
         raise InputError(f"{KEY}: {place}: no such folder, {expected}")
     if place.resolve() == output.resolve() or output.resolve() in place.resolve().parents:

@@ -1,0 +1,77 @@
+"""What an export format is, and what it is given: the words that the table and the files behind it share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vltrain.config import Config
+from vltrain.data.instruction import InstructionSource
+from vltrain.train.checkpoint import Checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that is exported.
+
+    checkpoint  the tuned weights; None: the model before tuning
+    before      where `checkpoint` is None: the trained weights that the run began with (`train.init_from`), or None for fresh ones
+    tokenizer   the arguments of `vltrain.data.tokenizer.load_tokenizer`
+    facts       which weights these are, plain JSON: see `vltrain.programs.run_folder.weights_used`
+    """
+
+    run: Path
+    config: Config
+    checkpoint: Checkpoint | None
+    tokenizer: tuple[str, InstructionSource | None]
+    before: Checkpoint | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Checkpoint | None:
+        """The trained weights to export; None for fresh ones."""
+        return self.checkpoint or self.before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the command line asks of a format. `engine`: the one that is to load the folder, None where none was named."""
+
+    dtype: str = "fp32"
+    engine: str | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+def _refuse_nothing(source: Source, choices: Choices) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One way to write a trained model.
+
+    summary      what it writes, for the help
+    loads        what loads it, for the help
+    write        (folder, source, choices): fills the folder, which appears under its name when it is whole. Raises InputError
+    refuse       raises InputError for what the format cannot hold, by the recipe alone: before any weight is read
+    options      the fields of `Choices` that it reads: another one on the command line is refused, since it would have no effect
+    reads_base   whether the frozen weights are read, so that their digests are compared with those of the training
+    needs_tuned  whether there must be tuned weights: `--checkpoint none` is refused
+    """
+
+    summary: str
+    loads: str
+    write: Callable[[Path, Source, Choices], None]
+    refuse: Callable[[Source, Choices], None] = _refuse_nothing
+    options: frozenset[str] = frozenset()
+    reads_base: bool = True
+    needs_tuned: bool = True

@@ -1,0 +1,40 @@
+"""The table of export formats: architecture -> name -> `Format`. A new one is a file and a line here; an architecture's first is its default."""
+
+from __future__ import annotations
+
+from vltrain.errors import InputError
+from vltrain.export.adapters import ADAPTERS
+from vltrain.export.blip import PEFT, WHOLE
+from vltrain.export.format import Format
+
+FORMATS: dict[str, dict[str, Format]] = {
+    "mmt": {"adapters": ADAPTERS},
+    "instructblip": {"peft": PEFT, "whole": WHOLE, "adapters": ADAPTERS},
+}
+
+
+def find_format(architecture: str, name: str | None, where: str) -> tuple[str, Format]:
+    """(name, format) of that name, or the architecture's default.
+
+    Args:
+        where: what asks for it, for the error.
+
+    Raises: InputError for a format that the architecture lacks, naming those it has.
+    """
+    has = FORMATS[architecture]
+    name = name or next(iter(has), None)
+    if name in has:
+        return name, has[name]
+    known = sorted({other for formats in FORMATS.values() for other in formats})
+    told = f"a run of the architecture {architecture} has no format {name!r}" if name in known else f"found {name!r}"
+    raise InputError(f"{where}: {told}, expected one of {', '.join(has)}")
+
+
+def describe_formats() -> str:
+    """The table as lines of a help."""
+    lines = []
+    for architecture, formats in FORMATS.items():
+        lines.append(f"  {architecture}:")
+        for number, (name, one) in enumerate(formats.items()):
+            lines.append(f"    {name:10}{one.summary}{' (default)' if number == 0 else ''}; loads: {one.loads}")
+    return "\n".join(lines)

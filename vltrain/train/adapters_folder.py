@@ -1,0 +1,50 @@
+"""A folder of trained weights alone, what `vltrain export --format adapters` writes: a checkpoint without optimizer states, and the recipe beside it.
+
+    config.yaml                  the run's resolved recipe
+    weights-00001.safetensors    trained parameters by full name, fp32
+    checkpoint.json              step, the network they belong to, digests of the frozen weights' files, and of the files above
+
+`train.init_from` takes it as it takes a checkpoint, and whoever builds the model of its recipe can load it into that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vltrain.check.manifest import MANIFEST
+from vltrain.config import Config
+from vltrain.errors import InputError
+from vltrain.older_runs import complete
+from vltrain.recipe import build_config, dump_config, read_recipe
+from vltrain.train.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+
+RECIPE = "config.yaml"
+
+
+def write_adapters(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
+    """Fills an empty folder. Raises OSError."""
+    writer = CheckpointWriter(folder)
+    for name, tensor in checkpoint.weights():
+        writer.add("weights", name, tensor)
+    state = {} if checkpoint.precision is None else {"precision": checkpoint.precision}
+    writer.finish(checkpoint.step, checkpoint.belongs_to, state)  # lists what is there, so the recipe comes after
+    (folder / RECIPE).write_text(dump_config(config), encoding="utf-8")
+
+
+def open_adapters(folder: Path) -> tuple[Config, Checkpoint]:
+    """The recipe and the verified weights of such a folder.
+
+    That the weights belong to the model of the recipe, or of another one, and to the frozen weights that lie on this machine now, is what
+    `vltrain.train.identity.require_same_model` compares.
+
+    Raises: InputError for a folder that is none, or is damaged.
+    """
+    expected = "expected a folder that `vltrain export --format adapters` wrote"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, {expected}")
+    for name in (MANIFEST, RECIPE):
+        if not (folder / name).is_file():
+            kind = " (it is a folder of peft's)" if (folder / "adapter_config.json").is_file() else ""
+            raise InputError(f"{folder}: no {name} in it{kind}, {expected}")
+    checkpoint = open_checkpoint(folder)
+    return build_config(complete(read_recipe(folder / RECIPE))), checkpoint
