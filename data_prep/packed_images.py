@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.prepare import tell_dark
-from vltrain.data.images import is_dark, read_image
+from vltrain.data.images import is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES
 from vltrain.errors import InputError
-from vltrain.files.record import FILE, FileRecord, Seen, digest_of, stat_of
+from vltrain.files.record import FILE, FileRecord, Seen, digest_of, stat_in
 
 _IMAGES_PER_CHUNK = 16
 Wanted = tuple[int, str, str]
@@ -58,9 +58,8 @@ def _check_images(wanted: list[Wanted], root: str, max_pixels: int, decode: bool
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
         where = f"sample '{sample_id}', image {folder / name}"
-        before = stat_of(folder / name)
-        data = read_image(folder / name, max_pixels, where, inside=folder)
+        data, status = read_image_and_status(folder / name, max_pixels, where, inside=folder)
         if decode and is_dark(data, max_pixels, where):
             dark.append(name)
-        checked.append((ref, name, data, Seen(FILE, digest_of(data), before)))
+        checked.append((ref, name, data, Seen(FILE, digest_of(data), stat_in(status))))
     return checked, dark

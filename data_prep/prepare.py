@@ -33,10 +33,10 @@ from data_prep.sources.raw import ImageSource
 from data_prep.sources.splits import SplitOverlap
 from vltrain.config import OWN, DataConfig
 from vltrain.data.folder import new_folder
-from vltrain.data.images import DARK, is_dark, read_image
+from vltrain.data.images import DARK, is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
 from vltrain.errors import InputError, exits_cleanly, nearest
-from vltrain.files.record import FILE, FileRecord, Seen, digest_of, look, read_record, stat_of
+from vltrain.files.record import FILE, FileRecord, Seen, digest_of, look, read_record, stat_in, stat_of
 from vltrain.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.schema import Sample
 
@@ -251,16 +251,19 @@ def _copy_or_draw(images: list[Named], folder: Path, max_pixels: int, roots: tup
         path, before = None, None
         if isinstance(source, Path):
             where = f"sample '{sample_id}', image {source}"
-            path, before = str(source), stat_of(source)
-            data = read_image(source, max_pixels, where, inside=_root_of(source, roots))
+            data, status = read_image_and_status(source, max_pixels, where, inside=_root_of(source, roots))
+            path, before = str(source), stat_in(status)
             if is_dark(data, max_pixels, where):
                 dark.append(path)
         else:
             data = source()
         copy = folder / name
         _make_folder(copy.parent)
-        copy.write_bytes(data)
-        done.append((name, path, digest_of(data), before, stat_of(copy)))
+        with open(copy, "wb") as file:
+            file.write(data)
+            file.flush()
+            written = stat_in(os.fstat(file.fileno()))
+        done.append((name, path, digest_of(data), before, written))
     return done, dark
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 # Where there is no GPU, Triton's kernels run in its interpreter. It is chosen when a kernel is defined, so before anything imports one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Programs that a shell starts in the background ignore Ctrl-C, and so does all that they start: tests that send it would wait for nothing.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Where several processes share the tests, files that take minutes must not come last, or one process works while the others are done.

@@ -169,15 +169,21 @@ def read_image(path: Path, max_pixels: int, where: str, *, inside: Path | None) 
     Raises:
         InputError: it cannot be read, is no plain file (and might never end), is too large, or lies elsewhere.
     """
+    return read_image_and_status(path, max_pixels, where, inside=inside)[0]
+
+
+def read_image_and_status(path: Path, max_pixels: int, where: str, *, inside: Path | None) -> tuple[bytes, os.stat_result]:
+    """As `read_image`, with the file's status from before it was read."""
     try:
-        with _plain_file(path, max_pixels, where, inside) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            data = file.read(num_bytes + 1)
+        file, status = _plain_file(path, max_pixels, where, inside)
+        with file:
+            data = file.read(status.st_size + 1)
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
-    if len(data) != num_bytes:
-        raise InputError(f"{where}: changed while it was read ({num_bytes:,} bytes, then {len(data):,}{' or more' if len(data) > num_bytes else ''})")
-    return data
+    found, expected = len(data), status.st_size
+    if found != expected:
+        raise InputError(f"{where}: changed while it was read ({expected:,} bytes, then {found:,}{' or more' if found > expected else ''})")
+    return data, status
 
 
 def require_image(path: Path, max_pixels: int, where: str, *, inside: Path | None) -> None:
@@ -186,15 +192,15 @@ def require_image(path: Path, max_pixels: int, where: str, *, inside: Path | Non
     Raises: InputError as `read_image` and `decode_image`, for what the header tells: that a file is cut short it does not.
     """
     try:
-        file = _plain_file(path, max_pixels, where, inside)
+        file, status = _plain_file(path, max_pixels, where, inside)
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
-    with file, _opened(file, os.fstat(file.fileno()).st_size, max_pixels, where):
+    with file, _opened(file, status.st_size, max_pixels, where):
         pass
 
 
-def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) -> BinaryIO:
-    """An open file that `read_image` may read. Raises InputError for another one, and OSError."""
+def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) -> tuple[BinaryIO, os.stat_result]:
+    """An open file that `read_image` may read, and its status. Raises InputError for another one, and OSError."""
     limit = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
     # Without O_NONBLOCK a named pipe would wait for its writer.
     file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
@@ -210,7 +216,7 @@ def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) ->
     except BaseException:
         file.close()
         raise
-    return file
+    return file, status
 
 
 def _require_inside(path: Path, folder: Path, where: str) -> None:

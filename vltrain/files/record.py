@@ -38,6 +38,7 @@ _THREADS = 16
 _ALGORITHM = "xxh3_128"
 _NO_DIGEST = bytes(16)
 _NO_STAT = (-1, -1, -1, -1)
+_INODE_BITS = 0x7FFF_FFFF_FFFF_FFFF  # of 64: what a signed number holds
 _STATS_SUFFIX = ".stats.npy"
 _STATS = ("size", "mtime_ns", "ctime_ns", "inode")
 _SCHEMA = pa.schema(
@@ -62,7 +63,16 @@ def digest_of(data: bytes) -> bytes:
 
 def stat_of(path: Path | str) -> tuple[int, int, int, int]:
     """Size, mtime_ns, ctime_ns, inode; all -1 where there is nothing."""
-    return tuple(_stats_of([path]))
+    try:
+        found = os.stat(path)
+    except OSError:
+        return _NO_STAT
+    return stat_in(found)
+
+
+def stat_in(found: os.stat_result) -> tuple[int, int, int, int]:
+    """`stat_of` a file whose status is known."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INODE_BITS
 
 
 def _stats_of(paths: Sequence[Path | str]) -> array:
@@ -86,7 +96,7 @@ def _stats_one_by_one(paths: Sequence[Path | str]) -> array:
         except OSError:
             found.extend(_NO_STAT)
         else:
-            found.extend((one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino & 0x7FFF_FFFF_FFFF_FFFF))
+            found.extend((one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino & _INODE_BITS))
     return found
 
 
@@ -117,19 +127,20 @@ class FileRecord:
     digests: list[bytes] = field(default_factory=list)
     stats: array = field(default_factory=lambda: array("q"))
     has_new_stats: bool = False
+    settled_before: int = field(default_factory=lambda: time.time_ns() - SETTLED_NS)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def add(self, place: str, name: str, seen: Seen) -> None:
-        """Takes a file. One that changed just now is not trusted by its times: the clock's tick could hide a second change."""
-        size, mtime, ctime, inode = seen.stat
-        settled = time.time_ns() - ctime > SETTLED_NS
+        """Takes a file. One that changed since the record was begun, or just before, is not trusted by its times: the clock's tick could hide a
+        second change."""
+        kind, digest, stat = seen
         self.places.append(place)
         self.names.append(name)
-        self.kinds.append(seen.kind)
-        self.digests.append(seen.digest)
-        self.stats.extend((size, mtime, ctime if settled else -1, inode))
+        self.kinds.append(kind)
+        self.digests.append(digest)
+        self.stats.extend(stat if stat[2] < self.settled_before else (stat[0], stat[1], -1, stat[3]))
 
     def rows(self) -> Iterator[tuple[str, str, Seen]]:
         """(place, name, what was seen) of each file."""
