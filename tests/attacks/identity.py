@@ -462,3 +462,21 @@ def samples_changed_while_they_are_packed(folder: Path) -> Shown:
         return refused(pack_words(samples, folder / "packs"), "changed while it was packed")
     finally:
         program.tokenised = whole
+
+
+@attack(REUSED)
+def a_split_put_beside_prepared_ones(folder: Path) -> Shown:
+    """A hand-made SPLIT.jsonl in a folder of prepared samples."""
+    config = made(folder)
+    samples = folder / "root" / "samples"
+    shutil.copyfile(samples / "train.jsonl", samples / "hard.jsonl")
+    return refuses(lambda: ready_samples(config, "hard"), "hard.jsonl", "was not prepared from llava_json", "data.source samples")
+
+
+@attack(REUSED)
+def a_test_split_of_another_set(folder: Path) -> Shown:
+    """A test split of other samples, copied to where the source gave none."""
+    config = made(folder)
+    samples = folder / "root" / "samples"
+    write_jsonl(samples / "test.jsonl", [sample("1")])
+    return refuses(lambda: ready_samples(config, "test"), "test.jsonl", "was not prepared from llava_json")

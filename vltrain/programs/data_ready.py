@@ -22,7 +22,7 @@ from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError, require
 from vltrain.programs.made_once import made_once
-from vltrain.programs.origins import packs_differ, samples_differ, samples_file, samples_folder
+from vltrain.programs.origins import is_stranger, packs_differ, samples_differ, samples_file, samples_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,11 @@ def ready_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
     if int(os.environ.get("RANK", "0")) == 0 and (differences := samples_differ(config, folder)):
         way_out = f"{REBUILD}, or {OTHER_ROOT}; or take them as they are: data.source null, without data.input and data.options"
         raise InputError(f"{folder}: its samples were made from something else than the recipe names: {'; '.join(differences)}. Nothing was changed; {way_out}")
-    return samples_file(config, split)
+    file = samples_file(config, split)
+    if int(os.environ.get("RANK", "0")) == 0 and config.data.reader is not None and is_stranger(folder, file):
+        way_out = f"name it as what it is (data.source samples, data.input {folder}), or remove it"
+        raise InputError(f"{file}: was not prepared from {config.data.reader} as the other samples of {folder} were; {way_out}")
+    return file
 
 
 def _require_maker(config: Config, folder: Path) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.config import OWN, Config
-from vltrain.data.origin import SAMPLES, SAMPLES_FILE, MadeFrom, Prepared, changes_since, read_made_from, read_prepared, tokenizer_changes
-from vltrain.data.origin import write_made_from, write_prepared
+from vltrain.data.origin import SAMPLES, SAMPLES_FILE, SAMPLES_RECORD, MadeFrom, Prepared, changes_since, read_made_from, read_prepared
+from vltrain.data.origin import tokenizer_changes, write_made_from, write_prepared
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.digest import combined_digest
-from vltrain.files.record import FileRecord, look
+from vltrain.files.record import FileRecord, look, read_record
 from vltrain.files.strict_json import read_lines, read_object
 from vltrain.train.provenance import RUN
 
@@ -110,6 +110,15 @@ def samples_differ(config: Config, folder: Path, *, strict: bool = False) -> lis
         if strict:
             return [str(error)]
         raise
+
+
+def is_stranger(folder: Path, file: Path) -> bool:
+    """Whether a file of samples was put into a folder of prepared ones by someone else: it is there, and not in their record."""
+    made = read_prepared(folder)
+    if made is None or made.settled is None or not file.is_file():
+        return False
+    record = read_record(folder / SAMPLES_RECORD, made.files)
+    return not any(place == SAMPLES and name == file.name for place, name in zip(record.places, record.names, strict=True))
 
 
 def _options_differ(settled: dict[str, str], reader: str, config: Config) -> list[str]:

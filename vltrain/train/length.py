@@ -48,6 +48,8 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
     if (train.keep_best or patience is not None) and config.data.eval_split == config.data.test_split:
         told = "data.test_split: '%s' also chooses the checkpoint (data.eval_split): figures on it are too good; hold out another split to report"
         logger.warning(told, config.data.test_split)
+    if config.eval.scorer is not None and config.data.eval_split == config.data.train_split:
+        logger.warning("data.eval_split: '%s' is what is trained on: figures on it tell what was learned by heart", config.data.eval_split)
     if num_packs < train.packs_per_step:
         logger.warning(
             "data: %d pack(s), fewer than train.packs_per_step = %d: a step takes all of them, and those of several epochs at once; "
