@@ -33,6 +33,8 @@ class AdapterConfig:
     """Groups k of the up projection, Eq. 2 (Table 2: 2, 4)."""
     down_groups: int = number(1, 1, MOST_SIZE)
     """Groups of the down projection; 1 is dense, as in Eq. 2."""
+    bias: bool = True
+    """Whether it has biases; without them a linear adapter is a plain LoRA, which every engine loads (`vltrain export --format lora`)."""
     dropout: float = number(0.0, 0, 1, open_high=True)
     """Dropout on the bottleneck's activations; 0 keeps the adapter linear and mergeable."""
     rank: int = number(4, 1, MOST_SIZE)
@@ -66,8 +68,7 @@ class VisionConfig:
     """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors) with OpenAI-CLIP's
     names; null: random weights of the size in `config`."""
     kind: Literal["clip", "diht", "alip"] | None = None
-    """Whose ViT a state dict is, which tells its activation (diht: exact GELU; clip, alip: x sigmoid(1.702 x)); Hugging Face folders say it
-    themselves."""
+    """Whose ViT a state dict is, which tells its activation (diht: exact GELU; clip, alip: x sigmoid(1.702 x)); Hugging Face folders say it."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' CLIPVisionConfig."""
     preprocessing: Literal["checkpoint", "square"] = "checkpoint"
@@ -281,8 +282,7 @@ class TrainConfig:
     max_steps: int | None = number(None, 1, MOST_STEPS)
     """Stop after this many steps; the schedule is then this long too. It only ever shortens a run: more steps than `epochs` has are refused."""
     packs_per_step: int = number(2, 1, MOST_SIZE)
-    """Packs of one optimizer step over all ranks. The global batch is the same for any number of ranks; what the ranks do
-    not take at once they accumulate."""
+    """Packs of one optimizer step over all ranks: the global batch, the same for any number of ranks; what they do not take at once they accumulate."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of matrix products and, unless `model.bits` says otherwise, of frozen weights. auto: bf16 where the hardware is fast at it or
     `model.bits` is 16, else fp32."""

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 ADDED: dict[str, Any] = {
     "eval.precision": "train",
+    "model.adapter.bias": True,
     "model.adapter.residual": True,
     "model.adapter.vision_kind": None,
     "model.instructblip.preprocessing": "square",

@@ -62,7 +62,7 @@ def compile_all(widths: list[int], dims: list[int], norms: list[int], archs: lis
 
 def _compile(name: str, dtypes: tuple[torch.dtype, torch.dtype], norm: bool, height: int, aligned: bool, capability: int) -> dict:
     kernel, fixed = KERNELS[name]
-    constants = {"NORM": norm, "H": height, "WIDEN": False, "NEEDS_DX": True, **(fixed or triton_adapter.launches(*dtypes, height, aligned)[name].constants)}
+    constants = {"NORM": norm, "BIAS": True, "H": height, "WIDEN": False, "NEEDS_DX": True, **(fixed or triton_adapter.launches(*dtypes, height, aligned)[name].constants)}
     num_warps = constants.get("num_warps", 4)
     # The innermost stride is 1, which a launch notices by itself.
     constants = {key: value for key, value in {**constants, "stride_column": 1, "dy_stride_column": 1}.items() if key in kernel.arg_names}

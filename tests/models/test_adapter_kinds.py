@@ -27,13 +27,13 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-def make(kind: str) -> nn.Module:
+def make(kind: str, bias: bool = True) -> nn.Module:
     sizes = {"dim": DIM, "groups": 2} if "dim" in ADAPTERS[kind].settings else {}
-    return make_adapter(WIDTH, AdapterConfig(kind=kind, **sizes, **OPTIONS[kind]))
+    return make_adapter(WIDTH, AdapterConfig(kind=kind, bias=bias, **sizes, **OPTIONS[kind]))
 
 
-def randomised(kind: str) -> nn.Module:
-    adapter = make(kind).double()
+def randomised(kind: str, bias: bool = True) -> nn.Module:
+    adapter = make(kind, bias).double()
     generator = torch.Generator().manual_seed(3)
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -135,9 +135,37 @@ def test_values_and_gradients_are_those_of_the_equation(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_starts_as_the_identity_and_can_learn(kind: str) -> None:
+def test_without_biases_it_is_the_one_whose_biases_are_zero(kind: str) -> None:
+    without, zeros = randomised(kind, bias=False), make(kind).double()
+    missing, unexpected = zeros.load_state_dict(without.state_dict(), strict=False)
+    biases = {name for name, _ in zeros.named_parameters() if name.endswith("bias")}
+    assert set(missing) == biases and biases and not unexpected
+    for name in biases:
+        zeros.get_parameter(name).data.zero_()
+    z = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(z)
+    results = {adapter: adapter(z) for adapter in (without, zeros)}
+    torch.testing.assert_close(results[without], results[zeros], rtol=1e-12, atol=1e-12)
+    gradients = {adapter: torch.autograd.grad(result, [z, *without_biases(adapter)], upstream) for adapter, result in results.items()}
+    for mine, other in zip(gradients[without], gradients[zeros], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+    assert count(without) == COUNTS[kind] - sum(zeros.get_parameter(name).numel() for name in biases)
+    assert without.flops_per_row(True) == zeros.flops_per_row(True)
+
+
+def without_biases(adapter: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in adapter.named_parameters() if not name.endswith("bias")]
+
+
+def count(adapter: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_starts_as_the_identity_and_can_learn(kind: str, bias: bool) -> None:
     torch.manual_seed(0)
-    adapter = make(kind)
+    adapter = make(kind, bias)
     z = torch.randn(5, WIDTH)
     torch.testing.assert_close(adapter(z), z, rtol=0, atol=1e-7)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=3e-2)
@@ -155,15 +183,17 @@ def test_starts_as_the_identity_and_can_learn(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_parameter_count_is_the_documented_formula(kind: str) -> None:
-    assert sum(parameter.numel() for parameter in make(kind).parameters()) == COUNTS[kind]
+    assert count(make(kind)) == COUNTS[kind]
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if hasattr(ADAPTERS[kind], "linear_map")])
-def test_linear_kinds_merge(kind: str) -> None:
-    adapter = randomised(kind)
+def test_linear_kinds_merge(kind: str, bias: bool) -> None:
+    adapter = randomised(kind, bias)
     matrix, offset = adapter.linear_map()
+    assert (offset is not None) == bias
     z = torch.randn(9, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(z @ matrix.t() + offset, adapter(z), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(z @ matrix.t() + (offset if bias else 0.0), adapter(z), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

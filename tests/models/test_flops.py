@@ -13,6 +13,7 @@ CASES = {
     "adapters": {},
     "adapters everywhere": {"adapter": {"vision": "both", "llm": "both"}},
     "adapters before the FFN": {"adapter": {"vision": "ffn", "llm": "ffn"}},
+    "adapters without biases": {"adapter": {"vision": "both", "llm": "both", "bias": False}},
     "adapters in the LLM only": {"adapter": {"vision": "none"}},
     "neck only": {"adapter": {"vision": "none", "llm": "none"}},
     "vision trained": {"vision": {"train": True}},

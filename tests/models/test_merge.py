@@ -48,6 +48,17 @@ def test_plain_transformers_loads_what_was_merged(tmp_path: Path) -> None:
         assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
+@pytest.mark.parametrize("kind, options", [("bottleneck", {"down_groups": 2}), ("repadapter", {"scale": 0.7, "residual": False})])
+def test_adapters_without_biases_merge_into_projections_without(kind: str, options: dict[str, object]) -> None:
+    model = build_model(tiny_config(adapter={"kind": kind, "vision": "both", "llm": "both", "bias": False, **options}))
+    randomise_adapters(model)
+    expected = model(mixed_batch()).segment_losses
+    merge_adapters(model)
+    assert not model.llm.config.attention_bias and not model.llm.config.mlp_bias
+    assert not [name for name, _ in model.llm.named_parameters() if name.endswith(".bias")]
+    torch.testing.assert_close(model(mixed_batch()).segment_losses, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_kinds_that_are_no_linear_map_are_refused() -> None:
     model = build_model(tiny_config(adapter={"kind": "router"}))
     with pytest.raises(InputError, match="a RouterAdapter is no linear map"):

@@ -21,16 +21,19 @@ def tensors(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[
 
 @pytest.mark.parametrize("width, dim, up_groups, down_groups", [(12, 4, 1, 1), (12, 4, 2, 1), (12, 4, 4, 2), (30, 6, 3, 6), (7, 1, 1, 1)])
 @pytest.mark.parametrize("lead", [(5,), (1, 9), (2, 3, 4), (0,)])
+@pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_the_equation(
-    width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...]
+    width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...], bias: bool
 ) -> None:
     ours, truth = (tensors(width, dim, up_groups, down_groups, lead, torch.float64) for _ in range(2))
+    if not bias:
+        ours[2] = ours[4] = truth[2] = truth[4] = None
     result, expected = bottleneck_adapter(*ours, scale=0.7), reference.bottleneck_adapter(*truth, scale=0.7)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     result.backward(upstream)
     expected.backward(upstream)
-    for mine, other in zip(ours, truth, strict=True):
+    for mine, other in ((mine, other) for mine, other in zip(ours, truth, strict=True) if mine is not None):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -66,17 +69,20 @@ def test_grouped_matrix_is_zero_outside_its_groups() -> None:
 
 @pytest.mark.parametrize("num_experts", [1, 2, 3])
 @pytest.mark.parametrize("lead, routed_by", [((5,), (5,)), ((1, 9), (1, 1)), ((2, 4), (2, 4)), ((3, 4), (3, 1))])
-def test_routed_values_and_gradients(num_experts: int, lead: tuple[int, ...], routed_by: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_routed_values_and_gradients(num_experts: int, lead: tuple[int, ...], routed_by: tuple[int, ...], bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(*lead, 12), (*routed_by, num_experts), (4, 12), (4,), (num_experts, 12, 4), (num_experts, 12)]
     ours = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     truth = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    if not bias:
+        ours[3] = ours[5] = truth[3] = truth[5] = None
     result, expected = routed_adapter(*ours, scale=0.7), reference.routed_adapter(*truth, scale=0.7)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(expected.shape, dtype=torch.float64)
     result.backward(upstream)
     expected.backward(upstream)
-    for mine, other in zip(ours, truth, strict=True):
+    for mine, other in ((mine, other) for mine, other in zip(ours, truth, strict=True) if mine is not None):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-11, atol=1e-11)
 
 

@@ -19,7 +19,7 @@ from vltrain.ops import reference
 from vltrain.ops.fused import fused_adapter, runs_fused
 
 triton = pytest.importorskip("triton", reason="triton has no package for this machine")
-from vltrain.ops import triton_adapter  # noqa: E402
+from vltrain.ops import adapter_launch, triton_adapter  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,9 +101,26 @@ def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, wit
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("rows, width, dim, dtype", [(33, 257, 16, torch.float32), (40, 96, 3, torch.float32), (37, 200, 17, torch.bfloat16)])
+def test_without_biases(poisoned_memory, rows, width, dim, dtype, with_norm):
+    x, down, _, up, _ = tensors(rows, width, dim, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, down, up)]
+    norm_weight = rms_weight(width) if with_norm else None
+    found = fused_adapter(x, down, None, up, None, scale=0.7, norm_weight=norm_weight)
+    expected = truth(exact[0], exact[1], None, exact[2], None, norm_weight, 0.7)
+    assert_near(found, expected, ROUNDING[dtype], "y")
+    upstream = drawn_like(found)
+    found.backward(upstream)
+    expected.backward(upstream.double())
+    for name, mine, other in zip(("x", "down", "up"), (x, down, up), exact, strict=True):
+        assert mine.grad.dtype == mine.dtype and mine.grad.shape == mine.shape
+        assert_near(mine.grad, other.grad, ROUNDING[dtype], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
 def test_shares_of_rows_add_up(monkeypatch, with_norm):
     """More rows than a program of the columns' kernel takes; the last share is cut short."""
-    monkeypatch.setattr(triton_adapter, "COLUMNS_PROGRAMS", 9)
+    monkeypatch.setattr(adapter_launch, "COLUMNS_PROGRAMS", 9)
     launch = triton_adapter.launches(torch.float32, torch.float32, 16, False)["backward columns"]
     shares, share_rows = triton_adapter.row_shares(150, 140, launch)
     assert shares > 1 and share_rows > launch.rows and (shares - 1) * share_rows < 150 < shares * share_rows
@@ -122,7 +139,7 @@ def test_shares_hold_each_row_once(num_rows, width):
         launch = triton_adapter.launches(products, products, height, True)["backward columns"]
         shares, share_rows = triton_adapter.row_shares(num_rows, width, launch)
         assert share_rows % launch.rows == 0 and (shares - 1) * share_rows < num_rows <= shares * share_rows
-        assert shares == 1 or (shares - 1) * -(-width // launch.columns) < triton_adapter.COLUMNS_PROGRAMS  # so the partial sums stay small
+        assert shares == 1 or (shares - 1) * -(-width // launch.columns) < adapter_launch.COLUMNS_PROGRAMS  # so the partial sums stay small
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every other row", "every other column", "3-d"])
@@ -183,10 +200,12 @@ def test_under_autocast_fp32_states_are_multiplied_in_its_dtype(poisoned_memory,
     assert (ours[1].grad - exact[1].grad).norm() > 1e-4 * exact[1].grad.norm()
 
 
-@pytest.mark.parametrize("with_norm", [False, True])
-def test_torch_knows_the_operator(with_norm):
+@pytest.mark.parametrize("with_norm, bias", [(False, True), (True, True), (True, False)])
+def test_torch_knows_the_operator(with_norm, bias):
     """Schema, meta kernel, autograd and tracing, by torch's own checks."""
     ours = [tensor.detach().requires_grad_() for tensor in tensors(9, 36, 4, torch.float32)]
+    if not bias:
+        ours[2] = ours[4] = None
     norm_weight = rms_weight(36) if with_norm else None
     arguments = (ours[0], norm_weight, *ours[1:], 0.7, 1e-6, torch.float32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -215,13 +234,13 @@ class RmsNorm(torch.nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
 
 
-@pytest.mark.parametrize("norm", ["frozen rms", "trained rms", "layer"])
-def test_an_adapter_module_gives_the_same_by_either_implementation(norm):
+@pytest.mark.parametrize("norm, bias", [("frozen rms", True), ("frozen rms", False), ("trained rms", True), ("layer", True), ("layer", False)])
+def test_an_adapter_module_gives_the_same_by_either_implementation(norm, bias):
     """Fused with the norm where that is a frozen RMSNorm, and after it where not; also the norm's own gradient."""
     results = {}
     for impl in ("torch", "triton"):
         torch.manual_seed(0)
-        adapter = make_adapter(48, AdapterConfig(dim=4, groups=2, down_groups=2, impl=impl))
+        adapter = make_adapter(48, AdapterConfig(dim=4, groups=2, down_groups=2, bias=bias, impl=impl))
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter)
         before = (torch.nn.LayerNorm(48) if norm == "layer" else RmsNorm(48)).requires_grad_(norm != "frozen rms")

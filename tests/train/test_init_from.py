@@ -64,6 +64,14 @@ def test_every_trained_parameter_is_taken_bit_for_bit(kind, tmp_path):
     assert all(torch.equal(parameter, theirs[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_adapters_with_biases_do_not_begin_with_those_without(bias, tmp_path):
+    save_run(tmp_path / "run", tiny_config(model__adapter__bias=bias))
+    config = tiny_config(model__adapter__bias=not bias, train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new"))
+    with pytest.raises(InputError, match=f"model.adapter.bias was {bias}, is {not bias}: adapters with biases and without have other parameters"):
+        require_same_frozen(find_origin(config, None).checkpoint, config, {})
+
+
 def test_which_checkpoint_of_a_run_it_is(tmp_path):
     config = tiny_config()
     save_run(tmp_path / "run", config, steps=(3, 5, 7))

@@ -3,7 +3,7 @@
 An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one of z with
 W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. What it gives up: the merged weights are
 whole matrices again, rounded to their own dtype, and LLaMA's projections get biases, which its config has a switch for
-(`attention_bias`, `mlp_bias`).
+(`attention_bias`, `mlp_bias`), unless adapters have none (`model.adapter.bias: false`).
 """
 
 from __future__ import annotations
@@ -45,27 +45,28 @@ def merge_adapters(model: MultimodalModel) -> None:
         for sublayer, norm in VISION_NORMS.items():
             _merge(block, norm, VISION_READERS[sublayer])
     for sublayer, norm in LLM_NORMS.items():
-        merged = [_merge(block, norm, LLM_READERS[sublayer]) for block in llm_blocks(model.llm)]
-        if any(merged):
+        got_bias = [_merge(block, norm, LLM_READERS[sublayer]) for block in llm_blocks(model.llm)]
+        if any(got_bias):
             for block in llm_blocks(model.llm):
                 _with_zero_bias(block.get_submodule(LLM_WRITERS[sublayer]))
             setattr(model.llm.config, LLM_BIAS_SWITCH[sublayer], True)
 
 
 def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
-    """Folds the adapter behind that norm of `block`, if there is one."""
+    """Folds the adapter behind that norm of `block`, if there is one. Returns whether the readers need a bias for it."""
     place = getattr(block, norm_name)
     if not isinstance(place, nn.Sequential):
         return False
     matrix, offset = place.adapter.linear_map()
     for name in readers:
         linear = block.get_submodule(name)
-        _with_zero_bias(linear)
         weight = linear.weight.double()
-        linear.bias.copy_(weight @ offset + linear.bias.double())
+        if offset is not None:
+            _with_zero_bias(linear)
+            linear.bias.copy_(weight @ offset + linear.bias.double())
         linear.weight.copy_(weight @ matrix)
     setattr(block, norm_name, place.norm)
-    return True
+    return offset is not None
 
 
 def _require_linear(adapter: Adapter) -> None:

@@ -20,9 +20,9 @@ def grouped_matrix(weight: Tensor) -> Tensor:
 def bottleneck_adapter(
     z: Tensor,
     down_weight: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
-    up_bias: Tensor,
+    up_bias: Tensor | None,
     *,
     scale: float = 1.0,
     dropout: float = 0.0,
@@ -32,7 +32,7 @@ def bottleneck_adapter(
     Args:
         z: [..., d].
         down_weight, down_bias: psi_d, [k_d, h / k_d, d / k_d] and [h].
-        up_weight, up_bias: psi_u, [k_u, d / k_u, h / k_u] and [d].
+        up_weight, up_bias: psi_u, [k_u, d / k_u, h / k_u] and [d]; biases may be None.
         dropout: probability with which each of the h numbers is dropped; 0 outside training.
 
     Returns: [..., d], in the dtype of autocast where that is on.
@@ -42,6 +42,8 @@ def bottleneck_adapter(
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
     result = torch.addmm(flat, hidden, grouped_matrix(up_weight).t(), alpha=scale)
+    if up_bias is None:
+        return result.view_as(z)
     return result.add(up_bias.to(result.dtype), alpha=scale).view_as(z)
 
 
@@ -49,9 +51,9 @@ def routed_adapter(
     z: Tensor,
     weights: Tensor,
     down_weight: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
-    up_bias: Tensor,
+    up_bias: Tensor | None,
     *,
     scale: float = 1.0,
     dropout: float = 0.0,
@@ -62,7 +64,7 @@ def routed_adapter(
         z: [..., d].
         weights: w, broadcasting to [..., E].
         down_weight, down_bias: D [h, d] and c [h].
-        up_weight, up_bias: U [E, d, h] and b [E, d].
+        up_weight, up_bias: U [E, d, h] and b [E, d]; biases may be None.
 
     Returns: [..., d]. All experts and their biases are one product with the weighted bottlenecks side by side.
     """
@@ -71,8 +73,9 @@ def routed_adapter(
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
     weights = weights.expand(*z.shape[:-1], len(up_weight)).flatten(0, -2).to(hidden.dtype)
-    weighted = torch.cat([(weights[:, :, None] * hidden[:, None, :]).flatten(1), weights], dim=1)  # [rows, E * h + E]
-    experts = torch.cat([up_weight.transpose(1, 2).flatten(0, 1), up_bias])  # [E * h + E, d]
+    weighted, experts = (weights[:, :, None] * hidden[:, None, :]).flatten(1), up_weight.transpose(1, 2).flatten(0, 1)  # [rows, E * h], [E * h, d]
+    if up_bias is not None:
+        weighted, experts = torch.cat([weighted, weights], dim=1), torch.cat([experts, up_bias])  # E more of each
     return torch.addmm(flat, weighted, experts, alpha=scale).view_as(z)
 
 

@@ -62,7 +62,7 @@ def require_fused(dim: int, dropout: float) -> None:
 
 
 def fused_adapter(
-    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, *,
+    x: Tensor, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, *,
     scale: float = 1.0, norm_weight: Tensor | None = None, eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
     """z + s (U (D z + c) + b) with z = x, or x / rms(x) * `norm_weight` where that is given.
@@ -70,7 +70,7 @@ def fused_adapter(
     Args:
         x: [..., d], bf16 or fp32, any strides.
         down, down_bias: D [h, d] and c [h]; h is `MAX_DIM` at most.
-        up, up_bias: U [d, h] and b [d].
+        up, up_bias: U [d, h] and b [d]; both biases are None in an adapter without.
         norm_weight: [d], of an RMSNorm that is not trained; `eps` is its.
 
     Returns: [..., d], in the dtype of autocast where that is on, else in `x`'s; the products are done in this dtype, summed in fp32.

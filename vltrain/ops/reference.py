@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 
-def grouped_linear(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def grouped_linear(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Eq. 2: [Z_1 W_1, ..., Z_k W_k] + b. `z` [..., in], `weight` [k, out / k, in / k], `bias` [out] -> [..., out]."""
     pieces = z.double().chunk(len(weight), dim=-1)
-    return torch.cat([piece @ matrix.double().t() for piece, matrix in zip(pieces, weight, strict=True)], dim=-1) + bias.double()
+    return torch.cat([piece @ matrix.double().t() for piece, matrix in zip(pieces, weight, strict=True)], dim=-1) + _bias(bias)
+
+
+def _bias(bias: Tensor | None) -> Tensor | float:
+    return 0.0 if bias is None else bias.double()
 
 
 def bottleneck_adapter(
-    z: Tensor, down_weight: Tensor, down_bias: Tensor, up_weight: Tensor, up_bias: Tensor, *, scale: float = 1.0, dropout: float = 0.0
+    z: Tensor, down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, *, scale: float = 1.0, dropout: float = 0.0
 ) -> Tensor:
     """Eq. 1: Z + s psi_u(psi_d(Z)); see `vltrain.ops.adapter.bottleneck_adapter`. Without dropout only."""
     assert dropout == 0.0, "dropout has no truth to compare with"
@@ -30,9 +34,9 @@ def routed_adapter(
     z: Tensor,
     weights: Tensor,
     down_weight: Tensor,
-    down_bias: Tensor,
+    down_bias: Tensor | None,
     up_weight: Tensor,
-    up_bias: Tensor,
+    up_bias: Tensor | None,
     *,
     scale: float = 1.0,
     dropout: float = 0.0,
@@ -43,9 +47,10 @@ def routed_adapter(
     z, weights = z.double().flatten(0, -2), weights.double().expand(*shape[:-1], len(up_weight)).flatten(0, -2)
     rows = []
     for row, row_weights in zip(z, weights, strict=True):
-        hidden = down_weight.double() @ row + down_bias.double()
-        for weight, matrix, bias in zip(row_weights, up_weight, up_bias, strict=True):
-            row = row + scale * weight * (matrix.double() @ hidden + bias.double())
+        hidden = down_weight.double() @ row + _bias(down_bias)
+        biases = [None] * len(up_weight) if up_bias is None else up_bias
+        for weight, matrix, bias in zip(row_weights, up_weight, biases, strict=True):
+            row = row + scale * weight * (matrix.double() @ hidden + _bias(bias))
         rows.append(row)
     return torch.stack(rows).view(shape)
 

@@ -14,7 +14,8 @@ after the sum. They are in the dtype of the result, which is what autocast gives
 autocast are multiplied as bf16 (`hidden` and dhidden are rounded to it too), fp32 states without autocast as fp32. Sums are fp32 throughout.
 Kept for backward are x, `packed`, `hidden` (h numbers a row, padded to 16 or 32) and 1 / rms (one).
 
-Grouped projections come as the dense matrices that `vltrain.ops.adapter.grouped_matrix` makes of them. What it gives up: dropout, fp16, and norms
+Grouped projections come as the dense matrices that `vltrain.ops.adapter.grouped_matrix` makes of them; of an adapter without
+biases c and b are neither read nor written. What it gives up: dropout, fp16, and norms
 whose own weight is trained.
 
 Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of two, 16 at least.
@@ -22,43 +23,14 @@ Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_DOT = 16  # the smallest side of a matrix product on tensor cores
-COLUMNS_PROGRAMS = 512  # at least, of the kernel by columns: some for each multiprocessor of the largest cards
+from vltrain.ops.adapter_launch import is_aligned, launches, padded_dim, row_shares
+
 PACK_COLUMNS, FINISH_COLUMNS, FINISH_PARTS = 64, 32, 32
-
-
-class Launch(NamedTuple):
-    """How a kernel is cut up: rows of a block, columns of a chunk, warps, and chunks that are on their way at a time."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-    @property
-    def constants(self) -> dict[str, int]:
-        return {"B": self.rows, "C": self.columns, "STAGES": self.stages, "num_warps": self.warps}
-
-
-def launches(states: torch.dtype, products: torch.dtype, height: int, aligned: bool) -> dict[str, Launch]:
-    """Of each kernel, by the dtypes of states and products, H, and `is_aligned`: among those without spills, in bf16 the fastest on an H100, all
-    widths and numbers of rows taken together. Single numbers instead of 16 bytes at a time take more registers, and so do fp32 products, which run
-    off the tensor cores: smaller blocks."""
-    if products == torch.float32 or not aligned:
-        by_rows, by_columns = Launch(16, 64 if aligned else 32, 4, 2), Launch(16, 32 if products == torch.float32 and not aligned else 64, 4, 2)
-        return {"forward": by_rows, "backward rows": by_rows, "backward columns": by_columns}
-    narrow = states == torch.bfloat16 and height == MIN_DOT
-    return {
-        "forward": Launch(32, 128, 2, 4) if height == MIN_DOT else Launch(32, 128, 4, 3), "backward rows": Launch(64, 128, 8, 3),
-        "backward columns": Launch(64, 32, 4, 3) if narrow else Launch(16, 64, 2, 3),
-    }  # fmt: skip
 
 
 @triton.jit
@@ -92,7 +64,7 @@ def _pack_kernel(
 def _forward_kernel(
     x, norm_weight, packed, down_bias, up_bias, y, hidden, inverse_rms,
     num_rows, d, h, stride_row, stride_column, scale, eps,
-    NORM: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * B + tl.arange(0, B)
     in_rows = rows < num_rows
@@ -113,7 +85,8 @@ def _forward_kernel(
         inverse = tl.rsqrt(tl.sum(squares, axis=1) / d + eps)
         tl.store(inverse_rms + rows, inverse, mask=in_rows)
         accumulated *= inverse[:, None]
-    accumulated += tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        accumulated += tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
     inner = accumulated.to(packed.dtype.element_ty)
     tl.store(hidden + rows[:, None].to(tl.int64) * H + bottleneck[None, :], inner, mask=in_rows[:, None])
     y_rows = y + rows[:, None].to(tl.int64) * d
@@ -126,7 +99,8 @@ def _forward_kernel(
         added = _dot(inner, weights, tl.zeros((B, C), tl.float32), WIDEN)
         if NORM:
             z *= inverse[:, None] * tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
-        z += scale * tl.load(up_bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        if BIAS:
+            z += scale * tl.load(up_bias + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         tl.store(y_rows + columns[None, :], (z + added).to(y.dtype.element_ty), mask=inside)
 
 
@@ -134,7 +108,7 @@ def _forward_kernel(
 def _backward_rows_kernel(
     dy, x, norm_weight, inverse_rms, hidden, down_bias, packed, dhidden, shared, d_down_bias,
     num_rows, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column,
-    NORM: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dhidden = s U^T dy, divided by rms under the norm; `shared` = sum(z dz) / (d rms^2), of which dx takes x times that; and each block's
     share of d_down_bias [blocks, H]."""
@@ -157,12 +131,15 @@ def _backward_rows_kernel(
             x_chunk = tl.load(x_rows + columns[None, :] * stride_column, mask=inside, other=0.0)
             weight = tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
             direct += dy_chunk.to(tl.float32) * weight * x_chunk.to(tl.float32)
-    tl.store(d_down_bias + block * H + bottleneck, tl.sum(accumulated, axis=0))
+    if BIAS:
+        tl.store(d_down_bias + block * H + bottleneck, tl.sum(accumulated, axis=0))
     places = rows[:, None].to(tl.int64) * H + bottleneck[None, :]
     if NORM:
         # z dz = z dy + z D^T dhidden, and the sum of the latter is that of (hidden - c) dhidden.
-        bias = tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
-        through = tl.sum((tl.load(hidden + places, mask=in_rows[:, None], other=0.0).to(tl.float32) - bias) * accumulated, axis=1)
+        inner = tl.load(hidden + places, mask=in_rows[:, None], other=0.0).to(tl.float32)
+        if BIAS:
+            inner -= tl.load(down_bias + bottleneck, mask=bottleneck < h, other=0.0).to(tl.float32)[None, :]
+        through = tl.sum(inner * accumulated, axis=1)
         inverse = tl.load(inverse_rms + rows, mask=in_rows, other=0.0)
         tl.store(shared + rows, (tl.sum(direct, axis=1) * inverse + through) * inverse * inverse / d, mask=in_rows)
         accumulated *= inverse[:, None]
@@ -173,7 +150,8 @@ def _backward_rows_kernel(
 def _backward_columns_kernel(
     dy, x, norm_weight, inverse_rms, hidden, dhidden, shared, packed, dx, d_down, d_up, d_up_bias,
     num_rows, share_rows, d, dy_stride_row, dy_stride_column, stride_row, stride_column,
-    NORM: tl.constexpr, NEEDS_DX: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, NEEDS_DX: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """C columns of one share of the rows: dx, and that share's part of d_down and d_up [shares, H, d] and d_up_bias [shares, d].
 
@@ -204,7 +182,8 @@ def _backward_columns_kernel(
         up_sum = _dot(tl.trans(hidden_block), dy_chunk.to(hidden_block.dtype), up_sum, WIDEN)
         down_sum = _dot(tl.trans(dhidden_block), x_chunk.to(dhidden_block.dtype), down_sum, WIDEN)
         wide = dy_chunk.to(tl.float32)
-        bias_sum += tl.sum(wide, axis=0)
+        if BIAS:
+            bias_sum += tl.sum(wide, axis=0)
         if NEEDS_DX:
             dz = _dot(dhidden_block, down_chunk, tl.zeros((B, C), tl.float32), WIDEN)
             if NORM:
@@ -216,18 +195,19 @@ def _backward_columns_kernel(
     matrix = share.to(tl.int64) * H * d + bottleneck[:, None] * d + columns[None, :]
     tl.store(d_down + matrix, down_sum, mask=in_columns[None, :])
     tl.store(d_up + matrix, up_sum, mask=in_columns[None, :])
-    tl.store(d_up_bias + share.to(tl.int64) * d + columns, bias_sum, mask=in_columns)
+    if BIAS:
+        tl.store(d_up_bias + share.to(tl.int64) * d + columns, bias_sum, mask=in_columns)
 
 
 @triton.jit(do_not_specialize=["shares", "blocks", "h"])
 def _finish_kernel(
     down_parts, up_parts, up_bias_parts, down_bias_parts, norm_weight, d_down, d_down_bias, d_up, d_up_bias,
     shares, blocks, d, h, scale,
-    NORM: tl.constexpr, C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts up, always in the same order. The last program does so for d_down_bias, each other one for its columns."""
+    """Adds the parts up, always in the same order. With biases one more program does so for d_down_bias, each other one for its columns."""
     bottleneck = tl.arange(0, H)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
+    if tl.program_id(0) == tl.cdiv(d, C):
         total = tl.zeros((PARTS, H), tl.float32)
         for start in tl.range(0, blocks, PARTS, num_stages=4):
             part = start + tl.arange(0, PARTS)
@@ -244,40 +224,27 @@ def _finish_kernel(
             places = share * H * d + matrix
             down_sum += tl.load(down_parts + places, mask=in_columns[None, :], other=0.0)
             up_sum += tl.load(up_parts + places, mask=in_columns[None, :], other=0.0)
-            bias_sum += tl.load(up_bias_parts + share * d + columns, mask=in_columns, other=0.0)
+            if BIAS:
+                bias_sum += tl.load(up_bias_parts + share * d + columns, mask=in_columns, other=0.0)
         if NORM:
             down_sum *= tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         inside = (bottleneck[:, None] < h) & in_columns[None, :]
         tl.store(d_down + matrix, down_sum, mask=inside)
         tl.store(d_up + columns[None, :] * h + bottleneck[:, None], scale * up_sum, mask=inside)
-        tl.store(d_up_bias + columns, scale * bias_sum, mask=in_columns)
+        if BIAS:
+            tl.store(d_up_bias + columns, scale * bias_sum, mask=in_columns)
 
 
 INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 
 
-def padded_dim(dim: int) -> int:
-    """H of a bottleneck of `dim`."""
-    return max(MIN_DOT, triton.next_power_of_2(dim))
-
-
-def is_aligned(*states: Tensor) -> bool:
-    """Whether the rows of [N, d] tensors can be read 16 bytes at a time, as Triton sees it."""
-    return all(tensor.stride(1) == 1 and tensor.stride(0) % 16 == tensor.shape[1] % 16 == tensor.data_ptr() % 16 == 0 for tensor in states)
-
-
-def row_shares(num_rows: int, width: int, launch: Launch) -> tuple[int, int]:
-    """(shares that the kernel by columns cuts the rows into, rows of a share, a multiple of its block); by shapes alone."""
-    wanted = triton.cdiv(COLUMNS_PROGRAMS, triton.cdiv(width, launch.columns))
-    share_rows = triton.cdiv(triton.cdiv(num_rows, min(wanted, triton.cdiv(num_rows, launch.rows))), launch.rows) * launch.rows
-    return triton.cdiv(num_rows, share_rows), share_rows
-
-
 def run_forward(
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, scale: float, eps: float,
+    x: Tensor, norm_weight: Tensor | None, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, scale: float, eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y [N, d], hidden [N, H], 1 / rms [N] fp32, empty without a norm, packed [2, H, d]); all but 1 / rms in `out_dtype`, bf16 or fp32."""
+    """(y [N, d], hidden [N, H], 1 / rms [N] fp32, empty without a norm, packed [2, H, d]); all but 1 / rms in `out_dtype`, bf16 or fp32.
+    Both biases are given, or none."""
+    assert (down_bias is None) == (up_bias is None), "the kernel knows an adapter with both biases, and one without"
     num_rows, width = x.shape
     dim = len(down)
     outputs = y, hidden, inverse_rms, packed = _empty_outputs(x, norm_weight, dim, out_dtype)
@@ -289,10 +256,15 @@ def run_forward(
                 down.contiguous(), up.contiguous(), weight, packed, width, dim, scale, NORM=norm, C=PACK_COLUMNS, H=packed.shape[1]
             )  # fmt: skip
             _forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
-                x, weight, packed, down_bias.contiguous(), up_bias.contiguous(), y, hidden, inverse_rms, num_rows, width, dim, *x.stride(),
-                scale, eps, NORM=norm, WIDEN=INTERPRETED, H=packed.shape[1], **launch.constants,
+                x, weight, packed, _or_any(down_bias, packed), _or_any(up_bias, packed), y, hidden, inverse_rms, num_rows, width, dim, *x.stride(),
+                scale, eps, NORM=norm, BIAS=down_bias is not None, WIDEN=INTERPRETED, H=packed.shape[1], **launch.constants,
             )  # fmt: skip
     return outputs
+
+
+def _or_any(bias: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor for an argument that the kernel does not read where there is no bias."""
+    return other if bias is None else bias.contiguous()
 
 
 def _empty_outputs(x: Tensor, norm_weight: Tensor | None, dim: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -312,13 +284,12 @@ def _(x, norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype):
 
 
 def run_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor, hidden: Tensor, packed: Tensor, down_bias: Tensor,
-    scale: float, needs_dx: bool,
+    dy: Tensor, x: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor, hidden: Tensor, packed: Tensor, down_bias: Tensor | None,
+    dim: int, scale: float, needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx [N, d] in x's dtype, or empty; dD [h, d], dc [h], dU [d, h], db [d] in fp32)."""
-    num_rows, width = x.shape
-    dim, height = len(down_bias), packed.shape[1]
-    dx, *gradients = _empty_gradients(x, dim, needs_dx)
+    """(dx [N, d] in x's dtype, or empty; dD [h, d], dc [h], dU [d, h], db [d] in fp32; dc and db empty without biases)."""
+    (num_rows, width), height, bias = x.shape, packed.shape[1], down_bias is not None
+    dx, *gradients = _empty_gradients(x, dim, bias, needs_dx)
     if not num_rows:
         return dx, *(gradient.zero_() for gradient in gradients)
     ours = launches(x.dtype, packed.dtype, height, is_aligned(x, dy))
@@ -328,34 +299,34 @@ def run_backward(
     dhidden, shared = torch.empty_like(hidden), torch.empty_like(inverse_rms)
     parts = [x.new_empty(shape, dtype=torch.float32) for shape in ((shares, height, width), (shares, height, width), (shares, width), (blocks, height))]
     strides = (*dy.stride(), *x.stride())
-    constants = {"NORM": norm, "WIDEN": INTERPRETED, "H": height}
+    constants = {"NORM": norm, "BIAS": bias, "WIDEN": INTERPRETED, "H": height}
     with torch.cuda.device_of(x):
         _backward_rows_kernel[(blocks,)](
-            dy, x, weight, inverse_rms, hidden, down_bias.contiguous(), packed, dhidden, shared, parts[3], num_rows, width, dim, *strides,
+            dy, x, weight, inverse_rms, hidden, _or_any(down_bias, packed), packed, dhidden, shared, parts[3], num_rows, width, dim, *strides,
             **constants, **by_rows.constants,
         )  # fmt: skip
         _backward_columns_kernel[(triton.cdiv(width, by_columns.columns), shares)](
             dy, x, weight, inverse_rms, hidden, dhidden, shared, packed, dx, *parts[:3], num_rows, share_rows, width, *strides,
             NEEDS_DX=needs_dx, **constants, **by_columns.constants,
         )  # fmt: skip
-        _finish_kernel[(triton.cdiv(width, FINISH_COLUMNS) + 1,)](
-            *parts, weight, *gradients, shares, blocks, width, dim, scale, NORM=norm, C=FINISH_COLUMNS, H=height, PARTS=FINISH_PARTS
+        _finish_kernel[(triton.cdiv(width, FINISH_COLUMNS) + bias,)](
+            *parts, weight, *gradients, shares, blocks, width, dim, scale, NORM=norm, BIAS=bias, C=FINISH_COLUMNS, H=height, PARTS=FINISH_PARTS
         )  # fmt: skip
     return dx, *gradients
 
 
-def _empty_gradients(x: Tensor, dim: int, needs_dx: bool) -> tuple[Tensor, ...]:
+def _empty_gradients(x: Tensor, dim: int, bias: bool, needs_dx: bool) -> tuple[Tensor, ...]:
     width = x.shape[1]
     dx = x.new_empty(x.shape if needs_dx else (0, width))
-    return dx, *(x.new_empty(shape, dtype=torch.float32) for shape in ((dim, width), (dim,), (width, dim), (width,)))
+    return dx, *(x.new_empty(shape, dtype=torch.float32) for shape in ((dim, width), (dim * bias,), (width, dim), (width * bias,)))
 
 
 bottleneck_adapter_backward = torch.library.custom_op("vltrain::bottleneck_adapter_backward", run_backward, mutates_args=())
 
 
 @bottleneck_adapter_backward.register_fake
-def _(dy, x, norm_weight, inverse_rms, hidden, packed, down_bias, scale, needs_dx):
-    return _empty_gradients(x, len(down_bias), needs_dx)
+def _(dy, x, norm_weight, inverse_rms, hidden, packed, down_bias, dim, scale, needs_dx):
+    return _empty_gradients(x, dim, down_bias is not None, needs_dx)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
@@ -364,7 +335,7 @@ def _keep_for_backward(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(hidden, inverse_rms, packed)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, norm_weight, inverse_rms, hidden, packed, down_bias)
-    ctx.scale, ctx.dtypes = scale, (down.dtype, down_bias.dtype, up.dtype, up_bias.dtype)
+    ctx.dim, ctx.scale, ctx.dtypes = len(down), scale, [None if weight is None else weight.dtype for weight in (down, down_bias, up, up_bias)]
 
 
 def _backward(ctx, dy, run):
@@ -372,8 +343,8 @@ def _backward(ctx, dy, run):
         return (None,) * 9
     assert not ctx.needs_input_grad[1], "a norm whose weight is trained has no fused kernel"
     needs_dx = ctx.needs_input_grad[0]
-    dx, *weights = run(dy, *ctx.saved_tensors, ctx.scale, needs_dx)
-    gradients = (gradient.to(dtype) for gradient, dtype in zip(weights, ctx.dtypes, strict=True))
+    dx, *weights = run(dy, *ctx.saved_tensors, ctx.dim, ctx.scale, needs_dx)
+    gradients = (None if dtype is None else gradient.to(dtype) for gradient, dtype in zip(weights, ctx.dtypes, strict=True))
     return (dx if needs_dx else None, None, *gradients, None, None, None)
 
 

@@ -86,6 +86,8 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
         logger.warning("%s: %s was saved before digests of frozen weights were kept: paths are compared in their place", KEY, origin.path)
     is_random = any(_value(saved, key) is None for key in _sources(saved))
     for key, text in differing(saved, now):
+        if key == "model.adapter.bias":
+            raise InputError(f"{KEY}: {origin.path}: {text}: adapters with biases and without have other parameters. Set it as there, or train anew without {KEY}")
         if is_within(key, FROZEN) or (key == "model.seed" and is_random):
             raise InputError(f"{KEY}: {origin.path} was trained over other frozen weights: {text}. Name these, or train anew without {KEY}")
         if key != "model.instructblip.adapters":  # where the origin itself began

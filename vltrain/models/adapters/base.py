@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vltrain.config import AdapterConfig
@@ -27,6 +28,7 @@ class Adapter(nn.Module):
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__()
         self.width, self.dim, self.dropout, self.scale = width, config.dim, config.dropout, config.scale
+        self.has_bias = config.bias
 
     def reset_parameters(self) -> None:
         """Draws the starting weights from torch's generator; the adapter is the identity afterwards."""
@@ -38,6 +40,17 @@ class Adapter(nn.Module):
     def flops_per_row(self, input_needs_grad: bool) -> float:
         """Operations of the matrix products, forward and backward, for one row of `z`; see `vltrain.models.flops`."""
         raise NotImplementedError
+
+    def bias_parameter(self, *shape: int) -> nn.Parameter | None:
+        """A bias whose numbers are still to be drawn; None in an adapter without biases."""
+        return nn.Parameter(torch.empty(shape)) if self.has_bias else None
+
+    @staticmethod
+    def zero(*parameters: nn.Parameter | None) -> None:
+        """Sets to zero those that are there."""
+        for parameter in parameters:
+            if parameter is not None:
+                nn.init.zeros_(parameter)
 
     @property
     def active_dropout(self) -> float:

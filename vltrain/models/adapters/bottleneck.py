@@ -24,11 +24,12 @@ class BottleneckAdapter(Adapter):
     """The paper's Bottleneck Adapter, Eq. 1-2: g(Z) = Z + psi_u(psi_d(Z)), with no non-linearity.
 
     psi_d: Linear d -> h in `down_groups` groups (1: dense, as in Eq. 2); psi_u: Linear h -> d in `groups` groups. Each of k
-    groups maps its own 1/k of the inputs to its own 1/k of the outputs. Parameters: d h / k_d + h + h d / k_u + d.
+    groups maps its own 1/k of the inputs to its own 1/k of the outputs. Parameters: d h / k_d + h + h d / k_u + d; without `bias`
+    h + d fewer.
     Only the down weight starts non-zero (Xavier-uniform per group), so g starts as the identity.
     """
 
-    settings = frozenset({"dim", "groups", "down_groups", "dropout", "impl"})
+    settings = frozenset({"bias", "dim", "groups", "down_groups", "dropout", "impl"})
     takes_norm = True
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
@@ -39,16 +40,15 @@ class BottleneckAdapter(Adapter):
         k_up, k_down = require_divisible(width, config, "groups"), require_divisible(width, config, "down_groups")
         self.groups, self.down_groups = k_up, k_down
         self.down_weight = nn.Parameter(torch.empty(k_down, self.dim // k_down, width // k_down))
-        self.down_bias = nn.Parameter(torch.empty(self.dim))
+        self.down_bias = self.bias_parameter(self.dim)
         self.up_weight = nn.Parameter(torch.empty(k_up, width // k_up, self.dim // k_up))
-        self.up_bias = nn.Parameter(torch.empty(width))
+        self.up_bias = self.bias_parameter(width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for group in self.down_weight:
             nn.init.xavier_uniform_(group)
-        for parameter in (self.down_bias, self.up_weight, self.up_bias):
-            nn.init.zeros_(parameter)
+        self.zero(self.down_bias, self.up_weight, self.up_bias)
 
     def forward(self, z: Tensor, norm: nn.Module | None = None) -> Tensor:
         """`z` [..., d] -> [..., d]: g(z), or g(norm(z)), in one kernel where that can be."""
@@ -62,22 +62,29 @@ class BottleneckAdapter(Adapter):
         weights = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
         return bottleneck_adapter(z, *weights, scale=self.scale, dropout=self.active_dropout)
 
-    def _dense(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _dense(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         return grouped_matrix(self.down_weight), self.down_bias, grouped_matrix(self.up_weight), self.up_bias
 
     def flops_per_row(self, input_needs_grad: bool) -> float:
         return 2.0 * (num_weights(self.down_weight) * (2 + input_needs_grad) + num_weights(self.up_weight) * 3)
 
     @torch.no_grad()
-    def linear_map(self) -> tuple[Tensor, Tensor]:
+    def linear_map(self) -> tuple[Tensor, Tensor | None]:
         """(M [d, d], b [d]) in float64 with g(z) = M z + b, for merging: a linear layer (W, c) that reads g becomes
-        (W M, W b + c)."""
+        (W M, W b + c). b is None in an adapter without biases."""
+        down, up, offset = self.low_rank_map()
+        return torch.eye(self.width, dtype=torch.float64, device=up.device) + self.scale * (up @ down), offset
+
+    @torch.no_grad()
+    def low_rank_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(D [h, d], U [d, h], b [d]) in float64 with g(z) = z + s U D z + b; b is None in an adapter without biases."""
         down, up = (grouped_matrix(weight.double()) for weight in (self.down_weight, self.up_weight))
-        identity = torch.eye(self.width, dtype=torch.float64, device=up.device)
-        return identity + self.scale * (up @ down), self.scale * (up @ self.down_bias.double() + self.up_bias.double())
+        if self.up_bias is None:
+            return down, up, None
+        return down, up, self.scale * (up @ self.down_bias.double() + self.up_bias.double())
 
     def extra_repr(self) -> str:
-        return f"{self.width}, dim={self.dim}, groups={self.groups}, down_groups={self.down_groups}, scale={self.scale}"
+        return f"{self.width}, dim={self.dim}, groups={self.groups}, down_groups={self.down_groups}, bias={self.has_bias}, scale={self.scale}"
 
 
 class RepAdapter(BottleneckAdapter):
@@ -109,6 +116,6 @@ class RepAdapter(BottleneckAdapter):
         return self.scale * F.linear(hidden, grouped_matrix(self.up_weight), self.up_bias)
 
     @torch.no_grad()
-    def linear_map(self) -> tuple[Tensor, Tensor]:
+    def linear_map(self) -> tuple[Tensor, Tensor | None]:
         matrix, offset = super().linear_map()
         return (matrix if self.residual else matrix - torch.eye(self.width, dtype=matrix.dtype, device=matrix.device)), offset

@@ -59,26 +59,26 @@ class LohaAdapter(Adapter):
     function would be lost at the first step. Parameters: 8 r d + 2 d + 2 d + 2.
     """
 
-    settings = frozenset({"rank", "scale", "temperature"})
+    settings = frozenset({"bias", "rank", "scale", "temperature"})
     routed = True
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__(width, config)
         self.experts = nn.ModuleList(LohaMatrix(width, width, config.rank) for _ in range(2))
-        self.bias = nn.Parameter(torch.empty(2, width))
-        self.router = Router(width, 2, config.temperature, routing)
+        self.bias = self.bias_parameter(2, width)
+        self.router = Router(width, 2, config.temperature, routing, config.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for expert in self.experts:
             expert.reset_parameters(zero=True)
-        nn.init.zeros_(self.bias)
+        self.zero(self.bias)
         self.router.reset_parameters()
 
     def forward(self, z: Tensor) -> Tensor:
         """`z` [..., L, d] -> [..., L, d]."""
         weights = self.router(z).to(z.dtype)
-        result = z + self.scale * (weights @ self.bias)
+        result = z if self.bias is None else z + self.scale * (weights @ self.bias)
         for expert, weight in zip(self.experts, weights.unbind(-1), strict=True):
             up, down = expert.factors()
             result = result + self.scale * F.linear(weight[..., None] * F.linear(z, down.t()), up)
@@ -96,25 +96,24 @@ class LohaRouterAdapter(Adapter):
     Parameters: 2 r (h + d) + h + 2 (2 r (d + h / k) + d) + 2 d + 2.
     """
 
-    settings = frozenset({"dim", "groups", "dropout", "rank", "scale", "temperature"})
+    settings = frozenset({"bias", "dim", "groups", "dropout", "rank", "scale", "temperature"})
     routed = True
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__(width, config)
         self.groups = require_divisible(width, config, "groups")
         self.down = LohaMatrix(self.dim, width, config.rank)
-        self.down_bias = nn.Parameter(torch.empty(self.dim))
+        self.down_bias = self.bias_parameter(self.dim)
         self.ups = nn.ModuleList(LohaMatrix(width, self.dim // self.groups, config.rank) for _ in range(2))
-        self.up_bias = nn.Parameter(torch.empty(2, width))
-        self.router = Router(width, 2, config.temperature, routing)
+        self.up_bias = self.bias_parameter(2, width)
+        self.router = Router(width, 2, config.temperature, routing, config.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.down.reset_parameters(zero=False)
         for expert in self.ups:
             expert.reset_parameters(zero=True)
-        nn.init.zeros_(self.down_bias)
-        nn.init.zeros_(self.up_bias)
+        self.zero(self.down_bias, self.up_bias)
         self.router.reset_parameters()
 
     def forward(self, z: Tensor) -> Tensor:
@@ -134,19 +133,18 @@ class LohaSiluAdapter(Adapter):
     phi_1 starts at zero, phi_2 does not. Not linear: it cannot be merged. Parameters: 8 r d + 2 d.
     """
 
-    settings = frozenset({"rank"})
+    settings = frozenset({"bias", "rank"})
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__(width, config)
         self.outer, self.inner = LohaMatrix(width, width, config.rank), LohaMatrix(width, width, config.rank)
-        self.outer_bias, self.inner_bias = (nn.Parameter(torch.empty(width)) for _ in range(2))
+        self.outer_bias, self.inner_bias = (self.bias_parameter(width) for _ in range(2))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.inner.reset_parameters(zero=False)
         self.outer.reset_parameters(zero=True)
-        nn.init.zeros_(self.outer_bias)
-        nn.init.zeros_(self.inner_bias)
+        self.zero(self.outer_bias, self.inner_bias)
 
     def forward(self, z: Tensor) -> Tensor:
         """`z` [..., d] -> [..., d]."""

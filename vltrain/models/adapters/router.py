@@ -16,10 +16,10 @@ class RouterAdapter(Adapter):
     """LaVIN's mixture-of-modality adapter, rows 1-4: g(Z) = Z + s (w_0 B(z) + w_1 D(z)), z = A(Z), w = softmax(R(x) / t).
 
     A: Linear d -> h, dense; B and D: Linear h -> d in `groups` groups; R: Linear d -> 2; x: see `Router`.
-    Parameters: d h + h + 2 (h d / k + d) + 2 d + 2. B and D start at zero, so g starts as the identity.
+    Parameters: d h + h + 2 (h d / k + d) + 2 d + 2; without `bias` h + 2 d + 2 fewer. B and D start at zero, so g starts as the identity.
     """
 
-    settings = frozenset({"dim", "groups", "dropout", "scale", "temperature"})
+    settings = frozenset({"bias", "dim", "groups", "dropout", "scale", "temperature"})
     routed = True
     num_experts = 2
     num_weights = 2
@@ -28,10 +28,10 @@ class RouterAdapter(Adapter):
         super().__init__(width, config)
         self.groups, out = self._expert_shape(width, config)
         self.down_weight = nn.Parameter(torch.empty(self.dim, width))
-        self.down_bias = nn.Parameter(torch.empty(self.dim))
+        self.down_bias = self.bias_parameter(self.dim)
         self.up_weight = nn.Parameter(torch.empty(self.num_experts, self.groups, out // self.groups, self.dim // self.groups))
-        self.up_bias = nn.Parameter(torch.empty(self.num_experts, out))
-        self.router = Router(width, self.num_weights, config.temperature, routing)
+        self.up_bias = self.bias_parameter(self.num_experts, out)
+        self.router = Router(width, self.num_weights, config.temperature, routing, config.bias)
         self.reset_parameters()
 
     def _expert_shape(self, width: int, config: AdapterConfig) -> tuple[int, int]:
@@ -40,8 +40,7 @@ class RouterAdapter(Adapter):
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.down_weight)
-        for parameter in (self.down_bias, self.up_weight, self.up_bias):
-            nn.init.zeros_(parameter)
+        self.zero(self.down_bias, self.up_weight, self.up_bias)
         self.router.reset_parameters()
 
     def forward(self, z: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class RouterAdapter(Adapter):
         down = (self.down_weight, self.down_bias)
         return routed_adapter(z, weights, *down, *self._place(matrices, self.up_bias), scale=self.scale, dropout=self.active_dropout)
 
-    def _place(self, matrices: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+    def _place(self, matrices: Tensor, biases: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The experts' matrices [E, out, h] and biases [E, out] as maps to all of the d outputs."""
         return matrices, biases
 
@@ -73,10 +72,13 @@ class ConcatRouterAdapter(RouterAdapter):
     def _expert_shape(self, width: int, config: AdapterConfig) -> tuple[int, int]:
         return require_divisible(width, config, "groups", parts=2), width // 2
 
-    def _place(self, matrices: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+    def _place(self, matrices: Tensor, biases: Tensor | None) -> tuple[Tensor, Tensor | None]:
         first, second = matrices
-        zeros, no_bias = torch.zeros_like(first), torch.zeros_like(biases[0])
+        zeros = torch.zeros_like(first)
         placed = torch.stack([torch.cat([first, zeros]), torch.cat([zeros, second])])
+        if biases is None:
+            return placed, None
+        no_bias = torch.zeros_like(biases[0])
         return placed, torch.stack([torch.cat([biases[0], no_bias]), torch.cat([no_bias, biases[1]])])
 
 

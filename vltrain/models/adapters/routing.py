@@ -78,13 +78,13 @@ class Router(nn.Module):
     """w = softmax(Linear(d, n)(x) / t), of the decision token's state x, or of each token's own.
 
     Without a `Routing` (in the ViT, which has no decision token) every token is routed by its own state. LaVIN's public code
-    reads batch item 0 there, which routes an image by its neighbour in the batch; with a batch of one it is the same.
+    reads batch item 0 there, which routes an image by its neighbour in the batch; with a batch of one it is the same. `bias`: the linear's.
     The linear starts as torch's own do, small: at zero, experts that start alike would get the same gradient for ever.
     """
 
-    def __init__(self, width: int, num_weights: int, temperature: float, routing: Routing | None) -> None:
+    def __init__(self, width: int, num_weights: int, temperature: float, routing: Routing | None, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, num_weights)
+        self.linear = nn.Linear(width, num_weights, bias=bias)
         self.temperature = temperature
         self.routing = routing
 
