@@ -51,6 +51,17 @@ class Choices:
         return DTYPES[self.dtype]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a format has to say of a folder that it wrote.
+
+    notes: lines to print and to put into the model card: which programs load it, rounding. facts: plain JSON, for the origin file
+    """
+
+    notes: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def _refuse_nothing(source: Source, choices: Choices) -> None:
     return None
 
@@ -61,7 +72,7 @@ class Format:
 
     summary      what it writes, for the help
     loads        what loads it, for the help
-    write        (folder, source, choices): fills the folder, which appears under its name when it is whole. Raises InputError
+    write        (folder, source, choices): fills the folder, which appears under its name when it is whole; what it has to say. Raises InputError
     refuse       raises InputError for what the format cannot hold, by the recipe alone: before any weight is read
     options      the fields of `Choices` that it reads: another one on the command line is refused, since it would have no effect
     reads_base   whether the frozen weights are read, so that their digests are compared with those of the training
@@ -70,7 +81,7 @@ class Format:
 
     summary: str
     loads: str
-    write: Callable[[Path, Source, Choices], None]
+    write: Callable[[Path, Source, Choices], Written | None]
     refuse: Callable[[Source, Choices], None] = _refuse_nothing
     options: frozenset[str] = frozenset()
     reads_base: bool = True

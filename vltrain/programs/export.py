@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.export.format import DTYPES, Choices, Source
+from vltrain.export.format import DTYPES, Choices, Source, Written
 from vltrain.export.table import describe_formats, find_format
 from vltrain.files.whole import write_json
 from vltrain.programs.data_ready import tokenizer_sources
@@ -66,11 +66,13 @@ def export(run: Path, output: Path, form: str | None = None, named: str | None =
     source = Source(run=run, config=config, checkpoint=checkpoint, before=before, tokenizer=tokenizer_sources(config), facts=facts)
     with new_folder(output) as folder:
         try:
-            chosen.write(folder, source, choices)
-            write_json(folder / ORIGIN, {"run": str(run), "format": name, **facts})
+            told = chosen.write(folder, source, choices) or Written()
+            write_json(folder / ORIGIN, {"run": str(run), "format": name, **facts, **told.facts, **({"notes": told.notes} if told.notes else {})})
         except SafetensorError as error:  # a full disk, among others
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from None
     print(f"{output}: {name} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
+    for note in told.notes:
+        print(note)
 
 
 def _choices(given: dict[str, str], name: str, options: frozenset[str]) -> Choices:

@@ -72,12 +72,19 @@ class BottleneckAdapter(Adapter):
     def linear_map(self) -> tuple[Tensor, Tensor | None]:
         """(M [d, d], b [d]) in float64 with g(z) = M z + b, for merging: a linear layer (W, c) that reads g becomes
         (W M, W b + c). b is None in an adapter without biases."""
-        down, up, offset = self.low_rank_map()
+        down, up, offset = self._wide_factors()
         return torch.eye(self.width, dtype=torch.float64, device=up.device) + self.scale * (up @ down), offset
 
     @torch.no_grad()
     def low_rank_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(D [h, d], U [d, h], b [d]) in float64 with g(z) = z + s U D z + b; b is None in an adapter without biases."""
+        """(D [h, d], s U [d, h], b [d]) in float64 with g(z) = z + s U D z + b; b is None in an adapter without biases.
+
+        Raises: InputError if g hands on nothing of z, so that what it adds has the rank d.
+        """
+        down, up, offset = self._wide_factors()
+        return down, self.scale * up, offset
+
+    def _wide_factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
         down, up = (grouped_matrix(weight.double()) for weight in (self.down_weight, self.up_weight))
         if self.up_bias is None:
             return down, up, None
@@ -114,6 +121,14 @@ class RepAdapter(BottleneckAdapter):
         if self.active_dropout > 0:
             hidden = F.dropout(hidden, self.active_dropout)
         return self.scale * F.linear(hidden, grouped_matrix(self.up_weight), self.up_bias)
+
+    def low_rank_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self.residual:
+            raise InputError(
+                "model.adapter.residual: found False: a repadapter that does not add what goes in changes the layer behind it by a matrix of full rank, "
+                "which no LoRA holds"
+            )
+        return super().low_rank_map()
 
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor | None]:

@@ -52,7 +52,7 @@ def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = No
 
     Raises: InputError for an unknown kind, a setting that no kind in use has, or a width its groups do not divide.
     """
-    kinds = {name: _kind(config, name) for name in ("llm", "vision")}
+    kinds = {name: adapter_kind(config, name) for name in ("llm", "vision")}
     known, defaults = kinds["llm"].settings | kinds["vision"].settings, AdapterConfig()
     for entry in fields(config):
         if entry.name not in known | NOT_OF_A_KIND and getattr(config, entry.name) != getattr(defaults, entry.name):
@@ -66,7 +66,7 @@ def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = No
 
 def is_routed(config: AdapterConfig) -> bool:
     """Whether adapters of that kind stand in the LLM and ask for the modality of a position."""
-    return _kind(config, "llm").routed and config.llm != "none"
+    return adapter_kind(config, "llm").routed and config.llm != "none"
 
 
 def insert_adapters(
@@ -98,7 +98,8 @@ def insert_adapters(
         setattr(block, norms[sublayer], NormThenAdapter(OrderedDict(norm=norm, adapter=adapter)))
 
 
-def _kind(config: AdapterConfig, part: str) -> type[Adapter]:
+def adapter_kind(config: AdapterConfig, part: str) -> type[Adapter]:
+    """The class of the adapters in a network, `llm` or `vision`. Raises InputError for an unknown name."""
     key, kind = ("vision_kind", config.vision_kind) if part == "vision" and config.vision_kind is not None else ("kind", config.kind)
     if kind not in ADAPTERS:
         raise InputError(f"model.adapter.{key}: found '{kind}'; {nearest(kind, ADAPTERS)}")
