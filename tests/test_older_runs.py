@@ -4,8 +4,8 @@ import pytest
 
 from vltrain.config import Config
 from vltrain.errors import InputError
+from vltrain.inference.run import recipe_of
 from vltrain.older_runs import ADDED, complete, value_before
-from vltrain.programs.run_folder import recipe_of
 from vltrain.recipe import build_config, check_type, dump_config, known_keys, read_recipe
 from vltrain.settings import load_settings
 

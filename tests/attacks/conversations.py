@@ -15,8 +15,8 @@ from vltrain.data.conversation import encode_prompt, encode_sample, fingerprint,
 from vltrain.data.spelling import Spelling
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.evaluate.questions import ask, indistinguishable
+from vltrain.inference.run import RECIPE
 from vltrain.models.positions import max_positions
-from vltrain.programs.run_folder import RECIPE
 from vltrain.recipe import dump_config
 from vltrain.schema import IMAGE_TOKEN, Sample, Turn
 
@@ -254,7 +254,7 @@ def question_beyond_the_positions(folder: Path) -> Shown:
 def packs_longer_than_the_positions(folder: Path) -> Shown:
     """Packs of 4,096 tokens for 2,048 positions whose samples are short: positions begin anew with each, so that is right."""
     from vltrain.data.shards import PackedDataset
-    from vltrain.programs.fits import require_positions
+    from vltrain.train.fits import require_positions
 
     samples = write_jsonl(folder / "s.jsonl", [sample(number, question="is there a red circle? " * 50) for number in range(30)])
     told(pack_words(samples, folder / "packs", pack_length=4096), "packs")

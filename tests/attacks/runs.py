@@ -21,12 +21,12 @@ from vltrain.errors import InputError
 from vltrain.evaluate.ablation import DONE, Outcome, write_outcome
 from vltrain.files.lines import LineFile
 from vltrain.files.whole import write_whole
+from vltrain.inference.run import weights_used
 from vltrain.programs.ablate import make_plan
-from vltrain.programs.made_of import made_of
-from vltrain.programs.run_folder import weights_used
 from vltrain.settings import split_arguments
 from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.hardware import PRECISIONS
+from vltrain.train.made_of import made_of
 from vltrain.train.provenance import make_run_folder
 from vltrain.train.selection import Selection, measured_by
 

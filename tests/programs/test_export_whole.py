@@ -13,9 +13,9 @@ from tests.support.peft_folders import moved, save_run
 from vltrain.data.conversation import encode_prompt, stop_ids
 from vltrain.data.images import decode_image
 from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.evaluate.generate import Sampling, generate
 from vltrain.models.build import build_model
-from vltrain.programs.data_ready import tokenizer_sources
 from vltrain.programs.export import export
 from vltrain.schema import Sample, Turn
 

@@ -11,9 +11,10 @@ from tests.support.blip import QUERIES, blip_config, make_tokenizers
 from tests.support.tiny import SETTINGS, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.check.memory_plan import GIB, parameters_by_part
 from vltrain.check.sizes import assume_sizes
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.models.build import build_model
 from vltrain.data.tokenizer import load_tokenizer
-from vltrain.programs.data_ready import packed_folder, ready_packs, tokenizer_sources
+from vltrain.programs.data_ready import packed_folder, ready_packs
 from vltrain.programs.plan import describe, main
 from vltrain.shipped import find_recipe
 from vltrain.recipe import dump_config

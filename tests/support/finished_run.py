@@ -17,11 +17,11 @@ from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.locate import locate
 from vltrain.models.build import build_model
-from vltrain.programs.made_of import made_of
 from vltrain.programs.origins import facts_of
 from vltrain.recipe import build_config, dump_config
 from vltrain.train.checkpoint import save_checkpoint
 from vltrain.train.identity import run_id, run_identity
+from vltrain.train.made_of import made_of
 from vltrain.train.provenance import write_provenance
 from vltrain.train.trainer import receipt_header
 

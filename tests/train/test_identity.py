@@ -13,12 +13,12 @@ from tests.support.finished_run import finished_run
 from tests.train.test_checkpoint import Net, state_of
 from vltrain.check.manifest import checksum
 from vltrain.errors import InputError
+from vltrain.inference.run import weights_used
 from vltrain.locate import locate
-from vltrain.programs.made_of import made_of
-from vltrain.programs.run_folder import weights_used
 from vltrain.recipe import build_config
 from vltrain.train.checkpoint import open_checkpoint, save_checkpoint
 from vltrain.train.identity import MADE_OF, agreed_over_nodes, differences, model_identity, require_same_model, require_same_run, run_id, tell_unknown_files
+from vltrain.train.made_of import made_of
 
 
 @pytest.fixture

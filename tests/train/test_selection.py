@@ -11,7 +11,7 @@ from tests.support.tiny import make_segments, write_packs
 from vltrain.check.resume import prove
 from vltrain.config import TrainConfig
 from vltrain.errors import InputError
-from vltrain.programs.evaluate import choose_checkpoint
+from vltrain.inference.run import choose_checkpoint
 from vltrain.train.selection import Selection, name_best
 
 

@@ -46,6 +46,8 @@ class Template:
     modality     whether the modality embedding stands in front
     instruction  whether a Q-Former reads the prompt too, by `Tokenizer.instruction`
     fingerprint  of the tokenizer as the template uses it, SHA-256 (hex): shards that were packed with another one are refused
+    multi_turn   whether a conversation may have several questions
+    needs_image  whether a question must show an image, as all of those do that the template's models are made for
     padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is predicted, the decoder predicts
     """
 
@@ -53,6 +55,8 @@ class Template:
     stop_ids: Callable[[Tokenizer], tuple[int, ...]]
     modality: bool = True
     instruction: bool = False
+    multi_turn: bool = True
+    needs_image: bool = False
     padded: bool = False
     fingerprint: Callable[[Tokenizer], str] = lambda tokenizer: tokenizer.fingerprint
 
@@ -107,10 +111,12 @@ TEMPLATES: dict[str, Template] = {
     "mmt": Template(pieces=_mmt_pieces, stop_ids=_only_eos),
     "chat": Template(pieces=chat_pieces, stop_ids=chat_stop_ids, fingerprint=chat_fingerprint),
     "instructblip": Template(
-        pieces=functools.partial(_instructblip_pieces, ends_prompt=False), stop_ids=_only_eos, modality=False, instruction=True
+        pieces=functools.partial(_instructblip_pieces, ends_prompt=False), stop_ids=_only_eos, modality=False, instruction=True, multi_turn=False,
+        needs_image=True,
     ),
     "instructblip_t5": Template(
-        pieces=functools.partial(_instructblip_pieces, ends_prompt=True), stop_ids=_only_eos, modality=False, instruction=True, padded=True
+        pieces=functools.partial(_instructblip_pieces, ends_prompt=True), stop_ids=_only_eos, modality=False, instruction=True, multi_turn=False,
+        needs_image=True, padded=True,
     ),
 }
 

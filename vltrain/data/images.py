@@ -55,8 +55,13 @@ def decode_image(data: bytes, image_size: int, max_pixels: int, where: str, fram
     Raises:
         InputError: empty, damaged, truncated, of another format than FORMATS, or too large.
     """
+    image = open_rgb(data, max_pixels, where, at_least=_REDUCING_GAP * (framing.shorter_edge or image_size))
+    return frame_image(image, image_size, max_pixels, where, framing)
+
+
+def frame_image(image: Image.Image, image_size: int, max_pixels: int, where: str, framing: Framing = SQUARE) -> np.ndarray:
+    """The square of an upright image in RGB, uint8 [3, image_size, image_size]. Arguments and errors as of `decode_image`."""
     edge = framing.shorter_edge
-    image = open_rgb(data, max_pixels, where, at_least=_REDUCING_GAP * (edge or image_size))
     width, height = image.size
     # Rounded down, as transformers does.
     scaled = (image_size, image_size) if edge is None else (edge, edge * height // width) if width <= height else (edge * width // height, edge)
@@ -82,6 +87,16 @@ def open_rgb(data: bytes, max_pixels: int, where: str, *, at_least: int | None =
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
+
+
+def upright_rgb(image: Image.Image, max_pixels: int, where: str) -> Image.Image:
+    """An image that a program has opened, upright and in RGB; it stays as it is. Raises InputError if it is too large or cannot be decoded."""
+    if image.width * image.height > max_pixels:
+        raise InputError(f"{where}: {image.width} x {image.height} pixels, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)")
+    try:
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # as of a file, see `_opened`
+        raise InputError(f"{where}: not a readable image ({str(error) or type(error).__name__})") from None
 
 
 @contextlib.contextmanager

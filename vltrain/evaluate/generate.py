@@ -16,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,19 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+
+class Token(NamedTuple):
+    """One token that a model wrote.
+
+    prompt: which of the prompts it answers; logprob: the natural logarithm of its probability among all rows of the LLM's head, at temperature 1,
+    fp32; NaN where it was not asked for; ends: it is a stop id, and no part of the answer.
+    """
+
+    prompt: int
+    id: int
+    logprob: float
+    ends: bool
 
 
 def alone(value: int) -> int:
@@ -96,12 +110,44 @@ def generate(
             asked = [prompts[index] for index in indices]
             pixels, slots = gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
             visual, slots = encode_together(model, pixels.to(device), slots.to(device), asked, sync)
-            decoder = T5Decoder if isinstance(model, InstructBlip) and model.is_encoder_decoder else _Decoder
-            batch_answers = decoder(model, asked, visual, slots, sampling, stop_ids, vocab_size, torch.device(device)).run(sync)
-            for index, answer in zip(indices, batch_answers):
-                answers[index] = answer
+            decoder = _decoder_of(model)(model, asked, visual, slots, sampling, stop_ids, vocab_size, torch.device(device))
+            for made in decoder.tokens(sync):
+                for token in made:
+                    if not token.ends:
+                        answers[indices[token.prompt]].append(token.id)
             on_answered(len(indices))
     return answers
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: AnyModel,
+    prompt: Segment,
+    images: Mapping[str, np.ndarray],
+    *,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    vocab_size: int,
+    device: torch.device | str,
+) -> Iterator[Token]:
+    """Answers one prompt, token by token as they come, with their log-probabilities: the tokens that `generate` gives.
+
+    Args: as of `generate`. The model's `decide_routing` was called since its weights changed. Each step runs in the autocast context of the
+        `next` that asks for it.
+        images: by name, uint8 [3, H, W] of the model's image size, those that the prompt shows.
+
+    Raises: InputError if the model's outputs are not finite.
+    """
+    assert not model.training, "generation with a model in training mode"
+    pixels, slots = gather_pixels(model, [prompt], {name: images[name] for name in dict.fromkeys(prompt.images)})
+    visual, slots = encode_together(model, pixels.to(device), slots.to(device), [prompt], alone)
+    decoder = _decoder_of(model)(model, [prompt], visual, slots, sampling, stop_ids, vocab_size, torch.device(device), with_logprobs=True)
+    for made in decoder.tokens(alone):
+        yield from made
+
+
+def _decoder_of(model: AnyModel) -> type[_Decoder]:
+    return T5Decoder if isinstance(model, InstructBlip) and model.is_encoder_decoder else _Decoder
 
 
 def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: list[Segment]) -> dict:
@@ -156,7 +202,10 @@ class _Decoder:
         stop_ids: Collection[int],
         vocab_size: int,
         device: torch.device,
+        *,
+        with_logprobs: bool = False,
     ) -> None:
+        self.with_logprobs = with_logprobs
         self.model, self.sampling, self.stop_ids, self.vocab_size, self.device = model, sampling, stop_ids, vocab_size, device
         self.sample_ids = [prompt.sample_id for prompt in prompts]
         self.visual, self.slots = visual, slots
@@ -179,34 +228,34 @@ class _Decoder:
         if sampling.temperature > 0:
             self.uniforms = torch.tensor([_uniforms(sampling, name) for name in self.sample_ids], dtype=torch.float64)
 
-    def run(self, sync: Sync) -> list[list[int]]:
-        """The answers of the batch's prompts. All ranks make the same forwards if `sync` speaks for all of them."""
-        answers: list[list[int]] = [[] for _ in self.sample_ids]
+    def tokens(self, sync: Sync) -> Iterator[list[Token]]:
+        """Step by step, the next token of each prompt whose answer has not ended. All ranks make the same forwards if `sync` speaks for all of them."""
         live = set(self.rows)
         logits = self._prefill()
         for step in range(self.sampling.max_new_tokens):
-            tokens = self._choose(logits, step)
-            for prompt, token in zip(self.rows, tokens.tolist()):
-                if prompt in live and token in self.stop_ids:
-                    live.discard(prompt)
-                elif prompt in live:
-                    answers[prompt].append(token)
+            tokens = self._choose(logits[:, : self.vocab_size], step)
+            logprobs = _logprobs(logits, tokens) if self.with_logprobs else [math.nan] * len(tokens)
+            made = [
+                Token(prompt, token, logprob, token in self.stop_ids)
+                for prompt, token, logprob in zip(self.rows, tokens.tolist(), logprobs) if prompt in live
+            ]  # fmt: skip
+            live -= {token.prompt for token in made if token.ends}
+            yield made
             if step + 1 == self.sampling.max_new_tokens or not sync(len(live)):
-                break
+                return
             logits = self._decode(self._keep(live, tokens))
-        return answers
 
     def _prefill(self) -> Tensor:
-        """Runs the whole prompts. Returns the logits [B, vocabulary] that follow each prompt's last token."""
+        """Runs the whole prompts. Returns the logits [B, rows of the head] that follow each prompt's last token."""
         num_rows, width = self.input_ids.shape
         embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(0, (num_rows, width))
         positions = (self.num_left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
         outputs = self.model.language_model(embeds, self.modality, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: self.cache})
         last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.last]
-        return self.model.llm.lm_head(last)[:, : self.vocab_size]
+        return self.model.llm.lm_head(last)
 
     def _decode(self, tokens: Tensor) -> Tensor:
-        """Runs one more token per row, int64 [B]. Returns the logits [B, vocabulary] that follow it."""
+        """Runs one more token per row, int64 [B]. Returns the logits [B, rows of the head] that follow it."""
         embeds = self.model.embed(tokens, self.visual[:0], self.slots[:0])[:, None]
         outputs = self.model.language_model(
             embeds,
@@ -217,7 +266,7 @@ class _Decoder:
             **{CACHE_ARGUMENT: self.cache},
         )
         self.positions = self.positions + 1
-        return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])[:, : self.vocab_size]
+        return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])
 
     def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
         """Drops finished rows once they are half of the batch. One row stays for the forwards that other ranks still need."""
@@ -257,10 +306,16 @@ class T5Decoder(_Decoder):
     def _decode(self, tokens: Tensor) -> Tensor:
         arguments = {"use_cache": True, CACHE_ARGUMENT: self.cache}
         states = self.model.decoder_states(tokens[:, None], self.encoded, self.is_read, **arguments)
-        return self.model.llm.lm_head(states[:, 0])[:, : self.vocab_size]
+        return self.model.llm.lm_head(states[:, 0])
 
     def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
         return tokens  # all rows stay: answers are short beside the prompts, which are read once
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Of the token int64 [B] in each row of `logits` [B, rows of the head]."""
+    wide = logits.float()
+    return (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(dim=-1)).tolist()
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:

@@ -25,6 +25,13 @@ HALVES = (torch.bfloat16, torch.float16)
 @contextmanager
 def products_in_fp32(model: AnyModel, device: torch.device | str) -> Iterator[None]:
     """Inside the block the model computes in fp32 with the numbers that its weights have; afterwards it is as it was, its tensors the same ones."""
+    with widened(model), torch.autocast(torch.device(device).type, enabled=False):
+        yield
+
+
+@contextmanager
+def widened(model: AnyModel) -> Iterator[None]:
+    """`products_in_fp32` but for autocast, which is a thread's and may be on."""
     halves: list[tuple[Tensor, Tensor]] = [(one, one.data) for one in _floats(model) if one.dtype in HALVES]
     assert not any(hasattr(one, "ds_tensor") for one, _ in halves), "weights that ranks share cannot be widened; vltrain train refuses it"
     settings = model.llm.config
@@ -34,8 +41,7 @@ def products_in_fp32(model: AnyModel, device: torch.device | str) -> Iterator[No
             one.data = data.float()
         if not (isinstance(model, InstructBlip) and model.is_encoder_decoder):  # a T5's is transformers' own
             settings._attn_implementation = "eager" if attention == "eager" else PACKED_SDPA
-        with torch.autocast(torch.device(device).type, enabled=False):
-            yield
+        yield
     finally:
         settings._attn_implementation = attention
         for one, data in halves:

@@ -23,7 +23,7 @@ class Source:
     checkpoint  the tuned weights; None: the model before tuning
     before      where `checkpoint` is None: the trained weights that the run began with (`train.init_from`), or None for fresh ones
     tokenizer   the arguments of `vltrain.data.tokenizer.load_tokenizer`
-    facts       which weights these are, plain JSON: see `vltrain.programs.run_folder.weights_used`
+    facts       which weights these are, plain JSON: see `vltrain.inference.run.weights_used`
     """
 
     run: Path

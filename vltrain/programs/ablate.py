@@ -35,17 +35,17 @@ from vltrain.evaluate.ablation import DONE, FAILED, RUNNING, TRAINED, Outcome, r
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
+from vltrain.inference.run import recorded_identity
 from vltrain.older_runs import ADDED, value_before
 from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.origins import data_identity, samples_folder
-from vltrain.programs.made_of import made_of
-from vltrain.programs.run_folder import recorded_identity
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
 from vltrain.recipe import Table, known_keys, read_table
 from vltrain.shipped import find_recipe
 from vltrain.settings import COMMAND_LINE, FLAGS, REBUILD, Arguments, Option, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.identity import MADE_OF, differences
+from vltrain.train.made_of import made_of
 from vltrain.train.preemption import EXIT_REQUEUE, Preempted
 from vltrain.train.provenance import make_run_folder
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from vltrain.config import EASYVQA_ROOT, OWN, Config, DataConfig
 from vltrain.data.conversation import fingerprint
-from vltrain.data.instruction import SUBFOLDER, InstructionSource
 from vltrain.data.origin import PREPARED
 from vltrain.data.shards import FORMAT_VERSION
 from vltrain.data.tokenizer import Tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, require
 from vltrain.programs.made_once import made_once
 from vltrain.programs.origins import is_stranger, packs_differ, samples_differ, samples_file, samples_folder
@@ -82,19 +82,6 @@ def _require_maker(config: Config, folder: Path) -> None:
 
 def _no_differences(config: Config, folder: Path) -> Callable[[], bool]:
     return lambda: folder.exists() and not samples_differ(config, folder, strict=True)
-
-
-def tokenizer_sources(config: Config) -> tuple[str, InstructionSource | None]:
-    """Where the LLM's tokenizer is, and the Q-Former's where there is one: the arguments of `load_tokenizer`."""
-    if config.model.architecture == "mmt":
-        source = config.model.llm.tokenizer or config.model.llm.source
-        assert source is not None, "LLMConfig asks for one of them"
-        return source, None
-    blip = config.model.instructblip
-    source, read_with = blip.tokenizer or blip.source, blip.qformer_tokenizer or blip.source
-    assert source is not None and read_with is not None, "InstructBlipConfig asks for them"
-    subfolder = "" if blip.qformer_tokenizer else SUBFOLDER
-    return source, InstructionSource(source=read_with, subfolder=subfolder, max_tokens=blip.qformer_tokens)
 
 
 def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:

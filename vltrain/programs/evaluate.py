@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vltrain.check.manifest import BEST, pointed
 from vltrain.console import start_logging
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
@@ -34,18 +34,18 @@ from vltrain.evaluate.scoring import Report
 from vltrain.files.events import EventWriter
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.whole import write_json
-from vltrain.models.build import build_model
+from vltrain.inference.build import answering_model
+from vltrain.inference.run import RECIPE, choose_checkpoint, require_run, weights_before, weights_used
 from vltrain.files.digest import file_digest
-from vltrain.programs.data_ready import ready_samples, tokenizer_sources
-from vltrain.programs.fits import require_qformer_positions, require_tokenizer_fits
-from vltrain.programs.made_of import made_of
+from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.origins import require_trained_set
-from vltrain.programs.run_folder import RECIPE, require_run, weights_before, weights_used, why_not_writable
+from vltrain.programs.run_folder import why_not_writable
 from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
-from vltrain.train.checkpoint import Checkpoint, load_trainable, newest_checkpoint, open_checkpoint
+from vltrain.train.checkpoint import Checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import local_world_size, require_machine, require_one_model
+from vltrain.train.made_of import made_of
 from vltrain.train.preemption import Preemption
 from vltrain.train.ranks import adopt_ranks, join_process_group, names_lost_ranks
 
@@ -183,13 +183,7 @@ def _answer(
     """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
     config, rank, world_size = settings.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
-    outline = build_model(config.model, dtype=dtype, device="meta", runs_on=place)
-    require_tokenizer_fits(config, tokenizer, outline)
-    require_qformer_positions(config, outline)
-    model = build_model(config.model, dtype=dtype, runs_on=place)
-    weights = checkpoint or weights_before(folder, config)
-    if weights is not None:
-        load_trainable(model, weights)
+    model = answering_model(config, tokenizer, checkpoint or weights_before(folder, config), dtype=dtype, place=place)
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -199,33 +193,10 @@ def _answer(
     writer = EventWriter(folder / "tensorboard") if rank == 0 and keeps else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
-            model.to(place).eval(), samples_file, tokenizer, config, split=split, folder=None, step=step, max_samples=max_samples, device=place,
+            model, samples_file, tokenizer, config, split=split, folder=None, step=step, max_samples=max_samples, device=place,
             writer=writer,
         )
     if writer is not None:
         writer.close()
     if report is not None:
         _finish(report, settings.options["json"], folder / "eval" / split if keeps else None, {"split": split, "step": step, **facts})
-
-
-def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
-    """The checkpoint to evaluate: the run's newest whole one, its best, the one that is named, or None for `none`.
-
-    Raises: InputError if the run has none, or the named one is damaged.
-    """
-    if named == "none":
-        return None
-    if named == BEST:
-        best = pointed(folder / "checkpoints", BEST)
-        if best is None:
-            root = folder / "checkpoints"
-            raise InputError(f"{root}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
-        return open_checkpoint(best)
-    if named is not None:
-        return open_checkpoint(Path(named))
-    newest = newest_checkpoint(folder / "checkpoints")
-    if newest is None:
-        root = folder / "checkpoints"
-        raise InputError(f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
-    return newest
-

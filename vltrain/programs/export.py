@@ -18,15 +18,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vltrain.data.folder import new_folder
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.export.format import DTYPES, Choices, Source, Written
 from vltrain.export.table import describe_formats, find_format
 from vltrain.files.whole import write_json
-from vltrain.programs.data_ready import tokenizer_sources
-from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.programs.made_of import made_of
-from vltrain.programs.run_folder import read_command, recipe_of, weights_before, weights_used
+from vltrain.inference.run import choose_checkpoint, recipe_of, weights_before, weights_used
+from vltrain.programs.run_folder import read_command
 from vltrain.settings import COMMAND_LINE
+from vltrain.train.made_of import made_of
 
 ORIGIN = "vltrain_origin.json"  # in an exported folder: which weights it was made of
 CHOICES = ("dtype", "engine")

@@ -25,9 +25,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.inference.run import choose_checkpoint, recipe_of, weights_used
 from vltrain.models.low_rank import sublayer_of
-from vltrain.programs.evaluate import choose_checkpoint
-from vltrain.programs.run_folder import read_command, recipe_of, weights_used, why_not_writable
+from vltrain.programs.run_folder import read_command, why_not_writable
 from vltrain.train.checkpoint import kept_by_adalora
 
 logger = logging.getLogger(__name__)

@@ -24,16 +24,17 @@ from vltrain.config import Config
 from vltrain.data.origin import read_made_from
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.whole import write_json
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, part_of
 from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.qformer import InstructBlip
-from vltrain.programs.data_ready import packed_folder, tokenizer_sources
-from vltrain.programs.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.programs.data_ready import packed_folder
 from vltrain.programs.origins import packs_differ, samples_file
 from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
+from vltrain.train.fits import require_positions, require_qformer_positions, require_tokenizer_fits
 from vltrain.train.optim import parameter_groups
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
+from vltrain.inference.run import recipe_of, weights_before, weights_used
 from vltrain.models.build import build_model, outline_model
-from vltrain.programs.data_ready import packed_folder, tokenizer_sources
+from vltrain.programs.data_ready import packed_folder
 from vltrain.programs.train import open_packs
-from vltrain.programs.made_of import made_of
-from vltrain.programs.run_folder import recipe_of, weights_before, weights_used
 from vltrain.train.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
@@ -27,6 +27,7 @@ from vltrain.train.engine import init_distributed, partitioner, shutdown_distrib
 from vltrain.train.guard import own_losses
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.machine import require_machine
+from vltrain.train.made_of import made_of
 from vltrain.train.origin import find_origin
 from vltrain.train.trainer import Trainer, make_trainer
 

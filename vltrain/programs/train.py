@@ -25,6 +25,7 @@ from vltrain.data.origin import read_made_from, tokenizer_changes
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.spelling import describe_lost
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.evaluate.questions import ask
 from vltrain.evaluate.ready import answerable_samples, require_scorer
@@ -40,17 +41,17 @@ from vltrain.older_runs import as_begun
 from vltrain.recipe import dump_config
 from vltrain.settings import REBUILD, TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
-from vltrain.programs.made_of import made_of
-from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source, tokenizer_sources
-from vltrain.programs.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source
 from vltrain.programs.origins import facts_of, require_same_set, samples_file
 from vltrain.train.determinism import set_determinism
 from vltrain.train.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
+from vltrain.train.fits import require_positions, require_qformer_positions, require_tokenizer_fits
 from vltrain.train.hardware import choose_dtype, device, limit_threads
 from vltrain.train.identity import MADE_OF, FilesOf, agreed_over_nodes, require_same_run, run_identity, tell_unknown_files
 from vltrain.train.length import require_reachable
 from vltrain.train.machine import local_world_size, require_machine
+from vltrain.train.made_of import made_of
 from vltrain.train.origin import Origin, find_origin, require_same_frozen
 from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks, names_lost_ranks

@@ -7,11 +7,11 @@ from pathlib import Path
 from vltrain.check.manifest import checkpoints_in
 from vltrain.check.resume import Proof
 from vltrain.errors import InputError
-from vltrain.programs.made_of import made_of
-from vltrain.programs.run_folder import RECIPE, recorded_identity, require_run
+from vltrain.inference.run import RECIPE, recorded_identity, require_run
 from vltrain.settings import load_settings
 from vltrain.train.checkpoint import open_checkpoint
 from vltrain.train.identity import MADE_OF, require_same_model
+from vltrain.train.made_of import made_of
 
 
 def check_weights(run: Path, overrides: list[str]) -> Proof:

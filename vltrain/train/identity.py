@@ -41,7 +41,7 @@ def run_identity(config: Config, dataset: PackedDataset, made_of: FilesOf | None
     """What must be equal for two runs to have the same steps: not ranks, ZeRO stage, workers, logging or evaluation.
 
     Args:
-        made_of: see `vltrain.programs.made_of`; None: not known.
+        made_of: see `vltrain.train.made_of`; None: not known.
         origin: where its trained weights began, see `vltrain.train.origin`; None: fresh.
     """
     train = {name: getattr(config.train, name) for name in IN_TRAIN}

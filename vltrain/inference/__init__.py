@@ -1,0 +1,7 @@
+"""A finished run answers: it is found, checked, built for answering, and asked."""
+
+from vltrain.inference.answer import Answer, AnswerStream
+from vltrain.inference.load import load
+from vltrain.inference.model import LoadedModel
+
+__all__ = ["Answer", "AnswerStream", "LoadedModel", "load"]

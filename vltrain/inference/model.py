@@ -1,0 +1,222 @@
+"""A model that answers questions about images: one face for every architecture.
+
+Prompts, pixels, stop ids and decoding are those of evaluation, so answers are the same as `vltrain evaluate` gives. Several threads may ask at once:
+a lock lets one of them at a time make a forward, so that their answers advance by turns.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vltrain.config import Config, EvalConfig
+from vltrain.data.conversation import encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.data.loader import batch_of
+from vltrain.data.tokenizer import Tokenizer
+from vltrain.errors import InputError, require
+from vltrain.evaluate.generate import Sampling, Token, generate_tokens
+from vltrain.evaluate.precision import widened
+from vltrain.evaluate.samples import image_loader, read_samples
+from vltrain.inference.answer import Answer, AnswerStream, OnToken
+from vltrain.inference.pictures import ImageLike, squares
+from vltrain.models.build import AnyModel
+from vltrain.models.positions import max_positions
+from vltrain.recipe import checked_value
+from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
+
+NEW_TOKENS = 256  # that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer
+QUESTION = "question"  # what samples made here are called in errors
+
+
+class LoadedModel:
+    """A tuned model, made by `vltrain.load`.
+
+    run       the run's folder
+    config    its recipe
+    facts     which weights answer: plain JSON, see `vltrain.inference.run.weights_used`
+    device    where it computes
+    dtype     of its matrix products
+    """
+
+    def __init__(self, model: AnyModel, tokenizer: Tokenizer, config: Config, *, run: Path, facts: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        self.run, self.config, self.facts, self.device = run, config, dict(facts), device
+        self.dtype = torch.float32 if config.eval.precision == "fp32" else dtype
+        self._model, self._tokenizer = model, tokenizer
+        self._template = find_template(config.data.template)
+        self._stop_ids = stop_ids(tokenizer, config.data.template)
+        self._lock = threading.RLock()
+        if config.eval.precision == "fp32":
+            self._widened = widened(model)
+            self._widened.__enter__()  # for good
+        with self._computing(), torch.no_grad():
+            model.decide_routing()
+
+    @property
+    def multi_turn(self) -> bool:
+        """Whether a conversation may have several questions; else each stands alone."""
+        return self._template.multi_turn
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether a question must show an image."""
+        return self._template.needs_image
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; None: no bound."""
+        return max_positions(self._model.llm.config)
+
+    def ask(
+        self, images: Sequence[ImageLike], question: str, *, max_new_tokens: int | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | None = None,
+    ) -> Answer:  # fmt: skip
+        """Answers one question.
+
+        Args:
+            images: paths, bytes of image files, PIL images or uint8 arrays [height, width, 3]; [] for a question about none.
+            question: its `<image>` are the places of the images; without any they stand in front, as in most training data.
+            max_new_tokens: tokens that the answer may have; None: the recipe's `eval.max_new_tokens`, or 256, and never more than the LLM has room for.
+            temperature, top_p, seed: None: the recipe's `eval.temperature` (0: greedy), `eval.top_p` and `train.seed`. The same seed and
+                question give the same answer.
+
+        Raises: InputError for what is no image, a question that the model cannot be asked, and settings out of range.
+        """
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        return self.chat([Turn(role="user", text=_with_markers(question, len(images)))], images, **settings)
+
+    def chat(
+        self, turns: Sequence[Turn], images: Sequence[ImageLike] = (), *, max_new_tokens: int | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | None = None,
+    ) -> Answer:  # fmt: skip
+        """Answers the last of several turns.
+
+        Args:
+            turns: user and assistant by turns, the last one the user's; perhaps a system turn before.
+            images: in the order of the `<image>` places in the turns.
+            others: as of `ask`.
+
+        Raises: InputError as `ask`, and where the run's template holds no conversation (`multi_turn`).
+        """
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        with self.stream(turns, images, **settings) as stream:
+            for _ in stream:
+                pass
+            return stream.answer()
+
+    def stream(
+        self, turns: Sequence[Turn], images: Sequence[ImageLike] = (), *, max_new_tokens: int | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | None = None, on_token: OnToken | None = None, cancel: threading.Event | None = None,
+    ) -> AnswerStream:  # fmt: skip
+        """The pieces of `chat`'s answer as they come; they join to its text, and each is whole characters.
+
+        Args:
+            on_token: called with the id and the log-probability of each new token.
+            cancel: once set, the answer ends before its next token.
+
+        Raises: InputError as `chat`, before it returns.
+        """
+        pixels = squares(images, self._model, self.config.data.max_image_pixels)
+        prompt = self._encode(turns, len(pixels))
+        sampling = self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
+        tokens = generate_tokens(
+            self._model, prompt, dict(zip(prompt.images, pixels)), sampling=sampling, stop_ids=self._stop_ids, vocab_size=self._tokenizer.vocab_size,
+            device=self.device,
+        )
+        return AnswerStream(self._by_turns(tokens), self._tokenizer.decode, on_token=on_token, cancel=cancel)
+
+    def loss(self, samples: str | Path | Sequence[Sample | Mapping[str, Any]], *, folder: str | Path | None = None) -> list[float]:
+        """The mean loss per answer token of each sample, in fp32: what training would see of it, without dropout.
+
+        Args:
+            samples: a JSONL file of samples; or samples, or records as in such a file.
+            folder: below which the images lie; None: the file's folder, else the working directory.
+
+        Raises: InputError for a malformed sample, one that is too long, and an image that cannot be read.
+        """
+        if isinstance(samples, (str, Path)):
+            file = Path(samples).expanduser()
+            samples, folder = read_samples(file), file.parent if folder is None else folder
+        checked = [one if isinstance(one, Sample) else Sample.from_json(one, f"sample {number + 1}") for number, one in enumerate(samples)]
+        segments = [encode_sample(one, self._tokenizer, self.config.data.template, self._model.visual_tokens) for one in checked]
+        for segment in segments:
+            self._require_room(len(segment.input_ids), f"sample '{segment.sample_id}'")
+        load = image_loader(Path(folder or ".").expanduser(), self._model.image_size, self.config.data.max_image_pixels, self._model.framing)
+        losses: list[float] = []
+        for part in self._rows(segments):
+            images = {name: load(name) for name in dict.fromkeys(name for segment in part for name in segment.images)}
+            batch = batch_of(part, images, self._model.image_size)
+            with self._lock, torch.no_grad(), self._computing():
+                sums = self._model(batch.to(self.device)).segment_losses
+            losses += (sums.float().cpu() / batch.label_lengths).tolist()
+        return losses
+
+    def _rows(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+        """Samples that are computed together: as many as one pack of the training holds."""
+        data, row, tokens, images = self.config.data, [], 0, 0
+        for segment in segments:
+            tokens, images = tokens + len(segment.input_ids), images + len(segment.images)
+            if row and (tokens > data.pack_length or (data.max_images is not None and images > data.max_images)):
+                yield row
+                row, tokens, images = [], len(segment.input_ids), len(segment.images)
+            row.append(segment)
+        if row:
+            yield row
+
+    def _encode(self, turns: Sequence[Turn], num_images: int) -> Segment:
+        turns = tuple(turns)
+        if not turns or turns[-1].role != "user":
+            raise InputError(f"turns: found {f'a last turn by {turns[-1].role!r}' if turns else 'none'}, expected a question, a user's turn, as the last")
+        template = self.config.data.template
+        if self.needs_image and num_images == 0:
+            raise InputError(f"the run's template {template!r} asks about images, and there is none: name one (--image FILE, or images=[...])")
+        if not self.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
+            raise InputError(f"the run's template {template!r} holds no conversation: ask one question at a time, found {len(turns)} turns")
+        names = tuple(f"image {number + 1}" for number in range(num_images))
+        asked = Sample(id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names)  # the answer is not read
+        return encode_prompt(asked, self._tokenizer, template, self._model.visual_tokens)
+
+    def _sampling(self, length: int, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
+        given = {"eval.max_new_tokens": max_new_tokens, "eval.temperature": temperature, "eval.top_p": top_p, "train.seed": seed}
+        given = {key: checked_value(key, value, "question") for key, value in given.items() if value is not None}
+        chosen: EvalConfig = self.config.eval
+        most = given.get("eval.max_new_tokens") or chosen.max_new_tokens or NEW_TOKENS
+        self._require_room(length, "the question")
+        if self.max_length is not None and length + most - 1 > self.max_length:  # the last new token is not read any more
+            room = self.max_length - length + 1
+            require(max_new_tokens is None, "max_new_tokens", max_new_tokens, f"at most {room}: the question has {length} tokens, and the LLM {self.max_length} positions")
+            most = room
+        return Sampling(
+            max_new_tokens=most, temperature=given.get("eval.temperature", chosen.temperature), top_p=given.get("eval.top_p", chosen.top_p),
+            seed=given.get("train.seed", self.config.train.seed),
+        )
+
+    def _require_room(self, length: int, what: str) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise InputError(f"{what}: has {length} tokens, and the LLM has {self.max_length} positions; shorten it, or leave earlier turns out")
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            yield
+
+    def _by_turns(self, tokens: Iterator[Token]) -> Iterator[Token]:
+        """`tokens`, each step alone with the model and in its precision, and not the caller's work between two of them."""
+        try:
+            while True:
+                with self._lock, self._computing():
+                    token = next(tokens, None)
+                if token is None:
+                    return
+                yield token
+        finally:
+            tokens.close()
+
+
+def _with_markers(question: str, num_images: int) -> str:
+    return question if IMAGE_MARKER in question else f"{IMAGE_MARKER}\n" * num_images + question

@@ -1,0 +1,126 @@
+"""A finished run: its recipe, the checkpoint that is asked for, and whether it belongs to the weights that are there now."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vltrain.check.manifest import BEST, pointed
+from vltrain.config import Config
+from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
+from vltrain.older_runs import ADDED, complete
+from vltrain.recipe import build_config, read_recipe
+from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
+from vltrain.train.origin import open_origin
+from vltrain.train.provenance import RUN
+
+logger = logging.getLogger(__name__)
+
+RECIPE = "config.yaml"  # the resolved one, which every run writes
+
+
+def require_run(run: Path, *others: str) -> None:
+    """Raises InputError if `run` is not the folder of a run: without its recipe, or a file of the names `others`."""
+    for name in (RECIPE, *others):
+        if not (run / name).is_file():
+            raise InputError(f"{run}: no {name} in it, expected the folder of a run (the recipe's `output`)")
+
+
+def recipe_of(run: Path, *others: str) -> Config:
+    """The resolved recipe of the run in that folder. Raises InputError as `require_run`."""
+    require_run(run, *others)
+    return build_config(complete(read_recipe(run / RECIPE)))
+
+
+def recorded_identity(run: Path) -> dict[str, Any]:
+    """What the run says of itself (`run.json`), see `vltrain.train.identity`; {} where its version kept nothing. Raises InputError."""
+    return _recorded(run, "identity")
+
+
+def _recorded(run: Path, name: str) -> dict[str, Any]:
+    if not (run / RUN).exists():
+        return {}
+    found = read_object(run / RUN, "what the run was made of").get(name, {})
+    if not isinstance(found, dict):
+        raise InputError(f"{run / RUN}: {name}: found {found!r:.80}, expected an object; the file was changed")
+    return found
+
+
+def tell_edits(run: Path) -> None:
+    """Warns of settings that were edited in the run's recipe since the run wrote it. Raises InputError where one of both cannot be read."""
+    wrote = _recorded(run, "settings")
+    if not wrote:
+        return
+    for key, now in complete(read_recipe(run / RECIPE)).items():
+        if key == "output" or key in BY_DIGEST:  # folders move
+            continue
+        before: Any = wrote
+        for name in key.split("."):
+            before = before.get(name, ADDED.get(key)) if isinstance(before, dict) else before
+        now = list(now) if isinstance(now, tuple) else now
+        if before != now:
+            logger.warning("%s was edited since the run wrote it: %s was %r, is %r", run / RECIPE, key, before, now)
+
+
+def weights_before(run: Path, config: Config) -> Checkpoint | None:
+    """The trained weights that a run began with, of `train.init_from`; None for fresh ones. Raises InputError where they are not there any more."""
+    if config.train.init_from is None:
+        return None
+    found = open_origin(Path(config.train.init_from).expanduser(), run)
+    began = recorded_identity(run).get(ORIGIN, {})
+    if isinstance(began, dict) and began.get("digest", found.digest) != found.digest:
+        told = f"it began with step {began.get('step')} of {began.get('path')}, and {found.path} is of step {found.step}, or of another run"
+        raise InputError(f"{run}: the weights before its tuning are not to be found: {told}; restore them, or name a checkpoint")
+    return found
+
+
+def weights_used(
+    run: Path, config: Config, checkpoint: Checkpoint | None, files: FilesOf | None, changed_on_purpose: Collection[str] = ()
+) -> dict[str, Any]:
+    """Which weights a program uses, as plain JSON, after it was checked that they belong together.
+
+    Args:
+        run: whose recipe `config` is.
+        checkpoint: the tuned weights; None: the model before tuning.
+        files: digests of what the others are read from, see `vltrain.train.made_of`; None where they are not read.
+        changed_on_purpose: the settings of the command line, by dotted name.
+
+    Raises: InputError if the recipe in the run's folder, or a file of its weights, is not what the weights were trained with.
+    """
+    tell_edits(run)
+    identity = checkpoint.belongs_to if checkpoint is not None else recorded_identity(run)
+    where = str(checkpoint.path if checkpoint is not None else run)
+    require_same_model(identity, config, files, where, changed_on_purpose)
+    if files is not None:
+        tell_unknown_files(identity, where)
+    tuned = None if checkpoint is None else {"path": str(checkpoint.path), "step": checkpoint.step, "digest": checkpoint.digest}
+    changed = sorted(key for key in changed_on_purpose if key.startswith("model."))
+    began = {ORIGIN: identity[ORIGIN]} if ORIGIN in identity else {}
+    return {"checkpoint": tuned, **began, MADE_OF: files if files is not None else identity.get(MADE_OF, {}), "changed_settings": changed}
+
+
+def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
+    """The checkpoint to evaluate: the run's newest whole one, its best, the one that is named, or None for `none`.
+
+    Raises: InputError if the run has none, or the named one is damaged.
+    """
+    if named == "none":
+        return None
+    if named == BEST:
+        best = pointed(folder / "checkpoints", BEST)
+        if best is None:
+            root = folder / "checkpoints"
+            raise InputError(f"{root}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
+        return open_checkpoint(best)
+    if named is not None:
+        return open_checkpoint(Path(named))
+    newest = newest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        root = folder / "checkpoints"
+        raise InputError(f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
+    return newest
+
