@@ -96,7 +96,7 @@ def calls(path: Path) -> list[tuple[str, str]]:
 
 # Who reads JSON that is no user's: texts of libraries, our own that may be cut short while they are read, or is compared byte by byte.
 OWN_JSON = {
-    "vltrain/files/strict_json.py", "vltrain/files/lock.py", "vltrain/train/watchdog.py", "vltrain/train/lines.py", "vltrain/check/manifest.py",
+    "vltrain/export/clean_process.py", "vltrain/files/strict_json.py", "vltrain/files/lock.py", "vltrain/train/watchdog.py", "vltrain/train/lines.py", "vltrain/check/manifest.py",
     "vltrain/data/backend.py", "vltrain/data/tokenizer.py", "vltrain/models/hugging_face.py", "vltrain/models/meta_llama.py", "vltrain/models/quiet.py",
 }  # fmt: skip
 

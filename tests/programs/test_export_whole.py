@@ -57,7 +57,7 @@ def test_stock_transformers_answers_as_we_do(kind, rows, tmp_path):
     config = blip_config(kind, places, config={**SIZES, "text_config": text}, qformer__mode="lora", llm__mode="lora")
     model = moved(build_model(config.model))
     save_run(tmp_path / "run", config, model)
-    export(tmp_path / "run", tmp_path / "whole", "whole")
+    export(tmp_path / "run", tmp_path / "whole", "whole", proof_samples=None)
     expected, known = our_answers(model, config)
     processor = AutoProcessor.from_pretrained(tmp_path / "whole")
     stock = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()

@@ -79,7 +79,7 @@ def base(kind: str) -> Base:
     tokenizers = make_tokenizers(folder / "tokenizers")
     config = blip_config(kind.split()[0], tokenizers, config={**SIZES, "text_config": LLMS[kind]}, vision="full", qformer__mode="full", llm__mode="full")
     save_run(folder / "run", config, build_model(config.model))
-    export(folder / "run", folder / "base", "whole")
+    export(folder / "run", folder / "base", "whole", proof_samples=None)
     return Base(kind, folder / "base", tokenizers)
 
 
@@ -105,7 +105,7 @@ def _exported(kind: str, changes: tuple[tuple[str, Any], ...]) -> Path:
     folder = _kept_folder()
     config = base(kind).recipe(**dict(changes))
     save_run(folder / "run", config, moved(build_model(config.model)))
-    export(folder / "run", folder / "adapters")
+    export(folder / "run", folder / "adapters", proof_samples=None)
     return folder / "adapters"
 
 

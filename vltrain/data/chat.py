@@ -84,6 +84,16 @@ def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((answer.ids[-1], tokenizer.eos_id)))
 
 
+def answer_prefix(tokenizer: Tokenizer) -> str:
+    """What a prompt has behind the text that the template renders with its generation prompt: mostly nothing."""
+    encoder = _encoder(tokenizer)
+    messages = [{"role": turn.role, "content": turn.text} for turn in _PROBE[:2]]
+    whole = encoder.render(messages)
+    _, gap = encoder.prompt_end(messages, whole, encoder.encode(whole)[0])
+    begin = len(encoder.render(messages[:-1], True).text)
+    return encoder.unmarked(whole.text[begin : whole.contents[-1][0] - len(gap)])
+
+
 def chat_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 (hex) over the tokenizer, how turns are tokenised, and what the template writes."""
     texts = []
@@ -167,7 +177,7 @@ class _ChatEncoder:
     def require_own_ids(self, messages: list[dict[str, str]], rendered: _Rendered, ids: list[int]) -> None:
         """The tokenizer by itself renders and tokenises these messages to the same. Raises InputError."""
         own = self.tokenizer.render_chat(messages)
-        if rendered.text.translate(self._unmarked) != own:
+        if self.unmarked(rendered.text) != own:
             raise InputError("the tokenizer's chat template changes what turns say, or writes it another way than it stands there; use template 'mmt'")
         if any(self._spelled.search(message["content"]) for message in messages):
             return  # text here, control tokens there
@@ -207,6 +217,10 @@ class _ChatEncoder:
             if offsets[place][0] >= bound:
                 break
         raise InputError("the tokenizer's chat template ends an assistant turn with no special token, so generation could not stop; use 'mmt'")
+
+    def unmarked(self, text: str) -> str:
+        """A rendered text as the template wrote it."""
+        return text.translate(self._unmarked)
 
     def _mark(self, markup: str) -> str:
         return self._spelled.sub(lambda found: self._mark_of[found[0]], markup)

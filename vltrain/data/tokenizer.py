@@ -208,11 +208,16 @@ class TransformersTokenizer(Tokenizer):
         """The backend's own JSON."""
         return self._outer.backend_tokenizer.to_str()
 
+    @property
+    def dated_chat_template(self) -> str | None:
+        """The chat template with a clock that stands still."""
+        template = self.chat_template
+        return template if template is None or "strftime_now" not in template else _SAME_EVERY_DAY + template
+
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         if self.chat_template is None:
             return super().render_chat(messages)
-        template = (_SAME_EVERY_DAY if "strftime_now" in self.chat_template else "") + self.chat_template
-        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "chat_template": template}
+        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "chat_template": self.dated_chat_template}
         try:
             # Templates of thinking models open a chain of thought unless told otherwise; others know no such word.
             return self._outer.apply_chat_template(messages, **settings, enable_thinking=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vltrain.export.format import Choices, Format, Source
+from vltrain.export.format import Choices, Format, Proof, Source
 from vltrain.train.adapters_folder import write_adapters
 
 
@@ -17,4 +17,16 @@ ADAPTERS = Format(
     summary="the trained weights alone, with the recipe and the digests of the base",
     loads="train.init_from: FOLDER; vltrain ask --adapters FOLDER",
     write=_write, reads_base=False,
+    proof=Proof(
+        load="""\
+from vltrain.export.reference import AdaptersReader
+
+reader = AdaptersReader(folder)
+""",
+        ask="""\
+said = reader.say_case(case, max_new_tokens)
+answer = said.text
+""",
+        logits="logits = said.logits\n", is_ours=True,
+    ),
 )  # fmt: skip

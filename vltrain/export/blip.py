@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from vltrain.export.blip_processor import write_processor
-from vltrain.export.format import Choices, Format, Source
+from vltrain.export.format import Choices, Format, Proof, Source
+from vltrain.export.questions import as_text
+from vltrain.export.reference import anywhere
 from vltrain.files.tensors import save_file
+from vltrain.locate import locate
 from vltrain.models.blip_weights import empty_blip, tie_embeddings
 from vltrain.models.build import build_model
 from vltrain.models.low_rank import fold_in
@@ -24,6 +27,7 @@ from vltrain.models.peft_reader import WEIGHTS
 from vltrain.models.peft_settings import CONFIG
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import dequantise_linears
+from vltrain.schema import Sample
 from vltrain.train.checkpoint import kept_by_adalora, load_trainable
 
 
@@ -50,10 +54,7 @@ def _write_updates(folder: Path, source: Source, choices: Choices) -> None:
 
 @torch.no_grad()
 def _write_whole(folder: Path, source: Source, choices: Choices) -> None:
-    model = source.config.model
-    # Nothing runs here, so that kernels which a run on a GPU asked for are not missed.
-    anywhere = dataclasses.replace(model.instructblip, attention="auto", kernels="auto")
-    built = build_model(dataclasses.replace(model, instructblip=anywhere), dtype=torch.float32)
+    built = build_model(anywhere(source.config.model), dtype=torch.float32)
     if source.weights is not None:
         load_trainable(built, source.weights)
     dequantise_linears(built)
@@ -64,17 +65,85 @@ def _write_whole(folder: Path, source: Source, choices: Choices) -> None:
     tie_embeddings(network.language_model)
     tokenizer, instruction = source.tokenizer
     assert instruction is not None, "an InstructBLIP has a Q-Former"
-    write_processor(folder, built, network, tokenizer, instruction)
-    network.save_pretrained(folder)
+    known = write_processor(folder, built, network, tokenizer, instruction)
+    network.generation_config.max_new_tokens = source.max_new_tokens
+    if beyond := list(range(known, network.config.text_config.vocab_size)):  # rows that mean nothing are never chosen
+        network.generation_config.suppress_tokens = beyond
+    network.to(choices.torch_dtype).save_pretrained(folder)
+
+
+def _base(source: Source, place: Path) -> str:
+    """The base as the run reads it: its own folder, or one that is written where there is none, or where the run keeps it in fewer bits."""
+    model = source.config.model
+    if model.instructblip.source is not None and model.bits in (None, 32):
+        return locate(model.instructblip.source)
+    _write_whole(place / "base", dataclasses.replace(source, checkpoint=None, before=None), Choices())
+    return str(place / "base")
+
+
+def _shows_one(sample: Sample) -> bool:
+    return len(sample.images) == 1
 
 
 PEFT = Format(
     summary="low-rank updates and what else was tuned, as peft's folder",
     loads="PeftModel.from_pretrained(InstructBlipForConditionalGeneration.from_pretrained(BASE), FOLDER)",
     write=_write_updates, refuse=_refuse_mixed_modes, reads_base=False,
+    proof=Proof(
+        load="""\
+from peft import PeftModel
+from transformers import InstructBlipForConditionalGeneration
+
+model = PeftModel.from_pretrained(InstructBlipForConditionalGeneration.from_pretrained(base), folder).eval()
+""",
+        ask="""\
+prompt, decoder_only = case["prompt"][None], model.config.use_decoder_only_language_model
+image_id = next(number for number in range(len(prompt[0]) + 1) if number not in prompt)  # any that the prompt has no other use for
+model.base_model.model.config.image_token_id = model.base_model.model.config.image_token_index = image_id
+ids = torch.where(prompt < 0, image_id, prompt)
+inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": case["pixel_values"], "qformer_input_ids": case["read"][None]}
+inputs["qformer_attention_mask"] = torch.ones_like(inputs["qformer_input_ids"])
+answer = None
+""",
+        logits="""\
+if decoder_only:
+    whole = torch.cat([ids, answer_ids], dim=1)
+    logits = model(**{**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}).logits[0, ids.shape[1] - 1 :]
+else:
+    text = model.config.text_config
+    start = text.decoder_start_token_id if text.decoder_start_token_id is not None else text.pad_token_id
+    logits = model(**inputs, decoder_input_ids=torch.cat([torch.full((1, 1), start), answer_ids], dim=1)).logits[0]
+""",
+        question=as_text, takes=_shows_one, base=_base,
+    ),
 )  # fmt: skip
 WHOLE = Format(
-    summary="the whole network, updates folded in, in fp32 (and with as much memory), and its processor, as transformers' folder",
+    summary="the whole network, updates folded in (built in fp32, and with as much memory), and its processor, as transformers' folder",
     loads="InstructBlipForConditionalGeneration.from_pretrained(FOLDER), InstructBlipProcessor.from_pretrained(FOLDER)",
-    write=_write_whole, needs_tuned=False,
+    write=_write_whole, needs_tuned=False, options=frozenset({"dtype"}),
+    proof=Proof(
+        load="""\
+from PIL import Image
+from transformers import GenerationConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
+
+processor = InstructBlipProcessor.from_pretrained(folder)
+model = InstructBlipForConditionalGeneration.from_pretrained(folder).eval()
+settings = GenerationConfig.from_pretrained(folder)
+""",
+        ask="""\
+inputs = processor(images=image, text=question, return_tensors="pt").to(model.dtype)
+output = model.generate(**inputs, generation_config=settings)
+prompt_length = inputs["input_ids"].shape[1] if model.config.use_decoder_only_language_model else 0
+answer = processor.tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True).strip()
+""",
+        logits="""\
+if model.config.use_decoder_only_language_model:
+    ids = torch.cat([inputs["input_ids"], answer_ids], dim=1)
+    logits = model(**{**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, prompt_length - 1 :]
+else:
+    start = torch.full((1, 1), settings.decoder_start_token_id)
+    logits = model(**inputs, decoder_input_ids=torch.cat([start, answer_ids], dim=1)).logits[0]
+""",
+        question=as_text, takes=_shows_one,
+    ),
 )  # fmt: skip

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import AutoTokenizer, InstructBlipForConditionalGeneration, InstructBlipProcessor
+from transformers import InstructBlipForConditionalGeneration, InstructBlipProcessor
 
-from vltrain.data.backend import reset_backend
 from vltrain.data.conversation import encode_prompt
 from vltrain.data.instruction import InstructionSource
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.locate import locate
+from vltrain.export.stock_tokenizer import open_stock
 from vltrain.models.qformer import InstructBlip
 from vltrain.schema import Sample, Turn
 
@@ -36,16 +35,18 @@ PROBES = ("Question: Which one is it? Short answer:", "a", "Which of the two,  (
 
 def write_processor(
     folder: Path, model: InstructBlip, network: InstructBlipForConditionalGeneration, source: str, instruction: InstructionSource
-) -> None:
+) -> int:
     """Writes the processor into `folder`, and puts into the network's config (and tables, if they are full) what goes with it, in place.
 
     Args:
         network: with the weights to be written, not yet written itself.
         source, instruction: where the LLM's and the Q-Former's tokenizer are, as `load_tokenizer` takes them.
 
+    Returns: the ids that the LLM's tokenizer has, those from there on mean nothing.
+
     Raises: InputError for tokenizers that transformers reads in another way than we do.
     """
-    tokenizer, reader = _open(source, ""), _open(instruction.source, instruction.subfolder)
+    tokenizer, reader = open_stock(source), open_stock(instruction.source, instruction.subfolder)
     _close_prompts(tokenizer, model.is_encoder_decoder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -66,18 +67,7 @@ def write_processor(
     # The name that all of transformers' versions know; which of its backends it takes is a matter of the machine.
     settings = folder / "processor_config.json"
     settings.write_text(settings.read_text(encoding="utf-8").replace('"BlipImageProcessorPil"', '"BlipImageProcessor"'), encoding="utf-8")
-    _require_our_ids(folder, model, source, instruction)
-
-
-def _open(source: str, subfolder: str) -> Any:
-    place = Path(locate(source))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place.parent if place.is_file() else place), subfolder=subfolder)
-    except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{place}: transformers loads no tokenizer from there for the exported folder ({detail})") from None
-    reset_backend(tokenizer, str(place))
-    return tokenizer
+    return _require_our_ids(folder, model, source, instruction)
 
 
 def _close_prompts(tokenizer: Any, ends_prompt: bool) -> None:
@@ -123,7 +113,7 @@ def _longer(weight: Tensor, missing: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([weight, weight.mean(dim=0, keepdim=True).expand(missing, -1)]), requires_grad=weight.requires_grad)
 
 
-def _require_our_ids(folder: Path, model: InstructBlip, source: str, instruction: InstructionSource) -> None:
+def _require_our_ids(folder: Path, model: InstructBlip, source: str, instruction: InstructionSource) -> int:
     """Reads the processor back as users will, and compares its ids of some prompts with those that we train on. Raises InputError."""
     ours = load_tokenizer(source, instruction)
     theirs = InstructBlipProcessor.from_pretrained(folder)
@@ -133,3 +123,4 @@ def _require_our_ids(folder: Path, model: InstructBlip, source: str, instruction
         found = theirs.tokenizer(text).input_ids, theirs.qformer_tokenizer(text).input_ids
         if found != (prompt.input_ids.tolist(), prompt.instruction_ids.tolist()):
             raise InputError(f"{source}: transformers' processor reads {text!r} as {found}, we as {(prompt.input_ids.tolist(), prompt.instruction_ids.tolist())}")
+    return ours.vocab_size

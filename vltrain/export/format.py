@@ -11,6 +11,8 @@ import torch
 
 from vltrain.config import Config
 from vltrain.data.instruction import InstructionSource
+from vltrain.export.questions import as_asked
+from vltrain.schema import Sample
 from vltrain.train.checkpoint import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +25,7 @@ class Source:
     checkpoint  the tuned weights; None: the model before tuning
     before      where `checkpoint` is None: the trained weights that the run began with (`train.init_from`), or None for fresh ones
     tokenizer   the arguments of `vltrain.data.tokenizer.load_tokenizer`
+    max_new_tokens  that an answer may have: the recipe's, or as evaluation derives it from the references
     facts       which weights these are, plain JSON: see `vltrain.inference.run.weights_used`
     """
 
@@ -31,6 +34,7 @@ class Source:
     checkpoint: Checkpoint | None
     tokenizer: tuple[str, InstructionSource | None]
     before: Checkpoint | None = None
+    max_new_tokens: int = 64
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,6 +66,31 @@ class Written:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """How a folder is read: lines of Python that its model card shows and its proof runs.
+
+    load    with `folder`: gives what `ask` needs
+    ask     with `image` (of Pillow, a list of several, or None), `question` and `max_new_tokens`: sets `answer`, a text; or None, and the largest logits tell it
+    logits  after `ask`, with `answer_ids` int64 [1, A]: sets `logits` [S, vocabulary] that follow the prompt and each token of the answer, S > A.
+            The three may also use `base` (the folder of the base, where there is one), `run`, and the sample as the run reads it: `case["prompt"]` (int64 [L],
+            placeholders below zero), `case["read"]` (what a Q-Former reads), `case["pixels"]` (uint8 [K, 3, H, W]) and `case["pixel_values"]`
+            (the same, normalised); a card shows no `ask` that uses them
+    question  the sample's question as `ask` gets it
+    takes     which samples can be asked like that
+    base      where the base lies that the folder is put on, which it may write into the folder that it is given; None: it needs none
+    is_ours   read by vltrain itself, in another process
+    """
+
+    load: str
+    ask: str
+    logits: str
+    question: Callable[[Sample], Any] = as_asked
+    takes: Callable[[Sample], bool] = lambda sample: True
+    base: Callable[[Source, Path], str] | None = None
+    is_ours: bool = False
+
+
 def _refuse_nothing(source: Source, choices: Choices) -> None:
     return None
 
@@ -73,6 +102,7 @@ class Format:
     summary      what it writes, for the help
     loads        what loads it, for the help
     write        (folder, source, choices): fills the folder, which appears under its name when it is whole; what it has to say. Raises InputError
+    proof        how the folder is read, by its users and by the proof
     refuse       raises InputError for what the format cannot hold, by the recipe alone: before any weight is read
     options      the fields of `Choices` that it reads: another one on the command line is refused, since it would have no effect
     reads_base   whether the frozen weights are read, so that their digests are compared with those of the training
@@ -82,6 +112,7 @@ class Format:
     summary: str
     loads: str
     write: Callable[[Path, Source, Choices], Written | None]
+    proof: Proof
     refuse: Callable[[Source, Choices], None] = _refuse_nothing
     options: frozenset[str] = frozenset()
     reads_base: bool = True

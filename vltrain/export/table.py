@@ -6,9 +6,10 @@ from vltrain.errors import InputError
 from vltrain.export.adapters import ADAPTERS
 from vltrain.export.blip import PEFT, WHOLE
 from vltrain.export.format import Format
+from vltrain.export.mmt import MMT
 
 FORMATS: dict[str, dict[str, Format]] = {
-    "mmt": {"adapters": ADAPTERS},
+    "mmt": {"mmt": MMT, "adapters": ADAPTERS},
     "instructblip": {"peft": PEFT, "whole": WHOLE, "adapters": ADAPTERS},
 }
 

@@ -1,78 +1,141 @@
 """`vltrain export RUN --output FOLDER [--format NAME] [--checkpoint best|none|FOLDER] [--dtype fp32|bf16|fp16] [--engine NAME]`
 
-A trained model for others to load. The folder must be new; it appears when it is whole; vltrain_origin.json in it says which weights it was made of.
+A trained model for others to load. The folder must be new; it appears when it is whole, and when a clean process has read it by stock libraries
+alone and computed with it what the run's own model computes of real samples: proof.json in it says how near. vltrain_origin.json says which weights it
+was made of, README.md how it is loaded.
 
-    --format      one of its architecture's, see below
-    --checkpoint  a checkpoint's folder, or best; left out: the run's newest; none (where nothing tuned is needed): the model before tuning, the base
-                  of a run that began with random weights
-    --dtype       of the weights that are written, where a format writes the whole model: fp32 (default), bf16 or fp16
-    --engine      the engine that is to load the folder, where a format depends on that: what it cannot take is refused
+    --format         one of its architecture's, see below
+    --checkpoint     a checkpoint's folder, or best; left out: the run's newest; none (where nothing tuned is needed): the model before tuning, the base
+                     of a run that began with random weights
+    --dtype          of the weights that are written, where a format writes the whole model: fp32 (default), bf16 or fp16
+    --engine         the engine that is to load the folder, where a format depends on that: what it cannot take is refused
+    --proof-samples  how many samples of the run's evaluation data the proof asks (8)
+    --proof none     export without a proof, where the samples are not there: proof.json then says so
 
-Exit code: 0, or 2 for a mistake in the input.
+Exit code: 0, or 2 for a mistake in the input and for an export that fails its proof, of which nothing is left.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from vltrain.config import Config
 from vltrain.data.folder import new_folder
 from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.export.format import DTYPES, Choices, Source, Written
+from vltrain.export.format import DTYPES, Choices, Format, Source, Written
+from vltrain.export.proof import prove, write_unproven
+from vltrain.export.reference import ProofData, proof_data
 from vltrain.export.table import describe_formats, find_format
 from vltrain.files.whole import write_json
 from vltrain.inference.run import choose_checkpoint, recipe_of, weights_before, weights_used
+from vltrain.programs.origins import samples_file
 from vltrain.programs.run_folder import read_command
-from vltrain.settings import COMMAND_LINE
+from vltrain.settings import COMMAND_LINE, Arguments
 from vltrain.train.made_of import made_of
+
+logger = logging.getLogger(__name__)
 
 ORIGIN = "vltrain_origin.json"  # in an exported folder: which weights it was made of
 CHOICES = ("dtype", "engine")
+PROOF_SAMPLES = 8
 
 
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain export") -> int:
     """Exports what the command line names. Returns the exit code."""
     help_text = f"{__doc__}\nFormats:\n{describe_formats()}"
-    told = read_command(argv, program=program, help_text=help_text, options=("format", "checkpoint", *CHOICES))
+    told = read_command(argv, program=program, help_text=help_text, options=("format", "checkpoint", *CHOICES, "proof-samples", "proof"))
     if told is None:
         return 0
     run, output, arguments = told
     given = {name: value for name in CHOICES if (value := arguments.last(name)) is not None}
-    export(run, output, arguments.last("format"), arguments.last("checkpoint"), given)
+    export(run, output, arguments.last("format"), arguments.last("checkpoint"), given, proof_samples=_proof_samples(arguments))
     return 0
 
 
-def export(run: Path, output: Path, form: str | None = None, named: str | None = None, given: dict[str, str] | None = None) -> None:
+def export(
+    run: Path, output: Path, form: str | None = None, named: str | None = None, given: dict[str, str] | None = None, *,
+    proof_samples: int | None = PROOF_SAMPLES,
+) -> None:  # fmt: skip
     """Writes the checkpoint `named` (see `choose_checkpoint`) of the run in the folder `run` into the new folder `output`, see the module.
 
     Args:
         form: a name of `FORMATS`; None: the default of the run's architecture.
         given: options that the command line sets, of `CHOICES`.
+        proof_samples: how many samples the folder is tried with; None: none, it is left unproven.
 
-    Raises: InputError for a run that is none, a format that its architecture lacks, and for what the format cannot hold.
+    Raises: InputError for a run that is none, a format that its architecture lacks, what the format cannot hold, samples that are not there, and a
+        folder that does not compute what the run does.
     """
     config = recipe_of(run)
     name, chosen = find_format(config.model.architecture, form, f"{COMMAND_LINE}: --format")
     choices = _choices(given or {}, name, chosen.options)
-    chosen.refuse(Source(run=run, config=config, checkpoint=None, tokenizer=tokenizer_sources(config)), choices)
+    tokenizer = tokenizer_sources(config)
+    chosen.refuse(Source(run=run, config=config, checkpoint=None, tokenizer=tokenizer), choices)
     checkpoint = choose_checkpoint(run, named)
     if checkpoint is None and chosen.needs_tuned:
         raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export as {name}")
-    facts = weights_used(run, config, checkpoint, made_of(config) if chosen.reads_base else None)
-    before = weights_before(run, config) if checkpoint is None else None
-    source = Source(run=run, config=config, checkpoint=checkpoint, before=before, tokenizer=tokenizer_sources(config), facts=facts)
+    data = _proof_data(config, chosen, proof_samples)
+    facts = weights_used(run, config, checkpoint, made_of(config) if chosen.reads_base or data is not None else None)
+    source = Source(
+        run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None, tokenizer=tokenizer,
+        max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens, facts=facts,
+    )  # fmt: skip
     with new_folder(output) as folder:
         try:
             told = chosen.write(folder, source, choices) or Written()
-            write_json(folder / ORIGIN, {"run": str(run), "format": name, **facts, **told.facts, **({"notes": told.notes} if told.notes else {})})
+            notes = {"notes": told.notes} if told.notes else {}
+            write_json(folder / ORIGIN, {"run": str(run), "format": name, "dtype": choices.dtype, **facts, **told.facts, **notes})
+            if data is None:
+                write_unproven(folder)
+            else:
+                logger.info("proof: %d sample(s) of %s are asked of the run's model, and of the folder in a clean process", len(data.samples), data.file)
+                proven = prove(folder, chosen.proof, source, choices, data)
         except SafetensorError as error:  # a full disk, among others
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from None
     print(f"{output}: {name} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
     for note in told.notes:
         print(note)
+    if data is not None:
+        shown = f"{proven['answers_equal']} of {len(data.samples)} answers equal, logits within {proven['max_relative_error']:.1e} of the run's own (fp32)"
+        print(f"proven by {proven['read_by']}: {shown}")
+
+
+def _proof_samples(arguments: Arguments) -> int | None:
+    """How many samples the proof asks; None for none. Raises InputError for what is no number of samples."""
+    proof, count = arguments.last("proof"), arguments.last("proof-samples")
+    if proof is not None:
+        if proof != "none":
+            raise InputError(f"{COMMAND_LINE}: --proof: found '{proof}', expected none, or leave it out")
+        if count is not None:
+            raise InputError(f"{COMMAND_LINE}: --proof-samples: has no effect with --proof none; leave one of both out")
+        return None
+    if count is None:
+        return PROOF_SAMPLES
+    if not count.isascii() or not count.isdigit() or not 1 <= int(count) <= 10_000:
+        raise InputError(f"{COMMAND_LINE}: --proof-samples: found '{count}', expected a number from 1 to 10000; for an export without a proof: --proof none")
+    return int(count)
+
+
+def _proof_data(config: Config, chosen: Format, proof_samples: int | None) -> ProofData | None:
+    """Samples of the run's evaluation data. Raises InputError where they are not there."""
+    if proof_samples is None:
+        return None
+    tried = []
+    for split in dict.fromkeys((config.data.test_split, config.data.eval_split)):
+        try:
+            file = samples_file(config, split)
+        except InputError as error:
+            tried.append(str(error))
+            continue
+        if file.is_file():
+            return proof_data(config, file, proof_samples, chosen.proof.takes)
+        tried.append(str(file))
+    raise InputError(f"proof: the run's evaluation samples are not there ({'; '.join(tried)}); restore them, or export unproven: --proof none")
 
 
 def _choices(given: dict[str, str], name: str, options: frozenset[str]) -> Choices:

@@ -1,0 +1,154 @@
+"""What the run's own model says to some of its evaluation samples, by the very path of an evaluation: what an exported folder is measured against.
+
+Everything is computed in fp32 (`vltrain.evaluate.precision`) on the CPU, one sample at a time, greedily.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vltrain.config import Config, ModelConfig
+from vltrain.data.conversation import encode_prompt, stop_ids
+from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.tokenizer_sources import tokenizer_sources
+from vltrain.errors import InputError
+from vltrain.evaluate.generate import Sampling, generate
+from vltrain.evaluate.precision import products_in_fp32
+from vltrain.evaluate.questions import derived_max_new_tokens
+from vltrain.evaluate.samples import image_loader, read_samples, thin_out
+from vltrain.models.build import AnyModel, build_model
+from vltrain.models.qformer import InstructBlip
+from vltrain.schema import Sample, Segment
+from vltrain.train.adapters_folder import open_adapters
+from vltrain.train.checkpoint import Checkpoint, load_trainable
+
+MOST_NEW_TOKENS = 64  # of an answer that is compared, however long the run's may be
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofData:
+    """`samples` of the run's evaluation data, whose images lie beside `file`; `max_new_tokens`: that an answer may have."""
+
+    file: Path
+    samples: Sequence[Sample]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What a model says to a sample.
+
+    ids     int64 [A], its answer without the token that ended it
+    text    the same as text, stripped
+    logits  fp32 [S, vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's tokens, and before the one that ended it
+    prompt  int64 [L], placeholders below zero
+    read    int64 [I], what a Q-Former reads; empty where there is none
+    pixels  uint8 [K, 3, H, W], the images as squares; pixel_values: fp32, the same normalised
+    """
+
+    ids: Tensor
+    text: str
+    logits: Tensor
+    prompt: Tensor
+    read: Tensor
+    pixels: Tensor
+    pixel_values: Tensor
+
+
+def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sample], bool]) -> ProofData:
+    """Evenly spaced samples of a file, of those that `takes` says can be asked. Raises InputError for a malformed file, and where there is none."""
+    every = read_samples(file)
+    askable = [sample for sample in every if takes(sample)]
+    if not askable:
+        raise InputError(f"{file}: none of its {len(every)} samples can be asked of the exported model alone (one question about one image); export it unproven: --proof none")
+    most = config.eval.max_new_tokens or derived_max_new_tokens(every, load_tokenizer(*tokenizer_sources(config)))
+    return ProofData(file=file, samples=thin_out(askable, num_samples), max_new_tokens=most)
+
+
+def anywhere(model: ModelConfig) -> ModelConfig:
+    """The same network without the kernels that a run on a GPU asked for: nothing of it runs there."""
+    if model.architecture == "instructblip":
+        return dataclasses.replace(model, instructblip=dataclasses.replace(model.instructblip, attention="auto", kernels="auto"))
+    llm = dataclasses.replace(model.llm, attention="auto", kernels="auto")
+    return dataclasses.replace(model, llm=llm, adapter=dataclasses.replace(model.adapter, impl="torch"))
+
+
+def model_of(config: Config, weights: Checkpoint | None) -> AnyModel:
+    """The model of a recipe with its trained weights, on the CPU, in evaluation mode. Raises InputError as `build_model`."""
+    model = build_model(anywhere(config.model), dtype=torch.float32)
+    if weights is not None:
+        load_trainable(model, weights)
+    return model.eval()
+
+
+def spoken(config: Config, weights: Checkpoint | None, source: tuple[str, Any], data: ProofData) -> Iterator[Spoken]:
+    """What the model says to each sample, in order. Raises InputError for an image that cannot be read."""
+    speaker = Speaker(config, weights, source)
+    model = speaker.model
+    load = image_loader(data.file.parent, model.image_size, config.data.max_image_pixels, model.framing)
+    for sample in data.samples:
+        prompt = encode_prompt(sample, speaker.tokenizer, config.data.template, model.visual_tokens)
+        yield speaker.say(prompt, {name: load(name) for name in prompt.images}, data.max_new_tokens)
+
+
+class Speaker:
+    """A model of ours that answers one prompt at a time, and tells its logits."""
+
+    def __init__(self, config: Config, weights: Checkpoint | None, source: tuple[str, Any]) -> None:
+        self.model, self.tokenizer = model_of(config, weights), load_tokenizer(*source)
+        self.settings = {
+            "stop_ids": stop_ids(self.tokenizer, config.data.template), "vocab_size": self.tokenizer.vocab_size, "batch_size": 1, "device": "cpu",
+        }  # fmt: skip
+
+    def say(self, prompt: Segment, images: Mapping[str, np.ndarray], max_new_tokens: int) -> Spoken:
+        """`images`: uint8 [3, H, W] by the names in the prompt. Raises InputError, from `generate`, for logits that are not finite."""
+        steps: list[Tensor] = []
+        sampling = Sampling(max_new_tokens=min(max_new_tokens, MOST_NEW_TOKENS))
+        with products_in_fp32(self.model, "cpu"), _listening(self.model.llm.lm_head, steps):
+            [ids] = generate(self.model, [prompt], images.__getitem__, sampling=sampling, **self.settings)
+        size = self.model.image_size
+        shown = [torch.from_numpy(images[name]) for name in prompt.images]
+        pixels = torch.stack(shown) if shown else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        owner = self.model if isinstance(self.model, InstructBlip) else self.model.vision
+        return Spoken(
+            ids=torch.tensor(ids, dtype=torch.int64), text=self.tokenizer.decode(ids).strip(), logits=torch.cat(steps).float(),
+            prompt=torch.from_numpy(prompt.input_ids).long(), read=torch.from_numpy(prompt.instruction_ids).long(),
+            pixels=pixels, pixel_values=(pixels.float() / 255 - owner.mean) / owner.std,
+        )  # fmt: skip
+
+
+class AdaptersReader(Speaker):
+    """The model of an exported folder of adapters, read anew by whoever proves the folder: `vltrain.train.adapters_folder`."""
+
+    def __init__(self, folder: str) -> None:
+        config, checkpoint = open_adapters(Path(folder))
+        super().__init__(config, checkpoint, tokenizer_sources(config))
+
+    def say_case(self, case: Mapping[str, Tensor], max_new_tokens: int) -> Spoken:
+        """`case`: prompt, read and pixels as in `Spoken`."""
+        images = {str(number): one.numpy() for number, one in enumerate(case["pixels"])}
+        ids = case["prompt"].numpy().astype(np.int32)
+        read = case["read"].numpy().astype(np.int32)
+        prompt = Segment(sample_id="proof", input_ids=ids, loss_mask=np.zeros(len(ids), bool), images=tuple(images), instruction_ids=read)
+        return self.say(prompt, images, max_new_tokens)
+
+
+class _listening:
+    """Collects what a head gives, [1, vocabulary] a step."""
+
+    def __init__(self, head: nn.Module, steps: list[Tensor]) -> None:
+        self.head, self.steps = head, steps
+
+    def __enter__(self) -> None:
+        self.handle = self.head.register_forward_hook(lambda module, given, result: self.steps.append(result.detach().clone()))
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
