@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("vltrain.programs.check", "prove from its receipt that a run saw every sample once, in order; do one of its steps again"),
     "export": ("vltrain.programs.export", "write a trained model as a folder that others load"),
     "importance": ("vltrain.programs.importance", "where AdaLoRA has left how much of its rank: table, heat map, summary"),
+    "ask": ("vltrain.programs.ask", "ask a tuned model a question about images, or hold a conversation with it"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 

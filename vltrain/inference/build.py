@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from typing import Any
+
 import torch
 
-from vltrain.config import Config
+from vltrain.config import Config, ModelConfig
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.models.build import AnyModel, build_model
 from vltrain.train.checkpoint import Checkpoint, load_trainable
 from vltrain.train.fits import require_qformer_positions, require_tokenizer_fits
+
+logger = logging.getLogger(__name__)
+
+# What computes, by architecture: it changes an answer no more than rounding, so that a run asked for kernels that another machine lacks hinders nobody.
+KERNELS = {"mmt": ("llm.attention", "llm.kernels", "adapter.impl"), "instructblip": ("instructblip.attention", "instructblip.kernels")}
+ANYWHERE = ("auto", "torch", "eager", "sdpa")
+
+
+def anywhere(config: Config) -> Config:
+    """The recipe without kernels that only some machines have; what is changed is told."""
+    model = config.model
+    for key in KERNELS[model.architecture]:
+        section, name = key.split(".")
+        found = getattr(getattr(model, section), name)
+        if found not in ANYWHERE:
+            logger.info("model.%s: the run's recipe says %s, answers are made with auto", key, found)
+            model = _with(model, section, name, "auto")
+    return dataclasses.replace(config, model=model)
+
+
+def _with(model: ModelConfig, section: str, name: str, value: Any) -> ModelConfig:
+    return dataclasses.replace(model, **{section: dataclasses.replace(getattr(model, section), **{name: value})})
 
 
 def answering_model(config: Config, tokenizer: Tokenizer, weights: Checkpoint | None, *, dtype: torch.dtype, place: torch.device) -> AnyModel:
@@ -23,7 +49,7 @@ def answering_model(config: Config, tokenizer: Tokenizer, weights: Checkpoint | 
     outline = build_model(config.model, dtype=dtype, device="meta", runs_on=place)
     require_tokenizer_fits(config, tokenizer, outline)
     require_qformer_positions(config, outline)
-    model = build_model(config.model, dtype=dtype, runs_on=place)
+    model = build_model(config.model, dtype=dtype, runs_on=place).to(place).eval()
     if weights is not None:
         load_trainable(model, weights)
-    return model.to(place).eval()
+    return model

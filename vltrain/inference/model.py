@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from vltrain.config import Config, EvalConfig
+from vltrain.data.asked import Asked
 from vltrain.data.conversation import encode_prompt, encode_sample, find_template, stop_ids
 from vltrain.data.loader import batch_of
 from vltrain.data.tokenizer import Tokenizer
@@ -42,10 +43,14 @@ class LoadedModel:
     facts     which weights answer: plain JSON, see `vltrain.inference.run.weights_used`
     device    where it computes
     dtype     of its matrix products
+    asked     how its training questions were put; None where nobody knows
     """
 
-    def __init__(self, model: AnyModel, tokenizer: Tokenizer, config: Config, *, run: Path, facts: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-        self.run, self.config, self.facts, self.device = run, config, dict(facts), device
+    def __init__(
+        self, model: AnyModel, tokenizer: Tokenizer, config: Config, *, run: Path, facts: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
+        asked: Asked | None = None, untuned: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.run, self.config, self.facts, self.device, self.asked = run, config, dict(facts), device, asked
         self.dtype = torch.float32 if config.eval.precision == "fp32" else dtype
         self._model, self._tokenizer = model, tokenizer
         self._template = find_template(config.data.template)
@@ -54,8 +59,8 @@ class LoadedModel:
         if config.eval.precision == "fp32":
             self._widened = widened(model)
             self._widened.__enter__()  # for good
-        with self._computing(), torch.no_grad():
-            model.decide_routing()
+        self._untuned = None if untuned is None else dict(untuned)
+        self._decide()
 
     @property
     def multi_turn(self) -> bool:
@@ -74,21 +79,61 @@ class LoadedModel:
 
     def ask(
         self, images: Sequence[ImageLike], question: str, *, max_new_tokens: int | None = None, temperature: float | None = None,
-        top_p: float | None = None, seed: int | None = None,
+        top_p: float | None = None, seed: int | None = None, as_is: bool = False,
     ) -> Answer:  # fmt: skip
         """Answers one question.
 
         Args:
             images: paths, bytes of image files, PIL images or uint8 arrays [height, width, 3]; [] for a question about none.
-            question: its `<image>` are the places of the images; without any they stand in front, as in most training data.
+            question: put as the training questions were. Its own `<image>` are the places of the images, and then it stays as it is; without any
+                they stand in front, as in most training data.
             max_new_tokens: tokens that the answer may have; None: the recipe's `eval.max_new_tokens`, or 256, and never more than the LLM has room for.
             temperature, top_p, seed: None: the recipe's `eval.temperature` (0: greedy), `eval.top_p` and `train.seed`. The same seed and
                 question give the same answer.
+            as_is: ask the question as it stands, and not as the training questions were put (`phrase`).
 
         Raises: InputError for what is no image, a question that the model cannot be asked, and settings out of range.
+
+        >>> import vltrain
+        >>> model = vltrain.load("runs/quickstart")
+        >>> model.phrase("what color is the shape?")
+        'Question: what color is the shape?\\nAnswer:'
+        >>> model.ask(["shape.png"], "what color is the shape?") == model.ask(["shape.png"], model.phrase("what color is the shape?"), as_is=True)
+        True
         """
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        return self.chat([Turn(role="user", text=_with_markers(question, len(images)))], images, **settings)
+        return self.chat([self.question(question, len(images), as_is=as_is)], images, **settings)
+
+    def phrase(self, question: str) -> str:
+        """The question as the run's training questions were put, where those have a beginning and an end in common."""
+        return question if self.asked is None else self.asked.phrase(question)
+
+    def question(self, text: str, num_images: int, *, as_is: bool = False) -> Turn:
+        """The turn that asks: phrased, and with the places of so many images in front, unless it is to stand as it is or says where they are."""
+        if IMAGE_MARKER not in text:
+            text = f"{IMAGE_MARKER}\n" * num_images + (text if as_is else self.phrase(text))
+        return Turn(role="user", text=text)
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Inside the block the model before its tuning answers. Other threads wait; of a model that was loaded with `keep_untuned`."""
+        assert self._untuned is not None, "load(..., keep_untuned=True)"
+        with self._lock:
+            self._swap(self._untuned)
+            try:
+                yield
+            finally:
+                self._swap(self._untuned)
+
+    def _swap(self, others: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._model.named_parameters():
+            if name in others:
+                parameter.data, others[name] = others[name], parameter.data
+        self._decide()
+
+    def _decide(self) -> None:
+        with self._computing(), torch.no_grad():
+            self._model.decide_routing()
 
     def chat(
         self, turns: Sequence[Turn], images: Sequence[ImageLike] = (), *, max_new_tokens: int | None = None, temperature: float | None = None,
@@ -217,6 +262,3 @@ class LoadedModel:
         finally:
             tokens.close()
 
-
-def _with_markers(question: str, num_images: int) -> str:
-    return question if IMAGE_MARKER in question else f"{IMAGE_MARKER}\n" * num_images + question

@@ -7,8 +7,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vltrain.check.manifest import BEST, pointed
+from vltrain.check.manifest import BEST, MANIFEST, pointed
 from vltrain.config import Config
+from vltrain.data.asked import Asked, how_asked
+from vltrain.data.sample_files import samples_file
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.older_runs import ADDED, complete
@@ -39,6 +41,20 @@ def recipe_of(run: Path, *others: str) -> Config:
 def recorded_identity(run: Path) -> dict[str, Any]:
     """What the run says of itself (`run.json`), see `vltrain.train.identity`; {} where its version kept nothing. Raises InputError."""
     return _recorded(run, "identity")
+
+
+def how_run_was_asked(run: Path, config: Config) -> Asked | None:
+    """How its training questions were put: as it recorded, else as its samples say where they still are; None where nobody knows.
+
+    Raises: InputError for a record that cannot be read.
+    """
+    recorded = Asked.from_json(_recorded(run, "data").get("asked"))
+    if recorded is not None:
+        return recorded
+    try:
+        return how_asked(samples_file(config, config.data.train_split))
+    except InputError:
+        return None
 
 
 def _recorded(run: Path, name: str) -> dict[str, Any]:
@@ -104,7 +120,8 @@ def weights_used(
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
-    """The checkpoint to evaluate: the run's newest whole one, its best, the one that is named, or None for `none`.
+    """The checkpoint to use: the run's newest whole one, its best, the one that is named, or None for `none`; of a folder that `vltrain export
+    --format adapters` wrote, itself.
 
     Raises: InputError if the run has none, or the named one is damaged.
     """
@@ -118,6 +135,8 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
         return open_checkpoint(best)
     if named is not None:
         return open_checkpoint(Path(named))
+    if (folder / MANIFEST).is_file():
+        return open_checkpoint(folder)
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is None:
         root = folder / "checkpoints"

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.config import OWN, Config
+from vltrain.data.asked import how_asked
 from vltrain.data.origin import SAMPLES, SAMPLES_FILE, SAMPLES_RECORD, MadeFrom, Prepared, changes_since, read_made_from, read_prepared
 from vltrain.data.origin import tokenizer_changes, write_made_from, write_prepared
+from vltrain.data.sample_files import samples_file, samples_folder
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
@@ -23,38 +25,6 @@ from vltrain.train.provenance import RUN
 logger = logging.getLogger(__name__)
 
 NO_RECORD = "there is no record of what they were made from"
-
-
-def samples_folder(config: Config) -> Path:
-    """Where the samples of a recipe are: prepared ones, or those of its own."""
-    data = config.data
-    if data.source != OWN:
-        return Path(data.root) / "samples"
-    place = Path(str(data.input))
-    return place if place.is_dir() else place.parent
-
-
-def samples_file(config: Config, split: str) -> Path:
-    """Where a split's samples are, for whoever has had them made and checked: while a run goes on, its raw data may become the next one's.
-
-    Raises: InputError for a split of own samples that the recipe does not say the file of.
-    """
-    if Path(split).name != split:
-        raise InputError(f"split {split!r}: expected a plain name, such as 'val', which is a file below {samples_folder(config)}")
-    data, folder = config.data, samples_folder(config)
-    if data.source != OWN:
-        return folder / f"{split}.jsonl"
-    if split in data.options:
-        return Path(str(data.options[split]))
-    place = Path(str(data.input))
-    if not place.exists():
-        raise InputError(f"data.input: {place}: no such file or folder, expected own samples (data.source = samples)")
-    if place.is_dir():
-        return place / f"{split}.jsonl"
-    if split != data.train_split:
-        ways = f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without evaluation (eval.scorer: null)"
-        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; {ways}")
-    return place
 
 
 def data_identity(config: Config, split: str) -> str | None:
@@ -223,11 +193,14 @@ def require_same_set(config: Config, folder: Path, samples: Path) -> None:
 
 
 def facts_of(config: Config, dataset: PackedDataset) -> dict[str, Any]:
-    """What `run.json` says of the data: packs, their checksum and what they were made from, and the digest of the samples that stand beside them."""
-    made = read_made_from(dataset.folder)
+    """What `run.json` says of the data: packs, their checksum and what they were made from, the digest of the samples that stand beside them, and how
+    their questions are put."""
+    made, asked = read_made_from(dataset.folder), None
+    with suppress(InputError):  # of own packs, samples that are nowhere
+        asked = how_asked(samples_file(config, config.data.train_split))
     return {
         "packs": str(dataset.folder), "checksum": dataset.manifest.checksum, "made_from": None if made is None else asdict(made),
-        "samples": data_identity(config, config.data.train_split),
+        "samples": data_identity(config, config.data.train_split), "asked": None if asked is None else asdict(asked),
     }  # fmt: skip
 
 

@@ -49,11 +49,12 @@ def cpu_has_fast_bf16() -> bool:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def choose_dtype(precision: str, bits: int | None = None, begun: str | None = None) -> torch.dtype:
+def choose_dtype(precision: str, bits: int | None = None, begun: str | None = None, *, place: torch.device | None = None) -> torch.dtype:
     """The dtype of matrix products for `train.precision` and `model.bits`, and of frozen weights where the bits leave it open.
 
     Args:
         begun: a name of `PRECISIONS` that the run computed in until now: what `auto` goes on meaning on whichever machine.
+        place: where it is computed; None: on this rank's device.
 
     fp32 is fp32 everywhere: TF32, which torch allows cuDNN's convolutions unless told otherwise, is switched off.
     """
@@ -64,9 +65,10 @@ def choose_dtype(precision: str, bits: int | None = None, begun: str | None = No
     if precision == "auto" and bits == 16:
         return torch.bfloat16
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else cpu_has_fast_bf16()
+        kind = (place or device()).type
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else cpu_has_fast_bf16()
         chosen = torch.bfloat16 if fast else torch.float32
-        logger.info("precision: %s (train.precision auto: this %s is %sfast at bf16)", chosen, device().type, "" if fast else "not ")
+        logger.info("precision: %s (train.precision auto: this %s is %sfast at bf16)", chosen, kind, "" if fast else "not ")
         return chosen
     return PRECISIONS[precision]
 
