@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vltrain.config import AdapterConfig, ModelConfig
 from vltrain.errors import InputError
+from vltrain.models.adapters.bottleneck import RepAdapter
 from vltrain.models.adapters.table import adapter_kind
 from vltrain.models.llm import LLM_NORMS, llm_blocks
 from vltrain.models.lora import lora_factors, outer_linears, require_no_prompts
@@ -44,25 +45,42 @@ def has_adapters(config: AdapterConfig, part: str) -> bool:
     return getattr(config, part) != "none"
 
 
-def require_linear(model: ModelConfig, instead: str) -> None:
-    """Raises InputError, by the recipe alone, if what is tuned beside or within linear layers is no linear map of a layer's input.
-
-    Args:
-        instead: what to do, the end of the error.
-    """
+def require_low_rank(model: ModelConfig) -> None:
+    """Raises InputError, by the recipe alone, if what is tuned is no low-rank update of linear layers, naming what is not."""
+    whole, apart = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
     for part in PARTS:
         kind = adapter_kind(model.adapter, part)
-        if has_adapters(model.adapter, part) and not hasattr(kind, "linear_map"):
+        if not has_adapters(model.adapter, part):
+            continue
+        if not hasattr(kind, "low_rank_map"):
             key = "vision_kind" if part == "vision" and model.adapter.vision_kind is not None else "kind"
-            found = getattr(model.adapter, key)
-            raise InputError(f"model.adapter.{key}: found '{found}': a {kind.__name__} is no linear map of its input; {instead}")
+            raise InputError(f"model.adapter.{key}: found '{getattr(model.adapter, key)}': a {kind.__name__} is no linear map, which LoRA is; {apart}")
+        if issubclass(kind, RepAdapter) and not model.adapter.residual:
+            raise InputError(f"model.adapter.residual: found False: without what goes in, an update of the layer behind has the full rank; {whole}")
     if model.llm.peft.kind == "adaption_prompt":
-        raise InputError(f"model.llm.peft.kind: found 'adaption_prompt': its prompts depend on the states; {instead}")
+        raise InputError(f"model.llm.peft.kind: found 'adaption_prompt': its prompts depend on the states, which no LoRA does; {apart}")
+    if model.tune == "full" or model.vision.train or model.llm.train:
+        key = "model.tune: found 'full'" if model.tune == "full" else f"model.{'vision' if model.vision.train else 'llm'}.train: found True"
+        raise InputError(f"{key}: the networks' own weights are tuned too, and a LoRA belongs to those before; {whole}")
+    if not any(lora_rank(model, part) for part in PARTS):
+        raise InputError(f"model.adapter.vision and model.adapter.llm are none, and model.llm.peft.kind is null: there is no LoRA to export; {whole}")
 
 
 def has_constant(model: ModelConfig, part: str) -> bool:
     """Whether updates of `llm` or `vision` have a constant."""
     return has_adapters(model.adapter, part) and model.adapter.bias
+
+
+def lora_rank(model: ModelConfig, part: str) -> int:
+    """The largest rank of the updates of `llm` or `vision`; 0 where it has none."""
+    own = model.llm.peft if part == "llm" and model.llm.peft.kind == "lora" else None
+    if not has_adapters(model.adapter, part):
+        return own.rank if own is not None else 0
+    placement = getattr(model.adapter, part)
+    sublayers = ("attention", "ffn") if placement == "both" else (placement,)
+    behind = {layer.rpartition(".")[2] for sublayer in sublayers for layer in (LLM_READERS if part == "llm" else VISION_READERS)[sublayer]}
+    targets = set(own.targets) if own is not None else set()
+    return max(model.adapter.dim + (own.rank if own is not None and behind & targets else 0), own.rank if own is not None else 0)
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ whole matrices again, rounded to their own dtype, and LLaMA's projections get bi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
@@ -26,33 +28,66 @@ LLM_WRITERS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
 LLM_BIAS_SWITCH = {"attention": "attention_bias", "ffn": "mlp_bias"}
 
 
+@dataclass
+class Rounding:
+    """How far weights, as they were written, are from what they should be.
+
+    largest: absolute; relative: of the norm of all of them together.
+    """
+
+    largest: float = 0.0
+    _off: float = 0.0
+    _whole: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        return (self._off / self._whole) ** 0.5 if self._whole else 0.0
+
+    def add(self, exact: Tensor, written: Tensor) -> None:
+        """Of one tensor more."""
+        exact = exact.double()
+        off = written.double() - exact
+        self.largest = max(self.largest, float(off.abs().max()) if off.numel() else 0.0)
+        self._off += float(off.square().sum())
+        self._whole += float(exact.square().sum())
+
+    def put(self, parameter: nn.Parameter, exact: Tensor) -> None:
+        """Writes `exact` into a parameter, in place."""
+        parameter.copy_(exact)
+        self.add(exact, parameter)
+
+
 @torch.no_grad()
-def merge_adapters(model: MultimodalModel) -> None:
+def merge_adapters(model: MultimodalModel) -> Rounding:
     """Folds every adapter into its readers, in place: the ViT and the LLM are plain transformers models afterwards.
 
     Quantised layers become fp32 ones of the same function first, so what was tuned around them is kept exactly. Products are taken in
     float64. `model.llm.config` says so where projections got biases. LoRA is folded in first, since what an
     adapter is folded into is the layer with it.
 
+    Returns: what rounding the products to the weights' dtypes changed.
+
     Raises: InputError, before anything is changed, if the adapters are of a kind that is no linear map, or the LLM has learned prompts.
     """
     require_no_prompts(model.llm)
     for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
         _require_linear(adapter)
+    rounding = Rounding()
     dequantise_linears(model)
-    merge_lora(model.llm)
+    merge_lora(model.llm, rounding.put)
     for block in model.vision.live_blocks:
         for sublayer, norm in VISION_NORMS.items():
-            _merge(block, norm, VISION_READERS[sublayer])
+            _merge(block, norm, VISION_READERS[sublayer], rounding)
     for sublayer, norm in LLM_NORMS.items():
-        got_bias = [_merge(block, norm, LLM_READERS[sublayer]) for block in llm_blocks(model.llm)]
+        got_bias = [_merge(block, norm, LLM_READERS[sublayer], rounding) for block in llm_blocks(model.llm)]
         if any(got_bias):
             for block in llm_blocks(model.llm):
                 _with_zero_bias(block.get_submodule(LLM_WRITERS[sublayer]))
             setattr(model.llm.config, LLM_BIAS_SWITCH[sublayer], True)
+    return rounding
 
 
-def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
+def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...], rounding: Rounding) -> bool:
     """Folds the adapter behind that norm of `block`, if there is one. Returns whether the readers need a bias for it."""
     place = getattr(block, norm_name)
     if not isinstance(place, nn.Sequential):
@@ -63,8 +98,8 @@ def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...]) -> bool:
         weight = linear.weight.double()
         if offset is not None:
             _with_zero_bias(linear)
-            linear.bias.copy_(weight @ offset + linear.bias.double())
-        linear.weight.copy_(weight @ matrix)
+            rounding.put(linear.bias, weight @ offset + linear.bias.double())
+        rounding.put(linear.weight, weight @ matrix)
     setattr(block, norm_name, place.norm)
     return offset is not None
 

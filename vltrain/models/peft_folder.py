@@ -78,21 +78,21 @@ def describe_updates(blip: InstructBlipConfig, weights: dict[str, Tensor], base:
             "rank_pattern": {layer: blip.llm.rank for layer in others if blip.llm.rank != first.rank},
             "alpha_pattern": {layer: blip.llm.alpha for layer in others if blip.llm.alpha != first.alpha},
         }
-        return _plain(LoraConfig(r=first.rank, **common, **patterns).to_dict())
+        return plain_settings(LoraConfig(r=first.rank, **common, **patterns).to_dict())
     schedule = blip.adalora
     settings = AdaLoraConfig(
         init_r=schedule.init_rank, target_r=schedule.target_rank, tinit=schedule.tinit, tfinal=schedule.tfinal, deltaT=schedule.delta_t,
         beta1=schedule.beta1, beta2=schedule.beta2, orth_reg_weight=schedule.orth_reg_weight,
         total_step=schedule.tinit + schedule.tfinal + 1, **common,
     )  # fmt: skip
-    return _plain(settings.to_dict())
+    return plain_settings(settings.to_dict())
 
 
 def _tuning_of(layer: str, blip: InstructBlipConfig) -> QFormerTuning | LanguageTuning:
     return blip.qformer if layer.startswith("qformer.") else blip.llm
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """As JSON holds it: sets are lists, enumerations words."""
     return json.loads(json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
