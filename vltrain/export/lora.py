@@ -54,7 +54,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
         constant = ", with a constant (lora_bias)" if has_constant(model, part) else ""
         notes.append(f"{part}: LoRA of rank {lora_rank(model, part)} on {len(updates)} layers ({layers}){constant}, for {_base_name(source, part)}")
     if (folder / "llm").is_dir():
-        generation_config(source, write_tokenizer(folder / "llm", source)).save_pretrained(folder / "llm")
+        generation_config(source, write_tokenizer(folder / "llm", source), built.llm.config.vocab_size).save_pretrained(folder / "llm")
     if (folder / "vision").is_dir():
         write_image_processor(folder / "vision", built)
     write_beside(folder, built, source)

@@ -34,7 +34,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     tokenizer = write_tokenizer(folder / "llm", source)
     llm = built.llm
     llm.config.bos_token_id, llm.config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
-    llm.generation_config = generation_config(source, tokenizer)
+    llm.generation_config = generation_config(source, tokenizer, llm.config.vocab_size)
     llm.save_pretrained(folder / "llm")
     built.vision.clip.save_pretrained(folder / "vision")
     write_image_processor(folder / "vision", built)

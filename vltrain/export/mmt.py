@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from vltrain.data.backend import make_special
 from vltrain.data.chat import answer_prefix
@@ -23,6 +23,7 @@ from vltrain.data.tokenizer import Tokenizer, TransformersTokenizer, load_tokeni
 from vltrain.errors import InputError
 from vltrain.export import modeling_vltrain_mmt as modeling
 from vltrain.export.format import Choices, Format, Proof, Source
+from vltrain.export.parts import PROBES, generation_config
 from vltrain.export.reference import anywhere
 from vltrain.export.stock_tokenizer import open_stock
 from vltrain.files.strict_json import read_object
@@ -34,7 +35,6 @@ from vltrain.train.checkpoint import load_trainable
 
 CODE = Path(modeling.__file__)
 MODELS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
-PROBES = ("Question: Which one is it?\nAnswer:", "  two  spaces", "1234567 3.14 it's </s>", "Éa 你好 🙂")
 
 
 def refuse_unmergeable(source: Source, choices: Choices) -> None:
@@ -73,12 +73,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> None:
     ids = {"eos_token_id": list(ends), "bos_token_id": tokenizer.bos_id, "pad_token_id": pad}
     for name, value in ids.items():
         setattr(network.config.text_config, name, value)
-    chosen = source.config.eval
-    sampling = {"do_sample": True, "temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": 0} if chosen.temperature else {"do_sample": False}
-    beyond = list(range(tokenizer.vocab_size, rows))  # rows that mean nothing are never chosen
-    network.generation_config = GenerationConfig(
-        **ids, **sampling, max_new_tokens=source.max_new_tokens, **({"suppress_tokens": beyond} if beyond else {})
-    )
+    network.generation_config = generation_config(source, tokenizer, rows, pad)
     for part in (network.config.vision_config, network.config.text_config):
         part.dtype = choices.torch_dtype
     network.to(choices.torch_dtype).save_pretrained(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessor, GenerationConfig
+from transformers import GenerationConfig
 from transformers.image_utils import PILImageResampling
 
 from vltrain.data.backend import make_special
@@ -24,6 +24,7 @@ from vltrain.export.stock_tokenizer import open_stock
 from vltrain.files.tensors import save_file
 from vltrain.files.whole import write_json
 from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.preprocessor import CLIP_KINDS
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 NECK, DESCRIPTION = "neck.safetensors", "multimodal.json"
@@ -89,7 +90,7 @@ def write_image_processor(folder: Path, model: MultimodalModel) -> None:
     square = {"height": size, "width": size}
     resize = {"size": square, "do_center_crop": False} if framing.shorter_edge is None else {"size": {"shortest_edge": framing.shorter_edge}, "crop_size": square}
     settings: dict[str, Any] = {
-        "image_processor_type": CLIPImageProcessor.__name__.removesuffix("Fast").removesuffix("Pil"), "do_resize": True, **resize, "resample": framing.resample,
+        "image_processor_type": CLIP_KINDS[0], "do_resize": True, **resize, "resample": framing.resample,
         "do_center_crop": framing.shorter_edge is not None, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True,
         "image_mean": model.vision.mean.flatten().tolist(), "image_std": model.vision.std.flatten().tolist(),
     }  # fmt: skip
@@ -110,12 +111,15 @@ def write_tokenizer(folder: Path, source: Source) -> Tokenizer:
     return ours
 
 
-def generation_config(source: Source, tokenizer: Tokenizer) -> GenerationConfig:
-    """How answers are chosen and where they end, as the run's evaluation does it."""
+def generation_config(source: Source, tokenizer: Tokenizer, num_rows: int, pad_id: int | None = None) -> GenerationConfig:
+    """How answers are chosen and where they end, as the run's evaluation does it. `num_rows`: of the LLM's table; `pad_id`: None: EOS."""
     chosen = source.config.eval
     sampling = {"do_sample": True, "temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": 0} if chosen.temperature else {"do_sample": False}
-    ends = list(stop_ids(tokenizer, source.config.data.template))
-    return GenerationConfig(bos_token_id=tokenizer.bos_id, eos_token_id=ends, pad_token_id=tokenizer.eos_id, max_new_tokens=source.max_new_tokens, **sampling)
+    beyond = list(range(tokenizer.vocab_size, num_rows))  # rows that mean nothing are never chosen
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_id, eos_token_id=list(stop_ids(tokenizer, source.config.data.template)), max_new_tokens=source.max_new_tokens,
+        pad_token_id=tokenizer.eos_id if pad_id is None else pad_id, **sampling, **({"suppress_tokens": beyond} if beyond else {}),
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -6,12 +6,16 @@ from vltrain.errors import InputError
 from vltrain.export.adapters import ADAPTERS
 from vltrain.export.blip import PEFT, WHOLE
 from vltrain.export.format import Format
+from vltrain.export.lora import LORA
+from vltrain.export.merged import MERGED
 from vltrain.export.mmt import MMT
 
 FORMATS: dict[str, dict[str, Format]] = {
-    "mmt": {"mmt": MMT, "adapters": ADAPTERS},
+    "mmt": {"mmt": MMT, "lora": LORA, "merged": MERGED, "adapters": ADAPTERS},
     "instructblip": {"peft": PEFT, "whole": WHOLE, "adapters": ADAPTERS},
 }
+# What is called otherwise elsewhere.
+CALLED = {"instructblip": {"lora": "peft", "merged": "whole", "mmt": "whole"}, "mmt": {"peft": "lora", "whole": "mmt"}}
 
 
 def find_format(architecture: str, name: str | None, where: str) -> tuple[str, Format]:
@@ -28,7 +32,8 @@ def find_format(architecture: str, name: str | None, where: str) -> tuple[str, F
         return name, has[name]
     known = sorted({other for formats in FORMATS.values() for other in formats})
     told = f"a run of the architecture {architecture} has no format {name!r}" if name in known else f"found {name!r}"
-    raise InputError(f"{where}: {told}, expected one of {', '.join(has)}")
+    here = f": what it holds, {CALLED[architecture][name]} holds here" if name in CALLED[architecture] else ""
+    raise InputError(f"{where}: {told}{here}, expected one of {', '.join(has)}")
 
 
 def describe_formats() -> str:

@@ -32,6 +32,7 @@ from vltrain.export.reference import ProofData, proof_data
 from vltrain.export.table import describe_formats, find_format
 from vltrain.files.whole import write_json
 from vltrain.inference.run import choose_checkpoint, recipe_of, weights_before, weights_used
+from vltrain.models.quiet import quiet_transformers
 from vltrain.programs.origins import samples_file
 from vltrain.programs.run_folder import read_command
 from vltrain.settings import COMMAND_LINE, Arguments
@@ -85,7 +86,7 @@ def export(
         run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None, tokenizer=tokenizer,
         max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens, facts=facts,
     )  # fmt: skip
-    with new_folder(output) as folder:
+    with new_folder(output) as folder, quiet_transformers():
         try:
             told = chosen.write(folder, source, choices) or Written()
             notes = {"notes": told.notes} if told.notes else {}
