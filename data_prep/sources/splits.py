@@ -2,7 +2,8 @@
 
 Samples that show the same image, under one path or as equal bytes under several, belong to one group, and so do those of groups that a
 sample with several images joins (connected components). A group goes to one split as a whole, drawn by a hash of its smallest id: a group keeps its split
-when others come or go. A group of more than half of all samples is trained on, since nothing could be learned without it.
+when others come or go. A group of more than half of all samples is trained on, since nothing could be learned without it. Where chance leaves a split
+empty whose fraction is of a group or more, as among forty photos it may, the split gets the group that came closest.
 
 Official splits stay as they are; how many images and questions they share is told.
 
@@ -92,7 +93,16 @@ def _draw(samples: Iterable[RawSample], fractions: Mapping[str, float]) -> tuple
     for root, name in zip(roots, ids, strict=True):
         smallest[root] = min(name, smallest.get(root, name))
     by_root = {root: "train" if 2 * sizes[root] > len(ids) else _split_at(share_of(name), fractions) for root, name in smallest.items()}
+    _fill(by_root, {root: share_of(name) for root, name in smallest.items() if 2 * sizes[root] <= len(ids)}, fractions)
     return [by_root[root] for root in roots], len(by_root)
+
+
+def _fill(by_root: dict[int, str], shares: Mapping[int, float], fractions: Mapping[str, float]) -> None:
+    """Gives an empty split of a group or more the group of `train` whose share is the next one, in place; `train` keeps one."""
+    for split, fraction in fractions.items():
+        left = sorted((share, root) for root, share in shares.items() if by_root[root] == "train")
+        if split not in by_root.values() and fraction * len(by_root) >= 1 and len(left) > 1:
+            by_root[left[0][1]] = split
 
 
 def _split_at(share: float, fractions: Mapping[str, float]) -> str:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import prepare
+from data_prep.sources.raw import RawSample
+from data_prep.sources.splits import drawn
 from tests.attacks.attack import Shown, attack, refused, right, told
-from tests.attacks.inputs import chat, picture, prepare_words, write_json
+from tests.attacks.inputs import chat, picture, prepare_words, sample, write_json
+from vltrain.schema import Sample
 
 LEAK = "leakage between splits"
 SMALL = "splits of a handful of samples"
@@ -213,3 +216,18 @@ def more_held_out_than_differ(folder: Path) -> Shown:
     (folder / "results_20130124.token").write_text("".join(f"{number}.png#0\tA photo.\n" for number in range(6)))
     words = prepare_words("flickr30k", folder, folder / "out", "val_images=2", "test_images=1")
     return refused(words, "val_images 2", "of which 1 differ", untouched=folder)
+
+
+@attack(SMALL)
+def chance_that_leaves_a_split_empty(folder: Path) -> Shown:
+    """What is right: of twelve photos a tenth and a fifth are held out, whatever their names are; each group stays whole, and something is trained on."""
+    for first in range(100, 20_000, 199):
+        ids = [f"{first + number}" for number in range(12)]
+        asked = [(name, Sample.from_json(sample(f"{name}-{turn}", images=(f"{name}.png",), question="<image>\nQ?"), "")) for name in ids for turn in range(2)]
+        samples = [RawSample(split="train", sample=one, image_sources=(folder / f"{name}.png",)) for name, one in asked]
+        fractions = {"val_fraction": 0.1, "test_fraction": 0.2}
+        found = list(drawn("llava_json", lambda samples=samples: samples, fractions, fractions))
+        splits = {raw.sample.id.partition("-")[0]: raw.split for raw in found}
+        assert set(splits.values()) == {"train", "val", "test"}
+        assert all(splits[raw.sample.id.partition("-")[0]] == raw.split for raw in found)
+    return right("100 sets of 12 images, none without a split")

@@ -1,4 +1,4 @@
-"""Small text files that are whole or not there: written beside their name, flushed to disk and renamed."""
+"""Small files that are whole or not there: written beside their name, flushed to disk and renamed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, and the folders it lies in. Raises InputError if that is not possible."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, a text as UTF-8, and the folders it lies in. Raises InputError if that is not possible."""
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with renamed_when_written(path) as beside, beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with renamed_when_written(path) as beside, beside.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

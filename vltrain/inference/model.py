@@ -7,10 +7,12 @@ a lock lets one of them at a time make a forward, so that their answers advance 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from vltrain.data.conversation import encode_prompt, encode_sample, find_templat
 from vltrain.data.loader import batch_of
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError, require
-from vltrain.evaluate.generate import Sampling, Token, generate_tokens
+from vltrain.evaluate.generate import Sampling, Token, generate, generate_tokens
 from vltrain.evaluate.precision import widened
 from vltrain.evaluate.samples import image_loader, read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken
@@ -32,6 +34,8 @@ from vltrain.recipe import checked_value
 from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
 
 NEW_TOKENS = 256  # that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer
+Question: TypeAlias = tuple[Sequence[Turn], Sequence[ImageLike]]
+"""The turns of a question and the images that they show."""
 QUESTION = "question"  # what samples made here are called in errors
 
 
@@ -174,6 +178,43 @@ class LoadedModel:
             device=self.device,
         )
         return AnswerStream(self._by_turns(tokens), self._tokenizer.decode, on_token=on_token, cancel=cancel)
+
+    def answer_all(
+        self, questions: Iterable[Question], batch_size: int = 8, *, max_new_tokens: int | None = None, temperature: float | None = None,
+        top_p: float | None = None, seed: int | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """The text of `chat`'s answer to each question, in their order, so many at once. In bf16 near-ties may fall otherwise than one by one.
+
+        Args:
+            questions: (turns, images) of each; read as they are needed.
+            others: as of `chat`.
+
+        Raises: InputError as `chat`.
+        """
+        remaining = iter(questions)
+        while batch := [(turns, squares(images, self._model, self.config.data.max_image_pixels)) for turns, images in islice(remaining, batch_size)]:
+            prompts, pixels = [], {}
+            for number, (turns, shown) in enumerate(batch):
+                segment = self._encode(turns, len(shown))
+                names = tuple(f"{number}/{name}" for name in segment.images)
+                prompts.append(replace(segment, images=names))
+                pixels.update(zip(names, shown))
+            samplings = [self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed) for prompt in prompts]
+            yield from self._answer_batch(prompts, pixels, samplings)
+
+    def _answer_batch(self, prompts: list[Segment], pixels: Mapping[str, np.ndarray], samplings: list[Sampling]) -> list[str]:
+        """Of one length of answers at a time: where an LLM has little room left, answers are shorter."""
+        answers = [""] * len(prompts)
+        for sampling in dict.fromkeys(samplings):
+            numbers = [number for number, one in enumerate(samplings) if one == sampling]
+            with self._lock, self._computing():
+                found = generate(
+                    self._model, [prompts[number] for number in numbers], pixels.__getitem__, sampling=sampling, stop_ids=self._stop_ids,
+                    vocab_size=self._tokenizer.vocab_size, batch_size=len(numbers), device=self.device,
+                )  # fmt: skip
+            for number, token_ids in zip(numbers, found, strict=True):
+                answers[number] = self._tokenizer.decode(token_ids).strip()
+        return answers
 
     def loss(self, samples: str | Path | Sequence[Sample | Mapping[str, Any]], *, folder: str | Path | None = None) -> list[float]:
         """The mean loss per answer token of each sample, in fp32: what training would see of it, without dropout.
