@@ -22,6 +22,8 @@ def test_the_quickstart_from_a_fresh_clone(tmp_path):
     found = re.fullmatch(r"quickstart: accuracy=(\d\.\d{4}) \((\d+) questions\) seconds=\d+", last)
     assert found, last
     assert float(found[1]) >= 0.95 and int(found[2]) == 9673
+    asked = done.stdout.split("quickstart: .venv/bin/vltrain ask ", 1)[1].splitlines()
+    assert asked[0].startswith("runs/quickstart --image data/easyvqa/samples/") and asked[1] == "quickstart: triangle", asked[:2]
     again = subprocess.run(["bash", "launch/quickstart.sh"], cwd=clone, env=environment, capture_output=True, text=True, timeout=3000)
     assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith(f"quickstart: accuracy={found[1]} "), "run again, it says the same"
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True).stdout
