@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "importance": ("vltrain.programs.importance", "where AdaLoRA has left how much of its rank: table, heat map, summary"),
     "ask": ("vltrain.programs.ask", "ask a tuned model a question about images, or hold a conversation with it"),
     "answer": ("vltrain.programs.answer", "answer the questions of a VLMEvalKit data set, as its result file"),
+    "serve": ("vltrain.programs.serve", "answer questions over HTTP as OpenAI's chat completions, and on a local web page"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 

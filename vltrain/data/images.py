@@ -109,7 +109,10 @@ def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> It
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield Image.open(stream, formats=FORMATS)
+            image = Image.open(stream, formats=FORMATS)
+            if image.width * image.height > max_pixels:  # Pillow's warning may be another thread's to hear
+                raise Image.DecompressionBombError(f"Image size ({image.width * image.height} pixels) exceeds the limit")
+            yield image
     except _TOO_LARGE as error:
         found = str(error).partition(" exceeds")[0]  # "Image size (N pixels)"
         raise InputError(f"{where}: {found}, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)") from None
@@ -216,22 +219,34 @@ def require_image(path: Path, max_pixels: int, where: str, *, inside: Path | Non
 
 def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) -> tuple[BinaryIO, os.stat_result]:
     """An open file that `read_image` may read, and its status. Raises InputError for another one, and OSError."""
-    limit = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
     # Without O_NONBLOCK a named pipe would wait for its writer.
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    file, status = plain_image(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), max_pixels, where)
     try:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{where}: found something else than a file, expected an image")
-        if status.st_size > limit:
-            allowed = f"the {limit:,} that an image of {max_pixels:,} pixels can take (max_image_pixels)"
-            raise InputError(f"{where}: the file has {status.st_size:,} bytes, more than {allowed}")
         if inside is not None:
             _require_inside(path, inside, where)
     except BaseException:
         file.close()
         raise
     return file, status
+
+
+def plain_image(descriptor: int, max_pixels: int, where: str) -> tuple[BinaryIO, os.stat_result]:
+    """The file of an open descriptor and its status, if it is a plain one and no larger than an image of so many pixels; else it is closed.
+
+    Raises: InputError.
+    """
+    limit = _BYTES_PER_PIXEL * max_pixels + _BYTES_BESIDE
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{where}: found something else than a file, expected an image")
+        if status.st_size > limit:
+            allowed = f"the {limit:,} that an image of {max_pixels:,} pixels can take (max_image_pixels)"
+            raise InputError(f"{where}: the file has {status.st_size:,} bytes, more than {allowed}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb"), status
 
 
 def _require_inside(path: Path, folder: Path, where: str) -> None:

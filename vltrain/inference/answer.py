@@ -63,14 +63,16 @@ class TextPieces:
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer's text, as they come; `answer()` is what has come so far.
+    """The pieces of an answer's text, as they come; `answer()` is what has come so far. `num_prompt_tokens`: that the question has, with its images'.
 
     Closing it, leaving its `with` block or dropping it ends the model's work; so does `cancel`, from any thread, before the next token.
     """
 
     def __init__(
-        self, tokens: Iterator[Token], decode: Callable[[list[int]], str], *, on_token: OnToken | None = None, cancel: threading.Event | None = None
+        self, tokens: Iterator[Token], decode: Callable[[list[int]], str], *, num_prompt_tokens: int, on_token: OnToken | None = None,
+        cancel: threading.Event | None = None,
     ) -> None:  # fmt: skip
+        self.num_prompt_tokens = num_prompt_tokens
         self._tokens, self._on_token, self._cancel = tokens, on_token, cancel
         self._pieces = TextPieces(decode)
         self._ids: list[int] = []

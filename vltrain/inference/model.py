@@ -177,7 +177,9 @@ class LoadedModel:
             self._model, prompt, dict(zip(prompt.images, pixels)), sampling=sampling, stop_ids=self._stop_ids, vocab_size=self._tokenizer.vocab_size,
             device=self.device,
         )
-        return AnswerStream(self._by_turns(tokens), self._tokenizer.decode, on_token=on_token, cancel=cancel)
+        return AnswerStream(
+            self._by_turns(tokens), self._tokenizer.decode, num_prompt_tokens=len(prompt.input_ids), on_token=on_token, cancel=cancel
+        )
 
     def answer_all(
         self, questions: Iterable[Question], batch_size: int = 8, *, max_new_tokens: int | None = None, temperature: float | None = None,

@@ -1,0 +1,1 @@
+"""A tuned model behind HTTP: OpenAI's chat completions, and a page to chat on."""
