@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tests.support.answering_run import KINDS, answering_run, asked
@@ -35,9 +38,7 @@ def loaded(runs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_evaluate(kind, runs, loaded):
     run = runs[kind]
-    assert evaluate([str(run.folder), "--split", "test"]) == 0
-    lines = (run.folder / "eval" / "test" / "predictions.jsonl").read_text().splitlines()
-    predicted = {record["id"]: record["prediction"] for record in map(json.loads, lines)}
+    predicted = evaluated(run)
     answers = {one.id: loaded[kind].chat(asked(one), run.paths(one)) for one in run.samples}
     assert {name: answer.text for name, answer in answers.items()} == predicted
     assert len(set(predicted.values())) > 3  # else nothing was compared
@@ -197,3 +198,67 @@ def test_turns_that_are_no_question_are_refused(runs, loaded):
         loaded["mmt"].ask([], "which color " * 90)
 
 
+
+
+def evaluated(run, *words: str) -> dict[str, str]:
+    assert evaluate([str(run.folder), "--split", "test", *words]) == 0
+    lines = (run.folder / "eval" / "test" / "predictions.jsonl").read_text().splitlines()
+    return {record["id"]: record["prediction"] for record in map(json.loads, lines)}
+
+
+def test_bits_are_those_of_evaluate(runs):
+    run = runs["mmt"]
+    model = load(run.folder, bits=4)
+    linear = model._model.llm.model.layers[0].mlp.up_proj
+    assert type(linear).__name__ == "Nf4Linear" and model.facts["changed_settings"] == ["model.bits"]
+    assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(run, "--bits", "4", "--eval.batch_size", "1")
+
+
+def test_bits_whose_package_is_missing_are_refused(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="bitsandbytes"):
+        load(runs["mmt"].folder, bits=4)
+
+
+def test_an_evaluation_in_fp32_of_a_run_in_bf16_is_asked_in_fp32(tmp_path):
+    run = answering_run("mmt", tmp_path, eval__max_new_tokens=NEW_TOKENS, eval__precision="fp32", train__precision="bf16")
+    model = load(run.folder)
+    assert model.dtype == torch.float32 and model._model.llm.model.embed_tokens.weight.dtype == torch.float32
+    assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(run)
+
+
+def test_kernels_that_this_machine_lacks_hinder_no_answer(runs, tmp_path, caplog):
+    run = runs["mmt"]
+    shutil.copytree(run.folder, tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    recipe["model"]["llm"] |= {"attention": "flash_attention_2", "kernels": "liger"}
+    recipe["model"]["adapter"]["impl"] = "triton"
+    file.write_text(yaml.safe_dump(recipe))
+    with caplog.at_level("INFO"):
+        model = load(tmp_path / "run", device="cpu")
+    assert "model.llm.attention: the run's recipe says flash_attention_2" in caplog.text
+    sample = run.samples[0]
+    assert model.chat(asked(sample), run.paths(sample)).token_ids == load(run.folder).chat(asked(sample), run.paths(sample)).token_ids
+
+
+def test_routed_adapters_and_the_untuned_model_answer_by_turns(tmp_path):
+    """Each has decided for itself, and the tuned model answers as before when the other has."""
+    run = answering_run("mmt", tmp_path, eval__max_new_tokens=NEW_TOKENS, adapter__kind="router", adapter__temperature=0.5)
+    model, before = load(run.folder, keep_untuned=True), load(run.folder, checkpoint="none")
+    assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(run)
+    for sample in run.samples[:3]:
+        tuned = model.chat(asked(sample), run.paths(sample))
+        with model.untuned():
+            assert model.chat(asked(sample), run.paths(sample)) == before.chat(asked(sample), run.paths(sample)) != tuned
+        assert model.chat(asked(sample), run.paths(sample)) == tuned
+
+
+def test_questions_are_put_as_the_training_put_them(runs, tmp_path):
+    run = runs["mmt"]
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"data": {"asked": {"begin": "question : ", "end": " short answer :", "multi_turn": False, "images": True}}}))
+    model, plain, path = load(tmp_path / "run"), load(run.folder), run.images / "one.png"
+    put = plain.chat([Turn(role="user", text="<image>\nquestion : what color ? short answer :")], [path])
+    assert model.ask([path], "what color ?") == model.ask([path], "<image>\nquestion : what color ? short answer :") == put
+    assert model.ask([path], "what color ?", as_is=True) == plain.ask([path], "what color ?") != put

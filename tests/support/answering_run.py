@@ -39,7 +39,7 @@ class AnsweringRun:
 
 
 def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
-    """Makes one of `KINDS` in a folder; `changes` are dotted keys with `__` for the dots, of mmt those of `eval` and `data.template` alone."""
+    """Makes one of `KINDS` in a folder; `changes` are dotted keys with `__` for the dots, of mmt `adapter` is `model.adapter`."""
     config = _mmt_config(place, **changes) if kind == "mmt" else blip_config(
         kind, make_tokenizers(place / "tokenizers"), data__root=str(place / "data"), data__source=None, data__options={}, qformer_tokens=32,
         qformer__mode="full", llm__mode="full", eval__method="generate", eval__scorer="exact", **changes,
@@ -84,7 +84,7 @@ def _mmt_config(place: Path, **changes: object) -> Config:
     config.data.root, config.train.precision = str(place / "data"), "fp32"
     for name, value in changes.items():
         section, key = name.split("__")
-        setattr(getattr(config, section), key, value)
+        setattr(config.model.adapter if section == "adapter" else getattr(config, section), key, value)
     return config
 
 

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from vltrain.console import start_logging
 from vltrain.errors import InputError
-from vltrain.inference.run import (  # noqa: F401  these have moved there
-    RECIPE, recipe_of, recorded_identity, require_run, tell_edits, weights_before, weights_used,
-)  # fmt: skip
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
 
 

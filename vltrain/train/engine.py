@@ -78,6 +78,9 @@ def shutdown_distributed() -> None:
     """Leaves the process group, so that no rank ends while another still needs it."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DeepSpeed remembers the group, for a process that trains again.
+        deepspeed.comm.comm.cdb = None
+        deepspeed.utils.groups._WORLD_GROUP = None
 
 
 def from_rank_0(value: Any) -> Any:
