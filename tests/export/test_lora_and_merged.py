@@ -69,6 +69,8 @@ def test_a_lora_folder_is_what_peft_and_engines_read(tmp_path: Path, capsys: Any
     # What vLLM's `parse_fine_tuned_lora_name` takes, and its rank.
     assert all(name.startswith("base_model.model.model.layers.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     assert all(7 in tensor.shape and tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert {path.name for path in (tmp_path / "out" / "llm").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>" and AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 64
     neck = load_file(tmp_path / "out" / "neck.safetensors")
     assert torch.equal(neck["modality_embedding.weight"], model.modality_embedding.weight) and torch.equal(neck["down.weight"], model.neck.down.weight)
     described = json.loads((tmp_path / "out" / "multimodal.json").read_text())

@@ -1,8 +1,8 @@
 """The [cls]-tap model's adapters and LoRA as peft's folders, one for the LLM and one for the ViT, with what stands beside the networks.
 
     llm/, vision/     adapter_config.json, adapter_model.safetensors: on the run's frozen LlamaForCausalLM and CLIPVisionModel; a network without adapters has
-                      none. Tokenizer and image processor lie with them
-    neck.safetensors, multimodal.json      see `vltrain.export.parts`
+                      none
+    neck.safetensors, multimodal.json, tokenizer, image processor, generation config     see `vltrain.export.parts`
 
 Every update has the same rank, filled up with zeros, and a scaling of 1, so that no engine has to know of patterns; LoRA alone keeps its own alpha. What a
 network with adapters computes is exactly what it computes with these (`vltrain.models.as_lora`). Adapters with biases need `lora_bias`, which peft
@@ -53,10 +53,9 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
         layers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in updates))
         constant = ", with a constant (lora_bias)" if has_constant(model, part) else ""
         notes.append(f"{part}: LoRA of rank {lora_rank(model, part)} on {len(updates)} layers ({layers}){constant}, for {_base_name(source, part)}")
-    if (folder / "llm").is_dir():
-        generation_config(source, write_tokenizer(folder / "llm", source), built.llm.config.vocab_size).save_pretrained(folder / "llm")
-    if (folder / "vision").is_dir():
-        write_image_processor(folder / "vision", built)
+    # Not beside the LLM's LoRA: engines would take it for a tokenizer that only this LoRA has.
+    generation_config(source, write_tokenizer(folder, source), built.llm.config.vocab_size).save_pretrained(folder)
+    write_image_processor(folder, built)
     write_beside(folder, built, source)
     notes += who_loads(model)
     if lora_rank(model, "vision"):

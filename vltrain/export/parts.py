@@ -2,7 +2,7 @@
 
     neck.safetensors      fp32: `modality_embedding.weight` [2, d] (text, image); the neck, `down.*` and `up.*`, or `weight` and `bias`
     multimodal.json       which states of the ViT are read, how a prompt is laid out, how images become pixels
-    vision/preprocessor_config.json, llm/tokenizer...    as transformers reads them
+    preprocessor_config.json, tokenizer.json, generation_config.json     as transformers reads them
 """
 
 from __future__ import annotations
