@@ -22,10 +22,10 @@ COMMON = {"train__max_steps": STEPS, "train__epochs": 50.0, "train__packs_per_st
 BOTH = {"model__adapter__vision": "both", "model__adapter__llm": "both"}
 NONE = {"model__adapter__vision": "none", "model__adapter__llm": "none"}
 ADALORA = {"init_rank": 4, "target_rank": 2, "tinit": 2, "tfinal": 2, "delta_t": 2}
-SHAPES = {"loha_silu": {"model__adapter__dim": 16}, "loha_weighted": {"model__adapter__dim": 16}}
+MORE = {"repadapter": {"model__adapter__scale": 0.5}, "loha_silu": {"model__adapter__dim": 16}, "loha_weighted": {"model__adapter__dim": 16}}
 
 MMT: dict[str, dict[str, Any]] = {
-    **{kind: {"model__adapter__kind": kind, **BOTH, **SHAPES.get(kind, {}), **({"model__adapter__rank": 2} if kind.startswith("loha") else {})} for kind in ADAPTERS},
+    **{kind: {"model__adapter__kind": kind, **BOTH, **MORE.get(kind, {}), **({"model__adapter__rank": 2} if kind.startswith("loha") else {})} for kind in ADAPTERS},
     "bottleneck without biases": {**BOTH, "model__adapter__bias": False},
     "linear neck": {"model__neck__kind": "linear"},
     "lora": {**NONE, "model__llm__peft__kind": "lora", "model__llm__peft__targets": ["q_proj", "down_proj"]},
