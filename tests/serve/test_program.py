@@ -83,8 +83,27 @@ def serving(run: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 @pytest.fixture(scope="module")
 def server(places) -> Iterator[tuple[subprocess.Popen, str]]:
-    with serving(places.run, "--images", str(places.root / "data" / "samples")) as found:
+    """The README's command, over this run."""
+    words = next(line for line in readme().splitlines() if line.startswith("vltrain serve ")).split()[2:]
+    own = {"runs/quickstart": None, "--port": None, "8000": None, "data/easyvqa/samples": str(places.root / "data" / "samples")}
+    with serving(places.run, *(own.get(word, word) for word in words if own.get(word, word) is not None)) as found:
         yield found
+
+
+def readme() -> str:
+    """Its section on serving."""
+    return (ROOT / "README.md").read_text().split("## Serving\n")[1].split("\n## ")[0]
+
+
+def test_the_readmes_program_is_answered(server, places, capsys):
+    program = readme().split("```python\n")[1].split("```")[0]
+    own = {"http://127.0.0.1:8000": server[1], "images/test/0.png": "images/1.png", 'model="quickstart"': 'model="run"'}
+    for theirs, ours in own.items():
+        assert theirs in program
+        program = program.replace(theirs, ours)
+    exec(program, {})
+    image = places.root / "data" / "samples" / "images" / "1.png"
+    assert capsys.readouterr().out == load(places.run, device="cpu").ask([image], "what is the red shape?").text != ""
 
 
 def noise(seed: int, edge: int) -> Image.Image:
@@ -97,8 +116,10 @@ def png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def question(number: int, edge: int) -> tuple[bytes, str]:
-    return png(noise(number, edge)), f"Question {number}: is there a {['red', 'blue', 'green', 'grey'][number % 4]} shape?\nAnswer:"
+def question(number: int, edge: int, kind: str = "PNG") -> tuple[bytes, str]:
+    stream = io.BytesIO()
+    noise(number, edge).save(stream, kind)
+    return stream.getvalue(), f"Question {number}: is there a {['red', 'blue', 'green', 'grey'][number % 4]} shape?\nAnswer:"
 
 
 async def ask_together(url: str, asked: list[tuple[bytes, str]], **settings) -> list:
@@ -221,10 +242,10 @@ def resident_bytes(process: subprocess.Popen) -> int:
 
 @pytest.mark.slow
 def test_two_hundred_at_once_within_bounded_memory(places):
-    """Their bodies are 600 MB in all: read at once, they would show."""
-    asked = [question(number, 880) for number in range(200)]
-    assert sum(len(image) for image, _ in asked) > 450e6
-    with serving(places.run, "--no-page", "--max-request-bytes", str(4 << 20)) as (process, url):
+    """Their bodies are 288 MB in all: read at once, they would add 560 MB."""
+    asked = [question(number, 600, "BMP") for number in range(200)]
+    assert sum(len(image) for image, _ in asked) * 4 / 3 > 285e6
+    with serving(places.run, "--no-page", "--max-request-bytes", str(2 << 20)) as (process, url):
         asyncio.run(ask_together(url, asked[:4], max_tokens=6, logprobs=True))
         before, most = resident_bytes(process), 0
 

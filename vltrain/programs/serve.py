@@ -35,14 +35,14 @@ from typing import TYPE_CHECKING, Any
 
 from vltrain.config import Config
 from vltrain.console import start_logging
-from vltrain.errors import InputError, exits_cleanly
+from vltrain.errors import InputError, end_at_once, exits_cleanly
 from vltrain.inference.load import load
 from vltrain.inference.run import recipe_of, require_run
 from vltrain.programs.origins import samples_file
 from vltrain.settings import COMMAND_LINE, FLAGS, Arguments, split_arguments
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import limit_threads
-from vltrain.train.preemption import Preemption
+from vltrain.train.preemption import Preempted, Preemption
 
 if TYPE_CHECKING:
     from vltrain.serve.app import Limits
@@ -115,8 +115,10 @@ def _serve(run: Path, arguments: Arguments, with_page: bool) -> None:
         greeting = f"serving {shelf.entries[0].id} ({shelf.entries[0].title}) at {server.url_of(listener)}/v1{', a page at ' + server.url_of(listener) if with_page else ''}"
         try:
             server.make_server(gates, worker, max_waiting=limits.max_waiting, greeting=greeting).run(sockets=[listener])
-        finally:
-            worker.end(timeout_seconds=1.0)
+        except Preempted as left:
+            if not worker.end(timeout_seconds=1.0):  # at the interpreter's end a thread within a forward may crash it, and hide the exit code
+                end_at_once(f"{left.reason}: a forward, or a checkpoint's loading, was not waited for", int(left.code or 0))
+            raise
     finally:
         listener.close()
 

@@ -104,6 +104,9 @@ class Chat:
         if len(self._images) >= self._limits.max_images:
             ui.notify(f"{self._limits.max_images} images at most", type="negative")
             return
+        if len(data) + sum(len(one) for one, _ in self._images) > self._limits.max_request_bytes:
+            ui.notify(f"images of {self._limits.max_request_bytes:,} bytes at most", type="negative")
+            return
         try:
             shown = await run.io_bound(self._gallery.shown, data)
         except InputError as error:

@@ -162,11 +162,12 @@ class Worker:
             current.emit(_ending())
             current.cancelled.set()
 
-    def end(self, timeout_seconds: float) -> None:
-        """Drains, cuts, and waits for the thread."""
+    def end(self, timeout_seconds: float) -> bool:
+        """Drains, cuts, and waits for the thread. Whether it has ended."""
         self.drain()
         self.cut()
         self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
 
     def _answer(self, job: Job) -> Iterator[Event]:
         with self._models.asked(job.request.model) as model:
