@@ -144,8 +144,15 @@ def test_a_closed_or_cancelled_stream_ends_the_models_work(runs, loaded, monkeyp
     hook.remove()
 
 
-def test_threads_that_ask_at_once_get_their_own_answers(runs, loaded):
-    run, model = runs["mmt"], loaded["mmt"]
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """A run whose adapters decide by modality, which the model remembers while it computes."""
+    return answering_run("mmt", tmp_path_factory.mktemp("routed"), eval__max_new_tokens=NEW_TOKENS, adapter__kind="router", adapter__temperature=0.5)
+
+
+def test_threads_that_ask_at_once_get_their_own_answers(routed):
+    run, model = routed, load(routed.folder)
+    assert {bool(one.images) for one in run.samples} == {True, False}
     alone = [model.chat(asked(one), run.paths(one)) for one in run.samples]
     together: list = [None] * len(run.samples)
 
@@ -242,11 +249,16 @@ def test_kernels_that_this_machine_lacks_hinder_no_answer(runs, tmp_path, caplog
     assert model.chat(asked(sample), run.paths(sample)).token_ids == load(run.folder).chat(asked(sample), run.paths(sample)).token_ids
 
 
-def test_routed_adapters_and_the_untuned_model_answer_by_turns(tmp_path):
+def test_routed_adapters_and_the_untuned_model_answer_by_turns(routed):
     """Each has decided for itself, and the tuned model answers as before when the other has."""
-    run = answering_run("mmt", tmp_path, eval__max_new_tokens=NEW_TOKENS, adapter__kind="router", adapter__temperature=0.5)
+    run = routed
     model, before = load(run.folder, keep_untuned=True), load(run.folder, checkpoint="none")
     assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(run)
+    parameters, draw = dict(before._model.named_parameters()), torch.Generator().manual_seed(2)
+    with torch.no_grad():  # fresh adapters add nothing, whatever is decided
+        for name, kept in model._untuned.items():
+            parameters[name].copy_(kept.add_(torch.randn(kept.shape, generator=draw) * 0.3))
+    before._decide()
     for sample in run.samples[:3]:
         tuned = model.chat(asked(sample), run.paths(sample))
         with model.untuned():

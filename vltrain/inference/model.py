@@ -36,7 +36,7 @@ from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
 NEW_TOKENS = 256  # that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer
 Question: TypeAlias = tuple[Sequence[Turn], Sequence[ImageLike]]
 """The turns of a question and the images that they show."""
-QUESTION = "question"  # what samples made here are called in errors
+QUESTION = "question"  # the id of samples that are made here
 
 
 class LoadedModel:
@@ -266,8 +266,11 @@ class LoadedModel:
         if not self.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
             raise InputError(f"the run's template {template!r} holds no conversation: ask one question at a time, found {len(turns)} turns")
         names = tuple(f"image {number + 1}" for number in range(num_images))
-        asked = Sample(id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names)  # the answer is not read
-        return encode_prompt(asked, self._tokenizer, template, self._model.visual_tokens)
+        try:
+            asked = Sample(id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names)  # the answer is not read
+            return encode_prompt(asked, self._tokenizer, template, self._model.visual_tokens)
+        except InputError as error:
+            raise InputError(str(error).replace(f"sample '{QUESTION}'", "the question", 1)) from None
 
     def _sampling(self, length: int, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
         given = {"eval.max_new_tokens": max_new_tokens, "eval.temperature": temperature, "eval.top_p": top_p, "train.seed": seed}

@@ -135,11 +135,12 @@ def _load(request: Request) -> LoadedModel:
 def _answer(model: LoadedModel, request: Request, question: str) -> None:
     """One question, answered on stdout."""
     turn = model.question(question, len(request.images), as_is=request.as_is)
-    tell_missing_image(model, bool(request.images))
     if not request.json:
         say_all(model, request, [turn], request.images)
         return
     found: dict[str, Any] = asdict(model.chat([turn], request.images, **request.settings))
+    if not request.images:
+        _tell_missing_image(model)
     if request.compare:
         with model.untuned():
             found["untuned"] = asdict(model.chat([turn], request.images, **request.settings))
@@ -158,6 +159,8 @@ def say_all(model: LoadedModel, request: Request, turns: Sequence[Turn], images:
 
 def _say(model: LoadedModel, request: Request, turns: Sequence[Turn], images: Sequence[Path], label: str) -> Answer:
     with model.stream(turns, images, **request.settings) as stream:
+        if not images and not label.startswith("untuned"):
+            _tell_missing_image(model)
         sys.stdout.write(label)
         try:
             for piece in stream:
@@ -179,9 +182,9 @@ def _shown(piece: str) -> str:
     return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape", "surrogatepass").decode() for one in piece)
 
 
-def tell_missing_image(model: LoadedModel, has_image: bool) -> None:
+def _tell_missing_image(model: LoadedModel) -> None:
     """Says that a question shows no image where the training's all did: allowed, but nothing the model learned."""
-    if not has_image and not model.needs_image and model.asked is not None and model.asked.images:
+    if model.asked is not None and model.asked.images:
         tell("no image, and all questions that the run was trained on show one (--image FILE)")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vltrain.errors import InputError, nearest
-from vltrain.programs.ask import Request, say_all, tell, tell_missing_image
+from vltrain.programs.ask import Request, say_all, tell
 from vltrain.schema import Turn, escape_markers
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ class _Talk:
     def ask(self, text: str) -> None:
         turn = self.model.question(text, len(self.waiting), as_is=self.request.as_is)
         turns, images = [*self.turns, turn], [*self.images, *self.waiting]
-        tell_missing_image(self.model, bool(images))
         answer = say_all(self.model, self.request, turns, images)
         self.named_last = False
         if not self.remembers:
