@@ -57,10 +57,40 @@ def test_a_clean_process_with_stock_libraries_says_what_the_run_says(form: str, 
         assert "vLLM, SGLang, llama.cpp do not: it has a constant" in told and "model.adapter.bias false" in told and origin["rank"] == {"llm": 7, "vision": 4}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["lora", "merged"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__adapter__llm": "both", "model__adapter__vision": "both", "model__adapter__down_groups": 2},
+        {"model__adapter__llm": "ffn", "model__adapter__vision": "none", "model__adapter__bias": False, **PEFT},
+        {"model__adapter__kind": "repadapter", "model__adapter__scale": 0.5},
+        {"model__adapter__llm": "none", "model__neck__kind": "linear", "model__neck__dim": 128, **PEFT},
+        {"model__bits": 4, "model__adapter__llm": "both", **PEFT},
+        {"model__bits": 8, "model__adapter__bias": False},
+        {"model__bits": 16, "train__precision": "bf16"},
+    ],
+    ids=["both", "ffn", "repadapter", "linear neck", "4 bits", "8 bits", "16 bits"],
+)
+def test_every_kind_of_tuning_is_proven(changes: dict[str, Any], form: str, tmp_path: Path) -> None:
+    places, _ = tuned_run(tmp_path, **changes)
+    export(places.run, tmp_path / "out", form, proof_samples=1)
+    assert json.loads((tmp_path / "out" / "proof.json").read_text())["max_relative_error"] <= 1e-5
+
+
+def test_a_base_that_is_no_folder_of_transformers_is_told(tmp_path: Path, capsys: Any) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    places, _ = tuned_run(tmp_path, model__vision__source=None, model__vision__config=sizes)
+    export(places.run, tmp_path / "out", "lora", proof_samples=None)
+    assert "for random weights: vltrain export --checkpoint none --format merged writes it as a folder" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "vision" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert json.loads((tmp_path / "out" / "llm" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(places.llama)
+
+
 def test_a_lora_folder_is_what_peft_and_engines_read(tmp_path: Path, capsys: Any) -> None:
     places, model = tuned_run(tmp_path, model__adapter__bias=False, model__adapter__vision="none", **PEFT)
     export(places.run, tmp_path / "out", "lora", proof_samples=None, given={"engine": "vllm", "dtype": "bf16"})
-    assert "vLLM loads it: vllm serve BASE --enable-lora --max-lora-rank 8 " in capsys.readouterr().out
+    assert "vLLM loads it: vllm serve BASE --enable-prompt-embeds --enable-lora --max-lora-rank 8 " in capsys.readouterr().out
     assert not (tmp_path / "out" / "vision").exists(), "no adapters there"
     said = json.loads((tmp_path / "out" / "llm" / "adapter_config.json").read_text())
     assert (said["peft_type"], said["task_type"], said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == ("LORA", "CAUSAL_LM", 7, 7, str(places.llama))

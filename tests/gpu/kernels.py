@@ -30,9 +30,9 @@ def find(findings: Findings) -> None:
     torch.manual_seed(0)
     for dtype in LIMITS:
         for rows, width, dim in () if dtype not in DTYPES else SIZES[:2] if findings.emulate else SIZES:
-            for norm in (False, True):
-                what = f"adapter {rows} x {width}, dim {dim}, {dtype}, norm {norm}"
-                findings.attempt(what, lambda: _adapter(findings, rows, width, dim, dtype, norm))
+            for norm, bias in ((False, True), (True, True), (True, False)):
+                what = f"adapter {rows} x {width}, dim {dim}, {dtype}, norm {norm}, bias {bias}"
+                findings.attempt(what, lambda: _adapter(findings, rows, width, dim, dtype, norm, bias))
         for rows, width, vocabulary in ((7, 48, 131),) if findings.emulate else ((7, 48, 131), (1500, 2048, 32000)):
             findings.attempt(f"loss in {dtype}", lambda: _loss(findings, rows, width, vocabulary, dtype))
     for dtype in (torch.bfloat16, torch.float32):
@@ -56,8 +56,8 @@ def _compare(findings: Findings, kernel: str, size: str, dtype: torch.dtype, fou
     findings.check("against float64", error, limit, kernel=kernel, size=size, dtype=str(dtype).removeprefix("torch."), worst=worst)
 
 
-def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.dtype, norm: bool) -> None:
-    shapes = {"x": (rows, width), "down": (dim, width), "down_bias": (dim,), "up": (width, dim), "up_bias": (width,)}
+def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.dtype, norm: bool, bias: bool) -> None:
+    shapes = {"x": (rows, width), "down": (dim, width), "up": (width, dim), **({"down_bias": (dim,), "up_bias": (width,)} if bias else {})}
     values = {name: torch.randn(shape, device=findings.device) for name, shape in shapes.items()}
     values["down"] *= width**-0.5
     values["x"] = values["x"].to(dtype)
@@ -66,7 +66,8 @@ def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.d
 
     def run(exact: bool) -> dict[str, Tensor]:
         leaves = {name: (value.double() if exact else value.clone()).requires_grad_() for name, value in values.items()}
-        x, down, down_bias, up, up_bias = leaves.values()
+        x, down, up = leaves["x"], leaves["down"], leaves["up"]
+        down_bias, up_bias = leaves.get("down_bias"), leaves.get("up_bias")
         if exact:
             z = x if weight is None else x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
             y = z + 0.5 * F.linear(F.linear(z, down, down_bias), up, up_bias)
@@ -75,7 +76,7 @@ def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.d
         y.backward(upstream.double() if exact else upstream)
         return {"y": y, **{f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}}
 
-    _compare(findings, f"fused adapter{' with norm' if norm else ''}", f"{rows} x {width}, {dim}", dtype, run(False), run(True))
+    _compare(findings, f"fused adapter{' with norm' if norm else ''}{'' if bias else ', without biases'}", f"{rows} x {width}, {dim}", dtype, run(False), run(True))
 
 
 def _loss(findings: Findings, rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
     peft       whatever it wrote, constants (`lora_bias`) too
     vllm       no constants; a rank up to --max-lora-rank, of which it knows the values below         vllm/lora/peft_helper.py, 0.33
     llamacpp   no tensor but lora_A and lora_B, after convert_lora_to_gguf.py                          convert_lora_to_gguf.py, 2026-10
-    sglang     no constants: what is not lora_A it takes for lora_B                                    sglang/srt/lora
+    sglang     no constants: what is not lora_A it takes for lora_B                                    sglang/srt/lora, 0.5.23
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ class Engine:
 
 
 ENGINES = {
-    "peft": Engine(title="peft", takes_constant=True, how="PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(BASE), 'llm')"),
-    "vllm": Engine(title="vLLM", ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512), how="vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules tuned=llm"),
-    "sglang": Engine(title="SGLang", how="python -m sglang.launch_server --model-path BASE --lora-paths tuned=llm"),
-    "llamacpp": Engine(title="llama.cpp", how="python convert_lora_to_gguf.py --base BASE llm"),
+    "peft": Engine(title="peft", takes_constant=True, how="PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(BASE), 'FOLDER/llm')"),
+    "vllm": Engine(
+        title="vLLM", ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        how="vllm serve BASE --enable-prompt-embeds --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER/llm",
+    ),
+    "sglang": Engine(title="SGLang", how="python -m sglang.launch_server --model-path BASE --lora-paths tuned=FOLDER/llm"),
+    "llamacpp": Engine(title="llama.cpp", how="python convert_lora_to_gguf.py --base BASE FOLDER/llm"),
 }
 WITHOUT = "adapters trained with model.adapter.bias false have none; --format merged has it in the weights"
 
@@ -54,9 +57,10 @@ def who_loads(model: ModelConfig) -> list[str]:
     rank = lora_rank(model, "llm")
     if rank == 0:
         return []
-    takes = {name: (engine.takes_constant or not has_constant(model, "llm")) and (not engine.ranks or rank <= engine.ranks[-1]) for name, engine in ENGINES.items()}
+    constant = has_constant(model, "llm")
+    takes = {name: (one.takes_constant or not constant) and (not one.ranks or rank <= one.ranks[-1]) for name, one in ENGINES.items()}
     lines = [f"llm: {engine.title} loads it: {engine.how.format(rank=_limit(engine, rank))}" for name, engine in ENGINES.items() if takes[name]]
-    if has_constant(model, "llm"):
+    if constant:
         others = ", ".join(ENGINES[name].title for name in takes if not takes[name])
         lines.append(f"llm: {others} do not: it has a constant (lora_bias), which they refuse or misread; {WITHOUT}")
     return lines

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vltrain.export.parts import ASK, EMBED, LOGITS, generation_config, tuned_mo
 from vltrain.files.tensors import save_file
 from vltrain.locate import locate
 from vltrain.models.as_lora import PARTS, Update, has_adapters, has_constant, lora_rank, lora_updates, require_low_rank
+from vltrain.models.meta_llama import is_meta_folder
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.peft_folder import plain_settings
 from vltrain.models.peft_layout import ROOT
@@ -59,8 +61,9 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     write_beside(folder, built, source)
     notes += who_loads(model)
     if lora_rank(model, "vision"):
-        notes.append("vision: peft loads it: PeftModel.from_pretrained(CLIPVisionModel.from_pretrained(BASE), 'vision')")
-    return Written(notes=tuple(notes), facts={"rank": {part: lora_rank(model, part) for part in PARTS}, "constant": any(has_constant(model, part) for part in PARTS)})
+        notes.append("vision: peft loads it: PeftModel.from_pretrained(CLIPVisionModel.from_pretrained(BASE), 'FOLDER/vision')")
+    facts = {"rank": {part: lora_rank(model, part) for part in PARTS}, "constant": any(has_constant(model, part) for part in PARTS)}
+    return Written(notes=tuple(notes), facts=facts)
 
 
 def write_updates(folder: Path, updates: dict[str, Update], network: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
@@ -105,8 +108,7 @@ def _network(built: MultimodalModel, part: str) -> nn.Module:
 
 def _settings(source: Source, part: str) -> dict[str, Any]:
     model = source.config.model
-    place = getattr(model, part).source
-    settings: dict[str, Any] = {"base_model_name_or_path": None if place is None else locate(place), "lora_alpha": None}
+    settings: dict[str, Any] = {"base_model_name_or_path": _stock_base(source, part), "lora_alpha": None}
     if part == "llm":
         settings["task_type"] = "CAUSAL_LM"
         if not has_adapters(model.adapter, part):
@@ -114,22 +116,45 @@ def _settings(source: Source, part: str) -> dict[str, Any]:
     return settings
 
 
+def _stock_base(source: Source, part: str) -> str | None:
+    """The folder or hub name of the frozen network, where transformers loads it by itself; None for other layouts and random weights."""
+    named = getattr(source.config.model, part).source
+    place = None if named is None else locate(named)
+    return None if place is None or os.path.isfile(place) or is_meta_folder(place) else place
+
+
 def _base_name(source: Source, part: str) -> str:
-    place = getattr(source.config.model, part).source
-    return place if place is not None else "random weights, which --checkpoint none --format merged writes"
+    named, bits = getattr(source.config.model, part).source, source.config.model.bits
+    held = {4: ", held in NF4 with double quantisation", 8: ", held in LLM.int8"}.get(bits, "")
+    if _stock_base(source, part) is None:
+        return f"{named or 'random weights'}{held}: vltrain export --checkpoint none --format merged writes it as a folder"
+    return f"{named}{held}"
 
 
 def _base(source: Source, place: Path) -> str:
-    """A folder with the frozen networks as the run reads them, llm and vision."""
+    """A folder with the frozen networks as the run reads them, llm and vision: its own folders where it can be, for theirs may be large."""
+    base = place / "base"
+    base.mkdir()
+    own = {part: _stock_base(source, part) for part in PARTS} if source.config.model.bits in (None, 32) else {}
+    for part in PARTS:
+        if (folder := own.get(part)) is not None and os.path.isdir(folder):
+            (base / part).symlink_to(os.path.abspath(folder))
+    if not all((base / part).is_dir() for part in PARTS):
+        _write_base(source, base)
+    return str(base)
+
+
+def _write_base(source: Source, base: Path) -> None:
+    """Writes the networks that are not there yet."""
     untuned = dataclasses.replace(source, checkpoint=None, before=None)
     adapter = dataclasses.replace(source.config.model.adapter, vision="none", llm="none")
     llm = dataclasses.replace(source.config.model.llm, peft=dataclasses.replace(source.config.model.llm.peft, kind=None))
     model = dataclasses.replace(source.config.model, adapter=adapter, llm=llm)
     built = tuned_model(dataclasses.replace(untuned, config=dataclasses.replace(source.config, model=model)))
     dequantise_linears(built)
-    built.llm.save_pretrained(place / "base" / "llm")
-    built.vision.clip.save_pretrained(place / "base" / "vision")
-    return str(place / "base")
+    for part in PARTS:
+        if not (base / part).is_dir():
+            _network(built, part).save_pretrained(base / part)
 
 
 LOAD = '''\
@@ -139,8 +164,8 @@ import torch
 from peft import PeftModel
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-llm = LlamaForCausalLM.from_pretrained(f"{base}/llm")  # the frozen LLM and ViT that the run tuned
-vision = CLIPVisionModel.from_pretrained(f"{base}/vision")
+llm = LlamaForCausalLM.from_pretrained(f"{base}/llm", dtype="float32")  # the frozen LLM and ViT that the run tuned
+vision = CLIPVisionModel.from_pretrained(f"{base}/vision", dtype="float32")
 if os.path.isdir(f"{folder}/llm"):
     llm = PeftModel.from_pretrained(llm, f"{folder}/llm")
 if os.path.isdir(f"{folder}/vision"):

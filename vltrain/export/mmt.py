@@ -57,8 +57,8 @@ def merged_model(source: Source) -> MultimodalModel:
     assert isinstance(built, MultimodalModel)
     if source.weights is not None:
         load_trainable(built, source.weights)
-    merge_adapters(built)
-    return built.float().eval()
+    merge_adapters(built.float())  # widened first, so that products are not rounded to frozen weights' 16 bits
+    return built.eval()
 
 
 @torch.no_grad()

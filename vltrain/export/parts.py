@@ -124,7 +124,7 @@ def generation_config(source: Source, tokenizer: Tokenizer, num_rows: int, pad_i
 
 @torch.no_grad()
 def tuned_model(source: Source) -> MultimodalModel:
-    """The run's model in fp32 on the CPU; quantised layers stay what they are. Raises InputError."""
+    """The run's model in fp32 on the CPU, weights in 16 bits widened; quantised layers stay what they are. Raises InputError."""
     built = model_of(source.config, source.weights)
     assert isinstance(built, MultimodalModel)
-    return built
+    return built.float()
