@@ -22,6 +22,7 @@ from vltrain.data.images import open_rgb
 from vltrain.errors import InputError
 from vltrain.evaluate.generate import Token
 from vltrain.inference.answer import AnswerStream
+from vltrain.inference.model import LoadedModel
 from vltrain.schema import Turn
 from vltrain.serve import server
 from vltrain.serve.app import Limits, build_app
@@ -87,7 +88,7 @@ class FakeModel:
 class Running:
     """A server that runs in a thread: `url`, its `model`, `worker` and `app`."""
 
-    def __init__(self, model: FakeModel, worker: Worker, app: Any, url: str) -> None:
+    def __init__(self, model: Any, worker: Worker, app: Any, url: str) -> None:
         self.model, self.worker, self.app, self.url = model, worker, app, url
         self.client = httpx.Client(base_url=url, timeout=20)
 
@@ -106,7 +107,7 @@ class Running:
 
 @contextmanager
 def running(
-    *, images: Path | None = None, limits: Limits = Limits(), names: Sequence[str] = (), key: str | None = None, model: FakeModel | None = None,
+    *, images: Path | None = None, limits: Limits = Limits(), names: Sequence[str] = (), key: str | None = None, model: FakeModel | LoadedModel | None = None,
     as_is: bool = False,
 ) -> Iterator[Running]:  # fmt: skip
     model = model or FakeModel()
@@ -122,7 +123,8 @@ def running(
     try:
         yield found
     finally:
-        model.hold.set()
+        if isinstance(model, FakeModel):
+            model.hold.set()
         uvicorn_server.should_exit = True
         thread.join(timeout=20)
         worker.end(timeout_seconds=5)
