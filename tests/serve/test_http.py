@@ -496,6 +496,17 @@ def test_a_server_that_ends_finishes_its_answer_and_sends_the_line_home():
     assert content(answers["first"]) == "[] 1 first"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_outlasts_the_servers_end_is_cut(stream):
+    with running(model=FakeModel(seconds_a_token=0.02)) as server, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.ask, "x" * 2000, stream=stream)
+        wait_until(lambda: server.model.num_tokens > 2)
+        assert server.worker.end(timeout_seconds=5)
+        found = asked.result()
+        error = json.loads(found.text.strip().splitlines()[-1].removeprefix("data: ")) if stream else found.json()
+        assert error["error"]["code"] == "shutting_down" and found.status_code == (200 if stream else 503)
+
+
 def test_a_server_that_fails_again_and_again_says_so():
     with running() as server:
         for _ in range(3):

@@ -102,6 +102,16 @@ def test_an_image_is_shown_to_the_model_with_each_question(gallery):
     visit(gallery, walk)
 
 
+def test_a_question_without_the_image_that_the_training_had_is_remarked_on(gallery):
+    async def walk(user, model):
+        model.asked = Asked(multi_turn=False, images=True)
+        await ask(user, "what?")
+        await user.should_see("All questions that the run was trained on show an image", retries=300)
+        await user.should_see("[] 1 what?", retries=300)
+
+    visit(gallery, walk)
+
+
 def test_a_follow_up_question_stands_behind_the_conversation(gallery):
     async def walk(user, model):
         await upload(user, png(4, 3))

@@ -154,6 +154,9 @@ class Chat:
         question = (self._question.value or "").strip()[:MAX_QUESTION_CHARACTERS]
         if self._jobs or not question:
             return
+        asked = self._shelf.served.asked
+        if not self._images and asked is not None and asked.images:
+            ui.notify("All questions that the run was trained on show an image.", type="warning")
         fresh = self._images if not self._remember.value else self._images[self._num_told :]
         if not self._remember.value:
             self._conversations = {}
