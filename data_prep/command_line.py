@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from vltrain.errors import InputError, nearest
@@ -30,13 +30,18 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def add_quiet_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="show errors and the last line alone")
+
+
 class CommandLine(argparse.ArgumentParser):
     """The parser of `data_prep.NAME`, called by `python -m` or, for those that are its commands, by `vltrain`."""
 
-    def __init__(self, name: str, description: str, arguments: list[str] | None) -> None:
-        """Args: name: the module below `data_prep`. arguments: what `main` was given; None where it is the program itself."""
+    def __init__(self, name: str, description: str, arguments: list[str] | None, examples: Sequence[str] = ()) -> None:
+        """Args: name: the module below `data_prep`. arguments: what `main` was given; None where it is the program itself. examples: words of commands, for the help."""
         typed = f"python -m data_prep.{name}" if arguments is None else f"vltrain {name}"
-        super().__init__(prog=typed, description=description, allow_abbrev=False)
+        epilog = "\n".join(["examples:", *(f"  {typed} {example}" for example in examples)]) if examples else None
+        super().__init__(prog=typed, description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self._words = sys.argv[1:] if arguments is None else arguments
 
     def read(self) -> argparse.Namespace:

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from data_prep.command_line import CommandLine, whole
+from data_prep.command_line import CommandLine, add_quiet_option, whole
 from data_prep.packed_images import PackedImages
 from data_prep.parallel import usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
 from data_prep.spool import Spool
 from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
+from vltrain.console import start_logging, watched
 from vltrain.data.conversation import TEMPLATES, find_template, fingerprint
 from vltrain.data.instruction import InstructionSource
 from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
@@ -183,7 +183,7 @@ def _write_packs(
         kept = np.flatnonzero(fits)
         image_ids = _store_images(given.images, spool, kept, writer)
         order, starts = spool.deal(kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded)
-        for first, last in zip(tqdm(starts[:-1], desc="packs", unit="pack", disable=None), starts[1:], strict=True):
+        for first, last in zip(watched(starts[:-1], title="packs", unit="pack", total=len(starts) - 1), starts[1:], strict=True):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
         lost = spool.spelling.for_manifest()
         spool.remove()
@@ -228,9 +228,12 @@ def _store_images(images: PackedImages, spool: Spool, kept: np.ndarray, writer: 
     return image_ids
 
 
+EXAMPLES = ("--samples data/easyvqa/samples/train.jsonl --tokenizer asset://tiny_llama --visual-tokens 4 --pack-length 1024 --output data/easyvqa/mine",)
+
+
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = CommandLine("pack", "Tokenise and pack samples.", arguments)
+    parser = CommandLine("pack", "Tokenise and pack samples.", arguments, EXAMPLES)
     parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
     parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
     parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
@@ -245,12 +248,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
     parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
     add_share_options(parser)
+    add_quiet_option(parser)
     parser.add_argument("--rebuild", action="store_true", help="replace what is there already, once the new packs are whole")
     given = parser.read()
+    start_logging(quiet=given.quiet)
     share = read_share(given)
     if share is not None and given.rebuild:
         raise InputError("--rebuild does not go with --parts; remove the output, or name another one")
     settings = vars(given)
+    del settings["quiet"]
     read_with, max_tokens = settings.pop("qformer_tokenizer"), settings.pop("qformer_tokens")
     manifest = pack(**settings, instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None, share=share)
     if manifest is None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.prepare import tell_dark
+from vltrain.console import Progress
 from vltrain.data.images import is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES
 from vltrain.errors import InputError
@@ -38,7 +38,7 @@ class PackedImages:
         decode = self._expected is None
         checked = ordered_map(_check_images, in_chunks(wanted, _IMAGES_PER_CHUNK), self._workers, (str(self.root), self._max_pixels, decode))
         dark: list[str] = []
-        with tqdm(total=len(wanted), desc="images", unit="image", disable=None) as progress:
+        with Progress(total=len(wanted), title="images", unit="image") as progress:
             for chunk, found in checked:
                 for ref, name, data, seen in chunk:
                     if self._expected is not None and self._expected.get(name) != seen.digest:

@@ -82,7 +82,7 @@ def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = CommandLine("peek", "Show a pack as the model sees it.", arguments)
+    parser = CommandLine("peek", "Show a pack as the model sees it.", arguments, ("data/easyvqa/packed/train-FINGERPRINT --row 3",))
     parser.add_argument("folder", type=Path, help="packed shards")
     parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
     options = parser.read()

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-from tqdm import tqdm
 
-from data_prep.command_line import CommandLine, whole
+from data_prep.command_line import CommandLine, add_quiet_option, whole
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts, require_same_raw
 from data_prep.reading import ELSEWHERE, Reading
@@ -32,6 +31,7 @@ from data_prep.sources import SOURCES, places_of, settled_texts
 from data_prep.sources.raw import ImageSource
 from data_prep.sources.splits import SplitOverlap
 from vltrain.config import OWN, DataConfig
+from vltrain.console import Progress, start_logging, watched
 from vltrain.data.folder import new_folder
 from vltrain.data.images import DARK, is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
@@ -44,6 +44,12 @@ IMAGES = "images"
 MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
 CHECKED = "images.arrow"  # in a part: the record of the images that it has checked, raw and copied
 _CHUNK = 64
+
+EXAMPLES = (
+    "--source easyvqa --output data/easyvqa/samples",
+    "--source scienceqa --input data/ScienceQA --output data/sqa/samples --options prompt_format=QCM-ALE",
+    "--source llava_json --input mine.json --output data/mine/samples --options images=photos val_fraction=0.1",
+)
 
 Images = dict[str, tuple[ImageSource, str]]
 """Per image name its source and the first sample that uses it."""
@@ -157,7 +163,7 @@ class _Checks:
         checked = ordered_map(_copy_or_draw, in_chunks(images, _CHUNK), self.workers, (folder, self.max_image_pixels, self.roots))
         dark: list[str] = []
         record = FileRecord()
-        with tqdm(desc="images", unit="image", disable=None) as progress:
+        with Progress(total=None, title="images", unit="image") as progress:
             for done, found in checked:
                 progress.update(len(done))
                 dark += found
@@ -204,7 +210,7 @@ def _write_samples(
     overlap = SplitOverlap()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for raw in tqdm(reading.watch(SOURCES[source](input, options)), desc="samples", unit="sample", disable=None):
+        for raw in watched(reading.watch(SOURCES[source](input, options)), title="samples", unit="sample"):
             sample = raw.sample
             if sample.id in seen:
                 raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
@@ -301,7 +307,7 @@ def parse_options(pairs: list[str]) -> dict[str, str]:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = CommandLine("prepare", "Turn a raw data set into samples.", arguments)
+    parser = CommandLine("prepare", "Turn a raw data set into samples.", arguments, EXAMPLES)
     parser.add_argument("--source", required=True, help=f"one of {', '.join(sorted(SOURCES))}")
     parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa and shapes")
     parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
@@ -309,8 +315,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes that check images (default: all cores)")
     parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
     add_share_options(parser)
+    add_quiet_option(parser)
     parser.add_argument("--rebuild", action="store_true", help="replace what is there already, once the new samples are whole")
     given = parser.read()
+    start_logging(quiet=given.quiet)
     share = read_share(given)
     if share is not None and given.rebuild:
         raise InputError("--rebuild does not go with --parts; remove the output, or name another one")
@@ -320,6 +328,9 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     if share is not None and share.part is not None:
         print(f"part {share.part} of {share.parts} is done")
+        return
+    if given.quiet:
+        print(f"{given.output}: {', '.join(f'{count} samples of {split}' for split, count in counts.items())}")
         return
     for split, count in counts.items():
         print(f"{given.output / split}.jsonl: {count} samples")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
+from vltrain.console import Progress
 from vltrain.data.conversation import encode_sample, stop_ids
 from vltrain.data.spelling import Spelling
 from vltrain.data.tokenizer import Tokenizer
@@ -60,11 +60,11 @@ def tokenised(
         raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
     first, last = (0, num_bytes) if share is None or share.part is None else share.bounds(share.part, num_bytes)
     shared = (str(samples), tokenizer, template, visual_tokens)
-    with stream, tqdm(total=last - first, desc="samples", unit="B", unit_scale=True, disable=None) as progress:
+    with stream, Progress(total=last - first, title="samples", unit="byte", in_bytes=True) as progress:
         chunks = in_chunks(_lines(stream, first, last), _LINES_PER_CHUNK)
         for tokens in ordered_map(_tokenise, chunks, workers, shared):
             yield tokens
-            progress.update(stream.tell() - first - progress.n)
+            progress.update(stream.tell() - first - progress.done)
 
 
 def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:

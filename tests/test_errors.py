@@ -1,8 +1,6 @@
 """How a program ends: one line, the last, and an exit code that says the same."""
 
 import errno
-import io
-import logging
 import os
 import subprocess
 import sys
@@ -11,7 +9,6 @@ import pytest
 from tqdm import tqdm
 
 from tests.support.processes import ROOT
-from vltrain import console
 from vltrain.errors import InputError, RunLost, exits_cleanly
 
 DENIED = PermissionError(errno.EACCES, "Permission denied", "/data/samples.jsonl")
@@ -67,18 +64,6 @@ def test_an_error_stands_on_a_line_of_its_own_below_progress_bars(capsys, leave)
         bar.update()
     _, told = ends(DENIED, capsys)
     assert told.split("\n")[-2].startswith("error: /data") and not list(tqdm._instances)
-
-
-def test_a_log_line_stands_on_a_line_of_its_own_below_a_progress_bar():
-    text = io.StringIO()
-    handler = console._BesideBars(text)
-    with tqdm(total=3, file=text, mininterval=0) as bar:
-        for number in range(3):
-            bar.update()
-            handler.emit(logging.makeLogRecord({"msg": f"line {number}"}))
-            handler.emit(logging.makeLogRecord({"msg": "at once"}))
-    lines = text.getvalue().split("\n")
-    assert {"line 0", "line 1", "line 2"} <= set(lines) and lines.count("at once") == 3 and "" not in lines[:-1]
 
 
 @pytest.mark.parametrize(("output", "code", "told"), [("/dev/full", 2, "error: No space left on device"), ("closed", 141, "")])

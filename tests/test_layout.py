@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A room may import from itself and from rooms further left.
-ROOMS = ("errors", "console", "files", "shipped", "ranges", "schema", "batch", "instructblip_config", "config", "strict_yaml", "recipe", "older_runs", "settings", "locate", "ops", "data", "models", "evaluate", "check", "train", "inference", "harness", "export", "serve", "doctor", "programs", "api", "cli", "__main__")
+ROOMS = ("errors", "console", "files", "shipped", "ranges", "schema", "batch", "instructblip_config", "config", "strict_yaml", "keys", "recipe", "older_runs", "key_help", "settings", "stages", "locate", "ops", "data", "models", "evaluate", "check", "train", "inference", "harness", "export", "serve", "doctor", "programs", "api", "cli", "__main__")
 FILES = sorted(path for folder in ("vltrain", "data_prep", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -27,7 +27,7 @@ from vltrain.models import build
 from vltrain.models.build import build_model, count_parameters
 from vltrain.models.weights import llama_config
 from vltrain.programs.launcher import find_program
-from vltrain.recipe import dump_config, read_recipe, read_table
+from vltrain.recipe import dump_config, read_recipe, read_stages, read_table
 from vltrain.settings import load_settings
 from vltrain.strict_yaml import load_yaml
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
@@ -37,7 +37,9 @@ FILES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 TABLES = [path for path in FILES if "rows" in load_yaml(path)]
 GRID = [path for path in TABLES if path.stem in {f"qformer_{llm}_{data}" for llm in ("t5", "vicuna") for data in ("scienceqa", "iconqa", "flickr30k", "vizwiz")}]
 ROWS = [read_table(path).recipe_of(row) for path in TABLES if path not in GRID for row in read_table(path).rows]
-RECIPES = [path for path in FILES if path not in TABLES] + ROWS
+IN_STAGES = [stages for path in FILES if (stages := read_stages(path)) is not None]
+STAGES = [stages.recipe_of(stage) for stages in IN_STAGES for stage in stages.stages]
+RECIPES = [path for path in FILES if path not in TABLES and path not in [stages.path for stages in IN_STAGES]] + ROWS + STAGES
 DS_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name.replace(".yaml", ""))
 
@@ -142,6 +144,7 @@ def test_the_named_recipes_are_there() -> None:
     assert names >= {"quickstart", "smollm2_easyvqa", "lora_repadapter_7b"} | table_1
     assert names >= {f"table2#ba_{row}" for row in ("8_2", "16_2", "4_2", "32_2", "16_4")}
     assert len([name for name in names if name.startswith("table3#")]) == 11
+    assert names >= {"easyvqa_stages#neck", "easyvqa_stages#adapters"}
     assert DS_FILES and len(GRID) == 8
 
 

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
+from data_prep.sources import SOURCES
 from vltrain.config import Config
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.data.conversation import TEMPLATES
+from vltrain.evaluate.report import SCORERS
+from vltrain.models.adapters import ADAPTERS
 from vltrain.recipe import build_config, checked_value, dump_config, known_keys, read_recipe
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 
@@ -27,7 +31,7 @@ def test_nothing_given_is_the_defaults():
     loaded = load()
     assert loaded.config == Config()
     assert loaded.given == frozenset()
-    assert loaded.options == {"ranks": None, "ds": None, "resume": "auto", "rebuild": None}
+    assert loaded.options == {"ranks": None, "ds": None, "resume": "auto", "rebuild": None, "quiet": None}
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
@@ -254,6 +258,14 @@ def test_every_key_is_in_the_help(capsys):
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert [key for key in known_keys() if f"--{key} " not in printed] == []
+    lines = printed.split("\n")
+    assert max(map(len, lines)) <= 100
+    shown = [line.split()[0][2:] for line in lines if line.startswith("  --") and "." in line.split()[0]]
+    assert sorted(shown) == sorted(key for key in known_keys() if "." in key), "each once"
+    assert "  --model.tune {adapters,neck,full}  [adapters]" in lines and "  --model.adapter.dim N  [16]" in lines
+    for key, registry in (("model.adapter.kind", ADAPTERS), ("eval.scorer", SCORERS), ("data.source", SOURCES), ("data.template", TEMPLATES)):
+        after = printed[printed.index(f"--{key} {{") :]
+        assert set(registry) <= set("".join(after[after.index("{") + 1 : after.index("}")].split()).split(","))
     assert "Width h of the bottleneck" in printed
     assert "--resume" in printed and "usage: vltrain train" in printed
 

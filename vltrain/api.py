@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.settings import TRAIN_OPTIONS, load_settings
+from vltrain.settings import TRAIN_OPTIONS
+from vltrain.stages import load_stages
 
 
 def train(recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str | None = None, **settings: Any) -> Path:
     """Trains a recipe, as `vltrain train` does.
 
     Args:
-        recipe: a file, or the name of one that comes with vltrain; FILE#ROW: a row of a table.
+        recipe: a file, or the name of one that comes with vltrain; FILE#NAME: a row of a table, or a stage.
         ds: DeepSpeed's JSON, a file or a name such as `zero2`.
         ranks: None: this process is the only rank, and must call it in its main thread, which hears signals meanwhile; a number, or `auto`: so
             many processes of this machine, which write to this one's output.
         settings: the recipe's settings by dotted key (`**{"optim.lr": 1e-3}`), or with `__` for the dots (`optim__lr=1e-3`); also `resume` and
-            `rebuild=True`, as of `vltrain train`.
+            `rebuild=True`, `quiet=True`, as of `vltrain train`.
 
     Returns: the run's folder, which `vltrain.load` takes.
 
@@ -35,11 +36,11 @@ def train(recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str 
     words = [f"--recipe={recipe}", *([] if ds is None else [f"--ds={ds}"])]
     for key, value in settings.items():
         name = key.replace("__", ".")
-        if name == "rebuild":
-            words += ["--rebuild"] if value else []
+        if name in ("rebuild", "quiet"):
+            words += [f"--{name}"] if value else []
         elif value is not None or name != "resume":
             words.append(f"--{name}={_text(value)}")
-    output = Path(load_settings(words, program="vltrain.train", options=TRAIN_OPTIONS).config.output)  # before seconds of imports
+    output = load_stages(words, program="vltrain.train", options=TRAIN_OPTIONS).folder  # before seconds of imports
     if ranks is not None:
         _on_ranks(words, ranks)
         return output

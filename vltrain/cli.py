@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vltrain.console import start_logging
 from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, nearest
 from vltrain.files.processes import end_with_launchers
 
@@ -43,6 +44,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("vltrain.programs.ask", "ask a tuned model a question about images, or hold a conversation with it"),
     "answer": ("vltrain.programs.answer", "answer the questions of a VLMEvalKit data set, as its result file"),
     "serve": ("vltrain.programs.serve", "answer questions over HTTP as OpenAI's chat completions, and on a local web page"),
+    "recipes": ("vltrain.programs.recipes", "the recipes that come with vltrain, each in a line, or one of them whole"),
+    "completion": ("vltrain.programs.completion", "a script that lets bash, zsh or fish complete all of this"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 
@@ -83,13 +86,15 @@ def _choose(words: list[str]) -> int:
         if ranks is not None:
             return run_on_ranks(words[0], words[1:], ranks)
     module, _ = COMMANDS[words[0]]
-    return start(module, words[1:])
+    return start(module, words[1:], **({"commands": COMMANDS} if words[0] == "completion" else {}))
 
 
 @exits_cleanly
 def start(module: str, words: list[str], **named: Any) -> int:
     """Imports a program and runs its `main(words, **named)`: what every script of ours does. Returns the exit code."""
     end_with_launchers()
+    if module == COMMANDS["train"][0]:  # what libraries say while they are imported goes to the run's log, too
+        start_logging(int(os.environ.get("RANK", "0")), keeps_log=True)
     with _interrupt_ends_at_once():
         main = importlib.import_module(module).main
     return main(words, **named)

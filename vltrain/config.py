@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from vltrain.errors import InputError, require as _require
 from vltrain.instructblip_config import InstructBlipConfig
-from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_STEPS, MOST_TOKENS, MOST_WORKERS, check_ranges, number
+from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_STEPS, MOST_TOKENS, MOST_WORKERS, check_ranges, named, number
 
 OWN = "samples"  # the source that prepares nothing
 EASYVQA_ROOT = "data/easyvqa"
@@ -23,9 +23,9 @@ Placement = Literal["none", "attention", "ffn", "both"]
 class AdapterConfig:
     """The adapter put behind a block's norms, in the ViT and in the LLM."""
 
-    kind: str = "bottleneck"
-    """Which adapter, a name of `vltrain.models.adapters.ADAPTERS`."""
-    vision_kind: str | None = None
+    kind: str = named("vltrain.models.adapters.ADAPTERS", "bottleneck")
+    """Which adapter."""
+    vision_kind: str | None = named("vltrain.models.adapters.ADAPTERS", None)
     """The same of the ViT, where it has another kind than the LLM; null: `kind`. All other settings are both's."""
     dim: int = number(16, 1, MOST_SIZE)
     """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
@@ -100,8 +100,8 @@ class PeftConfig:
     """lora: the updates are scaled by alpha / rank."""
     dropout: float = number(0.0, 0, 1, open_high=True)
     """lora: dropout on what the updates read."""
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    """lora: which linear layers of every block, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    targets: tuple[str, ...] = named("vltrain.models.lora.TARGETS", ("q_proj", "v_proj"))
+    """lora: which linear layers of every block."""
     adapter_len: int = number(10, 1, MOST_SIZE)
     """adaption_prompt: learned prompts in each adapted block."""
     adapter_layers: int | None = number(None, 1, MOST_SIZE)
@@ -167,9 +167,9 @@ class ModelConfig:
     llm: LLMConfig = field(default_factory=lambda: LLMConfig(source="asset://tiny_llama"))
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     neck: NeckConfig = field(default_factory=NeckConfig)
-    tune: Literal["adapters", "full"] = "adapters"
-    """`adapters`: adapters, peft's layers, neck and modality embedding (and what `vision.train` and `llm.train` add);
-    `full`: everything that carries gradient."""
+    tune: Literal["adapters", "neck", "full"] = "adapters"
+    """adapters: adapters, peft's layers, neck and modality embedding; neck: the latter two alone, without adapters and peft's layers (a first
+    stage, see `stages`); both with what `vision.train` and `llm.train` add; full: everything that carries gradient."""
     bits: Literal[4, 8, 16, 32] | None = None
     """Bits of the frozen weights of ViT and LLM; also `--bits`. 4: NF4 with double quantisation, 8: LLM.int8 with threshold 6, both of the
     blocks' linear layers by bitsandbytes (extra `quant`), the rest as with null; 16: bf16; 32: fp32; null: as `train.precision` says. Where
@@ -199,7 +199,7 @@ class ModelConfig:
 class DataConfig:
     """Raw data, its prepared samples and its packed shards."""
 
-    source: str | None = None
+    source: str | None = named("data_prep.sources.SOURCES", None, beside=(OWN,))
     """Which reader of `data_prep.sources` prepares the raw data; `samples`: none, they are samples in JSONL already and are read where they
     are; null: easyvqa for its own root, and for any other root the samples that are prepared there, whatever they were made from."""
     input: str | None = None
@@ -217,8 +217,8 @@ class DataConfig:
     """The split that `vltrain evaluate` answers unless told otherwise."""
     train_packs: str | None = None
     """A folder of packed shards to train on, instead of the one under `root`."""
-    template: str = "mmt"
-    """How turns become tokens, a name of `vltrain.data.conversation.TEMPLATES`."""
+    template: str = named("vltrain.data.conversation.TEMPLATES", "mmt")
+    """How turns become tokens."""
     pack_length: int = number(1024, 8, MOST_TOKENS)
     """Tokens a pack may hold: what a micro-step of one rank trains on."""
     max_images: int | None = number(None, 1, MOST_SIZE)
@@ -302,8 +302,8 @@ class TrainConfig:
     """How many of the newest checkpoints are kept."""
     init_from: str | None = None
     """Begin a new run with the trained weights of another: a run's folder (its best checkpoint where `train.keep_best` kept one, else its newest)
-    or a checkpoint's (RUN/checkpoints/step-...). Adapters of the same shapes over the same frozen weights; optimizer, schedule and data are this
-    run's. The way to go on with a finished run for more epochs, with another learning rate, or on other data; null: fresh weights."""
+    or a checkpoint's (RUN/checkpoints/step-...). Adapters of the same shapes over the same frozen weights, or none there yet; optimizer, schedule
+    and data are this run's. The way to go on with a finished run for more epochs, with another learning rate, or on other data; null: fresh weights."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its
     update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each
@@ -341,8 +341,8 @@ class TrainConfig:
 class EvalConfig:
     """How questions are answered, and how answers are scored."""
 
-    scorer: str | None = "exact"
-    """null: nothing is evaluated while training. Else a name of `vltrain.evaluate.report.SCORERS`: `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy
+    scorer: str | None = named("vltrain.evaluate.report.SCORERS", "exact")
+    """null: nothing is evaluated while training; `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA accuracy
     against ten answers), `caption` (CIDEr and BLEU), or `rouge` (how much of a longer text, such as a rationale, is the reference's)."""
     method: Literal["generate", "rank"] = "generate"
     """generate: the model writes an answer; rank: of a question's candidate answers the likeliest is taken (multiple choice)."""

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, ParamSpec
 
@@ -34,6 +35,8 @@ OF_THE_MACHINE = {
     errno.ENOMEM: "the machine has no memory left for it",
 }
 """Errors of the operating system that are no mistake of ours wherever they come from, and what to do."""
+last_words_also_to: int | None = None
+"""The descriptor of a run's log while there is one, for `end_at_once`."""
 
 
 class InputError(ValueError):
@@ -108,8 +111,12 @@ def end_at_once(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error (rank {rank})"
     line_end = "\n" if _progress_bars() else ""
+    line = f"{who}: {one_line(message)}\n"
     with contextlib.suppress(OSError):
-        os.write(2, f"{line_end}{who}: {one_line(message)}\n".encode(errors="replace"))  # not through objects that the main thread may have locked
+        os.write(2, (line_end + line).encode(errors="replace"))  # not through objects that the main thread may have locked
+    if last_words_also_to is not None:
+        with contextlib.suppress(OSError):
+            os.write(last_words_also_to, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}".encode(errors="replace"))
     os._exit(code)
 
 

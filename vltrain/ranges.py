@@ -1,19 +1,21 @@
-"""The range of every number that a recipe may hold, declared beside its default and checked in one place.
+"""The range of every number that a recipe may hold, declared beside its default and checked in one place; and where names are registered.
 
-    lr: float = number(1e-3, 0, 10, open_low=True)      anything in (0, 10]
+    lr: float = number(1e-3, 0, 10, open_low=True)                     anything in (0, 10]
+    scorer: str = named("vltrain.evaluate.report.SCORERS", "exact")    a name of that table
 
 A dataclass of settings calls `check_ranges` in its `__post_init__`; a recipe's reader asks `range_of`, to name the file too.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from vltrain.errors import InputError
 
-RANGE = "range"
+RANGE, REGISTRY = "range", "registry"
 MOST_STEPS = 2**31 - 1
 MOST_SIZE = 2**20  # of a width, a rank, a batch: more is a typing error
 MOST_SEED = 2**63 - 1
@@ -62,6 +64,28 @@ def number(
 ) -> Any:
     """A dataclass field of that default, a number (or numbers, or null) in the range."""
     return field(default=default, metadata={RANGE: Range(low, high, open_low, open_high, or_zero, hint)})
+
+
+def named(registry: str, default: Any, *, beside: tuple[str, ...] = ()) -> Any:
+    """A dataclass field of that default, a name of a table (`MODULE.NAME`) or one of `beside`; whoever reads the table checks it."""
+    return field(default=default, metadata={REGISTRY: Registry(registry, beside)})
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Where the names are that a setting may have. Read only where they are to be shown: the table's module may need seconds to load."""
+
+    place: str
+    beside: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        module, _, name = self.place.rpartition(".")
+        return (*self.beside, *getattr(importlib.import_module(module), name))
+
+
+def registry_of(entry: Field[Any]) -> Registry | None:
+    """The table that a field's names are of, if it says so."""
+    return entry.metadata.get(REGISTRY)
 
 
 def range_of(entry: Field[Any]) -> Range | None:

@@ -8,128 +8,28 @@ recipe may stand on another, and a table holds several:
     output: runs/NAME     with a base, always this file's own
     rows:                 makes the file a table: a row's settings stand on those of the file. `FILE#ROW` names a row wherever a recipe is
       NAME: {...}         named; its run goes into the table's output, below its own name. Or a file of only `rows`, which tables share
+    stages:               makes the file a run in stages, one after another, each beginning with the weights of the one before (LLaVA's way: neck first).
+      NAME: {...}         a stage's settings stand on those of the file. Its run goes into the output, as 1-NAME, 2-NAME, ...; `FILE#NAME` names it alone
     ablation: {...}       how `vltrain ablate` runs the rows, see `Ablation`
 """
 
 from __future__ import annotations
 
-import math
 import re
-import types
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from vltrain.config import Config
 from vltrain.errors import InputError, nearest
-from vltrain.ranges import MOST_STEPS, Range, check_ranges, number, range_of
+from vltrain.keys import Key, check_type, checked_value, describe_type, known_keys, known_sections, suggest  # noqa: F401  known as this module's, too
+from vltrain.ranges import MOST_STEPS, check_ranges, number
 from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import dump_text, load_yaml
 
-BASE, ROWS, ABLATION = "base", "rows", "ablation"  # keys of a recipe's file beside the settings
+BASE, ROWS, STAGES, ABLATION = "base", "rows", "stages", "ablation"  # keys of a recipe's file beside the settings
+INIT_FROM = "train.init_from"
 ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
-
-
-@dataclass(frozen=True)
-class Key:
-    """One declared setting: its type annotation, the value it has when nobody sets it, and of numbers the range."""
-
-    annotation: Any
-    default: Any
-    range: Range | None = None
-
-
-@cache
-def known_keys() -> dict[str, Key]:
-    """Every setting by its dotted name (`model.adapter.dim`), in the order of declaration."""
-    return dict(_walk(Config(), ""))
-
-
-@cache
-def known_sections() -> frozenset[str]:
-    """Every dotted name that holds settings and is none itself (`model`, `model.adapter`, ...)."""
-    return frozenset(key[:dot] for key in known_keys() for dot in range(len(key)) if key[dot] == ".")
-
-
-def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Key]]:
-    annotations = get_type_hints(type(section))
-    for entry in fields(section):
-        value = getattr(section, entry.name)
-        if is_dataclass(value):
-            yield from _walk(value, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", Key(annotations[entry.name], value, range_of(entry))
-
-
-def suggest(name: str) -> str:
-    """A hint for the unknown dotted `name`: the same last word elsewhere, or the most similar known name."""
-    section, _, word = name.rpartition(".")
-    same_word = [key for key in known_keys() if key.rpartition(".")[2] == word]
-    if same_word:
-        hint = nearest(name, same_word)
-        return hint if hint.startswith("did you mean") else f"did you mean {' or '.join(map(repr, same_word))}?"
-    siblings = [key for key in known_keys() if key.rpartition(".")[0] == section]
-    hint = nearest(name, [*known_keys(), *known_sections()])
-    return hint if hint.startswith("did you mean") or not siblings else f"known: {', '.join(siblings)}"
-
-
-def describe_type(annotation: Any) -> str:
-    """An annotation in a user's words: `int or null`, `one of none, attention, ffn, both`."""
-    if get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(str, get_args(annotation)))}"
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        if get_args(annotation)[-1] is ...:
-            return f"a list, each of it {describe_type(get_args(annotation)[0])}"
-        return f"a list of {len(get_args(annotation))} numbers"
-    names = {type(None): "null", bool: "true or false", int: "a whole number", float: "a finite number", str: "a text that is not empty"}
-    return names.get(annotation, "a mapping of names to plain values (texts, finite numbers, true, false, null, lists and mappings)")
-
-
-def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
-    """Whether `value` is of the type, and the value as the dataclass holds it (lists as tuples, whole numbers as floats)."""
-    origin = get_origin(annotation)
-    if origin is Literal:
-        return any(type(value) is type(known) and value == known for known in get_args(annotation)), value
-    if origin in (Union, types.UnionType):
-        return next((found for part in get_args(annotation) if (found := check_type(value, part))[0]), (False, value))
-    if origin is tuple:
-        parts = get_args(annotation)
-        if parts[-1] is ... and isinstance(value, (list, tuple)):
-            parts = parts[:1] * len(value)
-        if not isinstance(value, (list, tuple)) or len(value) != len(parts):
-            return False, value
-        checked = [check_type(item, part) for item, part in zip(value, parts)]
-        return all(fits for fits, _ in checked), tuple(item for _, item in checked)
-    if origin is dict:
-        return isinstance(value, dict) and _is_plain(value), value
-    if annotation is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-        return fits, float(value) if fits else value
-    return type(value) is annotation and (annotation is not str or bool(value.strip())), value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
-
-
-def checked_value(key: str, value: Any, where: str) -> Any:
-    """`value` as the setting `key` holds it. Raises InputError naming `where`, key, found and expected."""
-    annotation = known_keys()[key].annotation
-    fits, value = check_type(value, annotation)
-    if not fits:
-        raise InputError(f"{where}: {key}: found {'null' if value is None else repr(value)}, expected {describe_type(annotation)}")
-    allowed = known_keys()[key].range
-    if allowed is not None:
-        allowed.require(f"{where}: {key}", value)
-    return value
 
 
 @dataclass(kw_only=True)
@@ -160,6 +60,34 @@ class Table:
         return Path(f"{self.path}#{row}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """A recipe in stages. `stages`: what each stage sets itself, by dotted name; `settings`: what holds for all of them."""
+
+    path: Path
+    settings: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+
+    def recipe_of(self, stage: str) -> Path:
+        """What `--recipe` takes for a stage."""
+        return Path(f"{self.path}#{stage}")
+
+    def folder_of(self, stage: str, output: str | None = None) -> str:
+        """Where its run goes. `output`: of the whole, where it is not the recipe's."""
+        return str(Path(output or self.settings["output"]) / f"{list(self.stages).index(stage) + 1}-{stage}")
+
+    def before(self, stage: str) -> str | None:
+        """The stage that it begins with the weights of; None for the first."""
+        names = list(self.stages)
+        return names[names.index(stage) - 1] if stage != names[0] else None
+
+    def whole(self, stage: str) -> dict[str, Any]:
+        """All settings of a stage, by dotted name."""
+        before = self.before(stage)
+        begins = {INIT_FROM: self.folder_of(before)} if before is not None else {}
+        return _overlay(self.settings, {**self.stages[stage], "output": self.folder_of(stage), **begins})
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of the recipe at `path` (or of the row `FILE#ROW`) by dotted name, types checked, its bases' included.
 
@@ -176,6 +104,20 @@ def read_table(path: Path) -> Table:
     return _table(path, content, ())
 
 
+def read_stages(path: Path) -> Stages | None:
+    """The recipe in stages at `path`; None for another one, and for one stage alone (`FILE#STAGE`). Raises InputError as `read_recipe`."""
+    file, part = _split_row(path)
+    content = _open(file) if part is None else None
+    return _stages(file, content, ()) if isinstance(content, dict) and STAGES in content else None
+
+
+def own_settings(path: Path) -> dict[str, Any] | None:
+    """Of `FILE#STAGE` what the stage itself sets; None for another recipe. Raises InputError as `read_recipe`."""
+    file, part = _split_row(path)
+    stages = read_stages(file) if part is not None else None
+    return None if stages is None else stages.stages.get(part or "")
+
+
 def _open(path: Path) -> Any:
     content = load_yaml(path)
     return {} if content is None else content  # an empty file changes nothing
@@ -189,17 +131,59 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(place.name for place in (*above[above.index(here) :], here))
         raise InputError(f"{above[-1]}: {BASE}: leads back to itself ({chain}); expected a recipe that stands on its own feet in the end")
     content = _open(file)
+    if isinstance(content, dict) and STAGES in content:
+        return _stage(path, row, _stages(file, content, (*above, here)))
     is_table = isinstance(content, dict) and ROWS in content
     if row is None and not is_table:
         return _settings(file, content, str(file), (*above, here))
     if not is_table:
-        raise InputError(f"{path}: {file} has no '{ROWS}', so no row '{row}'; name the file alone")
+        raise InputError(f"{path}: {file} has no '{ROWS}' or '{STAGES}', so no '{row}'; name the file alone")
     table = _table(file, content, (*above, here))
     if row is None:
         raise InputError(f"{file}: found a table, expected {file}#ROW for one of its rows: {', '.join(table.rows)} (all: vltrain ablate)")
     if row not in table.rows:
         raise InputError(f"{path}: no row '{row}' in {file}, {nearest(row, table.rows)}")
     return _overlay(table.settings, {**table.rows[row], "output": str(Path(table.settings["output"]) / row)})
+
+
+def _stage(path: Path, name: str | None, stages: Stages) -> dict[str, Any]:
+    if name is None:
+        named = ", ".join(f"{stages.path}#{one}" for one in stages.stages)
+        raise InputError(f"{path}: found a recipe in stages, expected one of them: {named} (all, one after another: vltrain train)")
+    if name not in stages.stages:
+        raise InputError(f"{path}: no stage '{name}' in {stages.path}, {nearest(name, stages.stages)}")
+    return stages.whole(name)
+
+
+def _stages(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Stages:
+    where = str(path)
+    if ROWS in content or ABLATION in content:
+        raise InputError(f"{where}: found '{STAGES}' beside '{ROWS if ROWS in content else ABLATION}', expected one of the two")
+    settings = _settings(path, {name: value for name, value in content.items() if name != STAGES}, where, above)
+    if "output" not in settings:
+        raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all stages")
+    own = _parts(content[STAGES], where, STAGES, "stage", f"{settings['output']}/NUMBER-NAME")
+    if len(own) < 2:
+        raise InputError(f"{where}: {STAGES}: found {len(own)}, expected two or more")
+    for name in list(own)[1:]:
+        if INIT_FROM in own[name]:
+            raise InputError(f"{where}: stage '{name}': {INIT_FROM}: found {own[name][INIT_FROM]!r}, but it begins with the stage before; leave it out")
+    return Stages(path=path, settings=settings, stages=own)
+
+
+def _parts(found: Any, where: str, section: str, kind: str, goes_into: str) -> dict[str, dict[str, Any]]:
+    """The settings of each row or stage, by dotted name."""
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{where}: {section}: found {'null' if found is None else repr(found)}, expected a mapping of {kind} names to settings")
+    parts: dict[str, dict[str, Any]] = {}
+    for name, part in found.items():
+        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
+            raise InputError(f"{where}: {section}: found the name {name!r}, expected a folder's name of letters, digits, '_', '-' and '.'")
+        parts[name] = {}
+        _collect(part, "", f"{where}: {kind} '{name}'", parts[name])
+        if "output" in parts[name]:
+            raise InputError(f"{where}: {kind} '{name}': output: found a folder, expected none: its run goes into {goes_into.replace('NAME', name)}")
+    return parts
 
 
 def _split_row(path: Path) -> tuple[Path, str | None]:
@@ -236,19 +220,10 @@ def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Tabl
             told = f"keys {', '.join(map(str, listed))}" if isinstance(listed, dict) else repr(listed)
             raise InputError(f"{where}: found {told}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
         found = listed[ROWS]
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"{where}: {ROWS}: found {'null' if found is None else repr(found)}, expected a mapping of row names to settings")
     settings = _settings(path, {name: value for name, value in content.items() if name not in (ROWS, ABLATION)}, where, above)
     if "output" not in settings:
         raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all rows")
-    rows: dict[str, dict[str, Any]] = {}
-    for name, row in found.items():
-        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
-            raise InputError(f"{where}: {ROWS}: found the name {name!r}, expected a folder's name of letters, digits, '_', '-' and '.'")
-        rows[name] = {}
-        _collect(row, "", f"{where}: row '{name}'", rows[name])
-        if "output" in rows[name]:
-            raise InputError(f"{where}: row '{name}': output: found a folder, expected none: its run goes into {settings['output']}/{name}")
+    rows = _parts(found, where, ROWS, "row", f"{settings['output']}/NAME")
     return Table(path=path, settings=settings, rows=rows, ablation=_ablation(content.get(ABLATION, {}), where))
 
 

@@ -23,14 +23,15 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
+from vltrain.key_help import render
 from vltrain.older_runs import complete, is_default
-from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, read_recipe, suggest
+from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, own_settings, read_recipe, suggest
 from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import load_text as load_recipe_text
 
 COMMAND_LINE = "command line"
 FLAGS = ("help", "print_config")  # of every program
-REBUILD = "rebuild"
+REBUILD, QUIET = "rebuild", "quiet"
 SHORT_NAMES = {"bits": "model.bits"}  # settings that have a name of one word on the command line, too
 LAUNCHER_OPTIONS = ("local_rank", "local-rank")  # `deepspeed` hands its workers this; the environment says the same
 
@@ -45,6 +46,7 @@ class Option:
 
 
 RANKS = Option("ranks of this machine, or auto for one per accelerator, else two on the CPU; of `vltrain` alone, a launcher says it itself", metavar="N")
+QUIETLY = Option("show errors and the last line alone", metavar=None)
 TRAIN_OPTIONS: dict[str, Option] = {
     "ranks": RANKS,
     "ds": Option("DeepSpeed's memory and communication knobs, a file such as ds_configs/zero2.json or the name of one of ds_configs", metavar="JSON"),
@@ -52,6 +54,7 @@ TRAIN_OPTIONS: dict[str, Option] = {
         "auto: from the newest whole checkpoint in the output folder, if any; never; or a checkpoint's folder", "auto", "{auto,never,PATH}"
     ),
     REBUILD: Option("make prepared samples and packs that were made from something else than the recipe says anew; what matches stays", metavar=None),
+    QUIET: QUIETLY,
 }
 
 
@@ -130,26 +133,29 @@ def load_settings(
     positionals: tuple[str, ...] = (),
     default_recipe: Path | None = None,
     default_is_checked: bool = False,
+    checks_effect: bool = True,
+    examples: Sequence[str] = (),
 ) -> Settings:
     """Reads a program's command line.
 
     Args:
         argv: the words after the program's name.
-        program, description: for the help.
+        program, description, examples: for the help.
         options: further options of this program, each with one value.
         positionals: names of the words that must stand alone, in order.
         default_recipe: what is read where no `--recipe` is given.
         default_is_checked: it is a run's resolved configuration, checked when the run was made. The command line may make a setting of
             it idle (`--eval.method rank` that of how to generate); only the command line's own settings must have an effect.
+        checks_effect: False: settings without an effect are the caller's to refuse, see `vltrain.stages`.
 
     `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.
     Raises InputError for anything unknown, of a wrong type, contradictory or without effect.
     """
-    recipe_option = Option("YAML file of settings, or the name of one that comes with vltrain; FILE#ROW: a row of a table", str(default_recipe) if default_recipe else None, "FILE")
+    recipe_option = Option("YAML file of settings, or the name of one that comes with vltrain; FILE#NAME: a row of a table, or a stage", str(default_recipe) if default_recipe else None, "FILE")
     options = {"recipe": recipe_option, **(options or {})}
     arguments = split_arguments(argv, flags=(*FLAGS, *(name for name, option in options.items() if option.metavar is None)))
     if ("help", None) in arguments.options:
-        _parser(program, description, options, positionals).print_help()
+        sys.stdout.write(_help(program, description, options, positionals, examples))
         raise SystemExit(0)
     _check_names(arguments, options, positionals)
     chosen = {name: arguments.last(name) or option.default for name, option in options.items()}
@@ -162,7 +168,9 @@ def load_settings(
     from_command_line = _overrides(arguments, from_recipe)
     given = {**from_recipe, **from_command_line}
     config = build_config(given)
-    refuse_without_effect(config, {} if is_stored else from_recipe, frozenset(from_command_line))
+    if checks_effect:  # what all stages of a recipe share may be idle in the one that is named
+        own = own_settings(recipe) if recipe is not None else None
+        refuse_without_effect(config, {} if is_stored else from_recipe if own is None else own, frozenset(from_command_line))
     if ("print_config", None) in arguments.options:
         sys.stdout.write(dump_config(config))
         raise SystemExit(0)
@@ -227,31 +235,26 @@ def _read_value(name: str, key: str, text: str | None) -> Any:
         raise InputError(f"{COMMAND_LINE}: --{name}: found {text!r}, expected {expected}") from None
 
 
+def _help(program: str, description: str, options: Mapping[str, Option], positionals: Sequence[str], examples: Sequence[str]) -> str:
+    listed = [(name if option.metavar is None else f"{name} {option.metavar}", option.help, option.default) for name, option in options.items()]
+    listed += [(f"{name} VALUE", f"short for --{key}", None) for name, key in SHORT_NAMES.items()]
+    listed += [("print_config", "print the resolved configuration as YAML and end", None), ("help", "show this text and end", None)]
+    usage = " ".join([program, *(name.upper() for name in positionals), "[--OPTION VALUE ...] [--KEY VALUE ...]"])
+    meanings, sections = {}, {}
+    for group in _values_parser()._action_groups:
+        for action in group._group_actions:
+            if action.dest in known_keys():
+                meanings[action.dest], sections[action.dest.rpartition(".")[0]] = action.help or "", (group.title or "").rstrip(":.")
+    return render(usage, description, listed, meanings, sections, examples)
+
+
 @cache
 def _values_parser() -> ArgumentParser:
-    return _parser("", "", {}, ())
-
-
-def _parser(program: str, description: str, options: Mapping[str, Option], positionals: tuple[str, ...]) -> ArgumentParser:
+    """What reads the values of the command line, and knows the meaning of each key from its docstring."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("recipe", load_recipe_text, exceptions=(yaml.YAMLError,))
-    words = " ".join(positionals).upper()
-    usage = f"{program} {words} [--recipe FILE] [--KEY VALUE ...]".replace("  ", " ")
-    parser = ArgumentParser(
-        prog=program, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, parser_mode="recipe"
-    )
-    for name, option in options.items():
-        if option.metavar is None:
-            parser.add_argument(f"--{name}", help=option.help, action="store_true")
-        else:
-            parser.add_argument(f"--{name}", help=option.help, default=option.default, metavar=option.metavar, type=str)
-    for name, key in SHORT_NAMES.items():
-        parser.add_argument(f"--{name}", help=f"short for --{key}", metavar="VALUE", type=str)
-    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration as YAML and end")
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="recipe")
     parser.add_class_arguments(Config, None)
-    for action in parser._actions:  # sections are set in a recipe; their own options would only lengthen the help
-        if action.dest in known_sections():
-            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -295,6 +298,10 @@ _NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
         (key, lambda c: "adalora" not in (_mode(c, "qformer"), _mode(c, "llm")), "neither network's mode is adalora")
         for key in known_keys() if key.startswith("model.instructblip.adalora.")
     ),
+    *(
+        (key, lambda c: c.model.architecture == "mmt" and c.model.tune == "neck", "model.tune = neck puts neither adapters nor peft's layers in")
+        for key in known_keys() if key.startswith(("model.adapter.", "model.llm.peft."))
+    ),
     ("model.neck.dim", lambda c: c.model.neck.kind == "linear", "model.neck.kind = linear has no hidden width"),
     *(
         (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
@@ -334,7 +341,22 @@ def refuse_without_effect(config: Config, from_recipe: Mapping[str, Any], overri
 
     A resolved configuration names every key, so a recipe's key with its default value does not count as made.
     """
+    idle = idle_settings(config)
+    for key in made_settings(from_recipe, overrides):
+        if key in idle:
+            raise InputError(f"{key}: has no effect: {idle[key]}; leave it out, or change the other")
+
+
+def made_settings(from_recipe: Mapping[str, Any], overrides: frozenset[str]) -> list[str]:
+    """The settings that somebody made, in the order in which their effects are checked."""
+    order = dict.fromkeys(key for key, _, _ in _NO_EFFECT)
+    return [key for key in order if key in overrides or (key in from_recipe and not is_default(key, from_recipe[key]))]
+
+
+def idle_settings(config: Config) -> dict[str, str]:
+    """Every setting that changes nothing beside the others, and why."""
+    idle: dict[str, str] = {}
     for key, is_idle, reason in _NO_EFFECT:
-        made = key in overrides or (key in from_recipe and not is_default(key, from_recipe[key]))
-        if made and is_idle(config):
-            raise InputError(f"{key}: has no effect: {reason}; leave it out, or change the other")
+        if is_idle(config):
+            idle.setdefault(key, reason)
+    return idle

@@ -15,8 +15,8 @@ from tests.train.plain_loop import one_sample_at_a_time
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
-from vltrain.models.build import build_model
-from vltrain.train.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, save_checkpoint
+from vltrain.models.build import build_model, part_of
+from vltrain.train.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, require_fit, save_checkpoint
 from vltrain.train.identity import MADE_OF, model_identity
 from vltrain.train.origin import find_origin, require_same_frozen
 
@@ -175,3 +175,35 @@ def _first_loss(model, packs: Path) -> float:
     plan = Plan(dataset.index, seed=5, epochs=10.0, packs_per_step=2, world_size=1, cost=PackCost(), max_steps=3)
     batches = [batch for number in plan.packs_of(0).tolist() for batch in one_sample_at_a_time(dataset, number)]
     return sum(float(model(batch).loss_sum) for batch in batches) / sum(batch.num_label_tokens for batch in batches)
+
+
+def test_a_neck_that_was_trained_alone_begins_a_model_with_new_adapters(tmp_path):
+    """Whatever the other run trained nothing of is as without an origin; what it trained is its own, bit for bit."""
+    necks = save_run(tmp_path / "run", tiny_config(model__tune="neck"))
+    assert {part_of(name) for name, one in necks.named_parameters() if one.requires_grad} == {"neck", "modality"}
+    assert not any(".adapter." in name or "lora_" in name for name, _ in necks.named_parameters())
+    config = tiny_config(model__llm__peft__kind="lora", train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new"))
+    origin, model, fresh = find_origin(config, None), build_model(config.model), dict(build_model(config.model).named_parameters())
+    require_same_frozen(origin.checkpoint, config, {})
+    begins = require_fit(origin.checkpoint, model)
+    assert set(begins) == {"adapter", "peft"}
+    assert begins["adapter"] == sum(one.numel() for name, one in fresh.items() if part_of(name) == "adapter")
+    load_trainable(model, origin.checkpoint)
+    trained = dict(necks.named_parameters())
+    for name, one in model.named_parameters():
+        expected = trained[name] if part_of(name) in ("neck", "modality") else fresh[name]
+        assert torch.equal(one, expected), name
+
+
+def test_the_runs_own_checkpoint_and_an_origin_with_more_are_held_to_every_parameter(tmp_path):
+    save_run(tmp_path / "neck", tiny_config(model__tune="neck"))
+    save_run(tmp_path / "adapters", tiny_config())
+    own = newest_checkpoint(tmp_path / "neck" / "checkpoints")
+    with pytest.raises(InputError, match="lacks [0-9]+ trained parameter"):
+        load_trainable(build_model(tiny_config().model), own)
+    config = tiny_config(model__tune="neck", train__init_from=str(tmp_path / "adapters"), output=str(tmp_path / "new"))
+    with pytest.raises(InputError, match="has [0-9]+ that this model does not train"):
+        require_fit(find_origin(config, None).checkpoint, build_model(config.model))
+    half = tiny_config(model__adapter__vision="none", train__init_from=str(tmp_path / "adapters"), output=str(tmp_path / "new"))
+    with pytest.raises(InputError, match="another model or recipe"):
+        require_fit(find_origin(half, None).checkpoint, build_model(half.model))

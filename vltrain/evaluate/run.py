@@ -9,7 +9,6 @@ Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
 from vltrain.config import Config
+from vltrain.console import Progress
 from vltrain.data.conversation import stop_ids
 from vltrain.data.images import open_rgb, read_image
 from vltrain.data.tokenizer import Tokenizer
@@ -112,14 +110,13 @@ def predict(
     """The model's answers, one for each sample, on rank 0; None elsewhere. A collective."""
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = deal(samples, rank_number, world_size)
-    look = {"disable": rank_number != 0, "dynamic_ncols": True, "mininterval": 1.0, "leave": not sys.stderr.isatty()}
     precision = products_in_fp32(model, device) if config.eval.precision == "fp32" else nullcontext()
-    with precision, tqdm(total=len(samples), desc=title, unit="question", **look) as bar:
+    with precision, Progress(total=len(samples), title=title, unit="question", shown=rank_number == 0) as progress:
         answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
         answers = answer(
             model, [samples[number] for number in own], tokenizer, config, samples_file, device,
             sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
-            on_answered=lambda count: (on_progress(), bar.update(min(count * world_size, len(samples) - bar.n))),
+            on_answered=lambda count: (on_progress(), progress.update(min(count * world_size, len(samples) - progress.done))),
         )  # fmt: skip
     texts = list(zip(own, answers, strict=True))
     if world_size == 1:

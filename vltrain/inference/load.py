@@ -15,6 +15,7 @@ from vltrain.inference.build import answering_model, anywhere
 from vltrain.inference.model import LoadedModel
 from vltrain.inference.run import choose_checkpoint, how_run_was_asked, recipe_of, weights_before, weights_used
 from vltrain.recipe import checked_value
+from vltrain.stages import last_stage
 from vltrain.train.adapters_folder import open_adapters
 from vltrain.train.checkpoint import Checkpoint, load_trainable
 from vltrain.train.hardware import choose_dtype, device as own_device
@@ -44,7 +45,7 @@ def load(
     >>> len(answer.logprobs) == len(answer.token_ids) <= 4
     True
     """
-    folder = Path(run).expanduser()
+    folder = last_stage(Path(run).expanduser())
     config, changed = anywhere(recipe_of(folder)), []
     if bits is not None:
         bits, changed = checked_value("model.bits", bits, "load"), ["model.bits"]

@@ -15,6 +15,7 @@ from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.older_runs import ADDED, complete
 from vltrain.recipe import build_config, read_recipe
+from vltrain.stages import stage_folders
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
 from vltrain.train.origin import open_origin
@@ -27,6 +28,8 @@ RECIPE = "config.yaml"  # the resolved one, which every run writes
 
 def require_run(run: Path, *others: str) -> None:
     """Raises InputError if `run` is not the folder of a run: without its recipe, or a file of the names `others`."""
+    if stages := stage_folders(run):
+        raise InputError(f"{run}: a run in stages, expected one of them: {', '.join(map(str, stages))}")
     for name in (RECIPE, *others):
         if not (run / name).is_file():
             raise InputError(f"{run}: no {name} in it, expected the folder of a run (the recipe's `output`)")

@@ -6,6 +6,7 @@ model is handed out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vltrain.config import ModelConfig
+from vltrain.config import ModelConfig, PeftConfig
 from vltrain.locate import locate
 from vltrain.models.build_blip import blip_part_of, blip_weight_files, build_blip, check_blip_sources
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
@@ -65,6 +66,7 @@ def build_model(
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
     """
     runs_on = device if runs_on is None else runs_on
+    model = as_placed(model)
     if model.architecture == "instructblip":
         return build_blip(
             model, dtype=dtype, activation_checkpointing=activation_checkpointing, device=device, runs_on=runs_on, place=place
@@ -95,6 +97,14 @@ def build_model(
     place(neck)
     place(modality_embedding)
     return built.train()
+
+
+def as_placed(model: ModelConfig) -> ModelConfig:
+    """The settings with the adapters and peft's layers that are really put in: `tune: neck` has none."""
+    if model.architecture != "mmt" or model.tune != "neck":
+        return model
+    adapter = dataclasses.replace(model.adapter, vision="none", llm="none")
+    return dataclasses.replace(model, adapter=adapter, llm=dataclasses.replace(model.llm, peft=PeftConfig()))
 
 
 def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AnyModel:
@@ -214,7 +224,7 @@ def part_of(name: str) -> str:
 
 def trained_parts(model: ModelConfig) -> set[str]:
     """The parts of `PARTS` whose parameters a recipe trains."""
-    parts = {"adapter", "peft", "neck", "modality"}
+    parts = {"neck", "modality"} | ({"adapter", "peft"} if model.tune != "neck" else set())
     full = model.tune == "full"
     return parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
 

@@ -13,6 +13,10 @@ TABLE.yaml is a recipe with `rows` (see `vltrain.recipe`), such as launch/recipe
     --KEY VALUE        overrides for all rows (vltrain train --help names them); --output: the folder of the table; --eval.max_samples
                        bounds the questions of every evaluation, the last one too
 
+examples:
+    vltrain ablate table2_smollm2_easyvqa --ds zero2 --only ba_8_2 ba_4_2
+    vltrain ablate qformer_t5_iconqa --ds zero2 --ranks 8 --output runs/iconqa
+
 Started again, it leaves finished rows alone and goes on with interrupted ones from their checkpoints. A row that fails is told, and
 the others are run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row the table is
 printed and written to table.md and table.json. Exit code: 0, 1 where a row failed, 2 for a mistake in the input, 130 where it was

@@ -5,7 +5,7 @@
 proves from the run's receipt that every step was done once and in order, that every sample was seen once a pass, and that the newest
 checkpoint, read whole, is where the receipt says (one that was cut short, or put back, fails); and that OTHER, a run that was interrupted or not, on as many ranks or others, had the same samples in the same steps and the same losses (bit for bit, or
 to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder
-without a receipt.
+without a receipt. Of a run in stages, here and with `weights`, each stage is checked.
 
     vltrain check weights RUN [--KEY VALUE ...]
 
@@ -21,6 +21,13 @@ digest with the one kept beside them; a run's start trusts size, times and inode
 
 does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those
 that are no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is. See `vltrain.programs.replay`.
+
+examples:
+    vltrain check resume runs/quickstart
+    vltrain check resume runs/quickstart runs/again --tolerance 1e-5
+    vltrain check weights runs/quickstart
+    vltrain check data data/easyvqa
+    vltrain check replay runs/quickstart --step 57
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ from vltrain.check.resume import Proof, prove
 from vltrain.console import start_logging
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
+from vltrain.stages import stage_folders
 
 EXIT_DIFFERS = 1
 
@@ -58,15 +66,22 @@ def _resume(arguments: Arguments) -> int:
         raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN, or RUN OTHER")
     run, *other = map(Path, arguments.positionals)
     packs = arguments.last("packs")
-    proof = prove(run, Path(packs) if packs else None, other[0] if other else None, _tolerance(arguments.last("tolerance") or "0"))
-    return _show(proof)
+    tolerance = _tolerance(arguments.last("tolerance") or "0")
+    stages, others = stage_folders(run), stage_folders(other[0]) if other else []
+    if other and [stage.name for stage in stages] != [stage.name for stage in others]:
+        raise InputError(f"{COMMAND_LINE}: {run} and {other[0]} have not the same stages; compare the folders of single stages")
+    if stages and packs is not None:
+        raise InputError(f"{COMMAND_LINE}: --packs: each stage of {run} may have its own; check a stage's folder, such as {stages[0]}")
+    pairs = zip(stages, others or [None] * len(stages), strict=True) if stages else [(run, other[0] if other else None)]
+    return max(_show(prove(one, Path(packs) if packs else None, another, tolerance), one.name if stages else "") for one, another in pairs)
 
 
-def _show(proof: Proof) -> int:
+def _show(proof: Proof, stage: str = "") -> int:
+    title = f"{stage}: " if stage else ""
     for fact in proof.facts:
-        print(f"ok      {fact}")
+        print(f"ok      {title}{fact}")
     for failure in proof.failures:
-        print(f"FAILED  {failure}")
+        print(f"FAILED  {title}{failure}")
     return EXIT_DIFFERS if proof.failures else 0
 
 
@@ -76,7 +91,9 @@ def _weights(arguments: Arguments) -> int:
     if len(arguments.positionals) != 1:
         raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
     start_logging()
-    return _show(check_weights(Path(arguments.positionals[0]), [f"--{name}={value}" for name, value in arguments.options]))
+    run, words = Path(arguments.positionals[0]), [f"--{name}={value}" for name, value in arguments.options]
+    stages = stage_folders(run)
+    return max(_show(check_weights(one, words), one.name if stages else "") for one in stages or [run])
 
 
 def _data(arguments: Arguments) -> int:
@@ -99,6 +116,8 @@ def _replay(arguments: Arguments) -> int:
     if step is None or not step.isdecimal():
         raise InputError(f"{COMMAND_LINE}: --step: found {step or 'nothing'}, expected the number of a step, counted from 0")
     start_logging()
+    if stages := stage_folders(Path(arguments.positionals[0])):
+        raise InputError(f"{arguments.positionals[0]}: a run in stages, expected one of them: {', '.join(map(str, stages))}")
     losses = replay(Path(arguments.positionals[0]), int(step), Path(packs) if packs else None)
     print("        loss  label tokens  sample")
     for name, loss, count in losses:

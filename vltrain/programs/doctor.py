@@ -3,6 +3,10 @@
     vltrain doctor [FOLDER ...] [--recipe RECIPE] [--json FILE|-]       one process, which looks at all GPUs that it sees; --ranks N: as many
     deepspeed launch/doctor.py ..., srun python launch/doctor.py ...    every rank looks at its own; a line names its ranks unless it is all
 
+examples:
+    vltrain doctor
+    vltrain doctor /data /scratch/runs --recipe llama2_7b_diht_scienceqa --json -
+
 Takes less than a minute. FOLDERs are tried for speed; without any the recipe's data.root and output (left out: the quickstart's). --json
 writes the same as data to a file, or with - prints it in place of the lines. Exit code 0; 1 where there is a problem; 2 for a mistake on
 the command line. Needs no GPU: without one it says what one would change.
@@ -25,7 +29,8 @@ from vltrain.doctor.findings import PROBLEM, Examination, Finding, merge, one_li
 from vltrain.doctor.isolated import examine_kernels
 from vltrain.doctor.kernels import CASES
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.settings import COMMAND_LINE, load_settings, split_arguments
+from vltrain.settings import COMMAND_LINE, split_arguments
+from vltrain.stages import load_stages
 from vltrain.train.machine import local_world_size, require_own_gpu
 from vltrain.train.ranks import adopt_ranks
 
@@ -57,7 +62,7 @@ def main(argv: list[str], *, program: str = "vltrain doctor") -> int:
 def _config(recipe: str | None) -> Config:
     if recipe is None:
         return Config()
-    return load_settings(["--recipe", recipe], program="vltrain doctor").config
+    return load_stages(["--recipe", recipe], options={}, program="vltrain doctor").parts[0].config
 
 
 def _examine_and_report(examination: Examination, folders: list[tuple[Path, str]], workers: int, report: str | None) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vltrain.console import start_logging
+from vltrain.console import is_quiet, start_logging
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly, nearest
@@ -40,7 +40,8 @@ from vltrain.files.digest import file_digest
 from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.origins import require_trained_set
 from vltrain.programs.run_folder import why_not_writable
-from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
+from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, QUIET, QUIETLY, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
+from vltrain.stages import last_stage
 from vltrain.train.checkpoint import Checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.hardware import choose_dtype, device, limit_threads
@@ -51,8 +52,14 @@ from vltrain.train.ranks import adopt_ranks, join_process_group, names_lost_rank
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = (
+    "vltrain evaluate runs/quickstart",
+    "vltrain evaluate runs/quickstart --split val --checkpoint best --ranks 2",
+    "vltrain evaluate --predictions answers.jsonl --data data/ScienceQA --split test",
+)
 RUN_OPTIONS: dict[str, Option] = {
     "ranks": RANKS,
+    QUIET: QUIETLY,
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
     "checkpoint": Option(
         "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning (with "
@@ -65,7 +72,7 @@ RUN_OPTIONS: dict[str, Option] = {
     ),
 }
 JOIN_TIMEOUT = datetime.timedelta(minutes=30)
-FILE_FLAGS = ("letters", "allow-missing")
+FILE_FLAGS = ("letters", "allow-missing", QUIET)
 FILE_OPTIONS = ("predictions", "data", "split", "json", "eval.scorer", *FILE_FLAGS)
 
 
@@ -75,14 +82,15 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     arguments = split_arguments(argv, flags=(*FLAGS, *FILE_FLAGS))
     if arguments.last("predictions") is not None:
         json_file = arguments.last("json")
+        start_logging(quiet=(QUIET, None) in arguments.options)
         _require_place(json_file)
         _finish(_evaluate_file(arguments), json_file)
         return 0
-    folder = Path(arguments.positionals[0]) if len(arguments.positionals) == 1 else None
+    folder = last_stage(Path(arguments.positionals[0])) if len(arguments.positionals) == 1 else None
     if folder is not None:
         require_run(folder)
     settings = load_settings(
-        argv, program=program, description="Answers a split with a trained run and scores the answers.", options=RUN_OPTIONS,
+        argv, program=program, examples=EXAMPLES, description="Answers a split with a trained run (of one in stages the last) and scores the answers.", options=RUN_OPTIONS,
         positionals=("run",), default_recipe=folder / RECIPE if folder else None, default_is_checked=True,
     )
     assert folder is not None, "load_settings asks for the run"
@@ -98,13 +106,14 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
 
 def _finish(report: Report, json_file: str | None, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
     """Shows a report, and then writes it, with `facts` (which weights answered): what took hours is on the screen, whatever the disk says."""
-    for what, how in report.told.items():
-        print(f"{what}: {how}")
-    if report.missing:
-        print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
-    print(report.to_markdown())
-    for line in report.lines():
-        print(line)
+    if not is_quiet():
+        for what, how in report.told.items():
+            print(f"{what}: {how}")
+        if report.missing:
+            print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
+        print(report.to_markdown())
+        for line in report.lines():
+            print(line)
     print(report.headline(), flush=True)
     if folder is not None:
         write_report(report, folder, facts or {})
@@ -148,7 +157,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     set_determinism(config.train.deterministic)
     adopt_ranks()
     rank = int(os.environ.get("RANK", "0"))
-    start_logging(rank)
+    start_logging(rank, quiet=settings.options[QUIET] is not None)
     require_machine(workers=0)  # the samples' images are decoded by this process
     limit_threads(local_world_size())
     split = settings.options["split"] or config.data.test_split

@@ -1,5 +1,8 @@
 """`vltrain export RUN --output FOLDER [--format NAME] [--checkpoint best|none|FOLDER] [--dtype fp32|bf16|fp16] [--engine NAME]`
 
+    vltrain export runs/quickstart --output exported
+    vltrain export runs/quickstart --output exported --format adapters --checkpoint best
+
 A trained model for others to load. The folder must be new; it appears when it is whole, and when a clean process has read it by stock libraries
 alone and computed with it what the run's own model computes of real samples: proof.json in it says how near. vltrain_origin.json says which weights it
 was made of, README.md how it is loaded.
@@ -49,7 +52,7 @@ PROOF_SAMPLES = 8
 def main(argv: list[str], *, program: str = "vltrain export") -> int:
     """Exports what the command line names. Returns the exit code."""
     help_text = f"{__doc__}\nFormats:\n{describe_formats()}"
-    told = read_command(argv, program=program, help_text=help_text, options=("format", "checkpoint", *CHOICES, "proof-samples", "proof"))
+    told = read_command(argv, program=program, help_text=help_text, options=("format", "checkpoint", *CHOICES, "proof-samples", "proof"), can_be_quiet=True)
     if told is None:
         return 0
     run, output, arguments = told

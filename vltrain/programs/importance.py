@@ -1,5 +1,7 @@
 """`vltrain importance RUN --output FOLDER [--checkpoint best|FOLDER]`: where AdaLoRA has left how much of its rank.
 
+    vltrain importance runs/qformer_easyvqa/adalora --output ranks --checkpoint best
+
 Paper: "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks", the study of sublayers. The rank that a layer keeps of its
 first one is a measure of its importance to the task. Written into the new folder:
 

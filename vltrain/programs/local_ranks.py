@@ -20,7 +20,7 @@ from types import FrameType
 
 from vltrain.errors import InputError
 from vltrain.programs.launcher import default_ranks, free_port, rank_environment
-from vltrain.settings import COMMAND_LINE, FLAGS, REBUILD, split_arguments
+from vltrain.settings import COMMAND_LINE, FLAGS, QUIET, REBUILD, split_arguments
 
 COMMANDS = ("train", "evaluate", "doctor")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -35,7 +35,7 @@ def asked_ranks(command: str, words: Sequence[str]) -> int | None:
     """
     if command not in COMMANDS or not any(word == "--ranks" or word.startswith("--ranks=") for word in words):
         return None
-    arguments = split_arguments(list(words), flags=(*FLAGS, REBUILD))
+    arguments = split_arguments(list(words), flags=(*FLAGS, REBUILD, QUIET))
     text = arguments.last("ranks")
     if text is None or ("help", None) in arguments.options or ("print_config", None) in arguments.options:
         return None

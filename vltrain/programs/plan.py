@@ -2,7 +2,7 @@
 
     vltrain plan RECIPE [--ds ds_configs/zero2.json] [--gpus N] [--gpu-memory GIB] [--json OUT] [--KEY VALUE ...]
 
-RECIPE is a file or a name of launch/recipes, as `--recipe` is everywhere, which does as well. Runs anywhere, in less than a minute: networks are outlines without weights,
+RECIPE is a file or a name of launch/recipes, as `--recipe` is everywhere, which does as well; of one in stages each is planned. Runs anywhere, in less than a minute: networks are outlines without weights,
 and where weights are not on this machine their sizes go by the network's name (`vltrain.check.sizes`), which the output says.
 """
 
@@ -32,13 +32,15 @@ from vltrain.models.build_blip import full_qformer_size
 from vltrain.models.qformer import InstructBlip
 from vltrain.programs.data_ready import packed_folder
 from vltrain.programs.origins import packs_differ, samples_file
-from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings, split_arguments
+from vltrain.settings import COMMAND_LINE, Option, Settings, split_arguments
+from vltrain.stages import load_stages
 from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 from vltrain.train.fits import require_positions, require_qformer_positions, require_tokenizer_fits
 from vltrain.train.optim import parameter_groups
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = ("vltrain plan quickstart", "vltrain plan llama2_7b_diht_scienceqa --gpus 8 --ds zero3 --gpu-memory 40", "vltrain plan table2#ba_8_2 --llm-size llama-2-7b")
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
@@ -56,14 +58,16 @@ def main(argv: list[str], *, program: str = "vltrain plan") -> int:
     words = split_arguments(argv).positionals
     if len(words) == 1:
         argv = [word for word in argv if word is not words[0]] + ["--recipe", words[0]]
-    settings = load_settings(argv, program=program, description="Plans parameters and memory of a recipe.", options=OPTIONS)
-    if settings.recipe is None:
+    whole = load_stages(argv, program=program, description="Plans parameters and memory of a recipe.", options=OPTIONS, examples=EXAMPLES)
+    if whole.parts[0].recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no recipe, expected a file or a name of launch/recipes")
     logging.getLogger("vltrain").setLevel(logging.WARNING)
-    plan = plan_recipe(settings)
-    if settings.options["json"] is not None:
-        write_json(Path(settings.options["json"]), plan)
-    print(describe(plan), flush=True)
+    plans = [plan_recipe(part) for part in whole.parts]
+    json_file = whole.parts[0].options["json"]
+    if json_file is not None:
+        write_json(Path(json_file), {"stages": dict(zip(whole.names, plans, strict=True))} if whole.names else plans[0])
+    titles = [f"stage {number} of {len(whole.names)}: {name}\n" for number, name in enumerate(whole.names, start=1)] or [""]
+    print("\n\n".join(title + describe(plan) for title, plan in zip(titles, plans, strict=True)), flush=True)
     return 0
 
 

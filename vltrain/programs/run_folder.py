@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vltrain.console import start_logging
 from vltrain.errors import InputError
-from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
+from vltrain.settings import COMMAND_LINE, FLAGS, QUIET, Arguments, split_arguments
+from vltrain.stages import last_stage
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -21,18 +22,19 @@ def why_not_writable(folder: Path) -> str | None:
         return error.strerror or str(error)
 
 
-def read_command(argv: list[str], *, program: str, help_text: str | None, options: Sequence[str]) -> tuple[Path, Path, Arguments] | None:
+def read_command(argv: list[str], *, program: str, help_text: str | None, options: Sequence[str], can_be_quiet: bool = False) -> tuple[Path, Path, Arguments] | None:
     """(run, output, all arguments) of `PROGRAM RUN --output FOLDER [--OPTION VALUE]`; None where only help was asked for, which is printed.
 
     Raises: InputError for another command line.
     """
-    arguments = split_arguments(argv)
+    flags = (QUIET,) if can_be_quiet else ()
+    arguments = split_arguments(argv, flags=(*FLAGS, *flags))
     if ("help", None) in arguments.options:
         print(help_text)
         return None
-    start_logging()
-    arguments.require_known(("output", *options))
+    start_logging(quiet=(QUIET, None) in arguments.options)
+    arguments.require_known(("output", *options, *flags))
     output = arguments.last("output")
     if len(arguments.positionals) != 1 or output is None:
         raise InputError(f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN --output FOLDER")
-    return Path(arguments.positionals[0]), Path(output), arguments
+    return last_stage(Path(arguments.positionals[0])), Path(output), arguments

@@ -27,7 +27,8 @@ from vltrain.programs.plan import OPTIONS as PLAN_OPTIONS
 from vltrain.programs.plan import plan_recipe
 from vltrain.recipe import dump_config
 from vltrain.shipped import DS_CONFIGS, LAUNCH, PACKAGE
-from vltrain.settings import COMMAND_LINE, Option, Settings, load_settings
+from vltrain.settings import COMMAND_LINE, Option, Settings
+from vltrain.stages import Run, dump_run, load_stages
 from vltrain.train.ds_config import load_ds_json
 from vltrain.train.provenance import code_commit, make_run_folder
 
@@ -37,6 +38,10 @@ SBATCH_SECONDS = 300.0
 FROZEN = "frozen"
 CODE = {"vltrain": PACKAGE, "data_prep": Path(data_prep.__file__).parent, "launch": LAUNCH, "ds_configs": DS_CONFIGS}
 TIME = r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}"
+EXAMPLES = (
+    "vltrain submit --recipe llama2_7b_diht_scienceqa --ds zero2 --nodes 2 --gpus-per-node 8 --time 24:00:00 --account A",
+    "vltrain submit --recipe quickstart --gpus-per-node 0 --ranks-per-node 2 --dry-run",
+)
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
     "nodes": Option("how many nodes", "1", "N"),
@@ -56,18 +61,19 @@ def main(argv: list[str], *, program: str = "launch/submit.py") -> int:
     is_dry = "--dry-run" in argv
     argv = [word for word in argv if word != "--dry-run"]
     description = "Checks a recipe and its memory plan, and submits it to Slurm; with --dry-run prints the sbatch file only."
-    settings = load_settings(argv, program=program, description=description, options=OPTIONS)
+    whole = load_stages(argv, program=program, description=description, options=OPTIONS, examples=EXAMPLES)
+    settings = whole.parts[0]
     if settings.recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no --recipe, expected a file such as launch/recipes/quickstart.yaml")
-    run = Path(settings.config.output).resolve()
+    run = whole.folder.resolve()
     text = fill(TEMPLATE.read_text(), settings, run)
-    plan = check_plan(settings)
+    plan = [check_plan(part) for part in whole.parts][-1]
     if is_dry:
         print(text, end="")
         return 0
     if shutil.which("sbatch") is None:
         raise InputError("sbatch: not found; run this on a login node of a Slurm cluster, or look at the file with --dry-run")
-    freeze(run, settings, text)
+    freeze(run, whole, text)
     job = submit(run)
     print(f"job {job}: {plan}\nits log: {run}/logs/slurm-{job}.log, and a file for each rank beside it\ntensorboard --logdir {run}/tensorboard")
     return 0
@@ -131,22 +137,29 @@ def fill(template: str, settings: Settings, run: Path) -> str:
     return template.replace(MARK, "".join(lines) + f"set -- {shlex.quote(str(run))}\nPYTHON={shlex.quote(sys.executable)}\n")
 
 
-def freeze(run: Path, settings: Settings, sbatch: str) -> Path:
+def freeze(run: Path, whole: Run, sbatch: str) -> Path:
     """Writes RUN/frozen, which the job runs from. Raises InputError if it is there already, or cannot be written."""
     frozen = run / FROZEN
     if frozen.exists():
         raise InputError(f"{frozen}: was submitted before; go on with it by sbatch {frozen / TEMPLATE.name}, or choose another --output")
     make_run_folder(run)
     (run / "logs").mkdir(exist_ok=True)
-    ds_json = load_ds_json(settings.options["ds"])
+    ds_json = load_ds_json(whole.parts[0].options["ds"])
     with new_folder(frozen) as folder:
         for name, place in CODE.items():
             shutil.copytree(place, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "code" / "COMMIT").write_text(code_commit() + "\n")
-        (folder / "recipe.yaml").write_text(dump_config(replace(settings.config, output=str(run))))
+        (folder / "recipe.yaml").write_text(_frozen_recipe(run, whole))
         (folder / "ds.json").write_text(json.dumps(ds_json, indent=2) + "\n")
         (folder / TEMPLATE.name).write_text(sbatch)
     return frozen
+
+
+def _frozen_recipe(run: Path, whole: Run) -> str:
+    """The whole resolved recipe, whose output is the absolute path of the run's folder."""
+    if whole.names:
+        return dump_run(replace(whole, folder=run))
+    return dump_config(replace(whole.parts[0].config, output=str(run)))
 
 
 def submit(run: Path) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ from vltrain.check.manifest import checkpoints_in
 from vltrain.check.receipt import RECEIPT, read_receipt
 from vltrain.check.resume import unsaved_steps
 from vltrain.config import Config
-from vltrain.console import start_logging
+from vltrain.console import RUN_LOG, last_line, run_log, start_logging
 from vltrain.data.conversation import fingerprint
 from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
@@ -39,7 +40,8 @@ from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.qformer import InstructBlip
 from vltrain.older_runs import as_begun
 from vltrain.recipe import dump_config
-from vltrain.settings import REBUILD, TRAIN_OPTIONS, Settings, load_settings, refuse_ranks
+from vltrain.settings import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
+from vltrain.stages import Run, load_stages, stage_folders, write_stages
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
 from vltrain.programs.data_ready import packed_folder, ready_packs, ready_samples, require_source
 from vltrain.programs.origins import facts_of, require_same_set, samples_file
@@ -57,9 +59,18 @@ from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks, names_lost_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
 from vltrain.train.selection import require_same_figures
+from vltrain.train.stage import Stage, is_finished, mark_finished
 from vltrain.train.trainer import Trainer, make_trainer
 
 logger = logging.getLogger(__name__)
+
+DESCRIPTION = "Trains a recipe (vltrain recipes lists those that come with vltrain). The same command goes on with a run that was interrupted."
+EXAMPLES = (
+    "vltrain train --recipe quickstart --ds zero2 --ranks 2",
+    "vltrain train --recipe table2#ba_8_2 --ds zero3 --ranks 8 --optim.lr 1e-3 --output runs/mine",
+    "vltrain train --recipe quickstart --train.init_from runs/quickstart --train.epochs 1 --output runs/more",
+    "deepspeed launch/train_mmt.py --ds ds_configs/zero3.json --recipe launch/recipes/NAME.yaml",
+)
 
 
 @exits_cleanly
@@ -70,40 +81,74 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
     """
     started = time.time()
     adopt_ranks()
-    settings = load_settings(argv, program=program, description="Multimodal Model Tuning.", options=TRAIN_OPTIONS, default_recipe=default_recipe)
-    refuse_ranks(settings.options)
+    whole = load_stages(argv, program=program, description=DESCRIPTION, options=TRAIN_OPTIONS, default_recipe=default_recipe, examples=EXAMPLES)
+    options, configs = whole.parts[0].options, [part.config for part in whole.parts]
+    refuse_ranks(options)
     rank = int(os.environ.get("RANK", "0"))
-    start_logging(rank)
-    require_machine(settings.config.data.workers)
+    start_logging(rank, quiet=options[QUIET] is not None, keeps_log=True)
+    require_machine(max(config.data.workers for config in configs))
     limit_threads(local_world_size())
-    preemption = Preemption(time_limit_end(os.environ, settings.config.train.time_limit_minutes, started))
+    limits = [config.train.time_limit_minutes for config in configs if config.train.time_limit_minutes is not None]
+    preemption = Preemption(time_limit_end(os.environ, min(limits, default=None), started))
     with preemption.listening(), names_lost_ranks():
         try:
-            run(settings, preemption)
+            run_stages(whole, preemption) if whole.names else run(whole.parts[0], preemption)
         finally:
             shutdown_distributed()
     return 0
 
 
-def run(settings: Settings, preemption: Preemption) -> None:
-    """One run of this rank, from its settings to its last evaluation."""
+def run_stages(whole: Run, preemption: Preemption) -> None:
+    """All stages of a run of this rank, one after another, in one process group. What would end a later one is found before the first begins.
+
+    A stage that is done is left as it is, after the checks of a run that goes on; one that was interrupted goes on from its newest checkpoint.
+    """
+    resume = whole.parts[0].options["resume"] or "auto"
+    if resume not in ("auto", "never"):
+        raise InputError(f"{COMMAND_LINE}: --resume: found '{resume}', expected auto or never: it is a run in stages; name one by --recipe FILE#STAGE")
+    for part in whole.parts:
+        _require_runnable(part)
+    with ExitStack() as held:
+        if int(os.environ.get("RANK", "0")) == 0:
+            make_run_folder(whole.folder)
+            held.enter_context(one_writer(lock_inside(whole.folder), whole.folder))
+            write_stages(whole)
+        for part in whole.parts[1:]:
+            _prepare(part.config, choose_dtype(part.config.train.precision, part.config.model.bits), rebuild=part.options[REBUILD] is not None)
+        for number, (name, part) in enumerate(zip(whole.names, whole.parts, strict=True), start=1):
+            logger.info("stage %d of %d, %s: %s", number, len(whole.names), name, part.config.output)
+            run(part, preemption, stage=Stage.LAST if number == len(whole.names) else Stage.EARLIER)
+            gc.collect()  # the engine of a stage is a ring of references
+
+
+def _require_runnable(settings: Settings) -> dict[str, Any]:
+    """DeepSpeed's JSON, after what shows a mistake before hours of preparation."""
     config = settings.config
-    set_determinism(config.train.deterministic)
     ds_json = load_ds_json(settings.options["ds"])
-    # Here only so that a mistake is found before hours of preparation.
     require_source(config.data)
     stage = zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1"))))
     require_compilable(config, stage)
     _require_widenable(config, stage)
     if config.eval.scorer is not None:
         require_scorer(config)
-    folder = Path(config.output)
+    return ds_json
+
+
+def run(settings: Settings, preemption: Preemption, stage: Stage | None = None) -> None:
+    """One run of this rank, from its settings to its last evaluation. `stage`: what it is of a run in stages."""
+    config = settings.config
+    set_determinism(config.train.deterministic)
+    ds_json = _require_runnable(settings)
+    folder, rank = Path(config.output), int(os.environ.get("RANK", "0"))
     with ExitStack() as held:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if rank == 0:
+            if stage_folders(folder):
+                raise InputError(f"{folder}: holds a run in stages; choose another --output, or name a stage's own folder")
             make_run_folder(folder)
             held.enter_context(one_writer(lock_inside(folder), folder))
             _remove_unfinished(folder)
-        _train(settings, ds_json, folder, preemption)
+        held.enter_context(run_log(folder / RUN_LOG, active=rank == 0))
+        _train(settings, ds_json, folder, preemption, stage)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -113,17 +158,12 @@ def _remove_unfinished(folder: Path) -> None:
             remove(leftover)
 
 
-def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption) -> None:
+def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption, stage: Stage | None) -> None:
     checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
     config = settings.config if checkpoint is None else as_begun(settings.config, checkpoint.belongs_to, settings.given)
-    tokenizer = load_tokenizer(*tokenizer_sources(config))
     dtype = choose_dtype(config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None)
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each other.
-    outline = outline_model(config.model, device(), dtype)
-    require_tokenizer_fits(config, tokenizer, outline)
-    require_qformer_positions(config, outline)
-    dataset = _ready_data(config, tokenizer, outline, rebuild=settings.options[REBUILD] is not None)
-    require_positions(dataset, outline)
+    tokenizer, outline, dataset = _prepare(config, dtype, rebuild=settings.options[REBUILD] is not None)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
     parameters, full = count_parameters(outline), full_qformer_size(outline) if isinstance(outline, InstructBlip) else None
     ds_json = fill_buckets(ds_json, count_trained(outline))
@@ -132,6 +172,9 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
     origin = find_origin(config, checkpoint)
     if files is not None:
         _require_same_start(config, dataset, checkpoint, origin, files, outline)
+    if stage is not None and checkpoint is not None and is_finished(folder, checkpoint):
+        logger.info("%s: done already, %d steps", folder, checkpoint.step)
+        return
     asked = file_digest(samples_file(config, config.data.eval_split)) if config.eval.scorer is not None else None
     rank, world_size = init_distributed()
     files = agreed_over_nodes(files)
@@ -157,6 +200,21 @@ def _train(settings: Settings, ds_json: dict[str, Any], folder: Path, preemption
             _tell_share(parameters, full)
     trainer.train()
     trainer.monitor.close()
+    if rank == 0:
+        if stage is not None:
+            mark_finished(folder)
+        last_line(_summary(trainer)) if stage is not Stage.EARLIER else logger.info("%s", _summary(trainer))
+
+
+def _prepare(config: Config, dtype: torch.dtype, *, rebuild: bool) -> tuple[Tokenizer, AnyModel, PackedDataset]:
+    """Tokenizer, outline of the model, and packs, made if missing. Raises InputError where they do not fit each other, or are damaged."""
+    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    outline = outline_model(config.model, device(), dtype)
+    require_tokenizer_fits(config, tokenizer, outline)
+    require_qformer_positions(config, outline)
+    dataset = _ready_data(config, tokenizer, outline, rebuild=rebuild)
+    require_positions(dataset, outline)
+    return tokenizer, outline, dataset
 
 
 def _require_same_start(
@@ -170,8 +228,11 @@ def _require_same_start(
         tell_unknown_files(checkpoint.belongs_to, checkpoint.path)
     elif origin is not None and origin.checkpoint is not None:
         require_same_frozen(origin.checkpoint, config, files)
-        require_fit(origin.checkpoint, outline)
+        begins = require_fit(origin.checkpoint, outline)
         logger.info("begins with the trained weights of %s, step %d", origin.checkpoint.path, origin.checkpoint.step)
+        if begins:
+            new = ", ".join(f"{part} {count:,}" for part, count in begins.items())
+            logger.info("begins as without train.init_from, since the run there trained nothing of it: %s parameters", new)
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
@@ -276,10 +337,18 @@ def _evaluate(
     )
     if report is None:
         return None
+    trainer.monitor.headline = f"{config.data.eval_split} {report.headline()}"
     logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
     for line in report.lines():
         logger.warning("%s: %s", config.data.eval_split, line)
     return report.accuracy
+
+
+def _summary(trainer: Trainer) -> str:
+    """How the run ended, in a line."""
+    loss, headline = trainer.monitor.last_loss, trainer.monitor.headline
+    figures = [f"loss {loss:.4f}"] if loss is not None else []
+    return ", ".join([f"{trainer.folder}: {trainer.done} of {trainer.plan.num_steps} steps done", *figures, *([headline] if headline else [])])
 
 
 def _require_widenable(config: Config, stage: int) -> None:

@@ -18,7 +18,9 @@ code.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ from vltrain.errors import InputError
 from vltrain.files.digest import sha256_of
 from vltrain.files.tensors import save_file
 from vltrain.files.whole import sync
+from vltrain.models.build import part_of
 from vltrain.train.retention import point, prune, put_in_place
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class Checkpoint:
     run_state: what the run remembers beside tensors (chain of the receipt, early stopping, ...), as `Trainer.run_state` gave it.
     files: names of the files that the manifest lists.
     digest: the manifest's own checksum: of two checkpoints with the same one every byte is the same.
+    is_origin: of another run, which the model's own begins with (`train.init_from`), and which may have trained less of it.
     """
 
     path: Path
@@ -58,6 +62,7 @@ class Checkpoint:
     run_state: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     digest: str = ""
+    is_origin: bool = False
 
     @property
     def precision(self) -> str | None:
@@ -273,11 +278,19 @@ def load_trainable(
             expected[name].data.copy_(tensor)
 
 
-def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
-    """Raises InputError, naming parameters, if the checkpoint's are not those that the model trains, by name and shape. On the meta device, too."""
+def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, int]:
+    """Raises InputError, naming parameters, if the checkpoint's are not those that the model trains, by name and shape. On the meta device, too.
+
+    What the run of an origin (`Checkpoint.is_origin`) trained nothing of may begin as it would without: adapters behind a neck that was trained alone.
+
+    Returns: by such a part (see `vltrain.models.build.PARTS`), how many numbers begin anew.
+    """
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     expected = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
     found = checkpoint.weight_shapes()
+    there = {part_of(name) for name in found if name in expected}
+    new = {name: math.prod(shape) for name, shape in expected.items() if checkpoint.is_origin and there and part_of(name) not in there}
+    expected = {name: shape for name, shape in expected.items() if name not in new}
     problems = {
         "lacks {} trained parameter(s)": sorted(expected.keys() - found.keys()),
         "has {} that this model does not train": sorted(found.keys() - expected.keys()),
@@ -289,3 +302,7 @@ def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
     told = [f"{problem.format(len(names))}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}" for problem, names in problems.items() if names]
     if told:
         raise InputError(f"{checkpoint.path}: a checkpoint of another model or recipe: {'; '.join(told)}")
+    begins: Counter[str] = Counter()
+    for name, count in new.items():
+        begins[part_of(name)] += count
+    return dict(begins)

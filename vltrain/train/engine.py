@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vltrain.console import keeps_log, prints_are_logged
 from vltrain.errors import InputError
 from vltrain.ops.transfer import to_device
 from vltrain.train.ds_config import offloads_optimizer, zero_stage
@@ -34,7 +35,8 @@ from vltrain.train.ranks import adopt_ranks, join_process_group
 # DeepSpeed chooses its accelerator at import. Only then is the variable ours: found later, or by a child, it means that the user asks for one.
 _chosen_by_user = "DS_ACCELERATOR" in os.environ
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed  # noqa: E402
+with prints_are_logged("DeepSpeed"):
+    import deepspeed  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_get_local_fp32_param, safe_set_full_fp32_param,
@@ -60,17 +62,20 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
     Raises:
         InputError: the environment contradicts itself, rank 0 cannot listen where it says, or the ranks are on GPUs of several models.
     """
-    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.INFO if keeps_log() else logging.WARNING)
     # DeepSpeed calls collectives by names that torch has begun to rename: true, and nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     adopt_ranks()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    if dist.is_initialized():  # by the stage before, in the same processes
+        return dist.get_rank(), dist.get_world_size()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     join_process_group(backend, timeout)
     require_one_model()
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    with prints_are_logged("DeepSpeed"):
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -99,7 +104,8 @@ def partitioner(ds_config: dict[str, Any]) -> Callable[[torch.nn.Module], None] 
         return None
 
     def cut_up(module: torch.nn.Module) -> None:
-        deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+        with prints_are_logged("DeepSpeed"):
+            deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
     return cut_up
 
@@ -151,7 +157,8 @@ class Engine:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         optimizer = _build_optimizer(groups, ds_config, betas, eps)
-        self._engine, *_ = deepspeed.initialize(model=_InAutocast(model, self.autocast), optimizer=optimizer, config=ds_config)
+        with prints_are_logged("DeepSpeed"):
+            self._engine, *_ = deepspeed.initialize(model=_InAutocast(model, self.autocast), optimizer=optimizer, config=ds_config)
         self.model = model
         if self.stage == 3:
             for module in model.modules():

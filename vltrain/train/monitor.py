@@ -1,4 +1,4 @@
-"""What a run says while it runs: TensorBoard, a line per step in `log.jsonl`, a progress bar. Written by rank 0 alone.
+"""What a run says while it runs: TensorBoard, a line per step in `log.jsonl`, how far it is (`vltrain.console.Progress`). Written by rank 0 alone.
 
 Losses and gradient norms come one step late and as plain numbers (see `vltrain.train.guard`): nothing here reads the device.
 """
@@ -6,13 +6,11 @@ Losses and gradient norms come one step late and as plain numbers (see `vltrain.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from vltrain.console import Progress
 from vltrain.data.plan import StepPlan
 from vltrain.files.events import EventWriter
 from vltrain.files.lines import LineFile
@@ -31,6 +29,9 @@ class Monitor:
         peak_flops: of all ranks together, FLOP/s.
     """
 
+    headline: str
+    """Of the newest evaluation."""
+
     def __init__(self, folder: Path, *, active: bool, first_step: int, num_steps: int, log_every_steps: int, flops: Flops, peak_flops: float) -> None:
         self.active = active
         if not active:
@@ -39,7 +40,10 @@ class Monitor:
         self._log_every_steps = log_every_steps
         self.writer = EventWriter(folder / "tensorboard", purge_step=first_step)
         self._log = _reopen_log(folder / "log.jsonl", first_step)
-        self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True, file=sys.stderr, mininterval=1.0)
+        self._progress = Progress(total=num_steps, initial=first_step, title="train", unit="step")
+        self.last_loss: float | None = None
+        self.headline = ""
+        self._rates = ""
         self._reset(time.perf_counter())
 
     def _reset(self, now: float) -> None:
@@ -59,12 +63,12 @@ class Monitor:
         """The optimizer has stepped; at logging steps the rates since the last one are written."""
         if not self.active:
             return
-        self._bar.update()
         self.writer.add_scalar("train/lr", lr, step)
-        if (step + 1) % self._log_every_steps:
-            return
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
+        if (step + 1) % self._log_every_steps:
+            self._progress.update(1, self._figures(self._rates or f"{self._tokens / seconds:,.0f} tokens/s"))
+            return
         rates = {
             "speed/useful_tokens_per_second": self._tokens / seconds,
             "speed/samples_per_second": self._samples / seconds,
@@ -75,8 +79,12 @@ class Monitor:
         }
         for name, value in rates.items():
             self.writer.add_scalar(name, value, step)
-        self._bar.set_postfix_str(f"{rates['speed/useful_tokens_per_second']:.0f} tokens/s, MFU {rates['speed/mfu']:.2f}", refresh=False)
+        self._rates = f"{rates['speed/useful_tokens_per_second']:,.0f} tokens/s, MFU {rates['speed/mfu']:.2f}"
+        self._progress.update(1, self._figures(self._rates))
         self._reset(now)
+
+    def _figures(self, rates: str) -> str:
+        return rates if self.last_loss is None else f"loss {self.last_loss:.4f}, {rates}"
 
     def loss(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """The global mean loss per label token of a step, and its gradient's norm."""
@@ -85,7 +93,7 @@ class Monitor:
         self.writer.add_scalar("train/loss", loss, step)
         self.writer.add_scalar("train/grad_norm", grad_norm, step)
         self._log.write(json.dumps({"step": step, "loss": plain_number(loss), "grad_norm": plain_number(grad_norm), "lr": lr}) + "\n")
-        self._bar.set_description(f"train loss {loss:.4f}", refresh=False)
+        self.last_loss = loss
 
     def pause(self) -> None:
         """Time spent on evaluation or saving is not training time: the interval's figures start anew."""
@@ -100,7 +108,7 @@ class Monitor:
 
     def close(self) -> None:
         if self.active:
-            self._bar.close()
+            self._progress.close()
             self._log.close()
             self.writer.close()
 

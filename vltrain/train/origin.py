@@ -1,6 +1,7 @@
 """`train.init_from`: a new run that begins with the trained weights of another, in place of fresh ones.
 
-Taken are the trained parameters alone, by name and shape, bit for bit; optimizer, schedule, data, ranks and ZeRO stage are the new run's. The
+Taken are the trained parameters alone, by name and shape, bit for bit; what the other run trained nothing of (adapters, behind a neck that was
+trained alone) begins as it would without. Optimizer, schedule, data, ranks and ZeRO stage are the new run's. The
 frozen weights below them must be the same, by the digests of their files. Whatever else of the model is different (an adapter's scale, which
 makes another function of the same weights; `model.bits`) is told in the log. Where a run began is kept in its identity and in run.json, so its
 origin is not needed any more once it has a checkpoint of its own.
@@ -9,22 +10,20 @@ origin is not needed any more once it has a checkpoint of its own.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vltrain.check.manifest import BEST, MANIFEST, pointed
 from vltrain.config import Config
 from vltrain.errors import InputError
+from vltrain.stages import FROZEN, last_stage
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, is_within, model_identity
 
 logger = logging.getLogger(__name__)
 
 KEY = "train.init_from"
-# What frozen weights follow from; of random ones their sizes and seed.
-FROZEN = ("model.architecture", "model.vision.source", "model.vision.config", "model.vision.kind", "model.llm.source", "model.llm.config",
-          "model.instructblip.source", "model.instructblip.config")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +58,13 @@ def open_origin(place: Path, output: Path) -> Checkpoint:
     Raises: InputError where there is none, or it is the run's own.
     """
     expected = "expected a run's folder, one of its checkpoints (RUN/checkpoints/step-...), or an exported folder of adapters"
+    place = last_stage(place)
     if not place.is_dir():
         raise InputError(f"{KEY}: {place}: no such folder, {expected}")
     if place.resolve() == output.resolve() or output.resolve() in place.resolve().parents:
         raise InputError(f"{KEY}: {place} is this run's own folder: go on with it by --resume auto, or choose another output for a new run")
     if (place / MANIFEST).is_file():
-        return open_checkpoint(place)
+        return replace(open_checkpoint(place), is_origin=True)
     if (place / "adapter_config.json").is_file():
         raise InputError(f"{KEY}: {place} is a folder of peft's: name it as model.instructblip.adapters, {expected}")
     root = place / "checkpoints"
@@ -72,7 +72,7 @@ def open_origin(place: Path, output: Path) -> Checkpoint:
     found = open_checkpoint(best) if best is not None else newest_checkpoint(root)
     if found is None:
         raise InputError(f"{KEY}: {place}: no checkpoint in it, {expected}")
-    return found
+    return replace(found, is_origin=True)
 
 
 def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> None:
@@ -90,7 +90,7 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
             raise InputError(f"{KEY}: {origin.path}: {text}: adapters with biases and without have other parameters. Set it as there, or train anew without {KEY}")
         if is_within(key, FROZEN) or (key == "model.seed" and is_random):
             raise InputError(f"{KEY}: {origin.path} was trained over other frozen weights: {text}. Name these, or train anew without {KEY}")
-        if key != "model.instructblip.adapters":  # where the origin itself began
+        if key not in ("model.instructblip.adapters", "model.tune"):  # where the origin itself began; what begins anew is told by itself
             logger.warning("%s: in the run of %s %s", KEY, origin.path, text)
 
 

@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from vltrain.data.signals import HEARD_BY_RANKS
+from vltrain.console import LAST
 from vltrain.errors import EXIT_INTERRUPTED, close_progress_bars, end_at_once
 from vltrain.train.readback import HostCopy
 
@@ -173,7 +174,8 @@ class Preemption:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()  # a rank that ends early would have the launcher end the one that still writes
         reason = self._reason or "another rank was asked to leave"
-        logger.warning("%s: saved after %d steps; ends with code %d, to be started again with the same command", reason, steps_done, self._code)
+        told = "%s: saved after %d steps; ends with code %d, to be started again with the same command"
+        logger.warning(told, reason, steps_done, self._code, extra={LAST: True})
         self._begin_to_leave()
         raise Preempted(reason, self._code)
 
@@ -189,7 +191,7 @@ class Preemption:
     def _end_now(self) -> NoReturn:
         reason = self._reason or "a signal"
         close_progress_bars()
-        logger.warning("%s: nothing to save; ends with code %d, to be started again with the same command", reason, self._code)
+        logger.warning("%s: nothing to save; ends with code %d, to be started again with the same command", reason, self._code, extra={LAST: True})
         self._begin_to_leave()
         raise Preempted(reason, self._code)
 
