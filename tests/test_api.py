@@ -94,6 +94,18 @@ def test_training_is_told_what_the_command_line_would_be(monkeypatch, tmp_path):
     assert "--rebuild" in told[1] and "--resume=never" in told[1]
 
 
+def test_ranks_are_processes_and_one_that_fails_is_an_error(monkeypatch, tmp_path):
+    from vltrain.programs import local_ranks
+
+    started = []
+    monkeypatch.setattr(local_ranks, "run_on_ranks", lambda command, words, ranks: started.append((command, words, ranks)) or len(started) - 1)
+    assert vltrain.train("quickstart", ranks=2, output=tmp_path) == tmp_path
+    assert started == [("train", ["--recipe=quickstart", f"--output={tmp_path}"], 2)]
+    with pytest.raises(vltrain.InputError, match="a rank ended with exit code 1"):
+        vltrain.train("quickstart", ranks="auto", output=tmp_path)
+    assert started[1][2] >= 1
+
+
 def test_mistakes_are_raised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for settings, told in (({"model__adapter__dims": 8}, "did you mean 'model.adapter.dim'"), ({"optim.lr": "fast"}, "optim.lr: found 'fast'"), ({"ranks": 0}, "--ranks: found '0'")):

@@ -195,6 +195,7 @@ def test_turns_that_are_no_question_are_refused(runs, loaded):
         with pytest.raises(InputError, match=told):
             loaded["mmt"].chat(turns)
     assert loaded["mmt"].chat([*talk, Turn(role="user", text="c")]).token_ids
+    assert loaded["chat"].chat([*talk, Turn(role="user", text="c")]).token_ids
     for kind in ("llama", "t5"):
         run = runs[kind]
         with pytest.raises(InputError, match="holds no conversation"):

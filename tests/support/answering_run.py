@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from tests.support.blip import blip_config, make_samples, make_tokenizers
+from tests.support.vocabularies import make_transformers
 from vltrain.config import Config, LLMConfig, ModelConfig, VisionConfig
 from vltrain.models.build import build_model
 from vltrain.recipe import dump_config
@@ -19,7 +20,16 @@ from vltrain.train.checkpoint import save_checkpoint
 from vltrain.train.identity import MADE_OF, model_identity
 from vltrain.train.made_of import made_of
 
-KINDS = ("mmt", "llama", "t5")
+KINDS = ("mmt", "chat", "llama", "t5")
+MMT = ("mmt", "chat")  # by template
+
+TALK = Sample(
+    id="talk", images=("one.png", "two.png"),
+    turns=tuple(
+        Turn(role=role, text=text)
+        for role, text in (("user", "<image>\nwhat color ?"), ("assistant", "red"), ("user", "and this ?\n<image>"), ("assistant", "blue"))
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class AnsweringRun:
 
 def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
     """Makes one of `KINDS` in a folder; `changes` are dotted keys with `__` for the dots, of mmt `adapter` is `model.adapter`."""
-    config = _mmt_config(place, **changes) if kind == "mmt" else blip_config(
+    config = _mmt_config(kind, place, **changes) if kind in MMT else blip_config(
         kind, make_tokenizers(place / "tokenizers"), data__root=str(place / "data"), data__source=None, data__options={}, qformer_tokens=32,
         qformer__mode="full", llm__mode="full", eval__method="generate", eval__scorer="exact", **changes,
     )  # fmt: skip
@@ -52,13 +62,12 @@ def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
     with torch.no_grad():  # random weights answer every prompt alike; larger ones do not
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=draw) * (0.3 if kind == "mmt" else 0.15))
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * (0.3 if kind in MMT else 0.15))
     state = ((name, one.detach(), {"exp_avg": one * 0}) for name, one in model.named_parameters() if one.requires_grad)
     identity = {"model": json.loads(json.dumps(model_identity(config))), MADE_OF: made_of(config)}
     save_checkpoint(state, run / "checkpoints", step=3, belongs_to=identity, keep=1, is_writer=True)
-    samples = [replace(one, metadata={"answer": one.turns[-1].text}) for one in make_samples(12)]
-    if kind != "mmt":
-        samples = [one for one in samples if one.images]
+    samples = [*make_samples(12), TALK] if kind in MMT else [one for one in make_samples(12) if one.images]
+    samples = [replace(one, metadata={"answer": one.turns[-1].text}) for one in samples]
     made = AnsweringRun(run, config, samples)
     made.images.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -68,7 +77,7 @@ def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
     return made
 
 
-def _mmt_config(place: Path, **changes: object) -> Config:
+def _mmt_config(kind: str, place: Path, **changes: object) -> Config:
     config = Config(
         model=ModelConfig(
             vision=VisionConfig(config=dict(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2), tap_every=1),
@@ -77,11 +86,11 @@ def _mmt_config(place: Path, **changes: object) -> Config:
                     vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
                     initializer_range=0.3, max_position_embeddings=128,
                 ),
-                tokenizer="asset://tiny_llama",
+                tokenizer="asset://tiny_llama" if kind == "mmt" else make_transformers(place / "tokenizer"),
             ),
         )
     )  # fmt: skip
-    config.data.root, config.train.precision = str(place / "data"), "fp32"
+    config.data.root, config.data.template, config.train.precision = str(place / "data"), kind, "fp32"
     for name, value in changes.items():
         section, key = name.split("__")
         setattr(config.model.adapter if section == "adapter" else getattr(config, section), key, value)
