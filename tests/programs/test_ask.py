@@ -17,6 +17,7 @@ from vltrain.train.adapters_folder import write_adapters
 from vltrain.files.strict_json import read_json
 from vltrain.inference import load
 from vltrain.programs.ask import main
+from vltrain.stages import STAGES_FILE
 from vltrain.train.checkpoint import newest_checkpoint
 
 NEW_TOKENS = 8
@@ -83,6 +84,15 @@ def test_sampling_and_weights_are_the_command_lines(asks, capsys, tmp_path):
     for place, more in ((bare, ["--adapters", str(folder)]), (folder, []), (bare, ["--checkpoint", str(run.folder / "checkpoints" / "step-00000003")])):
         assert main([str(place), *words(sample, run)[1:], *more]) == 0
         assert capsys.readouterr().out == expected
+
+
+def test_of_a_run_in_stages_the_last_answers(asks, capsys, tmp_path):
+    run, model, words = asks["mmt"]
+    sample = run.samples[0]
+    shutil.copytree(run.folder, tmp_path / "tune")
+    (tmp_path / STAGES_FILE).write_text(json.dumps({"stages": ["neck", "tune"]}))
+    assert main([str(tmp_path), *words(sample, run)[1:]]) == 0
+    assert capsys.readouterr().out == model.chat(asked(sample), run.paths(sample)).text + "\n"
 
 
 def talk(lines: str, words: list[str], monkeypatch, capsys) -> tuple[int, list[str], str]:

@@ -4,7 +4,7 @@
     vltrain ask runs/quickstart --image a.png --image b.png "which is larger?" --json
     vltrain ask runs/quickstart                        /image FILE, /clear, /quit; Ctrl-D ends it, Ctrl-C an answer
 
-    RUN                  a run's folder, or one that `vltrain export --format adapters` wrote
+    RUN                  a run's folder (of one in stages the last answers), or one that `vltrain export --format adapters` wrote
     --image FILE         an image that the question is about; may be given several times, in the order of the question's <image>, or in front of it
     --checkpoint X       a checkpoint's folder, best, or none for the model before tuning; left out: the run's newest
     --adapters FOLDER    the weights of an export of adapters, in place of a checkpoint's
@@ -124,9 +124,10 @@ def _number(name: str, text: str | None, kind: type) -> Any:
 def _load(request: Request) -> LoadedModel:
     from vltrain.inference import load
     from vltrain.inference.run import recipe_of
+    from vltrain.stages import last_stage
     from vltrain.train.determinism import set_determinism
 
-    set_determinism(recipe_of(request.run).train.deterministic)
+    set_determinism(recipe_of(last_stage(request.run)).train.deterministic)
     return load(
         request.run, checkpoint=request.checkpoint, adapters=request.adapters, bits=request.bits, device=request.device, keep_untuned=request.compare  # type: ignore[arg-type]
     )
