@@ -301,9 +301,9 @@ class TrainConfig:
     keep_checkpoints: int = number(2, 1, MOST_SIZE)
     """How many of the newest checkpoints are kept."""
     init_from: str | None = None
-    """Begin a new run with the trained weights of another: a run's folder (its best checkpoint where `train.keep_best` kept one, else its newest)
-    or a checkpoint's (RUN/checkpoints/step-...). Adapters of the same shapes over the same frozen weights, or none there yet; optimizer, schedule
-    and data are this run's. The way to go on with a finished run for more epochs, with another learning rate, or on other data; null: fresh weights."""
+    """Begin a new run with the trained weights of another: a run's folder (its best checkpoint where `train.keep_best` kept one, else its newest), a
+    checkpoint's, or one of `vltrain export` (adapters; lora where LoRA is all that was put in; an InstructBLIP's peft, or peft's own). Same shapes, or
+    none there yet, over the same frozen weights; optimizer, schedule and data are this run's: more epochs, another learning rate, other data. null: fresh weights."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are named; skip: its
     update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the run goes on (the host waits for each

@@ -35,7 +35,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 DARK = 16  # of 255: an image whose brightest value is no more holds, most likely, values of another range (12 of 16 bits, floats in [0, 1], class numbers)
 _BYTES_PER_PIXEL = 8  # of an uncompressed file: four channels of 16 bits
 _BYTES_BESIDE = 16 << 20  # for what a file holds beside its pixels
-_REDUCING_GAP = 3
+REDUCING_GAP = 3
 _ROWS_AT_ONCE = 256
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -55,7 +55,7 @@ def decode_image(data: bytes, image_size: int, max_pixels: int, where: str, fram
     Raises:
         InputError: empty, damaged, truncated, of another format than FORMATS, or too large.
     """
-    image = open_rgb(data, max_pixels, where, at_least=_REDUCING_GAP * (framing.shorter_edge or image_size))
+    image = open_rgb(data, max_pixels, where, at_least=REDUCING_GAP * (framing.shorter_edge or image_size))
     return frame_image(image, image_size, max_pixels, where, framing)
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vltrain.export.blip_processor import write_processor
-from vltrain.export.format import Choices, Format, Proof, Source
+from vltrain.export.format import Choices, Format, Proof, Source, Written
 from vltrain.export.questions import as_text
-from vltrain.export.reference import anywhere
 from vltrain.files.tensors import save_file
 from vltrain.locate import locate
+from vltrain.inference.build import anywhere
 from vltrain.models.blip_weights import empty_blip, tie_embeddings
 from vltrain.models.build import build_model
 from vltrain.models.low_rank import fold_in
@@ -27,8 +27,11 @@ from vltrain.models.peft_reader import WEIGHTS
 from vltrain.models.peft_settings import CONFIG
 from vltrain.models.qformer import InstructBlip
 from vltrain.models.quantise import dequantise_linears
-from vltrain.schema import Sample
+from vltrain.schema import IMAGE_MARKER, Sample
 from vltrain.train.checkpoint import kept_by_adalora, load_trainable
+
+
+JPEGS = "JPEGs more than three times as large as the ViT's images are decoded whole here, at a fraction of their size in the run: pixels differ by some 1 of 255"
 
 
 def _refuse_mixed_modes(source: Source, choices: Choices) -> None:
@@ -53,11 +56,12 @@ def _write_updates(folder: Path, source: Source, choices: Choices) -> None:
 
 
 @torch.no_grad()
-def _write_whole(folder: Path, source: Source, choices: Choices) -> None:
-    built = build_model(anywhere(source.config.model), dtype=torch.float32)
+def _write_whole(folder: Path, source: Source, choices: Choices) -> Written:
+    built = build_model(anywhere(source.config).model, dtype=torch.float32)
     if source.weights is not None:
         load_trainable(built, source.weights)
     dequantise_linears(built)
+    built.float()  # frozen weights of 16 bits: sums are not rounded to them
     fold_in(built)
     named: dict[str, Tensor] = {InstructBlip.their_name(name): value for name, value in built.state_dict().items()}
     network = empty_blip(built.config, "sdpa")
@@ -70,6 +74,7 @@ def _write_whole(folder: Path, source: Source, choices: Choices) -> None:
     if beyond := list(range(known, network.config.text_config.vocab_size)):  # rows that mean nothing are never chosen
         network.generation_config.suppress_tokens = beyond
     network.to(choices.torch_dtype).save_pretrained(folder)
+    return Written(notes=(JPEGS,))
 
 
 def _base(source: Source, place: Path) -> str:
@@ -82,13 +87,14 @@ def _base(source: Source, place: Path) -> str:
 
 
 def _shows_one(sample: Sample) -> bool:
-    return len(sample.images) == 1
+    """Not a question that spells `<image>` either, which transformers' processor takes for an image's place."""
+    return len(sample.images) == 1 and IMAGE_MARKER not in as_text(sample)
 
 
 PEFT = Format(
     summary="low-rank updates and what else was tuned, as peft's folder",
     loads="PeftModel.from_pretrained(InstructBlipForConditionalGeneration.from_pretrained(BASE), FOLDER)",
-    write=_write_updates, refuse=_refuse_mixed_modes, reads_base=False,
+    write=_write_updates, refuse=_refuse_mixed_modes, reads_base=False, library="peft",
     proof=Proof(
         load="""\
 from peft import PeftModel
@@ -132,9 +138,9 @@ settings = GenerationConfig.from_pretrained(folder)
 """,
         ask="""\
 inputs = processor(images=image, text=question, return_tensors="pt").to(model.dtype)
-output = model.generate(**inputs, generation_config=settings)
-prompt_length = inputs["input_ids"].shape[1] if model.config.use_decoder_only_language_model else 0
-answer = processor.tokenizer.decode(output[0, prompt_length:], skip_special_tokens=True).strip()
+prompt_length = inputs["input_ids"].shape[1] if model.config.use_decoder_only_language_model else 1
+new = model.generate(**inputs, generation_config=settings)[0, prompt_length:]
+answer = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 """,
         logits="""\
 if model.config.use_decoder_only_language_model:
@@ -144,6 +150,6 @@ else:
     start = torch.full((1, 1), settings.decoder_start_token_id)
     logits = model(**inputs, decoder_input_ids=torch.cat([start, answer_ids], dim=1)).logits[0]
 """,
-        question=as_text, takes=_shows_one,
+        question=as_text, takes=_shows_one, drafts=True,
     ),
 )  # fmt: skip

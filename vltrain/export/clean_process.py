@@ -44,10 +44,10 @@ def main(job: Path) -> None:
         exec(compile(told["load"], "<load>", "exec"), space)
         for number, case in enumerate(told["cases"]):
             given = {name.partition(".")[2]: value for name, value in cases.items() if name.startswith(f"{number}.")}
-            space |= {"image": _open(case["images"]), "question": case["question"], "max_new_tokens": case["max_new_tokens"], "case": given}
+            space |= {"image": _open(case["images"], case["draft"]), "question": case["question"], "max_new_tokens": case["max_new_tokens"], "case": given}
             space["answer_ids"] = given["answer_ids"][None]
             exec(compile(told["ask"], "<ask>", "exec"), space)
-            answers.append(space["answer"])
+            answers.append({"text": space["answer"], "tokens": space["new"].tolist() if "new" in space else None})
             exec(compile(told["logits"], "<logits>", "exec"), space)
             logits[str(number)] = space["logits"].float().contiguous()
     save_file(logits, job / "logits.safetensors")
@@ -57,11 +57,13 @@ def main(job: Path) -> None:
     (job / "answers.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def _open(images: list[str]) -> Any:
-    """None, one image, or a list of several: as users hand them over."""
+def _open(images: list[str], draft: int | None) -> Any:
+    """None, one image, or a list of several: as users hand them over. `draft`: of JPEGs, pixels that either edge keeps."""
     from PIL import Image
 
     opened = [Image.open(path) for path in images]
+    for image in opened if draft is not None else ():
+        image.draft(None, (draft, draft))  # of other kinds it does nothing
     return None if not opened else opened[0] if len(opened) == 1 else opened
 
 

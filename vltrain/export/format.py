@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vltrain.config import Config
+from vltrain.data.asked import Asked
 from vltrain.data.instruction import InstructionSource
 from vltrain.export.questions import as_asked
 from vltrain.schema import Sample
@@ -25,6 +26,7 @@ class Source:
     checkpoint  the tuned weights; None: the model before tuning
     before      where `checkpoint` is None: the trained weights that the run began with (`train.init_from`), or None for fresh ones
     tokenizer   the arguments of `vltrain.data.tokenizer.load_tokenizer`
+    asked       how the training's questions were put, where that is known
     max_new_tokens  that an answer may have: the recipe's, or as evaluation derives it from the references
     facts       which weights these are, plain JSON: see `vltrain.inference.run.weights_used`
     """
@@ -35,6 +37,7 @@ class Source:
     tokenizer: tuple[str, InstructionSource | None]
     before: Checkpoint | None = None
     max_new_tokens: int = 64
+    asked: Asked | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,13 +74,16 @@ class Proof:
     """How a folder is read: lines of Python that its model card shows and its proof runs.
 
     load    with `folder`: gives what `ask` needs
-    ask     with `image` (of Pillow, a list of several, or None), `question` and `max_new_tokens`: sets `answer`, a text; or None, and the largest logits tell it
+    ask     with `image` (of Pillow, a list of several, or None), `question` and `max_new_tokens`: sets `answer`, a text, and `new`, its tokens int64 [A] or [A + 1] with the one that ended it, where it
+            has them; where `answer` is None the largest logits tell it
     logits  after `ask`, with `answer_ids` int64 [1, A]: sets `logits` [S, vocabulary] that follow the prompt and each token of the answer, S > A.
             The three may also use `base` (the folder of the base, where there is one), `run`, and the sample as the run reads it: `case["prompt"]` (int64 [L],
             placeholders below zero), `case["read"]` (what a Q-Former reads), `case["pixels"]` (uint8 [K, 3, H, W]) and `case["pixel_values"]`
             (the same, normalised); a card shows no `ask` that uses them
     question  the sample's question as `ask` gets it
     takes     which samples can be asked like that
+    drafts    JPEGs far larger than the model's images are opened as the run opens them, at a fraction of their size, since stock processors decode them whole:
+            values differ by some 1 of 255, which is no fault of the folder
     base      where the base lies that the folder is put on, which it may write into the folder that it is given; None: it needs none
     is_ours   read by vltrain itself, in another process
     """
@@ -88,6 +94,7 @@ class Proof:
     question: Callable[[Sample], Any] = as_asked
     takes: Callable[[Sample], bool] = lambda sample: True
     base: Callable[[Source, Path], str] | None = None
+    drafts: bool = False
     is_ours: bool = False
 
 
@@ -104,6 +111,8 @@ class Format:
     write        (folder, source, choices): fills the folder, which appears under its name when it is whole; what it has to say. Raises InputError
     proof        how the folder is read, by its users and by the proof
     refuse       raises InputError for what the format cannot hold, by the recipe alone: before any weight is read
+    card         lines of Markdown that tell how it is loaded, FOLDER its name; None: the proof's lines
+    library      the library that loads it, in the words of model cards
     options      the fields of `Choices` that it reads: another one on the command line is refused, since it would have no effect
     reads_base   whether the frozen weights are read, so that their digests are compared with those of the training
     needs_tuned  whether there must be tuned weights: `--checkpoint none` is refused
@@ -114,6 +123,8 @@ class Format:
     write: Callable[[Path, Source, Choices], Written | None]
     proof: Proof
     refuse: Callable[[Source, Choices], None] = _refuse_nothing
+    card: str | None = None
+    library: str = "transformers"
     options: frozenset[str] = frozenset()
     reads_base: bool = True
     needs_tuned: bool = True

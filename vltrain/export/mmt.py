@@ -23,15 +23,12 @@ from vltrain.data.tokenizer import Tokenizer, TransformersTokenizer, load_tokeni
 from vltrain.errors import InputError
 from vltrain.export import modeling_vltrain_mmt as modeling
 from vltrain.export.format import Choices, Format, Proof, Source
-from vltrain.export.parts import PROBES, generation_config
-from vltrain.export.reference import anywhere
+from vltrain.export.parts import PROBES, generation_config, tuned_model
 from vltrain.export.stock_tokenizer import open_stock
 from vltrain.files.strict_json import read_object
 from vltrain.models.adapters.table import adapter_kind
-from vltrain.models.build import build_model
 from vltrain.models.merge import merge_adapters
 from vltrain.models.multimodal import MultimodalModel
-from vltrain.train.checkpoint import load_trainable
 
 CODE = Path(modeling.__file__)
 MODELS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
@@ -51,19 +48,9 @@ def refuse_unmergeable(source: Source, choices: Choices) -> None:
 
 
 @torch.no_grad()
-def merged_model(source: Source) -> MultimodalModel:
-    """The run's model in fp32 on the CPU, its adapters merged: plain transformers networks. Raises InputError."""
-    built = build_model(anywhere(source.config.model), dtype=torch.float32)
-    assert isinstance(built, MultimodalModel)
-    if source.weights is not None:
-        load_trainable(built, source.weights)
-    merge_adapters(built.float())  # widened first, so that products are not rounded to frozen weights' 16 bits
-    return built.eval()
-
-
-@torch.no_grad()
 def _write(folder: Path, source: Source, choices: Choices) -> None:
-    built, tokenizer = merged_model(source), load_tokenizer(*source.tokenizer)
+    built, tokenizer = tuned_model(source), load_tokenizer(*source.tokenizer)
+    merge_adapters(built)
     template = source.config.data.template
     network = _network(built)
     ends = stop_ids(tokenizer, template)
@@ -152,8 +139,8 @@ model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=Tr
 ''',
         ask='''\
 inputs = processor(images=image, text=question, return_tensors="pt")
-output = model.generate(**inputs, do_sample=False)
-answer = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+new = model.generate(**inputs, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+answer = processor.decode(new, skip_special_tokens=True).strip()
 ''',
         logits='''\
 ids = torch.cat([inputs["input_ids"], answer_ids], dim=1)

@@ -34,11 +34,19 @@ OURS = ("vltrain", "data_prep", "launch", "ds_configs")
 REPORTED = 12  # lines of a clean process that failed
 
 
-def prove(folder: Path, proof: Proof, source: Source, choices: Choices, data: ProofData) -> dict[str, Any]:
-    """Writes proof.json into the folder, and returns it.
+class ProofFailed(InputError):
+    """The folder does not compute what the run does, or cannot be read."""
 
-    Raises: InputError where what the clean process computes is not what the run's model does, or it fails.
-    """
+
+def prove(folder: Path, proof: Proof, source: Source, choices: Choices, data: ProofData) -> dict[str, Any]:
+    """Writes proof.json into the folder, and returns it. Raises ProofFailed as `measure`."""
+    facts = measure(folder, proof, source, choices, data)
+    write_json(folder / PROOF, facts)
+    return facts
+
+
+def measure(folder: Path, proof: Proof, source: Source, choices: Choices, data: ProofData) -> dict[str, Any]:
+    """What proof.json says of a folder. Raises ProofFailed where what the clean process computes is not what the run's model does, or it fails."""
     with tempfile.TemporaryDirectory(prefix="vltrain-proof-") as name:
         job = Path(name)
         base = None if proof.base is None else proof.base(source, job)
@@ -52,14 +60,12 @@ def prove(folder: Path, proof: Proof, source: Source, choices: Choices, data: Pr
         _compare(sample, one, logits[str(number)], result["answers"][number], BOUNDS[choices.dtype], choices.dtype == "fp32")
         for number, (sample, one) in enumerate(zip(data.samples, expected, strict=True))
     ]
-    facts = {
+    return {
         "proven": True, "read_by": "vltrain in another process" if proof.is_ours else "stock libraries; vltrain could not be imported",
         "versions": result["versions"], "dtype": choices.dtype, "bound_of_relative_error": BOUNDS[choices.dtype],
         "max_abs_error": max(case["max_abs_error"] for case in cases), "max_relative_error": max(case["max_relative_error"] for case in cases),
-        "answers_equal": sum(case["answer"] == case["expected"] for case in cases), "samples_file": str(data.file), "samples": cases,
+        "answers_equal": sum(case["equal"] for case in cases), "samples_file": str(data.file), "samples": cases,
     }  # fmt: skip
-    write_json(folder / PROOF, facts)
-    return facts
 
 
 def write_unproven(folder: Path) -> None:
@@ -74,7 +80,7 @@ def _write_job(
     for number, (sample, one) in enumerate(zip(data.samples, expected, strict=True)):
         images = [str((data.file.parent / name).resolve()) for name in sample.images]
         most = min(data.max_new_tokens, MOST_NEW_TOKENS)
-        cases.append({"id": sample.id, "images": images, "question": proof.question(sample), "max_new_tokens": most})
+        cases.append({"id": sample.id, "images": images, "question": proof.question(sample), "max_new_tokens": most, "draft": one.draft if proof.drafts else None})
         given = {"answer_ids": one.ids, "prompt": one.prompt, "read": one.read, "pixels": one.pixels, "pixel_values": one.pixel_values}
         tensors |= {f"{number}.{name}": value for name, value in given.items()}
     save_file(tensors, job / "cases.safetensors")
@@ -95,29 +101,41 @@ def _run(job: Path, is_ours: bool) -> dict[str, Any]:
     done = subprocess.run(command, env=settings, cwd=None if is_ours else job, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()][-REPORTED:]
-        raise InputError(f"proof: a clean process could not read the exported folder (exit code {done.returncode}): {' | '.join(lines)}")
+        raise ProofFailed(f"proof: a clean process could not read the exported folder (exit code {done.returncode}): {' | '.join(lines)}")
     return read_object(job / "answers.json")
 
 
-def _compare(sample: Sample, ours: Spoken, found: Tensor, answer: str | None, bound: float, is_exact: bool) -> dict[str, Any]:
-    """What was found for a sample. Raises InputError where it is not what the run says."""
+def _compare(sample: Sample, ours: Spoken, found: Tensor, answer: dict[str, Any], bound: float, is_exact: bool) -> dict[str, Any]:
+    """What was found for a sample. Raises ProofFailed where it is not what the run says."""
     where = f"proof: sample '{sample.id}'"
     steps, vocabulary = ours.logits.shape
     if found.ndim != 2 or found.shape[0] < steps or found.shape[1] < vocabulary:
-        raise InputError(f"{where}: the exported folder gives logits {list(found.shape)}, the run {list(ours.logits.shape)}")
+        raise ProofFailed(f"{where}: the exported folder gives logits {list(found.shape)}, the run {list(ours.logits.shape)}")
     found = found[:steps, :vocabulary]
     error, largest = float((found - ours.logits).abs().max()), float(ours.logits.abs().max())
     relative = error / max(largest, 1e-30)
     if not relative <= bound:  # also of NaN
-        raise InputError(
+        raise ProofFailed(
             f"{where}: the exported folder does not compute what the run does: its logits are off by {error:.3g} of {largest:.3g} ({relative:.2g} relative, "
-            f"allowed {bound:g}); nothing was left there"
+            f"allowed {bound:g})"
         )
-    if answer is None:  # greedily, which is what the run did, the tokens are those of the largest logits
-        answer = ours.text if torch.equal(found.argmax(-1), ours.logits.argmax(-1)) else "(other tokens)"
-    if answer != ours.text and (is_exact or not _is_near_tie(ours, error)):
-        raise InputError(f"{where}: the exported folder answers {answer!r:.80}, the run {ours.text!r:.80}; nothing was left there")
-    return {"id": sample.id, "expected": ours.text, "answer": answer, "tokens": steps, "max_abs_error": error, "max_relative_error": relative}
+    text, equal = _answered(ours, found, answer)
+    if not equal and (is_exact or not _is_near_tie(ours, error)):
+        raise ProofFailed(f"{where}: the exported folder answers {text!r:.80}, the run {ours.text!r:.80}")
+    return {
+        "id": sample.id, "expected": ours.text, "answer": text, "equal": equal, "tokens": steps, "max_abs_error": error, "max_relative_error": relative,
+    }  # fmt: skip
+
+
+def _answered(ours: Spoken, found: Tensor, answer: dict[str, Any]) -> tuple[str, bool]:
+    """(the folder's answer, whether it is the run's): token by token where the tokens are known, since texts of broken characters are decoded in several ways."""
+    text, tokens, known = answer["text"], answer["tokens"], ours.ids.tolist()
+    if text is None:  # greedily, which is how the run answered, the tokens are those of the largest logits
+        same = torch.equal(found.argmax(-1), ours.logits.argmax(-1))
+        return (ours.text, True) if same else ("(other tokens)", False)
+    if tokens is None:
+        return text, text == ours.text
+    return text, tokens[: len(known)] == known and len(tokens) in (len(known), len(ours.logits))
 
 
 def _is_near_tie(ours: Spoken, error: float) -> bool:

@@ -5,7 +5,6 @@ Everything is computed in fp32 (`vltrain.evaluate.precision`) on the CPU, one sa
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vltrain.config import Config, ModelConfig
-from vltrain.data.conversation import encode_prompt, stop_ids
+from vltrain.config import Config
+from vltrain.data.conversation import encode_prompt, find_template, stop_ids
+from vltrain.data.images import REDUCING_GAP
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
@@ -24,6 +24,7 @@ from vltrain.evaluate.generate import Sampling, generate
 from vltrain.evaluate.precision import products_in_fp32
 from vltrain.evaluate.questions import derived_max_new_tokens
 from vltrain.evaluate.samples import image_loader, read_samples, thin_out
+from vltrain.inference.build import anywhere
 from vltrain.models.build import AnyModel, build_model
 from vltrain.models.qformer import InstructBlip
 from vltrain.schema import Sample, Segment
@@ -51,6 +52,7 @@ class Spoken:
     logits  fp32 [S, vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's tokens, and before the one that ended it
     prompt  int64 [L], placeholders below zero
     read    int64 [I], what a Q-Former reads; empty where there is none
+    draft   pixels that either edge of a JPEG keeps where it is decoded at a fraction of its size
     pixels  uint8 [K, 3, H, W], the images as squares; pixel_values: fp32, the same normalised
     """
 
@@ -61,29 +63,30 @@ class Spoken:
     read: Tensor
     pixels: Tensor
     pixel_values: Tensor
+    draft: int
 
 
 def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sample], bool]) -> ProofData:
     """Evenly spaced samples of a file, of those that `takes` says can be asked. Raises InputError for a malformed file, and where there is none."""
     every = read_samples(file)
-    askable = [sample for sample in every if takes(sample)]
+    template = find_template(config.data.template)
+    askable = [
+        sample for sample in every
+        if takes(sample) and (template.multi_turn or _num_questions(sample) == 1) and (sample.images or not template.needs_image)
+    ]
     if not askable:
         raise InputError(f"{file}: none of its {len(every)} samples can be asked of the exported model alone (one question about one image); export it unproven: --proof none")
     most = config.eval.max_new_tokens or derived_max_new_tokens(every, load_tokenizer(*tokenizer_sources(config)))
     return ProofData(file=file, samples=thin_out(askable, num_samples), max_new_tokens=most)
 
 
-def anywhere(model: ModelConfig) -> ModelConfig:
-    """The same network without the kernels that a run on a GPU asked for: nothing of it runs there."""
-    if model.architecture == "instructblip":
-        return dataclasses.replace(model, instructblip=dataclasses.replace(model.instructblip, attention="auto", kernels="auto"))
-    llm = dataclasses.replace(model.llm, attention="auto", kernels="auto")
-    return dataclasses.replace(model, llm=llm, adapter=dataclasses.replace(model.adapter, impl="torch"))
+def _num_questions(sample: Sample) -> int:
+    return sum(turn.role == "user" for turn in sample.turns)
 
 
 def model_of(config: Config, weights: Checkpoint | None) -> AnyModel:
     """The model of a recipe with its trained weights, on the CPU, in evaluation mode. Raises InputError as `build_model`."""
-    model = build_model(anywhere(config.model), dtype=torch.float32)
+    model = build_model(anywhere(config).model, dtype=torch.float32)
     if weights is not None:
         load_trainable(model, weights)
     return model.eval()
@@ -122,6 +125,7 @@ class Speaker:
             ids=torch.tensor(ids, dtype=torch.int64), text=self.tokenizer.decode(ids).strip(), logits=torch.cat(steps).float(),
             prompt=torch.from_numpy(prompt.input_ids).long(), read=torch.from_numpy(prompt.instruction_ids).long(),
             pixels=pixels, pixel_values=(pixels.float() / 255 - owner.mean) / owner.std,
+            draft=REDUCING_GAP * (self.model.framing.shorter_edge or size),
         )  # fmt: skip
 
 

@@ -17,6 +17,11 @@ keeps. A folder that has moved is named by its new path (--model.llm.source FOLD
 reads every file of prepared samples and packs (a data.root, or a folder of one of them) anew, and the raw data where it still is, and compares each
 digest with the one kept beside them; a run's start trusts size, times and inode. Exit code as above.
 
+    vltrain check export FOLDER [--run RUN] [--proof-samples N]
+
+proves a folder of `vltrain export` anew: a clean process reads it by stock libraries alone, and what it says is compared with the run that the folder was
+made of (--run where that has moved). Exit code as above.
+
     vltrain check replay RUN --step K [--packs FOLDER]
 
 does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those
@@ -106,6 +111,17 @@ def _data(arguments: Arguments) -> int:
     return _show(check_data(Path(arguments.positionals[0])))
 
 
+def _export(arguments: Arguments) -> int:
+    from vltrain.programs.export_check import check_export
+
+    _require_known(arguments, ("run", "proof-samples"))
+    if len(arguments.positionals) != 1:
+        raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected FOLDER")
+    start_logging()
+    run = arguments.last("run")
+    return _show(check_export(Path(arguments.positionals[0]), Path(run) if run else None, arguments))
+
+
 def _replay(arguments: Arguments) -> int:
     from vltrain.programs.replay import replay  # with torch and DeepSpeed, which a proof does without
 
@@ -143,4 +159,4 @@ def _require_known(arguments: Arguments, known: tuple[str, ...]) -> None:
             raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {nearest(name, known)}")
 
 
-CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "weights": _weights, "data": _data, "replay": _replay}
+CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "weights": _weights, "data": _data, "export": _export, "replay": _replay}

@@ -29,21 +29,22 @@ from vltrain.config import Config
 from vltrain.data.folder import new_folder
 from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.export.card import write_card
 from vltrain.export.format import DTYPES, Choices, Format, Source, Written
-from vltrain.export.proof import prove, write_unproven
+from vltrain.export.proof import ProofFailed, prove, write_unproven
 from vltrain.export.reference import ProofData, proof_data
 from vltrain.export.table import describe_formats, find_format
 from vltrain.files.whole import write_json
-from vltrain.inference.run import choose_checkpoint, recipe_of, weights_before, weights_used
+from vltrain.inference.run import choose_checkpoint, how_run_was_asked, recipe_of, weights_before, weights_used
 from vltrain.models.quiet import quiet_transformers
 from vltrain.programs.origins import samples_file
 from vltrain.programs.run_folder import read_command
 from vltrain.settings import COMMAND_LINE, Arguments
+from vltrain.train.lora_folder import EXPORTED as ORIGIN
 from vltrain.train.made_of import made_of
 
 logger = logging.getLogger(__name__)
 
-ORIGIN = "vltrain_origin.json"  # in an exported folder: which weights it was made of
 CHOICES = ("dtype", "engine")
 PROOF_SAMPLES = 8
 
@@ -57,7 +58,7 @@ def main(argv: list[str], *, program: str = "vltrain export") -> int:
         return 0
     run, output, arguments = told
     given = {name: value for name in CHOICES if (value := arguments.last(name)) is not None}
-    export(run, output, arguments.last("format"), arguments.last("checkpoint"), given, proof_samples=_proof_samples(arguments))
+    export(run, output, arguments.last("format"), arguments.last("checkpoint"), given, proof_samples=proof_samples_of(arguments))
     return 0
 
 
@@ -83,33 +84,39 @@ def export(
     checkpoint = choose_checkpoint(run, named)
     if checkpoint is None and chosen.needs_tuned:
         raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export as {name}")
-    data = _proof_data(config, chosen, proof_samples)
+    data = samples_for_proof(config, chosen, proof_samples)
     facts = weights_used(run, config, checkpoint, made_of(config) if chosen.reads_base or data is not None else None)
     source = Source(
         run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None, tokenizer=tokenizer,
         max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens, facts=facts,
+        asked=how_run_was_asked(run, config),
     )  # fmt: skip
     with new_folder(output) as folder, quiet_transformers():
         try:
             told = chosen.write(folder, source, choices) or Written()
             notes = {"notes": told.notes} if told.notes else {}
-            write_json(folder / ORIGIN, {"run": str(run), "format": name, "dtype": choices.dtype, **facts, **told.facts, **notes})
+            belongs = {} if checkpoint is None else {"belongs_to": checkpoint.belongs_to}
+            write_json(folder / ORIGIN, {"run": str(run), "format": name, "dtype": choices.dtype, **facts, **told.facts, **notes, **belongs})
+            proven = None
             if data is None:
                 write_unproven(folder)
             else:
                 logger.info("proof: %d sample(s) of %s are asked of the run's model, and of the folder in a clean process", len(data.samples), data.file)
                 proven = prove(folder, chosen.proof, source, choices, data)
+            write_card(folder, output.name, name, chosen, source, choices, told, proven)
+        except ProofFailed as error:
+            raise ProofFailed(f"{error}; {output} was not left there") from None
         except SafetensorError as error:  # a full disk, among others
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from None
     print(f"{output}: {name} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
     for note in told.notes:
         print(note)
-    if data is not None:
-        shown = f"{proven['answers_equal']} of {len(data.samples)} answers equal, logits within {proven['max_relative_error']:.1e} of the run's own (fp32)"
+    if proven is not None:
+        shown = f"{proven['answers_equal']} of {len(proven['samples'])} answers equal, logits within {proven['max_relative_error']:.1e} of the run's own (fp32)"
         print(f"proven by {proven['read_by']}: {shown}")
 
 
-def _proof_samples(arguments: Arguments) -> int | None:
+def proof_samples_of(arguments: Arguments) -> int | None:
     """How many samples the proof asks; None for none. Raises InputError for what is no number of samples."""
     proof, count = arguments.last("proof"), arguments.last("proof-samples")
     if proof is not None:
@@ -125,8 +132,8 @@ def _proof_samples(arguments: Arguments) -> int | None:
     return int(count)
 
 
-def _proof_data(config: Config, chosen: Format, proof_samples: int | None) -> ProofData | None:
-    """Samples of the run's evaluation data. Raises InputError where they are not there."""
+def samples_for_proof(config: Config, chosen: Format, proof_samples: int | None) -> ProofData | None:
+    """Samples of the run's evaluation data; None: of `proof_samples` None. Raises InputError where they are not there."""
     if proof_samples is None:
         return None
     tried = []

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -54,7 +55,7 @@ from vltrain.train.identity import MADE_OF, FilesOf, agreed_over_nodes, require_
 from vltrain.train.length import require_reachable
 from vltrain.train.machine import local_world_size, require_machine
 from vltrain.train.made_of import made_of
-from vltrain.train.origin import Origin, find_origin, require_same_frozen
+from vltrain.train.origin import Origin, find_origin, require_same_frozen, with_peft_folder
 from vltrain.train.preemption import Preemption, time_limit_end
 from vltrain.train.ranks import adopt_ranks, names_lost_ranks
 from vltrain.train.provenance import make_run_folder, write_provenance
@@ -136,6 +137,7 @@ def _require_runnable(settings: Settings) -> dict[str, Any]:
 
 def run(settings: Settings, preemption: Preemption, stage: Stage | None = None) -> None:
     """One run of this rank, from its settings to its last evaluation. `stage`: what it is of a run in stages."""
+    settings = dataclasses.replace(settings, config=with_peft_folder(settings.config))
     config = settings.config
     set_determinism(config.train.deterministic)
     ds_json = _require_runnable(settings)

@@ -2,6 +2,7 @@
 
     config.yaml                  the run's resolved recipe
     weights-00001.safetensors    trained parameters by full name, fp32
+    run.json                     what the run says of itself and of its data, where it did
     checkpoint.json              step, the network they belong to, digests of the frozen weights' files, and of the files above
 
 `train.init_from` takes it as it takes a checkpoint, and whoever builds the model of its recipe can load it into that.
@@ -14,21 +15,27 @@ from pathlib import Path
 from vltrain.check.manifest import MANIFEST
 from vltrain.config import Config
 from vltrain.errors import InputError
+from vltrain.files.strict_json import read_object
+from vltrain.files.whole import write_json
 from vltrain.older_runs import complete
 from vltrain.recipe import build_config, dump_config, read_recipe
 from vltrain.train.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
+from vltrain.train.provenance import RUN
 
 RECIPE = "config.yaml"
 
 
-def write_adapters(folder: Path, config: Config, checkpoint: Checkpoint) -> None:
-    """Fills an empty folder. Raises OSError."""
+def write_adapters(folder: Path, config: Config, checkpoint: Checkpoint, run: Path) -> None:
+    """Fills an empty folder. `run`: the folder of theirs. Raises OSError, and InputError for a run.json that is damaged."""
     writer = CheckpointWriter(folder)
     for name, tensor in checkpoint.weights():
         writer.add("weights", name, tensor)
     state = {} if checkpoint.precision is None else {"precision": checkpoint.precision}
     writer.finish(checkpoint.step, checkpoint.belongs_to, state)  # lists what is there, so the recipe comes after
     (folder / RECIPE).write_text(dump_config(config), encoding="utf-8")
+    if (run / RUN).is_file():
+        found = read_object(run / RUN, "what the run was made of")
+        write_json(folder / RUN, {name: found[name] for name in ("identity", "data") if name in found})
 
 
 def open_adapters(folder: Path) -> tuple[Config, Checkpoint]:

@@ -19,11 +19,27 @@ from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.stages import FROZEN, last_stage
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from vltrain.train.lora_folder import is_lora_folder, open_lora_folder
 from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, is_within, model_identity
 
 logger = logging.getLogger(__name__)
 
 KEY = "train.init_from"
+
+
+def with_peft_folder(config: Config) -> Config:
+    """The recipe with a folder of peft's in `train.init_from` in its place: what an InstructBLIP's tuned parameters start from is named by
+    `model.instructblip.adapters`, which says how such a folder is read."""
+    named = config.train.init_from
+    if named is None or config.model.architecture != "instructblip":
+        return config
+    place = Path(named).expanduser()
+    if not (place / "adapter_config.json").is_file() or (place / MANIFEST).is_file():
+        return config
+    logger.info("%s: %s is a folder of peft's: read as model.instructblip.adapters", KEY, named)
+    blip = replace(config.model.instructblip, adapters=named)
+    model, train = replace(config.model, instructblip=blip), replace(config.train, init_from=None)
+    return replace(config, model=model, train=train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +73,7 @@ def open_origin(place: Path, output: Path) -> Checkpoint:
 
     Raises: InputError where there is none, or it is the run's own.
     """
-    expected = "expected a run's folder, one of its checkpoints (RUN/checkpoints/step-...), or an exported folder of adapters"
+    expected = "expected a run's folder, one of its checkpoints (RUN/checkpoints/step-...), or an exported folder (--format adapters; lora of a run with nothing but LoRA)"
     place = last_stage(place)
     if not place.is_dir():
         raise InputError(f"{KEY}: {place}: no such folder, {expected}")
@@ -65,8 +81,10 @@ def open_origin(place: Path, output: Path) -> Checkpoint:
         raise InputError(f"{KEY}: {place} is this run's own folder: go on with it by --resume auto, or choose another output for a new run")
     if (place / MANIFEST).is_file():
         return replace(open_checkpoint(place), is_origin=True)
+    if is_lora_folder(place):
+        return open_lora_folder(place)
     if (place / "adapter_config.json").is_file():
-        raise InputError(f"{KEY}: {place} is a folder of peft's: name it as model.instructblip.adapters, {expected}")
+        raise InputError(f"{KEY}: {place} is a folder of peft's, which an InstructBLIP's run can begin with, and this is another architecture's; {expected}")
     root = place / "checkpoints"
     best = pointed(root, BEST)
     found = open_checkpoint(best) if best is not None else newest_checkpoint(root)
