@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 ALONE = ("only", "as-is", "no-page")
 OPTIONS = (
-    "host", "port", "checkpoint", "adapters", "model.bits", "device", "images", "max-waiting", "max-request-bytes", "max-images", "timeout", "api-key-env", "allow-hosts", *ALONE,
+    "host", "port", "checkpoint", "adapters", "model.bits", "device", "images", "max-waiting", "max-request-bytes", "max-images", "timeout",
+    "api-key-env", "allow-hosts", *ALONE,
 )  # fmt: skip
 MAX_PORT = 65_535
 UNTUNED = "none"
@@ -112,7 +113,8 @@ def _serve(run: Path, arguments: Arguments, with_page: bool) -> None:
 
             mount_page(app, shelf, worker, limits, Gallery(_answered_splits(run, config), config.data.max_image_pixels))
         gates = Gates(app, names=[host, *names], key=key, max_body_bytes=limits.max_request_bytes)
-        greeting = f"serving {shelf.entries[0].id} ({shelf.entries[0].title}) at {server.url_of(listener)}/v1{', a page at ' + server.url_of(listener) if with_page else ''}"
+        url, first = server.url_of(listener), shelf.entries[0]
+        greeting = f"serving {first.id} ({first.title}) at {url}/v1" + (f", a page at {url}" if with_page else "")
         try:
             server.make_server(gates, worker, max_waiting=limits.max_waiting, greeting=greeting).run(sockets=[listener])
         except Preempted as left:
@@ -179,7 +181,8 @@ def _folder(arguments: Arguments) -> Path | None:
         return None
     folder = Path(named).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{COMMAND_LINE}: --images {named}: {'is no folder' if folder.exists() else 'no such folder'}, expected one below which requests may name images")
+        found = "is no folder" if folder.exists() else "no such folder"
+        raise InputError(f"{COMMAND_LINE}: --images {named}: {found}, expected one below which requests may name images")
     return folder
 
 
@@ -189,5 +192,6 @@ def _key(arguments: Arguments) -> str | None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
-        raise InputError(f"{COMMAND_LINE}: --api-key-env {name}: the environment has no such variable, or it is empty; set it to the key that requests must have")
+        found = "the environment has no such variable, or it is empty"
+        raise InputError(f"{COMMAND_LINE}: --api-key-env {name}: {found}; set it to the key that requests must have")
     return key

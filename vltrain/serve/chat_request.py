@@ -24,13 +24,16 @@ MAX_TEMPERATURE = 2.0
 _ROLES = ("system", "developer", "user", "assistant")
 _UNABLE = {
     "tools": "calls no tools", "tool_choice": "calls no tools", "functions": "calls no functions", "function_call": "calls no functions",
-    "parallel_tool_calls": "calls no tools", "response_format": "writes text as it comes, and follows no schema", "modalities": "writes text alone", "audio": "writes text alone",
+    "parallel_tool_calls": "calls no tools", "response_format": "writes text as it comes, and follows no schema",
+    "modalities": "writes text alone", "audio": "writes text alone",
     "logit_bias": "has no biases of tokens", "top_logprobs": "gives the log-probability of the chosen tokens alone (logprobs: true)",
-    "frequency_penalty": "has no penalties", "presence_penalty": "has no penalties", "reasoning_effort": "has no efforts to choose from", "prediction": "takes no predictions",
+    "frequency_penalty": "has no penalties", "presence_penalty": "has no penalties", "reasoning_effort": "has no efforts to choose from",
+    "prediction": "takes no predictions",
     "web_search_options": "searches nothing", "store": "stores nothing",
 }  # fmt: skip
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "top_logprobs": (0,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "store": (False,),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "top_logprobs": (0,), "logit_bias": ({},), "tools": ([],),
+    "tool_choice": ("none", "auto"), "store": (False,),
     "response_format": ({"type": "text"},), "modalities": (["text"],),
 }  # fmt: skip
 """Values that ask for what this server does anyway."""
@@ -117,7 +120,8 @@ def _number(given: dict[str, Any], key: str, is_fit: Callable[[float], bool], ex
 def _length(given: dict[str, Any]) -> int | None:
     names = [name for name in ("max_completion_tokens", "max_tokens") if name in given]
     if len(names) == 2 and given[names[0]] != given[names[1]]:
-        raise bad_request(f"max_completion_tokens and max_tokens: found {shown(given[names[0]])} and {shown(given[names[1]])}, expected one of the two", names[1])
+        found = f"{shown(given[names[0]])} and {shown(given[names[1]])}"
+        raise bad_request(f"max_completion_tokens and max_tokens: found {found}, expected one of the two", names[1])
     if not names:
         return None
     value = given[names[0]]
@@ -143,7 +147,8 @@ def _stops(given: dict[str, Any]) -> tuple[str, ...]:
 
 def _with_usage(given: dict[str, Any], stream: bool) -> bool:
     options = given.get("stream_options", {})
-    if type(options) is not dict or not options.keys() <= {"include_usage", "include_obfuscation"} or not all(type(value) is bool for value in options.values()):
+    known = {"include_usage", "include_obfuscation"}
+    if type(options) is not dict or not options.keys() <= known or not all(type(value) is bool for value in options.values()):
         raise bad_request(f"stream_options: found {shown(options)}, expected {{\"include_usage\": true or false}}", "stream_options")
     if options and not stream:
         raise bad_request("stream_options: has no effect without stream: true; leave it out", "stream_options")
@@ -231,5 +236,6 @@ def _url(part: dict[str, Any], where: str) -> str:
     if others:
         raise bad_request(f"{where}.image_url: found the key {others[0][:60]!r}, expected url", f"{where}.image_url")
     if image.get("detail") not in (None, "auto"):
-        raise bad_request(f"{where}.image_url.detail: found {shown(image['detail'])}: has no effect, the model sees every image at one size; leave it out", f"{where}.image_url.detail")
+        place = f"{where}.image_url.detail"
+        raise bad_request(f"{place}: found {shown(image['detail'])}: has no effect, the model sees every image at one size; leave it out", place)
     return image["url"]

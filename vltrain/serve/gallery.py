@@ -98,8 +98,8 @@ def _cards(predictions: Path, samples: dict[str, Sample]) -> list[Card]:
         sample = samples.get(text["id"])
         cards.append(
             Card(
-                number=len(cards), id=text["id"], question=text["prompt"].replace(IMAGE_MARKER, "").strip(), prediction=text["prediction"], answer=text["answer"],
-                is_right=is_right, images=() if sample is None else sample.images,
+                number=len(cards), id=text["id"], question=text["prompt"].replace(IMAGE_MARKER, "").strip(), prediction=text["prediction"],
+                answer=text["answer"], is_right=is_right, images=() if sample is None else sample.images,
             )
         )  # fmt: skip
     return cards

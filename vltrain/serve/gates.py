@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vltrain.serve.errors import ApiError
+from vltrain.serve.errors import ApiError, internal
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Gates:
             # What the page's library lets through, too: nothing of it reaches the client.
             logger.exception("a request failed")
             if scope["type"] == "http" and not started:
-                await ApiError(500, "internal error; the server's log says more", kind="server_error", code="internal_error").response()(scope, receive, guarded_send)
+                await internal().response()(scope, receive, guarded_send)
 
     def _judge(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")

@@ -50,7 +50,8 @@ class Chat:
                 with ui.scroll_area().classes("grow w-full min-h-80 bg-white rounded-xl border border-gray-200") as self._scroll:
                     self._log = ui.column().classes("w-full gap-5 p-2")
                 with ui.row(wrap=False).classes("w-full items-end bg-white rounded-xl border border-gray-200 px-3 py-1"):
-                    self._question = ui.textarea(placeholder="Ask about the image").props("autogrow borderless dense rows=1 maxlength=20000 aria-label=Question").classes("grow")
+                    self._question = ui.textarea(placeholder="Ask about the image").classes("grow")
+                    self._question.props(f"autogrow borderless dense rows=1 maxlength={MAX_QUESTION_CHARACTERS} aria-label=Question")
                     self._question.on("keydown.enter.exact.prevent", self._send)
                     self._send_button = ui.button(icon="send", on_click=self._send).props("round flat aria-label=Send")
                     self._stop_button = ui.button(icon="stop", on_click=self.cancel).props("round flat color=negative aria-label=Stop")
@@ -71,7 +72,8 @@ class Chat:
 
     def _build_images(self) -> None:
         self._upload = ui.upload(
-            label="Drop images here", multiple=True, auto_upload=True, on_upload=self._uploaded, on_rejected=self._rejected, max_file_size=self._limits.max_request_bytes
+            label="Drop images here", multiple=True, auto_upload=True, on_upload=self._uploaded, on_rejected=self._rejected,
+            max_file_size=self._limits.max_request_bytes,
         ).props('accept="image/*" flat')  # fmt: skip
         self._thumbnails = ui.row().classes("w-full gap-2")
 
@@ -85,13 +87,15 @@ class Chat:
             chosen = self._shelf.served.config.eval
             ui.label("Temperature (0: greedy)").classes("text-xs text-gray-500 pt-2")
             self._temperature = ui.slider(min=0, max=MAX_TEMPERATURE, step=0.1, value=min(chosen.temperature, MAX_TEMPERATURE)).props("label dense")
-            self._length = ui.number("Longest answer, tokens", min=1, precision=0, placeholder="as the recipe says").props("dense clearable").classes("w-full")
+            self._length = ui.number("Longest answer, tokens", min=1, precision=0, placeholder="as the recipe says")
+            self._length.props("dense clearable").classes("w-full")
             served = self._shelf.served
             learned = served.asked is None or served.asked.multi_turn  # one that saw no second question in training answers it badly
             self._remember = ui.switch("Follow-up questions", value=served.multi_turn and learned).props("dense").classes("text-sm pt-2")
             self._remember.tooltip("The model reads the conversation so far. Off: each question stands alone, about all images.")
             self._remember.set_enabled(served.multi_turn)
-        ui.button("New conversation", icon="restart_alt", on_click=lambda: self._restart(keeps_images=False)).props("flat no-caps dense").classes("self-start")
+        again = ui.button("New conversation", icon="restart_alt", on_click=lambda: self._restart(keeps_images=False))
+        again.props("flat no-caps dense").classes("self-start")
 
     async def _uploaded(self, upload: events.UploadEventArguments) -> None:
         await self._add_image(await upload.file.read())
@@ -122,8 +126,8 @@ class Chat:
                 with ui.element("div").classes("relative"):
                     ui.image(source).classes("w-32 h-32 rounded-lg bg-white border border-gray-200").props("fit=contain no-spinner")
                     if number >= self._num_told or not self._remember.value:
-                        remove = ui.button(icon="close", on_click=lambda number=number: self._remove(number)).props('round dense size=xs color=grey-8 aria-label="Remove image"')
-                        remove.classes("absolute top-1 right-1")
+                        remove = ui.button(icon="close", on_click=lambda number=number: self._remove(number))
+                        remove.props('round dense size=xs color=grey-8 aria-label="Remove image"').classes("absolute top-1 right-1")
 
     def _remove(self, number: int) -> None:
         del self._images[number]

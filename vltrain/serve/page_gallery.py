@@ -10,6 +10,7 @@ from vltrain.errors import InputError
 from vltrain.serve.gallery import Card, Gallery
 
 PER_PAGE = 24
+TOGGLE = "no-caps dense unelevated color=white text-color=grey-8 padding='4px 14px'"
 Ask = Callable[[bytes | None, str], Awaitable[None]]
 
 
@@ -39,8 +40,8 @@ class _Shown:
         splits = gallery.splits
         with ui.row().classes("w-full items-center gap-4"):
             first = "test" if "test" in splits else splits[0]
-            self._split = ui.toggle(splits, value=first, on_change=self._again).props("no-caps dense unelevated color=white text-color=grey-8 padding='4px 14px'")
-            self._which = ui.toggle(["All", "Right", "Wrong"], value="All", on_change=self._again).props("no-caps dense unelevated color=white text-color=grey-8 padding='4px 14px'")
+            self._split = ui.toggle(splits, value=first, on_change=self._again).props(TOGGLE)
+            self._which = ui.toggle(["All", "Right", "Wrong"], value="All", on_change=self._again).props(TOGGLE)
             self._words = ui.input(placeholder="Search", on_change=self._again).props("dense outlined clearable debounce=300 bg-color=white").classes("w-64")
             ui.space()
             self._counts = ui.label().classes("text-sm text-gray-500")
@@ -94,7 +95,8 @@ class _Shown:
                 ui.space()
                 with ui.row(wrap=False).classes("w-full items-center justify-between"):
                     ui.label(card.id).classes("text-xs text-gray-400 truncate")
-                    ui.button(icon="chat", on_click=lambda card=card: self._ask_about(split, card)).props('flat round dense size=sm aria-label="Ask about it"').tooltip("Ask about it")
+                    ask = ui.button(icon="chat", on_click=lambda card=card: self._ask_about(split, card)).tooltip("Ask about it")
+                    ask.props('flat round dense size=sm aria-label="Ask about it"')
 
     async def _ask_about(self, split: str, card: Card) -> None:
         data = None

@@ -47,7 +47,8 @@ class ImageReader:
         if scheme in ("http", "https"):
             raise bad_request(f"{where}: this server fetches nothing from the network; send the image itself, as a data URL", where, "invalid_image_url")
         if scheme not in ("", "file"):
-            raise bad_request(f"{where}: found a URL with the scheme {scheme[:40]!r}, expected a data URL (data:image/png;base64,...)", where, "invalid_image_url")
+            expected = "expected a data URL (data:image/png;base64,...)"
+            raise bad_request(f"{where}: found a URL with the scheme {scheme[:40]!r}, {expected}", where, "invalid_image_url")
         if self._folder is None:
             told = f"{where}: this server reads no files (it was started without --images FOLDER); send the image itself, as a data URL"
             raise bad_request(told, where, "files_not_allowed")
