@@ -44,6 +44,10 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return record.name.partition(".")[0] in (*OURS, "__main__")
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 class Terminal(logging.StreamHandler):
     """stderr: on a terminal the bars make way for a line."""
 
@@ -118,7 +122,10 @@ def start_logging(rank: int = 0, *, quiet: bool = False, keeps_log: bool = False
         root.addHandler(terminal)
         root.setLevel(logging.INFO)
     terminal.rank, terminal.quiet, terminal.keeps_log = rank, quiet, keeps_log
-    if keeps_log:
+    if not keeps_log:  # there is no run: DeepSpeed, which transformers imports on the way, looks for an accelerator, and nobody asked
+        logging.getLogger("DeepSpeed").addFilter(_is_error)
+    else:
+        logging.getLogger("DeepSpeed").removeFilter(_is_error)
         logging.captureWarnings(True)
         if rank == 0 and not any(isinstance(handler, (_Held, _LogFile)) for handler in root.handlers):
             root.addHandler(_Held())
