@@ -158,10 +158,12 @@ def _write_base(source: Source, base: Path) -> None:
 
 
 LOAD = '''\
+import json
 import os
-
+from pathlib import Path
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 llm = LlamaForCausalLM.from_pretrained(f"{base}/llm", dtype="float32")  # the frozen LLM and ViT that the run tuned

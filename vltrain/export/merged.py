@@ -61,7 +61,10 @@ def _round(network: nn.Module, choices: Choices, rounding: Rounding) -> None:
 
 
 LOAD = '''\
+import json
+from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 llm = LlamaForCausalLM.from_pretrained(f"{folder}/llm").eval()

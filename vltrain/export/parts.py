@@ -29,13 +29,9 @@ from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKE
 
 NECK, DESCRIPTION = "neck.safetensors", "multimodal.json"
 PROBES = ("Question: Which one is it?\nAnswer:", "  two  spaces", "1234567 3.14 it's </s>", "Éa 你好 🙂")
-# Lines that the model card shows and the proof runs: with `llm`, `vision` and `folder` they make the LLM's input of ids and pixels.
+# Lines that the model card shows and the proof runs, behind those that import what they need: with `llm`, `vision` and `folder` they make the LLM's input
+# of ids and pixels.
 EMBED = '''\
-import json
-from pathlib import Path
-
-from safetensors.torch import load_file
-
 neck = load_file(f"{folder}/neck.safetensors")
 every = json.loads(Path(folder, "multimodal.json").read_text())["tap_every"]
 
@@ -56,8 +52,6 @@ def embed(prompt, pixel_values):
         features = linear(torch.nn.functional.silu(linear(features, "down.")), "up.") if "down.weight" in neck else linear(features, "")
         embeds[prompt == -1] = features.flatten(0, 1)
     return embeds[None].to(table.dtype)
-
-
 '''
 ASK = '''\
 prompt, pixel_values, answer = case["prompt"], case["pixel_values"], None
