@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import zlib
 
@@ -12,6 +13,8 @@ import pytest
 from tests.serve.fake import content, data_url, image_part, png, refused, running, text_part
 from vltrain.data.asked import Asked
 from vltrain.serve.app import Limits
+from vltrain.serve.errors import ApiError
+from vltrain.serve.pictures import ImageReader
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +387,14 @@ def test_a_key_is_asked_for():
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             client.models.list()
+
+
+@pytest.mark.parametrize("url", ["out.png", "outside/secret.png", "within.png"])
+def test_a_link_that_is_put_in_after_the_path_was_looked_at_is_not_followed(server, monkeypatch, url):
+    """What the look says is the path itself, as if no link had been there."""
+    reader = ImageReader(server.folder, 1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(os.path, "realpath", lambda path, **_: os.path.abspath(path))
+        with pytest.raises(ApiError, match="cannot be read"):
+            reader.read(url, "image")
+    assert reader.read("sub/a.png", "image") == png(5, 2)
