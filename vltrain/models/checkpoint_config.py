@@ -11,6 +11,8 @@ Rotary frequencies must be a function of the position alone: rows are packed, so
 from __future__ import annotations
 
 import copy
+import functools
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -59,17 +61,30 @@ _THETA, _FACTOR = Range(1, 1e15), Range(0, 1e6, open_low=True)
 def read_values(key: str, source: str, place: str, arguments: dict[str, str]) -> dict[str, Any]:
     """What a source's config.json (or GGUF header) says, as transformers reads it. Raises InputError."""
     path = Path(place, "config.json")
-    if not arguments and path.is_file():
-        read_settings(key, source, path)
-    try:
-        with quiet_transformers():
-            found, _ = PreTrainedConfig.get_config_dict(place, **arguments)
-    except LOAD_ERRORS as error:
-        raise cannot_load(key, source, place, error) from None
+    if arguments:
+        stat = os.stat(Path(place, arguments["gguf_file"]))
+        found = copy.deepcopy(_gguf_values(key, source, place, arguments["gguf_file"], (stat.st_size, stat.st_mtime_ns)))
+    else:
+        if path.is_file():
+            read_settings(key, source, path)
+        found = _values(key, source, place)
     for name, what in (("quantization_config", "holds quantised weights"), ("transformers_weights", "names another file of weights")):
         if found.get(name) is not None:
             raise InputError(f"{key}.source: {path}: {name} is there, so the checkpoint {what}, which is not read here; take the plain one")
     return found
+
+
+@functools.lru_cache(maxsize=16)  # by the file as it is: a header with its vocabulary takes seconds to read
+def _gguf_values(key: str, source: str, place: str, file: str, identity: tuple[int, int]) -> dict[str, Any]:
+    return _values(key, source, place, gguf_file=file)
+
+
+def _values(key: str, source: str, place: str, **arguments: str) -> dict[str, Any]:
+    try:
+        with quiet_transformers():
+            return PreTrainedConfig.get_config_dict(place, **arguments)[0]
+    except LOAD_ERRORS as error:
+        raise cannot_load(key, source, place, error) from None
 
 
 def try_config(
