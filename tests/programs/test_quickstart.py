@@ -1,4 +1,4 @@
-"""The README's first command, from a fresh clone with an environment of its own: one line at the end, and a model that answers."""
+"""The README's first command, from a fresh clone with an environment of its own: one line at the end, a model that answers, and its exports."""
 
 import os
 import re
@@ -26,5 +26,10 @@ def test_the_quickstart_from_a_fresh_clone(tmp_path):
     assert asked[0].startswith("runs/quickstart --image data/easyvqa/samples/") and asked[1] == "quickstart: triangle", asked[:2]
     again = subprocess.run(["bash", "launch/quickstart.sh"], cwd=clone, env=environment, capture_output=True, text=True, timeout=3000)
     assert again.returncode == 0 and again.stdout.splitlines()[-1].startswith(f"quickstart: accuracy={found[1]} "), "run again, it says the same"
+    vltrain = str(clone / ".venv" / "bin" / "vltrain")
+    for form in ("mmt", "lora", "merged", "adapters"):
+        words = [vltrain, "export", "runs/quickstart", "--output", str(tmp_path / form), "--format", form]
+        exported = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
+        assert exported.returncode == 0 and "8 of 8 answers equal" in exported.stdout, exported.stderr[-3000:]
     changed = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True).stdout
     assert changed == "", "the quickstart leaves the tracked tree as it was"
