@@ -76,7 +76,7 @@ def test_sampling_and_weights_are_the_command_lines(asks, capsys, tmp_path):
     assert capsys.readouterr().out == model.chat(asked(sample), run.paths(sample), temperature=1.5, top_p=0.9, seed=3).text + "\n"
     folder = tmp_path / "adapters"
     folder.mkdir()
-    write_adapters(folder, run.config, newest_checkpoint(run.folder / "checkpoints"))
+    write_adapters(folder, run.config, newest_checkpoint(run.folder / "checkpoints"), run.folder)
     bare = tmp_path / "bare"  # a run's recipe without weights
     bare.mkdir()
     shutil.copy(run.folder / "config.yaml", bare)
