@@ -5,8 +5,9 @@ import pytest
 from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.inference.run import recipe_of
+from vltrain.keys import check_type, known_keys
 from vltrain.older_runs import ADDED, complete, value_before
-from vltrain.recipe import build_config, check_type, dump_config, known_keys, read_recipe
+from vltrain.recipe import build_config, dump_config, read_recipe
 from vltrain.settings import load_settings
 
 FIRST_KEYS = """

@@ -12,8 +12,9 @@ from vltrain.config import Config
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.data.conversation import TEMPLATES
 from vltrain.evaluate.report import SCORERS
+from vltrain.keys import checked_value, known_keys
 from vltrain.models.adapters import ADAPTERS
-from vltrain.recipe import build_config, checked_value, dump_config, known_keys, read_recipe
+from vltrain.recipe import build_config, dump_config, read_recipe
 from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vltrain.config import Config
-from vltrain.recipe import known_keys
+from vltrain.keys import known_keys
 
 logger = logging.getLogger(__name__)
 

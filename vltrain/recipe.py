@@ -22,7 +22,7 @@ from typing import Any, get_type_hints
 
 from vltrain.config import Config
 from vltrain.errors import InputError, nearest
-from vltrain.keys import Key, check_type, checked_value, describe_type, known_keys, known_sections, suggest  # noqa: F401  known as this module's, too
+from vltrain.keys import check_type, checked_value, describe_type, known_keys, known_sections, suggest
 from vltrain.ranges import MOST_STEPS, check_ranges, number
 from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import dump_text, load_yaml

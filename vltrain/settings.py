@@ -24,8 +24,9 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 from vltrain.config import AdapterConfig, Config
 from vltrain.errors import InputError, nearest
 from vltrain.key_help import render
+from vltrain.keys import checked_value, describe_type, known_keys, known_sections, suggest
 from vltrain.older_runs import complete, is_default
-from vltrain.recipe import build_config, checked_value, describe_type, dump_config, known_keys, known_sections, own_settings, read_recipe, suggest
+from vltrain.recipe import build_config, dump_config, own_settings, read_recipe
 from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import load_text as load_recipe_text
 

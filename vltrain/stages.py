@@ -18,7 +18,8 @@ from vltrain.config import Config
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_json
 from vltrain.files.whole import write_json
-from vltrain.recipe import INIT_FROM, Stages, known_keys, read_stages
+from vltrain.keys import known_keys
+from vltrain.recipe import INIT_FROM, Stages, read_stages
 from vltrain.settings import COMMAND_LINE, FLAGS, Option, Settings, idle_settings, load_settings, made_settings, split_arguments
 from vltrain.shipped import find_recipe
 from vltrain.strict_yaml import dump_text

@@ -11,7 +11,8 @@ from torch import nn, zeros
 from tests.attacks.attack import Shown, attack, refused, refuses, right
 from tests.attacks.inputs import pack_words, prepare_words, sample, write_jsonl
 from vltrain.config import OptimConfig
-from vltrain.recipe import known_keys, read_table
+from vltrain.keys import known_keys
+from vltrain.recipe import read_table
 from vltrain.train.determinism import step_seed
 from vltrain.train.ds_schema import check_ds_json
 from vltrain.train.optim import parameter_groups

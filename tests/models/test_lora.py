@@ -13,7 +13,8 @@ from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, PeftConfig, Vi
 from vltrain.errors import InputError
 from vltrain.evaluate.generate import Sampling, generate
 from vltrain.models.build import build_model, count_parameters
-from vltrain.models.lora import is_peft_parameter, merge_lora
+from vltrain.models.lora import is_peft_parameter
+from vltrain.models.low_rank import merge_updates
 from vltrain.models.merge import merge_adapters
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
@@ -190,7 +191,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_changed() -> None:
 def test_merging_is_of_the_trained_update_only() -> None:
     model = tiny(LORA, moved=False)
     before = model.llm.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
-    merge_lora(model.llm)
+    merge_updates(model.llm)
     assert torch.equal(model.llm.model.layers[0].self_attn.q_proj.weight, before)
 
 

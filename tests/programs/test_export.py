@@ -14,7 +14,7 @@ from tests.support.blip import blip_config, make_batch, make_samples, make_token
 from tests.support.peft_folders import exported, off_from_stock, save_run
 from vltrain.cli import main
 from vltrain.models.build import build_model
-from vltrain.models.low_rank import fold_in
+from vltrain.models.low_rank import merge_updates
 
 BOTH = {"qformer__mode": "lora", "qformer__rank": 4, "qformer__alpha": 8.0, "llm__mode": "lora", "llm__rank": 2, "llm__alpha": 6.0}
 HALF = {"qformer__mode": "full", "llm__mode": "lora"}
@@ -103,7 +103,7 @@ def test_stock_peft_loads_the_folder_to_equal_losses_and_so_do_we(kind, changes,
     torch.testing.assert_close(their_losses(stock_base(tmp_path / "whole"), model, kind, places), expected, rtol=1e-5, atol=1e-5)
     exact = build_model(config.model, dtype=torch.float32).double().eval()
     exact.load_state_dict(model.state_dict())
-    fold_in(exact)
+    merge_updates(exact)
     torch.testing.assert_close(our_losses(exact, kind, places), expected, rtol=1e-7, atol=1e-7)
 
 

@@ -21,7 +21,7 @@ from vltrain.locate import locate
 from vltrain.inference.build import anywhere
 from vltrain.models.blip_weights import empty_blip, tie_embeddings
 from vltrain.models.build import build_model
-from vltrain.models.low_rank import fold_in
+from vltrain.models.low_rank import merge_updates
 from vltrain.models.peft_folder import cut_to_kept, describe_updates, kept_directions, only_mode, peft_key, with_tied_names
 from vltrain.models.peft_reader import WEIGHTS
 from vltrain.models.peft_settings import CONFIG
@@ -62,7 +62,7 @@ def _write_whole(folder: Path, source: Source, choices: Choices) -> Written:
         load_trainable(built, source.weights)
     dequantise_linears(built)
     built.float()  # frozen weights of 16 bits: sums are not rounded to them
-    fold_in(built)
+    merge_updates(built)
     named: dict[str, Tensor] = {InstructBlip.their_name(name): value for name, value in built.state_dict().items()}
     network = empty_blip(built.config, "sdpa")
     network.load_state_dict(named, strict=True, assign=True)

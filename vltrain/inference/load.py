@@ -14,7 +14,7 @@ from vltrain.errors import InputError
 from vltrain.inference.build import answering_model, anywhere
 from vltrain.inference.model import LoadedModel
 from vltrain.inference.run import choose_checkpoint, how_run_was_asked, recipe_of, weights_before, weights_used
-from vltrain.recipe import checked_value
+from vltrain.keys import checked_value
 from vltrain.stages import last_stage
 from vltrain.train.adapters_folder import open_adapters
 from vltrain.train.checkpoint import Checkpoint, load_trainable

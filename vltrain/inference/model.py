@@ -28,9 +28,9 @@ from vltrain.evaluate.precision import widened
 from vltrain.evaluate.samples import image_loader, read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken
 from vltrain.inference.pictures import ImageLike, squares
+from vltrain.keys import checked_value
 from vltrain.models.build import AnyModel
 from vltrain.models.positions import max_positions
-from vltrain.recipe import checked_value
 from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
 
 NEW_TOKENS = 256  # that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer

@@ -14,10 +14,8 @@ their place; what wraps one keeps it as `base_layer` (LoRA), what wraps an atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -123,17 +121,3 @@ def require_no_prompts(llm: LlamaForCausalLM) -> None:
             "model.llm.peft.kind: the prompts of adaption_prompt depend on the states and cannot be merged into the LLM's weights; "
             "keep the adapters apart"
         )
-
-
-@torch.no_grad()
-def merge_lora(llm: LlamaForCausalLM, put: Callable[[nn.Parameter, Tensor], Any] = nn.Parameter.copy_) -> None:
-    """Folds every LoRA into its linear layer, in place: W' = W + (alpha / r) B A, the sum taken in float64. `put` writes it into the parameter."""
-    for name, module in list(llm.named_modules()):
-        if not has_lora(module):
-            continue
-        first, second = lora_factors(module)
-        linear = module.get_base_layer()
-        delta = module.scaling[NAME] * (second.weight.double() @ first.weight.double())
-        put(linear.weight, linear.weight.double() + delta)
-        parent, _, leaf = name.rpartition(".")
-        setattr(llm.get_submodule(parent), leaf, linear)

@@ -11,6 +11,8 @@ by one, without peft's model wrappers, so names of parameters keep their beginni
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +104,11 @@ def _wrapped(linear: nn.Module, tuning: QFormerTuning | LanguageTuning, init_ran
 
 
 @torch.no_grad()
-def fold_in(root: nn.Module) -> None:
-    """Folds every update into its linear layer, in place: W' = W + (alpha / r) B (E *) A, the sum taken in float64."""
+def merge_updates(root: nn.Module, put: Callable[[nn.Parameter, Tensor], Any] = nn.Parameter.copy_) -> None:
+    """Folds every LoRA and AdaLoRA below `root` into its linear layer, in place: W' = W + (alpha / r) B (E *) A, the sum taken in float64.
+
+    `put` writes the sum into the parameter.
+    """
     for name, module in list(root.named_modules()):
         if not (has_lora(module) or has_adalora(module)):
             continue
@@ -114,6 +119,6 @@ def fold_in(root: nn.Module) -> None:
         if has_adalora(module):
             # peft divides by its rank and a little more.
             first, scale = first * module.lora_E[NAME].double(), scale / (module.ranknum[NAME].double() + 1e-5)
-        linear.weight.copy_(linear.weight.double() + scale * (second @ first))
+        put(linear.weight, linear.weight.double() + scale * (second @ first))
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, linear)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
 from vltrain.models.llm import LLM_NORMS, llm_blocks
-from vltrain.models.lora import merge_lora, require_no_prompts
+from vltrain.models.lora import require_no_prompts
+from vltrain.models.low_rank import merge_updates
 from vltrain.models.multimodal import MultimodalModel
 from vltrain.models.quantise import dequantise_linears
 from vltrain.models.vision import VISION_NORMS
@@ -74,7 +75,7 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
         _require_linear(adapter)
     rounding = Rounding()
     dequantise_linears(model)
-    merge_lora(model.llm, rounding.put)
+    merge_updates(model.llm, rounding.put)
     for block in model.vision.live_blocks:
         for sublayer, norm in VISION_NORMS.items():
             _merge(block, norm, VISION_READERS[sublayer], rounding)

@@ -40,11 +40,12 @@ from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.inference.run import recorded_identity
+from vltrain.keys import known_keys
 from vltrain.older_runs import ADDED, value_before
 from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.origins import data_identity, samples_folder
 from vltrain.programs.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
-from vltrain.recipe import Table, known_keys, read_table
+from vltrain.recipe import Table, read_table
 from vltrain.shipped import find_recipe
 from vltrain.settings import COMMAND_LINE, FLAGS, REBUILD, Arguments, Option, load_settings, split_arguments
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config

@@ -288,8 +288,8 @@ def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, int
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     expected = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
     found = checkpoint.weight_shapes()
-    there = {part_of(name) for name in found if name in expected}
-    new = {name: math.prod(shape) for name, shape in expected.items() if checkpoint.is_origin and there and part_of(name) not in there}
+    there = {part_of(name) for name in found if name in expected} if checkpoint.is_origin else set()
+    new = {name: math.prod(shape) for name, shape in expected.items() if there and part_of(name) not in there}
     expected = {name: shape for name, shape in expected.items() if name not in new}
     problems = {
         "lacks {} trained parameter(s)": sorted(expected.keys() - found.keys()),

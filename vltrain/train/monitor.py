@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from vltrain.console import Progress
 from vltrain.data.plan import StepPlan
