@@ -132,6 +132,18 @@ def start_logging(rank: int = 0, *, quiet: bool = False, keeps_log: bool = False
         _route_libraries()
 
 
+@contextlib.contextmanager
+def logged_from(level: int, name: str | None = None) -> Iterator[None]:
+    """Inside the block a logger (and those below it that have no level of their own) says nothing below `level`. None: the root."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _terminal() -> Terminal | None:
     return next((handler for handler in logging.getLogger().handlers if isinstance(handler, Terminal)), None)
 

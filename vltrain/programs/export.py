@@ -84,14 +84,14 @@ def export(
     checkpoint = choose_checkpoint(run, named)
     if checkpoint is None and chosen.needs_tuned:
         raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export as {name}")
-    data = samples_for_proof(config, chosen, proof_samples)
-    facts = weights_used(run, config, checkpoint, made_of(config) if chosen.reads_base or data is not None else None)
-    source = Source(
-        run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None, tokenizer=tokenizer,
-        max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens, facts=facts,
-        asked=how_run_was_asked(run, config),
-    )  # fmt: skip
     with new_folder(output) as folder, quiet_transformers():
+        data = samples_for_proof(config, chosen, proof_samples)
+        facts = weights_used(run, config, checkpoint, made_of(config) if chosen.reads_base or data is not None else None)
+        source = Source(
+            run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None, tokenizer=tokenizer,
+            max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens, facts=facts,
+            asked=how_run_was_asked(run, config),
+        )  # fmt: skip
         try:
             told = chosen.write(folder, source, choices) or Written()
             notes = {"notes": told.notes} if told.notes else {}

@@ -25,6 +25,7 @@ from vltrain.data.origin import read_made_from
 from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.data.tokenizer_sources import tokenizer_sources
+from vltrain.console import logged_from
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.whole import write_json
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, part_of
@@ -61,8 +62,8 @@ def main(argv: list[str], *, program: str = "vltrain plan") -> int:
     whole = load_stages(argv, program=program, description="Plans parameters and memory of a recipe.", options=OPTIONS, examples=EXAMPLES)
     if whole.parts[0].recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no recipe, expected a file or a name of launch/recipes")
-    logging.getLogger("vltrain").setLevel(logging.WARNING)
-    plans = [plan_recipe(part) for part in whole.parts]
+    with logged_from(logging.WARNING, "vltrain"):
+        plans = [plan_recipe(part) for part in whole.parts]
     json_file = whole.parts[0].options["json"]
     if json_file is not None:
         write_json(Path(json_file), {"stages": dict(zip(whole.names, plans, strict=True))} if whole.names else plans[0])
