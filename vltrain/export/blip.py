@@ -104,7 +104,8 @@ model = PeftModel.from_pretrained(InstructBlipForConditionalGeneration.from_pret
 """,
         ask="""\
 prompt, decoder_only = case["prompt"][None], model.config.use_decoder_only_language_model
-image_id = next(number for number in range(len(prompt[0]) + 1) if number not in prompt)  # any that the prompt has no other use for
+spoken = {*prompt[0].tolist(), *answer_ids[0].tolist()}
+image_id = next(number for number in range(len(spoken) + 1) if number not in spoken)  # any that has no other use here
 model.base_model.model.config.image_token_id = model.base_model.model.config.image_token_index = image_id
 ids = torch.where(prompt < 0, image_id, prompt)
 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": case["pixel_values"], "qformer_input_ids": case["read"][None]}
