@@ -102,6 +102,7 @@ def preempt_often(packs: Path, folder: Path, num_signals: int, num_steps: int) -
     assert [name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])] == []
 
 
+@pytest.mark.slow  # one signal, to a launcher and to its group, is heard and gone on from below
 def test_signals_at_random_moments(packs, tmp_path):
     preempt_often(packs, tmp_path, num_signals=2, num_steps=NUM_STEPS)
 
