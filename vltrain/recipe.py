@@ -29,6 +29,7 @@ from vltrain.strict_yaml import dump_text, load_yaml
 
 BASE, ROWS, STAGES, ABLATION = "base", "rows", "stages", "ablation"  # keys of a recipe's file beside the settings
 INIT_FROM = "train.init_from"
+RECIPE = "config.yaml"  # in a run's folder: the resolved one, which every run writes
 ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
 
 

@@ -80,6 +80,14 @@ class Settings:
     positionals: tuple[str, ...] = ()
 
 
+def whole_number(name: str, text: str, least: int, most: int | None = None, hint: str = "") -> int:
+    """The number that an option's text says. Raises InputError, see `Arguments.whole`."""
+    if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= (10**18 if most is None else most)):
+        expected = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
+        raise InputError(f"{COMMAND_LINE}: --{name.removeprefix('model.')}: found {text!r}, expected {expected}{hint}")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """A command line cut into words: `options` in order, with None for a flag's value."""
@@ -90,6 +98,11 @@ class Arguments:
     def last(self, name: str) -> str | None:
         """The value that option `name` has after all repetitions, None if it is absent."""
         return next((value for option, value in reversed(self.options) if option == name), None)
+
+    def whole(self, name: str, least: int, most: int | None = None, hint: str = "") -> int | None:
+        """The whole number that option `name` has, None if it is absent. Raises InputError for another text; `hint`: what else to do, for that."""
+        text = self.last(name)
+        return None if text is None else whole_number(name, text, least, most, hint)
 
     def require_known(self, names: Sequence[str]) -> None:
         """Raises InputError for an option that is none of `names`: of programs that take no settings."""

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.attacks.attack import run_vltrain
 from tests.support.finished_run import finished_run
 from vltrain.errors import InputError
-from vltrain.harness.vlmevalkit import read_rows, require_prompt, write_results
+from vltrain.harness.vlmevalkit import open_questions, require_prompt, write_results
 from vltrain.inference import load
 
 COLOURS = {"7": (200, 0, 0), "8": (0, 200, 0), "11": (0, 0, 200)}
@@ -57,14 +57,14 @@ def test_the_result_file_is_read_as_vlmevalkit_reads_it(form, tmp_path):
     assert list(found["index"]) == [7, 8, 11, 9], "numbers, as VLMEvalKit's own indices are; a row without an image is left out"
     assert "image" not in found and list(found["question"])[0] == 'What is\n"it", 7?' and list(found["A"])[:3] == ["red"] * 3
     model = load(places.run)
-    said = [model.chat(*row.asked(None), max_new_tokens=3).text for row in read_rows(file, None)]
+    said = [model.chat(*row.asked(None), max_new_tokens=3).text for row in open_questions(file, None)]
     assert [str(text) if isinstance(text, str) else "" for text in found["prediction"]] == said
     code, output = run_vltrain(words)
     assert code == 2 and "is there already" in output
 
 
 def test_questions_are_asked_as_vlmevalkit_asks_them(tmp_path):
-    rows = list(read_rows(dataset(tmp_path / "a.tsv", questions()), None))
+    rows = list(open_questions(dataset(tmp_path / "a.tsv", questions()), None))
     (choice,), images = rows[0].asked(None)
     assert choice.text == '<image>\nQuestion: What is\n"it", 7?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n'
     assert images == (base64.b64decode(questions()[0]["image"]),)
@@ -79,11 +79,11 @@ def test_images_lie_in_files(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     file = dataset(tmp_path / "a.tsv", [{"index": "x", "question": "Q", "image_path": "['a.png', 'b.png']"}, {"index": "y", "question": "Q", "image_path": "a.png"}])
-    rows = list(read_rows(file, tmp_path))
+    rows = list(open_questions(file, tmp_path))
     assert [row.images for row in rows] == [(tmp_path / "a.png", tmp_path / "b.png"), (tmp_path / "a.png",)]
     assert rows[0].asked(None)[0][0].text == "<image>\n<image>\nQ"
     with pytest.raises(InputError, match="--images FOLDER"):
-        list(read_rows(file, None))
+        list(open_questions(file, None))
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_images_lie_in_files(tmp_path):
 )  # fmt: skip
 def test_mistakes_in_a_data_set(rows, told, tmp_path):
     with pytest.raises(InputError, match=told):
-        list(read_rows(dataset(tmp_path / "a.tsv", rows), None))
+        list(open_questions(dataset(tmp_path / "a.tsv", rows), None))
 
 
 def test_a_file_that_is_no_table(tmp_path):
     for content in (b"", b"index\tquestion\n1\n", b"\xff\xfe\x00", b"index\tquestion\tindex\n"):
         (tmp_path / "a.tsv").write_bytes(content)
         with pytest.raises(InputError):
-            list(read_rows(tmp_path / "a.tsv", None))
+            list(open_questions(tmp_path / "a.tsv", None))
 
 
 @pytest.mark.parametrize("prompt", ["Look", "{answer} {question}", "{question", "{question.__class__}{0}"])
@@ -116,6 +116,6 @@ def test_prompts_that_do_not_ask(prompt):
 
 
 def test_indices_that_are_no_numbers_stay_texts(tmp_path):
-    rows = list(read_rows(dataset(tmp_path / "a.tsv", [{"index": "1"} | {"question": "Q"}, {"index": "b", "question": "Q"}]), None))
+    rows = list(open_questions(dataset(tmp_path / "a.tsv", [{"index": "1"} | {"question": "Q"}, {"index": "b", "question": "Q"}]), None))
     write_results(tmp_path / "r.json", rows, ["yes", "no"])
     assert json.loads((tmp_path / "r.json").read_text()) == [{"index": "1", "question": "Q", "prediction": "yes"}, {"index": "b", "question": "Q", "prediction": "no"}]

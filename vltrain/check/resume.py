@@ -25,7 +25,7 @@ from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.older_runs import complete
-from vltrain.recipe import read_recipe
+from vltrain.recipe import RECIPE, read_recipe
 
 RUN_ID = "run"  # in a checkpoint's run_state: the receipt's `Header.run`
 
@@ -160,7 +160,7 @@ def _verified(path: Path) -> Manifest:
 def unsaved_steps(run: Path) -> float:
     """How many steps a run that was cut off may have done since its newest checkpoint; without limit where its recipe is not there to say."""
     try:
-        settings = complete(read_recipe(run / "config.yaml"))
+        settings = complete(read_recipe(run / RECIPE))
         # While a save is being written in the background, training goes on until the next one.
         return settings["train.save_every_steps"] * (2 if settings["train.async_save"] else 1)
     except (InputError, KeyError):

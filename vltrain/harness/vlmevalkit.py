@@ -72,16 +72,49 @@ def require_prompt(prompt: str | None) -> None:
         raise InputError(f"--prompt: found {prompt!r}, which does not ask the question; expected {{question}} in it")
 
 
-def read_rows(path: Path, images: Path | None) -> Iterator[Row]:
-    """The rows that have an image, or all where none has; `images`: the folder of the files that `image_path` names.
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """A file that was looked at as a whole, and is read again row by row: it may be larger than memory.
 
-    Raises: InputError for a file that is no such table, an index that comes twice, a damaged image.
+    images: the folder of the files that `image_path` names; shared: images that several rows show, by the index of the row that has each.
     """
-    shared = _shared_images(path, images)
+
+    path: Path
+    images: Path | None
+    shared: dict[str, str]
+    num_rows: int
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows that have an image, or all where none has. Raises InputError for a damaged image."""
+        for where, cells in _records(self.path):
+            if _is_asked(cells):
+                yield Row(
+                    cells={name: value for name, value in cells.items() if name != "image"}, images=_images_of(cells, self.shared, self.images, where), where=where
+                )
+
+
+def open_questions(path: Path, images: Path | None) -> Questions:
+    """Looks at the whole file, before the first question is asked. `images`: of `Questions`.
+
+    Raises: InputError for a file that is no such table, an index that comes twice, a question that is none, a damaged image.
+    """
+    pointed = _pointed(path, images)
+    shared = {cells["index"]: cells.get("image", "") for _, cells in _records(path) if cells["index"] in pointed}
+    for index, where in pointed.items():
+        if len(shared.get(index, "")) <= LONGEST_REFERENCE:
+            raise InputError(f"{where}: image is {index!r}, which is neither an image in base64 nor the index of a row that has one")
+    num_rows = 0
     for where, cells in _records(path):
-        found = _images_of(cells, shared, images, where)
-        if found or not ({"image", "image_path"} & cells.keys()):
-            yield Row(cells={name: value for name, value in cells.items() if name != "image"}, images=found, where=where)
+        _images_of(cells, shared, images, where)
+        num_rows += _is_asked(cells)
+    return Questions(path=path, images=images, shared=shared, num_rows=num_rows)
+
+
+def _is_asked(cells: dict[str, str]) -> bool:
+    return bool(cells.get("image") or cells.get("image_path")) or not ({"image", "image_path"} & cells.keys())
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -106,8 +139,8 @@ def _lines(path: Path, file: TextIO) -> Iterator[tuple[str, dict[str, str]]]:
         yield where, dict(zip(header, row, strict=True))
 
 
-def _shared_images(path: Path, images: Path | None) -> dict[str, str]:
-    """The images of rows that others point to by index; after a look at the whole file, before the first question is asked."""
+def _pointed(path: Path, images: Path | None) -> dict[str, str]:
+    """The indices that rows name in an image's place, each with the first row that does. Raises InputError as `open_questions`."""
     seen: set[str] = set()
     pointed: dict[str, str] = {}
     for where, cells in _records(path):
@@ -123,11 +156,7 @@ def _shared_images(path: Path, images: Path | None) -> dict[str, str]:
             raise InputError(f"{where}: image_path {cells['image_path']!r} is relative to a folder that is not named; name it: --images FOLDER")
     if not seen:
         raise InputError(f"{path}: has no rows")
-    found = {cells["index"]: cells.get("image", "") for _, cells in _records(path) if cells["index"] in pointed}
-    for index, where in pointed.items():
-        if len(found.get(index, "")) <= LONGEST_REFERENCE:
-            raise InputError(f"{where}: image is {index!r}, which is neither an image in base64 nor the index of a row that has one")
-    return found
+    return pointed
 
 
 def _images_of(cells: dict[str, str], shared: dict[str, str], images: Path | None, where: str) -> tuple[bytes | Path, ...]:

@@ -14,7 +14,7 @@ from vltrain.data.sample_files import samples_file
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.older_runs import ADDED, complete
-from vltrain.recipe import build_config, read_recipe
+from vltrain.recipe import RECIPE, build_config, read_recipe
 from vltrain.stages import stage_folders
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
@@ -23,7 +23,6 @@ from vltrain.train.provenance import RUN
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "config.yaml"  # the resolved one, which every run writes
 
 
 def require_run(run: Path, *others: str) -> None:

@@ -48,6 +48,7 @@ from vltrain.programs.launcher import default_ranks, find_program, interruptible
 from vltrain.recipe import Table, read_table
 from vltrain.shipped import find_recipe
 from vltrain.settings import COMMAND_LINE, FLAGS, REBUILD, Arguments, Option, load_settings, split_arguments
+from vltrain.stages import value_of
 from vltrain.train.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.identity import MADE_OF, differences
 from vltrain.train.made_of import made_of
@@ -207,10 +208,7 @@ def _figures(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     selects = config.train.keep_best or config.train.early_stopping_patience is not None
     for key in known_keys().keys() - CHANGE_NOTHING - (set() if selects else CHANGE_SELECTION):
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        values[key] = value
+        values[key] = value_of(config, key)
     return json.loads(json.dumps(values))
 
 

@@ -19,10 +19,9 @@ from __future__ import annotations
 from itertools import tee
 from pathlib import Path
 
-from tqdm import tqdm
-
+from vltrain.console import watched
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.harness.vlmevalkit import read_rows, require_prompt, result_file, write_results
+from vltrain.harness.vlmevalkit import open_questions, require_prompt, result_file, write_results
 from vltrain.inference import load
 from vltrain.programs.run_folder import read_command
 from vltrain.settings import COMMAND_LINE, Arguments
@@ -54,27 +53,18 @@ def answer(run: Path, questions: Path, output: Path, arguments: Arguments) -> Pa
         raise InputError(f"{result}: is there already; remove it, or name another --output or --name")
     prompt, images = arguments.last("prompt"), arguments.last("images")
     require_prompt(prompt)
-    batch_size, new_tokens = _whole(arguments, "batch-size") or 8, _whole(arguments, "max-new-tokens")
+    batch_size, new_tokens = arguments.whole("batch-size", 1) or 8, arguments.whole("max-new-tokens", 1)
     folder = None if images is None else Path(images)
     if folder is not None and not folder.is_dir():
         raise InputError(f"{COMMAND_LINE}: --images: found {images}, expected a folder")
-    total = sum(1 for _ in read_rows(questions, folder))  # the whole file is looked at before hours are spent
+    found = open_questions(questions, folder)
     model = load(run, checkpoint=arguments.last("checkpoint"))
-    asked, kept = tee(read_rows(questions, folder))
+    asked, kept = tee(found)
     answers = model.answer_all((row.asked(prompt) for row in asked), batch_size, max_new_tokens=new_tokens)
     rows, said = [], []
-    for row, text in tqdm(zip(kept, answers, strict=True), total=total, desc=questions.stem, unit="question"):
+    for row, text in watched(zip(kept, answers, strict=True), title=questions.stem, unit="question", total=len(found)):
         rows.append(row.without_images())
         said.append(text)
     write_results(result, rows, said)
     print(f"{result}: {len(said)} answers")
     return result
-
-
-def _whole(arguments: Arguments, name: str) -> int | None:
-    text = arguments.last(name)
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{COMMAND_LINE}: --{name}: found {text!r}, expected a whole number of at least 1")
-    return int(text)

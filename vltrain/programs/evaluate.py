@@ -35,11 +35,12 @@ from vltrain.files.events import EventWriter
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.whole import write_json
 from vltrain.inference.build import answering_model
-from vltrain.inference.run import RECIPE, choose_checkpoint, require_run, weights_before, weights_used
+from vltrain.inference.run import choose_checkpoint, require_run, weights_before, weights_used
 from vltrain.files.digest import file_digest
 from vltrain.programs.data_ready import ready_samples
 from vltrain.programs.origins import require_trained_set
 from vltrain.programs.run_folder import why_not_writable
+from vltrain.recipe import RECIPE
 from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, QUIET, QUIETLY, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
 from vltrain.stages import last_stage
 from vltrain.train.checkpoint import Checkpoint

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -40,6 +41,7 @@ from vltrain.models.quiet import quiet_transformers
 from vltrain.programs.origins import samples_file
 from vltrain.programs.run_folder import read_command
 from vltrain.settings import COMMAND_LINE, Arguments
+from vltrain.train.checkpoint import Checkpoint
 from vltrain.train.lora_folder import EXPORTED as ORIGIN
 from vltrain.train.made_of import made_of
 
@@ -79,19 +81,14 @@ def export(
     config = recipe_of(run)
     name, chosen = find_format(config.model.architecture, form, f"{COMMAND_LINE}: --format")
     choices = _choices(given or {}, name, chosen.options)
-    tokenizer = tokenizer_sources(config)
-    chosen.refuse(Source(run=run, config=config, checkpoint=None, tokenizer=tokenizer), choices)
+    chosen.refuse(Source(run=run, config=config, checkpoint=None, tokenizer=tokenizer_sources(config)), choices)
     checkpoint = choose_checkpoint(run, named)
     if checkpoint is None and chosen.needs_tuned:
         raise InputError(f"{COMMAND_LINE}: --checkpoint none: there is nothing tuned to export as {name}")
     with new_folder(output) as folder, quiet_transformers():
         data = samples_for_proof(config, chosen, proof_samples)
         facts = weights_used(run, config, checkpoint, made_of(config) if chosen.reads_base or data is not None else None)
-        source = Source(
-            run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None, tokenizer=tokenizer,
-            max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens, facts=facts,
-            asked=how_run_was_asked(run, config),
-        )  # fmt: skip
+        source = source_of(run, config, checkpoint, data, facts)
         try:
             told = chosen.write(folder, source, choices) or Written()
             notes = {"notes": told.notes} if told.notes else {}
@@ -116,20 +113,25 @@ def export(
         print(f"proven by {proven['read_by']}: {shown}")
 
 
+def source_of(run: Path, config: Config, checkpoint: Checkpoint | None, data: ProofData | None, facts: dict[str, Any]) -> Source:
+    """The model that is exported, or was. `facts`: see `weights_used`. Raises InputError where the weights that the run began with are gone."""
+    return Source(
+        run=run, config=config, checkpoint=checkpoint, before=weights_before(run, config) if checkpoint is None else None,
+        tokenizer=tokenizer_sources(config), asked=how_run_was_asked(run, config), facts=facts,
+        max_new_tokens=data.max_new_tokens if data is not None else config.eval.max_new_tokens or Source.max_new_tokens,
+    )  # fmt: skip
+
+
 def proof_samples_of(arguments: Arguments) -> int | None:
     """How many samples the proof asks; None for none. Raises InputError for what is no number of samples."""
-    proof, count = arguments.last("proof"), arguments.last("proof-samples")
+    proof, count = arguments.last("proof"), arguments.whole("proof-samples", 1, 10_000, "; for an export without a proof: --proof none")
     if proof is not None:
         if proof != "none":
             raise InputError(f"{COMMAND_LINE}: --proof: found '{proof}', expected none, or leave it out")
         if count is not None:
             raise InputError(f"{COMMAND_LINE}: --proof-samples: has no effect with --proof none; leave one of both out")
         return None
-    if count is None:
-        return PROOF_SAMPLES
-    if not count.isascii() or not count.isdigit() or not 1 <= int(count) <= 10_000:
-        raise InputError(f"{COMMAND_LINE}: --proof-samples: found '{count}', expected a number from 1 to 10000; for an export without a proof: --proof none")
-    return int(count)
+    return PROOF_SAMPLES if count is None else count
 
 
 def samples_for_proof(config: Config, chosen: Format, proof_samples: int | None) -> ProofData | None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from vltrain.check.resume import Proof
-from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
-from vltrain.export.format import DTYPES, Choices, Source
+from vltrain.export.format import DTYPES, Choices
 from vltrain.export.proof import PROOF, ProofFailed, measure
 from vltrain.export.table import find_format
 from vltrain.files.strict_json import read_object
-from vltrain.inference.run import choose_checkpoint, recipe_of, weights_before, weights_used
-from vltrain.programs.export import proof_samples_of, samples_for_proof
+from vltrain.inference.run import choose_checkpoint, recipe_of, weights_used
+from vltrain.programs.export import proof_samples_of, samples_for_proof, source_of
 from vltrain.settings import Arguments
 from vltrain.train.lora_folder import EXPORTED
 from vltrain.train.made_of import made_of
@@ -44,12 +43,8 @@ def check_export(folder: Path, run: Path | None, arguments: Arguments) -> Proof:
     data = samples_for_proof(config, chosen, proof_samples_of(arguments))
     assert data is not None, "only --proof none leaves it out, which is no option here"
     facts = weights_used(place, config, checkpoint, made_of(config))
-    source = Source(
-        run=place, config=config, checkpoint=checkpoint, before=weights_before(place, config) if checkpoint is None else None,
-        tokenizer=tokenizer_sources(config), max_new_tokens=data.max_new_tokens, facts=facts,
-    )  # fmt: skip
     try:
-        found = measure(folder, chosen.proof, source, Choices(dtype=dtype), data)
+        found = measure(folder, chosen.proof, source_of(place, config, checkpoint, data, facts), Choices(dtype=dtype), data)
     except ProofFailed as error:
         return Proof(facts=[], failures=[str(error)])
     told = [f"{folder}: read by {found['read_by']}", f"{found['answers_equal']} of {len(found['samples'])} answers are the run's own"]

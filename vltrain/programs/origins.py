@@ -18,7 +18,7 @@ from vltrain.data.shards import PackedDataset
 from vltrain.data.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.digest import combined_digest
-from vltrain.files.record import FileRecord, look, read_record
+from vltrain.files.record import FileRecord, is_recorded, look
 from vltrain.files.strict_json import read_lines, read_object
 from vltrain.train.provenance import RUN
 
@@ -87,8 +87,7 @@ def is_stranger(folder: Path, file: Path) -> bool:
     made = read_prepared(folder)
     if made is None or made.settled is None or not file.is_file():
         return False
-    record = read_record(folder / SAMPLES_RECORD, made.files)
-    return not any(place == SAMPLES and name == file.name for place, name in zip(record.places, record.names, strict=True))
+    return not is_recorded(folder / SAMPLES_RECORD, SAMPLES, file.name, made.files)
 
 
 def _options_differ(settled: dict[str, str], reader: str, config: Config) -> list[str]:

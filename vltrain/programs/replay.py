@@ -13,6 +13,7 @@ import math
 import tempfile
 from pathlib import Path
 
+from vltrain.console import logged_from
 from vltrain.data.tokenizer import load_tokenizer
 from vltrain.data.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
@@ -44,7 +45,6 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     set_determinism(config.train.deterministic)
     changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
-    logging.getLogger("vltrain.check.receipt").setLevel(logging.ERROR)  # a replay's own receipt is thrown away
     ds_json = load_ds_json(run / "ds_config.json")
     checkpoint = newest_checkpoint(run / "checkpoints", until=step)
     files = made_of(config)
@@ -66,7 +66,8 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
             config.model, dtype=dtype, activation_checkpointing=config.train.activation_checkpointing, runs_on=device(),
             place=partitioner(resolve_ds_config(ds_json, config, world_size)),
         )
-        with tempfile.TemporaryDirectory() as elsewhere:
+        # A replay's own receipt is thrown away, and so is what it says of itself.
+        with tempfile.TemporaryDirectory() as elsewhere, logged_from(logging.ERROR, "vltrain.check.receipt"):
             trainer = make_trainer(
                 dataclasses.replace(config, output=elsewhere), ds_json, model=model, dataset=dataset, checkpoint=checkpoint, rank=rank,
                 world_size=world_size, dtype=dtype, evaluate=lambda steps_done: None, made_of=files, origin=origin,

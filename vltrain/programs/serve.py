@@ -94,7 +94,8 @@ def _serve(run: Path, arguments: Arguments, with_page: bool) -> None:
     from vltrain.serve.worker import Worker
 
     config = recipe_of(run)
-    host, port = arguments.last("host") or "127.0.0.1", _whole(arguments, "port", 8000, 0, MAX_PORT)
+    host, port = arguments.last("host") or "127.0.0.1", arguments.whole("port", 0, MAX_PORT)
+    port = 8000 if port is None else port
     limits, images, key = _limits(arguments), _folder(arguments), _key(arguments)
     names = [name.strip() for name in (arguments.last("allow-hosts") or "").split(",") if name.strip()]
     listener = server.bind(host, port)
@@ -128,8 +129,7 @@ def _serve(run: Path, arguments: Arguments, with_page: bool) -> None:
 def _shelf(run: Path, arguments: Arguments) -> Shelf:
     from vltrain.serve.shelf import Shelf, other_checkpoints
 
-    bits = None if arguments.last("model.bits") is None else _whole(arguments, "model.bits", 0, 1, 64)
-    settings: dict[str, Any] = {"bits": bits, "device": arguments.last("device")}
+    settings: dict[str, Any] = {"bits": arguments.whole("model.bits", 1, 64), "device": arguments.last("device")}
     only, checkpoint = ("only", None) in arguments.options, arguments.last("checkpoint")
     served = load(run, checkpoint=checkpoint, adapters=arguments.last("adapters"), keep_untuned=not only and checkpoint != UNTUNED, **settings)
     used = served.facts["checkpoint"]
@@ -154,7 +154,7 @@ def _limits(arguments: Arguments) -> Limits:
 
     default = Limits()
     numbers = {
-        name: _whole(arguments, name, int(value), LOWEST[name], 10**9)
+        name: arguments.whole(name, LOWEST[name], 10**9) or int(value)
         for name, value in (
             ("max-waiting", default.max_waiting), ("max-request-bytes", default.max_request_bytes), ("max-images", default.max_images),
             ("timeout", default.timeout_seconds),
@@ -164,15 +164,6 @@ def _limits(arguments: Arguments) -> Limits:
         max_waiting=numbers["max-waiting"], max_request_bytes=numbers["max-request-bytes"], max_images=numbers["max-images"],
         timeout_seconds=float(numbers["timeout"]),
     )
-
-
-def _whole(arguments: Arguments, name: str, default: int, lowest: int, highest: int) -> int:
-    text = arguments.last(name)
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdigit() or not lowest <= int(text[:20]) <= highest:
-        raise InputError(f"{COMMAND_LINE}: --{name.removeprefix('model.')}: found {text!r}, expected a whole number from {lowest} to {highest}")
-    return int(text)
 
 
 def _folder(arguments: Arguments) -> Path | None:

@@ -27,7 +27,7 @@ from vltrain.programs.plan import OPTIONS as PLAN_OPTIONS
 from vltrain.programs.plan import plan_recipe
 from vltrain.recipe import dump_config
 from vltrain.shipped import DS_CONFIGS, LAUNCH, PACKAGE
-from vltrain.settings import COMMAND_LINE, Option, Settings
+from vltrain.settings import COMMAND_LINE, Option, Settings, whole_number
 from vltrain.stages import Run, dump_run, load_stages
 from vltrain.train.ds_config import load_ds_json
 from vltrain.train.provenance import code_commit, make_run_folder
@@ -93,10 +93,7 @@ def ranks_of(settings: Settings) -> tuple[int, int, int]:
 
 
 def _number(settings: Settings, name: str, least: int) -> int:
-    text = settings.options[name] or ""
-    if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise InputError(f"{COMMAND_LINE}: --{name}: found '{text}', expected a whole number of {least} or more")
-    return int(text)
+    return whole_number(name, settings.options[name] or "", least)
 
 
 def check_plan(settings: Settings) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from vltrain.check.manifest import checkpoints_in
 from vltrain.check.resume import Proof
 from vltrain.errors import InputError
-from vltrain.inference.run import RECIPE, recorded_identity, require_run
+from vltrain.inference.run import recorded_identity, require_run
+from vltrain.recipe import RECIPE
 from vltrain.settings import load_settings
 from vltrain.train.checkpoint import open_checkpoint
 from vltrain.train.identity import MADE_OF, require_same_model

@@ -18,11 +18,9 @@ from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.files.whole import write_json
 from vltrain.older_runs import complete
-from vltrain.recipe import build_config, dump_config, read_recipe
+from vltrain.recipe import RECIPE, build_config, dump_config, read_recipe
 from vltrain.train.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from vltrain.train.provenance import RUN
-
-RECIPE = "config.yaml"
 
 
 def write_adapters(folder: Path, config: Config, checkpoint: Checkpoint, run: Path) -> None:

@@ -149,6 +149,13 @@ def _origin_in_words(origin: Any) -> str:
     return f"{origin.get('path')} at step {origin.get('step')}" if isinstance(origin, dict) else "null"
 
 
+def value_at(identity: Any, key: str) -> Any:
+    """The value of a dotted key in plain JSON; None where it has none."""
+    for name in key.split("."):
+        identity = identity.get(name) if isinstance(identity, dict) else None
+    return identity
+
+
 def is_within(key: str, keys: Collection[str]) -> bool:
     """Whether a dotted key is one of `keys`, or below one."""
     return any(key == one or key.startswith(f"{one}.") for one in keys)

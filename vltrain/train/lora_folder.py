@@ -25,6 +25,7 @@ from vltrain.files.strict_json import read_object
 from vltrain.models.peft_layers import NAME
 from vltrain.models.peft_layout import ROOT
 from vltrain.train.checkpoint import Checkpoint
+from vltrain.train.identity import value_at
 
 EXPORTED = "vltrain_origin.json"  # in an exported folder: which weights it was made of
 NECK, UPDATES, SETTINGS = "neck.safetensors", "llm/adapter_model.safetensors", "llm/adapter_config.json"
@@ -66,15 +67,12 @@ def open_lora_folder(place: Path) -> LoraFolder:
 
 
 def _require_lora_alone(place: Path, belongs_to: dict[str, Any]) -> None:
-    def said(*names: str) -> Any:
-        found: Any = belongs_to.get("model")
-        for name in names:
-            found = found.get(name) if isinstance(found, dict) else None
-        return found
+    def said(key: str) -> Any:
+        return value_at(belongs_to, f"model.{key}")
 
-    adapters = [part for part in ("llm", "vision") if said("adapter", part) != "none"]
-    own = said("tune") != "adapters" or said("vision", "train") or said("llm", "train")
-    if adapters or own or said("llm", "peft", "kind") != "lora":
+    adapters = [part for part in ("llm", "vision") if said(f"adapter.{part}") != "none"]
+    own = said("tune") != "adapters" or said("vision.train") or said("llm.train")
+    if adapters or own or said("llm.peft.kind") != "lora":
         what = f"adapters in {' and '.join(adapters)}, which are written as updates of the layers behind them" if adapters else "more than LoRA"
         raise InputError(f"{KEY}: {place}: the run that it is of has {what}; begin with the run itself, or with its export --format adapters")
 

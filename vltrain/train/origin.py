@@ -20,7 +20,7 @@ from vltrain.errors import InputError
 from vltrain.stages import FROZEN, last_stage
 from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.train.lora_folder import is_lora_folder, open_lora_folder
-from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, is_within, model_identity
+from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, as_stored, differing, is_within, model_identity, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
     now: dict[str, Any] = as_stored({"model": model_identity(config), MADE_OF: files})
     if MADE_OF not in saved:
         logger.warning("%s: %s was saved before digests of frozen weights were kept: paths are compared in their place", KEY, origin.path)
-    is_random = any(_value(saved, key) is None for key in _sources(saved))
+    is_random = any(value_at(saved, key) is None for key in _sources(saved))
     for key, text in differing(saved, now):
         if key == "model.adapter.bias":
             raise InputError(f"{KEY}: {origin.path}: {text}: adapters with biases and without have other parameters. Set it as there, or train anew without {KEY}")
@@ -113,11 +113,5 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
 
 
 def _sources(identity: dict[str, Any]) -> list[str]:
-    is_blip = _value(identity, "model.architecture") == "instructblip"
+    is_blip = value_at(identity, "model.architecture") == "instructblip"
     return [key for key in BY_DIGEST if key.endswith(".source") and ("instructblip" in key) == is_blip]
-
-
-def _value(identity: Any, key: str) -> Any:
-    for name in key.split("."):
-        identity = identity.get(name) if isinstance(identity, dict) else None
-    return identity

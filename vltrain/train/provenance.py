@@ -14,6 +14,7 @@ import torch
 
 from vltrain.errors import InputError
 from vltrain.files.whole import write_json, write_whole
+from vltrain.recipe import RECIPE
 from vltrain.strict_yaml import load_text
 
 RUN = "run.json"
@@ -78,7 +79,7 @@ def write_provenance(
     }
     if full_qformer is not None:
         facts["full_qformer"] = full_qformer
-    write_whole(folder / "config.yaml", resolved_config)
+    write_whole(folder / RECIPE, resolved_config)
     write_json(folder / "ds_config.json", ds_config)
     write_json(folder / RUN, facts)
 
