@@ -40,7 +40,12 @@ def system_in_question(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     if turns[0].role != SYSTEM:
         return turns
     system, question, *others = turns
-    front = _FRONT_IMAGES.match(question.text)
+    front, asked = split_front_images(question.text)
+    return (Turn(role="user", text=f"{front}{system.text}{chr(10) if asked else ''}{asked}"), *others)
+
+
+def split_front_images(text: str) -> tuple[str, str]:
+    """(the places of images in front of a turn's text, "" where there are none; the text behind them)."""
+    front = _FRONT_IMAGES.match(text)
     assert front is not None, "it matches nothing, too"
-    asked = question.text[front.end() :]
-    return (Turn(role="user", text=f"{front[0]}{system.text}{chr(10) if asked else ''}{asked}"), *others)
+    return front[0], text[front.end() :]

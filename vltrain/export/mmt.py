@@ -16,15 +16,14 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from vltrain.data.backend import make_special
 from vltrain.data.chat import answer_prefix
 from vltrain.data.conversation import stop_ids
 from vltrain.data.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
 from vltrain.errors import InputError
 from vltrain.export import modeling_vltrain_mmt as modeling
 from vltrain.export.format import Choices, Format, Proof, Source
-from vltrain.export.parts import PROBES, generation_config, tuned_model
-from vltrain.export.stock_tokenizer import open_stock
+from vltrain.export.parts import generation_config, tuned_model
+from vltrain.export.stock_tokenizer import mark_ends, open_stock, require_same_ids
 from vltrain.files.strict_json import read_object
 from vltrain.models.adapters.table import adapter_kind
 from vltrain.models.merge import merge_adapters
@@ -105,8 +104,7 @@ def _write_processor(folder: Path, built: MultimodalModel, config: Any, tokenize
         stock.pad_token = stock.eos_token
     if isinstance(tokenizer, TransformersTokenizer):
         stock.chat_template = tokenizer.dated_chat_template
-        added = stock.added_tokens_decoder
-        make_special(stock.backend_tokenizer, [added[number].content for number in tokenizer.end_ids if number in added])
+    mark_ends(stock, tokenizer)
     framing = built.vision.framing
     processor = modeling.VltrainMmtProcessor(
         stock, image_size=built.image_size, shorter_edge=framing.shorter_edge, resample=framing.resample,
@@ -114,10 +112,7 @@ def _write_processor(folder: Path, built: MultimodalModel, config: Any, tokenize
         image_token_id=config.image_token_id, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, template=template,
         word_prefix=tokenizer.word_prefix, answer_prefix=answer_prefix(tokenizer) if template == "chat" else "",
     )  # fmt: skip
-    for text in PROBES:
-        found, ours = processor._plain(text), tokenizer.encode(text)
-        if found != ours:
-            raise InputError(f"the tokenizer: transformers reads {text!r} as {found}, we as {ours}: the exported folder would read other tokens than were tuned on")
+    require_same_ids(processor._plain, tokenizer)
     processor.save_pretrained(folder)
     path = folder / "processor_config.json"
     settings = read_object(path)

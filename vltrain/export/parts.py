@@ -14,13 +14,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.image_utils import PILImageResampling
 
-from vltrain.data.backend import make_special
 from vltrain.data.conversation import stop_ids
-from vltrain.data.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
-from vltrain.errors import InputError
+from vltrain.data.tokenizer import Tokenizer, load_tokenizer
 from vltrain.export.format import Source
 from vltrain.export.reference import model_of
-from vltrain.export.stock_tokenizer import open_stock
+from vltrain.export.stock_tokenizer import mark_ends, open_stock, require_same_ids
 from vltrain.files.tensors import save_file
 from vltrain.files.whole import write_json
 from vltrain.models.multimodal import MultimodalModel
@@ -28,7 +26,6 @@ from vltrain.models.preprocessor import CLIP_KINDS
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 NECK, DESCRIPTION = "neck.safetensors", "multimodal.json"
-PROBES = ("Question: Which one is it?\nAnswer:", "  two  spaces", "1234567 3.14 it's </s>", "Éa 你好 🙂")
 # Lines that the model card shows and the proof runs, behind those that import what they need: with `llm`, `vision` and `folder` they make the LLM's input
 # of ids and pixels.
 EMBED = '''\
@@ -94,13 +91,8 @@ def write_image_processor(folder: Path, model: MultimodalModel) -> None:
 def write_tokenizer(folder: Path, source: Source) -> Tokenizer:
     """Writes the LLM's tokenizer as transformers reads it. Returns ours. Raises InputError if it reads texts in another way than we do."""
     ours, stock = load_tokenizer(*source.tokenizer), open_stock(source.tokenizer[0])
-    if isinstance(ours, TransformersTokenizer):
-        added = stock.added_tokens_decoder
-        make_special(stock.backend_tokenizer, [added[number].content for number in ours.end_ids if number in added])
-    for text in PROBES:
-        found = stock(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        if found != ours.encode(text):
-            raise InputError(f"the tokenizer: transformers reads {text!r} as {found}, we as {ours.encode(text)}: the exported folder would read other tokens than were tuned on")
+    mark_ends(stock, ours)
+    require_same_ids(lambda text: stock(text, add_special_tokens=False, split_special_tokens=True).input_ids, ours)
     stock.save_pretrained(folder)
     return ours
 

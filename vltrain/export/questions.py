@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from vltrain.data.pieces import MARKER, system_in_question
+from vltrain.data.pieces import MARKER, split_front_images, system_in_question
 from vltrain.schema import IMAGE_MARKER, Sample, unescape_markers
-
-_FRONT = re.compile(rf"(?:{re.escape(IMAGE_MARKER)}\n?)*")
 
 
 def as_asked(sample: Sample) -> Any:
     """A text where one is enough (its images then stand in front), else a conversation: [{"role", "content"}], with `<image>` places."""
     turns = sample.turns[:-1]
     if len(turns) == 1:
-        front = _FRONT.match(turns[0].text)
-        assert front is not None, "it matches nothing, too"
-        text = turns[0].text[front.end() :]
-        if IMAGE_MARKER not in text and front[0] == f"{IMAGE_MARKER}\n" * len(sample.images) and text:
+        front, text = split_front_images(turns[0].text)
+        if IMAGE_MARKER not in text and front == f"{IMAGE_MARKER}\n" * len(sample.images) and text:
             return text
     return [{"role": turn.role, "content": turn.text} for turn in turns]
 

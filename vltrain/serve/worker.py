@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import threading
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from vltrain.data.pieces import split_front_images
 from vltrain.errors import InputError, one_line
 from vltrain.inference.answer import AnswerStream
 from vltrain.inference.model import LoadedModel
@@ -29,7 +29,6 @@ from vltrain.serve.stopping import StopTexts
 
 logger = logging.getLogger(__name__)
 
-_IMAGES = re.compile(rf"(?:{IMAGE_MARKER}\n?)*")
 _LENGTH = "max_new_tokens"  # what models call it
 FAILURES_IN_A_ROW = 3  # of ours, after which the server calls itself unhealthy
 
@@ -224,12 +223,10 @@ def answer(model: LoadedModel, request: ChatRequest, cancelled: threading.Event)
 
 def phrased(model: LoadedModel, turn: Turn) -> Turn:
     """A question as `vltrain ask` puts it: as the training's were, behind its images; one with images between its words stays as it is."""
-    head = _IMAGES.match(turn.text)
-    assert head is not None, "it matches nothing, too"
-    text = turn.text[head.end() :]
+    front, text = split_front_images(turn.text)
     if turn.role != "user" or IMAGE_MARKER in text or not text.strip():
         return turn
-    return replace(turn, text=head[0] + model.phrase(text))
+    return replace(turn, text=front + model.phrase(text))
 
 
 def _events(stream: AnswerStream, request: ChatRequest, cancelled: threading.Event) -> Iterator[Event]:
