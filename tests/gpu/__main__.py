@@ -23,12 +23,18 @@ PARTS = {
     "equivalence": "ZeRO 0 to 3 in fp32 and bf16 beside a plain PyTorch loop",
     "resume": "kill -9 and --resume auto: the run that nobody killed, bit for bit",
     "quickstart": "the quickstart, trained and evaluated",
+    "asking": "vltrain ask: streamed, of several images, in 4, 8 and 16 bits, beside a CPU",
+    "evaluating": "vltrain evaluate: precisions and batch sizes beside each other",
+    "exporting": "vltrain export and check export, every format of the architecture",
+    "stages": "a recipe in stages: trained, evaluated, checked, found done",
+    "serving": "vltrain serve: a dozen clients at once",
+    "architectures": "each architecture beside the CPU: answers, ranking, captions; InstructBLIP with T5 and LLaMA trained",
     "bits": "frozen weights in 4 and 8 bits: products, and runs",
     "seven_b": "the 7B recipe at full size, random weights: tokens a second, utilisation, memory beside the plan's",
     "trainers": "Trainer and TRL beside us, SmolLM2-135M and a LLaMA of 1B",
     "speed": "the fused kernel beside torch and the bandwidth's floor; ways of attention beside each other",
 }
-EMULATED = ("doctor", "kernels", "equivalence", "bits", "seven_b")
+EMULATED = ("doctor", "kernels", "equivalence", "bits", "seven_b", "asking", "evaluating", "exporting", "stages", "serving", "architectures")
 LIMIT_SECONDS = 600
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +43,7 @@ def main() -> int:
     """Returns 0 where all parts passed, 1 where one failed, 2 for a mistake on the command line."""
     given = _parse()
     if given.list:
-        print("\n".join(f"{name:12}{what}" for name, what in PARTS.items()))
+        print("\n".join(f"{name:14}{what}" for name, what in PARTS.items()))
         return 0
     names = given.part or (EMULATED if given.emulate else tuple(PARTS))
     given.output.mkdir(parents=True, exist_ok=True)

@@ -7,20 +7,15 @@ import sys
 
 import torch
 
-from tests.gpu.part import Findings, run_part
+from tests.gpu.part import Findings, run_items
 from tests.gpu.runs import final_tensors, finish, kill_after, losses
 
 STEPS, KILLS = 40, (9, 23)
+STAGES = {"zero0": 0, "zero2": 2, "zero3": 3}
 
 
-def find(findings: Findings) -> None:
-    for stage in (0, 2, 3):
-        findings.attempt(f"ZeRO {stage}", lambda: _kill_and_resume(findings, stage))
-
-
-def _kill_and_resume(findings: Findings, stage: int) -> None:
-    folder = findings.folder / f"zero{stage}"
-    folder.mkdir(exist_ok=True)
+def find(findings: Findings, item: str) -> None:
+    folder, stage = findings.folder, STAGES[item]
     ds = folder / "ds.json"
     ds.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     words = ["--ds", str(ds), "--train.max_steps", str(STEPS), "--train.save_every_steps", "5", "--train.eval_every_steps", "0", "--eval.max_samples", "8"]
@@ -38,4 +33,4 @@ def _kill_and_resume(findings: Findings, stage: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_part("resume", find, __doc__))
+    sys.exit(run_items("resume", tuple(STAGES), find, __doc__))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.gpu.part import Findings
 from tests.support.processes import ROOT, free_port, rank_environment
+
+
+STEPS, SHORT_STEPS = 200, 20
 
 
 def start(words: list[str], log: Path, program: str = "launch/train_mmt.py") -> subprocess.Popen:
@@ -38,6 +43,38 @@ def finish(words: list[str], log: Path, program: str = "launch/train_mmt.py", ti
     if code:
         raise RuntimeError(f"{' '.join(words[:6])} ended with {code}: {log.read_text(errors='replace')[-1500:]}")
     return time.perf_counter() - began
+
+
+def vltrain(words: list[str], log: Path, *, on_cpu: bool = False, timeout_seconds: float = 500) -> tuple[float, str]:
+    """Runs `vltrain WORDS` to its end, without a launcher. Returns seconds and stdout; raises RuntimeError with the end of what it says where it fails."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    if on_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "vltrain", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=timeout_seconds)
+    with log.open("a") as file:
+        file.write(f"$ vltrain {' '.join(words)}\n{done.stdout}{done.stderr}\n")
+    if done.returncode:
+        raise RuntimeError(f"vltrain {' '.join(words)} ended with {done.returncode}: {done.stderr[-1500:]}")
+    return time.perf_counter() - began, done.stdout
+
+
+def tuned_run(findings: Findings) -> Path:
+    """A copy, for this part alone, of the run that the part `quickstart` left; where that was not run, a short one of the same recipe is trained."""
+    beside, own = findings.folder.parent, findings.folder / "run"
+    source = beside / "quickstart" / "run"
+    if not (source / "eval" / "test" / "metrics.json").exists():
+        source = findings.folder / "trained"
+        words = ["--ds", "ds_configs/zero2.json", "--output", str(source), "--data.root", str(beside / "easyvqa"), "--eval.max_samples", "64"]
+        finish([*words, "--train.max_steps", str(SHORT_STEPS if findings.emulate else STEPS)], findings.folder / "train.log")
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(source, own)
+    return own
+
+
+def predictions(run: Path, split: str = "test") -> list[str]:
+    return [json.loads(line)["prediction"] for line in (run / "eval" / split / "predictions.jsonl").read_text().splitlines()]
 
 
 def kill_after(words: list[str], log: Path, run: Path, num_steps: int, timeout_seconds: float = 300) -> int:
