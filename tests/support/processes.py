@@ -1,12 +1,21 @@
 """Starts groups of real processes on this machine, as a launcher would."""
 
+from __future__ import annotations
+
+import functools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,23 +31,95 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": _python_path(),
     }  # fmt: skip
 
 
-def start_ranks(module: str, arguments: list[str], world_size: int, output: Path) -> list[subprocess.Popen]:
-    """Calls `main(*arguments)` of the module in a process per rank; stdout and stderr of rank r go to `output`.r"""
+class Forked:
+    """A process that `tests.support.warm` has forked, with what of `subprocess.Popen` is asked of one. It leads a session of its own."""
+
+    def __init__(self, module: str, arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path | None = None, folder: Path = ROOT) -> None:
+        places = {"folder": str(folder), "stdout": str(stdout), "stderr": str(stderr) if stderr else None}
+        self.pid: int = _ask_warm(module=module, arguments=arguments, environment=environment, **places)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = _ask_warm(pid=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = float("inf")) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired([str(self.pid)], timeout)
+            time.sleep(0.02)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+Process = Forked | subprocess.Popen
+
+
+@functools.cache
+def _warm() -> subprocess.Popen[str]:
+    """This process's `tests.support.warm`, which ends with it. Ctrl-C is for this process alone."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+    command = [sys.executable, "-m", "tests.support.warm"]
+    warm = subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert warm.stdout is not None and json.loads(warm.stdout.readline()) == "ready"
+    return warm
+
+
+def _ask_warm(**order: Any) -> Any:
+    warm = _warm()
+    assert warm.stdin is not None and warm.stdout is not None
+    warm.stdin.write(json.dumps(order) + "\n")
+    warm.stdin.flush()
+    return json.loads(warm.stdout.readline())
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def start_ranks(module: str, arguments: list[str], world_size: int, output: Path, *, fresh: bool = False) -> list[Process]:
+    """Calls `main(*arguments)` of the module in a process per rank; stdout and stderr of rank r go to `output`.r
+
+    Args:
+        fresh: start Python anew, as launchers do, instead of forking one that has imported all. With a GPU always: CUDA can't be forked.
+    """
     port = free_port()
-    processes = []
+    processes: list[Process] = []
     for rank in range(world_size):
-        environment = rank_environment(rank, world_size, port)
-        with open(f"{output}.{rank}", "wb") as log:
-            command = [sys.executable, "-m", "tests.support.rank", module, *arguments]
-            processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        environment, words = rank_environment(rank, world_size, port), [module, *arguments]
+        if fresh or torch.cuda.is_available():
+            with open(f"{output}.{rank}", "wb") as log:
+                command = [sys.executable, "-m", "tests.support.rank", *words]
+                processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        else:
+            processes.append(Forked("tests.support.rank", words, environment, Path(f"{output}.{rank}")))
     return processes
 
 
-def stop_ranks(processes: list[subprocess.Popen], how: signal.Signals = signal.SIGKILL) -> None:
+def vltrain(*words: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`vltrain WORDS` in a process of its own: its exit code and what it printed.
+
+    Args:
+        folder: where it runs.
+        variables: of its environment.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **variables}
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        code = Forked("vltrain", list(words), environment, out, err, folder).wait(900)
+        return subprocess.CompletedProcess(words, code, out.read_text(errors="replace"), err.read_text(errors="replace"))
+
+
+def stop_ranks(processes: Sequence[Process], how: signal.Signals = signal.SIGKILL) -> None:
     """Ends our own processes and what they started."""
     for process in processes:
         if process.poll() is None:
@@ -47,7 +128,7 @@ def stop_ranks(processes: list[subprocess.Popen], how: signal.Signals = signal.S
         process.wait()
 
 
-def wait_for_ranks(processes: list[subprocess.Popen], output: Path, timeout_seconds: float = 600) -> list[int]:
+def wait_for_ranks(processes: Sequence[Process], output: Path, timeout_seconds: float = 600) -> list[int]:
     """Waits for all; when one fails or time runs out, the others are ended. Returns their exit codes."""
     deadline = time.monotonic() + timeout_seconds
     while any(process.poll() is None for process in processes):
@@ -57,12 +138,12 @@ def wait_for_ranks(processes: list[subprocess.Popen], output: Path, timeout_seco
         if failed or time.monotonic() > deadline:
             stop_ranks(processes)
         time.sleep(0.05)
-    return [process.returncode for process in processes]
+    return [process.wait() for process in processes]
 
 
-def run_ranks(module: str, arguments: list[str], world_size: int, output: Path, timeout_seconds: float = 600) -> None:
-    """Runs a group to its end. Fails with the ranks' last words unless all end with 0."""
-    codes = wait_for_ranks(start_ranks(module, arguments, world_size, output), output, timeout_seconds)
+def run_ranks(module: str, arguments: list[str], world_size: int, output: Path, timeout_seconds: float = 600, *, fresh: bool = False) -> None:
+    """Runs a group to its end. Fails with the ranks' last words unless all end with 0. `fresh`: see `start_ranks`."""
+    codes = wait_for_ranks(start_ranks(module, arguments, world_size, output, fresh=fresh), output, timeout_seconds)
     if any(codes):
         logs = "\n".join(f"--- rank {rank}\n{Path(f'{output}.{rank}').read_text(errors='replace')[-3000:]}" for rank in range(world_size))
         raise AssertionError(f"{module} on {world_size} rank(s) ended with {codes}\n{logs}")
