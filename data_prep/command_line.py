@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from vltrain.config.ranges import Range
 from vltrain.errors import InputError, nearest
-from vltrain.ranges import Range
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -38,10 +38,17 @@ class CommandLine(argparse.ArgumentParser):
     """The parser of `data_prep.NAME`, called by `python -m` or, for those that are its commands, by `vltrain`."""
 
     def __init__(self, name: str, description: str, arguments: list[str] | None, examples: Sequence[str] = ()) -> None:
-        """Args: name: the module below `data_prep`. arguments: what `main` was given; None where it is the program itself. examples: words of commands, for the help."""
+        """Args: name: the module below `data_prep`. arguments: what `main` was given; None where it is the program
+        itself. examples: words of commands, for the help."""
         typed = f"python -m data_prep.{name}" if arguments is None else f"vltrain {name}"
         epilog = "\n".join(["examples:", *(f"  {typed} {example}" for example in examples)]) if examples else None
-        super().__init__(prog=typed, description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog=typed,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         self._words = sys.argv[1:] if arguments is None else arguments
 
     def read(self) -> argparse.Namespace:

@@ -1,11 +1,13 @@
-"""Samples -> packed shards: `python -m data_prep.pack --samples FILE.jsonl --tokenizer PLACE --visual-tokens V --pack-length T --output DIR`.
+"""Samples -> packed shards:
+`python -m data_prep.pack --samples FILE.jsonl --tokenizer PLACE --visual-tokens V --pack-length T --output DIR`.
 
-Reads and checks every sample, tokenises them in several processes, deals them to packs (`vltrain.data.packing`), and writes the shards with
-each distinct image once. Tokens wait on disk between the two passes, so memory grows only by some tens of bytes per sample
-(and its id). A sample that does not fit into a pack is never cut: it is an error, or with `--over-long drop` left out
-and listed in `over_long.jsonl`.
+Reads and checks every sample, tokenises them in several processes, deals them to packs (`vltrain.data.packing`), and
+writes the shards with each distinct image once. Tokens wait on disk between the two passes, so memory grows only by
+some tens of bytes per sample (and its id). A sample that does not fit into a pack is never cut: it is an error, or with
+`--over-long drop` left out and listed in `over_long.jsonl`.
 
-In parts (`data_prep.parts`) each part tokenises and decodes its share of the file, which is what takes time; the merge deals all samples to packs.
+In parts (`data_prep.parts`) each part tokenises and decodes its share of the file, which is what takes time; the merge
+deals all samples to packs.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from data_prep.parts import Share, add_share_options, finished_parts, is_done, n
 from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
 from data_prep.spool import Spool
 from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
+from vltrain.config.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
 from vltrain.console import start_logging, watched
-from vltrain.data.conversation import TEMPLATES, find_template, fingerprint
-from vltrain.data.instruction import InstructionSource
 from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
 from vltrain.data.shards import Manifest, ShardFile
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.conversation import TEMPLATES, find_template, fingerprint
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
-from vltrain.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
 
 OVER_LONG = "over_long.jsonl"
 
@@ -61,8 +63,8 @@ def pack(
 
     Args:
         samples: JSONL of `vltrain.schema.Sample`; image paths are relative to its folder.
-        tokenizer: any notation of `vltrain.locate`.
-        template: a name of `vltrain.data.conversation.TEMPLATES`.
+        tokenizer: any notation of `vltrain.files.locate`.
+        template: a name of `vltrain.data.text.conversation.TEMPLATES`.
         visual_tokens: V, tokens that an image takes.
         pack_length: tokens that a pack holds.
         output: new folder.
@@ -78,27 +80,49 @@ def pack(
         The manifest of the written shards; None after a part.
 
     Raises:
-        InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image path outside the samples'
-            folder, a sample that does not fit, an output that exists or cannot be written, parts that are missing or were made of something else.
+        InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image
+        path outside the samples'
+            folder, a sample that does not fit, an output that exists or cannot be written, parts that are missing or
+            were made of something else.
     """
     _require_sensible(template, instruction, visual_tokens, pack_length, max_images, over_long)
     workers = workers or usable_cores()
     loaded = load_tokenizer(tokenizer, instruction)
     facts = {
-        "tokenizer_fingerprint": fingerprint(loaded, template), "tokenizer": tokenizer, "template": template, "visual_tokens": visual_tokens,
-        "pack_length": pack_length, "max_images": max_images, "seed": seed,
-    }  # fmt: skip
+        "tokenizer_fingerprint": fingerprint(loaded, template),
+        "tokenizer": tokenizer,
+        "template": template,
+        "visual_tokens": visual_tokens,
+        "pack_length": pack_length,
+        "max_images": max_images,
+        "seed": seed,
+    }
     before = look(samples)
     origin = _origin(samples, before, loaded, template, {"over_long": over_long, "max_image_pixels": max_image_pixels})
     given = _Given(samples, before, PackedImages(samples.parent, workers, max_image_pixels), origin)
     if share is None:
-        return _write_packs(tokenised(samples, loaded, template, visual_tokens, workers), given, output, facts, over_long, rebuild=rebuild)
-    made_with = {**facts, "samples": origin.samples, "tokenizer_state": origin.tokenizer, "over_long": over_long, "max_image_pixels": max_image_pixels}
+        return _write_packs(
+            tokenised(samples, loaded, template, visual_tokens, workers),
+            given,
+            output,
+            facts,
+            over_long,
+            rebuild=rebuild,
+        )
+    made_with = {
+        **facts,
+        "samples": origin.samples,
+        "tokenizer_state": origin.tokenizer,
+        "over_long": over_long,
+        "max_image_pixels": max_image_pixels,
+    }
     if share.part is None:
         return _merge(finished_parts(output, share, made_with), given, output, facts, over_long)
     if not is_done(output, share, made_with):
         tokens = tokenised(samples, loaded, template, visual_tokens, workers, share)
-        _write_part(_with_images_checked(tokens, given.images, pack_length, max_images), given, output, share, made_with)
+        _write_part(
+            _with_images_checked(tokens, given.images, pack_length, max_images), given, output, share, made_with
+        )
     return None
 
 
@@ -134,31 +158,57 @@ class _Given:
 def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, template: str, options: dict[str, Any]) -> MadeFrom:
     """What packs are made from, the images but: those are known when they are stored."""
     if before.kind != FILE:
-        raise InputError(f"{samples}: cannot be read ({'it is a folder' if before.kind == FOLDER else 'no such file'}), expected a file of samples")
+        raise InputError(
+            f"{samples}: cannot be read ({'it is a folder' if before.kind == FOLDER else 'no such file'}), "
+            "expected a file of samples"
+        )
     prepared = read_prepared(samples.parent)
     known = prepared is not None and prepared.samples is not None
     return MadeFrom(
-        name=samples.name, samples=before.digest.hex(), prepared=prepared.samples if known else None, source=prepared.name() if known else None,
-        rendered=rendered_digest(tokenizer, template), tokenizer=tokenizer.state(), options=options,
-    )  # fmt: skip
+        name=samples.name,
+        samples=before.digest.hex(),
+        prepared=prepared.samples if known else None,
+        source=prepared.name() if known else None,
+        rendered=rendered_digest(tokenizer, template),
+        tokenizer=tokenizer.state(),
+        options=options,
+    )
 
 
 def _require_sensible(
-    template: str, instruction: InstructionSource | None, visual_tokens: int, pack_length: int, max_images: int | None, over_long: str
+    template: str,
+    instruction: InstructionSource | None,
+    visual_tokens: int,
+    pack_length: int,
+    max_images: int | None,
+    over_long: str,
 ) -> None:
     found = find_template(template)
     if found.instruction != (instruction is not None):
-        wanted = "which a Q-Former reads too: expected its tokenizer (--qformer-tokenizer)" if found.instruction else "which no Q-Former reads"
-        raise InputError(f"qformer-tokenizer: found {instruction and instruction.source!r} with template '{template}', {wanted}")
-    for name, value in (("visual tokens", visual_tokens), ("pack length", pack_length), ("images per pack", max_images)):
+        wanted = (
+            "which a Q-Former reads too: expected its tokenizer (--qformer-tokenizer)"
+            if found.instruction
+            else "which no Q-Former reads"
+        )
+        raise InputError(
+            f"qformer-tokenizer: found {instruction and instruction.source!r} with template '{template}', {wanted}"
+        )
+    for name, value in (
+        ("visual tokens", visual_tokens),
+        ("pack length", pack_length),
+        ("images per pack", max_images),
+    ):
         if value is not None and value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
     if over_long not in ("error", "drop"):
         raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
 
 
-def _with_images_checked(chunks: Iterable[Tokens], images: PackedImages, pack_length: int, max_images: int | None) -> Iterator[Tokens]:
-    """Passes a part's tokens on, and then decodes every image of a sample that fits into a pack. Raises InputError for a damaged one."""
+def _with_images_checked(
+    chunks: Iterable[Tokens], images: PackedImages, pack_length: int, max_images: int | None
+) -> Iterator[Tokens]:
+    """Passes a part's tokens on, and then decodes every image of a sample that fits into a pack. Raises InputError for
+    a damaged one."""
     first_user: dict[str, str] = {}
     for chunk in chunks:
         for sample_id, shown, length in zip(chunk.ids, chunk.images, chunk.lengths, strict=True):
@@ -171,7 +221,13 @@ def _with_images_checked(chunks: Iterable[Tokens], images: PackedImages, pack_le
 
 
 def _write_packs(
-    tokens: Iterable[Tokens], given: _Given, output: Path, facts: dict[str, Any], over_long: str, *, rebuild: bool = False
+    tokens: Iterable[Tokens],
+    given: _Given,
+    output: Path,
+    facts: dict[str, Any],
+    over_long: str,
+    *,
+    rebuild: bool = False,
 ) -> Manifest:
     """Deals all samples to packs and writes the shards."""
     pack_length, max_images = facts["pack_length"], facts["max_images"]
@@ -182,8 +238,12 @@ def _write_packs(
         extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
         image_ids = _store_images(given.images, spool, kept, writer)
-        order, starts = spool.deal(kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded)
-        for first, last in zip(watched(starts[:-1], title="packs", unit="pack", total=len(starts) - 1), starts[1:], strict=True):
+        order, starts = spool.deal(
+            kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded
+        )
+        for first, last in zip(
+            watched(starts[:-1], title="packs", unit="pack", total=len(starts) - 1), starts[1:], strict=True
+        ):
             writer.add_row(spool.row(kept[order[first:last]], image_ids))
         lost = spool.spelling.for_manifest()
         spool.remove()
@@ -201,16 +261,26 @@ def _settle_over_long(
         return ()
     misfits = np.flatnonzero(~fits)
     if over_long == "error":
-        named = ", ".join(f"'{spool.ids[one]}' ({spool.lengths[one]} tokens, {spool.num_images[one]} images)" for one in misfits[:8])
+        named = ", ".join(
+            f"'{spool.ids[one]}' ({spool.lengths[one]} tokens, {spool.num_images[one]} images)" for one in misfits[:8]
+        )
         bound = "" if max_images is None else f" and {max_images} images"
         raise InputError(
-            f"{len(misfits)} of {len(fits)} samples do not fit into a pack of {pack_length} tokens{bound}: {named}{', ...' if len(misfits) > 8 else ''}. "
-            f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or leave such samples out with --over-long drop (in a recipe: data.over_long: drop)"
+            f"{len(misfits)} of {len(fits)} samples do not fit into a pack of {pack_length} tokens{bound}: "
+            f"{named}{', ...' if len(misfits) > 8 else ''}. "
+            f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or "
+            "leave such samples out with --over-long drop (in a recipe: data.over_long: drop)"
         )
     if not fits.any():
-        raise InputError(f"none of {len(fits)} samples fits into a pack of {pack_length} tokens; the shortest has {spool.lengths.min()}")
+        raise InputError(
+            f"none of {len(fits)} samples fits into a pack of {pack_length} tokens; the shortest has "
+            f"{spool.lengths.min()}"
+        )
     path = folder / OVER_LONG
-    records = ({"id": spool.ids[one], "num_tokens": int(spool.lengths[one]), "num_images": int(spool.num_images[one])} for one in misfits)
+    records = (
+        {"id": spool.ids[one], "num_tokens": int(spool.lengths[one]), "num_images": int(spool.num_images[one])}
+        for one in misfits
+    )
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return (describe(path, len(misfits)),)
 
@@ -228,7 +298,10 @@ def _store_images(images: PackedImages, spool: Spool, kept: np.ndarray, writer: 
     return image_ids
 
 
-EXAMPLES = ("--samples data/easyvqa/samples/train.jsonl --tokenizer asset://tiny_llama --visual-tokens 4 --pack-length 1024 --output data/easyvqa/mine",)
+EXAMPLES = (
+    "--samples data/easyvqa/samples/train.jsonl --tokenizer asset://tiny_llama --visual-tokens 4 --pack-length "
+    "1024 --output data/easyvqa/mine",
+)
 
 
 @exits_cleanly
@@ -237,19 +310,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
     parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
     parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
-    parser.add_argument("--visual-tokens", type=whole(1, MOST_SIZE), required=True, help="tokens that an image takes in the model")
-    parser.add_argument("--qformer-tokenizer", help="for an InstructBLIP: the tokenizer by which its Q-Former reads prompts")
-    parser.add_argument("--qformer-tokens", type=whole(3, MOST_SIZE), default=128, help="tokens of a prompt that the Q-Former reads at most")
+    parser.add_argument(
+        "--visual-tokens", type=whole(1, MOST_SIZE), required=True, help="tokens that an image takes in the model"
+    )
+    parser.add_argument(
+        "--qformer-tokenizer", help="for an InstructBLIP: the tokenizer by which its Q-Former reads prompts"
+    )
+    parser.add_argument(
+        "--qformer-tokens",
+        type=whole(3, MOST_SIZE),
+        default=128,
+        help="tokens of a prompt that the Q-Former reads at most",
+    )
     parser.add_argument("--pack-length", type=whole(8, MOST_TOKENS), required=True, help="tokens that a pack holds")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument("--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)")
+    parser.add_argument(
+        "--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)"
+    )
     parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of the deal to packs")
     parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes (default: all cores)")
-    parser.add_argument("--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack")
-    parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    parser.add_argument(
+        "--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack"
+    )
+    parser.add_argument(
+        "--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused"
+    )
     add_share_options(parser)
     add_quiet_option(parser)
-    parser.add_argument("--rebuild", action="store_true", help="replace what is there already, once the new packs are whole")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="replace what is there already, once the new packs are whole"
+    )
     given = parser.read()
     start_logging(quiet=given.quiet)
     share = read_share(given)
@@ -258,14 +348,20 @@ def main(arguments: list[str] | None = None) -> None:
     settings = vars(given)
     del settings["quiet"]
     read_with, max_tokens = settings.pop("qformer_tokenizer"), settings.pop("qformer_tokens")
-    manifest = pack(**settings, instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None, share=share)
+    manifest = pack(
+        **settings,
+        instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None,
+        share=share,
+    )
     if manifest is None:
         assert share is not None
         print(f"part {share.part} of {share.parts} is done")
         return
     print(
-        f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, {manifest.num_tokens} tokens "
-        f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}" + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")
+        f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, "
+        f"{manifest.num_tokens} tokens "
+        f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}"
+        + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")
     )
 
 

@@ -1,10 +1,10 @@
-"""The images of samples that are packed: read and decoded once, in several processes, and recorded with their digests."""
+"""The images of samples that are packed: read and decoded once, in several processes, and recorded with their
+digests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.prepare import tell_dark
@@ -34,15 +34,24 @@ class PackedImages:
         self._expected.update(zip(checked.names, checked.digests, strict=True))
 
     def read(self, wanted: list[Wanted]) -> Iterator[tuple[int, bytes]]:
-        """Numbers and file bytes, in order. Raises InputError for an image that is missing, damaged, outside the folder, or changed."""
+        """Numbers and file bytes, in order. Raises InputError for an image that is missing, damaged, outside the
+        folder, or changed."""
         decode = self._expected is None
-        checked = ordered_map(_check_images, in_chunks(wanted, _IMAGES_PER_CHUNK), self._workers, (str(self.root), self._max_pixels, decode))
+        checked = ordered_map(
+            _check_images,
+            in_chunks(wanted, _IMAGES_PER_CHUNK),
+            self._workers,
+            (str(self.root), self._max_pixels, decode),
+        )
         dark: list[str] = []
         with Progress(total=len(wanted), title="images", unit="image") as progress:
             for chunk, found in checked:
                 for ref, name, data, seen in chunk:
                     if self._expected is not None and self._expected.get(name) != seen.digest:
-                        raise InputError(f"{self.root / name}: was changed since a part decoded it; remove the parts and run them again")
+                        raise InputError(
+                            f"{self.root / name}: was changed since a part decoded it; remove the parts and run "
+                            "them again"
+                        )
                     self.record.add(SAMPLES, name, seen)
                     yield ref, data
                 dark += found
@@ -50,13 +59,19 @@ class PackedImages:
         tell_dark(dark)
 
 
-def _check_images(wanted: list[Wanted], root: str, max_pixels: int, decode: bool) -> tuple[list[tuple[int, str, bytes, Seen]], list[str]]:
-    """Reads and, if `decode`, decodes images; returns them with what was seen of their files, and the paths of those that come out dark."""
+def _check_images(
+    wanted: list[Wanted], root: str, max_pixels: int, decode: bool
+) -> tuple[list[tuple[int, str, bytes, Seen]], list[str]]:
+    """Reads and, if `decode`, decodes images; returns them with what was seen of their files, and the paths of those
+    that come out dark."""
     checked, dark = [], []
     folder = Path(root)
     for ref, name, sample_id in wanted:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the samples' folder")
+            raise InputError(
+                f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the "
+                "samples' folder"
+            )
         where = f"sample '{sample_id}', image {folder / name}"
         data, status = read_image_and_status(folder / name, max_pixels, where, inside=folder)
         if decode and is_dark(data, max_pixels, where):

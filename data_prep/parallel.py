@@ -1,8 +1,9 @@
 """Work on many items in several processes: results in the items' order, and only a few items ahead of who takes them.
 
-`multiprocessing.Pool.imap` would read the whole input at once; here the input is read as results are consumed, so memory does not grow
-with the data set. Other processes are not forked off this one, which may have threads (tokenizers, BLAS), but off a server that has loaded what
-they need and nothing else. That takes a second, so this process works too: alone at first, which is all that a small input needs.
+`multiprocessing.Pool.imap` would read the whole input at once; here the input is read as results are consumed, so
+memory does not grow with the data set. Other processes are not forked off this one, which may have threads (tokenizers,
+BLAS), but off a server that has loaded what they need and nothing else. That takes a second, so this process works too:
+alone at first, which is all that a small input needs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, TypeVar
 
-from vltrain.data.signals import deaf_children, end_with_parent
+from vltrain.distributed.signals import deaf_children, end_with_parent
 from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 4  # items per process that may wait, done or undone
-HANDED = 4  # undone items that another process has at a time: what it works on, and what keeps it from waiting for this one
+HANDED = (
+    4  # undone items that another process has at a time: what it works on, and what keeps it from waiting for this one
+)
 TELL_SECONDS = 120.0  # of waiting for one result, which takes seconds, before a line about it
 LONGEST_SECONDS = 1800.0
 ALONE_SECONDS = 0.05  # of work before other processes are started
@@ -78,9 +81,12 @@ def ordered_map(
         while waiting:
             yield _result(waiting.popleft())
     except BrokenProcessPool:
-        raise InputError(f"one of {workers} processes died, most likely for want of memory; use fewer workers") from None
+        raise InputError(
+            f"one of {workers} processes died, most likely for want of memory; use fewer workers"
+        ) from None
     except BaseException:
-        # The interpreter would wait at its end for what they have begun, and they would write where all is being removed.
+        # The interpreter would wait at its end for what they have begun, and they would write where all is being
+        # removed.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.kill()
@@ -90,7 +96,8 @@ def ordered_map(
 
 
 def _result(future: Future[Result]) -> Result:
-    """What another process has made. Raises InputError where it takes longer than LONGEST_SECONDS: it hangs, and not for want of work."""
+    """What another process has made. Raises InputError where it takes longer than LONGEST_SECONDS: it hangs, and not
+    for want of work."""
     began = time.monotonic()
     while True:
         try:
@@ -100,7 +107,10 @@ def _result(future: Future[Result]) -> Result:
                 raise  # the work's own
             waited = time.monotonic() - began
             if waited > LONGEST_SECONDS:
-                raise InputError(f"a process has not answered for {waited:.0f} s; look at the disk that the data is on, or use one worker (--workers 1)") from None
+                raise InputError(
+                    f"a process has not answered for {waited:.0f} s; look at the disk that the data is on, or "
+                    "use one worker (--workers 1)"
+                ) from None
             logger.warning("waiting for a process that has not answered for %.0f s", waited)
 
 

@@ -1,9 +1,12 @@
-"""Work on a data set in parts, one for each task of a job array, and the merge that makes of them what one process would have made.
+"""Work on a data set in parts, one for each task of a job array, and the merge that makes of them what one process
+would have made.
 
-    OUTPUT.parts/part-00003-of-00008/     what part 3 made, and part.json: with which settings, and the SHA-256 of its files
+    OUTPUT.parts/part-00003-of-00008/     what part 3 made, and part.json: with which settings, and the SHA-256 of its
+                                          files
     OUTPUT                                the result, made by the merge, which removes OUTPUT.parts
 
-A part appears whole or not at all, so one that failed is simply run again, alone. The merge takes only a full set made with its own settings.
+A part appears whole or not at all, so one that failed is simply run again, alone. The merge takes only a full set made
+with its own settings.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.parts < 1 or not (self.part is None or 1 <= self.part <= self.parts):
-            raise InputError(f"parts: found part {self.part} of {self.parts}, expected a part from 1 to the number of parts")
+            raise InputError(
+                f"parts: found part {self.part} of {self.parts}, expected a part from 1 to the number of parts"
+            )
 
     def bounds(self, part: int, total: int) -> tuple[int, int]:
         """The first and the one after the last of `total` things that `part` has."""
@@ -47,7 +52,9 @@ class Share:
 
 def add_share_options(parser: CommandLine) -> None:
     """Adds --parts, --part and --merge."""
-    parser.add_argument("--parts", type=int, help="do the work in so many parts: one by --part, and when all are done --merge")
+    parser.add_argument(
+        "--parts", type=int, help="do the work in so many parts: one by --part, and when all are done --merge"
+    )
     parser.add_argument("--part", type=int, help="which part to do, from 1")
     parser.add_argument("--merge", action="store_true", help="make the output of the parts")
 
@@ -78,12 +85,19 @@ def new_part(output: Path, share: Share, made_with: Mapping[str, Any]) -> Iterat
     folder = part_folder(output, share.part, share.parts)
     with new_folder(folder) as temporary:
         yield temporary
-        files = {path.name: sha256_of(path) for path in sorted(temporary.iterdir()) if path.is_file() and not path.match("*.stats.npy")}
-        (temporary / RECORD).write_text(json.dumps({"made_with": made_with, "files": files}, indent=1) + "\n", encoding="utf-8")
+        files = {
+            path.name: sha256_of(path)
+            for path in sorted(temporary.iterdir())
+            if path.is_file() and not path.match("*.stats.npy")
+        }
+        (temporary / RECORD).write_text(
+            json.dumps({"made_with": made_with, "files": files}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def is_done(output: Path, share: Share, made_with: Mapping[str, Any]) -> bool:
-    """Whether this part is there already. Raises InputError if it was made with other settings, or is damaged, or if all parts are merged already."""
+    """Whether this part is there already. Raises InputError if it was made with other settings, or is damaged, or if
+    all parts are merged already."""
     assert share.part is not None
     refuse_existing(output)
     folder = part_folder(output, share.part, share.parts)
@@ -95,11 +109,15 @@ def is_done(output: Path, share: Share, made_with: Mapping[str, Any]) -> bool:
 
 
 def finished_parts(output: Path, share: Share, made_with: Mapping[str, Any]) -> list[Path]:
-    """The folders of all parts, in order. Raises InputError naming those that are missing, damaged, or made with other settings."""
+    """The folders of all parts, in order. Raises InputError naming those that are missing, damaged, or made with other
+    settings."""
     folders = [part_folder(output, part, share.parts) for part in range(1, share.parts + 1)]
     missing = [str(part) for part, folder in enumerate(folders, start=1) if not folder.exists()]
     if missing:
-        raise InputError(f"{folders[0].parent}: {len(missing)} of {share.parts} parts are missing; run part {','.join(missing)}, then merge again")
+        raise InputError(
+            f"{folders[0].parent}: {len(missing)} of {share.parts} parts are missing; run part "
+            f"{','.join(missing)}, then merge again"
+        )
     for folder in folders:
         _require_same(folder, made_with)
     return folders
@@ -120,15 +138,28 @@ def _require_same(folder: Path, made_with: Mapping[str, Any]) -> None:
     try:
         record = read_object(folder / RECORD)
         before, files = record["made_with"], record["files"]
-        damaged = [name for name, digest in files.items() if not (folder / name).is_file() or sha256_of(folder / name) != digest]
+        damaged = [
+            name
+            for name, digest in files.items()
+            if not (folder / name).is_file() or sha256_of(folder / name) != digest
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / RECORD}: cannot be read ({error}); remove the folder and run the part again") from None
+        raise InputError(
+            f"{folder / RECORD}: cannot be read ({error}); remove the folder and run the part again"
+        ) from None
     if damaged:
-        raise InputError(f"{folder / damaged[0]}: missing or changed since it was written; remove {folder} and run the part again")
+        raise InputError(
+            f"{folder / damaged[0]}: missing or changed since it was written; remove {folder} and run the part again"
+        )
     _require_equal(folder, before, json.loads(json.dumps(made_with)))
 
 
 def _require_equal(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differences = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in sorted(now) if before.get(name) != now[name]]
+    differences = [
+        f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in sorted(now) if before.get(name) != now[name]
+    ]
     if differences:
-        raise InputError(f"{folder}: was made with other settings or data: {'; '.join(differences)}; remove it and run the part again")
+        raise InputError(
+            f"{folder}: was made with other settings or data: {'; '.join(differences)}; remove it and run the "
+            "part again"
+        )

@@ -1,7 +1,7 @@
 """Shows what is in packed shards: `python -m data_prep.peek FOLDER [--row N]`.
 
-Prints one pack segment by segment as the model sees it. What carries loss stands between `>>` and `<<`; images and modality tokens
-are named.
+Prints one pack segment by segment as the model sees it. What carries loss stands between `>>` and `<<`; images and
+modality tokens are named.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_prep.command_line import CommandLine, whole
-from vltrain.data.conversation import find_template, fingerprint
+from vltrain.config.ranges import MOST_STEPS
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.conversation import find_template, fingerprint
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.ranges import MOST_STEPS
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 MODALITY = {TEXT_MODALITY_TOKEN: "[u_text]", IMAGE_MODALITY_TOKEN: "[u_image]"}
@@ -26,13 +26,17 @@ def describe(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
     row = dataset.row(number)
     slots = iter(row.image_slots.tolist())
     lines = [
-        f"pack {number}: {len(row.input_ids)} of {dataset.manifest.pack_length} tokens, {int(row.loss_mask.sum())} with loss, "
+        f"pack {number}: {len(row.input_ids)} of {dataset.manifest.pack_length} tokens, "
+        f"{int(row.loss_mask.sum())} with loss, "
         f"{len(row.sample_ids)} samples, {len(row.image_ids)} images"
     ]
     start = 0
     for length, name in zip(row.segment_lengths.tolist(), row.sample_ids, strict=True):
         tokens, losses = row.input_ids[start : start + length].tolist(), row.loss_mask[start : start + length].tolist()
-        lines.append(f"--- {name} ({length} tokens, at {start})\n{_segment(tokens, losses, row.image_ids.tolist(), slots, dataset, tokenizer)}")
+        lines.append(
+            f"--- {name} ({length} tokens, at "
+            f"{start})\n{_segment(tokens, losses, row.image_ids.tolist(), slots, dataset, tokenizer)}"
+        )
         start += length
     return "\n".join(lines)
 
@@ -70,19 +74,28 @@ def _words(ids: list[int], tokenizer: Tokenizer) -> str:
 
 
 def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
-    """The tokenizer that the packs name. Raises InputError if another one is there by now, whose words would be shown."""
+    """The tokenizer that the packs name. Raises InputError if another one is there by now, whose words would be
+    shown."""
     manifest = dataset.manifest
     tokenizer = load_tokenizer(manifest.tokenizer)
     if find_template(manifest.template).instruction:
-        print("packed with a Q-Former's tokenizer too, which is not named here: whether the LLM's is still the one that they were packed with is not compared")
+        print(
+            "packed with a Q-Former's tokenizer too, which is not named here: whether the LLM's is still the "
+            "one that they were packed with is not compared"
+        )
     elif fingerprint(tokenizer, manifest.template) != manifest.tokenizer_fingerprint:
-        raise InputError(f"{dataset.folder}: was packed with another tokenizer than {manifest.tokenizer} is now; restore that, or pack the samples again")
+        raise InputError(
+            f"{dataset.folder}: was packed with another tokenizer than {manifest.tokenizer} is now; restore "
+            "that, or pack the samples again"
+        )
     return tokenizer
 
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = CommandLine("peek", "Show a pack as the model sees it.", arguments, ("data/easyvqa/packed/train-FINGERPRINT --row 3",))
+    parser = CommandLine(
+        "peek", "Show a pack as the model sees it.", arguments, ("data/easyvqa/packed/train-FINGERPRINT --row 3",)
+    )
     parser.add_argument("folder", type=Path, help="packed shards")
     parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
     options = parser.read()

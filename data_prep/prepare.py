@@ -1,10 +1,12 @@
-"""Raw data set -> samples: `python -m data_prep.prepare --source NAME --input PLACE --output DIR [--options key=value ...]`.
+"""Raw data set -> samples:
+`python -m data_prep.prepare --source NAME --input PLACE --output DIR [--options key=value ...]`.
 
-Writes `DIR/SPLIT.jsonl`, a sample per line, and `DIR/images/`, to which the samples refer relative to the file. Every image is
-opened and decoded once here, so that a damaged one is found now and not in the middle of a training run. Images are copies, so that one that
-is edited later does not change what was prepared. DIR appears whole or not at all.
+Writes `DIR/SPLIT.jsonl`, a sample per line, and `DIR/images/`, to which the samples refer relative to the file. Every
+image is opened and decoded once here, so that a damaged one is found now and not in the middle of a training run.
+Images are copies, so that one that is edited later does not change what was prepared. DIR appears whole or not at all.
 
-In parts (`data_prep.parts`) each part decodes its share of the images, which is what takes time, and the merge writes the samples.
+In parts (`data_prep.parts`) each part decodes its share of the images, which is what takes time, and the merge writes
+the samples.
 """
 
 from __future__ import annotations
@@ -22,22 +24,30 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
-
 from data_prep.command_line import CommandLine, add_quiet_option, whole
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
-from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts, require_same_raw
+from data_prep.parts import (
+    Share,
+    add_share_options,
+    finished_parts,
+    is_done,
+    new_part,
+    read_share,
+    remove_parts,
+    require_same_raw,
+)
 from data_prep.reading import ELSEWHERE, Reading
 from data_prep.sources import SOURCES, places_of, settled_texts
 from data_prep.sources.raw import ImageSource
 from data_prep.sources.splits import SplitOverlap
-from vltrain.config import OWN, DataConfig
+from vltrain.config.ranges import MOST_PIXELS, MOST_WORKERS
+from vltrain.config.schema import OWN, DataConfig
 from vltrain.console import Progress, start_logging, watched
 from vltrain.data.folder import new_folder
 from vltrain.data.images import DARK, is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.files.record import FILE, FileRecord, Seen, digest_of, look, read_record, stat_in, stat_of
-from vltrain.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.schema import Sample
 
 IMAGES = "images"
@@ -90,17 +100,24 @@ def prepare(
         Samples per split.
 
     Raises:
-        InputError: unknown source or option, malformed or empty data, an id or image name that comes twice, an image that is missing or damaged,
+        InputError: unknown source or option, malformed or empty data, an id or image name that comes twice, an image
+        that is missing or damaged,
             an output that exists or cannot be written, parts that are missing or were made of something else.
     """
     if source not in SOURCES:
-        already = "samples are prepared: name them in a recipe, data.source: samples" if source == OWN else nearest(source, SOURCES)
+        already = (
+            "samples are prepared: name them in a recipe, data.source: samples"
+            if source == OWN
+            else nearest(source, SOURCES)
+        )
         raise InputError(f"unknown source '{source}'; {already}")
     options = options or {}
     made_with = {"source": source, "options": settled_texts(source, options), "max_image_pixels": max_image_pixels}
     counts: Counter[str] = Counter()
     reading = Reading(places_of(source, input, options))
-    checks = _Checks(usable_cores() if workers is None else workers, max_image_pixels, _image_roots(input, options), reading)
+    checks = _Checks(
+        usable_cores() if workers is None else workers, max_image_pixels, _image_roots(input, options), reading
+    )
     if share is not None and share.part is not None:
         images = dict(_write_samples(source, input, options, None, counts, reading))
         made_with["raw"] = reading.record(_paths_in(images)).digest(*_everywhere(reading))
@@ -112,14 +129,22 @@ def prepare(
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output, replace=rebuild) as folder:
         met, sources = _write_samples(source, input, options, folder, counts, reading), {}
-        record = checks.run(_kept(met, sources), folder) if share is None else _take_images(_kept(met, sources), reading, share, parts, folder)
+        record = (
+            checks.run(_kept(met, sources), folder)
+            if share is None
+            else _take_images(_kept(met, sources), reading, share, parts, folder)
+        )
         record.extend(reading.record(_paths_in(sources)))
         record.add_all(SAMPLES, ((f"{split}.jsonl", look(folder / f"{split}.jsonl")) for split in counts))
         places, told = ({name: str(value) for name, value in some.items()} for some in (reading.places, options))
-        write_prepared(folder, Prepared(source=source, places=places, options=told, settled=made_with["options"]), record)
+        write_prepared(
+            folder, Prepared(source=source, places=places, options=told, settled=made_with["options"]), record
+        )
     if share is not None:
         remove_parts(output)
-        refresh_stats(output / SAMPLES_RECORD, record, {SAMPLES: output})  # a file that loses one of its names has changed
+        refresh_stats(
+            output / SAMPLES_RECORD, record, {SAMPLES: output}
+        )  # a file that loses one of its names has changed
     return dict(counts)
 
 
@@ -144,7 +169,8 @@ def _names_of_part(images: Images, share: Share, part: int) -> list[str]:
 
 
 def _image_roots(input: Path | None, options: Mapping[str, Any] | None) -> tuple[Path, ...]:
-    """Folders out of which no link of an image may lead: the raw data's, and that of images where an option names one. None for data of a package."""
+    """Folders out of which no link of an image may lead: the raw data's, and that of images where an option names one.
+    None for data of a package."""
     named = [Path(str(options["images"]))] if options and options.get("images") else []
     return (input if input.is_dir() else input.parent, *named) if input is not None else ()
 
@@ -159,8 +185,11 @@ class _Checks:
     reading: Reading
 
     def run(self, images: Iterable[Named], folder: Path) -> FileRecord:
-        """Fills `folder` while the images are still being named; tells how many come out dark. Returns the images' record."""
-        checked = ordered_map(_copy_or_draw, in_chunks(images, _CHUNK), self.workers, (folder, self.max_image_pixels, self.roots))
+        """Fills `folder` while the images are still being named; tells how many come out dark. Returns the images'
+        record."""
+        checked = ordered_map(
+            _copy_or_draw, in_chunks(images, _CHUNK), self.workers, (folder, self.max_image_pixels, self.roots)
+        )
         dark: list[str] = []
         record = FileRecord()
         with Progress(total=None, title="images", unit="image") as progress:
@@ -178,18 +207,29 @@ class _Checks:
 def tell_dark(names: list[str]) -> None:
     """Warns of images that are all but black, if there are any."""
     if names:
-        why = f"no value above {DARK} of 255: 12-bit values in 16 bits, floats in [0, 1] or class numbers are not stretched"
-        logger.warning("images: %d come(s) out dark (%s): %s", len(names), why, ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""))
+        why = (
+            f"no value above {DARK} of 255: 12-bit values in 16 bits, floats in [0, 1] or class numbers are not "
+            "stretched"
+        )
+        logger.warning(
+            "images: %d come(s) out dark (%s): %s",
+            len(names),
+            why,
+            ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+        )
 
 
 def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: list[Path], folder: Path) -> FileRecord:
-    """Takes what the parts have copied or drawn. Raises InputError if a part was made of other raw data than is there now, or was changed since."""
+    """Takes what the parts have copied or drawn. Raises InputError if a part was made of other raw data than is there
+    now, or was changed since."""
     images = dict(met)
     require_same_raw(parts, reading.record(_paths_in(images)).digest(*_everywhere(reading)))
     whole = FileRecord()
     for part, made in enumerate(parts, start=1):
         record = read_record(made / CHECKED)
-        if [name for place, name in zip(record.places, record.names, strict=True) if place == SAMPLES] != _names_of_part(images, share, part):
+        if [
+            name for place, name in zip(record.places, record.names, strict=True) if place == SAMPLES
+        ] != _names_of_part(images, share, part):
             raise InputError(f"{made}: was made of other raw data than is there now; remove it and run the part again")
         if changed := record.changes({SAMPLES: made}):
             raise InputError(f"{made}: {'; '.join(changed)} since the part was made; remove it and run the part again")
@@ -202,9 +242,15 @@ def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: li
 
 
 def _write_samples(
-    source: str, input: Path | None, options: Mapping[str, Any], folder: Path | None, counts: Counter[str], reading: Reading
+    source: str,
+    input: Path | None,
+    options: Mapping[str, Any],
+    folder: Path | None,
+    counts: Counter[str],
+    reading: Reading,
 ) -> Iterator[Named]:
-    """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each image when it first comes."""
+    """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each
+    image when it first comes."""
     sources: dict[str, ImageSource] = {}
     seen: set[str] = set()
     overlap = SplitOverlap()
@@ -221,7 +267,9 @@ def _write_samples(
                     sources[name] = image_source
                     yield name, (image_source, sample.id)
                 elif sources[name] != image_source:
-                    raise InputError(f"sample '{sample.id}': image name '{name}' stands for both {sources[name]} and {image_source}")
+                    raise InputError(
+                        f"sample '{sample.id}': image name '{name}' stands for both {sources[name]} and {image_source}"
+                    )
             counts[raw.split] += 1
             if folder is None:
                 continue
@@ -230,7 +278,9 @@ def _write_samples(
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
             files[raw.split].write(_line(sample, names))
     if not counts:
-        raise InputError(f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?")
+        raise InputError(
+            f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?"
+        )
     for line in overlap.lines(sources):
         logger.warning("source '%s': %s", source, line)
 
@@ -250,8 +300,11 @@ def _image_name(name: str) -> str:
     return str(IMAGES / PurePosixPath(name))
 
 
-def _copy_or_draw(images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]) -> tuple[list[Done], list[str]]:
-    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns also the files that come out dark."""
+def _copy_or_draw(
+    images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]
+) -> tuple[list[Done], list[str]]:
+    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns also the files
+    that come out dark."""
     done, dark = [], []
     for name, (source, sample_id) in images:
         path, before = None, None
@@ -312,11 +365,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa and shapes")
     parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
-    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes that check images (default: all cores)")
-    parser.add_argument("--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused")
+    parser.add_argument(
+        "--workers", type=whole(1, MOST_WORKERS), help="processes that check images (default: all cores)"
+    )
+    parser.add_argument(
+        "--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused"
+    )
     add_share_options(parser)
     add_quiet_option(parser)
-    parser.add_argument("--rebuild", action="store_true", help="replace what is there already, once the new samples are whole")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="replace what is there already, once the new samples are whole"
+    )
     given = parser.read()
     start_logging(quiet=given.quiet)
     share = read_share(given)

@@ -1,8 +1,9 @@
-"""What a source reads: every file that it opens and every folder that it lists while it gives its samples, and what it looked for in vain.
+"""What a source reads: every file that it opens and every folder that it lists while it gives its samples, and what it
+looked for in vain.
 
-Noted by Python itself (an audit hook), so that no reader, old or new, can read a file that is not in the record of what the samples were made
-from. What a reader only asks about (`Path.is_file`) Python does not tell: it says so by `is_there`. Files outside the raw data, such as
-Python's modules, are none of it.
+Noted by Python itself (an audit hook), so that no reader, old or new, can read a file that is not in the record of what
+the samples were made from. What a reader only asks about (`Path.is_file`) Python does not tell: it says so by
+`is_there`. Files outside the raw data, such as Python's modules, are none of it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,15 @@ class Reading:
     def __init__(self, places: Mapping[str, Path]) -> None:
         self.places = dict(places)
         bases = [(place, root, root if root.is_dir() else root.parent) for place, root in self.places.items()]
-        # A file belongs to the setting that names it most closely: one that is named later, or not any more, must find its own files changed.
+        # A file belongs to the setting that names it most closely: one that is named later, or not any more, must find
+        # its own files changed.
         bases.sort(key=lambda one: (one[2] == one[1], len(one[2].absolute().parts)), reverse=True)
-        self._bases = [(place, str(root), str(base), os.path.abspath(root), os.path.abspath(base)) for place, root, base in bases]
-        self._named = {path: place for place, root in self.places.items() for path in (str(root), os.path.abspath(root))}
+        self._bases = [
+            (place, str(root), str(base), os.path.abspath(root), os.path.abspath(base)) for place, root, base in bases
+        ]
+        self._named = {
+            path: place for place, root in self.places.items() for path in (str(root), os.path.abspath(root))
+        }
         self._stats: dict[str, tuple[int, int, int, int]] = {}
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
@@ -61,7 +67,8 @@ class Reading:
         return self._place_of(str(path)) or (ELSEWHERE, os.path.abspath(path))
 
     def record(self, images: Iterable[Path]) -> FileRecord:
-        """What was read but `images`, which have a record of their own. Raises InputError for a file that changed meanwhile."""
+        """What was read but `images`, which have a record of their own. Raises InputError for a file that changed
+        meanwhile."""
         known = set(map(str, images))
         found = FileRecord()
         for path, before in sorted(self._stats.items()):

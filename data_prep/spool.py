@@ -1,4 +1,5 @@
-"""Where tokenised samples wait for their packs: tokens on disk, some tens of bytes per sample (and its id) in memory."""
+"""Where tokenised samples wait for their packs: tokens on disk, some tens of bytes per sample (and its id) in
+memory."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import numpy as np
 from data_prep.tokens import Tokens
 from vltrain.data.batching import batch_lengths
 from vltrain.data.packing import pack_lengths
-from vltrain.data.spelling import Spelling, describe_lost
+from vltrain.data.text.spelling import Spelling, describe_lost
 from vltrain.errors import InputError
 from vltrain.schema import PackedRow
 
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 class Spool:
     """All tokenised samples: their tokens in two flat files, the rest in memory.
 
-    lengths [n] tokens, num_labels [n] of them predicted, num_images [n], instruction_lengths [n]; `paths` are the distinct image paths,
-    `image_refs` each sample's, one after another.
+    lengths [n] tokens, num_labels [n] of them predicted, num_images [n], instruction_lengths [n]; `paths` are the
+    distinct image paths, `image_refs` each sample's, one after another.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +38,11 @@ class Spool:
         lengths, num_labels, num_images, image_refs, instructions = (array("q") for _ in range(5))
         seen: set[str] = set()
         cuts = 0
-        with self._files[0].open("wb") as tokens, self._files[1].open("wb") as mask, self._files[2].open("wb") as instruction:
+        with (
+            self._files[0].open("wb") as tokens,
+            self._files[1].open("wb") as mask,
+            self._files[2].open("wb") as instruction,
+        ):
             for part in parts:
                 tokens.write(part.input_ids)
                 mask.write(part.loss_mask)
@@ -57,7 +62,10 @@ class Spool:
         if not self.ids:
             raise InputError("the file of samples is empty; there is nothing to pack")
         if cuts:
-            told = "of %d prompts the Q-Former reads only the beginning (--qformer-tokens, in a recipe model.instructblip.qformer_tokens)"
+            told = (
+                "of %d prompts the Q-Former reads only the beginning (--qformer-tokens, in a recipe "
+                "model.instructblip.qformer_tokens)"
+            )
             logger.warning(told, cuts)
         for line in describe_lost(self.spelling.for_manifest(), len(self.ids)):
             logger.warning("%s", line)
@@ -68,11 +76,17 @@ class Spool:
             np.cumsum(one) - one for one in (self.lengths, self.num_images, self.instruction_lengths)
         )
         # Slicing a memmap takes ten times as long as slicing an array.
-        self._tokens, self._mask = (np.asarray(np.memmap(file, dtype, "r")) for file, dtype in zip(self._files, (np.int32, bool)))
+        self._tokens, self._mask = (
+            np.asarray(np.memmap(file, dtype, "r")) for file, dtype in zip(self._files, (np.int32, bool))
+        )
         has_instruction = self.instruction_lengths.any()
-        self._instruction = np.asarray(np.memmap(self._files[2], np.int32, "r")) if has_instruction else np.empty(0, np.int32)
+        self._instruction = (
+            np.asarray(np.memmap(self._files[2], np.int32, "r")) if has_instruction else np.empty(0, np.int32)
+        )
 
-    def deal(self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool) -> tuple[np.ndarray, np.ndarray]:
+    def deal(
+        self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Which of the samples `kept` share a pack, or a padded batch: see `vltrain.data.packing.pack_lengths`."""
         lengths, images = self.lengths[kept], self.num_images[kept]
         if not padded:

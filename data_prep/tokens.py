@@ -1,8 +1,8 @@
 """Samples -> tokens, in several processes; and a part's tokens on disk, for the merge.
 
-    tokens.bin, mask.bin     int32 tokens and bool loss mask of all samples, one after another
-    instruction.bin          int32 tokens by which a Q-Former reads their prompts, likewise
-    samples.jsonl            per chunk of samples their ids, images and lengths in tokens
+tokens.bin, mask.bin     int32 tokens and bool loss mask of all samples, one after another
+instruction.bin          int32 tokens by which a Q-Former reads their prompts, likewise
+samples.jsonl            per chunk of samples their ids, images and lengths in tokens
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
 from vltrain.console import Progress
-from vltrain.data.conversation import encode_sample, stop_ids
-from vltrain.data.spelling import Spelling
-from vltrain.data.tokenizer import Tokenizer
+from vltrain.data.text.conversation import encode_sample, stop_ids
+from vltrain.data.text.spelling import Spelling
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
 from vltrain.schema import Sample, Segment
@@ -86,7 +86,9 @@ def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:
         number += 1
 
 
-def _tokenise(lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Tokens:
+def _tokenise(
+    lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int
+) -> Tokens:
     segments: list[Segment] = []
     spelling, ends = Spelling(), stop_ids(tokenizer, template)
     for number, line in lines:

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Examines every rank and its machine: `deepspeed launch/doctor.py [FOLDER ...] [--json FILE|-]`, or with srun. See `vltrain doctor --help`."""
+"""Examines every rank and its machine: `deepspeed launch/doctor.py [FOLDER ...] [--json FILE|-]`, or with srun.
+See `vltrain doctor --help`."""
 
 import sys
 

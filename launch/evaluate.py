@@ -1,8 +1,8 @@
 """Evaluates a trained run, or a file of ScienceQA answers.
 
-    python launch/evaluate.py RUN [--split test]                    in one process
-    deepspeed launch/evaluate.py RUN [--split test]                 on all accelerators
-    python launch/evaluate.py --predictions FILE --data FOLDER      answers of any model
+python launch/evaluate.py RUN [--split test]                    in one process
+deepspeed launch/evaluate.py RUN [--split test]                 on all accelerators
+python launch/evaluate.py --predictions FILE --data FOLDER      answers of any model
 """
 
 import sys

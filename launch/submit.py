@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Checks a recipe and its memory plan, freezes the run and submits it to Slurm: `python launch/submit.py --recipe FILE --nodes 2 ...`."""
+"""Checks a recipe and its memory plan, freezes the run and submits it to Slurm:
+`python launch/submit.py --recipe FILE --nodes 2 ...`."""
 
 import sys
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Multimodal Model Tuning: `deepspeed launch/train_mmt.py --ds ds_configs/zero2.json [--recipe FILE] [--KEY VALUE ...]`."""
+"""Multimodal Model Tuning:
+`deepspeed launch/train_mmt.py --ds ds_configs/zero2.json [--recipe FILE] [--KEY VALUE ...]`."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Q-Former tuning of InstructBLIP: `deepspeed launch/train_qformer.py --ds ds_configs/zero2.json [--recipe FILE] [--KEY VALUE ...]`."""
+"""Q-Former tuning of InstructBLIP:
+`deepspeed launch/train_qformer.py --ds ds_configs/zero2.json [--recipe FILE] [--KEY VALUE ...]`."""
 
 import sys
 from pathlib import Path

@@ -1,17 +1,18 @@
-"""Kills runs over and over, and looks whether anything of them was lost: `python -m tests.campaign --kills 100 --log campaign.log`.
+"""Kills runs over and over, and looks whether anything of them was lost:
+`python -m tests.campaign --kills 100 --log campaign.log`.
 
-A run of a tiny model is started, killed with SIGKILL at a random moment, resumed, killed again, until it ends; then it is compared with an
-undisturbed run of the same ZeRO stage on as many ranks: the same weights, optimizer states and receipt, bit for bit. Then the next run,
-until there were so many kills. The moments:
+A run of a tiny model is started, killed with SIGKILL at a random moment, resumed, killed again, until it ends; then it
+is compared with an undisturbed run of the same ZeRO stage on as many ranks: the same weights, optimizer states and
+receipt, bit for bit. Then the next run, until there were so many kills. The moments:
 
     start    at any time since the process began          step     at any time once steps are being done
     save     at one of the calls of a save to the file system: before or after an fsync, a rename, ...
     rename   before or after a rename                     partial  as soon as a half-written checkpoint can be seen
     worker   a process that decodes images, not the trainer, which then has to end by itself
 
-Three lives in ten save in the background (train.async_save). On two ranks one of them, or both at once, are killed; the other is ended a
-little later, as a launcher would. Every life is a process of its own, forked from one that has imported everything, since importing takes
-longer than the training.
+Three lives in ten save in the background (train.async_save). On two ranks one of them, or both at once, are killed; the
+other is ended a little later, as a launcher would. Every life is a process of its own, forked from one that has
+imported everything, since importing takes longer than the training.
 """
 
 from __future__ import annotations
@@ -37,17 +38,21 @@ from safetensors.torch import load_file
 from tests.support.processes import free_port
 from tests.support.tiny import make_segments, tiny_config, write_packs
 from tests.train import worker
-from vltrain.check.receipt import RECEIPT, read_receipt
-from vltrain.check.resume import prove
 from vltrain.models.build import build_model
-from vltrain.train.checkpoint import newest_checkpoint
-from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.receipts.receipt import RECEIPT, read_receipt
+from vltrain.receipts.verify import prove
+from vltrain.train.checkpoints.checkpoint import newest_checkpoint
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 STEPS, SAVE_EVERY = 40, 3
 CHANGES = {
-    "train__packs_per_step": 3, "train__max_steps": STEPS, "train__epochs": 30.0, "train__save_every_steps": SAVE_EVERY, "optim__lr": 1e-3,
+    "train__packs_per_step": 3,
+    "train__max_steps": STEPS,
+    "train__epochs": 30.0,
+    "train__save_every_steps": SAVE_EVERY,
+    "optim__lr": 1e-3,
     "model__adapter__dropout": 0.1,
-}  # fmt: skip
+}
 # (ZeRO stage, ranks) and how many runs of a dozen it has, in random order.
 SETUPS = {(0, 1): 2, (1, 1): 2, (2, 1): 2, (3, 1): 2, (2, 2): 2, (3, 2): 2}
 MOMENTS = {"start": 3, "step": 6, "save": 6, "rename": 3, "partial": 3, "worker": 2}
@@ -67,8 +72,10 @@ class Tally:
     def summary(self, seconds: float) -> str:
         moments = ", ".join(f"{name} {count}" for name, count in sorted(self.kills.items()))
         return (
-            f"{self.kills.total()} kills ({moments}) over {self.runs} runs in {seconds / 60:.1f} minutes: {len(self.lost)} runs lost, "
-            f"{len(self.receipts)} receipts with a step or sample repeated or left out, {len(self.weights)} runs with other final weights"
+            f"{self.kills.total()} kills ({moments}) over {self.runs} runs in {seconds / 60:.1f} minutes: "
+            f"{len(self.lost)} runs lost, "
+            f"{len(self.receipts)} receipts with a step or sample repeated or left out, {len(self.weights)} "
+            "runs with other final weights"
         )
 
     @property
@@ -98,7 +105,8 @@ class Life:
             _kill_tree(pid)
 
     def finish(self, deadline: float) -> list[int]:
-        """Waits for the end; when a rank has failed the others are ended, as a launcher does. Returns the exit codes."""
+        """Waits for the end; when a rank has failed the others are ended, as a launcher does. Returns the exit
+        codes."""
         while alive := self.alive():
             if time.monotonic() > deadline or any(self.codes.values()):
                 time.sleep(0.1)
@@ -107,7 +115,9 @@ class Life:
         return [self.codes[pid] for pid in self.ranks]
 
 
-def _fork(scenario: dict, rank: int, world_size: int, port: int, log: Path, before: Callable[[int], None] | None) -> int:
+def _fork(
+    scenario: dict, rank: int, world_size: int, port: int, log: Path, before: Callable[[int], None] | None
+) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -118,7 +128,11 @@ def _fork(scenario: dict, rank: int, world_size: int, port: int, log: Path, befo
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
         if before is not None:
@@ -135,7 +149,11 @@ def _fork(scenario: dict, rank: int, world_size: int, port: int, log: Path, befo
 
 def _children(pid: int) -> list[int]:
     try:
-        return [int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()]
+        return [
+            int(word)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for word in (task / "children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -201,7 +219,11 @@ class Campaign:
         self.log.flush()
 
     def scenario(self, output: Path, stage: int, workers: int = 0, async_save: bool = False) -> dict:
-        zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        zero = {
+            "stage": stage,
+            "reduce_bucket_size": 500,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        }
         changes = {**CHANGES, "data__workers": workers, "train__async_save": async_save}
         told = {"name": output.name, "packs": str(self.packs), "output": str(output), "ds": {"zero_optimization": zero}}
         return {**told, "changes": changes, "resume": True}
@@ -260,7 +282,8 @@ class Campaign:
             life.kill(alive if self.random.random() < 0.5 else [self.random.choice(alive)])
 
     def one_run(self, number: int, most_kills: int) -> None:
-        """A run from its first life to its last, with at most so many kills; then its comparison with the undisturbed one."""
+        """A run from its first life to its last, with at most so many kills; then its comparison with the undisturbed
+        one."""
         if not self.bag:
             self.bag = [setup for setup, share in SETUPS.items() for _ in range(share)]
             self.random.shuffle(self.bag)
@@ -301,7 +324,9 @@ class Campaign:
         same = (output / RECEIPT).read_bytes() == (whole / RECEIPT).read_bytes()
         if proof.failures or not same or len(read_receipt(output / RECEIPT).lines) != STEPS:
             tally.receipts.append(f"{name}: {proof.failures}")
-        differing = [key for key in expected if not key.startswith("gradient/") and not torch.equal(found[key], expected[key])]
+        differing = [
+            key for key in expected if not key.startswith("gradient/") and not torch.equal(found[key], expected[key])
+        ]
         if differing:
             tally.weights.append(f"{name}: {differing[:3]}")
 

@@ -9,21 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-# Where there is no GPU, Triton's kernels run in its interpreter. It is chosen when a kernel is defined, so before anything imports one.
+# Where there is no GPU, Triton's kernels run in its interpreter. It is chosen when a kernel is defined, so before
+# anything imports one.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Programs that a shell starts in the background ignore Ctrl-C, and so does all that they start: tests that send it would wait for nothing.
+# Programs that a shell starts in the background ignore Ctrl-C, and so does all that they start: tests that send it
+# would wait for nothing.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Where several processes share the tests, files that take minutes must not come last, or one process works while the others are done.
+# Where several processes share the tests, files that take minutes must not come last, or one process works while the
+# others are done.
 LONG = ("tests/train/test_adalora", "tests/train/", "tests/programs/", "tests/evaluate/", "tests/check/", "tests/ops/")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG)))
+    items.sort(
+        key=lambda item: next((place for place, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG))
+    )
 
 
 @pytest.fixture
@@ -31,7 +36,9 @@ def small_disk(tmp_path):
     """A folder on a file system of 256 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.strip()}")
     yield disk

@@ -21,7 +21,9 @@ def test_help_lists_every_command_with_a_line(capsys, words):
         assert any(line.split()[:1] == [name] and line.endswith(summary) for line in lines)
 
 
-@pytest.mark.parametrize(("word", "hint"), [("evalute", "did you mean 'evaluate'"), ("trian", "did you mean 'train'"), ("zzz", "known: ")])
+@pytest.mark.parametrize(
+    ("word", "hint"), [("evalute", "did you mean 'evaluate'"), ("trian", "did you mean 'train'"), ("zzz", "known: ")]
+)
 def test_an_unknown_command_ends_with_code_2_and_the_nearest(capsys, word, hint):
     assert cli.main([word]) == 2
     captured = capsys.readouterr()

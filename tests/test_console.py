@@ -24,7 +24,9 @@ def told(monkeypatch):
     root, stream = logging.getLogger(), io.StringIO()
     before, level, showwarning = list(root.handlers), root.level, warnings.showwarning
     monkeypatch.setattr(sys, "stderr", stream)
-    root.handlers[:] = [Terminal(stream)]  # pytest adds its own to each part of a test, and start_logging leaves alone what others have set up
+    root.handlers[:] = [
+        Terminal(stream)
+    ]  # pytest adds its own to each part of a test, and start_logging leaves alone what others have set up
     root.setLevel(logging.INFO)
     yield stream
     logging.captureWarnings(False)
@@ -47,7 +49,10 @@ def test_progress_in_a_file_is_lines_by_time_with_an_eta(told, monkeypatch):
             progress.update(1, f"loss {step}.5, 1,000 tokens/s")
     lines = told.getvalue().split("\n")
     assert "\r" not in told.getvalue() and lines.pop() == ""
-    assert lines[0] == "INFO vltrain.console: train: step 10 of 2,000 (0%), loss 9.5, 1,000 tokens/s, 00:10 so far, ETA 33:10"
+    assert (
+        lines[0]
+        == "INFO vltrain.console: train: step 10 of 2,000 (0%), loss 9.5, 1,000 tokens/s, 00:10 so far, ETA 33:10"
+    )
     steps = [int(re.search(r"step ([\d,]+) of", line).group(1).replace(",", "")) for line in lines]
     assert steps[:7] == [10, 20, 30, 40, 50, 60, 90] and steps[-1] == 2000 and len(steps) < 45
     assert max(after - before for before, after in zip(steps, steps[1:])) <= 120
@@ -107,8 +112,18 @@ def test_what_libraries_say_goes_to_the_runs_log_also_before_there_is_one(told, 
         library.error("a library's error")
     assert told.getvalue() == "WARNING vltrain.some: of ours\nERROR DeepSpeedLike: a library's error\n"
     lines = (tmp_path / "run.log").read_text().split("\n")
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) ", line) for line in lines if line and not line.startswith(" "))
-    for said in ("DeepSpeedLike: config is odd", "FutureWarning: is deprecated", "some: of ours", "DeepSpeedLike: Setting ds_acc", "DeepSpeedLike: Loading"):
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) ", line)
+        for line in lines
+        if line and not line.startswith(" ")
+    )
+    for said in (
+        "DeepSpeedLike: config is odd",
+        "FutureWarning: is deprecated",
+        "some: of ours",
+        "DeepSpeedLike: Setting ds_acc",
+        "DeepSpeedLike: Loading",
+    ):
         assert sum(said in line for line in lines) == 1, said
 
 
@@ -121,7 +136,10 @@ def test_a_library_that_sets_up_its_logging_meanwhile_is_routed_too(told, tmp_pa
             library.addHandler(logging.StreamHandler(sys.stdout))
         library.info("says it once")
         library.error("and is heard")
-    assert told.getvalue() == "ERROR LateLike: and is heard\n" and (tmp_path / "run.log").read_text().count("says it once") == 1
+    assert (
+        told.getvalue() == "ERROR LateLike: and is heard\n"
+        and (tmp_path / "run.log").read_text().count("says it once") == 1
+    )
 
 
 def test_without_a_log_a_librarys_warning_is_shown(told):
@@ -134,7 +152,10 @@ def test_without_a_log_a_librarys_warning_is_shown(told):
 
 @pytest.mark.parametrize(
     ("error", "kept", "has_traceback"),
-    [(InputError("no\nsuch file"), "ERROR vltrain.console: no such file", False), (AssertionError("ours"), "AssertionError: ours", True)],
+    [
+        (InputError("no\nsuch file"), "ERROR vltrain.console: no such file", False),
+        (AssertionError("ours"), "AssertionError: ours", True),
+    ],
 )
 def test_a_log_is_appended_to_and_ends_with_the_error(told, tmp_path, error, kept, has_traceback):
     start_logging(keeps_log=True)
@@ -143,7 +164,11 @@ def test_a_log_is_appended_to_and_ends_with_the_error(told, tmp_path, error, kep
         assert errors.last_words_also_to is not None
         raise error
     text = (tmp_path / "run.log").read_text()
-    assert text.startswith("an earlier life\n") and text.rstrip().split("\n")[-1].endswith(kept) and ("Traceback" in text) == has_traceback
+    assert (
+        text.startswith("an earlier life\n")
+        and text.rstrip().split("\n")[-1].endswith(kept)
+        and ("Traceback" in text) == has_traceback
+    )
     assert errors.last_words_also_to is None
 
 

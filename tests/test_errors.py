@@ -32,9 +32,21 @@ def ends(error: BaseException | None, capsys) -> tuple[int, str]:
         (InputError("no samples"), 2, "error: no samples\n"),
         (InputError("quotes\na line\r\nend"), 2, "error: quotes a line  end\n"),
         (RunLost("rank 3 has gone"), 1, "error: rank 3 has gone\n"),
-        (DENIED, 2, "error: /data/samples.jsonl: Permission denied; give this user permission, or name another place\n"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"), 2, "error: x.json: No such file or directory\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device; free some space, or name another place\n"),
+        (
+            DENIED,
+            2,
+            "error: /data/samples.jsonl: Permission denied; give this user permission, or name another place\n",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"),
+            2,
+            "error: x.json: No such file or directory\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: No space left on device; free some space, or name another place\n",
+        ),
         (MemoryError("Unable to allocate 9 GiB"), 2, "error: out of memory (Unable to allocate 9 GiB); use fewer"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
@@ -45,7 +57,10 @@ def test_what_is_not_ours_is_one_line(capsys, monkeypatch, error, code, line):
     assert found == code and told.startswith(line) and told.count("\n") == (error is not None)
 
 
-@pytest.mark.parametrize("error", [KeyError("ours"), AssertionError(), OSError("of a library"), ConnectionRefusedError(errno.ECONNREFUSED, "no")])
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("ours"), AssertionError(), OSError("of a library"), ConnectionRefusedError(errno.ECONNREFUSED, "no")],
+)
 def test_what_may_be_ours_keeps_its_traceback(capsys, error):
     with pytest.raises(type(error)):
         ends(error, capsys)
@@ -66,7 +81,9 @@ def test_an_error_stands_on_a_line_of_its_own_below_progress_bars(capsys, leave)
     assert told.split("\n")[-2].startswith("error: /data") and not list(tqdm._instances)
 
 
-@pytest.mark.parametrize(("output", "code", "told"), [("/dev/full", 2, "error: No space left on device"), ("closed", 141, "")])
+@pytest.mark.parametrize(
+    ("output", "code", "told"), [("/dev/full", 2, "error: No space left on device"), ("closed", 141, "")]
+)
 def test_output_that_nobody_takes(output, code, told):
     command = [sys.executable, "-c", "import sys; from vltrain.cli import main; sys.exit(main())", "--help"]
     read, write = os.pipe()

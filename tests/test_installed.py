@@ -1,4 +1,5 @@
-"""vltrain without a checkout: a wheel, unpacked somewhere, has recipes, DeepSpeed's files and programs, and starts ranks."""
+"""vltrain without a checkout: a wheel, unpacked somewhere, has recipes, DeepSpeed's files and programs, and starts
+ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ def test_every_package_is_named_in_the_setup() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     named = set(setup["options"]["packages"].split())
-    found = {".".join(path.parent.relative_to(ROOT).parts) for room in ("vltrain", "data_prep") for path in (ROOT / room).rglob("*.py")}
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for room in ("vltrain", "data_prep")
+        for path in (ROOT / room).rglob("*.py")
+    }
     assert named == found | {f"vltrain.{name}" for name in SHIPPED}
 
 
@@ -44,7 +49,12 @@ def installed(tmp_path_factory):
 
 
 def run(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(installed),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -53,19 +63,62 @@ def test_names_and_programs_of_an_installed_package(installed, tmp_path):
     """From a folder with nothing in it."""
     shown = run(installed, tmp_path, "-c", "import vltrain; print(vltrain.__file__)")
     assert shown.stdout.strip() == str(installed / "vltrain" / "__init__.py")
-    for words in (["train", "--recipe", "quickstart", "--ds", "zero2", "--print_config"], ["plan", "table2#ba_8_2", "--ds", "zero3"],
-                  ["submit", "--recipe", "quickstart", "--ds", "zero2", "--gpus-per-node", "2", "--dry-run"]):  # fmt: skip
+    for words in (
+        ["train", "--recipe", "quickstart", "--ds", "zero2", "--print_config"],
+        ["plan", "table2#ba_8_2", "--ds", "zero3"],
+        ["submit", "--recipe", "quickstart", "--ds", "zero2", "--gpus-per-node", "2", "--dry-run"],
+    ):
         done = run(installed, tmp_path, "-m", "vltrain", *words)
         assert done.returncode == 0, done.stderr
-    files = {path.relative_to(ROOT) for name in SHIPPED for path in (ROOT / name).rglob("*") if path.is_file() and path.suffix not in (".sh", ".pyc")}
-    assert files == {path.relative_to(installed / "vltrain") for name in SHIPPED for path in (installed / "vltrain" / name).rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    files = {
+        path.relative_to(ROOT)
+        for name in SHIPPED
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and path.suffix not in (".sh", ".pyc")
+    }
+    assert files == {
+        path.relative_to(installed / "vltrain")
+        for name in SHIPPED
+        for path in (installed / "vltrain" / name).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
 
 
 @pytest.mark.slow
 def test_an_installed_package_trains_and_evaluates_on_two_ranks(installed, tmp_path):
     options = '{"train_images": 24, "val_images": 4, "test_images": 4, "image_size": 32}'
-    words = ["--data.source", "shapes", "--data.root", "data", "--data.options", options, "--data.pack_length", "256", "--train.max_steps", "2", "--train.eval_every_steps", "0", "--train.precision", "fp32"]
-    done = run(installed, tmp_path, "-m", "vltrain", "train", "--recipe", "quickstart", "--ds", "zero2", "--ranks", "2", "--output", "run", *words)
+    words = [
+        "--data.source",
+        "shapes",
+        "--data.root",
+        "data",
+        "--data.options",
+        options,
+        "--data.pack_length",
+        "256",
+        "--train.max_steps",
+        "2",
+        "--train.eval_every_steps",
+        "0",
+        "--train.precision",
+        "fp32",
+    ]
+    done = run(
+        installed,
+        tmp_path,
+        "-m",
+        "vltrain",
+        "train",
+        "--recipe",
+        "quickstart",
+        "--ds",
+        "zero2",
+        "--ranks",
+        "2",
+        "--output",
+        "run",
+        *words,
+    )
     assert done.returncode == 0, done.stderr
     assert "on 2 rank(s)" in done.stderr
     done = run(installed, tmp_path, "-m", "vltrain", "evaluate", "run", "--ranks", "2", "--eval.max_samples", "4")

@@ -19,7 +19,12 @@ SUFFIXES = (".md", ".yaml", ".sh", ".sbatch", ".json", ".cfg", ".toml", ".py")
 
 
 def tracked() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if listed.returncode:
         pytest.skip("no git checkout")
     return [ROOT / name for name in listed.stdout.split("\0") if name.endswith(SUFFIXES) and (ROOT / name).is_file()]
@@ -30,12 +35,20 @@ FILES = tracked()
 
 def missing_paths(text: str) -> set[str]:
     """Paths below the rooms of this repository that `text` names and that are not there."""
-    return {name for name in PATH.findall(text) if not PLACEHOLDER.search(name) and not any(ROOT.glob(name)) and not (ROOT / name).exists()}
+    return {
+        name
+        for name in PATH.findall(text)
+        if not PLACEHOLDER.search(name) and not any(ROOT.glob(name)) and not (ROOT / name).exists()
+    }
 
 
 def missing_modules(text: str) -> set[str]:
     """Dotted names that begin with a module of ours and end in nothing that it says."""
-    return {name for name in MODULE.findall(text) if not PLACEHOLDER.search(name) and not name.endswith("__") and not _is_there(name)}
+    return {
+        name
+        for name in MODULE.findall(text)
+        if not PLACEHOLDER.search(name) and not name.endswith("__") and not _is_there(name)
+    }
 
 
 def _is_there(name: str) -> bool:
@@ -59,7 +72,11 @@ def missing_files(path: Path, text: str) -> set[str]:
     return {name for name in FILE.findall(comments) if not PLACEHOLDER.search(name) and name not in known}
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not path.is_relative_to(ROOT / "tests") or path.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if not path.is_relative_to(ROOT / "tests") or path.suffix == ".md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_what_a_file_names_is_there(path):
     text = path.read_text(encoding="utf-8")
     assert missing_paths(text) == set()
@@ -71,10 +88,18 @@ def test_what_a_file_names_is_there(path):
 
 def test_what_is_not_there_is_found():
     """The checks above can fail."""
-    assert missing_paths("see launch/recipes/no_such.yaml and `ds_configs/zero9.json`, not launch/*.py, launch/recipes/NAME.yaml") == {
-        "launch/recipes/no_such.yaml", "ds_configs/zero9.json",
-    }  # fmt: skip
-    assert missing_modules("`vltrain.models.no_such`, vltrain.errors.NoSuchError, but vltrain.errors.InputError, vltrain.files") == {
-        "vltrain.models.no_such", "vltrain.errors.NoSuchError",
-    }  # fmt: skip
-    assert missing_files(ROOT / "x.yaml", "a: b.yaml\n# as no_such.yaml, quickstart.yaml, OTHER.yaml\n") == {"no_such.yaml"}
+    assert missing_paths(
+        "see launch/recipes/no_such.yaml and `ds_configs/zero9.json`, not launch/*.py, launch/recipes/NAME.yaml"
+    ) == {
+        "launch/recipes/no_such.yaml",
+        "ds_configs/zero9.json",
+    }
+    assert missing_modules(
+        "`vltrain.models.no_such`, vltrain.errors.NoSuchError, but vltrain.errors.InputError, vltrain.files"
+    ) == {
+        "vltrain.models.no_such",
+        "vltrain.errors.NoSuchError",
+    }
+    assert missing_files(ROOT / "x.yaml", "a: b.yaml\n# as no_such.yaml, quickstart.yaml, OTHER.yaml\n") == {
+        "no_such.yaml"
+    }

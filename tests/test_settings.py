@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings as hypothesis_settings, strategies as st
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from data_prep.sources import SOURCES
-from vltrain.config import Config
+from vltrain.config.command_line import TRAIN_OPTIONS, Settings, load_settings
+from vltrain.config.keys import checked_value, known_keys
+from vltrain.config.recipe import build_config, dump_config, read_recipe
+from vltrain.config.schema import Config
+from vltrain.data.text.conversation import TEMPLATES
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.data.conversation import TEMPLATES
 from vltrain.evaluate.report import SCORERS
-from vltrain.keys import checked_value, known_keys
 from vltrain.models.adapters import ADAPTERS
-from vltrain.recipe import build_config, dump_config, read_recipe
-from vltrain.settings import TRAIN_OPTIONS, Settings, load_settings
 
 
 def load(*words: str, **kwargs) -> Settings:
@@ -37,7 +39,9 @@ def test_nothing_given_is_the_defaults():
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
     path = recipe(tmp_path, "model: {adapter: {dim: 4, groups: 4}}\noptim: {lr: 1e-3}\n")
-    loaded = load("--recipe", str(path), "--model.adapter.dim=8", "--train.epochs", "3", "--ds", "zero2.json", "--local_rank=1")
+    loaded = load(
+        "--recipe", str(path), "--model.adapter.dim=8", "--train.epochs", "3", "--ds", "zero2.json", "--local_rank=1"
+    )
     assert (loaded.config.model.adapter.dim, loaded.config.model.adapter.groups) == (8, 4)
     assert loaded.config.optim.lr == 1e-3
     assert loaded.config.train.epochs == 3.0
@@ -56,7 +60,9 @@ def test_the_default_recipe_is_read_unless_another_is_named(tmp_path):
 
 
 def test_keys_inside_a_mapping_join_the_recipes_and_a_whole_mapping_replaces_it(tmp_path):
-    path = recipe(tmp_path, "model: {llm: {source: null, tokenizer: t, config: {hidden_size: 32, num_hidden_layers: 2}}}\n")
+    path = recipe(
+        tmp_path, "model: {llm: {source: null, tokenizer: t, config: {hidden_size: 32, num_hidden_layers: 2}}}\n"
+    )
     joined = load("--recipe", str(path), "--model.llm.config.hidden_size", "64", "--model.llm.config.tie", "true")
     assert joined.config.model.llm.config == {"hidden_size": 64, "num_hidden_layers": 2, "tie": True}
     replaced = load("--recipe", str(path), "--model.llm.config", "{hidden_size: 8}")
@@ -81,11 +87,20 @@ def test_a_later_option_wins():
         (["--optim.lr", "nan"], ["optim.lr", "a finite number"]),
         (["--optim.lr", "null"], ["optim.lr", "'null'", "a finite number"]),
         (["--model.llm.peft.kind", "lorra"], ["'lorra'", "one of lora, adaption_prompt or null"]),
-        (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[1]"], ["targets", "a list, each of it a text"]),
-        (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[]"], ["targets", "one or more layers, each once"]),
+        (
+            ["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[1]"],
+            ["targets", "a list, each of it a text"],
+        ),
+        (
+            ["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[]"],
+            ["targets", "one or more layers, each once"],
+        ),
         (["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[q_proj,q_proj]"], ["targets", "each once"]),
         (["--model.llm.peft.kind", "lora", "--model.llm.peft.rank", "0"], ["rank", "a number in [1, 1048576]"]),
-        (["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "0"], ["adapter_layers", "a number in [1, "]),
+        (
+            ["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.adapter_layers", "0"],
+            ["adapter_layers", "a number in [1, "],
+        ),
         (["--model.llm.pft.rank", "3"], ["did you mean 'model.llm.peft.rank'"]),
         (["--optim.betas", "[0.9]"], ["optim.betas", "a list of 2 numbers"]),
         (["--optim.clip", "-1"], ["optim.clip", "-1.0", "a number in [0, 1000000000]"]),
@@ -153,15 +168,34 @@ def test_a_mistake_in_a_recipe_names_file_and_key(tmp_path, text, parts):
 def test_unreadable_recipes_are_named(tmp_path):
     (tmp_path / "latin1.yaml").write_bytes(b"output: caf\xe9\n")
     (tmp_path / "large.yaml").write_bytes(b"# " + b"x" * (1 << 20))
-    wrong = {"latin1.yaml": "not UTF-8", "large.yaml": "larger than", "missing.yaml": "cannot be read", ".": "cannot be read"}
+    wrong = {
+        "latin1.yaml": "not UTF-8",
+        "large.yaml": "larger than",
+        "missing.yaml": "cannot be read",
+        ".": "cannot be read",
+    }
     for name, part in wrong.items():
         with pytest.raises(InputError, match=part):
             load("--recipe", str(tmp_path / name))
 
 
 def test_scalars_follow_yaml_1_2(tmp_path):
-    path = recipe(tmp_path, "data: {options: {a: 1e-3, b: no, c: 010, d: 0x1f, e: 1:30, f: 2020-01-01, g: ~, h: '5', i: .5, j: True}}\n")
-    expected = {"a": 1e-3, "b": "no", "c": 10, "d": 31, "e": "1:30", "f": "2020-01-01", "g": None, "h": "5", "i": 0.5, "j": True}
+    path = recipe(
+        tmp_path,
+        "data: {options: {a: 1e-3, b: no, c: 010, d: 0x1f, e: 1:30, f: 2020-01-01, g: ~, h: '5', i: .5, j: True}}\n",
+    )
+    expected = {
+        "a": 1e-3,
+        "b": "no",
+        "c": 10,
+        "d": 31,
+        "e": "1:30",
+        "f": "2020-01-01",
+        "g": None,
+        "h": "5",
+        "i": 0.5,
+        "j": True,
+    }
     assert read_recipe(path)["data.options"] == expected
 
 
@@ -176,10 +210,16 @@ def test_scalars_follow_yaml_1_2(tmp_path):
         (["--eval.normalise_length", "true"], "eval.normalise_length"),
         (["--optim.vision_lr", "1e-4"], "optim.vision_lr"),
         (["--optim.llm_lr", "1e-4", "--model.vision.train", "true"], "optim.llm_lr"),
-        (["--model.adapter.vision", "none", "--model.adapter.llm", "none", "--model.adapter.dim", "8"], "model.adapter.dim"),
+        (
+            ["--model.adapter.vision", "none", "--model.adapter.llm", "none", "--model.adapter.dim", "8"],
+            "model.adapter.dim",
+        ),
         (["--model.llm.peft.rank", "4"], "model.llm.peft.rank"),
         (["--model.llm.peft.kind", "lora", "--model.llm.peft.adapter_len", "4"], "model.llm.peft.adapter_len"),
-        (["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.targets", "[q_proj]"], "model.llm.peft.targets"),
+        (
+            ["--model.llm.peft.kind", "adaption_prompt", "--model.llm.peft.targets", "[q_proj]"],
+            "model.llm.peft.targets",
+        ),
     ],
 )
 def test_a_setting_without_effect_fails(words, key):
@@ -212,14 +252,28 @@ def test_the_command_line_may_make_a_finished_runs_setting_idle_but_not_its_own(
     for words, facts in (
         (["--eval.method", "rank"], {"default_recipe": run}),
         (["--eval.method", "rank", "--eval.max_new_tokens", "3"], {"default_recipe": run, "default_is_checked": True}),
-        (["--eval.method", "rank", "--recipe", str(recipe(tmp_path, "eval: {max_new_tokens: 5}"))], {"default_is_checked": True}),
+        (
+            ["--eval.method", "rank", "--recipe", str(recipe(tmp_path, "eval: {max_new_tokens: 5}"))],
+            {"default_is_checked": True},
+        ),
     ):
         with pytest.raises(InputError, match="eval.max_new_tokens: has no effect"):
             load(*words, **facts)
 
 
 def test_the_printed_configuration_is_the_whole_and_loads_back_equal(tmp_path, capsys):
-    words = ["--model.adapter.dim", "8", "--optim.lr", "3e-7", "--data.options.note", "no", "--output", "1e3", "--data.max_images", "4"]
+    words = [
+        "--model.adapter.dim",
+        "8",
+        "--optim.lr",
+        "3e-7",
+        "--data.options.note",
+        "no",
+        "--output",
+        "1e3",
+        "--data.max_images",
+        "4",
+    ]
     with pytest.raises(SystemExit) as ended:
         load(*words, "--print_config")
     assert ended.value.code == 0
@@ -230,14 +284,24 @@ def test_the_printed_configuration_is_the_whole_and_loads_back_equal(tmp_path, c
 
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=("Cs", "Cc"))),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs", "Cc"))),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @hypothesis_settings(max_examples=150, deadline=None)
-@given(options=st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), PLAIN, max_size=4), lr=st.floats(1e-300, 10))
+@given(
+    options=st.dictionaries(st.text(st.characters(exclude_categories=("Cs", "Cc"))), PLAIN, max_size=4),
+    lr=st.floats(1e-300, 10),
+)
 def test_any_configuration_survives_the_round_trip(tmp_path_factory, options, lr):
     config = build_config({"data.options": checked_value("data.options", options, "test"), "optim.lr": lr})
     path = recipe(tmp_path_factory.mktemp("round"), dump_config(config))
@@ -264,7 +328,12 @@ def test_every_key_is_in_the_help(capsys):
     shown = [line.split()[0][2:] for line in lines if line.startswith("  --") and "." in line.split()[0]]
     assert sorted(shown) == sorted(key for key in known_keys() if "." in key), "each once"
     assert "  --model.tune {adapters,neck,full}  [adapters]" in lines and "  --model.adapter.dim N  [16]" in lines
-    for key, registry in (("model.adapter.kind", ADAPTERS), ("eval.scorer", SCORERS), ("data.source", SOURCES), ("data.template", TEMPLATES)):
+    for key, registry in (
+        ("model.adapter.kind", ADAPTERS),
+        ("eval.scorer", SCORERS),
+        ("data.source", SOURCES),
+        ("data.template", TEMPLATES),
+    ):
         after = printed[printed.index(f"--{key} {{") :]
         assert set(registry) <= set("".join(after[after.index("{") + 1 : after.index("}")].split()).split(","))
     assert "Width h of the bottleneck" in printed

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from vltrain.config.command_line import TRAIN_OPTIONS, load_settings
+from vltrain.config.recipe import read_recipe, read_stages
+from vltrain.config.stages import Run, dump_run, last_stage, load_stages, stage_folders, write_stages
 from vltrain.errors import InputError
-from vltrain.recipe import read_recipe, read_stages
-from vltrain.settings import TRAIN_OPTIONS, load_settings
-from vltrain.stages import Run, dump_run, last_stage, load_stages, stage_folders, write_stages
 
 TWO = """
 output: runs/two
@@ -33,14 +33,30 @@ def test_each_stage_is_a_run_that_begins_with_the_one_before(tmp_path):
     run = load(write(tmp_path, TWO), "--train.seed=3", "--data.pack_length", "64")
     first, second = (part.config for part in run.parts)
     assert run.names == ("neck", "adapters") and run.folder == Path("runs/two")
-    assert (first.output, first.train.init_from, first.model.tune, first.optim.lr, first.train.epochs) == ("runs/two/1-neck", None, "neck", 1e-3, 0.5)
-    assert (second.output, second.train.init_from, second.model.tune, second.optim.lr) == ("runs/two/2-adapters", "runs/two/1-neck", "adapters", 2e-3)
-    assert all((part.model.adapter.dim, part.train.seed, part.data.pack_length) == (8, 3, 64) for part in (first, second))
+    assert (first.output, first.train.init_from, first.model.tune, first.optim.lr, first.train.epochs) == (
+        "runs/two/1-neck",
+        None,
+        "neck",
+        1e-3,
+        0.5,
+    )
+    assert (second.output, second.train.init_from, second.model.tune, second.optim.lr) == (
+        "runs/two/2-adapters",
+        "runs/two/1-neck",
+        "adapters",
+        2e-3,
+    )
+    assert all(
+        (part.model.adapter.dim, part.train.seed, part.data.pack_length) == (8, 3, 64) for part in (first, second)
+    )
 
 
 def test_another_output_and_another_origin_are_the_wholes(tmp_path):
     run = load(write(tmp_path, TWO), "--output", "elsewhere", "--train.init_from", "runs/before")
-    assert [(part.config.output, part.config.train.init_from) for part in run.parts] == [("elsewhere/1-neck", "runs/before"), ("elsewhere/2-adapters", "elsewhere/1-neck")]
+    assert [(part.config.output, part.config.train.init_from) for part in run.parts] == [
+        ("elsewhere/1-neck", "runs/before"),
+        ("elsewhere/2-adapters", "elsewhere/1-neck"),
+    ]
 
 
 def test_one_stage_alone_is_a_recipe(tmp_path):
@@ -53,7 +69,13 @@ def test_one_stage_alone_is_a_recipe(tmp_path):
 
 def test_a_recipe_without_stages_is_one_run():
     run = load("quickstart", "--train.max_steps", "3")
-    assert run.names == () and run.parts[0].config == load_settings(["--recipe", "quickstart", "--train.max_steps", "3"], program="x", options=TRAIN_OPTIONS).config
+    assert (
+        run.names == ()
+        and run.parts[0].config
+        == load_settings(
+            ["--recipe", "quickstart", "--train.max_steps", "3"], program="x", options=TRAIN_OPTIONS
+        ).config
+    )
 
 
 @pytest.mark.parametrize("words", [(), ("--output", "elsewhere", "--eval.scorer", "null", "--train.init_from=runs/x")])
@@ -87,13 +109,25 @@ def test_what_all_stages_share_has_to_have_an_effect_in_one(tmp_path):
         ("output: o\nstages: [a, b]", "expected a mapping of stage names to settings"),
         ("output: o\nstages:", "stages: found null"),
         ("stages: {a: {}, b: {}}", "output: found nothing, expected the folder for the runs of all stages"),
-        ("output: o\nstages: {a: {}, b: {output: x}}", "stage 'b': output: found a folder, expected none: its run goes into o/NUMBER-b"),
+        (
+            "output: o\nstages: {a: {}, b: {output: x}}",
+            "stage 'b': output: found a folder, expected none: its run goes into o/NUMBER-b",
+        ),
         ("output: o\nstages: {a: {}, b: {train: {init_from: x}}}", "stage 'b': train.init_from: found 'x'"),
-        ("output: o\nstages: {a: {}, b: {optim: {lrr: 1}}}", "stage 'b': unknown key 'optim.lrr', did you mean 'optim.lr'"),
+        (
+            "output: o\nstages: {a: {}, b: {optim: {lrr: 1}}}",
+            "stage 'b': unknown key 'optim.lrr', did you mean 'optim.lr'",
+        ),
         ("output: o\nstages: {a: {}, b: {}}\nrows: {c: {}}", "found 'stages' beside 'rows'"),
         ("output: o\nstages: {a: {}, b: {eval: {top_p: 0.5}}}", "stage 'b': eval.top_p: has no effect"),
-        ("output: o\nstages: {a: {}, b: {model: {seed: 3}}}", "stage 'b': model.seed: found 3, expected 0 as in stage 'a'"),
-        ("output: o\nstages: {a: {}, b: {model: {llm: {source: elsewhere}}}}", "stage 'b': model.llm.source: found 'elsewhere'"),
+        (
+            "output: o\nstages: {a: {}, b: {model: {seed: 3}}}",
+            "stage 'b': model.seed: found 3, expected 0 as in stage 'a'",
+        ),
+        (
+            "output: o\nstages: {a: {}, b: {model: {llm: {source: elsewhere}}}}",
+            "stage 'b': model.llm.source: found 'elsewhere'",
+        ),
         ("output: o\nstages: {a: {model: {adapter: {dim: 3}}}, b: {}}", "(stage 'a' of"),
     ],
 )
@@ -106,7 +140,9 @@ def test_a_mistake_names_the_stage(tmp_path, text, told):
 def test_a_recipe_in_stages_is_no_single_run(tmp_path):
     recipe = Path(write(tmp_path, TWO))
     assert list(read_stages(recipe).stages) == ["neck", "adapters"]
-    with pytest.raises(InputError, match=r"found a recipe in stages, expected one of them: .*two.yaml#neck, .*two.yaml#adapters"):
+    with pytest.raises(
+        InputError, match=r"found a recipe in stages, expected one of them: .*two.yaml#neck, .*two.yaml#adapters"
+    ):
         read_recipe(recipe)
     with pytest.raises(InputError, match="no stage 'nek' in .*did you mean 'neck'"):
         read_recipe(Path(f"{recipe}#nek"))
@@ -121,7 +157,10 @@ def test_the_folder_says_which_stages_it_has(tmp_path):
     assert stage_folders(run.folder) == [] and last_stage(run.folder) == run.folder
     write_stages(run)
     write_stages(run)
-    assert stage_folders(run.folder) == [run.folder / "1-neck", run.folder / "2-adapters"] and last_stage(run.folder) == run.folder / "2-adapters"
+    assert (
+        stage_folders(run.folder) == [run.folder / "1-neck", run.folder / "2-adapters"]
+        and last_stage(run.folder) == run.folder / "2-adapters"
+    )
     other = load(write(tmp_path, TWO.replace("adapters:", "others:")), "--output", str(tmp_path / "run"))
     with pytest.raises(InputError, match="holds a run in the stages 1-neck, 2-adapters, this one has 1-neck, 2-others"):
         write_stages(other)

@@ -1,4 +1,5 @@
-"""Recipes that stand on others, and tables of rows: what is read, what wins, and every mistake named by file and row."""
+"""Recipes that stand on others, and tables of rows: what is read, what wins, and every mistake named by file and
+row."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from vltrain.config.command_line import load_settings
+from vltrain.config.recipe import Ablation, read_recipe, read_table
 from vltrain.errors import InputError
-from vltrain.recipe import Ablation, read_recipe, read_table
-from vltrain.settings import load_settings
 
-BASE = "output: runs/base\nmodel: {adapter: {dim: 8, groups: 4}}\ndata: {options: {prompt_format: QCM-ALE, missing_images: drop}}\n"
+BASE = (
+    "output: runs/base\nmodel: {adapter: {dim: 8, groups: 4}}\ndata: {options: {prompt_format: QCM-ALE, "
+    "missing_images: drop}}\n"
+)
 TABLE = "base: base.yaml\noutput: runs/table\noptim: {lr: 0.5}\nrows:\n  a: {model: {adapter: {dim: 4}}}\n  b: {}\n"
 
 
@@ -35,14 +39,23 @@ def test_bases_have_bases_and_are_found_from_the_file_that_names_them(tmp_path, 
     top = write(tmp_path / "deep", top="base: ../middle.yaml\noutput: t\nmodel: {adapter: {dim: 32}}\n")
     monkeypatch.chdir("/")
     settings = load_settings(["--recipe", str(top), "--optim.clip", "1"], program="test")
-    assert (settings.config.model.adapter.dim, settings.config.model.adapter.groups, settings.config.output) == (32, 2, "t")
+    assert (settings.config.model.adapter.dim, settings.config.model.adapter.groups, settings.config.output) == (
+        32,
+        2,
+        "t",
+    )
     assert settings.config.optim.clip == 1 and settings.overrides == {"optim.clip"}
 
 
 def test_a_row_stands_on_its_table_and_is_named_wherever_a_recipe_is(tmp_path):
     table = write(tmp_path, base=BASE, table=TABLE)
     config = load_settings(["--recipe", f"{table}#a"], program="test").config
-    assert (config.model.adapter.dim, config.model.adapter.groups, config.optim.lr, config.output) == (4, 4, 0.5, "runs/table/a")
+    assert (config.model.adapter.dim, config.model.adapter.groups, config.optim.lr, config.output) == (
+        4,
+        4,
+        0.5,
+        "runs/table/a",
+    )
     assert read_recipe(write(tmp_path, other="base: table.yaml#a\noutput: o\n"))["model.adapter.dim"] == 4
     assert read_table(table).rows == {"a": {"model.adapter.dim": 4}, "b": {}}
     assert read_table(table).ablation == Ablation()
@@ -86,7 +99,10 @@ def test_a_mistake_about_bases_names_the_file(tmp_path, own, parts):
         ("output: o\nrows: {a/b: {}}", ["found the name 'a/b'"]),
         ("output: o\nrows: {1: {}}", ["found the name 1"]),
         ("output: o\nrows: {a: null}", ["row 'a'", "found null, expected a section"]),
-        ("output: o\nrows: {a: {model: {adapter: {dimm: 3}}}}", ["row 'a': unknown key 'model.adapter.dimm'", "did you mean"]),
+        (
+            "output: o\nrows: {a: {model: {adapter: {dimm: 3}}}}",
+            ["row 'a': unknown key 'model.adapter.dimm'", "did you mean"],
+        ),
         ("output: o\nrows: {a: {model: {adapter: {dim: x}}}}", ["row 'a': model.adapter.dim: found 'x'"]),
         ("output: o\nrows: {a: {output: b}}", ["row 'a': output", "o/a"]),
         ("output: o\nrows: {a: {base: base.yaml}}", ["row 'a': unknown key 'base'"]),
@@ -95,9 +111,15 @@ def test_a_mistake_about_bases_names_the_file(tmp_path, own, parts):
         ("base: base.yaml\nrows: {a: {}}", ["output: found nothing"]),
         ("base: t.yaml\noutput: o\nrows: {a: {}}", ["leads back to itself"]),
         ("base: t.yaml#a\noutput: o\nrows: {a: {}}", ["leads back to itself"]),
-        ("output: o\nrows: {a: {}}\nablation: {progam: x}", ["unknown key 'ablation.progam'", "did you mean 'program'"]),
+        (
+            "output: o\nrows: {a: {}}\nablation: {progam: x}",
+            ["unknown key 'ablation.progam'", "did you mean 'program'"],
+        ),
         ("output: o\nrows: {a: {}}\nablation: {max_samples: 0}", ["ablation.max_samples: found 0"]),
-        ("output: o\nrows: {a: {}}\nablation: {split: 3}", ["ablation.split: found 3, expected a text that is not empty or null"]),
+        (
+            "output: o\nrows: {a: {}}\nablation: {split: 3}",
+            ["ablation.split: found 3, expected a text that is not empty or null"],
+        ),
         ("output: o\nrows: {a: {}}\nablation: x", ["ablation: found 'x'"]),
     ],
 )
@@ -112,11 +134,18 @@ def test_a_mistake_in_a_table_names_file_and_row(tmp_path, text, parts):
 
 def test_rows_may_be_a_file_of_their_own_that_tables_share(tmp_path):
     write(tmp_path, base=BASE, rows="rows:\n  a: {model: {adapter: {dim: 4}}}\n  b: {optim: {lr: 0.25}}\n")
-    tables = [write(tmp_path, **{name: f"base: base.yaml\noutput: runs/{name}\noptim: {{lr: 0.5}}\nrows: rows.yaml\n"}) for name in ("one", "two")]
+    tables = [
+        write(tmp_path, **{name: f"base: base.yaml\noutput: runs/{name}\noptim: {{lr: 0.5}}\nrows: rows.yaml\n"})
+        for name in ("one", "two")
+    ]
     assert [list(read_table(table).rows) for table in tables] == [["a", "b"]] * 2
     row = read_recipe(Path(f"{tables[1]}#b"))
     assert (row["optim.lr"], row["output"], row["model.adapter.dim"]) == (0.25, "runs/two/b", 8)
-    for text, said in (("rows: {a: {modle: {}}}\n", r"rows\.yaml: row 'a'.*modle"), ("rows: {}\noutput: x\n", r"rows\.yaml: found keys rows, output"), ("[]\n", "nothing else")):
+    for text, said in (
+        ("rows: {a: {modle: {}}}\n", r"rows\.yaml: row 'a'.*modle"),
+        ("rows: {}\noutput: x\n", r"rows\.yaml: found keys rows, output"),
+        ("[]\n", "nothing else"),
+    ):
         write(tmp_path, rows=text)
         with pytest.raises(InputError, match=said):
             read_table(tables[0])

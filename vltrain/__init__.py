@@ -25,9 +25,14 @@ __version__ = "0.1.0"
 __all__ = ["Answer", "InputError", "LoadedModel", "Sample", "Turn", "load", "prepare", "train"]
 
 _PLACES = {
-    "Answer": "vltrain.inference", "LoadedModel": "vltrain.inference", "load": "vltrain.inference", "prepare": "vltrain.api",
-    "InputError": "vltrain.errors", "Sample": "vltrain.schema", "Turn": "vltrain.schema",
-}  # fmt: skip
+    "Answer": "vltrain.inference",
+    "LoadedModel": "vltrain.inference",
+    "load": "vltrain.inference",
+    "prepare": "vltrain.api",
+    "InputError": "vltrain.errors",
+    "Sample": "vltrain.schema",
+    "Turn": "vltrain.schema",
+}
 
 if TYPE_CHECKING:
     from vltrain.api import prepare, train

@@ -1,4 +1,5 @@
-"""Preparing and training from Python: what the commands of these names do, with errors raised in place of exit codes."""
+"""Preparing and training from Python: what the commands of these names do, with errors raised in place of exit
+codes."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vltrain.config.command_line import TRAIN_OPTIONS
+from vltrain.config.stages import load_stages
 from vltrain.errors import InputError
-from vltrain.settings import TRAIN_OPTIONS
-from vltrain.stages import load_stages
 
 
 def train(recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str | None = None, **settings: Any) -> Path:
@@ -20,14 +21,17 @@ def train(recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str 
     Args:
         recipe: a file, or the name of one that comes with vltrain; FILE#NAME: a row of a table, or a stage.
         ds: DeepSpeed's JSON, a file or a name such as `zero2`.
-        ranks: None: this process is the only rank, and must call it in its main thread, which hears signals meanwhile; a number, or `auto`: so
+        ranks: None: this process is the only rank, and must call it in its main thread, which hears signals meanwhile;
+        a number, or `auto`: so
             many processes of this machine, which write to this one's output.
-        settings: the recipe's settings by dotted key (`**{"optim.lr": 1e-3}`), or with `__` for the dots (`optim__lr=1e-3`); also `resume` and
+        settings: the recipe's settings by dotted key (`**{"optim.lr": 1e-3}`), or with `__` for the dots
+        (`optim__lr=1e-3`); also `resume` and
             `rebuild=True`, `quiet=True`, as of `vltrain train`.
 
     Returns: the run's folder, which `vltrain.load` takes.
 
-    Raises: InputError for a mistake in recipe, settings or data; with `ranks`, where a rank failed, which has told why on stderr.
+    Raises: InputError for a mistake in recipe, settings or data; with `ranks`, where a rank failed, which has told why
+    on stderr.
 
     >>> import vltrain
     >>> vltrain.train("quickstart", ds="zero2", train__max_steps=2, eval__max_samples=8, output="runs/short")
@@ -53,7 +57,8 @@ def train(recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str 
 
 @contextmanager
 def _environment_stays() -> Iterator[None]:
-    """Rank, world size and port of a training are set for its processes' libraries, and not for the next one in this process."""
+    """Rank, world size and port of a training are set for its processes' libraries, and not for the next one in this
+    process."""
     before = dict(os.environ)
     try:
         yield
@@ -63,7 +68,7 @@ def _environment_stays() -> Iterator[None]:
 
 
 def _on_ranks(words: list[str], ranks: int | str) -> None:
-    from vltrain.programs.local_ranks import asked_ranks, run_on_ranks
+    from vltrain.launching.local_ranks import asked_ranks, run_on_ranks
 
     number = asked_ranks("train", [f"--ranks={ranks}"])
     assert number is not None, "--ranks was asked for"
@@ -80,8 +85,14 @@ def _text(value: Any) -> str:
 
 
 def prepare(
-    source: str, output: str | Path, *, input: str | Path | None = None, workers: int | None = None, rebuild: bool = False, **options: Any
-) -> dict[str, int]:  # fmt: skip
+    source: str,
+    output: str | Path,
+    *,
+    input: str | Path | None = None,
+    workers: int | None = None,
+    rebuild: bool = False,
+    **options: Any,
+) -> dict[str, int]:
     """Prepares a raw data set, as `vltrain prepare` does: samples (JSONL) and images in a new folder.
 
     Args:
@@ -101,4 +112,6 @@ def prepare(
     """
     from data_prep.prepare import prepare as prepare_files
 
-    return prepare_files(source, None if input is None else Path(input), Path(output), options, workers=workers, rebuild=rebuild)
+    return prepare_files(
+        source, None if input is None else Path(input), Path(output), options, workers=workers, rebuild=rebuild
+    )

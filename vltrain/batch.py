@@ -1,4 +1,5 @@
-"""What the model gets: a packed row as tensors. Apart from `vltrain.schema`, since preparing data needs no torch, which takes seconds to load.
+"""What the model gets: a packed row as tensors. Apart from `vltrain.schema`, since preparing data needs no torch, which
+takes seconds to load.
 
 Shapes: T tokens of the row, S segments, N distinct images, K image runs.
 """
@@ -18,8 +19,8 @@ class Batch:
     """One packed row as tensors, ready for the model. A filler (weight zero) stands in where a rank has no pack.
 
     input_ids       int64 [T]          placeholders below zero
-    labels          int64 [T]          already shifted: labels[t] is the token that position t predicts, or IGNORE_INDEX;
-                                       never across a segment's end
+    labels          int64 [T]          already shifted: labels[t] is the token that position t predicts, or
+                                       IGNORE_INDEX; never across a segment's end
     position_ids    int64 [T]          restarts at 0 with every segment
     segment_lengths int64 [S]          on the CPU
     label_lengths   int64 [S]          on the CPU: labels that carry loss, by segment; an encoder-decoder asks for it
@@ -52,8 +53,11 @@ class Batch:
     def segment_labels(self) -> torch.Tensor:
         """int64 [S] on the CPU: label tokens of each segment. Of a batch that is still on the CPU."""
         owner = torch.repeat_interleave(torch.arange(len(self.segment_lengths)), self.segment_lengths)
-        return torch.zeros(len(self.segment_lengths), dtype=torch.int64).index_add_(0, owner, (self.labels != IGNORE_INDEX).long())
+        return torch.zeros(len(self.segment_lengths), dtype=torch.int64).index_add_(
+            0, owner, (self.labels != IGNORE_INDEX).long()
+        )
 
     def pin_memory(self) -> Batch:
-        """The same in pinned memory, from which `to` copies to a GPU without a wait; what is pinned already stays where it is."""
+        """The same in pinned memory, from which `to` copies to a GPU without a wait; what is pinned already stays where
+        it is."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in self._MOVED})

@@ -1,4 +1,5 @@
-"""The console script `vltrain`: one word chooses the program, which reads the rest. Programs are imported only when chosen."""
+"""The console script `vltrain`: one word chooses the program, which reads the rest. Programs are imported only when
+chosen."""
 
 from __future__ import annotations
 
@@ -37,15 +38,27 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("vltrain.programs.plan", "parameters, memory per GPU and disk of a recipe, before it is run"),
     "train": ("vltrain.programs.train", "train a recipe"),
     "submit": ("vltrain.programs.submit", "check a recipe and its memory plan, and hand it to Slurm"),
-    "ablate": ("vltrain.programs.ablate", "train and evaluate every row of a table of recipes"),
-    "check": ("vltrain.programs.check", "prove from its receipt that a run saw every sample once, in order; do one of its steps again"),
+    "ablate": ("vltrain.programs.studies.ablate", "train and evaluate every row of a table of recipes"),
+    "check": (
+        "vltrain.programs.check",
+        "prove from its receipt that a run saw every sample once, in order; do one of its steps again",
+    ),
     "export": ("vltrain.programs.export", "write a trained model as a folder that others load"),
-    "importance": ("vltrain.programs.importance", "where AdaLoRA has left how much of its rank: table, heat map, summary"),
+    "importance": (
+        "vltrain.programs.studies.importance",
+        "where AdaLoRA has left how much of its rank: table, heat map, summary",
+    ),
     "ask": ("vltrain.programs.ask", "ask a tuned model a question about images, or hold a conversation with it"),
     "answer": ("vltrain.programs.answer", "answer the questions of a VLMEvalKit data set, as its result file"),
-    "serve": ("vltrain.programs.serve", "answer questions over HTTP as OpenAI's chat completions, and on a local web page"),
-    "recipes": ("vltrain.programs.recipes", "the recipes that come with vltrain, each in a line, or one of them whole"),
-    "completion": ("vltrain.programs.completion", "a script that lets bash, zsh or fish complete all of this"),
+    "serve": (
+        "vltrain.programs.serve",
+        "answer questions over HTTP as OpenAI's chat completions, and on a local web page",
+    ),
+    "recipes": (
+        "vltrain.programs.help.recipes",
+        "the recipes that come with vltrain, each in a line, or one of them whole",
+    ),
+    "completion": ("vltrain.programs.help.completion", "a script that lets bash, zsh or fish complete all of this"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 
@@ -53,7 +66,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def usage() -> str:
     """The text of `vltrain --help`."""
     lines = [f"  {name:12}{summary}" for name, (_, summary) in COMMANDS.items()]
-    closing = "vltrain COMMAND --help tells more; several ranks of this machine: --ranks N; of several: deepspeed launch/*.py, torchrun or srun"
+    closing = (
+        "vltrain COMMAND --help tells more; several ranks of this machine: --ranks N; of several: deepspeed "
+        "launch/*.py, torchrun or srun"
+    )
     return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", closing])
 
 
@@ -80,7 +96,7 @@ def _choose(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         raise InputError(f"unknown command '{words[0]}', {nearest(words[0], COMMANDS)}")
     if any(word.startswith("--ranks") for word in words):
-        from vltrain.programs.local_ranks import asked_ranks, run_on_ranks
+        from vltrain.launching.local_ranks import asked_ranks, run_on_ranks
 
         ranks = asked_ranks(words[0], words[1:])
         if ranks is not None:
@@ -103,7 +119,10 @@ def start(module: str, words: list[str], **named: Any) -> int:
 @contextmanager
 def _interrupt_ends_at_once() -> Iterator[None]:
     """Ctrl-C inside the block ends the process: for imports, see `_end_at_once`."""
-    hears = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    hears = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    )
     if hears:
         signal.signal(signal.SIGINT, _end_at_once)
     try:

@@ -1,15 +1,16 @@
 """What programs say while they run: log lines, progress, and a run's log file. One mechanism for all commands.
 
-On a terminal progress is a bar with its ETA, and log lines stand above it. Elsewhere (files, Slurm's logs, CI) it is plain lines, written by
-time: the first after some seconds, then ever rarer. `--quiet` shows errors and the last line alone.
+On a terminal progress is a bar with its ETA, and log lines stand above it. Elsewhere (files, Slurm's logs, CI) it is
+plain lines, written by time: the first after some seconds, then ever rarer. `--quiet` shows errors and the last line
+alone.
 
     start_logging(rank, quiet=..., keeps_log=True)       to stderr; libraries' own talk waits for the log file
     with run_log(folder / "run.log"): ...                everything, with time stamps; appended to when a run goes on
     with Progress(total=9, title="images", unit="image") as progress: progress.update()
     last_line("accuracy=0.9948 (9673 questions)")        shown by --quiet too
 
-With a log file, what libraries log or warn of below an error goes there alone. Trade-off: what native code writes to the descriptors 1 and 2
-by itself is not caught.
+With a log file, what libraries log or warn of below an error goes there alone. Trade-off: what native code writes to
+the descriptors 1 and 2 by itself is not caught.
 """
 
 from __future__ import annotations
@@ -65,13 +66,21 @@ class Terminal(logging.StreamHandler):
             return not self.quiet and self.rank == 0 and not self.is_terminal()
         if record.levelno >= logging.ERROR:
             return True
-        return not self.quiet and self.rank == 0 and (_is_ours(record) or (record.levelno >= logging.WARNING and not self.keeps_log))
+        return (
+            not self.quiet
+            and self.rank == 0
+            and (_is_ours(record) or (record.levelno >= logging.WARNING and not self.keeps_log))
+        )
 
     def is_terminal(self) -> bool:
         return bool(getattr(self.stream, "isatty", lambda: False)())
 
     def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage() if getattr(record, LAST, False) and record.levelno == logging.INFO else super().format(record)
+        return (
+            record.getMessage()
+            if getattr(record, LAST, False) and record.levelno == logging.INFO
+            else super().format(record)
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=self.stream) if self.is_terminal() else contextlib.nullcontext():
@@ -103,15 +112,19 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)
-        logger.warning("%s: cannot be written any more (%s); the run goes on without it", self.baseFilename, sys.exc_info()[1])
+        logger.warning(
+            "%s: cannot be written any more (%s); the run goes on without it", self.baseFilename, sys.exc_info()[1]
+        )
 
 
 def start_logging(rank: int = 0, *, quiet: bool = False, keeps_log: bool = False) -> None:
-    """Logs to stderr: everything of ours from INFO on on rank 0, errors alone on others. What a test or an embedding program has set up stays.
+    """Logs to stderr: everything of ours from INFO on on rank 0, errors alone on others. What a test or an embedding
+    program has set up stays.
 
     Args:
         quiet: errors and the last line alone.
-        keeps_log: a run's log follows (`run_log`): what libraries say below an error, Python's warnings too, goes there and not to the terminal.
+        keeps_log: a run's log follows (`run_log`): what libraries say below an error, Python's warnings too, goes there
+        and not to the terminal.
     """
     root = logging.getLogger()
     terminal = _terminal()
@@ -122,7 +135,9 @@ def start_logging(rank: int = 0, *, quiet: bool = False, keeps_log: bool = False
         root.addHandler(terminal)
         root.setLevel(logging.INFO)
     terminal.rank, terminal.quiet, terminal.keeps_log = rank, quiet, keeps_log
-    if not keeps_log:  # there is no run: DeepSpeed, which transformers imports on the way, looks for an accelerator, and nobody asked
+    if (
+        not keeps_log
+    ):  # there is no run: DeepSpeed, which transformers imports on the way, looks for an accelerator, and nobody asked
         logging.getLogger("DeepSpeed").addFilter(_is_error)
     else:
         logging.getLogger("DeepSpeed").removeFilter(_is_error)
@@ -134,7 +149,8 @@ def start_logging(rank: int = 0, *, quiet: bool = False, keeps_log: bool = False
 
 @contextlib.contextmanager
 def logged_from(level: int, name: str | None = None) -> Iterator[None]:
-    """Inside the block a logger (and those below it that have no level of their own) says nothing below `level`. None: the root."""
+    """Inside the block a logger (and those below it that have no level of their own) says nothing below `level`. None:
+    the root."""
     log = logging.getLogger(name)
     before = log.level
     log.setLevel(level)
@@ -160,7 +176,8 @@ def keeps_log() -> bool:
 
 
 def _route_libraries() -> None:
-    """Lets libraries that write to the terminal by handlers of their own (DeepSpeed, transformers, ...) log through ours."""
+    """Lets libraries that write to the terminal by handlers of their own (DeepSpeed, transformers, ...) log through
+    ours."""
     own = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     for library in list(logging.Logger.manager.loggerDict.values()):
         if not isinstance(library, logging.Logger):
@@ -173,7 +190,8 @@ def _route_libraries() -> None:
 
 @contextlib.contextmanager
 def run_log(path: Path, *, active: bool = True) -> Iterator[None]:
-    """Inside the block everything that is logged is appended to the file too, with time stamps, and at last the error that ends the block, if any.
+    """Inside the block everything that is logged is appended to the file too, with time stamps, and at last the error
+    that ends the block, if any.
 
     `active`: only one process writes a run's log; the others say False.
     """
@@ -213,7 +231,15 @@ def _record_of(error: BaseException) -> logging.LogRecord:
     """The line that a program ends with; of what may be our own mistake with its traceback."""
     told = isinstance(error, (errors.InputError, SystemExit, KeyboardInterrupt))
     text = errors.one_line(str(error)) or type(error).__name__
-    return logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "%s", (text,), None if told else (type(error), error, error.__traceback__))
+    return logger.makeRecord(
+        logger.name,
+        logging.ERROR,
+        __file__,
+        0,
+        "%s",
+        (text,),
+        None if told else (type(error), error, error.__traceback__),
+    )
 
 
 def last_line(text: str) -> None:
@@ -249,7 +275,8 @@ def prints_are_logged(name: str) -> Iterator[None]:
         with contextlib.redirect_stdout(lines), contextlib.redirect_stderr(lines):
             yield
     finally:
-        _route_libraries()  # a handler that was made inside writes to the lines, which it would have logged by itself again
+        # a handler that was made inside writes to the lines, which it would have logged by itself again
+        _route_libraries()
         lines.write("\n")
 
 
@@ -265,16 +292,30 @@ class Progress:
         in_bytes: counts are bytes.
     """
 
-    def __init__(self, *, total: int | None, title: str, unit: str, initial: int = 0, shown: bool = True, in_bytes: bool = False) -> None:
+    def __init__(
+        self, *, total: int | None, title: str, unit: str, initial: int = 0, shown: bool = True, in_bytes: bool = False
+    ) -> None:
         self.total, self.title, self.unit, self.done, self.shown = total, title, unit, initial, shown
         self._in_bytes, self._figures = in_bytes, ""
         self._initial, self._start = initial, time.monotonic()
         self._due, self._told = self._start + INTERVALS[0][1], False
         bar = shown and not is_quiet() and sys.stderr is not None and sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total, initial=initial, desc=title, unit="B" if in_bytes else unit, unit_scale=in_bytes, dynamic_ncols=True, mininterval=0.5,
-            file=sys.stderr, leave=False, smoothing=0.1,
-        ) if bar else None  # fmt: skip
+        self._bar = (
+            tqdm(
+                total=total,
+                initial=initial,
+                desc=title,
+                unit="B" if in_bytes else unit,
+                unit_scale=in_bytes,
+                dynamic_ncols=True,
+                mininterval=0.5,
+                file=sys.stderr,
+                leave=False,
+                smoothing=0.1,
+            )
+            if bar
+            else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -304,16 +345,26 @@ class Progress:
         if self.total is None:
             parts = [f"{many} {self._count(self.done)}"]
         else:
-            parts = [f"{many}{':' if self._in_bytes else ''} {self._count(self.done)} of {self._count(self.total)} ({100 * self.done / max(self.total, 1):.0f}%)"]
+            parts = [
+                f"{many}{':' if self._in_bytes else ''} {self._count(self.done)} of {self._count(self.total)} "
+                f"({100 * self.done / max(self.total, 1):.0f}%)"
+            ]
         since = self.done - self._initial
-        left = "" if self.total is None or since <= 0 or self.done >= self.total else f"ETA {tqdm.format_interval(seconds / since * (self.total - self.done))}"
-        return ", ".join(part for part in (*parts, self._figures, f"{tqdm.format_interval(seconds)} so far", left) if part)
+        left = (
+            ""
+            if self.total is None or since <= 0 or self.done >= self.total
+            else f"ETA {tqdm.format_interval(seconds / since * (self.total - self.done))}"
+        )
+        return ", ".join(
+            part for part in (*parts, self._figures, f"{tqdm.format_interval(seconds)} so far", left) if part
+        )
 
     def _count(self, number: int) -> str:
         return tqdm.format_sizeof(number, "B", 1000) if self._in_bytes else f"{number:,}"
 
     def close(self) -> None:
-        """Takes the bar away; where plain lines were written, or the run's log has them, the last one says how far it came."""
+        """Takes the bar away; where plain lines were written, or the run's log has them, the last one says how far it
+        came."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -328,4 +379,3 @@ def watched(items: Iterable[T], *, title: str, unit: str, total: int | None = No
         for item in items:
             yield item
             progress.update()
-

@@ -46,7 +46,8 @@ class InputError(ValueError):
 
 
 class RunLost(InputError):
-    """Not the input's fault and not ours: a rank, a machine or the network has gone. Exit code 1, as of a process that was killed."""
+    """Not the input's fault and not ours: a rank, a machine or the network has gone. Exit code 1, as of a process that
+    was killed."""
 
     exit_code = 1
 
@@ -65,10 +66,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def exits_cleanly(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Wraps a program's `main`: what depends on the user's input, files and machine ends in one line on stderr, the last, and an exit code.
+    """Wraps a program's `main`: what depends on the user's input, files and machine ends in one line on stderr, the
+    last, and an exit code.
 
-    An InputError, a file that cannot be read or written, and memory that is not there: EXIT_USER_ERROR; Ctrl-C: EXIT_INTERRUPTED; a reader
-    that has closed our output, as `| head` does: EXIT_BROKEN_PIPE, without a word. Other exceptions, ours, keep their traceback.
+    An InputError, a file that cannot be read or written, and memory that is not there: EXIT_USER_ERROR; Ctrl-C:
+    EXIT_INTERRUPTED; a reader that has closed our output, as `| head` does: EXIT_BROKEN_PIPE, without a word. Other
+    exceptions, ours, keep their traceback.
     """
 
     @functools.wraps(main)
@@ -107,13 +110,16 @@ def interrupted() -> int:
 
 
 def end_at_once(message: str, code: int) -> NoReturn:
-    """For a thread: ends the process with a last line, whatever the main thread hangs in. Nothing is flushed or cleaned up."""
+    """For a thread: ends the process with a last line, whatever the main thread hangs in. Nothing is flushed or cleaned
+    up."""
     rank = os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error (rank {rank})"
     line_end = "\n" if _progress_bars() else ""
     line = f"{who}: {one_line(message)}\n"
     with contextlib.suppress(OSError):
-        os.write(2, (line_end + line).encode(errors="replace"))  # not through objects that the main thread may have locked
+        os.write(
+            2, (line_end + line).encode(errors="replace")
+        )  # not through objects that the main thread may have locked
     if last_words_also_to is not None:
         with contextlib.suppress(OSError):
             os.write(last_words_also_to, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}".encode(errors="replace"))
@@ -121,10 +127,14 @@ def end_at_once(message: str, code: int) -> NoReturn:
 
 
 def one_line(text: str) -> str:
-    """A text on one line, with what a terminal obeys or hides written out: a message quotes names and contents of files that are not ours."""
+    """A text on one line, with what a terminal obeys or hides written out: a message quotes names and contents of files
+    that are not ours."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else " " if one in "\r\n" else one.encode("unicode_escape", "surrogatepass").decode() for one in text)
+    return "".join(
+        one if one.isprintable() else " " if one in "\r\n" else one.encode("unicode_escape", "surrogatepass").decode()
+        for one in text
+    )
 
 
 def _line_about(error: Exception) -> str | None:
@@ -132,7 +142,10 @@ def _line_about(error: Exception) -> str | None:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MemoryError):
-        return f"out of memory ({' '.join(str(error).split()) or 'of the host'}); use fewer workers, smaller batches or images, or a larger machine"
+        return (
+            f"out of memory ({' '.join(str(error).split()) or 'of the host'}); use fewer workers, smaller batches "
+            "or images, or a larger machine"
+        )
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{os.strerror(error.errno)}; {OF_THE_MACHINE[error.errno]}"

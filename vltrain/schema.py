@@ -1,10 +1,11 @@
 """The contract between data and model: what a sample, a packed row and a batch are.
 
-    raw files --data_prep--> Sample (JSONL) --tokenise--> Segment --pack--> PackedRow (Arrow) --loader--> Batch --> model
+    raw files --data_prep--> Sample (JSONL) --tokenise--> Segment --pack--> PackedRow (Arrow) --loader--> Batch -->
+    model
 
 A `Segment` is one tokenised sample; a `PackedRow` is several segments one after another; a `vltrain.batch.Batch` is one
-packed row as tensors. One micro-step of one rank trains on exactly one `Batch`: its length in tokens is what fills the memory, so there
-is no second batch dimension and no padding.
+packed row as tensors. One micro-step of one rank trains on exactly one `Batch`: its length in tokens is what fills the
+memory, so there is no second batch dimension and no padding.
 
 Token ids below zero are placeholders that the model replaces by vectors of its own; real ids are 0 and up.
 Shapes: T tokens of the row, S segments, N distinct images, K image runs (places where an image stands), V visual tokens
@@ -38,7 +39,8 @@ _ESCAPED_MARKER = re.compile(r"<\\(\\*)image>")
 class Framing:
     """How an image of any size becomes the square that a ViT reads.
 
-    shorter_edge: pixels that its shorter edge is resized to, after which the middle is cut out; None: resized straight to the square.
+    shorter_edge: pixels that its shorter edge is resized to, after which the middle is cut out; None: resized straight
+    to the square.
     resample: Pillow's number of the filter; 3: bicubic.
     """
 
@@ -50,7 +52,8 @@ SQUARE = Framing()
 
 
 def escape_markers(text: str) -> str:
-    """A text as a turn writes it: `<image>` becomes `<\\image>`, which is no marker, and `<\\image>` one backslash more; all else stays."""
+    """A text as a turn writes it: `<image>` becomes `<\\image>`, which is no marker, and `<\\image>` one backslash
+    more; all else stays."""
     return _TYPED_MARKER.sub(r"<\\\1image>", text) if "image>" in text else text
 
 
@@ -61,7 +64,8 @@ def unescape_markers(text: str) -> str:
 
 @functools.lru_cache(maxsize=4096)  # questions about an image stand together
 def path_fault(path: str) -> str | None:
-    """What is wrong with an image's path in a data file, which may lead nowhere but below its folder; None if nothing is."""
+    """What is wrong with an image's path in a data file, which may lead nowhere but below its folder; None if nothing
+    is."""
     parts = path.split("/")
     if "\0" in path or all(part.strip() in ("", ".") for part in parts):
         return "is no path"
@@ -103,26 +107,33 @@ class Sample:
             text, role = turn.text, SYSTEM if number < first else ROLES[(number - first) % 2]
             if turn.role != role:
                 raise InputError(
-                    f"sample '{self.id}': turn {number} is by '{turn.role}', expected '{role}' (user and assistant alternate, user first; a system turn before)"
+                    f"sample '{self.id}': turn {number} is by '{turn.role}', expected '{role}' (user and "
+                    "assistant alternate, user first; a system turn before)"
                 )
             if not text or text.isspace():
                 raise InputError(f"sample '{self.id}': {_blank_turn(turn, number)}")
             if IMAGE_MARKER in text:
                 if role != "user":
                     article = "an" if role == "assistant" else "a"
-                    raise InputError(f"sample '{self.id}': {IMAGE_MARKER} in {article} {role} turn; images belong into user turns, and the text itself is written <\\image>")
+                    raise InputError(
+                        f"sample '{self.id}': {IMAGE_MARKER} in {article} {role} turn; images belong into user "
+                        "turns, and the text itself is written <\\image>"
+                    )
                 num_markers += text.count(IMAGE_MARKER)
         for image in self.images:
             fault = path_fault(image)
             if fault is not None:
-                raise InputError(f"sample '{self.id}': image path {image!r} {fault}; paths are relative to the samples' folder")
+                raise InputError(
+                    f"sample '{self.id}': image path {image!r} {fault}; paths are relative to the samples' folder"
+                )
         try:  # a command line can hold halves of characters (lone surrogates), which no file and no tokenizer takes
             "".join((self.id, *self.images, *[turn.text for turn in turns])).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"sample {self.id!a}: holds what is no text ({error})") from None
         if num_markers != len(self.images):
             raise InputError(
-                f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} image(s) listed; they must be equal"
+                f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} "
+                "image(s) listed; they must be equal"
                 " (the text itself is written <\\image>)"
             )
 
@@ -132,10 +143,16 @@ class Sample:
 
     @classmethod
     def from_json(cls, record: Any, where: str) -> Sample:
-        """A line of a samples file. `where` (file and line) is named in the InputError that a malformed record raises, and the fault's path in it."""
+        """A line of a samples file. `where` (file and line) is named in the InputError that a malformed record raises,
+        and the fault's path in it."""
         turns = []
         try:
-            identity, listed, images, metadata = record["id"], record["turns"], record.get("images", []), record.get("metadata", {})
+            identity, listed, images, metadata = (
+                record["id"],
+                record["turns"],
+                record.get("images", []),
+                record.get("metadata", {}),
+            )
             is_sound = (
                 type(identity) is str and type(listed) is type(images) is list and type(metadata) is dict
                 and len(record) == 2 + ("images" in record) + ("metadata" in record)
@@ -158,13 +175,21 @@ class Sample:
 
 def _blank_turn(turn: Turn, number: int) -> str:
     if turn.role == "assistant":
-        return f"turn {number} is an empty answer, which would teach the model to say nothing; leave the question out, or answer it"
+        return (
+            f"turn {number} is an empty answer, which would teach the model to say nothing; leave the question out, "
+            "or answer it"
+        )
     return f"turn {number} is an empty {turn.role} turn, expected a text or {IMAGE_MARKER}"
 
 
 def _first_fault(record: Any) -> str:
     """What is wrong with a record that is no sample, by its path."""
-    kinds = {"id": (str, "a text that is not empty"), "images": (list, "a list of texts"), "turns": (list, "a list of turns"), "metadata": (dict, "an object")}
+    kinds = {
+        "id": (str, "a text that is not empty"),
+        "images": (list, "a list of texts"),
+        "turns": (list, "a list of turns"),
+        "metadata": (dict, "an object"),
+    }
     if type(record) is not dict:
         return f"found {shown(record)}, expected an object with id, images, turns[role, text], metadata"
     for key in record:
@@ -194,7 +219,8 @@ def _first_fault(record: Any) -> str:
 class Segment:
     """One tokenised sample. `input_ids` int32 [L]; `loss_mask` bool [L], true on tokens that are to be predicted.
 
-    `instruction_ids` int32 [I]: the prompt as a Q-Former reads it, without its last `instruction_cut` tokens; empty where there is none.
+    `instruction_ids` int32 [I]: the prompt as a Q-Former reads it, without its last `instruction_cut` tokens; empty
+    where there is none.
     """
 
     sample_id: str

@@ -1,6 +1,8 @@
-"""What comes with vltrain beside its modules, and may be named without a path: recipes, DeepSpeed's JSON files, programs and files for Slurm.
+"""What comes with vltrain beside its modules, and may be named without a path: recipes, DeepSpeed's JSON files,
+programs and files for Slurm.
 
-In a checkout these are the folders launch/ and ds_configs/ beside the package; an installed vltrain has both inside of it.
+In a checkout these are the folders launch/ and ds_configs/ beside the package; an installed vltrain has both inside of
+it.
 """
 
 from __future__ import annotations
@@ -45,8 +47,13 @@ def _find(name: str, suffix: str, folder: Path, where: str, kind: str, near: Pat
         return path
     if Path(name).name != name:
         if stem in known:
-            raise InputError(f"{where}: '{name}': no such file; {stem} is the name of a {kind} that comes with vltrain: name it without a path")
+            raise InputError(
+                f"{where}: '{name}': no such file; {stem} is the name of a {kind} that comes with vltrain: name "
+                "it without a path"
+            )
         return path
     if stem not in known:
-        raise InputError(f"{where}: '{name}': no such file, and no {kind} of that name in {folder}; {nearest(stem, known)}")
+        raise InputError(
+            f"{where}: '{name}': no such file, and no {kind} of that name in {folder}; {nearest(stem, known)}"
+        )
     return known[stem]

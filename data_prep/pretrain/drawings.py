@@ -1,8 +1,8 @@
 """Drawings for the tiny vision transformer: one plain figure on a ground, and what it shows.
 
-The domain is kept wide (nine figures, twelve colours with many hues each, any turn, pale, dark and graded grounds, hard and
-soft edges), so that what a ViT learns here carries over to other plain drawings. What it gives up: texture, clutter and
-more than one figure. Nothing is read from any data set.
+The domain is kept wide (nine figures, twelve colours with many hues each, any turn, pale, dark and graded grounds, hard
+and soft edges), so that what a ViT learns here carries over to other plain drawings. What it gives up: texture, clutter
+and more than one figure. Nothing is read from any data set.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Drawing:
 def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
     """One random drawing: a figure of `FIGURES` in a colour of `COLOURS`.
 
-    `variety` in [0, 1]: how much its size and place vary and how often it is turned, uneven, soft, or on another than a plain
-    pale ground. At 0 it is large and in the middle.
+    `variety` in [0, 1]: how much its size and place vary and how often it is turned, uneven, soft, or on another than a
+    plain pale ground. At 0 it is large and in the middle.
     """
     figure, colour = int(rng.integers(len(FIGURES))), int(rng.integers(len(COLOURS)))
     if rng.random() < 0.4:  # more of the three plainest: they differ least when small

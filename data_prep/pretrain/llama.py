@@ -1,10 +1,10 @@
 """Pretrains the tiny LLaMA: to answer questions about a scene told in words, and about one told in blurred vectors.
 
-Its words, its questions and its scenes grow in number over the first half of the training (`Writer.variety`), and part of
-the lessons are checklists: with all words at once and whole questions alone, yes and no stay at chance. Half of the batches
-replace the scene's word embeddings by random mixtures of them, plus noise: a visual neck will put vectors there that are no
-word's, and a LLaMA that has read only words does not make sense of them. The loss is on the answer, and lightly on all
-other words. What it gives up: any knowledge beyond `data_prep.pretrain.sentences`.
+Its words, its questions and its scenes grow in number over the first half of the training (`Writer.variety`), and part
+of the lessons are checklists: with all words at once and whole questions alone, yes and no stay at chance. Half of the
+batches replace the scene's word embeddings by random mixtures of them, plus noise: a visual neck will put vectors there
+that are no word's, and a LLaMA that has read only words does not make sense of them. The loss is on the answer, and
+lightly on all other words. What it gives up: any knowledge beyond `data_prep.pretrain.sentences`.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.pretrain.sentences import Lesson, Writer
-from vltrain.data.conversation import encode_sample
-from vltrain.data.tokenizer import Tokenizer
+from vltrain.data.text.conversation import encode_sample
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.schema import IMAGE_MARKER, IMAGE_TOKEN, Sample, Turn
 
-LLAMA_CONFIG = dict(
-    vocab_size=768,
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-    initializer_range=0.08,  # about 1 / sqrt(hidden_size): from LLaMA's 0.02 so narrow a model learns several times more slowly
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+LLAMA_CONFIG = {
+    "vocab_size": 768,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    # about 1 / sqrt(hidden_size): from LLaMA's 0.02 so narrow a model learns several times more slowly
+    "initializer_range": 0.08,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 POOL = 16  # batches written at once
 CONTEXT_WEIGHT = 0.1  # weight of a word that is no answer, against one that is
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A tokenised lesson: ids int64 [L]; of each id whether it tells the scene, and whether it is of the answer, bool [L]."""
+    """A tokenised lesson: ids int64 [L]; of each id whether it tells the scene, and whether it is of the answer, bool
+    [L]."""
 
     ids: np.ndarray
     scene: np.ndarray
@@ -53,7 +55,10 @@ def tokenise(lesson: Lesson, tokenizer: Tokenizer) -> Tokens:
     """Just as the tuned model will read it, but with words where the image's vectors will stand, and without u_m."""
     scene = [] if lesson.scene is None else tokenizer.encode(lesson.scene)
     question, images = (f"{IMAGE_MARKER}\n", ("scene",)) if scene else ("", ())
-    turns = (Turn(role="user", text=f"{question}Question: {lesson.question}\nAnswer:"), Turn(role="assistant", text=lesson.answer))
+    turns = (
+        Turn(role="user", text=f"{question}Question: {lesson.question}\nAnswer:"),
+        Turn(role="assistant", text=lesson.answer),
+    )
     segment = encode_sample(Sample(id="lesson", turns=turns, images=images), tokenizer, "mmt", max(1, len(scene)))
     ids, answer = segment.input_ids[1:].astype(np.int64), segment.loss_mask[1:]
     here = ids == IMAGE_TOKEN
@@ -79,7 +84,12 @@ def collate(rows: list[Tokens]) -> Lines:
         here = number, slice(len(row.ids))
         ids[here], scene[here], answer[here] = row.ids, row.scene, row.answer
         weight[here] = np.where(row.answer, 1.0, CONTEXT_WEIGHT)
-    return Lines(ids=torch.from_numpy(ids), scene=torch.from_numpy(scene), answer=torch.from_numpy(answer), weight=torch.from_numpy(weight))
+    return Lines(
+        ids=torch.from_numpy(ids),
+        scene=torch.from_numpy(scene),
+        answer=torch.from_numpy(answer),
+        weight=torch.from_numpy(weight),
+    )
 
 
 def blur(embeddings: torch.Tensor, scene: torch.Tensor, noise: float) -> torch.Tensor:
@@ -131,14 +141,20 @@ def train_llama(
         schedule.step()
         if step % 100 == 0 or step == num_steps - 1:
             share = accuracy(llama, _questions(writer, tokenizer, 200), noise=None)
-            print(f"llama step {step}/{num_steps} loss {loss.item():.4f} right {share:.2f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"llama step {step}/{num_steps} loss {loss.item():.4f} right {share:.2f} "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     rows = _questions(Writer(seed + 1), tokenizer, 2000)
     return llama, {"words": accuracy(llama, rows, noise=None), "blurred": accuracy(llama, rows, noise=noise)}
 
 
 def _batches(writer: Writer, tokenizer: Tokenizer, batch_size: int) -> list[Lines]:
     """The next `POOL` batches, each of lessons of like length (less padding), in random order."""
-    rows = sorted((tokenise(writer.lesson(), tokenizer) for _ in range(POOL * batch_size)), key=lambda row: len(row.ids))
+    rows = sorted(
+        (tokenise(writer.lesson(), tokenizer) for _ in range(POOL * batch_size)), key=lambda row: len(row.ids)
+    )
     return [collate(rows[start * batch_size : (start + 1) * batch_size]) for start in torch.randperm(POOL).tolist()]
 
 

@@ -1,8 +1,10 @@
 """Text for the tiny LLaMA: small scenes in words, questions about them, short answers.
 
-A scene holds one or two things, each with a kind (dog, circle, cup), a colour and at times a size and a side. A sample is
-what is said of the scene, a question in one of many phrasings, and its answer, in the words `Image: ... Question: ...
-Answer: ...` that the model is later tuned with. One sample in ten has no scene and asks what things are. What it gives up:
+A scene holds one or two things, each with a kind (dog, circle, cup), a colour and at times a size and a side. A sample
+is what is said of the scene, a question in one of many phrasings, and its answer, in the words
+`Image: ... Question: ...
+Answer:
+...` that the model is later tuned with. One sample in ten has no scene and asks what things are. What it gives up:
 any language beyond such questions. Nothing is read from any data set.
 """
 
@@ -59,8 +61,8 @@ class Lesson:
 class Writer:
     """Writes lessons from a random stream; the same seed writes the same text.
 
-    `variety` in [0, 1]: at 0 there are few words, a scene is one thing with a colour, and questions are short. Comparing a question's
-    word with a scene's is learned much sooner from few words.
+    `variety` in [0, 1]: at 0 there are few words, a scene is one thing with a colour, and questions are short.
+    Comparing a question's word with a scene's is learned much sooner from few words.
     """
 
     def __init__(self, seed: int) -> None:
@@ -193,9 +195,21 @@ class Writer:
             kind = self._pick([k for k in self._known(tuple(KINDS)) if k not in kinds])
             if form == 0:  # one half of the claim may be true
                 colour, noun = self._pick(((thing.colour, noun), (colour, thing.noun)))
-            return (f"{colour} {noun}", noun, f"{colour} {thing.kind}", f"{colour} {self._pick(('thing', 'object'))}", kind)[form]
+            return (
+                f"{colour} {noun}",
+                noun,
+                f"{colour} {thing.kind}",
+                f"{colour} {self._pick(('thing', 'object'))}",
+                kind,
+            )[form]
         generic = self._pick(("thing", "object"))
-        return (f"{thing.colour} {thing.noun}", thing.noun, f"{thing.colour} {thing.kind}", f"{thing.colour} {generic}", thing.kind)[form]
+        return (
+            f"{thing.colour} {thing.noun}",
+            thing.noun,
+            f"{thing.colour} {thing.kind}",
+            f"{thing.colour} {generic}",
+            thing.kind,
+        )[form]
 
     def _presence(self, things: list[Thing]) -> tuple[str, str]:
         true, negated = self._rng.random() < 0.5, self._chance(0.45)
@@ -224,7 +238,8 @@ class Writer:
         return self._pick(forms), "yes" if true != negated else "no"
 
     def _checklist(self, things: list[Thing]) -> Lesson:
-        """Many short comparisons of a word with the scene: what teaches yes and no several times sooner than whole questions do."""
+        """Many short comparisons of a word with the scene: what teaches yes and no several times sooner than whole
+        questions do."""
         there = [word for thing in things for word in (thing.noun, thing.colour)]
         kinds = self._known(tuple(KINDS))
         others = [word for kind in kinds for word in self._known(KINDS[kind]) if word not in there]
@@ -243,12 +258,14 @@ class Writer:
         other = self._pick([k for k in KINDS if k != kind])
         article, artother = ("an" if word[0] in "aeo" else "a" for word in (noun, other))
         truth = "an" if kind[0] in "aeo" else "a"
-        question, answer = self._pick((
-            (f"what is {article} {noun}?", kind),
-            (f"is {article} {noun} {truth} {kind}?", "yes"),
-            (f"is {article} {noun} {artother} {other}?", "no"),
-            (f"what is {article} {noun}, {' or '.join(self._options(kind, tuple(KINDS)))}?", kind),
-            (f"is {self._pick(COLOURS)} a color?", "yes"),
-            (f"is {noun} a color?", "no" if noun not in COLOURS else "yes"),
-        ))
+        question, answer = self._pick(
+            (
+                (f"what is {article} {noun}?", kind),
+                (f"is {article} {noun} {truth} {kind}?", "yes"),
+                (f"is {article} {noun} {artother} {other}?", "no"),
+                (f"what is {article} {noun}, {' or '.join(self._options(kind, tuple(KINDS)))}?", kind),
+                (f"is {self._pick(COLOURS)} a color?", "yes"),
+                (f"is {noun} a color?", "no" if noun not in COLOURS else "yes"),
+            )
+        )
         return Lesson(scene=None, question=question, answer=answer)

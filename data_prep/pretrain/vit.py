@@ -1,10 +1,10 @@
 """Pretrains the tiny vision transformer: on drawings of our own, every tap of [cls] must tell what is drawn.
 
 The visual tokens of the model are the [cls] states behind every block, so every one of them gets its own linear heads:
-figure, colour and place. The patches get heads of their own, figure and outline, which makes figures be learned several times
-sooner than from [cls] alone. Drawings begin large and centred on pale grounds and become as varied as they get by half of the
-training: without that, figures stay at chance for a long time. All heads are thrown away. What it gives up: it knows
-nothing but plain figures.
+figure, colour and place. The patches get heads of their own, figure and outline, which makes figures be learned several
+times sooner than from [cls] alone. Drawings begin large and centred on pale grounds and become as varied as they get by
+half of the training: without that, figures stay at chance for a long time. All heads are thrown away. What it gives up:
+it knows nothing but plain figures.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_prep.pretrain.drawings import COLOURS, FIGURES, IMAGE_SIZE, draw
 
-VIT_CONFIG = dict(
-    image_size=IMAGE_SIZE,
-    patch_size=16,
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    hidden_act="gelu",
-)
+VIT_CONFIG = {
+    "image_size": IMAGE_SIZE,
+    "patch_size": 16,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_act": "gelu",
+}
 MIN_SHARE = 0.02  # a patch must be covered by this much of a figure to be asked which
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawings:
-    """pixels uint8 [N, 3, 64, 64]; figure, colour int64 [N]; place float32 [N, 3]; mask bool [N, P, pixels of a patch]."""
+    """pixels uint8 [N, 3, 64, 64]; figure, colour int64 [N]; place float32 [N, 3]; mask bool [N, P, pixels of a
+    patch]."""
 
     pixels: torch.Tensor
     figure: torch.Tensor
@@ -76,7 +77,9 @@ class Heads(nn.Module):
         super().__init__()
         self.norm, self.patch_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.figure, self.colour, self.place = (nn.Linear(width, n) for n in (len(FIGURES), len(COLOURS), 3))
-        self.patch_figure, self.patch_mask = (nn.Linear(width, n) for n in (len(FIGURES), VIT_CONFIG["patch_size"] ** 2))
+        self.patch_figure, self.patch_mask = (
+            nn.Linear(width, n) for n in (len(FIGURES), VIT_CONFIG["patch_size"] ** 2)
+        )
 
     def read(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, 1 + P, d] -> what [cls] tells: logits of figures and colours, and the place."""
@@ -85,7 +88,11 @@ class Heads(nn.Module):
 
     def loss(self, state: torch.Tensor, drawings: Drawings) -> torch.Tensor:
         figures, colours, place = self.read(state)
-        cls_loss = F.cross_entropy(figures, drawings.figure) + F.cross_entropy(colours, drawings.colour) + F.l1_loss(place, drawings.place)
+        cls_loss = (
+            F.cross_entropy(figures, drawings.figure)
+            + F.cross_entropy(colours, drawings.colour)
+            + F.l1_loss(place, drawings.place)
+        )
         patches = self.patch_norm(state[:, 1:])
         mask = drawings.mask.float()
         covered = mask.mean(-1) > MIN_SHARE
@@ -94,7 +101,9 @@ class Heads(nn.Module):
         return cls_loss + F.cross_entropy(self.patch_figure(patches[covered]), labels) + mask_loss
 
 
-def train_vit(*, num_steps: int, batch_size: int = 64, lr: float = 1e-3, seed: int = 0) -> tuple[CLIPVisionModel, dict[str, float]]:
+def train_vit(
+    *, num_steps: int, batch_size: int = 64, lr: float = 1e-3, seed: int = 0
+) -> tuple[CLIPVisionModel, dict[str, float]]:
     """Returns the trained ViT and its accuracy on fresh drawings, by the heads of each tap."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -106,7 +115,9 @@ def train_vit(*, num_steps: int, batch_size: int = 64, lr: float = 1e-3, seed: i
     started = time.monotonic()
     for step in range(num_steps):
         drawings = draw_many(rng, batch_size, variety=min(1.0, 2 * step / num_steps))
-        loss = torch.stack([head.loss(state, drawings) for state, head in zip(states(vit, drawings.pixels), heads, strict=True)]).mean()
+        loss = torch.stack(
+            [head.loss(state, drawings) for state, head in zip(states(vit, drawings.pixels), heads, strict=True)]
+        ).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -114,7 +125,11 @@ def train_vit(*, num_steps: int, batch_size: int = 64, lr: float = 1e-3, seed: i
         schedule.step()
         if step % 100 == 0 or step == num_steps - 1:
             share = evaluate(vit, heads, drawings)[f"figure_{len(heads)}"]
-            print(f"vit step {step}/{num_steps} loss {loss.item():.4f} figures {share:.2f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"vit step {step}/{num_steps} loss {loss.item():.4f} figures {share:.2f} "
+                f"{time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     return vit, evaluate(vit, heads, draw_many(rng, 2000))
 
 

@@ -2,12 +2,14 @@
 
     read(input: Path | None, options: Mapping[str, Any]) -> iterator of RawSample
 
-`options` are checked by `data_prep.sources.options.settle`. A reader yields samples as they come, opens no image and writes nothing:
+`options` are checked by `data_prep.sources.options.settle`. A reader yields samples as they come, opens no image and
+writes nothing:
 `data_prep.prepare` does that for all of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from data_prep.sources import easyvqa, flickr30k, iconqa, llava_json, scienceqa,
 from data_prep.sources.options import all_options
 from data_prep.sources.raw import RawSample
 from vltrain.errors import InputError
-from vltrain.locate import locate
+from vltrain.files.locate import locate
 
 SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample]]] = {
     "easyvqa": easyvqa.read,
@@ -29,14 +31,16 @@ SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample
     "vizwiz": vizwiz.read,
 }
 
-# Where a source finds its data by itself, and the options that name a file or folder: what is read there counts, not what it is called.
+# Where a source finds its data by itself, and the options that name a file or folder: what is read there counts, not
+# what it is called.
 OWN_DATA = {"easyvqa": "package://easy_vqa/data"}
 _GIVEN = "a file or folder"
 PATH_OPTIONS = {"llava_json": ("images",), "scienceqa": ("rationales",)}
 
 
 def settled_texts(source: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """Every option of a source as a text, those at their default too; of one that names a file or folder only that it does."""
+    """Every option of a source as a text, those at their default too; of one that names a file or folder only that it
+    does."""
     paths = PATH_OPTIONS.get(source, ())
     settled = all_options(SOURCES[source], options)
     return {name: _GIVEN if name in paths and value else str(value) for name, value in settled.items()}
@@ -46,10 +50,8 @@ def places_of(source: str, input: Path | None, options: Mapping[str, Any]) -> di
     """The files and folders that a source is told to read, or finds by itself, by the name of the setting."""
     places = {"data.input": input} if input is not None else {}
     if input is None and source in OWN_DATA:
-        try:
+        with contextlib.suppress(InputError):  # not installed: whoever reads it says so
             places["data.input"] = Path(locate(OWN_DATA[source]))
-        except InputError:  # not installed: whoever reads it says so
-            pass
     for name in PATH_OPTIONS.get(source, ()):
         if options.get(name):
             places[f"data.options.{name}"] = Path(str(options[name]))

@@ -1,8 +1,9 @@
-"""easy-VQA: 5,000 generated 64 x 64 images of one coloured shape, 48,248 questions with one-word answers (MIT; Victor Zhou, 2019).
+"""easy-VQA: 5,000 generated 64 x 64 images of one coloured shape, 48,248 questions with one-word answers (MIT; Victor
+Zhou, 2019).
 
-The data set is the installed `easy-vqa` package itself. Its test questions stay the test split; the questions of its last
-`val_images` training images are held out as the split `val`, by image, so that no image of val is trained on; one that equals an
-earlier image is trained on as that one is.
+The data set is the installed `easy-vqa` package itself. Its test questions stay the test split; the questions of its
+last `val_images` training images are held out as the split `val`, by image, so that no image of val is trained on; one
+that equals an earlier image is trained on as that one is.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 from data_prep.sources.options import settle
 from data_prep.sources.raw import RawSample
 from data_prep.sources.splits import same_images
+from vltrain.config.ranges import MOST_STEPS, Range
 from vltrain.errors import InputError
+from vltrain.files.locate import locate
 from vltrain.files.strict_json import expect, read_json, shown
-from vltrain.locate import locate
-from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 DEFAULTS = {"val_images": 200}
@@ -28,11 +29,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     """Reads all three splits.
 
     Args:
-        input: a folder with `train/` and `test/`, each with `questions.json` and `images/N.png`; None: the installed package's data.
+        input: a folder with `train/` and `test/`, each with `questions.json` and `images/N.png`; None: the installed
+        package's data.
         options: `val_images` (200), 0 for none.
 
     Raises:
-        InputError: files missing or not as expected, named with the question's number; `val_images` that leaves nothing to train on.
+        InputError: files missing or not as expected, named with the question's number; `val_images` that leaves nothing
+        to train on.
     """
     num_val = settle("easyvqa", options, DEFAULTS, {"val_images": Range(0, MOST_STEPS)})["val_images"]
     root = Path(locate("package://easy_vqa/data")) if input is None else input
@@ -67,7 +70,9 @@ def _held_out(files: dict[int, Path], num_val: int, path: Path) -> set[int]:
     held_out = {number for number, first in zip(numbers, alike, strict=True) if numbers[first] >= first_held_out}
     if files and len(held_out) == len(files):
         found = f"found {num_val}, but {path} asks about {len(files)} image(s)"
-        raise InputError(f"source 'easyvqa', option 'val_images': {found}; expected 0 or more, and some left to train on")
+        raise InputError(
+            f"source 'easyvqa', option 'val_images': {found}; expected 0 or more, and some left to train on"
+        )
     return held_out
 
 

@@ -4,8 +4,8 @@
     dataset_flickr30k.json     Karpathy's file (2015), captions and splits: 29,000 train, 1,014 val, 1,000 test
     flickr30k-images/          also flickr30k_images/ or images/
 
-Where both are there, Karpathy's is read. The official files alone have no splits: `val_images` and `test_images` are then held out by
-a hash of their names, equal files together; at 1,000 each 29,783 are left, the paper's numbers.
+Where both are there, Karpathy's is read. The official files alone have no splits: `val_images` and `test_images` are
+then held out by a hash of their names, equal files together; at 1,000 each 29,783 are left, the paper's numbers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from data_prep.sources.options import choose, settle
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
 from data_prep.sources.splits import same_images
+from vltrain.config.ranges import MOST_STEPS, Range
 from vltrain.errors import InputError
 from vltrain.files.strict_json import field, read_json, read_text
-from vltrain.ranges import MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 TOKEN_FILE, SPLIT_FILE = "results_20130124.token", "dataset_flickr30k.json"
@@ -32,17 +32,24 @@ SPLITS = ("train", "val", "test")
 
 
 def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
-    """Reads all splits: of train a sample per caption, of val and test a sample per image, with all its captions as references.
+    """Reads all splits: of train a sample per caption, of val and test a sample per image, with all its captions as
+    references.
 
     Args:
         input: the folder of the files above.
-        options: `prompt` ("A short image description:"); `train_captions`, `all` or `first`; `val_images` (1000) and `test_images` (1000),
+        options: `prompt` ("A short image description:"); `train_captions`, `all` or `first`; `val_images` (1000) and
+        `test_images` (1000),
             see the module.
 
     Raises:
         InputError: nothing there, malformed lines or fields, an unknown split: named with file, line or image, and key.
     """
-    defaults = {"prompt": "A short image description:", "train_captions": "all", "val_images": 1000, "test_images": 1000}
+    defaults = {
+        "prompt": "A short image description:",
+        "train_captions": "all",
+        "val_images": 1000,
+        "test_images": 1000,
+    }
     settled = settle("flickr30k", options, defaults, dict.fromkeys(("val_images", "test_images"), Range(0, MOST_STEPS)))
     check_template("flickr30k", "prompt", settled["prompt"], ())
     choose("flickr30k", "train_captions", settled["train_captions"], ("all", "first"))
@@ -54,7 +61,10 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     if is_there(input / SPLIT_FILE):
         for name in ("val_images", "test_images"):
             if name in options:
-                raise InputError(f"source 'flickr30k', option '{name}': has no effect: {SPLIT_FILE} has splits of its own; leave it out")
+                raise InputError(
+                    f"source 'flickr30k', option '{name}': has no effect: {SPLIT_FILE} has splits of its own; "
+                    "leave it out"
+                )
         described = _read_karpathy(input / SPLIT_FILE)
     else:
         captions = _read_tokens(input / TOKEN_FILE)
@@ -63,12 +73,17 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         yield from _samples(name, split, captions_of_image, folder, settled)
 
 
-def _samples(name: str, split: str, captions: list[str], folder: Path, settled: Mapping[str, Any]) -> Iterator[RawSample]:
+def _samples(
+    name: str, split: str, captions: list[str], folder: Path, settled: Mapping[str, Any]
+) -> Iterator[RawSample]:
     shown = captions if split == "train" and settled["train_captions"] == "all" else captions[:1]
     for number, caption in enumerate(shown):
         sample = Sample(
             id=name if split != "train" else f"{name}#{number}",
-            turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt']}"), Turn(role="assistant", text=escape_markers(caption))),
+            turns=(
+                Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt']}"),
+                Turn(role="assistant", text=escape_markers(caption)),
+            ),
             images=(name,),
             metadata={"answer": caption, "captions": captions},
         )
@@ -126,7 +141,11 @@ def _hold_out(
         splits.update(dict.fromkeys(alike[first], split))
         wanted[split] = wanted.get(split, 0) - len(alike[first])
     if wanted["val"] > 0 or wanted["test"] > 0 or "train" not in splits.values():
-        found = f"val_images {num_val} and test_images {num_test} of {len(captions)} images, of which {len(alike)} differ"
-        raise InputError(f"{path}: {found}; equal images go into one split: expected fewer held out, or images that differ")
+        found = (
+            f"val_images {num_val} and test_images {num_test} of {len(captions)} images, of which {len(alike)} differ"
+        )
+        raise InputError(
+            f"{path}: {found}; equal images go into one split: expected fewer held out, or images that differ"
+        )
     for name, captions_of_image in captions.items():
         yield name, splits[name], captions_of_image

@@ -1,18 +1,21 @@
-"""IconQA (Lu et al., 2021, https://arxiv.org/abs/2110.13214): questions about icon images, with text, image or no choices.
+"""IconQA (Lu et al., 2021, https://arxiv.org/abs/2110.13214): questions about icon images, with text, image or no
+choices.
 
 Official layout, in the given folder or in its `iconqa_data`:
 
-    iconqa/{train,val,test}/{choose_txt,choose_img,fill_in_blank}/PID/   data.json, image.png, and choice_N.png of choose_img
+    iconqa/{train,val,test}/{choose_txt,choose_img,fill_in_blank}/PID/   data.json, image.png, and choice_N.png of
+                                                                         choose_img
     problems.json     {PID: what data.json says}; where a folder has no data.json
     pid_splits.json   {train: [PID, ...], choose_txt_train: [...], ...}; where the folders have no split level
     pid2skills.json   {PID: [skill, ...]}; for accuracy by skill
 
-Levels above the question types may be missing. Without a split level and without pid_splits.json, `val_fraction` and `test_fraction` of the
-questions are held out by image (`data_prep.sources.splits`).
+Levels above the question types may be missing. Without a split level and without pid_splits.json, `val_fraction` and
+`test_fraction` of the questions are held out by image (`data_prep.sources.splits`).
 
-choose_txt: the choices are listed as `(a) x (b) y`, and the answer is the right one, letter and text. choose_img (which the paper's code
-leaves out): each choice is an image of its own and stands behind its letter, and the answer is the letter, `(b)`. A model that takes one
-image only is trained on the other two types (option `ques_types`). fill_in_blank: the answer is the text.
+choose_txt: the choices are listed as `(a) x (b) y`, and the answer is the right one, letter and text. choose_img (which
+the paper's code leaves out): each choice is an image of its own and stands behind its letter, and the answer is the
+letter, `(b)`. A model that takes one image only is trained on the other two types (option `ques_types`). fill_in_blank:
+the answer is the text.
 """
 
 from __future__ import annotations
@@ -48,32 +51,42 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: see the module.
-        options: `ques_types`, a list (all three); `prompt` of questions with choices, with places {question} and {options};
-            `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), each in [0, 1)
-            and together less than 1, see the module.
+        options: `ques_types`, a list (all three); `prompt` of questions with choices, with places {question} and
+        {options};
+            `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), each in [0,
+            1) and together less than 1, see the module.
 
     Raises:
-        InputError: nothing there, an unknown question type, missing or malformed fields, no choices, an answer that is none of them:
+        InputError: nothing there, an unknown question type, missing or malformed fields, no choices, an answer that is
+        none of them:
             named with file, pid and key.
     """
     settled = _settled(options)
     if input is None:
         raise InputError("source 'iconqa' needs --input, the folder of the official files")
     root, base = _find_root(input)
-    has_splits = any([is_there(root / split) for split in SPLITS])
+    has_splits = any([is_there(root / split) for split in SPLITS])  # noqa: C419 (each is noted)
     problems = read_object(base / "problems.json") if is_there(base / "problems.json") else {}
     skills = read_object(base / "pid2skills.json") if is_there(base / "pid2skills.json") else {}
     splits = None if has_splits or not is_there(base / "pid_splits.json") else _splits_by_pid(base / "pid_splits.json")
     held_out = [name for name in ("val_fraction", "test_fraction") if name in options]
     if held_out and (has_splits or splits is not None):
-        raise InputError(f"source 'iconqa', option '{held_out[0]}': has no effect: {root} has splits of its own; leave it out")
+        raise InputError(
+            f"source 'iconqa', option '{held_out[0]}': has no effect: {root} has splits of its own; leave it out"
+        )
     questions = partial(_questions, root, base, has_splits, splits, problems, skills, settled)
     yield from questions() if has_splits or splits is not None else drawn("iconqa", questions, settled, options)
 
 
 def _questions(
-    root: Path, base: Path, has_splits: bool, splits: Mapping[str, str] | None, problems: Mapping[str, Any], skills: Any, settled: Mapping[str, Any]
-) -> Iterator[RawSample]:  # fmt: skip
+    root: Path,
+    base: Path,
+    has_splits: bool,
+    splits: Mapping[str, str] | None,
+    problems: Mapping[str, Any],
+    skills: Any,
+    settled: Mapping[str, Any],
+) -> Iterator[RawSample]:
     """All questions; in `train` where neither folders nor `splits` tell the split."""
     for folder, split in _question_folders(root, has_splits, settled["ques_types"]):
         where = f"{folder / 'data.json'}: problem '{folder.name}'"
@@ -103,10 +116,14 @@ def _find_root(input: Path) -> tuple[Path, Path]:
     """The folder that holds splits or question types, and the one that holds the JSON files."""
     for base in (input, input / "iconqa_data"):
         for root in (base, base / "iconqa"):
-            if any([is_there(root / name) and (root / name).is_dir() for name in (*SPLITS, *TYPES)]):
-                in_base = base != root and any([is_there(base / f"{name}.json") for name in ("problems", "pid_splits", "pid2skills")])
+            if any([is_there(root / name) and (root / name).is_dir() for name in (*SPLITS, *TYPES)]):  # noqa: C419
+                lists = ("problems", "pid_splits", "pid2skills")
+                in_base = base != root and any([is_there(base / f"{name}.json") for name in lists])  # noqa: C419
                 return root, base if in_base else root
-    raise InputError(f"{input}: found neither {', '.join(SPLITS)} nor {', '.join(TYPES)} in it; expected SPLIT/QUESTION_TYPE/PID/data.json")
+    raise InputError(
+        f"{input}: found neither {', '.join(SPLITS)} nor {', '.join(TYPES)} in it; expected "
+        "SPLIT/QUESTION_TYPE/PID/data.json"
+    )
 
 
 def _question_folders(root: Path, has_splits: bool, wanted: tuple[str, ...]) -> Iterator[tuple[Path, str | None]]:
@@ -121,11 +138,14 @@ def _question_folders(root: Path, has_splits: bool, wanted: tuple[str, ...]) -> 
                     raise InputError(f"{entry}: unknown question type '{entry.name}', {nearest(entry.name, TYPES)}")
         for ques_type in (name for name in TYPES if name in wanted and is_there(parent / name)):
             folders = (entry for entry in (parent / ques_type).iterdir() if entry.is_dir())
-            yield from ((folder, split) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name)))
+            yield from (
+                (folder, split) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))
+            )
 
 
 def _splits_by_pid(path: Path) -> dict[str, str]:
-    """{pid: split} from lists that are called SPLIT or QUESTION_TYPE_SPLIT; others (trainval, minitrain, ...) repeat what those hold."""
+    """{pid: split} from lists that are called SPLIT or QUESTION_TYPE_SPLIT; others (trainval, minitrain, ...) repeat
+    what those hold."""
     named = {name: (name, *(f"{ques_type}_{name}" for ques_type in TYPES)) for name in SPLITS}
     lists = read_object(path)
     found: dict[str, str] = {}
@@ -175,7 +195,9 @@ def _checked(record: Any, folder: Path, where: str) -> _Problem:
     return _Problem(ques_type=ques_type, choices=tuple(choices), answer=answer, **texts)
 
 
-def _sample(problem: _Problem, folder: Path, root: Path, split: str, skills: list[str], settled: Mapping[str, Any]) -> RawSample:
+def _sample(
+    problem: _Problem, folder: Path, root: Path, split: str, skills: list[str], settled: Mapping[str, Any]
+) -> RawSample:
     names, candidates = ["image.png"], []
     question = escape_markers(plain(problem.question))
     if problem.ques_type == "fill_in_blank":
@@ -188,14 +210,25 @@ def _sample(problem: _Problem, folder: Path, root: Path, split: str, skills: lis
             names += problem.choices
             candidates = lettered([""] * len(problem.choices))
             listed = [f"{letter} {IMAGE_MARKER}" for letter in candidates]
-        prompt, answer = settled["prompt"].format(question=question, options=" ".join(listed)), candidates[problem.answer]
+        prompt, answer = (
+            settled["prompt"].format(question=question, options=" ".join(listed)),
+            candidates[problem.answer],
+        )
     sample = Sample(
         id=folder.name,
-        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=escape_markers(answer))),
+        turns=(
+            Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"),
+            Turn(role="assistant", text=escape_markers(answer)),
+        ),
         images=tuple(str(folder.relative_to(root) / name) for name in names),
         metadata={
-            "question_type": problem.ques_type, "choices": list(problem.choices), "answer": problem.answer, "candidates": candidates,
-            "grade": problem.grade, "label": problem.label, "skills": skills,
+            "question_type": problem.ques_type,
+            "choices": list(problem.choices),
+            "answer": problem.answer,
+            "candidates": candidates,
+            "grade": problem.grade,
+            "label": problem.label,
+            "skills": skills,
         },  # fmt: skip
     )
     return RawSample(split=split, sample=sample, image_sources=tuple(folder / name for name in names))

@@ -1,18 +1,23 @@
 """LLaVA's conversation JSON, the field's common layout for own data, as its files are: a JSON list, or JSON Lines.
 
-    {"id": ..., "image": "a.jpg" or ["a.jpg", ...], "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}]}
-    {"messages": [{"role": "system", "content": "..."}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, ...], "images": [...]}
+    {"id": ..., "image": "a.jpg" or ["a.jpg", ...], "conversations": [{"from": "human", "value": "<image>\\n..."},
+    {"from": "gpt", "value": ...}]} {"messages": [{"role": "system", "content": "..."}, {"role": "user", "content":
+    [{"type": "image"}, {"type": "text", "text": "..."}]}, ...], "images": [...]}
 
-Images are found beside the file, or in the folder that the option `images` names. What real files have is read so, and told once with a count:
+Images are found beside the file, or in the folder that the option `images` names. What real files have is read so, and
+told once with a count:
 
 - An id that comes again, or is missing, is numbered (`ID#2`; `record-7`); a numeric one becomes a text.
-- Turns of the assistant before the first question, and questions behind the last answer, are left out: nothing could be learned from them.
-- `<image>` in an answer or a system turn is the text "<image>". In a question it is an image; the text is written `<\\image>`.
-- Content parts are joined as they stand. Where a record has image parts, they alone are images, and `<image>` in a text is text.
-- A system turn stays one (see `vltrain.data.conversation`). Keys that are not read are named.
+- Turns of the assistant before the first question, and questions behind the last answer, are left out: nothing could be
+  learned from them.
+- `<image>` in an answer or a system turn is the text "<image>". In a question it is an image; the text is written
+  `<\\image>`.
+- Content parts are joined as they stand. Where a record has image parts, they alone are images, and `<image>` in a text
+  is text.
+- A system turn stays one (see `vltrain.data.text.conversation`). Keys that are not read are named.
 
-A record of which nothing can be made stops the reading, or with `unusable=drop` is left out and told; so does one that has images and nowhere
-`<image>`, or with `unmarked=front` its images stand in front of the first question.
+A record of which nothing can be made stops the reading, or with `unusable=drop` is left out and told; so does one that
+has images and nowhere `<image>`, or with `unmarked=front` its images stand in front of the first question.
 """
 
 from __future__ import annotations
@@ -42,13 +47,16 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the file.
-        options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by image (`data_prep.sources.splits`):
-            each in [0, 1), together less than 1; `images`, a folder; `unusable`: `error`, or `drop` to leave records out that are no samples, the
-            first ones named; `unmarked`: `error`, or `front`, see the module.
+        options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by
+        image (`data_prep.sources.splits`):
+            each in [0, 1), together less than 1; `images`, a folder; `unusable`: `error`, or `drop` to leave records
+            out that are no samples, the first ones named; `unmarked`: `error`, or `front`, see the module.
 
     Raises:
-        InputError: not such a file, a text that is none, an unknown speaker, an empty turn, speakers who do not alternate, a path that leads out of
-            the image folder; markers and images that differ: named with file, line and path in the record. Fractions as `data_prep.sources.splits.drawn`.
+        InputError: not such a file, a text that is none, an unknown speaker, an empty turn, speakers who do not
+        alternate, a path that leads out of
+            the image folder; markers and images that differ: named with file, line and path in the record. Fractions as
+            `data_prep.sources.splits.drawn`.
     """
     defaults = {"val_fraction": 0.02, "test_fraction": 0.0, "images": None, "unusable": "error", "unmarked": "error"}
     settled = settle("llava_json", options, defaults, FRACTIONS)
@@ -64,7 +72,9 @@ def _samples(input: Path, settled: Mapping[str, Any], told: set[str]) -> Iterato
     """All samples of the file, in one split. `told`: lines that were printed already, by a reading before."""
     folder = Path(settled["images"]) if settled["images"] else input.parent
     reader = _Reader(input, told, settled["unmarked"] == "front")
-    for number, (where, record) in enumerate(read_records(input, "a JSON list of conversations, or JSON Lines of them")):
+    for number, (where, record) in enumerate(
+        read_records(input, "a JSON list of conversations, or JSON Lines of them")
+    ):
         try:
             sample = reader.sample(record, number, f"{where}, record {number}")
         except InputError as error:
@@ -96,10 +106,14 @@ class _Reader:
         for what, count in self._counts.items():
             self._print(f"{self._input}: {count} {what}")
         if self._left_out:
-            self._print(f"{self._input}: {self._left_out} record(s) left out, of which nothing can be learned (unusable=drop)")
+            self._print(
+                f"{self._input}: {self._left_out} record(s) left out, of which nothing can be learned (unusable=drop)"
+            )
         if self._unread:
             named = ", ".join(f"{key} ({count})" for key, count in self._unread.most_common(MAX_TOLD))
-            self._print(f"{self._input}: keys that are not read: {named}{', ...' if len(self._unread) > MAX_TOLD else ''}")
+            self._print(
+                f"{self._input}: keys that are not read: {named}{', ...' if len(self._unread) > MAX_TOLD else ''}"
+            )
 
     def _print(self, line: str) -> None:
         if line not in self._told:
@@ -118,9 +132,16 @@ class _Reader:
         turns = _plain_turns(record[key])
         if turns is None:
             has_parts = _has_image_parts(record[key])
-            turns = self._trimmed([self._turn(turn, f"{where}: {key}[{place}]", has_parts, own_images) for place, turn in enumerate(record[key])])
+            turns = self._trimmed(
+                [
+                    self._turn(turn, f"{where}: {key}[{place}]", has_parts, own_images)
+                    for place, turn in enumerate(record[key])
+                ]
+            )
         if own_images and images:
-            raise InputError(f"{where}: images both in content parts and under {' or '.join(IMAGE_KEYS)}, expected one of the two")
+            raise InputError(
+                f"{where}: images both in content parts and under {' or '.join(IMAGE_KEYS)}, expected one of the two"
+            )
         if images and not any(IMAGE_MARKER in turn.text for turn in turns):
             turns = self._marked(turns, len(images), where)
         for name in record:
@@ -128,7 +149,12 @@ class _Reader:
                 self._unread[name] += 1
         answer = unescape_markers(turns[-1].text) if turns else ""
         try:
-            return Sample(id=self._id(record, number, where), turns=tuple(turns), images=tuple(images or own_images), metadata={"answer": answer})
+            return Sample(
+                id=self._id(record, number, where),
+                turns=tuple(turns),
+                images=tuple(images or own_images),
+                metadata={"answer": answer},
+            )
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
@@ -152,25 +178,47 @@ class _Reader:
     def _turn(self, turn: Any, where: str, has_parts: bool, own_images: list[str]) -> Turn:
         """One turn; paths that its image parts name are added to `own_images`."""
         if type(turn) is not dict:
-            raise InputError(f"{where}: found {shown(turn)}, expected an object with from and value, or role and content")
+            raise InputError(
+                f"{where}: found {shown(turn)}, expected an object with from and value, or role and content"
+            )
         speaker, content = next((names for names in TURN_KEYS.values() if names[0] in turn), TURN_KEYS["conversations"])
-        if {"from", "role"} <= turn.keys() and (ROLES.get(str(turn["from"])) != ROLES.get(str(turn["role"])) or turn.get("value") != turn.get("content", turn.get("value"))):
-            raise InputError(f"{where}: from and value say something else than role and content: {shown(turn)}; leave one of them out")
+        if {"from", "role"} <= turn.keys() and (
+            ROLES.get(str(turn["from"])) != ROLES.get(str(turn["role"]))
+            or turn.get("value") != turn.get("content", turn.get("value"))
+        ):
+            raise InputError(
+                f"{where}: from and value say something else than role and content: {shown(turn)}; leave one of "
+                "them out"
+            )
         role = ROLES.get(turn.get(speaker)) if type(turn.get(speaker)) is str else None
         if role is None:
-            hint = nearest(turn[speaker], ROLES) if type(turn.get(speaker)) is str else f"expected one of {', '.join(ROLES)}"
-            raise InputError(f"{where}.{speaker}: found {shown(turn[speaker]) if speaker in turn else 'nothing'}, {hint}")
+            hint = (
+                nearest(turn[speaker], ROLES)
+                if type(turn.get(speaker)) is str
+                else f"expected one of {', '.join(ROLES)}"
+            )
+            raise InputError(
+                f"{where}.{speaker}: found {shown(turn[speaker]) if speaker in turn else 'nothing'}, {hint}"
+            )
         for name in turn.keys() - {speaker, content}:
             if name in UNLEARNED and turn[name] in (0, False):
-                raise InputError(f"{where}.{name}: found {shown(turn[name])}: every answer is learned here; leave the turn out of the file, or the key")
+                raise InputError(
+                    f"{where}.{name}: found {shown(turn[name])}: every answer is learned here; leave the turn "
+                    "out of the file, or the key"
+                )
             self._unread[f"turns' {name}"] += 1
         value = turn.get(content)
         if type(value) is list:
-            texts = [self._part(part, f"{where}.{content}[{place}]", role, has_parts, own_images) for place, part in enumerate(value)]
+            texts = [
+                self._part(part, f"{where}.{content}[{place}]", role, has_parts, own_images)
+                for place, part in enumerate(value)
+            ]
             return Turn(role=role, text="".join(texts))
         if type(value) is not str:
             parts = " or a list of parts" if content == "content" else ""
-            raise InputError(f"{where}.{content}: found {shown(value) if content in turn else 'nothing'}, expected a text{parts}")
+            raise InputError(
+                f"{where}.{content}: found {shown(value) if content in turn else 'nothing'}, expected a text{parts}"
+            )
         return Turn(role=role, text=self._as_text(value) if has_parts or role != "user" else value)
 
     def _part(self, part: Any, where: str, role: str, has_parts: bool, own_images: list[str]) -> str:
@@ -194,16 +242,24 @@ class _Reader:
     def _as_text(self, text: str) -> str:
         """A text in which `<image>` is no image."""
         if IMAGE_MARKER in text:
-            self._counts[f"text(s) with {IMAGE_MARKER} in an answer, a system turn or beside image parts: taken as text"] += 1
+            self._counts[
+                f"text(s) with {IMAGE_MARKER} in an answer, a system turn or beside image parts: taken as text"
+            ] += 1
             return text.replace(IMAGE_MARKER, escape_markers(IMAGE_MARKER))
         return text
 
     def _marked(self, turns: list[Turn], num_images: int, where: str) -> list[Turn]:
-        """Turns without a marker, with the images in front of the first question. Raises InputError unless that is asked for."""
+        """Turns without a marker, with the images in front of the first question. Raises InputError unless that is
+        asked for."""
         first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
         if not self._marks_images or first is None:
-            raise InputError(f"{where}: {num_images} image(s) and no {IMAGE_MARKER} in its turns; write where they stand, or --options unmarked=front")
-        self._counts[f"record(s) with images and no {IMAGE_MARKER}: they stand in front of the first question (unmarked=front)"] += 1
+            raise InputError(
+                f"{where}: {num_images} image(s) and no {IMAGE_MARKER} in its turns; write where they stand, or "
+                "--options unmarked=front"
+            )
+        self._counts[
+            f"record(s) with images and no {IMAGE_MARKER}: they stand in front of the first question (unmarked=front)"
+        ] += 1
         text = f"{IMAGE_MARKER}\n" * num_images + turns[first].text
         return [*turns[:first], Turn(role="user", text=text), *turns[first + 1 :]]
 
@@ -221,7 +277,9 @@ class _Reader:
         if begin == end:
             return turns  # nothing to learn, which Sample says
         if begin > first:
-            self._counts["conversation(s) begin with the assistant: its turns before the first question are left out"] += 1
+            self._counts[
+                "conversation(s) begin with the assistant: its turns before the first question are left out"
+            ] += 1
         if end < len(turns):
             self._counts["conversation(s) end with a question: it is left out"] += 1
         return turns[:first] + turns[begin:end]
@@ -266,7 +324,12 @@ def _images(record: dict[str, Any], where: str) -> list[str]:
 
 def _has_image_parts(turns: list[Any]) -> bool:
     contents = [turn.get("content", turn.get("value")) for turn in turns if type(turn) is dict]
-    return any(type(part) is dict and part.get("type") in IMAGE_PARTS for content in contents if type(content) is list for part in content)
+    return any(
+        type(part) is dict and part.get("type") in IMAGE_PARTS
+        for content in contents
+        if type(content) is list
+        for part in content
+    )
 
 
 def _path_of(part: dict[str, Any], where: str) -> str | None:

@@ -1,16 +1,20 @@
-"""Options of a source: `key=value` from a command line or typed values from a recipe, checked against what the source declares."""
+"""Options of a source: `key=value` from a command line or typed values from a recipe, checked against what the source
+declares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from vltrain.config.ranges import Range
 from vltrain.errors import InputError, nearest
-from vltrain.ranges import Range
 
 
-def settle(source: str, given: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range] = {}) -> dict[str, Any]:
-    """The defaults, overridden by what is given: of the default's type, or its text (None takes text, a tuple a list or `a,b,c`).
+def settle(
+    source: str, given: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range] = {}
+) -> dict[str, Any]:
+    """The defaults, overridden by what is given: of the default's type, or its text (None takes text, a tuple a list or
+    `a,b,c`).
 
     Args:
         ranges: of the options that are numbers.
@@ -43,7 +47,8 @@ _asked = False
 
 
 def all_options(read: Callable[[None, Mapping[str, Any]], Iterator[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of a reader, those at their default too, by the `settle` that each begins with. Raises InputError as that does."""
+    """Every option of a reader, those at their default too, by the `settle` that each begins with. Raises InputError as
+    that does."""
     global _asked
     _asked = True
     try:
@@ -61,9 +66,7 @@ def _read(value: Any, kind: type) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
             return tuple(parts)
-    elif isinstance(value, str) and kind in (int, float):
-        return kind(value)
-    elif type(value) is kind or (kind is float and type(value) is int):
+    elif type(value) in (kind, *((int,) if kind is float else ()), *((str,) if kind in (int, float) else ())):
         return kind(value)
     raise ValueError
 

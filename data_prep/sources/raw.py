@@ -11,16 +11,17 @@ from vltrain.errors import InputError
 from vltrain.files.strict_json import field, id_text
 from vltrain.schema import Sample, path_fault
 
-
 ImageSource = Path | Callable[[], bytes]
-"""An image file, or what draws one: called in a worker process for the file's bytes, so it can be pickled and compared."""
+"""An image file, or what draws one: called in a worker process for the file's bytes, so it can be pickled and
+compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
     """A sample, its split, and where its images come from.
 
-    `image_sources` has one for each of `sample.images`; those are the names the images get in the prepared folder, below `images/`.
+    `image_sources` has one for each of `sample.images`; those are the names the images get in the prepared folder,
+    below `images/`.
     """
 
     split: str
@@ -29,13 +30,15 @@ class RawSample:
 
 
 def ids_of(splits: dict[str, Any], split: str, where: str) -> list[str]:
-    """The ids that a file of splits lists for one, none where it does not name it. InputError if that is no list of ids."""
+    """The ids that a file of splits lists for one, none where it does not name it. InputError if that is no list of
+    ids."""
     listed = field(splits, split, list, where) if split in splits else []
     return [id_text(one, f"{where}: {split}[{number}]") for number, one in enumerate(listed)]
 
 
 def image_name(record: Any, key: str, where: str) -> str:
-    """`record[key]`, an image's path below its folder. Raises InputError as `field`, and for one that leads out of the folder."""
+    """`record[key]`, an image's path below its folder. Raises InputError as `field`, and for one that leads out of the
+    folder."""
     name = field(record, key, str, where)
     fault = path_fault(name)
     if fault is not None:

@@ -1,14 +1,17 @@
 """ScienceQA (Lu et al., 2022) from its official files: problems.json, pid_splits.json, images/{split}/{pid}/image.png.
 
-A prompt format is INPUT-OUTPUT. Input letters, in order: C context (hint), Q question, M options, then L lecture and E explanation
-where the input shows them, or G a rationale. Output letters, in order: A answer, L lecture, E explanation, P (as L and E) of LLaVA's LEPA.
-`QCM-ALE`, the paper's: "Question: ... Context: ... Options: (A) ... (B) ...  Response:" -> "The answer is A. BECAUSE: lecture explanation".
+A prompt format is INPUT-OUTPUT. Input letters, in order: C context (hint), Q question, M options, then L lecture and E
+explanation where the input shows them, or G a rationale. Output letters, in order: A answer, L lecture, E explanation,
+P (as L and E) of LLaVA's LEPA.
+`QCM-ALE`, the paper's: "Question: ... Context: ... Options: (A) ... (B) ...  Response:" -> "The answer is A. BECAUSE:
+lecture explanation".
 Each format does what its letters say; where lecture and explanation are empty, no "BECAUSE:" is left standing.
 
-Multimodal-CoT (https://arxiv.org/abs/2302.00923) is two runs. The first, `QCM-LE`, learns the rationale (lecture and explanation, "N/A"
-where there is neither) without the answer. The second, `QCMG-A`, reads a rationale behind the options ("Solution: ...") and learns the
-answer. Val and test questions always show what the first run wrote (option `rationales`), never the data's own; train questions show
-the data's own, as its authors do, or with `train_rationales: generated` what the first run wrote about them too.
+Multimodal-CoT (https://arxiv.org/abs/2302.00923) is two runs. The first, `QCM-LE`, learns the rationale (lecture and
+explanation, "N/A" where there is neither) without the answer. The second, `QCMG-A`, reads a rationale behind the
+options ("Solution: ...") and learns the answer. Val and test questions always show what the first run wrote (option
+`rationales`), never the data's own; train questions show the data's own, as its authors do, or with
+`train_rationales: generated` what the first run wrote about them too.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INPUTS = tuple(order + shown for order in ("CQM", "QCM") for shown in ("", "L", "E", "LE", "G"))
 OUTPUTS = ("A", "LA", "EA", "LEA", "ELA", "AL", "AE", "ALE", "LEPA", "LE")
-FORMATS = tuple(f"{given}-{wanted}" for given in INPUTS for wanted in OUTPUTS if given in ("CQM", "QCM") or wanted == "A")
+FORMATS = tuple(
+    f"{given}-{wanted}" for given in INPUTS for wanted in OUTPUTS if given in ("CQM", "QCM") or wanted == "A"
+)
 
 
 def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
@@ -37,12 +42,14 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the folder of the official files.
-        options: `prompt_format` (QCM-ALE); `missing_images`: `error`, or `drop` to leave such questions out, each one printed; and for
-            formats with G `rationales`, a run's folder (its `eval/SPLIT/predictions.jsonl` are read) or a file of {pid: text}, and
-            `train_rationales`: `gold` or `generated`.
+        options: `prompt_format` (QCM-ALE); `missing_images`: `error`, or `drop` to leave such questions out, each one
+        printed; and for
+            formats with G `rationales`, a run's folder (its `eval/SPLIT/predictions.jsonl` are read) or a file of {pid:
+            text}, and `train_rationales`: `gold` or `generated`.
 
     Raises:
-        InputError: a missing file or field, an answer that is none of the choices, an unknown format, a question without a rationale or a
+        InputError: a missing file or field, an answer that is none of the choices, an unknown format, a question
+        without a rationale or a
             rationale without a question: named with file, pid and key.
     """
     settled = _settled(options)
@@ -53,10 +60,14 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         rationales = _rationales(settled, split, splits)
         for pid in ids_of(splits, split, str(input / "pid_splits.json")):
             if pid not in problems:
-                raise InputError(f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks")
+                raise InputError(
+                    f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks"
+                )
             where = f"{input / 'problems.json'}: problem '{pid}'"
             problem = checked(problems[pid], where)
-            image = input / "images" / split / pid / image_name(problem, "image", where) if problem.get("image") else None
+            image = (
+                input / "images" / split / pid / image_name(problem, "image", where) if problem.get("image") else None
+            )
             if image is not None and settled["missing_images"] == "drop" and not is_there(image):
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
@@ -68,7 +79,9 @@ def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {"prompt_format": "QCM-ALE", "missing_images": "error", "rationales": None, "train_rationales": "gold"}
     settled = settle("scienceqa", options, defaults)
     if settled["prompt_format"] not in FORMATS:
-        raise InputError(f"prompt_format: unknown '{settled['prompt_format']}', {nearest(settled['prompt_format'], FORMATS)}")
+        raise InputError(
+            f"prompt_format: unknown '{settled['prompt_format']}', {nearest(settled['prompt_format'], FORMATS)}"
+        )
     for name, known in (("missing_images", ("error", "drop")), ("train_rationales", ("gold", "generated"))):
         if settled[name] not in known:
             raise InputError(f"{name}: found '{settled[name]}', expected {' or '.join(known)}")
@@ -78,7 +91,9 @@ def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"prompt_format {settled['prompt_format']} needs the option {needed}")
     if not reads_rationales and (settled["rationales"] is not None or settled["train_rationales"] != "gold"):
         name = "rationales" if settled["rationales"] is not None else "train_rationales"
-        raise InputError(f"{name}: has no effect: prompt_format {settled['prompt_format']} shows no rationale; QCMG-A does")
+        raise InputError(
+            f"{name}: has no effect: prompt_format {settled['prompt_format']} shows no rationale; QCMG-A does"
+        )
     return settled
 
 
@@ -94,13 +109,20 @@ class Rationales:
         if self.written is None:
             return answer_of(problem, "LE")
         if pid not in self.written:
-            raise InputError(f"{self.where}: no rationale of problem '{pid}'; answer the whole split: vltrain evaluate RUN --split SPLIT")
+            raise InputError(
+                f"{self.where}: no rationale of problem '{pid}'; answer the whole split: vltrain evaluate RUN "
+                "--split SPLIT"
+            )
         return self.written[pid]
 
 
 def _rationales(settled: Mapping[str, Any], split: str, splits: Mapping[str, Any]) -> Rationales:
     """Those of a split: the data's own only where the format shows none, or for training."""
-    if settled["rationales"] is None or (split == "train" and settled["train_rationales"] == "gold") or not splits.get(split):
+    if (
+        settled["rationales"] is None
+        or (split == "train" and settled["train_rationales"] == "gold")
+        or not splits.get(split)
+    ):
         return Rationales(None)
     place = Path(settled["rationales"])
     file = place / "eval" / split / "predictions.jsonl" if place.is_dir() else place
@@ -112,7 +134,10 @@ def _rationales(settled: Mapping[str, Any], split: str, splits: Mapping[str, Any
     splits_of_file = (split,) if place.is_dir() else tuple(splits)
     unknown = written.keys() - {pid for name in splits_of_file for pid in ids_of(splits, name, "pid_splits.json")}
     if unknown:
-        named = f"{len(unknown)} problem(s) that are not in {', '.join(splits_of_file)} of pid_splits.json ({name_some(unknown)})"
+        named = (
+            f"{len(unknown)} problem(s) that are not in {', '.join(splits_of_file)} of pid_splits.json "
+            f"({name_some(unknown)})"
+        )
         raise InputError(f"{file}: rationales of {named}; are they of another data set or split?")
     return Rationales(written, str(file))
 
@@ -123,7 +148,9 @@ def checked(problem: Any, where: str) -> dict[str, Any]:
         field(problem, name, str, where)
     for name in ("hint", "lecture", "solution"):  # may be empty
         if type(problem.get(name)) is not str:
-            raise InputError(f"{where}: {name}: found {shown(problem[name]) if name in problem else 'nothing'}, expected a text")
+            raise InputError(
+                f"{where}: {name}: found {shown(problem[name]) if name in problem else 'nothing'}, expected a text"
+            )
     for name in ("image", "skill"):  # may be missing
         if problem.get(name) not in (None, ""):
             field(problem, name, str, where)
@@ -132,7 +159,10 @@ def checked(problem: Any, where: str) -> dict[str, Any]:
     if not 2 <= len(problem["choices"]) <= len(LETTERS):
         raise InputError(f"{where}: choices: found {len(problem['choices'])}, expected 2 to {len(LETTERS)}")
     if not 0 <= problem["answer"] < len(problem["choices"]):
-        raise InputError(f"{where}: answer: found {problem['answer']}, expected 0 to {len(problem['choices']) - 1}, one of the choices")
+        raise InputError(
+            f"{where}: answer: found {problem['answer']}, expected 0 to {len(problem['choices']) - 1}, one of "
+            "the choices"
+        )
     return problem
 
 
@@ -144,7 +174,9 @@ def to_sample(
     prompt = prompt_of(problem, given, rationale)
     metadata = {name: problem[name] for name in ("choices", "answer", "subject", "hint", "grade")}
     if wanted.startswith("A"):  # what the answer can begin with; behind a rationale there is nothing to rank
-        metadata["candidates"] = [answer_of({**problem, "answer": number}, "A") for number in range(len(problem["choices"]))]
+        metadata["candidates"] = [
+            answer_of({**problem, "answer": number}, "A") for number in range(len(problem["choices"]))
+        ]
     sample = Sample(
         id=pid,
         turns=(
@@ -161,9 +193,13 @@ def prompt_of(problem: dict[str, Any], given: str, rationale: str = "") -> str:
     """The question as the input letters order it, as a turn holds it: `<image>` in the data's own text is escaped."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     parts = {
-        "Q": f"Question: {problem['question']}", "C": f"Context: {problem['hint'].strip() or 'N/A'}", "M": f"Options: {options}",
-        "L": f"BECAUSE: {problem['lecture'].strip()}", "E": problem["solution"].strip(), "G": f"Solution: {rationale.strip() or 'N/A'}",
-    }  # fmt: skip
+        "Q": f"Question: {problem['question']}",
+        "C": f"Context: {problem['hint'].strip() or 'N/A'}",
+        "M": f"Options: {options}",
+        "L": f"BECAUSE: {problem['lecture'].strip()}",
+        "E": problem["solution"].strip(),
+        "G": f"Solution: {rationale.strip() or 'N/A'}",
+    }
     if "L" not in given and parts["E"]:
         parts["E"] = f"BECAUSE: {parts['E']}"
     shown = [parts[letter] for letter in given if parts[letter] not in ("", "BECAUSE: ")]

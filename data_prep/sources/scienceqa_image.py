@@ -28,7 +28,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the folder with problems.json, pid_splits.json and images/{split}/{pid}/image.png.
-        options: `prompt` with the places {context} (hint and lecture; "N/A" where there is neither), {question} and {options};
+        options: `prompt` with the places {context} (hint and lecture; "N/A" where there is neither), {question} and
+        {options};
             `missing_images`: `error`, or `drop` to leave such questions out, each one printed.
 
     Raises:
@@ -38,12 +39,16 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     check_template("scienceqa_image", "prompt", settled["prompt"], ("context", "question", "options"))
     choose("scienceqa_image", "missing_images", settled["missing_images"], ("error", "drop"))
     if input is None:
-        raise InputError("source 'scienceqa_image' needs --input, the folder with problems.json, pid_splits.json and images/")
+        raise InputError(
+            "source 'scienceqa_image' needs --input, the folder with problems.json, pid_splits.json and images/"
+        )
     problems, splits = read_object(input / "problems.json"), read_object(input / "pid_splits.json")
     for split in ("train", "val", "test"):
         for pid in ids_of(splits, split, str(input / "pid_splits.json")):
             if pid not in problems:
-                raise InputError(f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks")
+                raise InputError(
+                    f"{input / 'pid_splits.json'}: split '{split}' names problem '{pid}', which problems.json lacks"
+                )
             where = f"{input / 'problems.json'}: problem '{pid}'"
             problem = checked(problems[pid], where)
             if not problem.get("image"):
@@ -65,7 +70,10 @@ def _sample(pid: str, split: str, problem: dict[str, Any], image: Path, template
         metadata["skill"] = problem["skill"]
     sample = Sample(
         id=pid,
-        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=escape_markers(candidates[problem["answer"]]))),
+        turns=(
+            Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"),
+            Turn(role="assistant", text=escape_markers(candidates[problem["answer"]])),
+        ),
         images=(f"{split}/{pid}/{image.name}",),
         metadata={**metadata, "candidates": candidates},
     )

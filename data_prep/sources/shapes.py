@@ -7,8 +7,9 @@ Each image shows one to six plain figures on a pale ground; questions are of cou
     Which color is the star? Options: (a) red (b) blue (c) black.
     Where is the red star? It is (_) the blue circle. Options: (a) above (b) left of.
 
-Everything follows from the seed. No scene comes twice, so no image of one split is in another. It is small enough to train a Q-Former from
-scratch on, which tells full tuning, LoRA and AdaLoRA apart where no data set can be downloaded; it says nothing about photographs.
+Everything follows from the seed. No scene comes twice, so no image of one split is in another. It is small enough to
+train a Q-Former from scratch on, which tells full tuning, LoRA and AdaLoRA apart where no data set can be downloaded;
+it says nothing about photographs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from data_prep.pretrain.drawings import hue, outline
 from data_prep.sources.options import settle
 from data_prep.sources.prompts import check_template, lettered
 from data_prep.sources.raw import RawSample
+from vltrain.config.ranges import MOST_SEED, MOST_STEPS, Range
 from vltrain.errors import InputError
-from vltrain.ranges import MOST_SEED, MOST_STEPS, Range
 from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 SHAPES = ("circle", "rectangle", "triangle", "star", "cross", "heart")
@@ -39,18 +40,27 @@ MAX_FIGURES = 6
 MAX_CHOICES = 4
 SOFTNESS = 2  # figures are drawn this much larger and averaged, so that edges are smooth
 DEFAULTS = {
-    "train_images": 2000, "val_images": 250, "test_images": 250, "questions_per_image": 4, "image_size": 64, "seed": 0, "skills": SKILLS,
+    "train_images": 2000,
+    "val_images": 250,
+    "test_images": 250,
+    "questions_per_image": 4,
+    "image_size": 64,
+    "seed": 0,
+    "skills": SKILLS,
     "prompt": "Question: {question} Options: {options}. Short answer:",
-}  # fmt: skip
+}
 RANGES = {
-    **dict.fromkeys(("train_images", "val_images", "test_images"), Range(0, MOST_STEPS)), "questions_per_image": Range(1, MOST_STEPS),
-    "image_size": Range(16, 4096), "seed": Range(0, MOST_SEED),
-}  # fmt: skip
+    **dict.fromkeys(("train_images", "val_images", "test_images"), Range(0, MOST_STEPS)),
+    "questions_per_image": Range(1, MOST_STEPS),
+    "image_size": Range(16, 4096),
+    "seed": Range(0, MOST_SEED),
+}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: numbers of `SHAPES` and `COLORS`, its very colour, centre and radius in image sides, and the seed of its outline."""
+    """One figure: numbers of `SHAPES` and `COLORS`, its very colour, centre and radius in image sides, and the seed of
+    its outline."""
 
     shape: int
     color: int
@@ -100,9 +110,10 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: must be None.
-        options: `train_images` (2000), `val_images` and `test_images` (250 each); `questions_per_image` (4), at most, as many as a scene
-            allows; `image_size` (64); `seed` (0); `skills`, a list (counting, color, shape, position); `prompt` with the places {question}
-            and {options}.
+        options: `train_images` (2000), `val_images` and `test_images` (250 each); `questions_per_image` (4), at most,
+        as many as a scene
+            allows; `image_size` (64); `seed` (0); `skills`, a list (counting, color, shape, position); `prompt` with
+            the places {question} and {options}.
 
     Raises:
         InputError: an option out of its range, or an input.
@@ -119,11 +130,15 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         for index in range(settled[f"{split}_images"]):
             rng = np.random.default_rng([settled["seed"], number, index])
             scene, questions = make_scene(rng, settled["image_size"]), []
-            while scene in seen or not (questions := ask(rng, scene, settled["skills"], settled["questions_per_image"])):
+            while scene in seen or not (
+                questions := ask(rng, scene, settled["skills"], settled["questions_per_image"])
+            ):
                 scene = make_scene(rng, settled["image_size"])
             seen.add(scene)
             for place, question in enumerate(questions):
-                yield _sample(f"{split}/{index}/{place}", split, f"{split}/{index}.png", scene, question, settled["prompt"])
+                yield _sample(
+                    f"{split}/{index}/{place}", split, f"{split}/{index}.png", scene, question, settled["prompt"]
+                )
 
 
 def _sample(name: str, split: str, image: str, scene: Scene, question: Question, template: str) -> RawSample:
@@ -131,10 +146,16 @@ def _sample(name: str, split: str, image: str, scene: Scene, question: Question,
     prompt = template.format(question=question.text, options=" ".join(candidates))
     sample = Sample(
         id=name,
-        turns=(Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"), Turn(role="assistant", text=candidates[question.answer])),
+        turns=(
+            Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"),
+            Turn(role="assistant", text=candidates[question.answer]),
+        ),
         images=(image,),
         metadata={
-            "question_type": "choose_txt", "choices": list(question.choices), "answer": question.answer, "candidates": candidates,
+            "question_type": "choose_txt",
+            "choices": list(question.choices),
+            "answer": question.answer,
+            "candidates": candidates,
             "skills": [question.skill],
         },  # fmt: skip
     )
@@ -142,7 +163,8 @@ def _sample(name: str, split: str, image: str, scene: Scene, question: Question,
 
 
 def make_scene(rng: np.random.Generator, image_size: int) -> Scene:
-    """One to six figures that do not touch; half of the scenes draw from one to three colours or shapes only, so that there is to count."""
+    """One to six figures that do not touch; half of the scenes draw from one to three colours or shapes only, so that
+    there is to count."""
     colors, shapes = (rng.permutation(6)[: 6 if rng.random() < 0.5 else rng.integers(1, 4)] for _ in range(2))
     figures: list[Figure] = []
     wanted = int(rng.integers(1, MAX_FIGURES + 1))
@@ -184,20 +206,30 @@ def _ask_counting(rng: np.random.Generator, scene: Scene) -> list[Question]:
     for figure in scene.figures:
         for name in (PLURALS.get(SHAPES[figure.shape], SHAPES[figure.shape] + "s"), f"{COLORS[figure.color]} shapes"):
             counted[name] = counted.get(name, 0) + 1
-    # Most kinds of figures are there once: without this thinning, "1" would be a good guess without a look at the image.
+    # Most kinds of figures are there once: without this thinning, "1" would be a good guess without a look at the
+    # image.
     counted = {name: count for name, count in counted.items() if count > 1 or rng.random() < 0.15}
     numbers = [str(number) for number in range(1, MAX_FIGURES + 1)]
-    return [_question(rng, "counting", f"How many {name} are there?", str(count), numbers) for name, count in counted.items()]
+    return [
+        _question(rng, "counting", f"How many {name} are there?", str(count), numbers)
+        for name, count in counted.items()
+    ]
 
 
 def _ask_color(rng: np.random.Generator, scene: Scene) -> list[Question]:
     single = [figure for figure in scene.figures if sum(figure.shape == other.shape for other in scene.figures) == 1]
-    return [_question(rng, "color", f"Which color is the {SHAPES[figure.shape]}?", COLORS[figure.color], COLORS) for figure in single]
+    return [
+        _question(rng, "color", f"Which color is the {SHAPES[figure.shape]}?", COLORS[figure.color], COLORS)
+        for figure in single
+    ]
 
 
 def _ask_shape(rng: np.random.Generator, scene: Scene) -> list[Question]:
     single = [figure for figure in scene.figures if sum(figure.color == other.color for other in scene.figures) == 1]
-    return [_question(rng, "shape", f"Which shape is {COLORS[figure.color]}?", SHAPES[figure.shape], SHAPES) for figure in single]
+    return [
+        _question(rng, "shape", f"Which shape is {COLORS[figure.color]}?", SHAPES[figure.shape], SHAPES)
+        for figure in single
+    ]
 
 
 def _ask_position(rng: np.random.Generator, scene: Scene) -> list[Question]:

@@ -1,9 +1,10 @@
 """Splits that share no image: drawn where a data set has none of its own, and looked at where it has.
 
-Samples that show the same image, under one path or as equal bytes under several, belong to one group, and so do those of groups that a
-sample with several images joins (connected components). A group goes to one split as a whole, drawn by a hash of its smallest id: a group keeps its split
-when others come or go. A group of more than half of all samples is trained on, since nothing could be learned without it. Where chance leaves a split
-empty whose fraction is of a group or more, as among forty photos it may, the split gets the group that came closest.
+Samples that show the same image, under one path or as equal bytes under several, belong to one group, and so do those
+of groups that a sample with several images joins (connected components). A group goes to one split as a whole, drawn by
+a hash of its smallest id: a group keeps its split when others come or go. A group of more than half of all samples is
+trained on, since nothing could be learned without it. Where chance leaves a split empty whose fraction is of a group or
+more, as among forty photos it may, the split gets the group that came closest.
 
 Official splits stay as they are; how many images and questions they share is told.
 
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.raw import ImageSource, RawSample
+from vltrain.config.ranges import Range
 from vltrain.errors import InputError
 from vltrain.files.digest import file_digests
 from vltrain.files.strict_json import read_lines
-from vltrain.ranges import Range
 from vltrain.schema import Sample
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,10 @@ def check_fractions(source: str, settled: Mapping[str, Any]) -> None:
     fractions = [settled.get(name, 0.0) for name in FRACTIONS]
     if sum(fractions) >= 1:
         found = f"found {fractions[0]} and {fractions[1]}"
-        raise InputError(f"source '{source}', options 'val_fraction' and 'test_fraction': {found}, expected together less than 1, some left to train on")
+        raise InputError(
+            f"source '{source}', options 'val_fraction' and 'test_fraction': {found}, expected together less "
+            "than 1, some left to train on"
+        )
 
 
 def drawn(
@@ -50,12 +54,14 @@ def drawn(
     """Samples with `val` and `test` drawn by image, the rest in `train`.
 
     Args:
-        read: gives all samples, the same ones each time; called twice, so that none is kept in memory. Their own splits are not looked at.
+        read: gives all samples, the same ones each time; called twice, so that none is kept in memory. Their own splits
+        are not looked at.
         settled: the source's options, with `val_fraction` and perhaps `test_fraction`.
         given: those that the user named.
 
     Raises:
-        InputError: fractions that nothing can be drawn by; no sample left to train on; a fraction that the user named and that no group fell into
+        InputError: fractions that nothing can be drawn by; no sample left to train on; a fraction that the user named
+        and that no group fell into
             (by the default fraction, that is told).
     """
     check_fractions(source, settled)
@@ -92,13 +98,17 @@ def _draw(samples: Iterable[RawSample], fractions: Mapping[str, float]) -> tuple
     sizes, smallest = Counter(roots), dict[int, str]()
     for root, name in zip(roots, ids, strict=True):
         smallest[root] = min(name, smallest.get(root, name))
-    by_root = {root: "train" if 2 * sizes[root] > len(ids) else _split_at(share_of(name), fractions) for root, name in smallest.items()}
+    by_root = {
+        root: "train" if 2 * sizes[root] > len(ids) else _split_at(share_of(name), fractions)
+        for root, name in smallest.items()
+    }
     _fill(by_root, {root: share_of(name) for root, name in smallest.items() if 2 * sizes[root] <= len(ids)}, fractions)
     return [by_root[root] for root in roots], len(by_root)
 
 
 def _fill(by_root: dict[int, str], shares: Mapping[int, float], fractions: Mapping[str, float]) -> None:
-    """Gives an empty split of a group or more the group of `train` whose share is the next one, in place; `train` keeps one."""
+    """Gives an empty split of a group or more the group of `train` whose share is the next one, in place; `train` keeps
+    one."""
     for split, fraction in fractions.items():
         left = sorted((share, root) for root, share in shares.items() if by_root[root] == "train")
         if split not in by_root.values() and fraction * len(by_root) >= 1 and len(left) > 1:
@@ -122,10 +132,14 @@ def _require_filled(
     for split, fraction in fractions.items():
         if not fraction or counts.get(split) or not total:
             continue
-        found = f"source '{source}', option '{split}_fraction': {fraction} {told} gives no sample to the split '{split}'"
+        found = (
+            f"source '{source}', option '{split}_fraction': {fraction} {told} gives no sample to the split '{split}'"
+        )
         if f"{split}_fraction" in given:
             raise InputError(f"{found}; raise it, give more images, or say {split}_fraction=0 for no such split")
-        logger.warning("%s: there will be no %s.jsonl; raise it, or train without evaluation (eval.scorer: null)", found, split)
+        logger.warning(
+            "%s: there will be no %s.jsonl; raise it, or train without evaluation (eval.scorer: null)", found, split
+        )
 
 
 class _Groups:
@@ -147,7 +161,8 @@ class _Groups:
 
 
 def same_images(sources: Sequence[ImageSource]) -> list[int]:
-    """For each image the number of the first one that is the same: an equal file, by its bytes, or drawn by an equal drawer.
+    """For each image the number of the first one that is the same: an equal file, by its bytes, or drawn by an equal
+    drawer.
 
     A file that cannot be read is like no other; whoever needs it says so.
     """
@@ -193,7 +208,8 @@ def _tail_of(paths: Sequence[Path]) -> list[bytes | Path]:
 
 
 def overlap_of(files: Mapping[str, Path]) -> list[str]:
-    """`SplitOverlap.lines` of samples that are prepared already, by split their file. Raises InputError for a malformed sample."""
+    """`SplitOverlap.lines` of samples that are prepared already, by split their file. Raises InputError for a malformed
+    sample."""
     overlap, images = SplitOverlap(), dict[str, ImageSource]()
     for split, path in files.items():
         for where, record in read_lines(path, "prepared samples"):
@@ -205,7 +221,8 @@ def overlap_of(files: Mapping[str, Path]) -> list[str]:
 
 
 class SplitOverlap:
-    """What the splits of a data set have in common: images, and questions about the same images. Some tens of bytes a sample."""
+    """What the splits of a data set have in common: images, and questions about the same images. Some tens of bytes a
+    sample."""
 
     def __init__(self) -> None:
         self._splits: dict[str, int] = {}
@@ -220,7 +237,8 @@ class SplitOverlap:
         self._samples.append((self._splits.setdefault(split, len(self._splits)), refs, digest))
 
     def lines(self, sources: Mapping[str, ImageSource]) -> list[str]:
-        """A line for each pair of splits that share an image or a question. `sources`: where each name's image comes from."""
+        """A line for each pair of splits that share an image or a question. `sources`: where each name's image comes
+        from."""
         if len(self._splits) < 2:
             return []
         first_alike = same_images([sources[name] for name in self._images])
@@ -246,7 +264,13 @@ class SplitOverlap:
                 total += 1
                 affected += not images.isdisjoint(same)
                 repeated += (same, digest) in questions
-        told = f"{repeated} of the {total} sample(s) of '{other}' ask what a sample of '{one}' asks about the same image(s), or about none"
+        told = (
+            f"{repeated} of the {total} sample(s) of '{other}' ask what a sample of '{one}' asks about the same "
+            "image(s), or about none"
+        )
         if images:
-            told = f"{len(images)} of the {len(shown[there])} image(s) of '{other}' are in '{one}' too, by their bytes; {affected} sample(s) show them, and {told}"
+            told = (
+                f"{len(images)} of the {len(shown[there])} image(s) of '{other}' are in '{one}' too, by their "
+                f"bytes; {affected} sample(s) show them, and {told}"
+            )
         return f"splits '{one}' and '{other}' overlap, and were left so: {told}"

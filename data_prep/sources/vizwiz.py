@@ -1,12 +1,14 @@
 """VizWiz-VQA (Gurari et al., 2018): photos by blind people, their questions, ten answers each, from the official files.
 
-    train.json, val.json   [{image, question, answers: [{answer, answer_confidence}] * 10, answer_type, answerable}], also in Annotations/
+    train.json, val.json   [{image, question, answers: [{answer, answer_confidence}] * 10, answer_type, answerable}],
+                           also in Annotations/
     train/, val/           the images, also in Images/
 
-test.json has no answers, so nothing can be learned or scored from it: it is left out, and said so. The official val is what figures are
-reported on, so it must not choose the model as well. The splits are therefore
+test.json has no answers, so nothing can be learned or scored from it: it is left out, and said so. The official val is
+what figures are reported on, so it must not choose the model as well. The splits are therefore
 
-    train, val             train.json; `val`, on which a run is evaluated while it trains, is held out by image (`data_prep.sources.splits`)
+    train, val             train.json; `val`, on which a run is evaluated while it trains, is held out by image
+                           (`data_prep.sources.splits`)
     test                   val.json, whole: figures are comparable with those that others report on the official val
 """
 
@@ -29,7 +31,12 @@ from vltrain.files.strict_json import expect, field, read_json, shown
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
 
 FILES = ("train", "val")
-DEFAULTS = {"prompt": "Question: {question} Short answer:", "target": "majority", "unanswerable": "keep", "val_fraction": 0.05}
+DEFAULTS = {
+    "prompt": "Question: {question} Short answer:",
+    "target": "majority",
+    "unanswerable": "keep",
+    "val_fraction": 0.05,
+}
 CONFIDENCES = ("yes", "maybe", "no")
 
 
@@ -38,9 +45,11 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: the folder of the files above.
-        options: `prompt` with the place {question}; `target`, which of the ten answers is learned: the `majority` (of equals the first)
-            or the `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave questions out that are marked so, in
-            train only; `val_fraction` (0.05), the share of train.json that is held out as `val`: in [0, 1), 0 for none.
+        options: `prompt` with the place {question}; `target`, which of the ten answers is learned: the `majority` (of
+        equals the first)
+            or the `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave questions out that are
+            marked so, in train only; `val_fraction` (0.05), the share of train.json that is held out as `val`: in [0,
+            1), 0 for none.
 
     Raises:
         InputError: nothing there, or a missing or malformed field: named with file, number, image and key.
@@ -53,9 +62,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         raise InputError("source 'vizwiz' needs --input, the folder of train.json, val.json and the images")
     files = {split: _first(input, f"{split}.json", "Annotations") for split in (*FILES, "test")}
     if not any(files[name] for name in FILES):
-        raise InputError(f"{input}: found neither {' nor '.join(f'{name}.json' for name in FILES)} in it or in its Annotations")
+        raise InputError(
+            f"{input}: found neither {' nor '.join(f'{name}.json' for name in FILES)} in it or in its Annotations"
+        )
     if files["train"] is not None:
-        questions = partial(_read_file, files["train"], "train", _first(input, "train", "Images") or input / "train", settled)
+        questions = partial(
+            _read_file, files["train"], "train", _first(input, "train", "Images") or input / "train", settled
+        )
         for raw in drawn("vizwiz", questions, settled, options):
             if raw.split != "train" or settled["unanswerable"] == "keep" or raw.sample.metadata["answerable"]:
                 yield raw
@@ -91,7 +104,10 @@ def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) 
             ),
             images=(f"{part}/{name}",),
             metadata={
-                "answer": target, "answers": answers, "answer_type": field(record, "answer_type", str, where), "answerable": answerable,
+                "answer": target,
+                "answers": answers,
+                "answer_type": field(record, "answer_type", str, where),
+                "answerable": answerable,
             },  # fmt: skip
         )
         yield RawSample(split=part, sample=sample, image_sources=(images / name,))
@@ -104,7 +120,9 @@ def _answers(given: list[Any], where: str) -> list[str]:
         place = f"{where}: answers[{number}]"
         confidence = field(record, "answer_confidence", str, place)
         if confidence not in CONFIDENCES:
-            raise InputError(f"{place}: answer_confidence: found '{confidence}', expected one of {', '.join(CONFIDENCES)}")
+            raise InputError(
+                f"{place}: answer_confidence: found '{confidence}', expected one of {', '.join(CONFIDENCES)}"
+            )
         if type(record.get("answer")) is not str:
             raise InputError(f"{place}: answer: found {shown(record.get('answer'))}, expected a text")
         answers.append(plain(record["answer"]))

@@ -1,4 +1,5 @@
-"""`python -m tests.attacks [NAME ...] [--page FILE]`: tries the attacks (all of them: slow ones too), prints what became of each, and writes the page."""
+"""`python -m tests.attacks [NAME ...] [--page FILE]`: tries the attacks (all of them: slow ones too), prints what
+became of each, and writes the page."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def main() -> int:
     counts = Counter(outcome for _, outcome, _ in ended)
     failed = [one for one in ended if one[1] not in ("refused", "told", "right")]
     total = f"{len(ended)} attacks of {len({one.kind for one in chosen})} kinds: " + ", ".join(
-        f"{counts[how]} {how}" for how in ("refused", "told", "right", "silent", "traceback", "wait", "unclear", "half written", "failed")
+        f"{counts[how]} {how}"
+        for how in ("refused", "told", "right", "silent", "traceback", "wait", "unclear", "half written", "failed")
     )
     print(f"{total}; {time.monotonic() - started:.0f} s")
     if given.page is not None:
@@ -57,10 +59,18 @@ def _without_places(line: str, folder: str) -> str:
 
 def _page(ended: list[tuple[Attack, str, str]], total: str) -> str:
     lines = [
-        "# Attacks", "", "Broken and hostile inputs, each tried: `python -m tests.attacks --page tests/attacks.md` (all), `bash tests/run.sh tests/attacks` (all but the slow).",
-        "An attack is refused (exit code 2, one line that says what was found and what to do, nothing half written), or told in a line while the run goes on, or simply done right.",
-        "", "```", total, "```", "",
-    ]  # fmt: skip
+        "# Attacks",
+        "",
+        "Broken and hostile inputs, each tried: `python -m tests.attacks --page tests/attacks.md` (all), `bash "
+        "tests/run.sh tests/attacks` (all but the slow).",
+        "An attack is refused (exit code 2, one line that says what was found and what to do, nothing half "
+        "written), or told in a line while the run goes on, or simply done right.",
+        "",
+        "```",
+        total,
+        "```",
+        "",
+    ]
     kinds = sorted({one.kind for one, _, _ in ended})
     for kind in kinds:
         lines += [f"## {kind[0].upper()}{kind[1:]}", "", "| attack | ends | with |", "|---|---|---|"]
@@ -72,7 +82,9 @@ def _page(ended: list[tuple[Attack, str, str]], total: str) -> str:
 
 
 def _cell(text: str) -> str:
-    flat = "".join(character if character.isprintable() else f"\\x{ord(character):02x}" for character in " ".join(text.split(" ")))
+    flat = "".join(
+        character if character.isprintable() else f"\\x{ord(character):02x}" for character in " ".join(text.split(" "))
+    )
     flat = flat.replace("|", "\\|").replace("<", "&lt;")
     return flat if len(flat) <= _CELL else f"{flat[: _CELL - 3]}..."
 

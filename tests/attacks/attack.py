@@ -1,7 +1,9 @@
-"""What an attack is: a small hostile or broken input, and the proof that it is refused in one line, or done right, or told.
+"""What an attack is: a small hostile or broken input, and the proof that it is refused in one line, or done right, or
+told.
 
-A module of this folder holds the attacks on one part. Each is a function with the decorator `attack`; its docstring says what is
-wrong with the input, it gets an empty folder of its own, and it returns what `refused`, `refuses`, `told` or `right` gave it:
+A module of this folder holds the attacks on one part. Each is a function with the decorator `attack`; its docstring
+says what is wrong with the input, it gets an empty folder of its own, and it returns what `refused`, `refuses`, `told`
+or `right` gave it:
 
     @attack("JSON values that are no text")
     def null_answer(folder: Path) -> Shown:
@@ -9,8 +11,9 @@ wrong with the input, it gets an empty folder of its own, and it returns what `r
         samples = write_jsonl(folder / "s.jsonl", [sample(answer=None)])
         return refused(pack_words(samples, folder / "packs"), "turns[1].text", "null", untouched=folder)
 
-Failures are told apart, since they differ in what they cost a user: `silent` (exit code 0 and nothing right or told), `traceback`, `wait`
-(no end within the time), `unclear` (refused, but not in one line that names what the attack expects) and `half written`.
+Failures are told apart, since they differ in what they cost a user: `silent` (exit code 0 and nothing right or told),
+`traceback`, `wait` (no end within the time), `unclear` (refused, but not in one line that names what the attack
+expects) and `half written`.
 """
 
 from __future__ import annotations
@@ -72,13 +75,21 @@ def attack(kind: str, *, slow: bool = False) -> Callable[[Callable[[Path], Shown
     def enter(function: Callable[[Path], Shown]) -> Callable[[Path], Shown]:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
         assert name not in ATTACKS and function.__doc__, name
-        ATTACKS[name] = Attack(name=name, kind=kind, what=function.__doc__.split("\n\n")[0].strip(), run=function, slow=slow)
+        ATTACKS[name] = Attack(
+            name=name, kind=kind, what=function.__doc__.split("\n\n")[0].strip(), run=function, slow=slow
+        )
         return function
 
     return enter
 
 
-def refused(words: Sequence[Any], *needles: str, untouched: Path | None = None, process: bool = False, env: dict[str, str | None] | None = None) -> Shown:
+def refused(
+    words: Sequence[Any],
+    *needles: str,
+    untouched: Path | None = None,
+    process: bool = False,
+    env: dict[str, str | None] | None = None,
+) -> Shown:
     """`vltrain WORDS` must end with exit code 2 and one line of error that holds every needle.
 
     Args:
@@ -103,14 +114,17 @@ def refused(words: Sequence[Any], *needles: str, untouched: Path | None = None, 
 
 
 def refuses(call: Callable[[], Any], *needles: str) -> Shown:
-    """The call must raise an InputError of one line that holds every needle. For what has no command line of its own."""
+    """The call must raise an InputError of one line that holds every needle. For what has no command line of its
+    own."""
     try:
         with _bounded():
             result = call()
     except InputError as error:
         line = str(error)
         if "\n" in line or len(line) > _LONGEST_LINE:
-            raise AttackFailed("unclear", f"{len(line)} characters on {line.count(chr(10)) + 1} lines: {line[:200]}") from None
+            raise AttackFailed(
+                "unclear", f"{len(line)} characters on {line.count(chr(10)) + 1} lines: {line[:200]}"
+            ) from None
         _require_needles(line, needles)
         return Shown("refused", line)
     except AttackFailed:
@@ -138,18 +152,33 @@ def right(line: str) -> Shown:
     return Shown("right", line)
 
 
-def run_vltrain(words: Sequence[Any], *, process: bool = False, env: dict[str, str | None] | None = None) -> tuple[int, str]:
+def run_vltrain(
+    words: Sequence[Any], *, process: bool = False, env: dict[str, str | None] | None = None
+) -> tuple[int, str]:
     """`vltrain WORDS`: its exit code and all it printed, stdout before stderr."""
     texts = [str(word) for word in words]
     return _in_a_process(texts, env or {}) if process else _in_here(texts, env or {})
 
 
 def _in_a_process(words: list[str], env: dict[str, str | None]) -> tuple[int, str]:
-    inherited = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **env}
+    inherited = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        **env,
+    }
     environment = {name: value for name, value in inherited.items() if value is not None}
     command = [sys.executable, "-c", "import sys; from vltrain.cli import main; sys.exit(main())", *words]
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     try:
         out, err = child.communicate(timeout=WAIT_SECONDS)
@@ -162,7 +191,13 @@ def _in_a_process(words: list[str], env: dict[str, str | None]) -> tuple[int, st
 
 def _in_here(words: list[str], env: dict[str, str | None]) -> tuple[int, str]:
     out, err = io.StringIO(), io.StringIO()
-    with _environment(env), _logged_to(err), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _bounded():
+    with (
+        _environment(env),
+        _logged_to(err),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        _bounded(),
+    ):
         try:
             code = vltrain(words)
         except SystemExit as ended:
@@ -230,6 +265,8 @@ def _require_needles(line: str, needles: Sequence[str]) -> None:
 def _listing(folder: Path | None) -> set[tuple[str, int, int]]:
     if folder is None:
         return set()
-    found = [(path, path.lstat()) for path in folder.rglob("*") if not path.is_dir() and path.name != "run.log"]  # which tells of the refusal
+    found = [
+        (path, path.lstat()) for path in folder.rglob("*") if not path.is_dir() and path.name != "run.log"
+    ]  # which tells of the refusal
     folders = {(str(path), 0, 0) for path in folder.rglob("*") if path.is_dir()}
     return folders | {(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found}

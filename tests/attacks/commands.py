@@ -13,9 +13,14 @@ from vltrain.errors import one_line
 
 PLACES, NAMES, NUMBERS = "a place that is none", "names that a terminal obeys", "numbers that are none or out of range"
 READERS = (
-    ("peek",), ("check", "resume"), ("check", "replay", "--step", "1"), ("check", "weights"), ("evaluate",), ("export", "--output", "OUT"),
+    ("peek",),
+    ("check", "resume"),
+    ("check", "replay", "--step", "1"),
+    ("check", "weights"),
+    ("evaluate",),
+    ("export", "--output", "OUT"),
     ("importance", "--output", "OUT"),
-)  # fmt: skip
+)
 RECIPE, DS = ROOT / "launch" / "recipes" / "quickstart.yaml", ROOT / "ds_configs" / "zero2.json"
 
 
@@ -51,7 +56,11 @@ def _link(folder: Path, target: str) -> Path:
     return folder / "link"
 
 
-_enter("nothing_there", "A folder that is not there, given to every command that reads one.", lambda folder: folder / "nowhere")
+_enter(
+    "nothing_there",
+    "A folder that is not there, given to every command that reads one.",
+    lambda folder: folder / "nowhere",
+)
 _enter("a_file", "A file where a folder is expected.", _file)
 _enter("empty_folder", "An empty folder.", _folder)
 _enter("dangling_link", "A link to nothing.", lambda folder: _link(folder, "nowhere"))
@@ -65,7 +74,11 @@ _enter("no_name", "An empty name.", lambda folder: "")
 def line_end_in_a_name(folder: Path) -> Shown:
     """A file whose name has a line end: the error stays one line."""
     (folder / "a\nerror: b").write_text("{}")
-    return refused(["prepare", "--source", "llava_json", "--input", folder / "a\nerror: b", "--output", folder / "out"], "a error: b", untouched=folder)
+    return refused(
+        ["prepare", "--source", "llava_json", "--input", folder / "a\nerror: b", "--output", folder / "out"],
+        "a error: b",
+        untouched=folder,
+    )
 
 
 @attack(NAMES)
@@ -90,7 +103,17 @@ def escape_sequence_in_a_file(folder: Path) -> Shown:
     """A sample whose id holds an escape sequence, quoted by the error."""
     record = {"id": "\x1b]0;owned\x07", "turns": [{"role": "user", "text": "Q?"}, {"role": "assistant", "text": ""}]}
     (folder / "s.jsonl").write_text(json.dumps(record) + "\n")
-    words = ["pack", "--samples", folder / "s.jsonl", "--tokenizer", "asset://tiny_llama", "--visual-tokens", 4, "--pack-length", 64]
+    words = [
+        "pack",
+        "--samples",
+        folder / "s.jsonl",
+        "--tokenizer",
+        "asset://tiny_llama",
+        "--visual-tokens",
+        4,
+        "--pack-length",
+        64,
+    ]
     shown = refused([*words, "--output", folder / "packs"], "\\x1b]0;owned\\x07", untouched=folder)
     assert "\x1b" not in shown.line
     return shown
@@ -119,13 +142,23 @@ def numbers_of_plan(folder: Path) -> Shown:
 @attack(NUMBERS)
 def numbers_of_prepare(folder: Path) -> Shown:
     """Workers of prepare: less than one, or a text."""
-    return _refuse_numbers(["prepare", "--source", "shapes", "--output", folder / "out"], "--workers", ("0", "-3", "many", "1.5", "inf"), folder)
+    return _refuse_numbers(
+        ["prepare", "--source", "shapes", "--output", folder / "out"],
+        "--workers",
+        ("0", "-3", "many", "1.5", "inf"),
+        folder,
+    )
 
 
 @attack(NUMBERS)
 def pixels_of_prepare(folder: Path) -> Shown:
     """Pixels that an image may have: none, less, a text."""
-    return _refuse_numbers(["prepare", "--source", "shapes", "--output", folder / "out"], "--max-image-pixels", ("0", "-1", "big", "nan"), folder)
+    return _refuse_numbers(
+        ["prepare", "--source", "shapes", "--output", folder / "out"],
+        "--max-image-pixels",
+        ("0", "-1", "big", "nan"),
+        folder,
+    )
 
 
 @attack(NUMBERS)
@@ -133,7 +166,14 @@ def numbers_of_pack(folder: Path) -> Shown:
     """Each number of pack, below its least."""
     (folder / "s.jsonl").write_text("")
     words = ["pack", "--samples", folder / "s.jsonl", "--tokenizer", "asset://tiny_llama", "--output", folder / "packs"]
-    least = {"--visual-tokens": 4, "--pack-length": 64, "--max-images": 1, "--workers": 1, "--max-image-pixels": 100, "--qformer-tokens": 8}
+    least = {
+        "--visual-tokens": 4,
+        "--pack-length": 64,
+        "--max-images": 1,
+        "--workers": 1,
+        "--max-image-pixels": 100,
+        "--qformer-tokens": 8,
+    }
     lines = []
     for name in least:
         given = [word for option, value in least.items() if option != name for word in (option, value)]
@@ -159,7 +199,12 @@ def option_nearly_right(folder: Path) -> Shown:
 def variable_that_is_not_set(folder: Path) -> Shown:
     """Options whose value an empty variable of the shell gave: not the default in silence."""
     lines = []
-    for words in (["train", "--recipe", "", "--ds", DS], ["train", "--ds", ""], ["train", "--ds", DS, "--output", ""], ["train", "--ds", DS, "--resume", ""]):
+    for words in (
+        ["train", "--recipe", "", "--ds", DS],
+        ["train", "--ds", ""],
+        ["train", "--ds", DS, "--output", ""],
+        ["train", "--ds", DS, "--resume", ""],
+    ):
         lines.append(refused(words, "found", "empty", untouched=folder).line)
     for key in ("data.root", "data.source", "data.train_split", "model.llm.source", "eval.scorer"):
         lines.append(refused(["train", "--ds", DS, f"--{key}", ""], key, "found", untouched=folder).line)
@@ -171,5 +216,7 @@ def empty_text_in_a_recipe(folder: Path) -> Shown:
     """A recipe with an empty folder's name, and one of blanks."""
     for text in ('""', '"  "'):
         (folder / "recipe.yaml").write_text(f"data: {{root: {text}}}\noutput: runs/x\n")
-        shown = refused(["train", "--recipe", folder / "recipe.yaml", "--ds", DS], "data.root", "a text that is not empty")
+        shown = refused(
+            ["train", "--recipe", folder / "recipe.yaml", "--ds", DS], "data.root", "a text that is not empty"
+        )
     return shown

@@ -1,4 +1,5 @@
-"""Attacks on what data is made from: prepared samples and packs that lie there already and were made from something else."""
+"""Attacks on what data is made from: prepared samples and packs that lie there already and were made from something
+else."""
 
 import dataclasses
 import json
@@ -11,11 +12,11 @@ from typing import Any
 
 from tests.attacks.attack import Shown, attack, refused, refuses, right
 from tests.attacks.inputs import TOKENIZER, chat, pack_words, picture, prepare_words, sample, write_json, write_jsonl
-from vltrain.config import Config, DataConfig
+from vltrain.config.schema import Config, DataConfig
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import load_tokenizer
-from vltrain.programs.data_ready import ready_samples
-from vltrain.programs.origins import data_identity, require_same_set, require_trained_set
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.origins import data_identity, require_same_set, require_trained_set
 from vltrain.programs.train import open_packs
 
 REUSED = "what was made from something else is used again"
@@ -25,19 +26,26 @@ OWN = "own samples prepare nothing"
 FILLED = "a data root is never filled with another data set"
 PARTS = "parts of a set were made from one thing"
 VISUAL_TOKENS = 4
-logging.getLogger("vltrain.programs.data_ready").setLevel(logging.WARNING)
+logging.getLogger("vltrain.prepared.ensure_data").setLevel(logging.WARNING)
 
 
 def chats(folder: Path, answer: str = "A", name: str = "chats.json") -> Path:
     picture(folder / "a.png")
-    return write_json(folder / name, [chat(f"{answer}{number}", question="<image>\nQ?", answer=answer, image="a.png") for number in range(9)])
+    return write_json(
+        folder / name,
+        [chat(f"{answer}{number}", question="<image>\nQ?", answer=answer, image="a.png") for number in range(9)],
+    )
 
 
 def recipe(folder: Path, **data: Any) -> Config:
     told = {
-        "source": "llava_json", "input": str(folder / "raw" / "chats.json"), "root": str(folder / "root"), "pack_length": 64,
-        "options": {"val_fraction": "0.0"}, "workers": 0,
-    }  # fmt: skip
+        "source": "llava_json",
+        "input": str(folder / "raw" / "chats.json"),
+        "root": str(folder / "root"),
+        "pack_length": 64,
+        "options": {"val_fraction": "0.0"},
+        "workers": 0,
+    }
     return Config(data=DataConfig(**{**told, **data}))
 
 
@@ -58,10 +66,14 @@ def changing(config: Config, **data: Any) -> Config:
 
 
 def listing(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.match("*.stats.npy")}
+    return {
+        str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.match("*.stats.npy")
+    }
 
 
-def refuses_to_use(config: Config, folder: Path, *needles: str, call: Callable[[Config], Any] = packs, below: str = "root") -> Shown:
+def refuses_to_use(
+    config: Config, folder: Path, *needles: str, call: Callable[[Config], Any] = packs, below: str = "root"
+) -> Shown:
     """Both ways out are named, and nothing `below` is touched."""
     before = listing(folder / below)
     shown = refuses(lambda: call(config), *needles, "--rebuild", "data.root")
@@ -80,7 +92,12 @@ def another_input(folder: Path) -> Shown:
 @attack(REUSED)
 def another_source(folder: Path) -> Shown:
     """The same root with another source."""
-    return refuses_to_use(changing(made(folder), source="shapes", input=None, options={}), folder, "data.source was llava_json", "is shapes")
+    return refuses_to_use(
+        changing(made(folder), source="shapes", input=None, options={}),
+        folder,
+        "data.source was llava_json",
+        "is shapes",
+    )
 
 
 @attack(REUSED)
@@ -122,13 +139,17 @@ def missing_raw_image(folder: Path) -> Shown:
 @attack(REUSED)
 def another_option(folder: Path) -> Shown:
     """An option that draws other splits."""
-    return refuses_to_use(changing(made(folder), options={"val_fraction": "0.5"}), folder, "data.options.val_fraction was 0.0, is 0.5")
+    return refuses_to_use(
+        changing(made(folder), options={"val_fraction": "0.5"}), folder, "data.options.val_fraction was 0.0, is 0.5"
+    )
 
 
 @attack(REUSED)
 def an_option_left_to_its_default(folder: Path) -> Shown:
     """An option that was given and is now left out."""
-    return refuses_to_use(changing(made(folder), options={}), folder, "data.options.val_fraction was 0.0, is 0.02 (its default)")
+    return refuses_to_use(
+        changing(made(folder), options={}), folder, "data.options.val_fraction was 0.0, is 0.02 (its default)"
+    )
 
 
 @attack(REUSED)
@@ -164,7 +185,14 @@ def packs_of_samples_that_were_prepared_anew(folder: Path) -> Shown:
     config = made(folder)
     shutil.rmtree(folder / "root" / "samples")
     chats(folder / "raw", "B")
-    return refuses_to_use(config, folder, "packed/train-", "was packed from something else", "samples/train.jsonl differs", below="root/packed")
+    return refuses_to_use(
+        config,
+        folder,
+        "packed/train-",
+        "was packed from something else",
+        "samples/train.jsonl differs",
+        below="root/packed",
+    )
 
 
 @attack(REUSED)
@@ -182,8 +210,16 @@ def packs_of_older_versions(folder: Path) -> Shown:
 def rationales_that_were_written_anew(folder: Path) -> Shown:
     """A second stage whose samples hold what the first one wrote, after that was trained again."""
     problem = {
-        "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": None, "grade": "g", "subject": "s", "lecture": "L", "solution": "E",
-    }  # fmt: skip
+        "question": "Q?",
+        "choices": ["x", "y"],
+        "answer": 1,
+        "hint": "",
+        "image": None,
+        "grade": "g",
+        "subject": "s",
+        "lecture": "L",
+        "solution": "E",
+    }
     write_json(folder / "raw" / "problems.json", {"7": problem, "8": problem})
     write_json(folder / "raw" / "pid_splits.json", {"train": ["7"], "val": ["8"]})
     written = write_json(folder / "written.json", {"8": "first"})
@@ -197,24 +233,38 @@ def rationales_that_were_written_anew(folder: Path) -> Shown:
 @attack(REUSED)
 def a_question_added_to_a_folder(folder: Path) -> Shown:
     """A source that lists folders, and one folder more."""
+
     def question(pid: str) -> None:
         place = folder / "raw" / "train" / "fill_in_blank" / pid
         picture(place / "image.png")
-        write_json(place / "data.json", {"question": "Q?", "answer": "3", "ques_type": "fill_in_blank", "grade": "g", "label": "l"})
+        write_json(
+            place / "data.json",
+            {"question": "Q?", "answer": "3", "ques_type": "fill_in_blank", "grade": "g", "label": "l"},
+        )
 
     question("1")
     config = recipe(folder, source="iconqa", input=str(folder / "raw"), options={})
     ready_samples(config, "train")
     question("2")
-    return refuses_to_use(config, folder, "fill_in_blank holds other files", call=lambda one: ready_samples(one, "train"))
+    return refuses_to_use(
+        config, folder, "fill_in_blank holds other files", call=lambda one: ready_samples(one, "train")
+    )
 
 
 @attack(REUSED)
 def an_image_that_was_missing(folder: Path) -> Shown:
     """Questions dropped for want of an image that is there now."""
     problem = {
-        "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": "image.png", "grade": "g", "subject": "s", "lecture": "", "solution": "",
-    }  # fmt: skip
+        "question": "Q?",
+        "choices": ["x", "y"],
+        "answer": 1,
+        "hint": "",
+        "image": "image.png",
+        "grade": "g",
+        "subject": "s",
+        "lecture": "",
+        "solution": "",
+    }
     write_json(folder / "raw" / "problems.json", {"7": problem, "8": {**problem, "image": None}})
     write_json(folder / "raw" / "pid_splits.json", {"train": ["7", "8"]})
     config = recipe(folder, source="scienceqa", input=str(folder / "raw"), options={"missing_images": "drop"})
@@ -229,7 +279,12 @@ def a_record_edited_by_hand(folder: Path) -> Shown:
     config = made(folder)
     file = folder / "root" / "samples" / "prepared.json"
     file.write_text(file.read_text().replace('"0.0"', '"0.5"'))
-    return refuses(lambda: packs(changing(config, options={"val_fraction": "0.5"})), "prepared.json", "changed or damaged", "--rebuild")
+    return refuses(
+        lambda: packs(changing(config, options={"val_fraction": "0.5"})),
+        "prepared.json",
+        "changed or damaged",
+        "--rebuild",
+    )
 
 
 @attack(REUSED)
@@ -241,7 +296,9 @@ def packs_of_another_set_beside_samples(folder: Path) -> Shown:
     ready_samples(changing(other, train_packs=None), "train")
     samples = ready_samples(other, "train")
     assert config.data.root != other.data.root
-    return refuses(lambda: require_same_set(other, packed, samples), "data.train_packs", "would be answered", "data.source samples")
+    return refuses(
+        lambda: require_same_set(other, packed, samples), "data.train_packs", "would be answered", "data.source samples"
+    )
 
 
 def trained(folder: Path, config: Config) -> Path:
@@ -258,7 +315,9 @@ def evaluated_on_samples_that_were_made_anew(folder: Path) -> Shown:
     chats(folder / "raw", "B")
     packs(config, rebuild=True)
     require_trained_set(run, config, ("data.root",))
-    return refuses(lambda: require_trained_set(run, config, ("eval.batch_size",)), "other samples now than when", "--data.root")
+    return refuses(
+        lambda: require_trained_set(run, config, ("eval.batch_size",)), "other samples now than when", "--data.root"
+    )
 
 
 @attack(REUSED)
@@ -335,14 +394,18 @@ def moved_and_edited(folder: Path) -> Shown:
 def another_name_that_is_not_there(folder: Path) -> Shown:
     """An input that does not exist: nothing shows that the samples were made from it."""
     config = made(folder)
-    return refuses_to_use(changing(config, input=str(folder / "nowhere.json")), folder, "nowhere.json, which is not there")
+    return refuses_to_use(
+        changing(config, input=str(folder / "nowhere.json")), folder, "nowhere.json, which is not there"
+    )
 
 
 @attack(FILLED)
 def own_data_in_the_default_root(folder: Path) -> Shown:
     """Own data without a data.root: the default one is easy-VQA's."""
     config = recipe(folder, input=str(chats(folder / "raw")))
-    return refuses(lambda: packs(changing(config, root=DataConfig().root)), "data.root", "kept for easyvqa", "llava_json")
+    return refuses(
+        lambda: packs(changing(config, root=DataConfig().root)), "data.root", "kept for easyvqa", "llava_json"
+    )
 
 
 @attack(FILLED)
@@ -470,7 +533,9 @@ def a_split_put_beside_prepared_ones(folder: Path) -> Shown:
     config = made(folder)
     samples = folder / "root" / "samples"
     shutil.copyfile(samples / "train.jsonl", samples / "hard.jsonl")
-    return refuses(lambda: ready_samples(config, "hard"), "hard.jsonl", "was not prepared from llava_json", "data.source samples")
+    return refuses(
+        lambda: ready_samples(config, "hard"), "hard.jsonl", "was not prepared from llava_json", "data.source samples"
+    )
 
 
 @attack(REUSED)

@@ -19,7 +19,12 @@ from tests.support.processes import ROOT
 from vltrain.data.images import decode_image, open_rgb, read_image
 from vltrain.evaluate.samples import image_loader
 
-FORMAT, SIZE, LINK, RANGE = "image formats that run or load other code", "images that take more than was allowed", "links out of the folder", "values of another range"
+FORMAT, SIZE, LINK, RANGE = (
+    "image formats that run or load other code",
+    "images that take more than was allowed",
+    "links out of the folder",
+    "values of another range",
+)
 QUESTION = "<image>\nWhat is it?"
 
 
@@ -48,7 +53,11 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 @attack(FORMAT)
 def postscript(folder: Path) -> Shown:
     """A .png that is PostScript, which would start Ghostscript."""
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(" + str(folder / "ran").encode() + b") (w) file closefile\nshowpage\n"
+    program = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n("
+        + str(folder / "ran").encode()
+        + b") (w) file closefile\nshowpage\n"
+    )
     shown = refused_file(folder, program, "not a readable image", "%!PS-Ado")
     assert not (folder / "ran").exists()
     return shown
@@ -64,7 +73,9 @@ def windows_metafile(folder: Path) -> Shown:
 @attack(FORMAT)
 def icon(folder: Path) -> Shown:
     """A .png that is an icon (a container of pictures)."""
-    return refused_file(folder, encoded(Image.new("RGB", (16, 16)), "ICO"), "not a readable image", "expected PNG, JPEG")
+    return refused_file(
+        folder, encoded(Image.new("RGB", (16, 16)), "ICO"), "not a readable image", "expected PNG, JPEG"
+    )
 
 
 @attack(FORMAT)
@@ -77,7 +88,11 @@ def photoshop_file(folder: Path) -> Shown:
 @attack(FORMAT)
 def vector_drawing(folder: Path) -> Shown:
     """A .png that is an SVG with an entity bomb."""
-    return refused_file(folder, b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg xmlns="http://www.w3.org/2000/svg">&a;</svg>', "not a readable image")
+    return refused_file(
+        folder,
+        b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg xmlns="http://www.w3.org/2000/svg">&a;</svg>',
+        "not a readable image",
+    )
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -85,7 +100,12 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(width: int, height: int, *chunks: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + b"".join(chunks) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + b"".join(chunks)
+        + chunk(b"IEND", b"")
+    )
 
 
 @attack(SIZE)
@@ -133,18 +153,26 @@ def text_bomb(folder: Path) -> Shown:
 def memory_per_pixel(folder: Path) -> Shown:
     """20 million pixels of each depth and mode: memory is bounded by the pixels."""
     noise = np.random.default_rng(0)
-    shapes = {"rgba.png": (4, np.uint8), "grey16.tif": (1, np.uint16), "float.tif": (1, np.float32), "rgb.bmp": (3, np.uint8)}
+    shapes = {
+        "rgba.png": (4, np.uint8),
+        "grey16.tif": (1, np.uint16),
+        "float.tif": (1, np.float32),
+        "rgb.bmp": (3, np.uint8),
+    }
     found = {}
     for name, (channels, kind) in shapes.items():
         values = (noise.random((4000, 5000, channels), np.float32) * 255).astype(kind).squeeze()
         Image.fromarray(values).save(folder / name, **({"compress_level": 0} if name.endswith("png") else {}))
         code = (
             "import sys; from vltrain.data.images import decode_image\n"
-            "def status(key): return 1024 * next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith(key))\n"
+            "def status(key): return 1024 * next(int(line.split()[1]) for line in open('/proc/self/status') if "
+            "line.startswith(key))\n"
             "data = open(sys.argv[1], 'rb').read(); before = status('VmRSS')\n"
             "decode_image(data, 224, 10**8, ''); print((status('VmHWM') - before) / 20e6)"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(folder / name)], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder / name)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         found[name] = float(done.stdout)
     assert max(found.values()) < 18, found
     return right(", ".join(f"{name} {value:.0f} bytes per pixel" for name, value in found.items()))
@@ -242,7 +270,9 @@ def device(folder: Path) -> Shown:
 @attack(LINK)
 def kernels_file(folder: Path) -> Shown:
     """An image whose size the file system calls 0, though it has content (/proc)."""
-    return refuses(lambda: read_image(Path("/proc/self/status"), 10**6, "image", inside=None), "changed while it was read")
+    return refuses(
+        lambda: read_image(Path("/proc/self/status"), 10**6, "image", inside=None), "changed while it was read"
+    )
 
 
 def dark_image(folder: Path, image: Image.Image, name: str) -> Shown:
@@ -283,7 +313,10 @@ def black_picture(folder: Path) -> Shown:
     """A photograph that is really black, and one that is only dim: nothing to tell."""
     picture(folder / "raw" / "a.png", (0, 0, 0))
     picture(folder / "raw" / "b.png", (30, 20, 10))
-    raw = write_json(folder / "raw" / "chats.json", [chat(question=QUESTION, image="a.png"), chat(2, question=QUESTION, image="b.png")])
+    raw = write_json(
+        folder / "raw" / "chats.json",
+        [chat(question=QUESTION, image="a.png"), chat(2, question=QUESTION, image="b.png")],
+    )
     code, output = run_vltrain(prepare_words("llava_json", raw, folder / "out", "val_fraction=0.0"))
     assert code == 0 and "2 samples" in output and "dark" not in output, output
     return right("prepared without a word")

@@ -16,8 +16,14 @@ NAMES, RANKS = "names of recipes and DeepSpeed files", "ranks asked for by a num
 def misspelt_recipe(folder: Path) -> Shown:
     """A recipe's name with a letter wrong, to every command that takes one."""
     with chdir(folder):
-        for words in (["train", "--recipe", "quikstart"], ["plan", "quikstart"], ["plan", "--recipe", "quikstart.yaml"], ["doctor", "--recipe", "quikstart"],
-                      ["submit", "--recipe", "quikstart", "--dry-run"], ["evaluate", "run", "--recipe", "quikstart"]):  # fmt: skip
+        for words in (
+            ["train", "--recipe", "quikstart"],
+            ["plan", "quikstart"],
+            ["plan", "--recipe", "quikstart.yaml"],
+            ["doctor", "--recipe", "quikstart"],
+            ["submit", "--recipe", "quikstart", "--dry-run"],
+            ["evaluate", "run", "--recipe", "quikstart"],
+        ):
             if words[0] == "evaluate":
                 Path("run").mkdir()
                 Path("run", "config.yaml").write_text("")
@@ -30,8 +36,12 @@ def misspelt_recipe(folder: Path) -> Shown:
 def recipe_by_name(folder: Path) -> Shown:
     """A recipe and a table's row by name, from a folder in which nothing is."""
     with chdir(folder):
-        for name, needle in (("quickstart", "output: runs/quickstart"), ("quickstart.yaml", "output: runs/quickstart"), ("table2#ba_4_2", "output: runs/table2/ba_4_2"),
-                             ("table2.yaml#ba_4_2", "output: runs/table2/ba_4_2")):  # fmt: skip
+        for name, needle in (
+            ("quickstart", "output: runs/quickstart"),
+            ("quickstart.yaml", "output: runs/quickstart"),
+            ("table2#ba_4_2", "output: runs/table2/ba_4_2"),
+            ("table2.yaml#ba_4_2", "output: runs/table2/ba_4_2"),
+        ):
             told(["train", "--recipe", name, "--print_config"], needle)
         return refused(["train", "--recipe", "table2#ba_4_3"], "no row 'ba_4_3'", "did you mean 'ba_4_2'?")
 
@@ -53,7 +63,9 @@ def a_path_that_is_not_here(folder: Path) -> Shown:
     """launch/recipes/NAME.yaml, from elsewhere: told that the name is enough; another path is just not there."""
     with chdir(folder):
         refused(["train", "--recipe", "mine/own.yaml"], "mine/own.yaml")
-        return refused(["train", "--recipe", "launch/recipes/quickstart.yaml"], "no such file", "name it without a path")
+        return refused(
+            ["train", "--recipe", "launch/recipes/quickstart.yaml"], "no such file", "name it without a path"
+        )
 
 
 @attack(NAMES)
@@ -71,7 +83,10 @@ def deepspeed_file_by_name(folder: Path) -> Shown:
     """--ds by name, and misspelt, from a folder in which nothing is."""
     with chdir(folder):
         told(["plan", "quickstart", "--ds", "zero3"], "ZeRO stage 3")
-        refused(["train", "--recipe", "quickstart", "--ds", "ds_configs/zero2.json", "--output", "x"], "name it without a path")
+        refused(
+            ["train", "--recipe", "quickstart", "--ds", "ds_configs/zero2.json", "--output", "x"],
+            "name it without a path",
+        )
         return refused(["plan", "quickstart", "--ds", "zreo3"], "--ds", "did you mean 'zero3'?", untouched=folder)
 
 
@@ -96,7 +111,13 @@ def no_number_of_ranks(folder: Path) -> Shown:
 def ranks_inside_of_ranks(folder: Path) -> Shown:
     """--ranks in a process that a launcher has started as one of several."""
     with chdir(folder):
-        return refused(["train", "--recipe", "quickstart", "--ranks", "2"], "--ranks", "of a launcher already", env={"RANK": "0", "WORLD_SIZE": "2"}, untouched=folder)
+        return refused(
+            ["train", "--recipe", "quickstart", "--ranks", "2"],
+            "--ranks",
+            "of a launcher already",
+            env={"RANK": "0", "WORLD_SIZE": "2"},
+            untouched=folder,
+        )
 
 
 @attack(RANKS)

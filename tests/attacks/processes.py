@@ -1,4 +1,5 @@
-"""Attacks on how programs live beside each other and end: two writers, signals, waits, launchers, what killed processes leave behind."""
+"""Attacks on how programs live beside each other and end: two writers, signals, waits, launchers, what killed processes
+leave behind."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from typing import Any
 from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, right, run_vltrain
 from tests.attacks.inputs import pack_words, prepare_words, sample, write_json, write_jsonl
 from tests.support.processes import ROOT
+from vltrain.distributed.ranks import adopt_ranks
 from vltrain.files import lock as locks
 from vltrain.files.lock import lock_beside, lock_inside, one_writer
 from vltrain.files.mode import umask_mode
-from vltrain.programs import made_once
-from vltrain.train.ranks import adopt_ranks
+from vltrain.prepared import made_once
 
 TWO_WRITERS = "two writers of one folder"
 LEFT_BEHIND = "what a killed process left behind"
@@ -73,7 +73,15 @@ def dead_pid() -> int:
 
 def signed(lock: Path, **facts: Any) -> None:
     """A lock file that names a writer and that nobody holds."""
-    record = {"host": "node7", "place": "another boot", "pid": 4711, "start": "1", "since": 1.7e9, "command": "vltrain train", "token": "t"}
+    record = {
+        "host": "node7",
+        "place": "another boot",
+        "pid": 4711,
+        "start": "1",
+        "since": 1.7e9,
+        "command": "vltrain train",
+        "token": "t",
+    }
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.write_text(json.dumps({**record, **facts}))
 
@@ -83,7 +91,17 @@ def samples_of(folder: Path) -> Path:
 
 
 def scienceqa_of(folder: Path) -> Path:
-    problem = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "H", "image": None, "grade": "grade2", "subject": "s", "lecture": "L", "solution": "E"}
+    problem = {
+        "question": "Q?",
+        "choices": ["x", "y"],
+        "answer": 1,
+        "hint": "H",
+        "image": None,
+        "grade": "grade2",
+        "subject": "s",
+        "lecture": "L",
+        "solution": "E",
+    }
     write_json(folder / "problems.json", {"7": problem})
     write_json(folder / "pid_splits.json", {"train": ["7"]})
     return folder
@@ -97,7 +115,10 @@ def me(*more: str) -> tuple[str, ...]:
 def two_trainings(folder: Path) -> Shown:
     """A training into a folder in which another trains."""
     with held(lock_inside(folder / "run"), folder / "run"):
-        return refused(["train", "--output", folder / "run", "--data.root", folder / "data"], *me("writes there", "another --output"))
+        return refused(
+            ["train", "--output", folder / "run", "--data.root", folder / "data"],
+            *me("writes there", "another --output"),
+        )
 
 
 @attack(TWO_WRITERS)
@@ -184,12 +205,15 @@ def the_folder_of_a_living_process(folder: Path) -> Shown:
 
 @attack(LEFT_BEHIND)
 def the_probe_of_a_killed_process(folder: Path) -> Shown:
-    """What asks for the umask's mode was killed between two lines, in a container where each start has the same process id."""
+    """What asks for the umask's mode was killed between two lines, in a container where each start has the same process
+    id."""
     left = [folder / f".mode.{pid}.tmp" for pid in (os.getpid(), 2**22 - 1)]
     for path in left:
         path.touch()
     mode = umask_mode(folder)
-    assert mode == umask_mode(folder) and not any(map(os.path.lexists, left)), sorted(path.name for path in folder.iterdir())
+    assert mode == umask_mode(folder) and not any(map(os.path.lexists, left)), sorted(
+        path.name for path in folder.iterdir()
+    )
     return right("removed, and the mode is told")
 
 
@@ -215,39 +239,151 @@ def _alone(kind: str, name: str, what: str, environment: dict[str, str], *needle
     attack(kind)(run)
 
 
-_alone(ALONE, "open_mpi_on_two_hosts", "mpirun over two nodes; nobody says where the ranks can meet.",
-       {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "Open MPI", "MASTER_ADDR", "mpirun -x")  # fmt: skip
-_alone(ALONE, "open_mpi_without_local_size", "Open MPI's rank and size alone.", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", "rank 0 of 2")
-_alone(ALONE, "mvapich", "mpirun_rsh over two nodes.",
-       {"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_LOCAL_RANK": "0", "MV2_COMM_WORLD_LOCAL_SIZE": "2"}, "MVAPICH2", "MASTER_ADDR")  # fmt: skip
-_alone(ALONE, "hydra", "mpiexec of MPICH or Intel MPI over two nodes.",
-       {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"}, "Intel MPI", "MASTER_ADDR", "-genv")  # fmt: skip
-_alone(ALONE, "pmix_of_unknown_size", "A PMIx launcher, which does not say among how many.", {"PMIX_RANK": "3", "PMIX_NAMESPACE": "prterun-7@1"}, "PMIX_RANK=3", "among how many")
+_alone(
+    ALONE,
+    "open_mpi_on_two_hosts",
+    "mpirun over two nodes; nobody says where the ranks can meet.",
+    {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    },
+    "Open MPI",
+    "MASTER_ADDR",
+    "mpirun -x",
+)
+_alone(
+    ALONE,
+    "open_mpi_without_local_size",
+    "Open MPI's rank and size alone.",
+    {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"},
+    "Open MPI",
+    "rank 0 of 2",
+)
+_alone(
+    ALONE,
+    "mvapich",
+    "mpirun_rsh over two nodes.",
+    {
+        "MV2_COMM_WORLD_RANK": "0",
+        "MV2_COMM_WORLD_SIZE": "4",
+        "MV2_COMM_WORLD_LOCAL_RANK": "0",
+        "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+    "MVAPICH2",
+    "MASTER_ADDR",
+)
+_alone(
+    ALONE,
+    "hydra",
+    "mpiexec of MPICH or Intel MPI over two nodes.",
+    {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"},
+    "Intel MPI",
+    "MASTER_ADDR",
+    "-genv",
+)
+_alone(
+    ALONE,
+    "pmix_of_unknown_size",
+    "A PMIx launcher, which does not say among how many.",
+    {"PMIX_RANK": "3", "PMIX_NAMESPACE": "prterun-7@1"},
+    "PMIX_RANK=3",
+    "among how many",
+)
 _alone(ALONE, "a_world_without_rank", "WORLD_SIZE without RANK.", {"WORLD_SIZE": "4"}, "WORLD_SIZE=4", "no RANK")
 _alone(ALONE, "a_local_rank_without_rank", "LOCAL_RANK without RANK.", {"LOCAL_RANK": "1"}, "LOCAL_RANK=1", "no RANK")
-_alone(ALONE, "nobody_says_where", "RANK and WORLD_SIZE without a place to meet.", {"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR=unset")
-_alone(CONTRADICTS, "rank_beyond_the_world", "RANK >= WORLD_SIZE.", {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK=2 and WORLD_SIZE=2")
+_alone(
+    ALONE,
+    "nobody_says_where",
+    "RANK and WORLD_SIZE without a place to meet.",
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    "MASTER_ADDR=unset",
+)
+_alone(
+    CONTRADICTS,
+    "rank_beyond_the_world",
+    "RANK >= WORLD_SIZE.",
+    {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+    "RANK=2 and WORLD_SIZE=2",
+)
 _alone(CONTRADICTS, "rank_without_world", "RANK without WORLD_SIZE.", {"RANK": "0"}, "RANK=0 and WORLD_SIZE=unset")
-_alone(CONTRADICTS, "rank_is_no_number", "RANK that is no number.", {"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: found '-1'")
-_alone(CONTRADICTS, "arabic_digits", "A world size in digits of another script.", {"RANK": "0", "WORLD_SIZE": "\u0662"}, "WORLD_SIZE: found")
-_alone(CONTRADICTS, "local_rank_beyond_the_machine", "LOCAL_RANK >= LOCAL_WORLD_SIZE.",
-       {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "LOCAL_RANK=2")  # fmt: skip
-_alone(CONTRADICTS, "mpi_and_torch_disagree", "RANK of an outer launcher beside mpirun's.",
-       {"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-       "RANK=0 and WORLD_SIZE=1", "Open MPI says that this is rank 1 of 2")  # fmt: skip
-_alone(CONTRADICTS, "mpi_rank_beyond_its_world", "mpirun's variables of two jobs.", {"PMI_RANK": "5", "PMI_SIZE": "2"}, "contradicts itself", "PMI_RANK")
+_alone(
+    CONTRADICTS, "rank_is_no_number", "RANK that is no number.", {"RANK": "-1", "WORLD_SIZE": "2"}, "RANK: found '-1'"
+)
+_alone(
+    CONTRADICTS,
+    "arabic_digits",
+    "A world size in digits of another script.",
+    {"RANK": "0", "WORLD_SIZE": "\u0662"},
+    "WORLD_SIZE: found",
+)
+_alone(
+    CONTRADICTS,
+    "local_rank_beyond_the_machine",
+    "LOCAL_RANK >= LOCAL_WORLD_SIZE.",
+    {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    },
+    "LOCAL_RANK=2",
+)
+_alone(
+    CONTRADICTS,
+    "mpi_and_torch_disagree",
+    "RANK of an outer launcher beside mpirun's.",
+    {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+    "RANK=0 and WORLD_SIZE=1",
+    "Open MPI says that this is rank 1 of 2",
+)
+_alone(
+    CONTRADICTS,
+    "mpi_rank_beyond_its_world",
+    "mpirun's variables of two jobs.",
+    {"PMI_RANK": "5", "PMI_SIZE": "2"},
+    "contradicts itself",
+    "PMI_RANK",
+)
 
 
 @attack(ALONE)
 def mpi_on_one_host(folder: Path) -> Shown:
-    """mpirun on one host, inside a job of Slurm's whose srun started mpirun's own process: its ranks are adopted, and meet at one port."""
+    """mpirun on one host, inside a job of Slurm's whose srun started mpirun's own process: its ranks are adopted, and
+    meet at one port."""
     found = []
     for rank in range(2):
-        local = {"OMPI_COMM_WORLD_LOCAL_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-7@1"}
-        slurm = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "9"}
+        local = {
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            "PMIX_NAMESPACE": "prterun-7@1",
+        }
+        slurm = {
+            "SLURM_STEP_ID": "0",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_NTASKS": "1",
+            "SLURM_JOB_ID": "9",
+        }
         environment = {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2", **local, **slurm}
         adopt_ranks(environment, 0)
-        found.append(tuple(environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")))
+        found.append(
+            tuple(
+                environment[name]
+                for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            )
+        )
     port = found[0][-1]
     if found != [(str(rank), "2", str(rank), "2", "127.0.0.1", port) for rank in range(2)]:
         raise AttackFailed("silent", f"{found}")
@@ -269,12 +405,16 @@ def ctrl_c_while_packing(folder: Path) -> Shown:
     samples_of(folder)
     script = "import os, signal, threading, sys\nfrom vltrain.cli import main\n"
     strike = (
-        "import contextlib, data_prep.pack as m\nreal = m.write_shards\n@contextlib.contextmanager\ndef late(*words, **named):\n"
-        "    with real(*words, **named) as writer:\n        os.kill(os.getpid(), signal.SIGINT)\n        yield writer\nm.write_shards = late\n"
+        "import contextlib, data_prep.pack as m\nreal = m.write_shards\n@contextlib.contextmanager\ndef "
+        "late(*words, **named):\n"
+        "    with real(*words, **named) as writer:\n        os.kill(os.getpid(), signal.SIGINT)\n        yield "
+        "writer\nm.write_shards = late\n"
     )
     words = [str(word) for word in pack_words(folder / "s.jsonl", folder / "packs")]
     command = [sys.executable, "-c", f"{script}{strike}sys.exit(main({words!r}))"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
     return shows_interrupted(done.returncode, f"{done.stdout}\n{done.stderr}", folder)
 
 
@@ -282,9 +422,12 @@ def ctrl_c_while_packing(folder: Path) -> Shown:
 def ctrl_c_during_imports(folder: Path) -> Shown:
     """Ctrl-C while the program is imported, by a module that swallows exceptions."""
     (folder / "slow_program.py").write_text(
-        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\nexcept BaseException:\n    pass\ndef main(words): return 0\n"
+        "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\nexcept "
+        "BaseException:\n    pass\ndef main(words): return 0\n"
     )
-    command = "import sys; from vltrain import cli; cli.COMMANDS['plan'] = ('slow_program', ''); sys.exit(cli.main(['plan']))"
+    command = (
+        "import sys; from vltrain import cli; cli.COMMANDS['plan'] = ('slow_program', ''); sys.exit(cli.main(['plan']))"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120)
     return shows_interrupted(done.returncode, f"{done.stdout}\n{done.stderr}", folder)
@@ -314,7 +457,11 @@ def a_rank_0_that_never_makes_the_data(folder: Path) -> Shown:
     os.environ["RANK"] = "1"
     try:
         with changed(made_once, UNSEEN_SECONDS=0.2, POLL_SECONDS=0.05):
-            return refuses(lambda: made_once.made_once(lambda: None, folder / "samples", remedy="-"), "nobody has made it", "rank 0 has ended")
+            return refuses(
+                lambda: made_once.made_once(lambda: None, folder / "samples", remedy="-"),
+                "nobody has made it",
+                "rank 0 has ended",
+            )
     finally:
         os.environ.pop("RANK")
         if before is not None:
@@ -326,7 +473,10 @@ def a_writer_that_never_ends(folder: Path) -> Shown:
     """Another run makes the data, and does not come to an end."""
     result = folder / "samples"
     with held(lock_beside(result), result), changed(made_once, LONGEST_SECONDS=0.3), changed(locks, POLL_SECONDS=0.05):
-        return refuses(lambda: made_once.made_once(lambda: None, result, remedy="choose another data.root"), *me("choose another data.root"))
+        return refuses(
+            lambda: made_once.made_once(lambda: None, result, remedy="choose another data.root"),
+            *me("choose another data.root"),
+        )
 
 
 @attack(WAITS)
@@ -334,12 +484,17 @@ def a_launcher_that_is_killed(folder: Path) -> Shown:
     """A rank's launcher is killed and can end nobody: the rank waits for ever."""
     (folder / "torchrun").write_text(
         "import subprocess, sys, time\n"
-        "rank = 'import time; from vltrain.files.processes import end_with_launchers; end_with_launchers(); print(1, flush=True); time.sleep(600)'\n"
+        "rank = 'import time; from vltrain.files.processes import end_with_launchers; end_with_launchers(); "
+        "print(1, flush=True); time.sleep(600)'\n"
         "subprocess.Popen([sys.executable, '-c', rank])\ntime.sleep(600)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0"}
     launcher = subprocess.Popen(
-        [sys.executable, folder / "torchrun"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, folder / "torchrun"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert launcher.stdout is not None and launcher.stderr is not None
     launcher.stdout.readline()  # the rank watches now
@@ -358,7 +513,9 @@ def output_on_a_full_disk(folder: Path) -> Shown:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     if done.returncode != 2 or not done.stderr.startswith("error: No space left") or done.stderr.count("\n") != 1:
-        raise AttackFailed("silent" if done.returncode == 0 else "unclear", f"exit code {done.returncode}: {done.stderr}")
+        raise AttackFailed(
+            "silent" if done.returncode == 0 else "unclear", f"exit code {done.returncode}: {done.stderr}"
+        )
     return Shown("refused", done.stderr.strip())
 
 

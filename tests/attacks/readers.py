@@ -11,13 +11,13 @@ from typing import Any
 from data_prep.tokens import tokenised
 from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, right, told
 from tests.attacks.inputs import TOKENIZER, chat, pack_words, picture, prepare_words, sample, write_json, write_jsonl
-from vltrain.data.conversation import encode_sample
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.conversation import encode_sample
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.predictions import read_predictions
 from vltrain.evaluate.report import score_samples, write_report
 from vltrain.evaluate.samples import read_samples
 from vltrain.schema import Sample, Turn
-from vltrain.train.ds_config import load_ds_json
+from vltrain.train.zero.ds_config import load_ds_json
 
 NO_TEXT = "JSON values that are no text"
 ELEMENTS = "elements of a list that nobody looks at"
@@ -29,8 +29,16 @@ CHATS = "LLaVA's files as they are"
 MARKERS = "`<image>` as a text"
 ANSWERS = "files of answers"
 PROBLEM = {
-    "question": "q?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": None, "grade": "grade2", "subject": "natural science", "lecture": "", "solution": "",
-}  # fmt: skip
+    "question": "q?",
+    "choices": ["x", "y"],
+    "answer": 1,
+    "hint": "",
+    "image": None,
+    "grade": "grade2",
+    "subject": "natural science",
+    "lecture": "",
+    "solution": "",
+}
 
 
 def packed(folder: Path, *records: Any, **changed: Any) -> list[Any]:
@@ -40,13 +48,17 @@ def packed(folder: Path, *records: Any, **changed: Any) -> list[Any]:
 
 def talks(folder: Path, *records: Any) -> list[Any]:
     """The words of `vltrain prepare` over LLaVA's records, all of which are trained on."""
-    return prepare_words("llava_json", write_json(folder / "chats.json", list(records)), folder / "out", "val_fraction=0")
+    return prepare_words(
+        "llava_json", write_json(folder / "chats.json", list(records)), folder / "out", "val_fraction=0"
+    )
 
 
 def prepared(folder: Path, words: list[Any], *needles: str) -> list[dict[str, Any]]:
     """The samples that these words make, told with the needles."""
     told(words, *needles)
-    return [json.loads(line) for line in (folder / "out" / "train.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    return [
+        json.loads(line) for line in (folder / "out" / "train.jsonl").read_text(encoding="utf-8").split("\n") if line
+    ]
 
 
 def expect(found: Any, wanted: Any) -> None:
@@ -63,13 +75,19 @@ def scienceqa(folder: Path, source: str = "scienceqa", **changed: Any) -> list[A
 @attack(NO_TEXT)
 def null_answer(folder: Path) -> Shown:
     """An answer that is null."""
-    return refused(packed(folder, answer=None), "s.jsonl:1", "turns[1].text: found null, expected a text", untouched=folder)
+    return refused(
+        packed(folder, answer=None), "s.jsonl:1", "turns[1].text: found null, expected a text", untouched=folder
+    )
 
 
 @attack(NO_TEXT)
 def parts_as_text(folder: Path) -> Shown:
     """Content parts, as chats have them, in a line of samples."""
-    return refused(packed(folder, sample(), sample(2, question=[{"type": "text", "text": "Q?"}])), "s.jsonl:2", "turns[0].text: found [")
+    return refused(
+        packed(folder, sample(), sample(2, question=[{"type": "text", "text": "Q?"}])),
+        "s.jsonl:2",
+        "turns[0].text: found [",
+    )
 
 
 @attack(NO_TEXT)
@@ -88,14 +106,19 @@ def true_in_a_later_turn(folder: Path) -> Shown:
 @attack(NO_TEXT)
 def turn_of_nobody(folder: Path) -> Shown:
     """A turn whose role is null."""
-    return refused(packed(folder, sample(turns=[{"role": None, "text": "Q?"}, {"role": "assistant", "text": "x"}])), "turns[0].role: found null")
+    return refused(
+        packed(folder, sample(turns=[{"role": None, "text": "Q?"}, {"role": "assistant", "text": "x"}])),
+        "turns[0].role: found null",
+    )
 
 
 @attack(NO_TEXT)
 def null_metadata(folder: Path) -> Shown:
     """Metadata that is null, and a list of pairs, which dict() would take."""
     refused(packed(folder, sample(metadata=None)), "metadata: found null, expected an object")
-    return refused(packed(folder, sample(metadata=[["answer", "x"]])), 'metadata: found [["answer", "x"]], expected an object')
+    return refused(
+        packed(folder, sample(metadata=[["answer", "x"]])), 'metadata: found [["answer", "x"]], expected an object'
+    )
 
 
 @attack(NO_TEXT)
@@ -107,21 +130,30 @@ def misspelt_key(folder: Path) -> Shown:
 @attack(NO_TEXT)
 def chat_of_an_object(folder: Path) -> Shown:
     """An object as an answer of a chat."""
-    return refused(talks(folder, chat(1), chat(2, answer={"text": "yes"})), "record 1: conversations[1].value: found {", untouched=folder / "none")
+    return refused(
+        talks(folder, chat(1), chat(2, answer={"text": "yes"})),
+        "record 1: conversations[1].value: found {",
+        untouched=folder / "none",
+    )
 
 
 @attack(NO_TEXT)
 def chat_with_id_true(folder: Path) -> Shown:
     """A chat whose id is `true`, and one whose id is a list."""
     refused(talks(folder, chat([1])), "id: found [1], expected an id")
-    return refused(talks(folder, chat(True)), "id: found true, expected an id: a text that is not empty, or a whole number")
+    return refused(
+        talks(folder, chat(True)), "id: found true, expected an id: a text that is not empty, or a whole number"
+    )
 
 
 @attack(NO_TEXT)
 def null_caption(folder: Path) -> Shown:
     """A caption that is null in Flickr30k's file of splits."""
     (folder / "raw" / "images").mkdir(parents=True)
-    write_json(folder / "raw" / "dataset_flickr30k.json", {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}, {"raw": None}]}]})
+    write_json(
+        folder / "raw" / "dataset_flickr30k.json",
+        {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}, {"raw": None}]}]},
+    )
     return refused(prepare_words("flickr30k", folder / "raw", folder / "out"), "image 0 ('a.jpg'): raw: found null")
 
 
@@ -129,7 +161,10 @@ def null_caption(folder: Path) -> Shown:
 def numbers_as_choices(folder: Path) -> Shown:
     """Choices that are numbers, of ScienceQA and of its image questions."""
     refused(scienceqa(folder, choices=["x", 2]), "problem '1': choices[1]: found 2, expected a text")
-    return refused(scienceqa(folder, "scienceqa_image", choices=[1, 2], image="image.png"), "problem '1': choices[0]: found 1, expected a text")
+    return refused(
+        scienceqa(folder, "scienceqa_image", choices=[1, 2], image="image.png"),
+        "problem '1': choices[0]: found 1, expected a text",
+    )
 
 
 @attack(ELEMENTS)
@@ -147,31 +182,50 @@ def image_that_is_zero(folder: Path) -> Shown:
 @attack(ELEMENTS)
 def skills_that_are_numbers(folder: Path) -> Shown:
     """IconQA's skills of a question, one of them a number."""
-    question = {"question": "q?", "choices": ["a", "b"], "answer": 0, "ques_type": "choose_txt", "grade": "g", "label": "A"}
+    question = {
+        "question": "q?",
+        "choices": ["a", "b"],
+        "answer": 0,
+        "ques_type": "choose_txt",
+        "grade": "g",
+        "label": "A",
+    }
     place = folder / "raw" / "train" / "choose_txt" / "1"
     write_json(place / "data.json", question)
     picture(place / "image.png")
     write_json(folder / "raw" / "pid2skills.json", {"1": ["counting", 3]})
-    return refused(prepare_words("iconqa", folder / "raw", folder / "out"), "pid2skills.json", "[1]: found 3, expected a text")
+    return refused(
+        prepare_words("iconqa", folder / "raw", folder / "out"), "pid2skills.json", "[1]: found 3, expected a text"
+    )
 
 
 @attack(ELEMENTS)
 def images_that_are_null(folder: Path) -> Shown:
     """A null in a list of images, of a sample and of a chat."""
     refused(packed(folder, sample(question="<image> <image>", images=["a.png", None])), "images[1]: found null")
-    return refused(talks(folder, chat(1, question="<image>", image=[None])), "image[0]: found null, expected a file's name")
+    return refused(
+        talks(folder, chat(1, question="<image>", image=[None])), "image[0]: found null, expected a file's name"
+    )
 
 
 @attack(ELEMENTS)
 def numbers_among_ten_answers(folder: Path) -> Shown:
     """A number among VizWiz's ten answers."""
     answers = [{"answer": text, "answer_confidence": "yes"} for text in ("red", 7)]
-    write_json(folder / "raw" / "train.json", [{"image": "a.jpg", "question": "q?", "answers": answers, "answer_type": "other", "answerable": 1}])
-    return refused(prepare_words("vizwiz", folder / "raw", folder / "out"), "answers[1]: answer: found 7, expected a text")
+    write_json(
+        folder / "raw" / "train.json",
+        [{"image": "a.jpg", "question": "q?", "answers": answers, "answer_type": "other", "answerable": 1}],
+    )
+    return refused(
+        prepare_words("vizwiz", folder / "raw", folder / "out"), "answers[1]: answer: found 7, expected a text"
+    )
 
 
 def four(second: str, third: str = "Two?") -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[number % 2], "text": text} for number, text in enumerate(("One?", second, third, "yes"))]
+    return [
+        {"role": ("user", "assistant")[number % 2], "text": text}
+        for number, text in enumerate(("One?", second, third, "yes"))
+    ]
 
 
 @attack(EVERY_TURN)
@@ -190,13 +244,18 @@ def blank_first_answer(folder: Path) -> Shown:
 def empty_question(folder: Path) -> Shown:
     """An empty question, first and in the middle."""
     refused(packed(folder, sample(question=" ")), "turn 0 is an empty user turn")
-    return refused(packed(folder, sample(turns=four("yes", ""))), "turn 2 is an empty user turn, expected a text or <image>")
+    return refused(
+        packed(folder, sample(turns=four("yes", ""))), "turn 2 is an empty user turn, expected a text or <image>"
+    )
 
 
 @attack(EVERY_TURN)
 def empty_answer_of_a_chat(folder: Path) -> Shown:
     """An empty answer in the middle of one of LLaVA's conversations."""
-    talk = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(("One?", "\t", "Two?", "yes"))]
+    talk = [
+        {"from": ("human", "gpt")[number % 2], "value": text}
+        for number, text in enumerate(("One?", "\t", "Two?", "yes"))
+    ]
     return refused(talks(folder, chat(1, conversations=talk)), "record 0", "turn 1 is an empty answer")
 
 
@@ -211,12 +270,16 @@ SEPARATORS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e"
 
 @attack(OWN_FILES)
 def separators_in_samples(folder: Path) -> Shown:
-    """All that `str.splitlines` takes for line ends, in question, answer, id and metadata: prepared, packed and read for evaluation."""
+    """All that `str.splitlines` takes for line ends, in question, answer, id and metadata: prepared, packed and read
+    for evaluation."""
     talk = chat(f"id {SEPARATORS}", question=f"q {SEPARATORS} q", answer=f"a {SEPARATORS} a")
     (made,) = prepared(folder, talks(folder, talk), "1 samples")
     told(pack_words(folder / "out" / "train.jsonl", folder / "packs", pack_length=256), "1 samples")
     (read,) = read_samples(folder / "out" / "train.jsonl")
-    expect((read.id, read.turns[1].text, made["metadata"]["answer"]), (talk["id"], f"a {SEPARATORS} a", f"a {SEPARATORS} a"))
+    expect(
+        (read.id, read.turns[1].text, made["metadata"]["answer"]),
+        (talk["id"], f"a {SEPARATORS} a", f"a {SEPARATORS} a"),
+    )
     return right("every reader gives back what was written")
 
 
@@ -233,7 +296,9 @@ def separators_in_predictions(folder: Path) -> Shown:
 def separators_packed_in_parts(folder: Path) -> Shown:
     """The same in ids and image names of samples that are packed in parts, whose lists the merge reads."""
     picture(folder / f"a{chr(0x2028)}.png")
-    samples = write_jsonl(folder / "s.jsonl", [sample(f"1{SEPARATORS}", question="<image>", images=[f"a{chr(0x2028)}.png"]), sample(2)])
+    samples = write_jsonl(
+        folder / "s.jsonl", [sample(f"1{SEPARATORS}", question="<image>", images=[f"a{chr(0x2028)}.png"]), sample(2)]
+    )
     for part in (1, 2):
         told(pack_words(samples, folder / "packs", "--parts", 2, "--part", part), f"part {part} of 2 is done")
     return told(pack_words(samples, folder / "packs", "--parts", 2, "--merge"), "2 samples, 1 images")
@@ -264,7 +329,10 @@ def byte_order_mark(folder: Path) -> Shown:
     expect((len(pack()[0].ids), [one.id for one in evaluation()]), (1, ["1"]))
     (folder / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "1", "prediction": "x"}\n')
     (folder / "ds.json").write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"stage": 2}}')
-    expect((read_predictions(folder / "p.jsonl"), load_ds_json(folder / "ds.json")), ({"1": "x"}, {"zero_optimization": {"stage": 2}}))
+    expect(
+        (read_predictions(folder / "p.jsonl"), load_ds_json(folder / "ds.json")),
+        ({"1": "x"}, {"zero_optimization": {"stage": 2}}),
+    )
     return right("taken by every reader")
 
 
@@ -286,8 +354,14 @@ def key_twice(folder: Path) -> Shown:
 @attack(ONE_ANSWER)
 def not_a_number(folder: Path) -> Shown:
     """NaN, deep in the metadata; and a number that becomes infinite."""
-    same_refusal(folder, json.dumps({**LINE, "metadata": {"a": [1e400]}}).replace("Infinity", "1e400").encode(), "1e400, which is too large")
-    return same_refusal(folder, json.dumps({**LINE, "metadata": {"a": [float("nan")]}}).encode(), "found NaN, which JSON does not have")
+    same_refusal(
+        folder,
+        json.dumps({**LINE, "metadata": {"a": [1e400]}}).replace("Infinity", "1e400").encode(),
+        "1e400, which is too large",
+    )
+    return same_refusal(
+        folder, json.dumps({**LINE, "metadata": {"a": [float("nan")]}}).encode(), "found NaN, which JSON does not have"
+    )
 
 
 @attack(ONE_ANSWER)
@@ -299,7 +373,11 @@ def half_of_a_character(folder: Path) -> Shown:
 @attack(ONE_ANSWER)
 def deep_nesting(folder: Path) -> Shown:
     """Nesting that a parser's stack takes and a writer's does not."""
-    same_refusal(folder, json.dumps({**LINE, "metadata": {"a": 0}}).replace("0", "[" * 100 + "]" * 100).encode(), "nested too deeply")
+    same_refusal(
+        folder,
+        json.dumps({**LINE, "metadata": {"a": 0}}).replace("0", "[" * 100 + "]" * 100).encode(),
+        "nested too deeply",
+    )
     return same_refusal(folder, b'{"a":' * 50_000, "nested too deeply")
 
 
@@ -323,7 +401,10 @@ def pipe_of_samples(folder: Path) -> Shown:
     """A named pipe in the place of a samples file, of chats, and of answers: nothing may wait for it."""
     os.mkfifo(folder / "pipe.jsonl")
     refused(prepare_words("llava_json", folder / "pipe.jsonl", folder / "out"), "something else than a file")
-    refused(["evaluate", "--predictions", folder / "pipe.jsonl", "--data", folder / "pipe.jsonl", "--eval.scorer", "exact"], "something else than a file")
+    refused(
+        ["evaluate", "--predictions", folder / "pipe.jsonl", "--data", folder / "pipe.jsonl", "--eval.scorer", "exact"],
+        "something else than a file",
+    )
     return refused(pack_words(folder / "pipe.jsonl", folder / "packs"), "something else than a file", untouched=folder)
 
 
@@ -343,8 +424,13 @@ def device_as_json(folder: Path) -> Shown:
 
 @attack(CHATS)
 def repeated_ids(folder: Path) -> Shown:
-    """Ids that come again, as in LLaVA's mix, where an image's id stands for each of its conversations; one of them looks numbered already."""
-    made = prepared(folder, talks(folder, chat("a"), chat("a#2"), chat("a"), chat("a"), chat(5), chat("5")), "3 id(s) that came before are numbered")
+    """Ids that come again, as in LLaVA's mix, where an image's id stands for each of its conversations; one of them
+    looks numbered already."""
+    made = prepared(
+        folder,
+        talks(folder, chat("a"), chat("a#2"), chat("a"), chat("a"), chat(5), chat("5")),
+        "3 id(s) that came before are numbered",
+    )
     expect([one["id"] for one in made], ["a", "a#2", "a#3", "a#4", "5", "5#2"])
     return right("numbered, each once, and told with a count")
 
@@ -352,7 +438,11 @@ def repeated_ids(folder: Path) -> Shown:
 @attack(CHATS)
 def missing_ids(folder: Path) -> Shown:
     """Records without an id, and with one that is null."""
-    made = prepared(folder, talks(folder, {"conversations": chat()["conversations"]}, chat(None)), "2 record(s) without an id are numbered")
+    made = prepared(
+        folder,
+        talks(folder, {"conversations": chat()["conversations"]}, chat(None)),
+        "2 record(s) without an id are numbered",
+    )
     expect([one["id"] for one in made], ["record-0", "record-1"])
     return right("numbered by their places, and told")
 
@@ -360,7 +450,9 @@ def missing_ids(folder: Path) -> Shown:
 @attack(CHATS)
 def assistant_first(folder: Path) -> Shown:
     """A conversation that begins with the assistant and ends with a question, as ShareGPT's do."""
-    spoken = [{"from": who, "value": text} for who, text in (("gpt", "Hi"), ("human", "Q?"), ("gpt", "A"), ("human", "More?"))]
+    spoken = [
+        {"from": who, "value": text} for who, text in (("gpt", "Hi"), ("human", "Q?"), ("gpt", "A"), ("human", "More?"))
+    ]
     made = prepared(folder, talks(folder, chat(1, conversations=spoken)), "1 conversation(s) begin with the assistant")
     expect([turn["text"] for turn in made[0]["turns"]], ["Q?", "A"])
     return right("left out, and told")
@@ -380,9 +472,18 @@ def messages_with_parts(folder: Path) -> Shown:
     """`messages` with content parts, a system turn and JSON Lines; `<image>` typed beside an image part is text."""
     picture(folder / "a.png")
     parts = [{"type": "image"}, {"type": "text", "text": "What is <image>?"}]
-    talk = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}, {"role": "assistant", "content": "A tag."}], "images": "a.png"}
+    talk = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": "A tag."},
+        ],
+        "images": "a.png",
+    }
     lines = write_jsonl(folder / "chats.jsonl", [talk, chat(2)])
-    made = prepared(folder, prepare_words("llava_json", lines, folder / "out", "val_fraction=0"), "1 text(s) with <image>")
+    made = prepared(
+        folder, prepare_words("llava_json", lines, folder / "out", "val_fraction=0"), "1 text(s) with <image>"
+    )
     expect([turn["text"] for turn in made[0]["turns"]], ["Be brief.", "<image>What is <\\image>?", "A tag."])
     expect((made[0]["images"], made[1]["images"]), (["images/a.png"], []))
     return right("read as they stand, beside a record without image")
@@ -393,8 +494,17 @@ def parts_that_name_their_images(folder: Path) -> Shown:
     """Images named by the content parts themselves; and named twice."""
     for name in ("a.png", "b.png"):
         picture(folder / name)
-    content = [{"type": "image_url", "image_url": {"url": "b.png"}}, {"type": "text", "text": "\nor\n"}, {"type": "image", "image": "a.png"}]
-    talk = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}
+    content = [
+        {"type": "image_url", "image_url": {"url": "b.png"}},
+        {"type": "text", "text": "\nor\n"},
+        {"type": "image", "image": "a.png"},
+    ]
+    talk = {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+        ]
+    }
     refused(talks(folder, {**talk, "image": "a.png"}), "images both in content parts and under image")
     made = prepared(folder, talks(folder, talk), "1 samples")
     expect((made[0]["images"], made[0]["turns"][0]["text"]), (["images/b.png", "images/a.png"], "<image>\nor\n<image>"))
@@ -415,8 +525,15 @@ def images_nowhere_in_the_text(folder: Path) -> Shown:
 @attack(CHATS)
 def image_from_the_net(folder: Path) -> Shown:
     """An image given as an address, and one as base64 text."""
-    refused(talks(folder, chat(1, question="<image>", image="data:image/png;base64,AAAA")), "image: found", "download it first")
-    return refused(talks(folder, chat(1, question="<image>", image="https://example.org/a.png")), "expected the path of a file; download it first")
+    refused(
+        talks(folder, chat(1, question="<image>", image="data:image/png;base64,AAAA")),
+        "image: found",
+        "download it first",
+    )
+    return refused(
+        talks(folder, chat(1, question="<image>", image="https://example.org/a.png")),
+        "expected the path of a file; download it first",
+    )
 
 
 @attack(CHATS)
@@ -438,7 +555,10 @@ def turn_that_is_not_to_be_learned(folder: Path) -> Shown:
 @attack(CHATS)
 def keys_that_are_not_read(folder: Path) -> Shown:
     """Keys that mean nothing here: named with a count, in case one was meant to."""
-    return told(talks(folder, chat(1, model="", imgae="a.png"), chat(2, model="")), "keys that are not read: model (2), imgae (1)")
+    return told(
+        talks(folder, chat(1, model="", imgae="a.png"), chat(2, model="")),
+        "keys that are not read: model (2), imgae (1)",
+    )
 
 
 @attack(CHATS)
@@ -454,8 +574,12 @@ def unusable_records(folder: Path) -> Shown:
 @attack(MARKERS)
 def marker_in_an_answer(folder: Path) -> Shown:
     """`<image>` typed in an answer of a chat: text, tokenised as such, and no image."""
-    made = prepared(folder, talks(folder, chat(1, answer="Write <image> there.")), "1 text(s) with <image> in an answer")
-    expect((made[0]["turns"][1]["text"], made[0]["metadata"]["answer"]), ("Write <\\image> there.", "Write <image> there."))
+    made = prepared(
+        folder, talks(folder, chat(1, answer="Write <image> there.")), "1 text(s) with <image> in an answer"
+    )
+    expect(
+        (made[0]["turns"][1]["text"], made[0]["metadata"]["answer"]), ("Write <\\image> there.", "Write <image> there.")
+    )
     (read,) = read_samples(folder / "out" / "train.jsonl")
     tokenizer = load_tokenizer(TOKENIZER)
     segment = encode_sample(read, tokenizer, "mmt", 4)
@@ -466,7 +590,11 @@ def marker_in_an_answer(folder: Path) -> Shown:
 @attack(MARKERS)
 def marker_without_image(folder: Path) -> Shown:
     """`<image>` in a question without an image: a forgotten image, or text, which is written with a backslash."""
-    refused(talks(folder, chat(1, question="What is <image>?")), "1 <image> marker(s) in the text but 0 image(s) listed", "<\\image>")
+    refused(
+        talks(folder, chat(1, question="What is <image>?")),
+        "1 <image> marker(s) in the text but 0 image(s) listed",
+        "<\\image>",
+    )
     made = prepared(folder, talks(folder, chat(1, question="What is <\\image>?")), "1 samples")
     expect((made[0]["images"], made[0]["turns"][0]["text"]), ([], "What is <\\image>?"))
     return right("refused with the way to write the text")
@@ -475,11 +603,22 @@ def marker_without_image(folder: Path) -> Shown:
 @attack(MARKERS)
 def marker_in_official_files(folder: Path) -> Shown:
     """`<image>` in ScienceQA's own question, choice and solution: it stays what it is, and is no image."""
-    changed = {"question": "What does <image> do?", "choices": ["<image>", "y"], "answer": 0, "solution": "See <image>."}
+    changed = {
+        "question": "What does <image> do?",
+        "choices": ["<image>", "y"],
+        "answer": 0,
+        "solution": "See <image>.",
+    }
     (made,) = prepared(folder, scienceqa(folder, **changed), "1 samples")
     expect(made["images"], [])
-    expect(made["turns"][0]["text"], "Question: What does <\\image> do?\nContext: N/A\nOptions: (A) <\\image> (B) y\nResponse:")
-    expect((made["turns"][1]["text"], made["metadata"]["choices"]), ("The answer is A. BECAUSE: See <\\image>.", ["<image>", "y"]))
+    expect(
+        made["turns"][0]["text"],
+        "Question: What does <\\image> do?\nContext: N/A\nOptions: (A) <\\image> (B) y\nResponse:",
+    )
+    expect(
+        (made["turns"][1]["text"], made["metadata"]["choices"]),
+        ("The answer is A. BECAUSE: See <\\image>.", ["<image>", "y"]),
+    )
     return right("escaped in the turns, as it is in the metadata")
 
 
@@ -494,8 +633,20 @@ def answered(folder: Path, content: Any, *more: Any, name: str = "answers.json")
 @attack(ANSWERS)
 def answers_in_another_order(folder: Path) -> Shown:
     """Multimodal-CoT's file, which has no ids, of a split in another order: its labels tell."""
-    told(answered(folder, {"preds": ["The answer is (B)", "The answer is (A)"], "labels": ["The answer is (B).", "The answer is (A)."]}), "accuracy=1.0000")
-    return refused(answered(folder, {"preds": ["x", "y"], "labels": ["The answer is (A).", "The answer is (B)."]}), "of another split, or in another order")
+    told(
+        answered(
+            folder,
+            {
+                "preds": ["The answer is (B)", "The answer is (A)"],
+                "labels": ["The answer is (B).", "The answer is (A)."],
+            },
+        ),
+        "accuracy=1.0000",
+    )
+    return refused(
+        answered(folder, {"preds": ["x", "y"], "labels": ["The answer is (A).", "The answer is (B)."]}),
+        "of another split, or in another order",
+    )
 
 
 @attack(ANSWERS)
@@ -511,13 +662,19 @@ def letters_unasked(folder: Path) -> Shown:
 def part_of_a_split(folder: Path) -> Shown:
     """Answers to half of a split: a score that looks like one of the whole."""
     refused(answered(folder, {"1": "The answer is B."}), "has no answer to 1 question(s)", "--allow-missing")
-    return told(answered(folder, {"1": "The answer is B."}, "--allow-missing"), "accuracy=1.0000 (1 questions)", "missing=1")
+    return told(
+        answered(folder, {"1": "The answer is B."}, "--allow-missing"), "accuracy=1.0000 (1 questions)", "missing=1"
+    )
 
 
 @attack(ANSWERS)
 def figures_without_answers(folder: Path) -> Shown:
     """Chameleon's result file, which holds an accuracy and no answer."""
-    return refused(answered(folder, {"acc": 79.9, "correct": 3390, "wrong": 851, "count": 4241, "args": {}}), "found figures only", "_cache.jsonl")
+    return refused(
+        answered(folder, {"acc": 79.9, "correct": 3390, "wrong": 851, "count": 4241, "args": {}}),
+        "found figures only",
+        "_cache.jsonl",
+    )
 
 
 @attack(ELEMENTS)
@@ -533,7 +690,8 @@ def kinds_and_skills_that_are_numbers(folder: Path) -> Shown:
 
 @attack(ANSWERS)
 def many_ids_and_one_twice(folder: Path) -> Shown:
-    """100,000 answers in one object, the last of them to a question answered before: found at once, not by comparing all with all."""
+    """100,000 answers in one object, the last of them to a question answered before: found at once, not by comparing
+    all with all."""
     text = json.dumps({str(number): "x" for number in range(100_000)})[:-1] + ', "7": "y"}'
     (folder / "answers.json").write_text(text)
     return refuses(lambda: read_predictions(folder / "answers.json"), "found the key '7' a second time")
@@ -543,7 +701,9 @@ def many_ids_and_one_twice(folder: Path) -> Shown:
 def answer_that_is_null(folder: Path) -> Shown:
     """An answer that is null, in lines and in an object."""
     refused(answered(folder, {"outputs": {"1": "x", "2": None}}), "outputs: '2': found null, expected a text")
-    return refused(answered(folder, [{"question_id": 1, "text": None}], name="answers.jsonl"), "answers.jsonl:1: text: found null")
+    return refused(
+        answered(folder, [{"question_id": 1, "text": None}], name="answers.jsonl"), "answers.jsonl:1: text: found null"
+    )
 
 
 @attack(CHATS)
@@ -551,7 +711,9 @@ def turn_in_both_forms(folder: Path) -> Shown:
     """A turn with `from` and `value` beside `role` and `content` that say something else."""
     turn = {"from": "human", "value": "Q?", "role": "user", "content": "Another?"}
     chats = write_json(folder / "chats.json", [{"id": "1", "conversations": [turn, {"from": "gpt", "value": "yes"}]}])
-    return refused(prepare_words("llava_json", chats, folder / "out"), "conversations[0]", "say something else", "Another?")
+    return refused(
+        prepare_words("llava_json", chats, folder / "out"), "conversations[0]", "say something else", "Another?"
+    )
 
 
 @attack(ANSWERS)
@@ -566,5 +728,7 @@ def question_that_a_split_names_twice(folder: Path) -> Shown:
 def choices_of_nobody(folder: Path) -> Shown:
     """A choice that is null, where only letters are judged."""
     words = answered(folder, {"1": "The answer is B.", "2": "The answer is A."})
-    write_json(folder / "data" / "problems.json", {"1": {**PROBLEM, "choices": ["x", None]}, "2": {**PROBLEM, "answer": 0}})
+    write_json(
+        folder / "data" / "problems.json", {"1": {**PROBLEM, "choices": ["x", None]}, "2": {**PROBLEM, "answer": 0}}
+    )
     return refused(words, "problem '1'", "choices[1]: found null, expected a text")

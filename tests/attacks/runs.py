@@ -1,4 +1,5 @@
-"""Attacks on a run's folder: checkpoints that cannot be read, weights that changed, folders that say one thing and are another."""
+"""Attacks on a run's folder: checkpoints that cannot be read, weights that changed, folders that say one thing and are
+another."""
 
 from __future__ import annotations
 
@@ -16,19 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, right, run_vltrain
 from tests.support.finished_run import Places, finished_run, write_run
-from vltrain.check.manifest import dumps
+from vltrain.config.command_line import split_arguments
+from vltrain.distributed.hardware import PRECISIONS
 from vltrain.errors import InputError
-from vltrain.evaluate.ablation import DONE, Outcome, write_outcome
+from vltrain.files.atomic import write_whole
 from vltrain.files.lines import LineFile
-from vltrain.files.whole import write_whole
 from vltrain.inference.run import weights_used
-from vltrain.programs.ablate import make_plan
-from vltrain.settings import split_arguments
-from vltrain.train.checkpoint import newest_checkpoint
-from vltrain.train.hardware import PRECISIONS
-from vltrain.train.made_of import made_of
-from vltrain.train.provenance import make_run_folder
-from vltrain.train.selection import Selection, measured_by
+from vltrain.programs.studies.ablate import make_plan
+from vltrain.programs.studies.table import DONE, Outcome, write_outcome
+from vltrain.receipts.manifest import dumps
+from vltrain.train.checkpoints.checkpoint import newest_checkpoint
+from vltrain.train.checkpoints.selection import Selection, measured_by
+from vltrain.train.run.made_of import made_of
+from vltrain.train.run.provenance import make_run_folder
 
 UNREADABLE = "checkpoints that are there and cannot be used"
 CHANGED = "weights or tokenizer that are not the run's any more"
@@ -49,7 +50,9 @@ def evaluate_words(places: Places, *more: Any) -> list[Any]:
 def fails_check(words: list[Any], *needles: str) -> Shown:
     """`vltrain check ...` must end with exit code 1 and a FAILED line that holds every needle."""
     code, output = run_vltrain(words)
-    lines = [line for line in output.splitlines() if line.startswith("FAILED") and all(needle in line for needle in needles)]
+    lines = [
+        line for line in output.splitlines() if line.startswith("FAILED") and all(needle in line for needle in needles)
+    ]
     if code != 1 or not lines:
         raise AttackFailed("silent" if code == 0 else "unclear", f"exit code {code}; {output[-400:]}")
     return Shown("refused", lines[0])
@@ -94,7 +97,13 @@ def newer_format(folder: Path) -> Shown:
     places = finished_run(folder)
     for step in (2, 4):
         rewrite(places.checkpoint(step), format=2)
-    return refused(train_words(places), "none of its checkpoints can be used", "checkpoint format 2", "step-00000002", untouched=places.run)
+    return refused(
+        train_words(places),
+        "none of its checkpoints can be used",
+        "checkpoint format 2",
+        "step-00000002",
+        untouched=places.run,
+    )
 
 
 @attack(UNREADABLE)
@@ -171,7 +180,9 @@ def forbidden_checkpoint(folder: Path) -> Shown:
     for path in (places.run / "checkpoints").rglob("*"):
         path.chmod(0)
     os.seteuid(NOBODY)
-    return refuses(lambda: newest_checkpoint(places.run / "checkpoints"), "none of its checkpoints can be used", "PermissionError")
+    return refuses(
+        lambda: newest_checkpoint(places.run / "checkpoints"), "none of its checkpoints can be used", "PermissionError"
+    )
 
 
 @attack(UNREADABLE)
@@ -192,7 +203,10 @@ def forbidden_weights(folder: Path) -> Shown:
     shutil.rmtree(places.checkpoint(2))
     (places.checkpoint(4) / "weights-00001.safetensors").chmod(0)
     os.seteuid(NOBODY)
-    return refuses(lambda: newest_checkpoint(places.run / "checkpoints"), "weights-00001.safetensors: cannot be read (Permission denied)")
+    return refuses(
+        lambda: newest_checkpoint(places.run / "checkpoints"),
+        "weights-00001.safetensors: cannot be read (Permission denied)",
+    )
 
 
 @attack(UNREADABLE)
@@ -237,7 +251,12 @@ def other_sizes_in_replay(folder: Path) -> Shown:
     places = finished_run(folder)
     config = json.loads((places.llama / "config.json").read_text())
     (places.llama / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
-    return refused(["check", "replay", places.run, "--step", 3], "model.llm.source", "config.json has changed", untouched=places.run)
+    return refused(
+        ["check", "replay", places.run, "--step", 3],
+        "model.llm.source",
+        "config.json has changed",
+        untouched=places.run,
+    )
 
 
 @attack(CHANGED)
@@ -259,7 +278,8 @@ def other_source_on_the_command_line(folder: Path) -> Shown:
 
 @attack(CHANGED)
 def untuned_evaluation(folder: Path) -> Shown:
-    """`--checkpoint none` over frozen weights that changed: the line that the tuned run is compared with would be another model's."""
+    """`--checkpoint none` over frozen weights that changed: the line that the tuned run is compared with would be
+    another model's."""
     places = finished_run(folder)
     other_weights(places.llama)
     return refused(evaluate_words(places, "--checkpoint", "none"), "model.llm.source", "has changed")
@@ -297,7 +317,13 @@ def other_weights_between_rows(folder: Path) -> Shown:
     places = finished_run(folder)
     words = [*_table(places), "--only", "done", "--ranks", "1"]
     other_weights(places.llama)
-    return refused(words, "holds row 'done' over other weights", "model.llm.source", "model.safetensors has changed", untouched=folder / "table" / "done")
+    return refused(
+        words,
+        "holds row 'done' over other weights",
+        "model.llm.source",
+        "model.safetensors has changed",
+        untouched=folder / "table" / "done",
+    )
 
 
 @attack(CHANGED)
@@ -314,13 +340,19 @@ def _table(places: Places) -> list[Any]:
     """The words of `vltrain ablate` for a table of two rows, of which one is the finished run."""
     recipe = yaml.safe_load(places.recipe.read_text())
     table = places.root / "table.yaml"
-    table.write_text(yaml.safe_dump({**recipe, "output": str(places.root / "table"), "rows": {"done": {}, "next": {"optim": {"lr": 1e-5}}}}))
+    table.write_text(
+        yaml.safe_dump(
+            {**recipe, "output": str(places.root / "table"), "rows": {"done": {}, "next": {"optim": {"lr": 1e-5}}}}
+        )
+    )
     words = ["ablate", table]
     (places.root / "table").mkdir()
     places.run.rename(places.root / "table" / "done")
     job = make_plan(split_arguments([str(word) for word in words[1:]] + ["--ranks", "1"])).jobs[0]
     metrics = {"accuracy": 0.5, "measure": "accuracy", "columns": {}, "total": 4, "failed": 0, "step": 4}
-    write_outcome(job.folder, Outcome(state=DONE, made_with=job.made_with, parameters=2, trained=1, steps=4, metrics=metrics))
+    write_outcome(
+        job.folder, Outcome(state=DONE, made_with=job.made_with, parameters=2, trained=1, steps=4, metrics=metrics)
+    )
     return words
 
 
@@ -391,7 +423,9 @@ def put_back_checkpoint(folder: Path) -> Shown:
     stored = places.run / "config.yaml"
     stored.write_text(stored.read_text().replace("save_every_steps: 2", "save_every_steps: 1"))
     shutil.rmtree(places.checkpoint(4))
-    return fails_check(["check", "resume", places.run, "--packs", folder / "packs"], "newest usable checkpoint is of step 2")
+    return fails_check(
+        ["check", "resume", places.run, "--packs", folder / "packs"], "newest usable checkpoint is of step 2"
+    )
 
 
 @attack(OTHERWISE)
@@ -432,23 +466,35 @@ def older_run_goes_on(folder: Path) -> Shown:
         rewrite(places.checkpoint(), belongs_to=identity)
         with mock.patch("vltrain.programs.train.init_distributed", side_effect=InputError("this run goes on")):
             refused(train_words(places), "this run goes on")
-    return refused(train_words(places, "--model.vision.preprocessing", "checkpoint"), "model.vision.preprocessing was 'square', is 'checkpoint'")
+    return refused(
+        train_words(places, "--model.vision.preprocessing", "checkpoint"),
+        "model.vision.preprocessing was 'square', is 'checkpoint'",
+    )
 
 
 @attack(OTHERWISE)
 def another_machines_precision(folder: Path) -> Shown:
-    """A run with `train.precision: auto`, begun where bf16 is fast, goes on where it is not, and the other way round."""
+    """A run with `train.precision: auto`, begun where bf16 is fast, goes on where it is not, and the other way
+    round."""
     places = finished_run(folder)
     places.recipe.write_text(places.recipe.read_text().replace("precision: fp32", "precision: auto"))
     manifest = json.loads((places.checkpoint() / "checkpoint.json").read_text())
     manifest["belongs_to"]["train"]["precision"] = "auto"
     for begun, fast in (("bf16", False), ("fp32", True)):
-        rewrite(places.checkpoint(), belongs_to=manifest["belongs_to"], run_state={**manifest["run_state"], "precision": begun})
+        rewrite(
+            places.checkpoint(),
+            belongs_to=manifest["belongs_to"],
+            run_state={**manifest["run_state"], "precision": begun},
+        )
         computed = []
         with (
-            mock.patch("vltrain.train.hardware.cpu_has_fast_bf16", lambda fast=fast: fast), mock.patch("vltrain.programs.train.init_distributed", return_value=(0, 1)),
+            mock.patch("vltrain.distributed.hardware.cpu_has_fast_bf16", lambda fast=fast: fast),
+            mock.patch("vltrain.programs.train.init_distributed", return_value=(0, 1)),
             mock.patch("vltrain.programs.train.agreed_over_nodes", lambda files: files),
-            mock.patch("vltrain.programs.train.build_model", side_effect=lambda *_, dtype, **__: computed.append(dtype) or _stop()),
+            mock.patch(
+                "vltrain.programs.train.build_model",
+                side_effect=lambda *_, dtype, **__: computed.append(dtype) or _stop(),
+            ),
         ):
             refused(train_words(places), "this run goes on")
         assert computed == [PRECISIONS[begun]], computed
@@ -466,11 +512,19 @@ def figures_of_another_kind(folder: Path) -> Shown:
     state = json.loads((places.checkpoint() / "checkpoint.json").read_text())["run_state"]
     chosen = Selection(best=0.5, best_step=2, measured_by={**measured_by(places.config()), "eval.max_samples": 2})
     rewrite(places.checkpoint(), run_state={**state, "selection": chosen.state()})
-    refused(train_words(places, "--train.early_stopping_patience", 3, "--train.eval_every_steps", 2), "eval.max_samples was 2, is 512")
+    refused(
+        train_words(places, "--train.early_stopping_patience", 3, "--train.eval_every_steps", 2),
+        "eval.max_samples was 2, is 512",
+    )
     anew = Selection(measured_by=measured_by(places.config()))
     anew.load(chosen.state())
     assert anew.best is None, "a figure of two questions is held against one of all"
-    return refused(train_words(places, "--train.keep_best", "true", "--train.eval_every_steps", 2), "train.keep_best", "eval.max_samples was 2, is 512", "go on without both")
+    return refused(
+        train_words(places, "--train.keep_best", "true", "--train.eval_every_steps", 2),
+        "train.keep_best",
+        "eval.max_samples was 2, is 512",
+        "go on without both",
+    )
 
 
 # Beginning with another run's weights
@@ -481,21 +535,32 @@ def other_settings_after_the_end(folder: Path) -> Shown:
     """A finished run is resumed with another learning rate and more epochs."""
     places = finished_run(folder)
     words = train_words(places, "--optim.lr", 1e-5, "--train.epochs", 3)
-    return refused(words, "optim.lr was", "train.epochs was 2.0, is 3.0", "--train.init_from", untouched=places.run / "checkpoints")
+    return refused(
+        words, "optim.lr was", "train.epochs was 2.0, is 3.0", "--train.init_from", untouched=places.run / "checkpoints"
+    )
 
 
 @attack(BEGIN)
 def of_itself(folder: Path) -> Shown:
     """A run that is to begin with itself."""
     places = finished_run(folder)
-    return refused(train_words(places, "--train.init_from", places.run, "--output", places.run / "checkpoints" / ".." / ".." / "run"), "init_from")
+    return refused(
+        train_words(
+            places, "--train.init_from", places.run, "--output", places.run / "checkpoints" / ".." / ".." / "run"
+        ),
+        "init_from",
+    )
 
 
 @attack(BEGIN)
 def of_nothing(folder: Path) -> Shown:
     """A folder that is not there, beside an output that is new."""
     places = finished_run(folder)
-    return refused(train_words(places, "--train.init_from", folder / "nowhere", "--output", folder / "new"), "train.init_from", "no such folder")
+    return refused(
+        train_words(places, "--train.init_from", folder / "nowhere", "--output", folder / "new"),
+        "train.init_from",
+        "no such folder",
+    )
 
 
 @attack(BEGIN)
@@ -503,7 +568,9 @@ def of_a_folder_of_peft(folder: Path) -> Shown:
     """A folder of peft's that is no run's: what an InstructBLIP may begin with, this model may not."""
     places = finished_run(folder)
     _new(folder / "peft").joinpath("adapter_config.json").write_text("{}")
-    return refused(train_words(places, "--train.init_from", folder / "peft", "--output", folder / "new"), "another architecture's")
+    return refused(
+        train_words(places, "--train.init_from", folder / "peft", "--output", folder / "new"), "another architecture's"
+    )
 
 
 @attack(BEGIN)
@@ -513,7 +580,9 @@ def of_damaged_weights(folder: Path) -> Shown:
     (places.run / "checkpoints" / "best").write_text("step-00000002\n")
     weights = places.checkpoint(2) / "weights-00001.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    return refused(train_words(places, "--train.init_from", places.run, "--output", folder / "new"), "step-00000002", "damaged")
+    return refused(
+        train_words(places, "--train.init_from", places.run, "--output", folder / "new"), "step-00000002", "damaged"
+    )
 
 
 @attack(BEGIN)
@@ -530,7 +599,9 @@ def over_other_frozen_weights(folder: Path) -> Shown:
     places = finished_run(folder)
     shutil.copytree(places.llama, folder / "another")
     other_weights(folder / "another")
-    words = train_words(places, "--train.init_from", places.run, "--output", folder / "new", "--model.llm.source", folder / "another")
+    words = train_words(
+        places, "--train.init_from", places.run, "--output", folder / "new", "--model.llm.source", folder / "another"
+    )
     return refused(words, "other frozen weights", "model.llm.source", "has changed")
 
 
@@ -540,7 +611,9 @@ def over_other_frozen_weights(folder: Path) -> Shown:
 @attack(MACHINE)
 def full_disk_under_a_log(folder: Path) -> Shown:
     """The disk is full when a step's line is written."""
-    return refuses(lambda: LineFile(Path("/dev/full")).write("line\n"), "/dev/full: cannot be written (No space left on device)")
+    return refuses(
+        lambda: LineFile(Path("/dev/full")).write("line\n"), "/dev/full: cannot be written (No space left on device)"
+    )
 
 
 @attack(MACHINE)
@@ -558,7 +631,9 @@ def forbidden_file(folder: Path) -> Shown:
     """One file of the run may not be replaced, since its folder belongs to another user."""
     places = finished_run(folder)
     os.seteuid(NOBODY)
-    return refuses(lambda: write_whole(places.run / "run.json", "{}"), "run.json: could not be written (Permission denied)")
+    return refuses(
+        lambda: write_whole(places.run / "run.json", "{}"), "run.json: could not be written (Permission denied)"
+    )
 
 
 def _new(folder: Path) -> Path:

@@ -10,12 +10,12 @@ from torch import nn, zeros
 
 from tests.attacks.attack import Shown, attack, refused, refuses, right
 from tests.attacks.inputs import pack_words, prepare_words, sample, write_jsonl
-from vltrain.config import OptimConfig
-from vltrain.keys import known_keys
-from vltrain.recipe import read_table
+from vltrain.config.keys import known_keys
+from vltrain.config.recipe import read_table
+from vltrain.config.schema import OptimConfig
 from vltrain.train.determinism import step_seed
-from vltrain.train.ds_schema import check_ds_json
 from vltrain.train.optim import parameter_groups
+from vltrain.train.zero.ds_schema import check_ds_json
 
 ZERO = "0 taken for 'not set', numbers without a range"
 NO_NUMBER = "infinity, NaN and true are no numbers"
@@ -28,7 +28,9 @@ def plan(*words: str) -> list[str]:
 
 def is_numeric(annotation: Any) -> bool:
     """Whether a setting of that type can be a number that the type alone does not list."""
-    return annotation in (int, float) or (get_origin(annotation) is not Literal and any(map(is_numeric, get_args(annotation))))
+    return annotation in (int, float) or (
+        get_origin(annotation) is not Literal and any(map(is_numeric, get_args(annotation)))
+    )
 
 
 def recipe(folder: Path, text: str) -> list[str]:
@@ -39,20 +41,29 @@ def recipe(folder: Path, text: str) -> list[str]:
 @attack(ZERO)
 def vision_lr_zero(folder: Path) -> Shown:
     """A learning rate of 0 for the ViT, to freeze it, which was read as "not set"."""
-    return refused(plan("--model.vision.train", "true", "--optim.vision_lr", "0"), "optim.vision_lr: found 0.0", "(0, 10]", "model.vision.train")
+    return refused(
+        plan("--model.vision.train", "true", "--optim.vision_lr", "0"),
+        "optim.vision_lr: found 0.0",
+        "(0, 10]",
+        "model.vision.train",
+    )
 
 
 @attack(ZERO)
 def llm_lr_negative(folder: Path) -> Shown:
     """A negative learning rate for the LLM, which climbs."""
-    return refused(plan("--model.llm.train", "true", "--optim.llm_lr", "-1e-4"), "optim.llm_lr: found -0.0001", "or null")
+    return refused(
+        plan("--model.llm.train", "true", "--optim.llm_lr", "-1e-4"), "optim.llm_lr: found -0.0001", "or null"
+    )
 
 
 @attack(ZERO)
 def own_rates_are_used(folder: Path) -> Shown:
     """Rates of its own for each network, the smallest that a number can be among them."""
     made = {name: nn.Parameter(zeros(2, 2)) for name in ("vision.w", "llm.w", "neck.w")}
-    groups = parameter_groups(made.items(), OptimConfig(lr=1e-3, vision_lr=5e-324, llm_lr=1.0), lambda name: name.partition(".")[0])
+    groups = parameter_groups(
+        made.items(), OptimConfig(lr=1e-3, vision_lr=5e-324, llm_lr=1.0), lambda name: name.partition(".")[0]
+    )
     rates = {next(name for name in made if made[name] is group["params"][0]): group["lr"] for group in groups}
     assert rates == {"vision.w": 5e-324, "llm.w": 1.0, "neck.w": 1e-3}
     return right("each network has the rate that was said")
@@ -68,7 +79,9 @@ def every_number_has_a_range(folder: Path) -> Shown:
                 values = (value, value) if isinstance(known.default, tuple) else value
                 refuses(lambda: known.range.require(key, values), f"{key}: found")
             assert known.range.holds(known.default), key
-    return right(f"{sum(known.range is not None for known in known_keys().values())} numbers have a range, their defaults in it")
+    return right(
+        f"{sum(known.range is not None for known in known_keys().values())} numbers have a range, their defaults in it"
+    )
 
 
 @attack(ZERO)
@@ -132,7 +145,9 @@ def images_none_at_all(folder: Path) -> Shown:
 @attack(ZERO)
 def rank_of_a_billion(folder: Path) -> Shown:
     """A rank that no machine holds."""
-    return refused(recipe(folder, "model: {llm: {peft: {kind: lora, rank: 1000000000}}}"), "model.llm.peft.rank: found 1000000000")
+    return refused(
+        recipe(folder, "model: {llm: {peft: {kind: lora, rank: 1000000000}}}"), "model.llm.peft.rank: found 1000000000"
+    )
 
 
 @attack(ZERO)
@@ -159,7 +174,9 @@ def a_tables_questions(folder: Path) -> Shown:
 def pack_workers_negative(folder: Path) -> Shown:
     """Command lines of the data programs: a negative number of processes."""
     samples = write_jsonl(folder / "s.jsonl", [sample()])
-    return refused([*pack_words(samples, folder / "packs"), "--workers", "-2"], "--workers", "found -2", untouched=folder)
+    return refused(
+        [*pack_words(samples, folder / "packs"), "--workers", "-2"], "--workers", "found -2", untouched=folder
+    )
 
 
 @attack(ZERO)
@@ -172,7 +189,11 @@ def pack_seed_negative(folder: Path) -> Shown:
 @attack(ZERO)
 def option_of_a_source(folder: Path) -> Shown:
     """An option of a source that is out of its range."""
-    return refused(prepare_words("shapes", None, folder / "out", "image_size=1000000"), "'image_size': found 1000000", untouched=folder)
+    return refused(
+        prepare_words("shapes", None, folder / "out", "image_size=1000000"),
+        "'image_size': found 1000000",
+        untouched=folder,
+    )
 
 
 @attack(NO_NUMBER)
@@ -213,7 +234,11 @@ def half_an_image(folder: Path) -> Shown:
 def infinite_fraction(folder: Path) -> Shown:
     """A fraction that is not one, as an option of a source."""
     given = write_jsonl(folder / "c.json", ["[]"])
-    return refused(prepare_words("llava_json", given, folder / "out", "val_fraction=nan"), "'val_fraction': found nan", untouched=folder)
+    return refused(
+        prepare_words("llava_json", given, folder / "out", "val_fraction=nan"),
+        "'val_fraction': found nan",
+        untouched=folder,
+    )
 
 
 DS_KEYS = "a key or value of DeepSpeed's JSON that is none"
@@ -234,13 +259,21 @@ def zero(**values: Any) -> dict[str, Any]:
 @attack(DS_KEYS)
 def ds_section_misspelt(folder: Path) -> Shown:
     """The whole section under a wrong name: DeepSpeed would run without ZeRO."""
-    return refused(ds(folder, {"zero_optimisation": {"stage": 3}}), "'zero_optimisation' is no key", "did you mean 'zero_optimization'")
+    return refused(
+        ds(folder, {"zero_optimisation": {"stage": 3}}),
+        "'zero_optimisation' is no key",
+        "did you mean 'zero_optimization'",
+    )
 
 
 @attack(DS_KEYS)
 def ds_key_misspelt_inside(folder: Path) -> Shown:
     """A misspelt key two levels down."""
-    return refuses(lambda: check_ds_json(zero(offload_optimizer={"devcie": "cpu"})), "offload_optimizer.devcie' is no key", "offload_optimizer.device'")
+    return refuses(
+        lambda: check_ds_json(zero(offload_optimizer={"devcie": "cpu"})),
+        "offload_optimizer.devcie' is no key",
+        "offload_optimizer.device'",
+    )
 
 
 @attack(DS_KEYS)
@@ -252,14 +285,29 @@ def ds_key_in_another_section(folder: Path) -> Shown:
 @attack(DS_KEYS)
 def ds_key_of_python(folder: Path) -> Shown:
     """A field's name in DeepSpeed's code, which its JSON has under another."""
-    return refuses(lambda: check_ds_json(zero(prefetch_bucket_size=1)), "did you mean 'zero_optimization.stage3_prefetch_bucket_size'")
+    return refuses(
+        lambda: check_ds_json(zero(prefetch_bucket_size=1)),
+        "did you mean 'zero_optimization.stage3_prefetch_bucket_size'",
+    )
 
 
 @attack(DS_KEYS)
 def ds_wrong_types(folder: Path) -> Shown:
     """Texts, true and halves where there are numbers, numbers where there are switches."""
-    for values in (zero(stage="2"), zero(stage=True), zero(reduce_bucket_size="5e8"), zero(reduce_bucket_size=1.5), zero(overlap_comm=1), zero(overlap_comm="true"),
-                   {"train_batch_size": "4"}, {"steps_per_print": 0}, {"gradient_clipping": "1"}, zero(offload_optimizer="cpu"), zero(stage=4), {"fp16": True}):  # fmt: skip
+    for values in (
+        zero(stage="2"),
+        zero(stage=True),
+        zero(reduce_bucket_size="5e8"),
+        zero(reduce_bucket_size=1.5),
+        zero(overlap_comm=1),
+        zero(overlap_comm="true"),
+        {"train_batch_size": "4"},
+        {"steps_per_print": 0},
+        {"gradient_clipping": "1"},
+        zero(offload_optimizer="cpu"),
+        zero(stage=4),
+        {"fp16": True},
+    ):
         refuses(lambda: check_ds_json(values), "DeepSpeed's '")
     return right("each refused by key, found and expected")
 
@@ -269,7 +317,7 @@ def ds_bad_values(folder: Path) -> Shown:
     """Buckets of nothing, a device that is none, an auto that nobody fills."""
     refuses(lambda: check_ds_json(zero(reduce_bucket_size=0)), "reduce_bucket_size': found 0")
     refuses(lambda: check_ds_json(zero(offload_optimizer={"device": "nvme"})), "offload_optimizer.device' is 'nvme'")
-    return refuses(lambda: check_ds_json(zero(sub_group_size="auto")), "sub_group_size' says \"auto\"")
+    return refuses(lambda: check_ds_json(zero(sub_group_size="auto")), 'sub_group_size\' says "auto"')
 
 
 @attack(DS_KEYS)
@@ -283,8 +331,14 @@ def ds_that_is_no_json(folder: Path) -> Shown:
 def ds_sums_in_fp16(folder: Path) -> Shown:
     """Gradients that are summed in 16 bits."""
     for kind in ("fp16", "bf16"):
-        refuses(lambda: check_ds_json({"communication_data_type": kind}), f"communication_data_type' is '{kind}'", "expected 'fp32'")
-    return refuses(lambda: check_ds_json({"data_types": {"grad_accum_dtype": "bf16"}}), "data_types.grad_accum_dtype' is 'bf16'")
+        refuses(
+            lambda: check_ds_json({"communication_data_type": kind}),
+            f"communication_data_type' is '{kind}'",
+            "expected 'fp32'",
+        )
+    return refuses(
+        lambda: check_ds_json({"data_types": {"grad_accum_dtype": "bf16"}}), "data_types.grad_accum_dtype' is 'bf16'"
+    )
 
 
 @attack(DS_FEATURES)
@@ -292,14 +346,32 @@ def ds_quantised(folder: Path) -> Shown:
     """ZeRO++: quantised gradients and weights, weights kept twice."""
     for name in ("zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         refuses(lambda: check_ds_json(zero(stage=3, **{name: True})), f"{name}' is True, expected false")
-    return refuses(lambda: check_ds_json(zero(stage=3, zero_hpz_partition_size=8)), "zero_hpz_partition_size' is 8, expected 1")
+    return refuses(
+        lambda: check_ds_json(zero(stage=3, zero_hpz_partition_size=8)), "zero_hpz_partition_size' is 8, expected 1"
+    )
 
 
 @attack(DS_FEATURES)
 def ds_other_trainings(folder: Path) -> Shown:
-    """Curricula, elasticity, compression, dropped layers, sparse attention, tuning of its own: each a section of its own."""
-    names = ("curriculum_learning", "data_efficiency", "elasticity", "compression_training", "progressive_layer_drop", "sparse_attention", "eigenvalue",
-             "autotuning", "hybrid_engine", "pipeline", "amp", "quantize_training", "checkpoint", "activation_checkpointing", "tensorboard")  # fmt: skip
+    """Curricula, elasticity, compression, dropped layers, sparse attention, tuning of its own: each a section of its
+    own."""
+    names = (
+        "curriculum_learning",
+        "data_efficiency",
+        "elasticity",
+        "compression_training",
+        "progressive_layer_drop",
+        "sparse_attention",
+        "eigenvalue",
+        "autotuning",
+        "hybrid_engine",
+        "pipeline",
+        "amp",
+        "quantize_training",
+        "checkpoint",
+        "activation_checkpointing",
+        "tensorboard",
+    )
     for name in names:
         refuses(lambda: check_ds_json({name: {"enabled": True}}), f"DeepSpeed's '{name}'", "refused", "leave it out")
         check_ds_json({name: {"enabled": False}})
@@ -309,7 +381,11 @@ def ds_other_trainings(folder: Path) -> Shown:
 @attack(DS_FEATURES)
 def ds_other_optimizers(folder: Path) -> Shown:
     """A 1-bit optimizer."""
-    return refused(ds(folder, {"optimizer": {"type": "OneBitAdam", "params": {"lr": "auto", "freeze_step": 10}}}), "OneBitAdam", "AdamW")
+    return refused(
+        ds(folder, {"optimizer": {"type": "OneBitAdam", "params": {"lr": "auto", "freeze_step": 10}}}),
+        "OneBitAdam",
+        "AdamW",
+    )
 
 
 @attack(DS_FEATURES)
@@ -332,23 +408,56 @@ DS_IDLE = "a key of DeepSpeed's JSON without effect"
 @attack(DS_IDLE)
 def ds_knobs_of_another_stage(folder: Path) -> Shown:
     """Knobs of ZeRO-3 beside stage 2, and of stage 2 beside 3: taken, and nothing read them."""
-    for key, value in (("stage3_max_live_parameters", 1e8), ("stage3_param_persistence_threshold", 0), ("sub_group_size", 10**6), ("offload_param", {"device": "cpu"})):
-        refuses(lambda: check_ds_json(zero(**{key: value})), f"zero_optimization.{key}", "has no effect: it is of stage 3")
-    refuses(lambda: check_ds_json(zero(stage=3, round_robin_gradients=True)), "round_robin_gradients' is true", "stage 1 or 2")
-    return refused(ds(folder, zero(stage3_prefetch_bucket_size=0)), "stage3_prefetch_bucket_size", "zero_optimization.stage is 2")
+    for key, value in (
+        ("stage3_max_live_parameters", 1e8),
+        ("stage3_param_persistence_threshold", 0),
+        ("sub_group_size", 10**6),
+        ("offload_param", {"device": "cpu"}),
+    ):
+        refuses(
+            lambda: check_ds_json(zero(**{key: value})), f"zero_optimization.{key}", "has no effect: it is of stage 3"
+        )
+    refuses(
+        lambda: check_ds_json(zero(stage=3, round_robin_gradients=True)),
+        "round_robin_gradients' is true",
+        "stage 1 or 2",
+    )
+    return refused(
+        ds(folder, zero(stage3_prefetch_bucket_size=0)), "stage3_prefetch_bucket_size", "zero_optimization.stage is 2"
+    )
 
 
 @attack(DS_IDLE)
 def ds_without_a_stage(folder: Path) -> Shown:
     """A section of buckets and offload whose stage was forgotten: DeepSpeed runs without ZeRO."""
-    refuses(lambda: check_ds_json({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}), "offload_optimizer.device' is 'cpu'", "stage is 0")
-    return refused(ds(folder, {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 10**6}}), "no effect", "stage is 0")
+    refuses(
+        lambda: check_ds_json({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+        "offload_optimizer.device' is 'cpu'",
+        "stage is 0",
+    )
+    return refused(
+        ds(folder, {"zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 10**6}}),
+        "no effect",
+        "stage is 0",
+    )
 
 
 @attack(DS_IDLE)
 def ds_knobs_of_disks(folder: Path) -> Shown:
     """Buffers of NVMe beside offload to memory, and gathering for a file that vltrain never writes."""
     for key, value in (("buffer_count", 8), ("fast_init", True), ("cpuadam_cores_perc", 0.5)):
-        refuses(lambda: check_ds_json(zero(offload_optimizer={"device": "cpu", key: value})), f"offload_optimizer.{key}", "no effect")
-    refuses(lambda: check_ds_json(zero(stage=3, offload_param={"device": "cpu", "max_in_cpu": 1})), "max_in_cpu' is 1", "no effect")
-    return refused(ds(folder, zero(stage=3, stage3_gather_16bit_weights_on_model_save=True)), "stage3_gather_16bit_weights_on_model_save", "no effect")
+        refuses(
+            lambda: check_ds_json(zero(offload_optimizer={"device": "cpu", key: value})),
+            f"offload_optimizer.{key}",
+            "no effect",
+        )
+    refuses(
+        lambda: check_ds_json(zero(stage=3, offload_param={"device": "cpu", "max_in_cpu": 1})),
+        "max_in_cpu' is 1",
+        "no effect",
+    )
+    return refused(
+        ds(folder, zero(stage=3, stage3_gather_16bit_weights_on_model_save=True)),
+        "stage3_gather_16bit_weights_on_model_save",
+        "no effect",
+    )

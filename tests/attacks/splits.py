@@ -30,8 +30,13 @@ def _chat_about(number: Any, *images: str, question: str = "Q?", answer: str = "
 
 def _shown(folder: Path) -> dict[str, set[bytes]]:
     """The bytes of the images that each split shows."""
-    splits = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
-    return {split: {(folder / name).read_bytes() for record in records for name in record["images"]} for split, records in splits.items()}
+    splits = {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")
+    }
+    return {
+        split: {(folder / name).read_bytes() for record in records for name in record["images"]}
+        for split, records in splits.items()
+    }
 
 
 def _require_apart(folder: Path, *splits: str) -> Shown:
@@ -51,8 +56,14 @@ def _colours(folder: Path, count: int) -> Iterator[str]:
 @attack(LEAK)
 def several_questions_an_image(folder: Path) -> Shown:
     """LLaVA's JSON with five questions about each image, of which some are held out as val and some as test."""
-    records = [_chat_about(f"{name}-{place}", name, question=f"{place}?") for name in _colours(folder, 60) for place in range(5)]
-    prepare("llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.2, "test_fraction": "0.2"}, workers=1)
+    records = [
+        _chat_about(f"{name}-{place}", name, question=f"{place}?")
+        for name in _colours(folder, 60)
+        for place in range(5)
+    ]
+    prepare(
+        "llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.2, "test_fraction": "0.2"}, workers=1
+    )
     return _require_apart(folder / "out", "train", "val", "test")
 
 
@@ -70,22 +81,34 @@ def one_image_under_two_names(folder: Path) -> Shown:
 
 @attack(LEAK)
 def splits_that_were_right_stay(folder: Path) -> Shown:
-    """What is right: records with an image each, or none, are held out by the hash of their ids, as they were before images were looked at."""
+    """What is right: records with an image each, or none, are held out by the hash of their ids, as they were before
+    images were looked at."""
     names = list(_colours(folder, 150))
-    records = [_chat_about(f"i{name}", name) for name in names] + [chat(f"t{number}", question=f"{number}?") for number in range(150)]
+    records = [_chat_about(f"i{name}", name) for name in names] + [
+        chat(f"t{number}", question=f"{number}?") for number in range(150)
+    ]
     prepare("llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.1}, workers=1)
-    held_out = [record["id"] for record in records if int.from_bytes(hashlib.sha256(record["id"].encode()).digest()[:4], "big") < 0.1 * 2**32]
-    assert [json.loads(line)["id"] for line in (folder / "out" / "val.jsonl").read_text().splitlines()] == held_out and len(held_out) > 10
+    held_out = [
+        record["id"]
+        for record in records
+        if int.from_bytes(hashlib.sha256(record["id"].encode()).digest()[:4], "big") < 0.1 * 2**32
+    ]
+    assert [
+        json.loads(line)["id"] for line in (folder / "out" / "val.jsonl").read_text().splitlines()
+    ] == held_out and len(held_out) > 10
     return right(f"the same {len(held_out)} of 300")
 
 
 @attack(LEAK)
 def chains_of_images(folder: Path) -> Shown:
-    """Samples of two images each, so that one and the next share one: chains of five, which only go into a split as a whole."""
+    """Samples of two images each, so that one and the next share one: chains of five, which only go into a split as a
+    whole."""
     names = list(_colours(folder, 120))
     chains = [names[first : first + 6] for first in range(0, 120, 6)]
     records = [_chat_about(f"{one}+{other}", one, other) for chain in chains for one, other in zip(chain, chain[1:])]
-    prepare("llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.2, "test_fraction": 0.2}, workers=1)
+    prepare(
+        "llava_json", _chats(folder, records), folder / "out", {"val_fraction": 0.2, "test_fraction": 0.2}, workers=1
+    )
     return _require_apart(folder / "out", "train", "val", "test")
 
 
@@ -98,7 +121,14 @@ def one_path_in_two_spellings(folder: Path) -> Shown:
 
 
 def _icon(folder: Path, name: str, colour: tuple[int, int, int]) -> None:
-    record = {"question": "How many?", "choices": ["one", "two"], "answer": 1, "ques_type": "choose_txt", "grade": "g", "label": "A"}
+    record = {
+        "question": "How many?",
+        "choices": ["one", "two"],
+        "answer": 1,
+        "ques_type": "choose_txt",
+        "grade": "g",
+        "label": "A",
+    }
     write_json(folder / "choose_txt" / name / "data.json", record)
     picture(folder / "choose_txt" / name / "image.png", colour)
 
@@ -139,13 +169,27 @@ def equal_images_of_easyvqa(folder: Path) -> Shown:
 def official_splits_that_leak(folder: Path) -> Shown:
     """ScienceQA whose test shows an image that is trained on and asks the same about it: told, and left as it is."""
     problem = {
-        "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": "image.png", "grade": "grade2", "subject": "natural science", "lecture": "", "solution": "",
-    }  # fmt: skip
+        "question": "Q?",
+        "choices": ["x", "y"],
+        "answer": 1,
+        "hint": "",
+        "image": "image.png",
+        "grade": "grade2",
+        "subject": "natural science",
+        "lecture": "",
+        "solution": "",
+    }
     write_json(folder / "raw" / "problems.json", {"1": problem, "2": problem, "3": {**problem, "question": "Other?"}})
     write_json(folder / "raw" / "pid_splits.json", {"train": ["1"], "test": ["2", "3"]})
     for split, name in (("train", "1"), ("test", "2"), ("test", "3")):
         picture(folder / "raw" / "images" / split / name / "image.png")
-    shown = told(prepare_words("scienceqa", folder / "raw", folder / "out"), "'train' and 'test' overlap", "1 of the 1 image(s)", "2 sample(s) show", "1 of the 2")
+    shown = told(
+        prepare_words("scienceqa", folder / "raw", folder / "out"),
+        "'train' and 'test' overlap",
+        "1 of the 1 image(s)",
+        "2 sample(s) show",
+        "1 of the 2",
+    )
     assert len((folder / "out" / "test.jsonl").read_text().splitlines()) == 2
     return shown
 
@@ -154,7 +198,11 @@ def official_splits_that_leak(folder: Path) -> Shown:
 def questions_without_images_asked_twice(folder: Path) -> Shown:
     """The same question without an image in train and in val."""
     records = [chat(number, question="What is it?") for number in range(60)]
-    return told(prepare_words("llava_json", _chats(folder, records), folder / "out", "val_fraction=0.2"), "'train' and 'val' overlap", "ask what a sample of 'train' asks")
+    return told(
+        prepare_words("llava_json", _chats(folder, records), folder / "out", "val_fraction=0.2"),
+        "'train' and 'val' overlap",
+        "ask what a sample of 'train' asks",
+    )
 
 
 def _viz(image: str) -> dict[str, Any]:
@@ -179,8 +227,17 @@ def fractions_that_are_none(folder: Path) -> Shown:
     """Shares of 1, below 0, of no number, and two that take all."""
     file = _chats(folder, [chat(1), chat(2)])
     for options in (("val_fraction=1",), ("val_fraction=-0.1",), ("test_fraction=nan",), ("val_fraction=inf",)):
-        shown = refused(prepare_words("llava_json", file, folder / "out", *options), options[0].split("=")[0], "[0, 1)", untouched=folder)
-    refused(prepare_words("llava_json", file, folder / "out", "val_fraction=0.5", "test_fraction=0.5"), "together less than 1", untouched=folder)
+        shown = refused(
+            prepare_words("llava_json", file, folder / "out", *options),
+            options[0].split("=")[0],
+            "[0, 1)",
+            untouched=folder,
+        )
+    refused(
+        prepare_words("llava_json", file, folder / "out", "val_fraction=0.5", "test_fraction=0.5"),
+        "together less than 1",
+        untouched=folder,
+    )
     return shown
 
 
@@ -189,13 +246,24 @@ def a_fraction_that_gives_nothing(folder: Path) -> Shown:
     """Three records about one image, a fifth of which is to be held out."""
     picture(folder / "a.png")
     file = _chats(folder, [_chat_about(number, "a.png") for number in range(3)])
-    return refused(prepare_words("llava_json", file, folder / "out", "val_fraction=0.2"), "3 sample(s) in 1 group(s)", "'val'", "val_fraction=0", untouched=folder)
+    return refused(
+        prepare_words("llava_json", file, folder / "out", "val_fraction=0.2"),
+        "3 sample(s) in 1 group(s)",
+        "'val'",
+        "val_fraction=0",
+        untouched=folder,
+    )
 
 
 @attack(SMALL)
 def one_record(folder: Path) -> Shown:
     """A file of one record: it is trained on, and that there is nothing to evaluate is told."""
-    return told(prepare_words("llava_json", _chats(folder, [chat(1)]), folder / "out"), "'val_fraction'", "no sample to the split 'val'", "eval.scorer: null")
+    return told(
+        prepare_words("llava_json", _chats(folder, [chat(1)]), folder / "out"),
+        "'val_fraction'",
+        "no sample to the split 'val'",
+        "eval.scorer: null",
+    )
 
 
 @attack(SMALL)
@@ -205,7 +273,9 @@ def nothing_left_to_train_on(folder: Path) -> Shown:
         write_json(folder / part / "questions.json", [["is it red?", "yes", number] for number in range(5)])
         for number in range(5):
             picture(folder / part / "images" / f"{number}.png", (number, 0, 0))
-    return refused(prepare_words("easyvqa", folder, folder / "out"), "'val_images'", "200", "5 image(s)", untouched=folder)
+    return refused(
+        prepare_words("easyvqa", folder, folder / "out"), "'val_images'", "200", "5 image(s)", untouched=folder
+    )
 
 
 @attack(SMALL)
@@ -220,10 +290,15 @@ def more_held_out_than_differ(folder: Path) -> Shown:
 
 @attack(SMALL)
 def chance_that_leaves_a_split_empty(folder: Path) -> Shown:
-    """What is right: of twelve photos a tenth and a fifth are held out, whatever their names are; each group stays whole, and something is trained on."""
+    """What is right: of twelve photos a tenth and a fifth are held out, whatever their names are; each group stays
+    whole, and something is trained on."""
     for first in range(100, 20_000, 199):
         ids = [f"{first + number}" for number in range(12)]
-        asked = [(name, Sample.from_json(sample(f"{name}-{turn}", images=(f"{name}.png",), question="<image>\nQ?"), "")) for name in ids for turn in range(2)]
+        asked = [
+            (name, Sample.from_json(sample(f"{name}-{turn}", images=(f"{name}.png",), question="<image>\nQ?"), ""))
+            for name in ids
+            for turn in range(2)
+        ]
         samples = [RawSample(split="train", sample=one, image_sources=(folder / f"{name}.png",)) for name, one in asked]
         fractions = {"val_fraction": 0.1, "test_fraction": 0.2}
         found = list(drawn("llava_json", lambda samples=samples: samples, fractions, fractions))

@@ -1,4 +1,5 @@
-"""More attacks on what data is made from: files that belong to two settings, tokenizers that changed behind one vocabulary, packs replaced in use."""
+"""More attacks on what data is made from: files that belong to two settings, tokenizers that changed behind one
+vocabulary, packs replaced in use."""
 
 import contextlib
 import json
@@ -12,15 +13,32 @@ from tests.attacks.identity import REBUILT, REUSED, changing, chats, made, packs
 from tests.attacks.inputs import pack_words, picture, prepare_words, sample, write_json, write_jsonl
 from tests.attacks.tokens import STATE, fast
 from tests.support.vocabularies import CHATML, make_bert
-from vltrain.data.instruction import InstructionSource
 from vltrain.data.origin import read_made_from, rendered_digest, tokenizer_changes
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import load_tokenizer
-from vltrain.programs.data_ready import ready_samples
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.prepared.ensure_data import ready_samples
 
 IN_USE = "data that is made anew while somebody uses it"
-PROBLEM = {"question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "", "image": None, "grade": "g", "subject": "s", "lecture": "L", "solution": "E"}
-ICON = {"question": "How many?", "choices": ["one", "two"], "answer": 1, "ques_type": "choose_txt", "grade": "g", "label": "A"}
+PROBLEM = {
+    "question": "Q?",
+    "choices": ["x", "y"],
+    "answer": 1,
+    "hint": "",
+    "image": None,
+    "grade": "g",
+    "subject": "s",
+    "lecture": "L",
+    "solution": "E",
+}
+ICON = {
+    "question": "How many?",
+    "choices": ["one", "two"],
+    "answer": 1,
+    "ques_type": "choose_txt",
+    "grade": "g",
+    "label": "A",
+}
 
 
 @attack(REUSED)
@@ -52,10 +70,17 @@ def rationales_beside_the_problems(folder: Path) -> Shown:
     write_json(folder / "raw" / "problems.json", {"7": PROBLEM, "8": PROBLEM})
     write_json(folder / "raw" / "pid_splits.json", {"train": ["7"], "val": ["8"]})
     first, second = (write_json(folder / "raw" / f"{text}.json", {"8": text}) for text in ("first", "second"))
-    config = recipe(folder, source="scienceqa", input=str(folder / "raw"), options={"prompt_format": "QCMG-A", "rationales": str(first)})
+    config = recipe(
+        folder,
+        source="scienceqa",
+        input=str(folder / "raw"),
+        options={"prompt_format": "QCMG-A", "rationales": str(first)},
+    )
     ready_samples(config, "val")
     config = changing(config, options={**config.data.options, "rationales": str(second)})
-    return refuses_to_use(config, folder, "data.options.rationales was", "second.json differs", call=lambda one: ready_samples(one, "val"))
+    return refuses_to_use(
+        config, folder, "data.options.rationales was", "second.json differs", call=lambda one: ready_samples(one, "val")
+    )
 
 
 @attack(REUSED)
@@ -86,7 +111,8 @@ def images_in_a_folder_that_is_read_first(folder: Path) -> Shown:
 
 
 def _packed_with(folder: Path, changes: dict) -> Shown:
-    """Packs of a tokenizer whose tokenizer.json is changed afterwards, with the vocabulary and the probes' tokens as they were."""
+    """Packs of a tokenizer whose tokenizer.json is changed afterwards, with the vocabulary and the probes' tokens as
+    they were."""
     place, samples = folder / "t", write_jsonl(folder / "s.jsonl", [sample(answer="red & blue")])
     fast(place)
     words = pack_words(samples, folder / "packs")
@@ -95,7 +121,9 @@ def _packed_with(folder: Path, changes: dict) -> Shown:
     before = load_tokenizer(str(place))
     write_json(place / "tokenizer.json", {**json.loads((place / "tokenizer.json").read_text()), **changes})
     after, record = load_tokenizer(str(place)), read_made_from(folder / "packs")
-    assert record is not None and after.fingerprint == before.fingerprint and not tokenizer_changes(record, before, "mmt")
+    assert (
+        record is not None and after.fingerprint == before.fingerprint and not tokenizer_changes(record, before, "mmt")
+    )
     (line,) = tokenizer_changes(record, after, "mmt")
     return right(line)
 
@@ -113,7 +141,10 @@ def a_qformers_normalizer_behind_the_same_vocabulary(folder: Path) -> Shown:
     source = InstructionSource(source=str(place), max_tokens=16)
     before = load_tokenizer("asset://tiny_llama", source).state()
     saved = json.loads((place / "tokenizer.json").read_text())
-    saved["normalizer"] = {"type": "Sequence", "normalizers": [saved["normalizer"], {"type": "Replace", "pattern": {"String": "&"}, "content": "and"}]}
+    saved["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [saved["normalizer"], {"type": "Replace", "pattern": {"String": "&"}, "content": "and"}],
+    }
     write_json(place / "tokenizer.json", saved)
     after = load_tokenizer("asset://tiny_llama", source).state()
     changed = [library for library in before if before[library] != after[library]]
@@ -179,7 +210,9 @@ def a_root_of_links(folder: Path) -> Shown:
     chats(folder / "raw", answer="B")
     packs(config, rebuild=True)
     assert all(link.is_symlink() for link in links) and len(PackedDataset(links[1])) > 0
-    assert "B" in (disk / "samples" / "train.jsonl").read_text() and sorted(path.name for path in disk.iterdir()) == sorted(link.name for link in links)
+    assert "B" in (disk / "samples" / "train.jsonl").read_text() and sorted(
+        path.name for path in disk.iterdir()
+    ) == sorted(link.name for link in links)
     return right("links stay, and what they lead to is new")
 
 
@@ -197,7 +230,12 @@ def prepared_from_places_by_relative_names(folder: Path) -> Shown:
     chats(folder / "raw")
     picture(folder / "raw" / "pictures" / "a.png")
     with contextlib.chdir(folder):
-        told(prepare_words("llava_json", Path("raw/chats.json"), Path("root/samples"), "images=raw/pictures", "val_fraction=0.0"), "samples")
+        told(
+            prepare_words(
+                "llava_json", Path("raw/chats.json"), Path("root/samples"), "images=raw/pictures", "val_fraction=0.0"
+            ),
+            "samples",
+        )
     config = recipe(folder, options={"val_fraction": "0.0", "images": str(folder / "raw" / "pictures")})
     packs(config)
     picture(folder / "raw" / "pictures" / "a.png", (0, 0, 200))
@@ -236,19 +274,33 @@ def a_file_for_no_split(folder: Path) -> Shown:
 
 @attack(REUSED)
 def a_lower_limit_than_images_were_packed_under(folder: Path) -> Shown:
-    """A recipe that allows fewer pixels than an image has that is packed already: found before the first step, not when it is shown."""
+    """A recipe that allows fewer pixels than an image has that is packed already: found before the first step, not when
+    it is shown."""
     config = made(folder)
     packs(changing(config, max_image_pixels=64))
-    return refuses(lambda: packs(changing(config, max_image_pixels=63)), "image 0 of the packs", "64 pixels", "63", "max_image_pixels")
+    return refuses(
+        lambda: packs(changing(config, max_image_pixels=63)),
+        "image 0 of the packs",
+        "64 pixels",
+        "63",
+        "max_image_pixels",
+    )
 
 
 @attack(REUSED)
 def records_that_claim_to_be_older(folder: Path) -> Shown:
     """Records edited by hand, with a version whose text was not protected, or one that is none."""
     config, shown = made(folder), None
-    for path in (folder / "root" / "samples" / "prepared.json", next((folder / "root" / "packed").iterdir()) / "made_from.json"):
+    for path in (
+        folder / "root" / "samples" / "prepared.json",
+        next((folder / "root" / "packed").iterdir()) / "made_from.json",
+    ):
         text = path.read_text()
-        for changed in ({"version": 1, "tokenizer": 5, "settled": None}, {"version": "x"}, {"version": None, "checksum": None}):
+        for changed in (
+            {"version": 1, "tokenizer": 5, "settled": None},
+            {"version": "x"},
+            {"version": None, "checksum": None},
+        ):
             write_json(path, {**json.loads(text), **changed})
             shown = refuses(lambda: packs(config), path.name, "not as it was written", "--rebuild")
         path.write_text(text)

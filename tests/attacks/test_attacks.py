@@ -13,7 +13,9 @@ from vltrain.errors import InputError
 load_attacks()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if one.slow else []) for name, one in ATTACKS.items()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if one.slow else []) for name, one in ATTACKS.items()]
+)
 def test_attack(name, tmp_path):
     assert isinstance(ATTACKS[name].run(tmp_path), Shown)
 

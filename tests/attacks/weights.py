@@ -17,17 +17,30 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from tests.attacks.attack import Shown, attack, refuses, right
 from tests.attacks.checkpoints import (
-    IDS, LLM, edit_config, edit_weights, open_instructblip, packed_logits, read_clip, read_llama, save_blip, save_clip, save_llama, stock_llama,
-    stock_logits, write_gguf, write_meta,
+    IDS,
+    LLM,
+    edit_config,
+    edit_weights,
+    open_instructblip,
+    packed_logits,
+    read_clip,
+    read_llama,
+    save_blip,
+    save_clip,
+    save_llama,
+    stock_llama,
+    stock_logits,
+    write_gguf,
+    write_meta,
 )  # fmt: skip
-from vltrain.config import LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.instructblip import InstructBlipConfig
+from vltrain.config.schema import LLMConfig, ModelConfig, VisionConfig
 from vltrain.data.images import decode_image
-from vltrain.instructblip_config import InstructBlipConfig
-from vltrain.models import tensor_folder
+from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.build import build_model
-from vltrain.models.clip_state import clip_state_config
-from vltrain.models.vision import ClipTaps
-from vltrain.models.weights import llama_config
+from vltrain.models.pretrained import tensor_folder
+from vltrain.models.pretrained.clip_state import clip_state_config
+from vltrain.models.pretrained.readers import llama_config
 from vltrain.schema import SQUARE
 
 IGNORED = "a weight ignored by its name, its value not compared"
@@ -93,8 +106,15 @@ def t5_tables_that_differ(folder: Path) -> Shown:
     """A T5 whose encoder has another table than its decoder."""
     save_blip(folder, "t5")
     other = torch.ones(64, 32)
-    edit_weights(folder, lambda weights: weights.update({"language_model.encoder.embed_tokens.weight": other, "language_model.lm_head.weight": other + 1}))
-    return refuses(lambda: open_instructblip(folder), "encoder.embed_tokens.weight differs from language_model.shared.weight")
+    edit_weights(
+        folder,
+        lambda weights: weights.update(
+            {"language_model.encoder.embed_tokens.weight": other, "language_model.lm_head.weight": other + 1}
+        ),
+    )
+    return refuses(
+        lambda: open_instructblip(folder), "encoder.embed_tokens.weight differs from language_model.shared.weight"
+    )
 
 
 @attack(IGNORED)
@@ -102,8 +122,12 @@ def t5_tables_that_agree(folder: Path) -> Shown:
     """The same with both spellings of one table, as older files have it."""
     save_blip(folder, "t5")
     edit_weights(folder, lambda weights: weights.update({"language_model.lm_head.weight": torch.ones(64, 32)}))
-    copies = {f"language_model.{side}.embed_tokens.weight": "language_model.shared.weight" for side in ("encoder", "decoder")}
-    edit_weights(folder, lambda weights: weights.update({copy: weights[first].clone() for copy, first in copies.items()}))
+    copies = {
+        f"language_model.{side}.embed_tokens.weight": "language_model.shared.weight" for side in ("encoder", "decoder")
+    }
+    edit_weights(
+        folder, lambda weights: weights.update({copy: weights[first].clone() for copy, first in copies.items()})
+    )
     open_instructblip(folder)
     edit_weights(folder, lambda weights: weights.pop("language_model.shared.weight"))
     network, weights = open_instructblip(folder)
@@ -119,7 +143,9 @@ def vicuna_head_of_its_own(folder: Path) -> Shown:
     edit_config(folder, text_config__tie_word_embeddings=True)
     network, weights = open_instructblip(folder)
     weights.fill("language_model.lm_head", network.language_model.lm_head, torch.float32)
-    assert torch.equal(network.language_model.lm_head.weight, load_file(folder / "model.safetensors")["language_model.lm_head.weight"])
+    assert torch.equal(
+        network.language_model.lm_head.weight, load_file(folder / "model.safetensors")["language_model.lm_head.weight"]
+    )
     return right("the file's head is used")
 
 
@@ -127,7 +153,12 @@ def vicuna_head_of_its_own(folder: Path) -> Shown:
 def rotary_buffer_of_another_theta(folder: Path) -> Shown:
     """A buffer of rotary frequencies, as older files hold it, that config.json contradicts."""
     save_llama(folder)
-    edit_weights(folder, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": 1e6 ** (-torch.arange(0, 8, 2) / 8)}))
+    edit_weights(
+        folder,
+        lambda weights: weights.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": 1e6 ** (-torch.arange(0, 8, 2) / 8)}
+        ),
+    )
     return refuses(lambda: read_llama(folder), "rotary_emb.inv_freq is 1,", "rope_theta")
 
 
@@ -137,7 +168,9 @@ def rotary_buffer_of_metas(folder: Path) -> Shown:
     write_meta(folder / "fits")
     read_llama(folder / "fits")
     write_meta(folder / "code", freqs=1e6 ** (-torch.arange(0, 8, 2) / 8))
-    return refuses(lambda: read_llama(folder / "code"), "consolidated.00.pth: rope.freqs is not what rope_theta = 10000")
+    return refuses(
+        lambda: read_llama(folder / "code"), "consolidated.00.pth: rope.freqs is not what rope_theta = 10000"
+    )
 
 
 @attack(IGNORED)
@@ -225,8 +258,13 @@ def shard_under_two_spellings(folder: Path) -> Shown:
 @attack(STALE)
 def state_dict_twice(folder: Path) -> Shown:
     """A training checkpoint with weights under `state_dict` and under `model`."""
-    torch.save({"state_dict": {"visual.proj": torch.ones(2)}, "model": {"visual.proj": torch.zeros(2)}}, folder / "vit.pt")
-    return refuses(lambda: clip_state_config("model.vision", folder / "vit.pt", "clip"), "vit.pt: holds weights under state_dict and model")
+    torch.save(
+        {"state_dict": {"visual.proj": torch.ones(2)}, "model": {"visual.proj": torch.zeros(2)}}, folder / "vit.pt"
+    )
+    return refuses(
+        lambda: clip_state_config("model.vision", folder / "vit.pt", "clip"),
+        "vit.pt: holds weights under state_dict and model",
+    )
 
 
 @attack(STALE)
@@ -240,18 +278,28 @@ def config_that_names_another_file(folder: Path) -> Shown:
 
 
 ROPE: dict[str, dict[str, Any]] = {
-    "default": {}, "linear": {"factor": 4.0}, "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16},
-    "longrope": {"short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [1.0, 2.0, 3.0, 4.0], "factor": 4.0, "original_max_position_embeddings": 16},
-}  # fmt: skip
+    "longrope": {
+        "short_factor": [1.0, 2.0, 3.0, 4.0],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
 
 
 @attack(HISTORY)
 def rope_types_that_are_read(folder: Path) -> Shown:
-    """Every kind of rotary scaling that is taken: a segment beside a long one, and after it, has transformers' logits of it alone."""
+    """Every kind of rotary scaling that is taken: a segment beside a long one, and after it, has transformers' logits
+    of it alone."""
     short, long = [3 + place % 50 for place in range(10)], [5 + place % 50 for place in range(40)]
     for kind, more in ROPE.items():
-        stock = save_llama(folder / kind, num_hidden_layers=1, rope_parameters={"rope_type": kind, "rope_theta": 1e4, **more})
+        stock = save_llama(
+            folder / kind, num_hidden_layers=1, rope_parameters={"rope_type": kind, "rope_theta": 1e4, **more}
+        )
         assert stock.config.rope_parameters["rope_type"] == kind
         due, ours = {10: stock_logits(stock, short), 40: stock_logits(stock, long)}, read_llama(folder / kind)
         for segments in ([short, long, short], [long], [short]):
@@ -264,7 +312,9 @@ def rope_types_that_are_read(folder: Path) -> Shown:
 def dynamic_scaling(folder: Path) -> Shown:
     """Frequencies that follow the longest segment so far."""
     save_llama(folder, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
-    return refuses(lambda: read_llama(folder), "config.json: rope_parameters", "'dynamic'", "depend on the position alone")
+    return refuses(
+        lambda: read_llama(folder), "config.json: rope_parameters", "'dynamic'", "depend on the position alone"
+    )
 
 
 @attack(HISTORY)
@@ -282,7 +332,11 @@ def scaling_in_old_words(folder: Path) -> Shown:
 def longrope_that_switches(folder: Path) -> Shown:
     """Frequencies that change for the whole batch once one segment is long, in a recipe's own sizes."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **ROPE["longrope"], "long_factor": [9.0] * 4}
-    return refuses(lambda: llama_config("model.llm", None, {**LLM, "rope_parameters": rope}), "model.llm.config.rope_parameters", "'longrope'")
+    return refuses(
+        lambda: llama_config("model.llm", None, {**LLM, "rope_parameters": rope}),
+        "model.llm.config.rope_parameters",
+        "'longrope'",
+    )
 
 
 @attack(HISTORY)
@@ -381,11 +435,20 @@ def projection_bias(folder: Path) -> Shown:
 
 @attack(DROPPED)
 def vision_config_twice(folder: Path) -> Shown:
-    """An older CLIP's `vision_config_dict`, which overrides `vision_config` in transformers: activation, epsilon, all of it."""
+    """An older CLIP's `vision_config_dict`, which overrides `vision_config` in transformers: activation, epsilon, all
+    of it."""
     save_clip(folder)
-    edit_config(folder, vision_config_dict={**{name: value for name, value in json.loads((folder / "config.json").read_text())["vision_config"].items()},
-                                            "hidden_act": "gelu", "layer_norm_eps": 1e-3})  # fmt: skip
-    from vltrain.models.quiet import quiet_transformers
+    edit_config(
+        folder,
+        vision_config_dict={
+            **{
+                name: value for name, value in json.loads((folder / "config.json").read_text())["vision_config"].items()
+            },
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-3,
+        },
+    )
+    from vltrain.models.pretrained.quiet import quiet_transformers
 
     with quiet_transformers():
         stock = CLIPModel.from_pretrained(folder).vision_model.eval()
@@ -396,11 +459,27 @@ def vision_config_twice(folder: Path) -> Shown:
 
 
 BROKEN: tuple[tuple[str, Any], ...] = (
-    ("pad_token_id", 61), ("hidden_act", "silo"), ("num_hidden_layers", 0), ("num_hidden_layers", 10**9), ("num_attention_heads", 0), ("head_dim", 7),
-    ("num_key_value_heads", 3), ("rms_norm_eps", -1e-5), ("rms_norm_eps", True), ("vocab_size", "61"), ("hidden_size", None), ("rope_parameters", 7),
-    ("rope_parameters__rope_type", "silo"), ("rope_parameters__rope_theta", 0), ("attention_bias", 1), ("attention_dropout", 1.5), ("dtype", 3),
-    ("tie_word_embeddings", "no"), ("max_position_embeddings", [64]), ("intermediate_size", 10**30),
-)  # fmt: skip
+    ("pad_token_id", 61),
+    ("hidden_act", "silo"),
+    ("num_hidden_layers", 0),
+    ("num_hidden_layers", 10**9),
+    ("num_attention_heads", 0),
+    ("head_dim", 7),
+    ("num_key_value_heads", 3),
+    ("rms_norm_eps", -1e-5),
+    ("rms_norm_eps", True),
+    ("vocab_size", "61"),
+    ("hidden_size", None),
+    ("rope_parameters", 7),
+    ("rope_parameters__rope_type", "silo"),
+    ("rope_parameters__rope_theta", 0),
+    ("attention_bias", 1),
+    ("attention_dropout", 1.5),
+    ("dtype", 3),
+    ("tie_word_embeddings", "no"),
+    ("max_position_embeddings", [64]),
+    ("intermediate_size", 10**30),
+)
 
 
 @attack(CONFIG)
@@ -411,7 +490,12 @@ def llama_values(folder: Path) -> Shown:
     for name, value in BROKEN:
         (folder / "config.json").write_text(whole)
         edit_config(folder, **{name: value})
-        refuses(lambda: read_llama(folder), "config.json: ", "model.llm.source", name.rpartition("__")[2] if name != "dtype" else "dtype")
+        refuses(
+            lambda: read_llama(folder),
+            "config.json: ",
+            "model.llm.source",
+            name.rpartition("__")[2] if name != "dtype" else "dtype",
+        )
     return right(f"{len(BROKEN)} values, each refused by file and key")
 
 
@@ -421,9 +505,13 @@ def clip_values(folder: Path) -> Shown:
     save_clip(folder)
     whole = (folder / "config.json").read_text()
     values = (
-        ("vision_config__hidden_act", "silo"), ("vision_config__patch_size", 0), ("vision_config__num_channels", 1), ("vision_config", 3),
-        ("vision_config__layer_norm_eps", 2), ("vision_config_dict", {"hidden_act": "silo"}),
-    )  # fmt: skip
+        ("vision_config__hidden_act", "silo"),
+        ("vision_config__patch_size", 0),
+        ("vision_config__num_channels", 1),
+        ("vision_config", 3),
+        ("vision_config__layer_norm_eps", 2),
+        ("vision_config_dict", {"hidden_act": "silo"}),
+    )
     for name, value in values:
         (folder / "config.json").write_text(whole)
         edit_config(folder, **{name: value})
@@ -437,30 +525,60 @@ def instructblip_values(folder: Path) -> Shown:
     save_blip(folder, "t5")
     whole = (folder / "config.json").read_text()
     values = (
-        ("qformer_config__cross_attention_frequency", 0), ("qformer_config__hidden_act", "silo"), ("text_config__d_kv", -1),
-        ("text_config__num_layers", "2"), ("vision_config__num_attention_heads", 0), ("num_query_tokens", 0), ("text_config__model_type", "gpt2"),
-        ("text_config__decoder_start_token_id", "0"), ("text_config__decoder_start_token_id", 64),
-    )  # fmt: skip
+        ("qformer_config__cross_attention_frequency", 0),
+        ("qformer_config__hidden_act", "silo"),
+        ("text_config__d_kv", -1),
+        ("text_config__num_layers", "2"),
+        ("vision_config__num_attention_heads", 0),
+        ("num_query_tokens", 0),
+        ("text_config__model_type", "gpt2"),
+        ("text_config__decoder_start_token_id", "0"),
+        ("text_config__decoder_start_token_id", 64),
+    )
     for name, value in values:
         (folder / "config.json").write_text(whole)
         edit_config(folder, **{name: value})
-        refuses(lambda: open_instructblip(folder), "model.instructblip", name.rpartition("__")[2] if name[-4:] != "type" else "gpt2")
+        refuses(
+            lambda: open_instructblip(folder),
+            "model.instructblip",
+            name.rpartition("__")[2] if name[-4:] != "type" else "gpt2",
+        )
     return right(f"{len(values)} values, each refused")
 
 
 @attack(DROPPED)
 def settings_of_other_networks(folder: Path) -> Shown:
-    """What transformers' LLaMA keeps and never reads: windows, scaled logits and residuals, soft caps, norms of queries, another order of rotated pairs."""
+    """What transformers' LLaMA keeps and never reads: windows, scaled logits and residuals, soft caps, norms of
+    queries, another order of rotated pairs."""
     save_llama(folder)
     whole = (folder / "config.json").read_text()
-    changes = {"sliding_window": 16, "logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12, "attention_multiplier": 0.0078, "final_logit_softcapping": 30.0,
-               "use_qk_norm": True, "rope_interleaved": True, "no_rope_layers": [1, 0], "layer_types": ["full_attention", "sliding_attention"], "num_local_experts": 8}  # fmt: skip
+    changes = {
+        "sliding_window": 16,
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.22,
+        "embedding_multiplier": 12,
+        "attention_multiplier": 0.0078,
+        "final_logit_softcapping": 30.0,
+        "use_qk_norm": True,
+        "rope_interleaved": True,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_local_experts": 8,
+    }
     for name, value in changes.items():
         (folder / "config.json").write_text(whole)
         edit_config(folder, **{name: value})
         refuses(lambda: read_llama(folder), "config.json: ", f"{name}: found {value!r}")
     (folder / "config.json").write_text(whole)
-    edit_config(folder, sliding_window=None, use_sliding_window=False, rope_interleaved=False, logits_scaling=1.0, layer_types=["full_attention"] * 2, is_llama_config=True)
+    edit_config(
+        folder,
+        sliding_window=None,
+        use_sliding_window=False,
+        rope_interleaved=False,
+        logits_scaling=1.0,
+        layer_types=["full_attention"] * 2,
+        is_llama_config=True,
+    )
     read_llama(folder)
     return right(f"{len(changes)} settings refused by name; where they change nothing they are taken")
 
@@ -480,7 +598,15 @@ def settings_of_other_qformers(folder: Path) -> Shown:
 @attack(DROPPED)
 def dropout_of_a_vit(folder: Path) -> Shown:
     """A CLIP's `attention_dropout`, in the block that is computed for [cls] alone, too."""
-    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8, attention_dropout=0.5)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        attention_dropout=0.5,
+    )
     taps = ClipTaps(CLIPVisionModel._from_config(config, attn_implementation="sdpa").eval(), tap_every=1)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(taps.eval()(pixels), taps(pixels)), "answers do not depend on chance"
@@ -491,7 +617,15 @@ def dropout_of_a_vit(folder: Path) -> Shown:
 @attack(CONFIG)
 def meta_values(folder: Path) -> Shown:
     """The same of Meta's params.json."""
-    for name, value in (("n_layers", 10**9), ("norm_eps", 2.0), ("dim", "16"), ("n_heads", 0), ("rope_theta", -1), ("n_kv_heads", True), ("vocab_size", 1.5)):
+    for name, value in (
+        ("n_layers", 10**9),
+        ("norm_eps", 2.0),
+        ("dim", "16"),
+        ("n_heads", 0),
+        ("rope_theta", -1),
+        ("n_kv_heads", True),
+        ("vocab_size", 1.5),
+    ):
         write_meta(folder, **{name: value})
         refuses(lambda: read_llama(folder), "params.json: ", name if name != "norm_eps" else "rms_norm_eps")
     return right("each refused by file and key")
@@ -501,7 +635,11 @@ def meta_values(folder: Path) -> Shown:
 def config_that_is_no_json(folder: Path) -> Shown:
     """NaN, a key twice, and a list for an object."""
     save_llama(folder)
-    for text, needle in (('{"model_type": "llama", "rms_norm_eps": NaN}', "NaN"), ('{"model_type": "llama", "model_type": "llama"}', "model_type"), ("[]", "object")):
+    for text, needle in (
+        ('{"model_type": "llama", "rms_norm_eps": NaN}', "NaN"),
+        ('{"model_type": "llama", "model_type": "llama"}', "model_type"),
+        ("[]", "object"),
+    ):
         (folder / "config.json").write_text(text)
         refuses(lambda: read_llama(folder), "config.json", needle)
     return right("each refused by file and place")
@@ -517,10 +655,19 @@ def sizes_of_a_recipe(folder: Path) -> Shown:
 
 IMAGES = "images prepared otherwise than the checkpoint was trained"
 CLIP_PROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 40}, "resample": 2, "do_center_crop": True,
-    "crop_size": {"height": 32, "width": 32}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.2, 0.25, 0.5], "do_convert_rgb": True,
-}  # fmt: skip
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 40},
+    "resample": 2,
+    "do_center_crop": True,
+    "crop_size": {"height": 32, "width": 32},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.2, 0.25, 0.5],
+    "do_convert_rgb": True,
+}
 
 
 def clip_with_processor(folder: Path, changed: dict[str, Any], name: str = "preprocessor_config.json") -> ModelConfig:
@@ -529,7 +676,9 @@ def clip_with_processor(folder: Path, changed: dict[str, Any], name: str = "prep
         save_clip(folder)
     settings = {key: value for key, value in {**CLIP_PROCESSOR, **changed}.items() if value != "absent"}
     (folder / name).write_text(json.dumps({"image_processor": settings} if name.startswith("processor") else settings))
-    return ModelConfig(vision=VisionConfig(source=str(folder), tap_every=1), llm=LLMConfig(config=LLM, tokenizer="none"))
+    return ModelConfig(
+        vision=VisionConfig(source=str(folder), tap_every=1), llm=LLMConfig(config=LLM, tokenizer="none")
+    )
 
 
 def our_pixels(model: Any, image: Image.Image) -> torch.Tensor:
@@ -542,13 +691,23 @@ def our_pixels(model: Any, image: Image.Image) -> torch.Tensor:
 
 @attack(IMAGES)
 def clips_own_preprocessing(folder: Path) -> Shown:
-    """A CLIP's preprocessor_config.json: size, crop, filter, mean and deviation of its own, in every way that files say them."""
+    """A CLIP's preprocessor_config.json: size, crop, filter, mean and deviation of its own, in every way that files say
+    them."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     ways: tuple[dict[str, Any], ...] = (
-        {}, {"size": 40, "crop_size": 32, "feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "absent"}, {"resample": 3, "size": {"shortest_edge": 32}},
-        {"size": {"height": 32, "width": 32}, "do_center_crop": False}, {"do_normalize": False}, {"image_processor_type": "CLIPImageProcessorFast"},
-    )  # fmt: skip
+        {},
+        {
+            "size": 40,
+            "crop_size": 32,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_processor_type": "absent",
+        },
+        {"resample": 3, "size": {"shortest_edge": 32}},
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False},
+        {"do_normalize": False},
+        {"image_processor_type": "CLIPImageProcessorFast"},
+    )
     generator = np.random.default_rng(0)
     for changed in ways:
         model = build_model(clip_with_processor(folder / "clip", changed))
@@ -586,11 +745,25 @@ def preprocessing_by_default_and_on_request(folder: Path) -> Shown:
 def preprocessing_that_cannot_be(folder: Path) -> Shown:
     """What is not done here, or does not fit the ViT: refused by file and key, before anything is trained."""
     wrong: tuple[tuple[str, Any], ...] = (
-        ("do_resize", False), ("do_rescale", False), ("rescale_factor", 1 / 127.5), ("crop_size", {"height": 24, "width": 24}), ("crop_size", {"height": 32, "width": 24}),
-        ("size", {"shortest_edge": 16}), ("size", {"longest_edge": 40}), ("size", "40"), ("do_center_crop", False), ("image_std", [0, 1, 1]), ("image_std", 0.5),
-        ("image_mean", [0.5, 0.5]), ("image_mean", [True, 0, 0]), ("resample", 9), ("resample", "bicubic"), ("do_pad", True), ("do_normalize", 1),
+        ("do_resize", False),
+        ("do_rescale", False),
+        ("rescale_factor", 1 / 127.5),
+        ("crop_size", {"height": 24, "width": 24}),
+        ("crop_size", {"height": 32, "width": 24}),
+        ("size", {"shortest_edge": 16}),
+        ("size", {"longest_edge": 40}),
+        ("size", "40"),
+        ("do_center_crop", False),
+        ("image_std", [0, 1, 1]),
+        ("image_std", 0.5),
+        ("image_mean", [0.5, 0.5]),
+        ("image_mean", [True, 0, 0]),
+        ("resample", 9),
+        ("resample", "bicubic"),
+        ("do_pad", True),
+        ("do_normalize", 1),
         ("image_processor_type", "SiglipImageProcessor"),
-    )  # fmt: skip
+    )
     for name, value in wrong:
         config = clip_with_processor(folder / "clip", {name: value})
         refuses(lambda: build_model(config, device="meta"), "model.vision.source", "preprocessor_config.json: ", name)
@@ -604,10 +777,16 @@ def preprocessing_of_an_instructblip(folder: Path) -> Shown:
     """An InstructBLIP with a mean of its own; one that is cropped is refused."""
     save_blip(folder / "b", "t5")
     config = ModelConfig(architecture="instructblip", instructblip=InstructBlipConfig(source=str(folder / "b")))
-    settings: dict[str, Any] = {"image_processor_type": "BlipImageProcessor", "size": {"height": 16, "width": 16}, "image_mean": [0.5, 0.4, 0.3]}
+    settings: dict[str, Any] = {
+        "image_processor_type": "BlipImageProcessor",
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.5, 0.4, 0.3],
+    }
     (folder / "b" / "preprocessor_config.json").write_text(json.dumps(settings))
     assert torch.allclose(build_model(config, device="meta").mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
     (folder / "b" / "preprocessor_config.json").write_text(json.dumps({**settings, "resample": 2}))
     refuses(lambda: build_model(config, device="meta"), "its preprocessor asks for")
-    (folder / "b" / "preprocessor_config.json").write_text(json.dumps({**settings, "size": {"height": 24, "width": 24}}))
+    (folder / "b" / "preprocessor_config.json").write_text(
+        json.dumps({**settings, "size": {"height": 24, "width": 24}})
+    )
     return refuses(lambda: build_model(config, device="meta"), "preprocessor_config.json: size is", "expected 16")

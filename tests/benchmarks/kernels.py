@@ -1,13 +1,17 @@
-"""The fused adapter kernel: what it compiles to, and where a GPU is, how fast it runs beside torch and the memory's floor.
+"""The fused adapter kernel: what it compiles to, and where a GPU is, how fast it runs beside torch and the memory's
+floor.
 
-    python -m tests.benchmarks.kernels [--widths 1024 4096 5120] [--dims 4 16 32] [--norms 0 1] [--archs sm_80 sm_90 sm_100]
+    python -m tests.benchmarks.kernels [--widths 1024 4096 5120] [--dims 4 16 32] [--norms 0 1] [--archs sm_80 sm_90
+    sm_100]
         [--cases bf16 autocast fp32] [--compile-only] [--json OUT]
 
-Each kernel is compiled ahead of time, also without a GPU: registers a thread, spills, shared memory. By default for the default widths; cases are
-the states' and the products' dtypes: bf16, fp32 under bf16 autocast, fp32. Then the bytes that the kernels ask for, against the least possible.
-With a GPU, forward and forward + backward of norm and adapter together are timed against torch eager and torch.compile, in bf16, and against the
-time that the least bytes alone would take at the card's measured copy speed. The times are the GPU's own: calls are queued up behind a pause, so
-that launching them costs nothing, and the cache is emptied before each.
+Each kernel is compiled ahead of time, also without a GPU: registers a thread, spills, shared memory. By default for the
+default widths; cases are the states' and the products' dtypes: bf16, fp32 under bf16 autocast, fp32. Then the bytes
+that the kernels ask for, against the least possible.
+With a GPU, forward and forward + backward of norm and adapter together are timed against torch eager and torch.compile,
+in bf16, and against the time that the least bytes alone would take at the card's measured copy speed. The times are the
+GPU's own: calls are queued up behind a pause, so that launching them costs nothing, and the cache is emptied before
+each.
 """
 
 from __future__ import annotations
@@ -33,7 +37,11 @@ from vltrain.ops.fused import fused_adapter
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 ROWS = 8192
 # Dtypes of the states and of the products, which are the result's.
-CASES = {"bf16": (torch.bfloat16, torch.bfloat16), "autocast": (torch.float32, torch.bfloat16), "fp32": (torch.float32, torch.float32)}
+CASES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "autocast": (torch.float32, torch.bfloat16),
+    "fp32": (torch.float32, torch.float32),
+}
 # Arguments by name; what is not named is an int32, or a constant.
 OF_STATES = ("x", "dx", "norm_weight")
 OF_PRODUCTS = ("y", "dy", "packed", "hidden", "dhidden")
@@ -46,33 +54,75 @@ KERNELS = {
     "forward": (triton_adapter._forward_kernel, None),
     "backward rows": (triton_adapter._backward_rows_kernel, None),
     "backward columns": (triton_adapter._backward_columns_kernel, None),
-    "finish": (triton_adapter._finish_kernel, {"C": triton_adapter.FINISH_COLUMNS, "PARTS": triton_adapter.FINISH_PARTS}),
+    "finish": (
+        triton_adapter._finish_kernel,
+        {"C": triton_adapter.FINISH_COLUMNS, "PARTS": triton_adapter.FINISH_PARTS},
+    ),
 }
 
 
 def compile_all(widths: list[int], dims: list[int], norms: list[int], archs: list[str], cases: list[str]) -> list[dict]:
-    """Compiles each kernel once for all sizes that share its code: widths that 16 divides or not, bottlenecks padded to the same height."""
-    alignments, heights = sorted({width % 16 == 0 for width in widths}), sorted({triton_adapter.padded_dim(dim) for dim in dims})
+    """Compiles each kernel once for all sizes that share its code: widths that 16 divides or not, bottlenecks padded to
+    the same height."""
+    alignments, heights = (
+        sorted({width % 16 == 0 for width in widths}),
+        sorted({triton_adapter.padded_dim(dim) for dim in dims}),
+    )
     return [
-        {"kernel": name, "case": case, "norm": bool(norm), "height": height, "aligned": aligned, "arch": arch,
-         **_compile(name, CASES[case], bool(norm), height, aligned, ARCHITECTURES[arch])}
-        for name in KERNELS for case in cases for norm in norms for height in heights for aligned in alignments for arch in archs
-    ]  # fmt: skip
+        {
+            "kernel": name,
+            "case": case,
+            "norm": bool(norm),
+            "height": height,
+            "aligned": aligned,
+            "arch": arch,
+            **_compile(name, CASES[case], bool(norm), height, aligned, ARCHITECTURES[arch]),
+        }
+        for name in KERNELS
+        for case in cases
+        for norm in norms
+        for height in heights
+        for aligned in alignments
+        for arch in archs
+    ]
 
 
-def _compile(name: str, dtypes: tuple[torch.dtype, torch.dtype], norm: bool, height: int, aligned: bool, capability: int) -> dict:
+def _compile(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype], norm: bool, height: int, aligned: bool, capability: int
+) -> dict:
     kernel, fixed = KERNELS[name]
-    constants = {"NORM": norm, "BIAS": True, "H": height, "WIDEN": False, "NEEDS_DX": True, **(fixed or triton_adapter.launches(*dtypes, height, aligned)[name].constants)}
+    constants = {
+        "NORM": norm,
+        "BIAS": True,
+        "H": height,
+        "WIDEN": False,
+        "NEEDS_DX": True,
+        **(fixed or triton_adapter.launches(*dtypes, height, aligned)[name].constants),
+    }
     num_warps = constants.get("num_warps", 4)
     # The innermost stride is 1, which a launch notices by itself.
-    constants = {key: value for key, value in {**constants, "stride_column": 1, "dy_stride_column": 1}.items() if key in kernel.arg_names}
+    constants = {
+        key: value
+        for key, value in {**constants, "stride_column": 1, "dy_stride_column": 1}.items()
+        if key in kernel.arg_names
+    }
     states, products = ({torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype] for dtype in dtypes)
-    types = {**dict.fromkeys(OF_STATES, states), **dict.fromkeys(OF_PRODUCTS, products), **dict.fromkeys(FP32, "*fp32"), "scale": "fp32", "eps": "fp32"}
-    signature = {argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names}
+    types = {
+        **dict.fromkeys(OF_STATES, states),
+        **dict.fromkeys(OF_PRODUCTS, products),
+        **dict.fromkeys(FP32, "*fp32"),
+        "scale": "fp32",
+        "eps": "fp32",
+    }
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, "i32") for argument in kernel.arg_names
+    }
     divisible = [
-        number for number, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") or (aligned and signature[argument] == "i32" and argument not in NOT_SPECIALISED)
-    ]  # fmt: skip
+        number
+        for number, argument in enumerate(kernel.arg_names)
+        if signature[argument].startswith("*")
+        or (aligned and signature[argument] == "i32" and argument not in NOT_SPECIALISED)
+    ]
     source = ASTSource(kernel, signature, constants, {(number,): [["tt.divisibility", 16]] for number in divisible})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
     registers, spills = _resources(compiled.asm["cubin"])
@@ -80,7 +130,8 @@ def _compile(name: str, dtypes: tuple[torch.dtype, torch.dtype], norm: bool, hei
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of local memory a thread, which is what spills) as the assembler's own tool reads them off a cubin."""
+    """(registers a thread, bytes of local memory a thread, which is what spills) as the assembler's own tool reads them
+    off a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -94,16 +145,32 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def bytes_moved(rows: int, width: int, dim: int, norm: bool, size: int = 2) -> dict[str, float]:
     """Bytes that the kernels ask of the device's memory in bf16, and the least that any could.
 
-    The least: x in and y out; dy and x in, dx out; and each weight and gradient once. Ours are more by `packed`, `hidden` and dhidden, one number
-    a row for the norm, the partial sums of the weights' gradients, and by dy and x (dy alone without a norm) once more in backward, of which the
-    cache still holds the last part. That the second reading of x in forward comes from the cache is arithmetic here, not a measurement.
+    The least: x in and y out; dy and x in, dx out; and each weight and gradient once. Ours are more by `packed`,
+    `hidden` and dhidden, one number a row for the norm, the partial sums of the weights' gradients, and by dy and x (dy
+    alone without a norm) once more in backward, of which the cache still holds the last part. That the second reading
+    of x in forward comes from the cache is arithmetic here, not a measurement.
     """
     states, weights, height = rows * width * size, 4 * (2 * width * dim + width + dim), triton_adapter.padded_dim(dim)
-    shares, _ = triton_adapter.row_shares(rows, width, triton_adapter.launches(torch.bfloat16, torch.bfloat16, height, width % 16 == 0)["backward columns"])
-    packed, small, sums = 2 * height * width * size, rows * (height * size + 4 * norm), 4 * shares * (2 * width * height + width)
+    shares, _ = triton_adapter.row_shares(
+        rows,
+        width,
+        triton_adapter.launches(torch.bfloat16, torch.bfloat16, height, width % 16 == 0)["backward columns"],
+    )
+    packed, small, sums = (
+        2 * height * width * size,
+        rows * (height * size + 4 * norm),
+        4 * shares * (2 * width * height + width),
+    )
     least = {"forward": 2 * states + weights, "backward": 3 * states + 2 * weights}
-    ours = {"forward": least["forward"] + 2 * packed + small, "backward": (4 + norm) * states + packed + weights + 4 * small + 2 * sums}
-    return {**ours, **{f"{name}_least": value for name, value in least.items()}, **{f"{name}_ratio": ours[name] / least[name] for name in least}}
+    ours = {
+        "forward": least["forward"] + 2 * packed + small,
+        "backward": (4 + norm) * states + packed + weights + 4 * small + 2 * sums,
+    }
+    return {
+        **ours,
+        **{f"{name}_least": value for name, value in least.items()},
+        **{f"{name}_ratio": ours[name] / least[name] for name in least},
+    }
 
 
 def time_all(widths: list[int], dims: list[int]) -> list[dict]:
@@ -114,7 +181,10 @@ def time_all(widths: list[int], dims: list[int]) -> list[dict]:
         per_byte = microseconds(states.clone) / (2 * states.numel() * states.element_size())
         for dim in dims:
             moved = bytes_moved(ROWS, width, dim, norm=True)
-            floors = {"floor_forward": per_byte * moved["forward_least"], "floor_both": per_byte * (moved["forward_least"] + moved["backward_least"])}
+            floors = {
+                "floor_forward": per_byte * moved["forward_least"],
+                "floor_both": per_byte * (moved["forward_least"] + moved["backward_least"]),
+            }
             results.append({"width": width, "dim": dim, "rows": ROWS, **_time_one(width, dim), **floors})
     return results
 
@@ -122,7 +192,10 @@ def time_all(widths: list[int], dims: list[int]) -> list[dict]:
 def _time_one(width: int, dim: int) -> dict[str, float]:
     norm_weight = torch.ones(width, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(ROWS, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weights = [torch.randn(shape, device="cuda", requires_grad=True) for shape in ((dim, width), (dim,), (width, dim), (width,))]
+    weights = [
+        torch.randn(shape, device="cuda", requires_grad=True)
+        for shape in ((dim, width), (dim,), (width, dim), (width,))
+    ]
     upstream = torch.randn_like(x)
 
     def eager(states):
@@ -132,7 +205,11 @@ def _time_one(width: int, dim: int) -> dict[str, float]:
 
     compiled = torch.compile(eager)
     results = {}
-    for name, function in {"fused": lambda states: fused_adapter(states, *weights, norm_weight=norm_weight), "eager": eager, "compile": compiled}.items():
+    for name, function in {
+        "fused": lambda states: fused_adapter(states, *weights, norm_weight=norm_weight),
+        "eager": eager,
+        "compile": compiled,
+    }.items():
         results[f"{name}_forward"] = microseconds(lambda function=function: function(x.detach()))
         results[f"{name}_both"] = microseconds(lambda function=function: function(x).backward(upstream))
     return results
@@ -158,7 +235,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 4096, 5120])
     parser.add_argument("--dims", type=int, nargs="+", default=[4, 16, 32])
-    parser.add_argument("--norms", type=int, nargs="+", default=[0, 1], choices=(0, 1), help="1: the RMSNorm before it is taken in")
+    parser.add_argument(
+        "--norms", type=int, nargs="+", default=[0, 1], choices=(0, 1), help="1: the RMSNorm before it is taken in"
+    )
     parser.add_argument("--archs", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--compile-only", action="store_true", help="do not time, even where a GPU is")

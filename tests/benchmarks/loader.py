@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.loader [--workers 0 1 2] [--image-size 336] [--json OUT] [--quick]
 
-Packs are as long as ScienceQA's samples make them; their images are drawn by the source `shapes` and decoded to what a ViT-L/14-336 reads. First the
-loader alone is drained; then SmolLM2-135M with adapters trains on such packs (the tiny ViT's image size), and the time between a step's end and
-its batch's arrival is put beside the whole.
+Packs are as long as ScienceQA's samples make them; their images are drawn by the source `shapes` and decoded to what a
+ViT-L/14-336 reads. First the loader alone is drained; then SmolLM2-135M with adapters trains on such packs (the tiny
+ViT's image size), and the time between a step's end and its batch's arrival is put beside the whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.benchmarks.samples import Samples, pack_samples, scienceqa_like
 from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
-from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 PACK_LENGTH = 1280
 MAX_IMAGE_PIXELS = 50_000_000
@@ -36,7 +36,13 @@ WANTED_WAITING = 0.01
 def with_drawings(samples: Samples, image_size: int) -> Samples:
     """The samples, their pictures drawn by `shapes`."""
     number = len(samples.pictures)
-    splits = {"train_images": number, "val_images": 1, "test_images": 1, "questions_per_image": 1, "image_size": image_size}
+    splits = {
+        "train_images": number,
+        "val_images": 1,
+        "test_images": 1,
+        "questions_per_image": 1,
+        "image_size": image_size,
+    }
     drawn = (raw.image_sources[0] for raw in SOURCES["shapes"](None, splits) if raw.split == "train")
     pictures = {name: scene() for name, scene in zip(samples.pictures, drawn, strict=True)}  # type: ignore[operator]
     return Samples(segments=samples.segments, pictures=pictures)
@@ -64,7 +70,9 @@ class Drained:
         self._loader.close()
 
 
-def speeds(samples: Samples, visual_tokens: int, worker_counts: list[int], image_size: int, runs: int, quick: bool) -> list[dict[str, Any]]:
+def speeds(
+    samples: Samples, visual_tokens: int, worker_counts: list[int], image_size: int, runs: int, quick: bool
+) -> list[dict[str, Any]]:
     """The loader alone, by number of workers."""
     with tempfile.TemporaryDirectory() as place:
         dataset = pack_samples(with_drawings(samples, image_size), PACK_LENGTH, Path(place) / "packs", visual_tokens)
@@ -75,7 +83,15 @@ def speeds(samples: Samples, visual_tokens: int, worker_counts: list[int], image
     rows = []
     for workers in worker_counts:
         packs, images = (statistics.median(found) for found in zip(*results[f"{workers} workers"], strict=True))
-        rows.append({"workers": workers, "packs/s": packs, "packs/s per worker": packs / max(workers, 1), "images/s": images, "image side": image_size})
+        rows.append(
+            {
+                "workers": workers,
+                "packs/s": packs,
+                "packs/s per worker": packs / max(workers, 1),
+                "images/s": images,
+                "image side": image_size,
+            }
+        )
     return rows
 
 
@@ -101,14 +117,22 @@ def waits(step: Callable[[], Any], trainer: Any) -> Callable[[], tuple[float, fl
 def waiting(samples: Samples, visual_tokens: int, runs: int, quick: bool) -> dict[str, Any]:
     """The share of a step that passes until its batch is there, one worker decoding meanwhile."""
     with tempfile.TemporaryDirectory() as place:
-        config = benchmark_config(quick, train__precision="fp32", data__pack_length=PACK_LENGTH, data__workers=1, output=f"{place}/run")
+        config = benchmark_config(
+            quick, train__precision="fp32", data__pack_length=PACK_LENGTH, data__workers=1, output=f"{place}/run"
+        )
         dataset = pack_samples(with_drawings(samples, 64), PACK_LENGTH, Path(place) / "packs", visual_tokens)
         ours = OurSteps(our_trainer(config, dataset, torch.float32, ds={"zero_optimization": {"stage": 0}}))
         results = alternate({"step": waits(ours.step, ours.trainer)}, 2 * runs)["step"]
         ours.trainer.monitor.close()
         ours.trainer.loader.close()
     waited, whole = (sum(found) for found in zip(*results, strict=True))
-    return {"steps": len(results), "step, s": whole / len(results), "waited, s": waited / len(results), "share": waited / whole, "wanted": f"<= {WANTED_WAITING}"}
+    return {
+        "steps": len(results),
+        "step, s": whole / len(results),
+        "waited, s": waited / len(results),
+        "share": waited / whole,
+        "wanted": f"<= {WANTED_WAITING}",
+    }
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What all benchmarks share: the command line, the alternation of competitors, medians, the table and the JSON.
 
-Competitors are measured in turn (A B A B ...), so that whatever else the machine does meets all of them alike, and the figures that count are
-medians of ratios within a run. What this gives up: nothing can be said about a single run.
+Competitors are measured in turn (A B A B ...), so that whatever else the machine does meets all of them alike, and the
+figures that count are medians of ratios within a run. What this gives up: nothing can be said about a single run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def command(documentation: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything there")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of each competitor, by turns (default: {RUNS})")
-    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny sizes, two runs, no figure worth keeping")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: tiny sizes, two runs, no figure worth keeping"
+    )
     return parser
 
 
@@ -40,13 +42,17 @@ def settled(given: argparse.Namespace) -> argparse.Namespace:
 
 
 def alternate(competitors: Mapping[str, Callable[[], Any]], runs: int, warm_up: int = 1) -> dict[str, list[Any]]:
-    """Calls every competitor in turn, `runs` times around after `warm_up` rounds that do not count. Returns what each gave, run by run."""
+    """Calls every competitor in turn, `runs` times around after `warm_up` rounds that do not count. Returns what each
+    gave, run by run."""
     results: dict[str, list[Any]] = {name: [] for name in competitors}
     for number in range(-warm_up, runs):
         for name, run in competitors.items():
             start = time.perf_counter()
             result = run()
-            tell(f"{'warm-up' if number < 0 else f'run {number + 1}/{runs}'}: {name}, {time.perf_counter() - start:.2f} s")
+            tell(
+                f"{'warm-up' if number < 0 else f'run {number + 1}/{runs}'}: {name}, "
+                f"{time.perf_counter() - start:.2f} s"
+            )
             if number >= 0:
                 results[name].append(result)
     return results
@@ -79,10 +85,13 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(), "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(), "load_average": [round(load, 2) for load in os.getloadavg()], "packages": installed,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "packages": installed,
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }  # fmt: skip
+    }
 
 
 def _cpu_name() -> str:

@@ -1,9 +1,10 @@
-"""What a step of the loop costs beyond its arithmetic: our whole step beside bare forward + backward + AdamW on the very same batch.
+"""What a step of the loop costs beyond its arithmetic: our whole step beside bare forward + backward + AdamW on the
+very same batch.
 
     python -m tests.benchmarks.overhead [--precision fp32] [--stages 0 1 2 3] [--json OUT] [--quick]
 
-A whole step is fetch, forward, backward, reduction, clipping, optimizer, checks and logging, under DeepSpeed. The bare one calls the same model
-without DeepSpeed and steps a plain torch AdamW. Both take turns in one process, on one rank.
+A whole step is fetch, forward, backward, reduction, clipping, optimizer, checks and logging, under DeepSpeed. The bare
+one calls the same model without DeepSpeed and steps a plain torch AdamW. Both take turns in one process, on one rank.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from tests.benchmarks.ours import DTYPES, OurSteps, benchmark_config, our_traine
 from tests.benchmarks.samples import pack_samples, scienceqa_like
 from vltrain.data.loader import LoadedStep
 from vltrain.models.build import build_model, part_of
-from vltrain.train.engine import init_distributed, shutdown_distributed
 from vltrain.train.optim import parameter_groups
 from vltrain.train.trainer import Trainer
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 PACK_LENGTH = 1280
 NUM_SAMPLES = 200
@@ -38,7 +39,9 @@ class Bare:
         config = trainer.config
         self._model = build_model(config.model, dtype=dtype).to(trainer.engine.device)
         groups = parameter_groups(self._model.named_parameters(), config.optim, part_of)
-        self._optimizer = torch.optim.AdamW(groups, betas=config.optim.betas, eps=config.optim.eps, fused=torch.cuda.is_available())
+        self._optimizer = torch.optim.AdamW(
+            groups, betas=config.optim.betas, eps=config.optim.eps, fused=torch.cuda.is_available()
+        )
         self._autocast = trainer.engine.autocast
 
     def step(self, loaded: LoadedStep) -> None:
@@ -66,7 +69,13 @@ def catch_loaded(trainer: Trainer) -> list[LoadedStep]:
 def measure(stage: int, precision: str, runs: int, quick: bool) -> dict[str, Any]:
     dtype = DTYPES[precision]
     with tempfile.TemporaryDirectory() as place:
-        config = benchmark_config(quick, train__precision=precision, data__pack_length=PACK_LENGTH, data__workers=0 if quick else 1, output=f"{place}/run")
+        config = benchmark_config(
+            quick,
+            train__precision=precision,
+            data__pack_length=PACK_LENGTH,
+            data__workers=0 if quick else 1,
+            output=f"{place}/run",
+        )
         vocabulary, visual_tokens = sizes(config, quick)
         samples = scienceqa_like(12 if quick else NUM_SAMPLES, vocabulary=vocabulary, visual_tokens=visual_tokens)
         dataset = pack_samples(samples, PACK_LENGTH, Path(place) / "packs", visual_tokens)
@@ -76,9 +85,13 @@ def measure(stage: int, precision: str, runs: int, quick: bool) -> dict[str, Any
         results = alternate({"whole step": _timed(ours.step), "bare": _timed(lambda: bare.step(caught[0]))}, runs)
         ours.trainer.monitor.close()
     return {
-        "stage": stage, "precision": precision, "whole step, s": statistics.median(results["whole step"]), "bare, s": statistics.median(results["bare"]),
-        "overhead": median_ratio(results["whole step"], results["bare"]) - 1, "wanted": f"<= {WANTED}",
-    }  # fmt: skip
+        "stage": stage,
+        "precision": precision,
+        "whole step, s": statistics.median(results["whole step"]),
+        "bare, s": statistics.median(results["bare"]),
+        "overhead": median_ratio(results["whole step"], results["bare"]) - 1,
+        "wanted": f"<= {WANTED}",
+    }
 
 
 def _timed(call: Callable[[], Any]) -> Callable[[], float]:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.packing [--sizes 100000 1000000 10000000] [--pack-length 1280] [--json OUT] [--quick]
 
-Fill is tokens over room. The lower bound is the least number of packs that could hold the tokens; `above bound` is how many more there are. TRL's
-`pack_dataset` gets a data set whose tokens are a byte each, and moves them, since it does not give an order alone; it packs a thousand samples
-at a time. The greedy one takes samples as they come and the first pack with room, by a tree. Both stop at `PEERS_UP_TO`: beyond, their loops in
-Python take minutes and gigabytes.
+Fill is tokens over room. The lower bound is the least number of packs that could hold the tokens; `above bound` is how
+many more there are. TRL's `pack_dataset` gets a data set whose tokens are a byte each, and moves them, since it does
+not give an order alone; it packs a thousand samples at a time. The greedy one takes samples as they come and the first
+pack with room, by a tree. Both stop at `PEERS_UP_TO`: beyond, their loops in Python take minutes and gigabytes.
 """
 
 from __future__ import annotations
@@ -69,10 +69,17 @@ def measure(count: int, capacity: int, runs: int) -> list[dict[str, Any]]:
     rows = []
     for name, found in results.items():
         packs = found[0][0]
-        rows.append({
-            "samples": count, "packer": name, "seconds": statistics.median(seconds for _, seconds in found), "packs": packs,
-            "fill": float(lengths.sum() / (packs * capacity)), "above bound": packs - bound, "share above bound": packs / bound - 1,
-        })  # fmt: skip
+        rows.append(
+            {
+                "samples": count,
+                "packer": name,
+                "seconds": statistics.median(seconds for _, seconds in found),
+                "packs": packs,
+                "fill": float(lengths.sum() / (packs * capacity)),
+                "above bound": packs - bound,
+                "share above bound": packs / bound - 1,
+            }
+        )
     return rows
 
 

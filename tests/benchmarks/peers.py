@@ -1,8 +1,9 @@
 """What users would pick instead: transformers' Trainer on padded batches, and TRL's packing; held a step at a time.
 
-They train the very model of the recipe, adapters and all, with the same optimizer and precision. What differs is what is measured: how samples
-become batches, which positions the head and the loss see, and the loop. Each runs in a thread of its own that stands still between steps,
-so that a run is a whole step of its real loop, data and logging included, and competitors can take turns.
+They train the very model of the recipe, adapters and all, with the same optimizer and precision. What differs is what
+is measured: how samples become batches, which positions the head and the loss see, and the loop. Each runs in a thread
+of its own that stands still between steps, so that a run is a whole step of its real loop, data and logging included,
+and competitors can take turns.
 """
 
 from __future__ import annotations
@@ -17,28 +18,39 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tests.benchmarks.samples import Samples
-from vltrain.config import Config
+from vltrain.config.schema import Config
 from vltrain.data.images import decode_image
 from vltrain.models.build import build_model
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IGNORE_INDEX, Segment
 
 PAD = 0
 
 
 class PaddedModel(nn.Module):
-    """The recipe's model as a plain PyTorch user would write it: padded batches in, transformers' own loss over all logits out."""
+    """The recipe's model as a plain PyTorch user would write it: padded batches in, transformers' own loss over all
+    logits out."""
 
     def __init__(self, model: MultimodalModel) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, pixels: Tensor, image_slots: Tensor, **more: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixels: Tensor,
+        image_slots: Tensor,
+        **more: Any,
     ) -> Any:
         """`input_ids`, `attention_mask`, `labels` [B, L], not shifted; `pixels` [N, 3, H, W]; `image_slots` [K]."""
-        embeds = self.model.embed(input_ids.flatten(), self.model.encode_images(pixels), image_slots).unflatten(0, input_ids.shape)
-        return self.model.llm(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False, **more)
+        embeds = self.model.embed(input_ids.flatten(), self.model.encode_images(pixels), image_slots).unflatten(
+            0, input_ids.shape
+        )
+        return self.model.llm(
+            inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False, **more
+        )
 
 
 def peer_model(config: Config, dtype: torch.dtype) -> MultimodalModel:
@@ -56,21 +68,33 @@ class PaddingCollator:
     """Samples to a padded batch. `length`: pad (and cut) to that many tokens; None: to the longest of the batch."""
 
     def __init__(self, samples: Samples, image_size: int, max_image_pixels: int, length: int | None) -> None:
-        self._pictures, self._image_size, self._max_image_pixels, self._length = samples.pictures, image_size, max_image_pixels, length
+        self._pictures, self._image_size, self._max_image_pixels, self._length = (
+            samples.pictures,
+            image_size,
+            max_image_pixels,
+            length,
+        )
 
     def __call__(self, segments: list[Segment]) -> dict[str, Tensor]:
         width = self._length or max(len(segment.input_ids) for segment in segments)
         shape = (len(segments), width)
         batch = {
-            "input_ids": torch.full(shape, PAD), "attention_mask": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, IGNORE_INDEX)
+            "input_ids": torch.full(shape, PAD),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORE_INDEX),
         }
         for place, segment in enumerate(segments):
             ids = torch.from_numpy(segment.input_ids[:width].astype("int64"))
             batch["input_ids"][place, : len(ids)] = ids
             batch["attention_mask"][place, : len(ids)] = 1
-            batch["labels"][place, : len(ids)] = ids.masked_fill(~torch.from_numpy(segment.loss_mask[: len(ids)]), IGNORE_INDEX)
+            batch["labels"][place, : len(ids)] = ids.masked_fill(
+                ~torch.from_numpy(segment.loss_mask[: len(ids)]), IGNORE_INDEX
+            )
         names = [name for segment in segments for name in segment.images]
-        pixels = [torch.from_numpy(decode_image(self._pictures[name], self._image_size, self._max_image_pixels, name)) for name in names]
+        pixels = [
+            torch.from_numpy(decode_image(self._pictures[name], self._image_size, self._max_image_pixels, name))
+            for name in names
+        ]
         empty = torch.empty(0, 3, self._image_size, self._image_size, dtype=torch.uint8)
         return {**batch, "pixels": torch.stack(pixels) if pixels else empty, "image_slots": torch.arange(len(names))}
 
@@ -138,37 +162,66 @@ def _arguments(config: Config, dtype: torch.dtype, batch_size: int, folder: Path
     """Trainer's settings that make it optimise as the recipe does."""
     optim = config.optim
     return {
-        "output_dir": str(folder), "per_device_train_batch_size": batch_size, "learning_rate": optim.lr, "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.betas[0], "adam_beta2": optim.betas[1], "adam_epsilon": optim.eps, "max_grad_norm": optim.clip,
-        "max_steps": 1_000_000, "bf16": dtype == torch.bfloat16, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(), "logging_steps": config.train.log_every_steps, "logging_strategy": "steps", "log_level": "error",
-        "gradient_checkpointing": False, "remove_unused_columns": False,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.betas[0],
+        "adam_beta2": optim.betas[1],
+        "adam_epsilon": optim.eps,
+        "max_grad_norm": optim.clip,
+        "max_steps": 1_000_000,
+        "bf16": dtype == torch.bfloat16,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": config.train.log_every_steps,
+        "logging_strategy": "steps",
+        "log_level": "error",
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+    }
 
 
 class GroupedTrainer(Trainer):
     """Trainer with `train_sampling_strategy="group_by_length"`, whose batches come in any order.
 
-    transformers' own sampler begins with the longest samples of each some fifty batches; the few steps of a benchmark would see nothing else.
+    transformers' own sampler begins with the longest samples of each some fifty batches; the few steps of a benchmark
+    would see nothing else.
     """
 
     def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
         size = self.args.train_batch_size
         generator = torch.Generator().manual_seed(0)
-        order = list(LengthGroupedSampler(size, lengths=[len(one.input_ids) for one in self.train_dataset], generator=generator))
+        order = list(
+            LengthGroupedSampler(size, lengths=[len(one.input_ids) for one in self.train_dataset], generator=generator)
+        )
         batches = [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
-        return [number for batch in torch.randperm(len(batches), generator=generator).tolist() for number in batches[batch]]
+        return [
+            number for batch in torch.randperm(len(batches), generator=generator).tolist() for number in batches[batch]
+        ]
 
 
 def padding_trainer(
-    config: Config, samples: Samples, dtype: torch.dtype, *, batch_size: int, length: int | None, folder: Path, grouped: bool = False
+    config: Config,
+    samples: Samples,
+    dtype: torch.dtype,
+    *,
+    batch_size: int,
+    length: int | None,
+    folder: Path,
+    grouped: bool = False,
 ) -> Held:
-    """transformers' Trainer; padded to the batch's longest, or to `length`; `grouped`: samples of like lengths share a batch."""
+    """transformers' Trainer; padded to the batch's longest, or to `length`; `grouped`: samples of like lengths share a
+    batch."""
     model = PaddedModel(peer_model(config, dtype))
     trainer = (GroupedTrainer if grouped else Trainer)(
-        model=model, args=TrainingArguments(**_arguments(config, dtype, batch_size, folder)), train_dataset=samples.segments,
+        model=model,
+        args=TrainingArguments(**_arguments(config, dtype, batch_size, folder)),
+        train_dataset=samples.segments,
         data_collator=PaddingCollator(samples, model.model.image_size, config.data.max_image_pixels, length),
-    )  # fmt: skip
+    )
     return Held(trainer, model)
 
 
@@ -185,15 +238,25 @@ def trl_trainer(config: Config, samples: Samples, dtype: torch.dtype, *, pack_le
     rows = [
         {
             "input_ids": segment.input_ids.clip(min=PAD).tolist(),
-            "labels": [int(one) if wanted else IGNORE_INDEX for one, wanted in zip(segment.input_ids, segment.loss_mask, strict=True)],
+            "labels": [
+                int(one) if wanted else IGNORE_INDEX
+                for one, wanted in zip(segment.input_ids, segment.loss_mask, strict=True)
+            ],
         }
         for segment in samples.segments
     ]
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))  # the samples are tokens already
+    words = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>")
+    )  # the samples are tokens already
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     llm = peer_model(config, dtype).llm
-    arguments = {**_arguments(config, dtype, 1, folder), "packing": True, "max_length": pack_length, "remove_unused_columns": True}
-    trainer = SFTTrainer(model=llm, args=SFTConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    arguments = {
+        **_arguments(config, dtype, 1, folder),
+        "packing": True,
+        "max_length": pack_length,
+        "remove_unused_columns": True,
+    }
+    trainer = SFTTrainer(
+        model=llm, args=SFTConfig(**arguments), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     return Held(trainer, llm)
-
-

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.prepare [--workers 2] [--json OUT] [--quick]
 
-All give, from the questions and image files of the package easy-vqa, token ids and loss masks in packs of 1,024 on disk, and each image that is shown,
-once, after it was decoded to see that it can be. The peer does it as TRL's trainer does, prompt and answer of one sample at a time
-(`datasets.map`), or batched, as a careful user would write it. Its packs hold no image numbers and no segments' ids; ours do.
+All give, from the questions and image files of the package easy-vqa, token ids and loss masks in packs of 1,024 on
+disk, and each image that is shown, once, after it was decoded to see that it can be. The peer does it as TRL's trainer
+does, prompt and answer of one sample at a time (`datasets.map`), or batched, as a careful user would write it. Its
+packs hold no image numbers and no segments' ids; ours do.
 Wants: bash launch/setup_env.sh --with bench,quickstart.
 """
 
@@ -26,7 +27,7 @@ from data_prep.pack import pack
 from data_prep.prepare import prepare
 from data_prep.sources import SOURCES
 from tests.benchmarks.measure import alternate, command, median_ratio, report, seconds_of, settled
-from vltrain.locate import locate
+from vltrain.files.locate import locate
 from vltrain.schema import IMAGE_MARKER
 
 if TYPE_CHECKING:
@@ -41,7 +42,15 @@ WANTED = 3.0
 def ours(folder: Path, raw: Path | None, workers: int) -> dict[str, int]:
     """`vltrain prepare` of all splits and `vltrain pack` of the training split. Returns samples by split."""
     counts = prepare("easyvqa", raw, folder / "samples", workers=workers)
-    pack(folder / "samples" / "train.jsonl", TOKENIZER, "mmt", VISUAL_TOKENS, PACK_LENGTH, folder / "packed", workers=workers)
+    pack(
+        folder / "samples" / "train.jsonl",
+        TOKENIZER,
+        "mmt",
+        VISUAL_TOKENS,
+        PACK_LENGTH,
+        folder / "packed",
+        workers=workers,
+    )
     return counts
 
 
@@ -55,9 +64,15 @@ def tokenize(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dic
 def tokenize_batch(examples: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
     """The same of many samples."""
     prompts = [[0] * VISUAL_TOKENS + ids for ids in tokenizer(examples["prompt"])["input_ids"]]
-    answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(examples["completion"], add_special_tokens=False)["input_ids"]]
+    answers = [
+        [*ids, tokenizer.eos_token_id]
+        for ids in tokenizer(examples["completion"], add_special_tokens=False)["input_ids"]
+    ]
     pairs = list(zip(prompts, answers, strict=True))
-    return {"input_ids": [one + other for one, other in pairs], "completion_mask": [[0] * len(one) + [1] * len(other) for one, other in pairs]}
+    return {
+        "input_ids": [one + other for one, other in pairs],
+        "completion_mask": [[0] * len(one) + [1] * len(other) for one, other in pairs],
+    }
 
 
 def read_checked(example: dict[str, Any]) -> dict[str, Any]:
@@ -76,16 +91,28 @@ def peer(folder: Path, raw: Path | None, workers: int, *, batched: bool) -> int:
     datasets.disable_progress_bars()
     read = [one for one in SOURCES["easyvqa"](raw, {}) if one.split == "train"]
     texts = [one.sample.turns for one in read]
-    table = {"prompt": [turns[0].text.replace(IMAGE_MARKER, "Image: ") for turns in texts], "completion": [turns[1].text for turns in texts]}
+    table = {
+        "prompt": [turns[0].text.replace(IMAGE_MARKER, "Image: ") for turns in texts],
+        "completion": [turns[1].text for turns in texts],
+    }
     tokenizer = AutoTokenizer.from_pretrained(locate(TOKENIZER))
     options = {"num_proc": workers if workers > 1 else None, "load_from_cache_file": False}
     written = datasets.Dataset.from_dict(table)
-    written.save_to_disk(str(folder / "raw"))  # so that map has a file to cache beside, as it has of a data set that was loaded
+    written.save_to_disk(
+        str(folder / "raw")
+    )  # so that map has a file to cache beside, as it has of a data set that was loaded
     dataset = datasets.load_from_disk(str(folder / "raw"))
     if batched:
-        dataset = dataset.map(partial(tokenize_batch, tokenizer=tokenizer), batched=True, remove_columns=["prompt", "completion"], **options)
+        dataset = dataset.map(
+            partial(tokenize_batch, tokenizer=tokenizer),
+            batched=True,
+            remove_columns=["prompt", "completion"],
+            **options,
+        )
     else:
-        dataset = dataset.map(partial(tokenize, tokenizer=tokenizer), remove_columns=["prompt", "completion"], **options)
+        dataset = dataset.map(
+            partial(tokenize, tokenizer=tokenizer), remove_columns=["prompt", "completion"], **options
+        )
     packed = pack_dataset(dataset, PACK_LENGTH, "bfd", options)
     packed.save_to_disk(str(folder / "packed"))
     paths = datasets.Dataset.from_dict({"path": sorted({str(one.image_sources[0]) for one in read})})
@@ -134,12 +161,18 @@ def main() -> None:
         results = alternate({name: partial(timed, call) for name, call in calls.items()}, given.runs)
     rows = [
         {
-            "pipeline": name, "samples": num_samples, "seconds": statistics.median(seconds), "samples/s": num_samples / statistics.median(seconds),
+            "pipeline": name,
+            "samples": num_samples,
+            "seconds": statistics.median(seconds),
+            "samples/s": num_samples / statistics.median(seconds),
             "ours is faster by": median_ratio(seconds, results["ours"]),
         }
         for name, seconds in results.items()
-    ]  # fmt: skip
-    report({"prepare": rows, "wanted": f"at least {WANTED} times datasets.map + TRL packing", "workers": given.workers}, given)
+    ]
+    report(
+        {"prepare": rows, "wanted": f"at least {WANTED} times datasets.map + TRL packing", "workers": given.workers},
+        given,
+    )
 
 
 if __name__ == "__main__":

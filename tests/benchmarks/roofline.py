@@ -1,10 +1,11 @@
-"""The tables of roofline.md: what a step of the 7B recipe must cost on an A100 and an H100, by count. Nothing is measured here.
+"""The tables of roofline.md: what a step of the 7B recipe must cost on an A100 and an H100, by count. Nothing is
+measured here.
 
     python -m tests.benchmarks.roofline > tables.md
 
-Operations come from the model's own closed forms, weights and states from its outline. Memory traffic beside matrix products is what each
-operation of the real code reads and writes, seen as torch dispatches them on tensors without memory; Liger's kernels, which do not run there,
-count as their inputs and outputs once.
+Operations come from the model's own closed forms, weights and states from its outline. Memory traffic beside matrix
+products is what each operation of the real code reads and writes, seen as torch dispatches them on tensors without
+memory; Liger's kernels, which do not run there, count as their inputs and outputs once.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from tests.benchmarks.measure import show
 from tests.benchmarks.samples import SCIENCEQA_IMAGE_SHARE, SCIENCEQA_LABEL_SHARE, scienceqa_lengths
-from vltrain.check.rehearse import PackSize, _give_fake_weights, make_pack
-from vltrain.check.sizes import assume_sizes
+from vltrain.config.recipe import build_config, read_recipe
 from vltrain.data.packing import pack_lengths
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import Index
+from vltrain.memory.rehearse import PackSize, _give_fake_weights, make_pack
+from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
-from vltrain.recipe import build_config, read_recipe
 from vltrain.train.trainer import pack_cost
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
@@ -53,9 +54,15 @@ CARDS = {"A100 80 GB": Card(312e12, 2.04e12, 300e9, 25e9), "H100 SXM": Card(989e
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operations other than matrix products and attention read and write. Views are free; what is made twice counts twice."""
+    """Bytes that operations other than matrix products and attention read and write. Views are free; what is made twice
+    counts twice."""
 
-    GATHERS = ("index_select", "index_add", "new_zeros", "select_backward")  # by which `sdpa` lays segments out as a batch, and back
+    GATHERS = (
+        "index_select",
+        "index_add",
+        "new_zeros",
+        "select_backward",
+    )  # by which `sdpa` lays segments out as a batch, and back
     PRODUCTS = ("mm", "addmm", "bmm", "convolution", "scaled_dot_product", "linear", "embedding", "baddbmm")
 
     def __init__(self) -> None:
@@ -90,13 +97,18 @@ def traffic_of(call: Callable[..., Any], *shapes: tuple[int, ...]) -> tuple[int,
 
 
 def block_traffic(config: Any, fused: bool, checkpointing: bool) -> np.ndarray:
-    """Bytes of forward and backward of one LLM block on a pack, adapter included: all, and those of `Traffic.GATHERS`."""
+    """Bytes of forward and backward of one LLM block on a pack, adapter included: all, and those of
+    `Traffic.GATHERS`."""
     llm = config.model.llm
     adapter = dataclasses.replace(config.model.adapter, impl="triton" if fused else "torch")
     counts = []
     for layers in (1, 2):
         one = dataclasses.replace(llm, config={**llm.config, "num_hidden_layers": layers})
-        model = build_model(dataclasses.replace(config.model, llm=one, adapter=adapter), device="meta", activation_checkpointing=checkpointing)
+        model = build_model(
+            dataclasses.replace(config.model, llm=one, adapter=adapter),
+            device="meta",
+            activation_checkpointing=checkpointing,
+        )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         _give_fake_weights(model, mode, lambda _: torch.bfloat16)
         size = PackSize(num_tokens=TOKENS, num_images=0, num_label_tokens=1, num_segments=SEGMENTS, origin="")
@@ -114,8 +126,13 @@ def liger_saving(width: int, inner: int, head: int, checkpointing: bool) -> int:
     def rotary(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return apply_rotary_pos_emb(q, k, *(torch.empty(1, TOKENS, head, dtype=q.dtype) for _ in range(2)))
 
-    plain = [traffic_of(norm, (1, TOKENS, width)), traffic_of(rotary, turned, turned), traffic_of(lambda gate, up: F.silu(gate) * up, wide, wide)]
-    # Forward, forward and backward. Norm: x in, y out; dy and x in, dx out. Rotary, of q and k: in and out. SwiGLU: two in, one out; three in, two out.
+    plain = [
+        traffic_of(norm, (1, TOKENS, width)),
+        traffic_of(rotary, turned, turned),
+        traffic_of(lambda gate, up: F.silu(gate) * up, wide, wide),
+    ]
+    # Forward, forward and backward. Norm: x in, y out; dy and x in, dx out. Rotary, of q and k: in and out. SwiGLU: two
+    # in, one out; three in, two out.
     state, hidden = 2 * TOKENS * width, 2 * TOKENS * inner
     liger = [(2 * state, 5 * state), (4 * state, 8 * state), (3 * hidden, 8 * hidden)]
     saved = np.sum(plain, axis=0) - np.sum(liger, axis=0)
@@ -130,11 +147,14 @@ def simulated_packs(count: int = 60_000) -> Index:
     sums = [np.add.reduceat(values[order], starts[:-1]) for values in (lengths, lengths**2, shows.astype(np.int64))]
     num_tokens, squares, images = sums
     ones = np.ones(len(num_tokens), np.int32)
-    return Index(num_tokens=num_tokens, num_label_tokens=num_tokens, num_images=images, num_samples=ones, sum_squares=squares)
+    return Index(
+        num_tokens=num_tokens, num_label_tokens=num_tokens, num_images=images, num_samples=ones, sum_squares=squares
+    )
 
 
 def imbalance(index: Index, cost: PackCost, ranks: int, packs_per_rank: int, steps: int = 20) -> float:
-    """How much longer the slowest of `ranks` computes than the mean, over the micro-steps of a step: packs dealt by the real plan."""
+    """How much longer the slowest of `ranks` computes than the mean, over the micro-steps of a step: packs dealt by the
+    real plan."""
     costs = cost.per_token * index.num_tokens + cost.per_pair * index.sum_squares + cost.per_image * index.num_images
     plan = Plan(index, seed=0, epochs=1e4, packs_per_step=ranks * packs_per_rank, world_size=ranks, cost=cost)
     dealt = [costs[plan.step(step).packs] for step in range(steps)]  # each [G, W]
@@ -154,10 +174,14 @@ def tables() -> dict[str, list[dict[str, Any]]]:
     labels = round(TOKENS * SCIENCEQA_LABEL_SHARE)
     pairs = SEGMENTS * (TOKENS // SEGMENTS) ** 2
     parts = {
-        "LLM blocks": flops.per_token * TOKENS + flops.per_pair * pairs, "ViT and neck": flops.per_image * images, "head": flops.per_label * labels,
-    }  # fmt: skip
+        "LLM blocks": flops.per_token * TOKENS + flops.per_pair * pairs,
+        "ViT and neck": flops.per_image * images,
+        "head": flops.per_label * labels,
+    }
     total = sum(parts.values())
-    recompute = (flops.per_token * TOKENS + flops.per_pair * pairs) / 2  # one more forward, of forward + gradients of the states
+    recompute = (
+        flops.per_token * TOKENS + flops.per_pair * pairs
+    ) / 2  # one more forward, of forward + gradients of the states
     sizes = (llm.hidden_size, llm.intermediate_size, llm.hidden_size // llm.num_attention_heads)
     reached = []
     for checkpointing in (False, True):
@@ -167,42 +191,60 @@ def tables() -> dict[str, list[dict[str, Any]]]:
         products = total + recompute * checkpointing
         reached += [
             _reached(name, card, kernels, checkpointing, total, products, bytes_ * llm.num_hidden_layers)
-            for name, card in CARDS.items() for kernels, bytes_ in traffic.items()
-        ]  # fmt: skip
+            for name, card in CARDS.items()
+            for kernels, bytes_ in traffic.items()
+        ]
     packs, cost = simulated_packs(), pack_cost(model)
     return {
-        "operations": [{"part": name, "TFLOPs a pack": value / 1e12, "share": value / total} for name, value in {**parts, "all": total}.items()],
+        "operations": [
+            {"part": name, "TFLOPs a pack": value / 1e12, "share": value / total}
+            for name, value in {**parts, "all": total}.items()
+        ],
         "floors": [_floors(name, card, total, frozen) for name, card in CARDS.items()],
         "reached": sorted(reached, key=lambda row: row["card"]),
         "communication": [row for stage in range(4) for row in _communication(stage, frozen, 4 * trained)],
         "imbalance": [
             {"GPUs": ranks, "packs a GPU and step": each, "slowest over mean": imbalance(packs, cost, ranks, each)}
-            for ranks in (8, 64, 1000) for each in (1, 4)
+            for ranks in (8, 64, 1000)
+            for each in (1, 4)
         ],
-    }  # fmt: skip
+    }
 
 
 def _floors(name: str, card: Card, flops: float, frozen: int) -> dict[str, Any]:
     """Of one pack: time for its operations, and for reading all weights once forward and once backward."""
     return {
-        "card": name, "operations, ms": 1e3 * flops / card.flops, "weights twice, ms": 2e3 * frozen / card.memory,
-        "tokens at which both are equal": TOKENS * (2 * frozen / card.memory) / (flops / card.flops), "tokens/s": TOKENS * card.flops / flops,
-    }  # fmt: skip
+        "card": name,
+        "operations, ms": 1e3 * flops / card.flops,
+        "weights twice, ms": 2e3 * frozen / card.memory,
+        "tokens at which both are equal": TOKENS * (2 * frozen / card.memory) / (flops / card.flops),
+        "tokens/s": TOKENS * card.flops / flops,
+    }
 
 
-def _reached(name: str, card: Card, kernels: str, checkpointing: bool, needed: float, done: float, traffic: float) -> dict[str, Any]:
+def _reached(
+    name: str, card: Card, kernels: str, checkpointing: bool, needed: float, done: float, traffic: float
+) -> dict[str, Any]:
     """Matrix products at the data sheet's speed, everything else at the memory's, one after the other."""
     products, rest = done / card.flops, traffic / card.memory
     return {
-        "card": name, "kernels": kernels, "checkpointing": "yes" if checkpointing else "no", "beside products, GB": traffic / 1e9,
-        "products, ms": 1e3 * products, "beside them, ms": 1e3 * rest, "MFU at most": needed / card.flops / (products + rest),
-    }  # fmt: skip
+        "card": name,
+        "kernels": kernels,
+        "checkpointing": "yes" if checkpointing else "no",
+        "beside products, GB": traffic / 1e9,
+        "products, ms": 1e3 * products,
+        "beside them, ms": 1e3 * rest,
+        "MFU at most": needed / card.flops / (products + rest),
+    }
 
 
 def _communication(stage: int, frozen: int, gradients: int) -> list[dict[str, Any]]:
-    """Bytes that each GPU sends in a step of one pack: rings, so twice (all-reduce) or once (the others) the data, for many ranks."""
+    """Bytes that each GPU sends in a step of one pack: rings, so twice (all-reduce) or once (the others) the data, for
+    many ranks."""
     weights = frozen * 2 if stage == 3 else 0  # gathered for forward and again for backward
-    of_trained = (3 if stage == 3 else 2) * gradients  # gradients are scattered and weights or sums gathered; for ZeRO 3 twice, as frozen ones
+    of_trained = (
+        3 if stage == 3 else 2
+    ) * gradients  # gradients are scattered and weights or sums gathered; for ZeRO 3 twice, as frozen ones
     sent = weights + of_trained
     return [
         {"ZeRO": stage, "frozen weights, MB": weights / 1e6, "trained, MB": of_trained / 1e6, "card": name,

@@ -1,7 +1,8 @@
 """Samples and packs to measure with: real ones of easy-VQA, and ones of random tokens that are as long as ScienceQA's.
 
-How long a step takes does not depend on which tokens it sees, so of ScienceQA, whose licence keeps it out of the project, only the lengths are
-here: quantiles of the questions with lecture and explanation (QCM-ALE), as SmolLM2's tokenizer counts them.
+How long a step takes does not depend on which tokens it sees, so of ScienceQA, whose licence keeps it out of the
+project, only the lengths are here: quantiles of the questions with lecture and explanation (QCM-ALE), as SmolLM2's
+tokenizer counts them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,37 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vltrain.data.conversation import encode_sample
 from vltrain.data.packing import pack_lengths
 from vltrain.data.shard_writer import write_shards
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.conversation import encode_sample
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, PackedRow, Segment
 
 # Of 107 of its questions, in steps of a twentieth.
-SCIENCEQA_QUANTILES = (54, 85, 149, 172, 185, 195, 209, 211, 213, 221, 230, 248, 261, 275, 304, 342, 409, 447, 482, 523, 847)
+SCIENCEQA_QUANTILES = (
+    54,
+    85,
+    149,
+    172,
+    185,
+    195,
+    209,
+    211,
+    213,
+    221,
+    230,
+    248,
+    261,
+    275,
+    304,
+    342,
+    409,
+    447,
+    482,
+    523,
+    847,
+)
 SCIENCEQA_LABEL_SHARE = 0.74  # the median question's: answer, lecture and explanation
 SCIENCEQA_IMAGE_SHARE = 0.487  # of all 21,208 questions (Lu et al. 2022)
 EASYVQA_LENGTHS = (22, 28)
@@ -43,7 +66,9 @@ def scienceqa_lengths(count: int, seed: int = 0) -> np.ndarray:
     return np.interp(places, np.arange(len(SCIENCEQA_QUANTILES)), SCIENCEQA_QUANTILES).round().astype(np.int64)
 
 
-def scienceqa_like(count: int, *, vocabulary: int, visual_tokens: int, image_share: float = SCIENCEQA_IMAGE_SHARE, seed: int = 0) -> Samples:
+def scienceqa_like(
+    count: int, *, vocabulary: int, visual_tokens: int, image_share: float = SCIENCEQA_IMAGE_SHARE, seed: int = 0
+) -> Samples:
     """Samples of random tokens with ScienceQA's lengths; some have an image, each its own."""
     generator = np.random.default_rng(seed)
     segments, pictures = [], {}
@@ -83,8 +108,14 @@ def pack_samples(samples: Samples, pack_length: int, folder: Path, visual_tokens
     lengths = np.array([len(segment.input_ids) for segment in samples.segments])
     order, starts = pack_lengths(lengths, pack_length)
     facts = {
-        "tokenizer_fingerprint": "none", "tokenizer": "none", "template": "mmt", "visual_tokens": visual_tokens, "pack_length": pack_length,
-        "max_images": None, "seed": 0, "over_long": 0,
+        "tokenizer_fingerprint": "none",
+        "tokenizer": "none",
+        "template": "mmt",
+        "visual_tokens": visual_tokens,
+        "pack_length": pack_length,
+        "max_images": None,
+        "seed": 0,
+        "over_long": 0,
     }
     with write_shards(folder) as writer:
         ids = {name: writer.add_image(data) for name, data in samples.pictures.items()}
@@ -103,5 +134,7 @@ def _rows(segments: list[Segment], starts: list[int], ids: dict[str, int]) -> It
             input_ids=np.concatenate([segment.input_ids for segment in row]),
             loss_mask=np.concatenate([segment.loss_mask for segment in row]),
             segment_lengths=np.array([len(segment.input_ids) for segment in row], np.int32),
-            image_ids=distinct, image_slots=slots.astype(np.int32), sample_ids=tuple(segment.sample_id for segment in row),
-        )  # fmt: skip
+            image_ids=distinct,
+            image_slots=slots.astype(np.int32),
+            sample_ids=tuple(segment.sample_id for segment in row),
+        )

@@ -1,11 +1,12 @@
-"""Two ranks on two cores beside one rank on one, at every ZeRO stage; and what a rank holds of a set of 1e6 and of 1e8 packs.
+"""Two ranks on two cores beside one rank on one, at every ZeRO stage; and what a rank holds of a set of 1e6 and of 1e8
+packs.
 
     python -m tests.benchmarks.scale [--stages 0 1 2 3] [--packs 1e6 1e8] [--json OUT] [--quick]
 
-Speed: SmolLM2-135M with adapters, two packs a step. One process, bound to one core, makes both; then two processes, each bound to a core of its
-own, make one each. All stay alive and wait for their turn. Memory: a process plans and loads steps from all over a set whose index has that
-many packs (of real size, on disk; the packs themselves repeat a few), and what counts is the memory of its own, without mapped files,
-that it has got by then.
+Speed: SmolLM2-135M with adapters, two packs a step. One process, bound to one core, makes both; then two processes,
+each bound to a core of its own, make one each. All stay alive and wait for their turn. Memory: a process plans and
+loads steps from all over a set whose index has that many packs (of real size, on disk; the packs themselves repeat a
+few), and what counts is the memory of its own, without mapped files, that it has got by then.
 """
 
 from __future__ import annotations
@@ -48,9 +49,28 @@ class Group:
         port = free_port()
         for rank, core in enumerate(cores):
             environment = rank_environment(rank, len(cores), port)
-            words = [sys.executable, "-m", "tests.benchmarks.scale", "--rank-of", str(folder), str(core), str(stage), str(int(quick))]
+            words = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.scale",
+                "--rank-of",
+                str(folder),
+                str(core),
+                str(stage),
+                str(int(quick)),
+            ]
             log = (folder / f"log.{rank}").open("wb")
-            self._ranks.append(subprocess.Popen(words, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True))
+            self._ranks.append(
+                subprocess.Popen(
+                    words,
+                    env=environment,
+                    cwd=ROOT,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
+            )
 
     def step(self) -> float:
         """Seconds of one step of all ranks."""
@@ -77,12 +97,17 @@ def run_rank(folder: Path, core: int, stage: int, quick: bool) -> None:
     os.dup2(2, 1)  # whatever else prints goes to the log
     import torch
 
-    from vltrain.train.engine import init_distributed, shutdown_distributed
+    from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
     torch.set_num_threads(1)
     rank, world_size = init_distributed()
     config = benchmark_config(
-        quick, train__precision="fp32", train__packs_per_step=PACKS_PER_STEP, data__pack_length=PACK_LENGTH, data__workers=0, output=str(folder / "run")
+        quick,
+        train__precision="fp32",
+        train__packs_per_step=PACKS_PER_STEP,
+        data__pack_length=PACK_LENGTH,
+        data__workers=0,
+        output=str(folder / "run"),
     )
     dataset = PackedDataset(folder / "packs", verify=False)
     ds = {"zero_optimization": {"stage": stage}}
@@ -109,7 +134,13 @@ def speeds(stage: int, cores: list[int], runs: int, quick: bool) -> dict[str, An
         for group in groups.values():
             group.end()
     one, two = (statistics.median(results[name]) for name in ("one", "two"))
-    return {"stage": stage, "1 rank, s": one, "2 ranks, s": two, "faster by": median_ratio(results["one"], results["two"]), "wanted": f">= {WANTED}"}
+    return {
+        "stage": stage,
+        "1 rank, s": one,
+        "2 ranks, s": two,
+        "faster by": median_ratio(results["one"], results["two"]),
+        "wanted": f">= {WANTED}",
+    }
 
 
 class Repeating(PackedDataset):
@@ -165,10 +196,32 @@ def memories(counts: list[int], quick: bool) -> list[dict[str, Any]]:
         pack_samples(scienceqa_like(64, vocabulary=1000, visual_tokens=4), PACK_LENGTH, packs, 4)
         for count in counts:
             write_long_index(packs, count, index)
-            words = [sys.executable, "-m", "tests.benchmarks.scale", "--holder", str(packs), str(index), "64", "5" if quick else str(STEPS_LOADED)]
+            words = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.scale",
+                "--holder",
+                str(packs),
+                str(index),
+                "64",
+                "5" if quick else str(STEPS_LOADED),
+            ]
             tell(f"{count:.0e} packs, {index.stat().st_size / 2**20:.0f} MiB of index")
-            done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-            rows.append({"packs": f"{count:.0e}", "index on disk, MiB": index.stat().st_size / 2**20, **json.loads(done.stdout.splitlines()[-1])})
+            done = subprocess.run(
+                words,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            rows.append(
+                {
+                    "packs": f"{count:.0e}",
+                    "index on disk, MiB": index.stat().st_size / 2**20,
+                    **json.loads(done.stdout.splitlines()[-1]),
+                }
+            )
     return rows
 
 

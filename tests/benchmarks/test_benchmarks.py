@@ -18,8 +18,8 @@ from tests.benchmarks.measure import alternate, median_ratio
 from tests.benchmarks.ours import benchmark_config, sizes
 from tests.benchmarks.peers import GroupedTrainer, PaddedModel, PaddingCollator, peer_model
 from tests.benchmarks.samples import pack_samples, scienceqa_lengths, scienceqa_like
-from vltrain.data.loader import collate
 from vltrain.data.images import decode_image
+from vltrain.data.loader import collate
 from vltrain.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,9 @@ def run_quick(name: str, tmp_path: Path, *words: str) -> dict:
     """`python -m tests.benchmarks.NAME --quick` in a process of its own; what its JSON holds."""
     out = tmp_path / "found.json"
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--quick", "--json", str(out), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     assert found["quick"] and found["runs"] == 2 and found["machine"]["cores"] >= 1
@@ -38,7 +40,9 @@ def run_quick(name: str, tmp_path: Path, *words: str) -> dict:
 
 def test_competitors_take_turns_and_warm_up_does_not_count():
     calls = []
-    results = alternate({"a": lambda: calls.append("a") or len(calls), "b": lambda: calls.append("b") or len(calls)}, runs=2)
+    results = alternate(
+        {"a": lambda: calls.append("a") or len(calls), "b": lambda: calls.append("b") or len(calls)}, runs=2
+    )
     assert calls == ["a", "b"] * 3 and results == {"a": [3, 5], "b": [4, 6]}
 
 
@@ -94,7 +98,9 @@ def test_train_with_every_competitor(tmp_path):
     padded = {("scienceqa", name) for name in ("ours", "grouped by length", "padded to the longest", "padded to 512")}
     assert names == padded | {("text", "ours"), ("text", "TRL packing")}
     assert all(row["useful tokens/s"] > 0 and row["ours is faster by"] > 0 for row in found["speed"])
-    assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(row["mfu"] > 0 for row in found["utilisation"])
+    assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(
+        row["mfu"] > 0 for row in found["utilisation"]
+    )
 
 
 @pytest.mark.slow
@@ -105,8 +111,13 @@ def test_the_others_run(tmp_path, name):
     assert tables and all(rows for rows in tables)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="the page counts the operations of torch 2.13: older ones take other kernels on a CPU")
-@pytest.mark.skipif(Version(version("transformers")) < Version("5.24"), reason="the page counts the operations of transformers 5.24")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"),
+    reason="the page counts the operations of torch 2.13: older ones take other kernels on a CPU",
+)
+@pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.24"), reason="the page counts the operations of transformers 5.24"
+)
 def test_the_roofline_page_shows_what_is_counted(capsys):
     from tests.benchmarks.roofline import main
 

@@ -1,11 +1,14 @@
-"""Useful tokens a second of our trainer beside transformers' Trainer and TRL, on the same model, samples, optimizer and precision.
+"""Useful tokens a second of our trainer beside transformers' Trainer and TRL, on the same model, samples, optimizer and
+precision.
 
     python -m tests.benchmarks.train [--precision fp32 bf16] [--data scienceqa easyvqa text] [--json OUT] [--quick]
 
-SmolLM2-135M, frozen, with Bottleneck Adapters, the visual neck and the tiny ViT. Useful tokens are those of samples: prompt, image and answer, no
-padding. Competitors: Trainer with samples of like lengths in a batch (its `group_by_length`), padded to the batch's longest; Trainer with any
-samples in a batch; Trainer, padded to 512 as the paper's code does; TRL's packing, which takes text only. A run is one whole step; `mfu` is the operations that the mathematics needs over the speed of a large matrix product,
-measured between the runs. Wants: bash launch/setup_env.sh --with bench --smollm2.
+SmolLM2-135M, frozen, with Bottleneck Adapters, the visual neck and the tiny ViT. Useful tokens are those of samples:
+prompt, image and answer, no padding. Competitors: Trainer with samples of like lengths in a batch (its
+`group_by_length`), padded to the batch's longest; Trainer with any samples in a batch; Trainer, padded to 512 as the
+paper's code does; TRL's packing, which takes text only. A run is one whole step; `mfu` is the operations that the
+mathematics needs over the speed of a large matrix product, measured between the runs. Wants: bash launch/setup_env.sh
+--with bench --smollm2.
 """
 
 from __future__ import annotations
@@ -25,15 +28,16 @@ from tests.benchmarks.measure import alternate, command, median_ratio, report, s
 from tests.benchmarks.ours import DTYPES, TOKENIZER, OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.peers import Held, padding_trainer, trl_trainer
 from tests.benchmarks.samples import Samples, easyvqa, pack_samples, scienceqa_like
-from vltrain.config import Config
-from vltrain.train.engine import init_distributed, shutdown_distributed
-from vltrain.train.hardware import measured_gemm_flops
+from vltrain.config.schema import Config
+from vltrain.distributed.hardware import measured_gemm_flops
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 NUM_SAMPLES = 400
 PADDED_LENGTH = 512
 DS = {"zero_optimization": {"stage": 0}}
 GROUPED = "grouped by length"
-# Samples of a batch. Padded to the longest: what makes some 2,000 useful tokens; to 512: what the paper's code has on a GPU, and a machine of this kind can hold.
+# Samples of a batch. Padded to the longest: what makes some 2,000 useful tokens; to 512: what the paper's code has on a
+# GPU, and a machine of this kind can hold.
 LONGEST_BATCH = {"scienceqa": 8, "easyvqa": 64}
 PADDED_BATCH = 4
 WANTED = {"padded to the longest": 1.5, "padded to 512": {"scienceqa": 1.7, "easyvqa": 10.0}, "TRL packing": 1.1}
@@ -48,7 +52,14 @@ def make_samples(data: str, config: Config, quick: bool) -> Samples:
 
 
 def make_competitors(
-    data: str, samples: Samples, config: Config, dtype: torch.dtype, folder: Path, pack_length: int, quick: bool, compiled: bool,
+    data: str,
+    samples: Samples,
+    config: Config,
+    dtype: torch.dtype,
+    folder: Path,
+    pack_length: int,
+    quick: bool,
+    compiled: bool,
     only: list[str] | None,
 ) -> dict[str, Any]:
     """By name, what has a `step`; ours first."""
@@ -61,8 +72,15 @@ def make_competitors(
         competitors["TRL packing"] = trl_trainer(config, samples, dtype, pack_length=pack_length, folder=folder)
         return competitors
     longest = 2 if quick else LONGEST_BATCH[data]
-    whole, padded = {"batch_size": longest, "length": None}, {"batch_size": 1 if quick else PADDED_BATCH, "length": PADDED_LENGTH}
-    for name, how in ((GROUPED, {**whole, "grouped": True}), ("padded to the longest", whole), ("padded to 512", padded)):
+    whole, padded = (
+        {"batch_size": longest, "length": None},
+        {"batch_size": 1 if quick else PADDED_BATCH, "length": PADDED_LENGTH},
+    )
+    for name, how in (
+        (GROUPED, {**whole, "grouped": True}),
+        ("padded to the longest", whole),
+        ("padded to 512", padded),
+    ):
         if only is None or name in only:
             competitors[name] = padding_trainer(config, samples, dtype, folder=folder, **how)
     return competitors
@@ -76,7 +94,13 @@ def measure(
     pack_length = 1280
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        config = benchmark_config(quick, train__precision=precision, data__pack_length=pack_length, data__workers=0 if quick else 1, output=str(folder / "run"))
+        config = benchmark_config(
+            quick,
+            train__precision=precision,
+            data__pack_length=pack_length,
+            data__workers=0 if quick else 1,
+            output=str(folder / "run"),
+        )
         samples = make_samples(data, config, quick)
         competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick, compiled, only)
         peaks: list[float] = []
@@ -99,9 +123,18 @@ def measure(
     return rows, utilisation
 
 
-def _utilisation(data: str, precision: str, name: str, ours: OurSteps, found: list[tuple[int, float]], warm_up: int, peak: float) -> dict[str, Any]:
+def _utilisation(
+    data: str, precision: str, name: str, ours: OurSteps, found: list[tuple[int, float]], warm_up: int, peak: float
+) -> dict[str, Any]:
     flops = statistics.median(ours.flops(warm_up + run) / seconds for run, (_, seconds) in enumerate(found))
-    return {"data": data, "precision": precision, "trainer": name, "mfu": flops / peak, "gflops": flops / 1e9, "peak_gflops": peak / 1e9}
+    return {
+        "data": data,
+        "precision": precision,
+        "trainer": name,
+        "mfu": flops / peak,
+        "gflops": flops / 1e9,
+        "peak_gflops": peak / 1e9,
+    }
 
 
 def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
@@ -116,20 +149,36 @@ def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
 def _row(data: str, precision: str, name: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
     wanted = WANTED.get(name, "")
     return {
-        "data": data, "precision": precision, "trainer": name, "useful tokens/s": statistics.median(speeds[name]),
-        "ours is faster by": median_ratio(speeds["ours"], speeds[name]), "wanted": wanted.get(data, "") if isinstance(wanted, dict) else wanted,
-    }  # fmt: skip
+        "data": data,
+        "precision": precision,
+        "trainer": name,
+        "useful tokens/s": statistics.median(speeds[name]),
+        "ours is faster by": median_ratio(speeds["ours"], speeds[name]),
+        "wanted": wanted.get(data, "") if isinstance(wanted, dict) else wanted,
+    }
 
 
 def main() -> None:
     parser = command(__doc__)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
-    parser.add_argument("--data", nargs="+", choices=["scienceqa", "easyvqa", "text"], default=["scienceqa", "easyvqa", "text"])
-    parser.add_argument("--compile", action="store_true", help="also ours with train.compile, whose first steps take minutes")
-    parser.add_argument("--only", nargs="+", choices=[GROUPED, "padded to the longest", "padded to 512"], help="of Trainer's ways, these")
+    parser.add_argument(
+        "--data", nargs="+", choices=["scienceqa", "easyvqa", "text"], default=["scienceqa", "easyvqa", "text"]
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also ours with train.compile, whose first steps take minutes"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[GROUPED, "padded to the longest", "padded to 512"],
+        help="of Trainer's ways, these",
+    )
     given = settled(parser.parse_args())
     if "text" in given.data and find_spec("trl") is None:
-        raise SystemExit("the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data scienceqa easyvqa")
+        raise SystemExit(
+            "the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data "
+            "scienceqa easyvqa"
+        )
     init_distributed()
     found: dict[str, Any] = {"speed": [], "utilisation": []}
     for precision in given.precision:

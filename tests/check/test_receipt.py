@@ -1,4 +1,5 @@
-"""The receipt: no line can be changed, left out, moved or added unnoticed, and a killed run's is taken up where its checkpoint is."""
+"""The receipt: no line can be changed, left out, moved or added unnoticed, and a killed run's is taken up where its
+checkpoint is."""
 
 import json
 import random
@@ -9,14 +10,22 @@ import pytest
 
 from tests.support.tiny import make_segments, write_packs
 from tests.train.test_checkpoint import Net, flipped_byte, newer_format, state_of
-from vltrain.check.receipt import RECEIPT, Header, ReceiptWriter, fingerprint, pack_fingerprint, read_receipt, samples_text
-from vltrain.check.resume import prove
+from vltrain.config.recipe import build_config, dump_config
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.programs.check import main
-from vltrain.recipe import build_config, dump_config
-from vltrain.train.checkpoint import save_checkpoint
+from vltrain.receipts.receipt import (
+    RECEIPT,
+    Header,
+    ReceiptWriter,
+    fingerprint,
+    pack_fingerprint,
+    read_receipt,
+    samples_text,
+)
+from vltrain.receipts.verify import prove
+from vltrain.train.checkpoints.checkpoint import save_checkpoint
 
 PER_STEP, EPOCHS = 3, 2.0
 
@@ -38,7 +47,9 @@ def plan_of(packs, world_size=1):
 
 def facts_of(packs, step, world_size=1):
     """What the ranks count in a step, each in its own packs."""
-    share = [[pack for pack in column if pack >= 0] for column in plan_of(packs, world_size).step(step).packs.T.tolist()]
+    share = [
+        [pack for pack in column if pack >= 0] for column in plan_of(packs, world_size).step(step).packs.T.tolist()
+    ]
     sums = [fingerprint(packs.sample_ids(pack) for pack in own) for own in share]
     labels = sum(int(packs.index.num_label_tokens[pack]) for own in share for pack in own)
     return {"samples": samples_text(map(sum, zip(*sums))), "label_tokens": labels}
@@ -48,7 +59,9 @@ def write(packs, folder, steps, head=None, first_step=0, world_size=1, loss=lamb
     folder.mkdir(exist_ok=True)
     writer = ReceiptWriter(folder, header_of(packs), active=True, first_step=first_step, head=head)
     for step in steps:
-        writer.add(**{"step": step, "loss": loss(step), **facts_of(packs, step, world_size), **changes.get(f"step_{step}", {})})
+        writer.add(
+            **{"step": step, "loss": loss(step), **facts_of(packs, step, world_size), **changes.get(f"step_{step}", {})}
+        )
     writer.sync()
     writer.close()
     return writer.head
@@ -58,7 +71,10 @@ def test_a_whole_run_is_proven(packs, tmp_path, capsys):
     write(packs, tmp_path / "run", range(5))
     assert main(["resume", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
-    assert "chain: 5 of 5 steps" in shown and f"pass 0: {packs.manifest.num_samples} of {packs.manifest.num_samples} samples once" in shown
+    assert (
+        "chain: 5 of 5 steps" in shown
+        and f"pass 0: {packs.manifest.num_samples} of {packs.manifest.num_samples} samples once" in shown
+    )
     assert "pass 1" in shown and "FAILED" not in shown
 
 
@@ -113,7 +129,11 @@ def test_a_receipt_that_was_tampered_with_is_refused(packs, tmp_path, change):
     elif change == "foreign":
         path.write_text("".join([json.dumps(asdict(replace(header_of(packs), run="s" * 64))) + "\n", *lines[1:]]))
     else:
-        kept = {"drop": [*lines[:2], *lines[3:]], "swap": [lines[0], lines[2], lines[1], *lines[3:]], "repeat": [*lines[:3], *lines[2:]]}[change]
+        kept = {
+            "drop": [*lines[:2], *lines[3:]],
+            "swap": [lines[0], lines[2], lines[1], *lines[3:]],
+            "repeat": [*lines[:3], *lines[2:]],
+        }[change]
         path.write_text("".join(kept))
         assert main(["resume", str(tmp_path)]) == 1
     with pytest.raises(InputError, match="remove it"):
@@ -129,7 +149,10 @@ def test_a_lost_receipt_begins_anew_and_says_so(packs, tmp_path, caplog):
 
 
 def test_other_samples_or_labels_than_the_plans_are_found(packs, tmp_path):
-    for name, change, told in (("a", {"samples": "0" * 32}, "other samples"), ("b", {"label_tokens": 1}, "1 label tokens")):
+    for name, change, told in (
+        ("a", {"samples": "0" * 32}, "other samples"),
+        ("b", {"label_tokens": 1}, "1 label tokens"),
+    ):
         write(packs, tmp_path / name, range(5), step_3=change)
         (failure,) = prove(tmp_path / name, None).failures
         assert failure.startswith("step 3") and told in failure
@@ -154,7 +177,14 @@ def test_a_sample_that_is_packed_twice_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["resume"], ["resume", "nowhere"], ["resum", "x"], ["resume", "x", "--pack", "y"], ["resume", "x", "--tolerance", "much"]]
+    "words",
+    [
+        ["resume"],
+        ["resume", "nowhere"],
+        ["resum", "x"],
+        ["resume", "x", "--pack", "y"],
+        ["resume", "x", "--tolerance", "much"],
+    ],
 )
 def test_mistakes_end_with_2(words, capsys):
     assert main(words) == 2
@@ -176,12 +206,15 @@ def test_what_is_no_receipt_is_refused(tmp_path, text):
 
 
 def saved(packs, folder, steps, until, **run_state):
-    """A run with a receipt of so many steps and a checkpoint after `until` of them. Returns that checkpoint's folder."""
+    """A run with a receipt of so many steps and a checkpoint after `until` of them. Returns that checkpoint's
+    folder."""
     head = write(packs, folder, range(until))
     write(packs, folder, range(until, steps), head=head, first_step=until)
     (folder / "config.yaml").write_text(dump_config(build_config({"train.save_every_steps": 2})))
     state = {"receipt": head, "run": "r" * 64, **run_state}
-    return save_checkpoint(state_of(Net()), folder / "checkpoints", step=until, belongs_to={}, keep=2, is_writer=True, run_state=state)
+    return save_checkpoint(
+        state_of(Net()), folder / "checkpoints", step=until, belongs_to={}, keep=2, is_writer=True, run_state=state
+    )
 
 
 def cut_to(folder, num_steps):
@@ -219,6 +252,10 @@ def test_checkpoints_that_are_not_the_receipts_fail(packs, tmp_path):
     saved(packs, tmp_path / "behind", 5, 2)  # it saves every two steps: one of step 4 was there
     saved(packs, tmp_path / "other", 5, 5, receipt="0" * 64)
     saved(packs, tmp_path / "foreign", 5, 5, run="s" * 64)
-    for name, told in (("behind", "newest usable checkpoint is of step 2"), ("other", "after 5 step"), ("foreign", "receipt of another run")):
+    for name, told in (
+        ("behind", "newest usable checkpoint is of step 2"),
+        ("other", "after 5 step"),
+        ("foreign", "receipt of another run"),
+    ):
         (failure,) = prove(tmp_path / name, None).failures
         assert told in failure

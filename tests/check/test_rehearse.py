@@ -1,4 +1,5 @@
-"""What a rehearsal without memory says a pack keeps, against what autograd really saves: same model, same batch, real tensors."""
+"""What a rehearsal without memory says a pack keeps, against what autograd really saves: same model, same batch, real
+tensors."""
 
 from typing import Any
 
@@ -9,13 +10,20 @@ from torch import nn
 from tests.models.tiny_models import LLM, make_batch, tiny_config
 from tests.support.blip import IMAGE_SIZE, QUERIES, blip_config
 from vltrain.batch import Batch
-from vltrain.check.live_memory import LiveMemory
-from vltrain.check.rehearse import PackSize, make_blip_pack, make_pack, rehearse
-from vltrain.config import ModelConfig, PeftConfig
+from vltrain.config.schema import ModelConfig, PeftConfig
+from vltrain.memory.live import LiveMemory
+from vltrain.memory.rehearse import PackSize, make_blip_pack, make_pack, rehearse
 from vltrain.models.build import build_model
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
-MID_SIZE = {**LLM, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 1000}
+MID_SIZE = {
+    **LLM,
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 1000,
+}
 SIZE = PackSize(num_tokens=300, num_images=4, num_label_tokens=120, num_segments=6, origin="")
 MODELS: dict[str, ModelConfig] = {
     "adapters": tiny_config(),
@@ -29,12 +37,20 @@ MODELS: dict[str, ModelConfig] = {
 
 
 def made_pack(config: ModelConfig) -> Batch:
-    return make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16) if config.architecture == "instructblip" else make_pack(SIZE, 2, 32)
+    return (
+        make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16)
+        if config.architecture == "instructblip"
+        else make_pack(SIZE, 2, 32)
+    )
 
 
 def given(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
     """What is there before a forward."""
-    return [*model.parameters(), *model.buffers(), *(value for value in vars(batch).values() if isinstance(value, torch.Tensor))]
+    return [
+        *model.parameters(),
+        *model.buffers(),
+        *(value for value in vars(batch).values() if isinstance(value, torch.Tensor)),
+    ]
 
 
 def saved_bytes(model: nn.Module, batch: Batch, products: torch.dtype) -> int:
@@ -56,25 +72,34 @@ def saved_bytes(model: nn.Module, batch: Batch, products: torch.dtype) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rehearsal_keeps_what_autograd_saves(name: str) -> None:
-    """In fp32, where it computes exactly what the model does: to 1%, which is states of random numbers and single sums."""
+    """In fp32, where it computes exactly what the model does: to 1%, which is states of random numbers and single
+    sums."""
     config = MODELS[name]
     batch = made_pack(config)
-    said = rehearse(build_model(config, device="meta"), made_pack(config), torch.float32, lambda parameter: torch.float32)
+    said = rehearse(
+        build_model(config, device="meta"), made_pack(config), torch.float32, lambda parameter: torch.float32
+    )
     found = saved_bytes(build_model(config), batch, torch.float32)
     assert said.kept == pytest.approx(found, rel=0.01)
 
 
 def test_in_bf16_layer_norms_keep_fp32_as_on_cuda() -> None:
-    """The LLM has none, so that there a CPU's run keeps the same; a ViT of a CPU keeps half as much around its norms."""
+    """The LLM has none, so that there a CPU's run keeps the same; a ViT of a CPU keeps half as much around its
+    norms."""
     config = tiny_config(vision={"tap_every": 5}, llm={"config": MID_SIZE}, adapter={"vision": "none"})
     assert config.vision.tap_every == 5
     size = PackSize(num_tokens=300, num_images=0, num_label_tokens=120, num_segments=6, origin="")
-    said = rehearse(build_model(config, device="meta"), make_pack(size, 1, 32), torch.bfloat16, lambda parameter: torch.bfloat16)
+    said = rehearse(
+        build_model(config, device="meta"), make_pack(size, 1, 32), torch.bfloat16, lambda parameter: torch.bfloat16
+    )
     found = saved_bytes(build_model(config, dtype=torch.bfloat16), make_pack(size, 1, 32), torch.bfloat16)
     assert said.vision == 0 and said.rest == pytest.approx(found, rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("mid-size", False), ("everything", True), ("instructblip-llama", True), ("instructblip-t5", False)])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [("mid-size", False), ("everything", True), ("instructblip-llama", True), ("instructblip-t5", False)],
+)
 def test_the_peak_is_that_of_a_real_step(name: str, checkpointing: bool) -> None:
     """A real forward and backward under the same count of live tensors, gradients dropped as they come."""
     config = MODELS[name]
@@ -104,13 +129,20 @@ def test_a_copy_of_every_trained_weight_for_bf16_is_counted() -> None:
     """Autocast's own cache lives until the forward ends, with or without checkpointing."""
     config = MODELS["everything"]
     model = build_model(config, device="meta", activation_checkpointing=True)
-    matrices = sum(module.weight.numel() for module in model.llm.model.layers.modules() if isinstance(module, nn.Linear))
+    matrices = sum(
+        module.weight.numel() for module in model.llm.model.layers.modules() if isinstance(module, nn.Linear)
+    )
     assert rehearse(model, make_pack(SIZE, 2, 32), torch.bfloat16, lambda _: torch.bfloat16).peak > 2 * matrices
 
 
 def test_a_made_pack_is_what_was_asked_for() -> None:
     batch = make_pack(SIZE, 2, 32)
-    assert (len(batch.input_ids), len(batch.pixels), batch.num_label_tokens, len(batch.segment_lengths)) == (300, 4, 120, 6)
+    assert (len(batch.input_ids), len(batch.pixels), batch.num_label_tokens, len(batch.segment_lengths)) == (
+        300,
+        4,
+        120,
+        6,
+    )
     assert int((batch.input_ids == IMAGE_TOKEN).sum()) == 8 and int((batch.labels != IGNORE_INDEX).sum()) == 120
     asked = make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16)
     assert (len(asked.input_ids), len(asked.pixels), asked.label_lengths.tolist()) == (300, 4, [20] * 6)

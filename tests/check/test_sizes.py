@@ -1,4 +1,5 @@
-"""The table of published networks: sizes give the published numbers of parameters, names find their network, and nothing is guessed."""
+"""The table of published networks: sizes give the published numbers of parameters, names find their network, and
+nothing is guessed."""
 
 import json
 from pathlib import Path
@@ -9,22 +10,35 @@ from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models.tiny_models import tiny_config
-from vltrain.check.sizes import BLIPS, LLMS, VITS, assume_sizes
-from vltrain.check.weights import WeightPlan, quantised_bytes
-from vltrain.config import LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.instructblip import InstructBlipConfig
+from vltrain.config.schema import LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.instructblip_config import InstructBlipConfig
+from vltrain.memory.sizes import BLIPS, LLMS, VITS, assume_sizes
+from vltrain.memory.weights import WeightPlan, quantised_bytes
 from vltrain.models.build import build_model, count_parameters
 
 PUBLISHED = {
-    "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-30b": 32_528_943_616, "llama-65b": 65_285_660_672,
-    "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248,
-    "tinyllama-1.1b": 1_100_048_384, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
-}  # fmt: skip
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "tinyllama-1.1b": 1_100_048_384,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
 
 
-def assumed(llm: str = "weights/llama-2-7b", vision: str = "weights/diht_vitl14_336px.ckpt") -> tuple[ModelConfig, list[str]]:
-    return assume_sizes(ModelConfig(vision=VisionConfig(source=vision, kind="diht", tap_every=1), llm=LLMConfig(source=llm)))
+def assumed(
+    llm: str = "weights/llama-2-7b", vision: str = "weights/diht_vitl14_336px.ckpt"
+) -> tuple[ModelConfig, list[str]]:
+    return assume_sizes(
+        ModelConfig(vision=VisionConfig(source=vision, kind="diht", tap_every=1), llm=LLMConfig(source=llm))
+    )
 
 
 def test_every_llm_is_in_the_list() -> None:
@@ -42,22 +56,31 @@ def test_an_llm_has_its_published_number_of_parameters(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "llm"),
     [
-        ("instructblip-flan-t5-xl", 2_849_757_184), ("instructblip-flan-t5-xxl", 11_135_332_352),
+        ("instructblip-flan-t5-xl", 2_849_757_184),
+        ("instructblip-flan-t5-xxl", 11_135_332_352),
         # LLaMA's, and one more row of the embeddings and of the head.
-        ("instructblip-vicuna-7b", PUBLISHED["llama-7b"] + 2 * 4096), ("instructblip-vicuna-13b", PUBLISHED["llama-13b"] + 2 * 5120),
+        ("instructblip-vicuna-7b", PUBLISHED["llama-7b"] + 2 * 4096),
+        ("instructblip-vicuna-13b", PUBLISHED["llama-13b"] + 2 * 5120),
     ],
-)  # fmt: skip
+)
 def test_an_instructblip_has_its_published_number_of_parameters(name: str, llm: int) -> None:
     """Sizes of the LLM and of EVA's ViT-g; what is tuned, tests/models/test_qformer.py counts."""
     blip = InstructBlipConfig(source=f"Salesforce/{name}")
     model, said = assume_sizes(ModelConfig(architecture="instructblip", instructblip=blip))
     counts = count_parameters(build_model(model, device="meta"))
     assert (counts["llm"][0], counts["vision"][0], counts["qformer"][0]) == (llm, 985_949_440, 185_660_160)
-    assert said == [f"model.instructblip.source (Salesforce/{name}): sizes of {name}, by its name, since it is not on this machine"]
+    assert said == [
+        f"model.instructblip.source (Salesforce/{name}): sizes of {name}, by its name, since it is not on this machine"
+    ]
 
 
 def test_every_instructblip_is_in_that_list() -> None:
-    assert BLIPS.keys() == {"instructblip-flan-t5-xl", "instructblip-flan-t5-xxl", "instructblip-vicuna-7b", "instructblip-vicuna-13b"}
+    assert BLIPS.keys() == {
+        "instructblip-flan-t5-xl",
+        "instructblip-flan-t5-xxl",
+        "instructblip-vicuna-7b",
+        "instructblip-vicuna-13b",
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,11 +97,15 @@ def test_a_vit_has_its_published_number_of_parameters(name: str, published: int)
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("weights/llama-2-7b", "llama-2-7b"), ("meta-llama/Llama-2-13b-chat-hf", "llama-2-13b"), ("huggyllama/llama-7b", "llama-7b"),
-        ("/nowhere/LLaMA-13B", "llama-13b"), ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"), ("lmsys/vicuna-7b-v1.5", "llama-7b"),
+        ("weights/llama-2-7b", "llama-2-7b"),
+        ("meta-llama/Llama-2-13b-chat-hf", "llama-2-13b"),
+        ("huggyllama/llama-7b", "llama-7b"),
+        ("/nowhere/LLaMA-13B", "llama-13b"),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
+        ("lmsys/vicuna-7b-v1.5", "llama-7b"),
         ("package://no_such_package/SmolLM2-135M.gguf", "smollm2-135m"),
     ],
-)  # fmt: skip
+)
 def test_a_source_that_is_not_here_goes_by_its_name(source: str, name: str) -> None:
     model, said = assumed(llm=source)
     assert model.llm.config == LLMS[name].config
@@ -116,7 +143,9 @@ def test_weights_that_are_here_are_read(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_an_error_with_what_is_known() -> None:
-    with pytest.raises(InputError, match=r"model.llm.source: 'weights/mistral-7b' is not on this machine.*llama-2-7b.*--llm-size"):
+    with pytest.raises(
+        InputError, match=r"model.llm.source: 'weights/mistral-7b' is not on this machine.*llama-2-7b.*--llm-size"
+    ):
         assumed(llm="weights/mistral-7b")
     with pytest.raises(InputError, match="--vision-size: unknown size 'vit-l/14_336', did you mean 'vit-l/14-336'"):
         assume_sizes(ModelConfig(), vision="vit-l/14_336")

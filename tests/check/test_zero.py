@@ -9,9 +9,9 @@ import torch
 
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, tiny_config, write_packs
-from vltrain.check.weights import WeightPlan
-from vltrain.check.zero import Parameter, ZeroMemory, zero_memory
 from vltrain.errors import InputError
+from vltrain.memory.weights import WeightPlan
+from vltrain.memory.zero import Parameter, ZeroMemory, zero_memory
 from vltrain.models.build import build_model, part_of
 from vltrain.train.optim import parameter_groups
 
@@ -24,7 +24,10 @@ def ds_json(stage: int, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": zero | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {})}
 
 
-SCENARIOS = {"adapters-2": (ds_json(2), "adapters"), **{f"full-{stage}": (ds_json(stage), "full") for stage in range(4)}}
+SCENARIOS = {
+    "adapters-2": (ds_json(2), "adapters"),
+    **{f"full-{stage}": (ds_json(stage), "full") for stage in range(4)},
+}
 
 
 def planned(ds: dict[str, Any], tune: str) -> ZeroMemory:
@@ -33,7 +36,9 @@ def planned(ds: dict[str, Any], tune: str) -> ZeroMemory:
     weights = WeightPlan(model, None, torch.float32)
     groups = parameter_groups(model.named_parameters(), config.optim, part_of)
     return zero_memory(
-        ds | {"gradient_accumulation_steps": PACKS_PER_STEP // WORLD_SIZE}, WORLD_SIZE, frozen=weights.frozen_by_kind(),
+        ds | {"gradient_accumulation_steps": PACKS_PER_STEP // WORLD_SIZE},
+        WORLD_SIZE,
+        frozen=weights.frozen_by_kind(),
         groups=[[weights.as_kept(parameter) for parameter in group["params"]] for group in groups],
     )
 
@@ -43,15 +48,21 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     """By scenario, what each rank keeps."""
     file = tmp_path_factory.mktemp("zero") / "scenarios.json"
     write_packs(Path(f"{file}.packs"), make_segments(12))
-    changes = {name: {"model__tune": tune, "train__packs_per_step": PACKS_PER_STEP} for name, (_, tune) in SCENARIOS.items()}
+    changes = {
+        name: {"model__tune": tune, "train__packs_per_step": PACKS_PER_STEP} for name, (_, tune) in SCENARIOS.items()
+    }
     file.write_text(json.dumps([[name, ds, changes[name]] for name, (ds, _) in SCENARIOS.items()]))
     run_ranks("tests.check.zero_worker", [str(file)], WORLD_SIZE, Path(f"{file}.log"), timeout_seconds=300)
-    return {name: [json.loads(Path(f"{file}.{name}.{rank}").read_text()) for rank in range(WORLD_SIZE)] for name in SCENARIOS}
+    return {
+        name: [json.loads(Path(f"{file}.{name}.{rank}").read_text()) for rank in range(WORLD_SIZE)]
+        for name in SCENARIOS
+    }
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_what_is_planned_is_what_deepspeed_keeps(name: str, measured: dict[str, list[dict[str, int]]]) -> None:
-    """To the byte, on the rank that keeps most; but ZeRO-2's second set of gradients, which is gone when the last backward ends."""
+    """To the byte, on the rank that keeps most; but ZeRO-2's second set of gradients, which is gone when the last
+    backward ends."""
     expected = {**planned(*SCENARIOS[name]).held}
     if name.endswith("2"):
         expected["gradients"] //= 2
@@ -61,17 +72,29 @@ def test_what_is_planned_is_what_deepspeed_keeps(name: str, measured: dict[str, 
 
 def test_one_group_by_hand() -> None:
     """10 numbers on 3 ranks: padded to 12 in flat partitions of 4, at stage 3 each parameter by itself."""
-    arguments: dict[str, Any] = {"groups": [[Parameter(7, 28), Parameter(3, 12)]], "frozen": {"bf16": [Parameter(5, 10)]}}
+    arguments: dict[str, Any] = {
+        "groups": [[Parameter(7, 28), Parameter(3, 12)]],
+        "frozen": {"bf16": [Parameter(5, 10)]},
+    }
     stage_2 = zero_memory({"zero_optimization": {"stage": 2, "reduce_bucket_size": 6}}, 3, **arguments)
     assert stage_2.held == {
-        "frozen weights, bf16": 10, "trained weights": 48, "gradients": 40, "master weights": 16, "optimizer states": 32,
+        "frozen weights, bf16": 10,
+        "trained weights": 48,
+        "gradients": 40,
+        "master weights": 16,
+        "optimizer states": 32,
     }  # the middle rank's four numbers lie in both parameters
     assert (stage_2.at_work, stage_2.in_step) == ({"reduce buckets": 24}, {"gradients for the step": 16})
     zero = {"stage": 3, "reduce_bucket_size": 6, "stage3_param_persistence_threshold": 3}
     stage_3 = zero_memory({"zero_optimization": zero}, 3, **arguments)
     assert stage_3.held == {
-        "frozen weights, bf16": 4, "trained weights": 16, "small weights kept whole": 12, "reduce buckets": 24, "master weights": 16,
-        "optimizer states": 32, "gradients": 16,
+        "frozen weights, bf16": 4,
+        "trained weights": 16,
+        "small weights kept whole": 12,
+        "reduce buckets": 24,
+        "master weights": 16,
+        "optimizer states": 32,
+        "gradients": 16,
     }
     assert stage_3.at_work == {"gathered weights": 28 + 10}
 
@@ -81,7 +104,9 @@ def test_offloading_moves_states_to_the_host(stage: int) -> None:
     groups, frozen = [[Parameter(600, 2400)]], {"bf16": [Parameter(1000, 2000)]}
     zero = {"stage": stage, "reduce_bucket_size": 10}
     kept = zero_memory({"zero_optimization": zero}, 2, groups=groups, frozen=frozen)
-    moved = zero_memory({"zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}}, 2, groups=groups, frozen=frozen)
+    moved = zero_memory(
+        {"zero_optimization": {**zero, "offload_optimizer": {"device": "cpu"}}}, 2, groups=groups, frozen=frozen
+    )
     assert {"optimizer states": 2400, "master weights": 1200}.items() <= moved.host.items() and not kept.host
     assert not {"optimizer states", "master weights"} & moved.held.keys()
     assert sum(moved.held.values()) < sum(kept.held.values())

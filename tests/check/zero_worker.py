@@ -1,6 +1,7 @@
 """Trains each scenario for two steps in this rank's process and counts what DeepSpeed then keeps.
 
-FILE: [[name, DeepSpeed JSON, changes of the recipe], ...]; `FILE.NAME.RANK` gets the bytes by kind, as `vltrain.check.zero` names them.
+FILE: [[name, DeepSpeed JSON, changes of the recipe], ...]; `FILE.NAME.RANK` gets the bytes by kind, as
+`vltrain.memory.zero` names them.
 """
 
 import gc
@@ -14,8 +15,8 @@ import torch
 from tests.support.tiny import tiny_config
 from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
-from vltrain.train.engine import Engine, init_distributed, shutdown_distributed
 from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.zero.engine import Engine, init_distributed, shutdown_distributed
 
 
 def num_bytes(tensors: Iterable[Any]) -> int:
@@ -30,7 +31,9 @@ def kept(engine: Engine) -> dict[str, int]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     wrapper = engine._engine.optimizer
-    states = [value for state in engine.optimizer.state.values() for value in state.values() if getattr(value, "ndim", 0)]
+    states = [
+        value for state in engine.optimizer.state.values() for value in state.values() if getattr(value, "ndim", 0)
+    ]
     result = {"optimizer states": num_bytes(states)}
     if engine.stage < 3:
         result |= {"trained weights": num_bytes(trained), "frozen weights, fp32": num_bytes(frozen)}
@@ -47,7 +50,8 @@ def kept(engine: Engine) -> dict[str, int]:
 
 
 def waiting_gradients(trainer: Trainer, loaded: Any) -> dict[str, int]:
-    """One more step, and the gradients that wait for its later micro-steps, which at stage 3 are in a buffer of their own."""
+    """One more step, and the gradients that wait for its later micro-steps, which at stage 3 are in a buffer of their
+    own."""
     engine, result = trainer.engine, {}
     for position, batch in enumerate(loaded.batches):
         loss = engine.forward(batch).loss_sum / loaded.plan.num_label_tokens
@@ -55,7 +59,9 @@ def waiting_gradients(trainer: Trainer, loaded: Any) -> dict[str, int]:
         if position == 0 and engine.stage < 3:
             waiting = [parameter.grad for parameter in engine.trainable.values()]
             if engine.stage:
-                waiting += [tensor for tensors in engine._engine.optimizer.all_grad_tensors.values() for tensor in tensors or ()]
+                waiting += [
+                    tensor for tensors in engine._engine.optimizer.all_grad_tensors.values() for tensor in tensors or ()
+                ]
             result["gradients"] = num_bytes(waiting)
     engine.step()
     return result
@@ -69,8 +75,15 @@ def main(place: str) -> None:
         config = tiny_config(output=f"{file}.{name}.run", **changes)
         model = build_model(config.model)
         trainer = make_trainer(
-            config, ds, model=model, dataset=PackedDataset(f"{file}.packs"), checkpoint=None, rank=rank, world_size=world_size,
-            dtype=torch.float32, evaluate=lambda steps_done: None,
+            config,
+            ds,
+            model=model,
+            dataset=PackedDataset(f"{file}.packs"),
+            checkpoint=None,
+            rank=rank,
+            world_size=world_size,
+            dtype=torch.float32,
+            evaluate=lambda steps_done: None,
         )
         steps = iter(trainer.loader)
         for _ in range(2):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vltrain.data.asked import Asked, how_asked
+from vltrain.data.text.asked import Asked, how_asked
 
 
 def write(path, texts, images=True, more=()):

@@ -1,4 +1,5 @@
-"""Padded batches of an encoder-decoder against what makes them right: every sample once, never over the budget, little padding."""
+"""Padded batches of an encoder-decoder against what makes them right: every sample once, never over the budget, little
+padding."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Samples to tokens: the templates by hand, the prompt as an exact prefix, loss on answers and their ends alone, whatever texts say."""
+"""Samples to tokens: the templates by hand, the prompt as an exact prefix, loss on answers and their ends alone,
+whatever texts say."""
 
 import importlib.util
 
@@ -8,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.vocabularies import CHATML, make_sentencepiece, make_transformers
-from vltrain.data.conversation import encode_candidate, encode_prompt, encode_sample, find_template, stop_ids
-from vltrain.data.instruction import InstructionSource
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.conversation import encode_candidate, encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError
 from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Turn, escape_markers, unescape_markers
 
@@ -65,7 +66,7 @@ def test_mmt_with_an_image(tokenizers):
             ([IMAGE_MODALITY_TOKEN, t.bos_id], False), (t.encode("Image: "), False), (IMAGE, False), (t.encode("\nred?\nAnswer:"), False),
             ([*t.encode("yes"), t.eos_id], True),
         ],
-    )  # fmt: skip
+    )
     assert found.images == ("0.png",)
 
 
@@ -76,7 +77,8 @@ def test_mmt_without_an_image_says_so(tokenizers):
 
 
 def test_mmt_with_several_turns_and_images(tokenizers):
-    """The answer's first word is tokenised as running text would be: behind a word with one space, behind a line end with none."""
+    """The answer's first word is tokenised as running text would be: behind a word with one space, behind a line end
+    with none."""
     t = tokenizers["transformers"]
     found = encode_sample(sample("<image>\nand <image> red?", "yes", "green?\n", "no, blue", "sure?", " no"), t, "mmt", V)
     check(
@@ -86,7 +88,7 @@ def test_mmt_with_several_turns_and_images(tokenizers):
             (t.encode("\n red?"), False), ([*t.encode(" yes"), t.eos_id], True), (t.encode("green?\n"), False), ([*t.encode("no, blue"), t.eos_id], True),
             (t.encode("sure?"), False), ([*t.encode(" no"), t.eos_id], True),
         ],
-    )  # fmt: skip
+    )
 
 
 def test_chat_is_the_tokenizers_own_template_with_loss_on_answers_and_their_ends(tokenizers):
@@ -101,7 +103,7 @@ def test_chat_is_the_tokenizers_own_template_with_loss_on_answers_and_their_ends
             ([*t.encode("\n"), *start, *t.encode("user\n")], False), (t.encode("green?"), False),
             ([*end, *t.encode("\n"), *start, *t.encode("assistant\n")], False), ([*t.encode("no"), *end], True), (t.encode("\n"), False),
         ],
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", ["transformers", "smollm2"])
@@ -129,7 +131,7 @@ def test_generation_stops_at_what_training_ends_answers_with(tokenizers, name, t
 
 FRAGMENTS = [
     "red", " ", "\n", "Image: ", "</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "<0x0A>", "é", "你好", "🙂", "42",
-]  # fmt: skip
+]
 text = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text("abXY09 .,:?'\"<>|/[]{}_éü½你🙂\n\t", max_size=4)), min_size=1, max_size=5).map("".join).filter(lambda one: IMAGE_MARKER not in one)
 question = st.lists(text, min_size=1, max_size=3).map(IMAGE_MARKER.join).filter(str.strip)
 answer = text.filter(lambda one: one.strip())

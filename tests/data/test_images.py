@@ -1,4 +1,5 @@
-"""Every kind of image file to 8-bit RGB: values against Pillow or by hand, and each bad file refused by name, too large ones undecoded."""
+"""Every kind of image file to 8-bit RGB: values against Pillow or by hand, and each bad file refused by name, too large
+ones undecoded."""
 
 import io
 import struct
@@ -34,7 +35,8 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png16(color_type: int, width: int, values: list[int], more: bytes = b"") -> bytes:
-    """A PNG of one row of 16-bit values, written by hand; color_type 0 grey, 2 RGB, 4 grey and alpha, 6 RGB and alpha."""
+    """A PNG of one row of 16-bit values, written by hand; color_type 0 grey, 2 RGB, 4 grey and alpha, 6 RGB and
+    alpha."""
     header = struct.pack(">IIBBBBB", width, 1, 16, color_type, 0, 0, 0)
     row = b"\0" + struct.pack(f">{len(values)}H", *values)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
@@ -105,7 +107,7 @@ def test_cmyk_becomes_rgb():
         ("RGBA", (0, 0, 255, 0), "PNG", (255, 255, 255)), ("RGBA", (0, 0, 255, 255), "PNG", (0, 0, 255)), ("RGBA", (0, 0, 0, 128), "PNG", (127, 127, 127)),
         ("LA", (0, 0), "PNG", (255, 255, 255)), ("LA", (0, 128), "PNG", (127, 127, 127)), ("RGBA", (255, 0, 0, 0), "WEBP", (255, 255, 255)),
     ],
-)  # fmt: skip
+)
 def test_transparency_is_laid_over_white(mode, color, format, expected):
     options = {"lossless": True, "exact": True} if format == "WEBP" else {}
     assert np.abs(opened(encoded(Image.new(mode, (4, 4), color), format, **options)).astype(int) - expected).max() <= 1
@@ -126,7 +128,7 @@ def test_photographs_are_turned_upright(orientation):
     to_stored = {
         1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: np.transpose, 6: np.rot90, 7: lambda a: np.rot90(a, 2).T,
         8: lambda a: np.rot90(a, -1),
-    }  # fmt: skip
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(to_stored[orientation](upright))), exif=exif)
@@ -175,7 +177,8 @@ def test_what_is_no_image_is_refused_whatever_its_name(data):
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
-    """A header that claims 30,000 x 30,000 pixels, and nothing behind it; and a real picture one pixel over the limit."""
+    """A header that claims 30,000 x 30,000 pixels, and nothing behind it; and a real picture one pixel over the
+    limit."""
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     claims = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     over = encoded(Image.fromarray(NOISE))

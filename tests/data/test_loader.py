@@ -1,4 +1,5 @@
-"""Packs to batches against a plain loop over the samples they were made of: any ranks, any workers, from any step on; and what damage does."""
+"""Packs to batches against a plain loop over the samples they were made of: any ranks, any workers, from any step on;
+and what damage does."""
 
 import io
 import os

@@ -1,4 +1,5 @@
-"""The plan of steps: a permutation without memory, the same global batch at any number of ranks, every pack once an epoch."""
+"""The plan of steps: a permutation without memory, the same global batch at any number of ranks, every pack once an
+epoch."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ def index_of(num_packs: int, seed: int = 0) -> Index:
     return Index(
         num_tokens=generator.integers(10, 100, num_packs), num_label_tokens=generator.integers(1, 10, num_packs),
         num_images=generator.integers(0, 3, num_packs), num_samples=generator.integers(1, 5, num_packs), sum_squares=generator.integers(100, 9999, num_packs),
-    )  # fmt: skip
+    )
 
 
 def plan_of(index, world_size=1, **changes) -> Plan:
@@ -68,7 +69,8 @@ def test_packing_holds_everything_once_within_the_capacity_and_full(low, high, c
 
 
 def packs_of_two_kinds(num_samples: int, long: int, capacity: int) -> np.ndarray:
-    """How many samples of the second kind, `long` tokens where the first has 10, each full pack holds, as a share; half of all are of it."""
+    """How many samples of the second kind, `long` tokens where the first has 10, each full pack holds, as a share; half
+    of all are of it."""
     lengths = np.where(np.arange(num_samples) % 2, long, 10)
     order, starts = pack_lengths(lengths, capacity, None, None, 0)
     assert sorted(order.tolist()) == list(range(num_samples))

@@ -1,4 +1,5 @@
-"""The data programs' command lines: each mistake is one line and exit code 2, and the program is called what the user typed."""
+"""The data programs' command lines: each mistake is one line and exit code 2, and the program is called what the user
+typed."""
 
 import importlib
 import subprocess
@@ -57,7 +58,9 @@ def test_help_is_of_what_was_typed(capsys, monkeypatch, name):
 
 
 def test_as_a_module_of_its_own():
-    done = subprocess.run([sys.executable, "-m", "data_prep.pack", "--sample", "x"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.pack", "--sample", "x"], cwd=ROOT, capture_output=True, text=True
+    )
     expected = "error: python -m data_prep.pack: unknown option '--sample', did you mean '--samples'?\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
@@ -72,5 +75,15 @@ def test_the_programs_that_are_no_commands_of_vltrain(capsys, monkeypatch, modul
 
 def test_values_may_look_like_anything(capsys, tmp_path):
     """A value after `=` is no option, and a file that is not there is the only thing wrong here."""
-    assert pack_main([*GIVEN[2:], f"--samples={tmp_path}/--odd.jsonl", "--tokenizer=asset://tiny_llama", f"--output={tmp_path}/out"]) == 2
+    assert (
+        pack_main(
+            [
+                *GIVEN[2:],
+                f"--samples={tmp_path}/--odd.jsonl",
+                "--tokenizer=asset://tiny_llama",
+                f"--output={tmp_path}/out",
+            ]
+        )
+        == 2
+    )
     assert "--odd.jsonl: cannot be read" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Readers of IconQA, Flickr30k, VizWiz and ScienceQA's image questions: small folders in the official layouts, and each mistake by name."""
+"""Readers of IconQA, Flickr30k, VizWiz and ScienceQA's image questions: small folders in the official layouts, and each
+mistake by name."""
 
 import json
 import os
@@ -13,13 +14,20 @@ from data_prep.prepare import prepare
 from data_prep.sources import SOURCES
 from data_prep.sources.prompts import check_template, lettered
 from vltrain.errors import InputError
-from vltrain.evaluate.ranking import to_item
+from vltrain.evaluate.answering.ranking import to_item
 from vltrain.evaluate.samples import read_samples
 from vltrain.schema import Sample
 
 DATA = Path(os.environ.get("VLTRAIN_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
-TXT = {"question": "How many?", "choices": ["one", "two", "six"], "answer": 2, "ques_type": "choose_txt", "grade": "grade1", "label": "A2"}
+TXT = {
+    "question": "How many?",
+    "choices": ["one", "two", "six"],
+    "answer": 2,
+    "ques_type": "choose_txt",
+    "grade": "grade1",
+    "label": "A2",
+}
 IMG = {**TXT, "question": "Which?", "choices": ["choice_0.png", "choice_1.png"], "answer": 1, "ques_type": "choose_img"}
 BLANK = {"question": "Take (_).", "answer": "7,364", "ques_type": "fill_in_blank", "grade": "prek", "label": "B1"}
 
@@ -64,23 +72,42 @@ def test_iconqa_in_its_official_layout(tmp_path, below):
     skills = dict.fromkeys(("10", "11", "9", "2", "3"), ["counting", "scene"])
     (root / Path(below).parent / "pid2skills.json").write_text(json.dumps(skills))
     found = read("iconqa", root)
-    assert {pid: split for pid, (split, _) in found.items()} == {"10": "train", "11": "val", "9": "test", "2": "train", "3": "train"}
+    assert {pid: split for pid, (split, _) in found.items()} == {
+        "10": "train",
+        "11": "val",
+        "9": "test",
+        "2": "train",
+        "3": "train",
+    }
     choose_txt, choose_img, blank = (found[pid][1] for pid in ("10", "2", "3"))
-    assert texts(choose_txt) == ["<image>\nQuestion: How many? Options: (a) one (b) two (c) six. Short answer:", "(c) six"]
+    assert texts(choose_txt) == [
+        "<image>\nQuestion: How many? Options: (a) one (b) two (c) six. Short answer:",
+        "(c) six",
+    ]
     assert choose_txt.metadata == {
-        "question_type": "choose_txt", "choices": ["one", "two", "six"], "answer": 2, "candidates": ["(a) one", "(b) two", "(c) six"],
-        "grade": "grade1", "label": "A2", "skills": ["counting", "scene"],
-    }  # fmt: skip
+        "question_type": "choose_txt",
+        "choices": ["one", "two", "six"],
+        "answer": 2,
+        "candidates": ["(a) one", "(b) two", "(c) six"],
+        "grade": "grade1",
+        "label": "A2",
+        "skills": ["counting", "scene"],
+    }
     assert texts(choose_img) == ["<image>\nQuestion: Which? Options: (a) <image> (b) <image>. Short answer:", "(b)"]
     assert choose_img.images == tuple(f"train/choose_img/2/{name}.png" for name in ("image", "choice_0", "choice_1"))
-    assert texts(blank) == ["<image>\nQuestion: Take (_). Short answer:", "7,364"] and blank.metadata["candidates"] == []
+    assert (
+        texts(blank) == ["<image>\nQuestion: Take (_). Short answer:", "7,364"] and blank.metadata["candidates"] == []
+    )
 
 
 def test_iconqa_of_chosen_types_with_prompts_of_ones_own(tmp_path):
     prompts = {"prompt": "{options}? {question}", "open_prompt": "{question}"}
     found = read("iconqa", iconqa(tmp_path), ques_types="choose_txt,fill_in_blank", **prompts)
     assert set(found) == {"10", "11", "9", "3"}
-    assert texts(found["10"][1])[0] == "<image>\n(a) one (b) two (c) six? How many?" and texts(found["3"][1])[0] == "<image>\nTake (_)."
+    assert (
+        texts(found["10"][1])[0] == "<image>\n(a) one (b) two (c) six? How many?"
+        and texts(found["3"][1])[0] == "<image>\nTake (_)."
+    )
     assert set(read("iconqa", iconqa(tmp_path), ques_types=["choose_img"])) == {"2"}
 
 
@@ -89,7 +116,11 @@ def test_iconqa_without_split_folders_goes_by_pid_splits(tmp_path):
         question(tmp_path, name, TXT)
     lists = {"choose_txt_train": ["1"], "choose_txt_trainval": ["1", "2"], "val": ["2"], "choose_txt_test": [3]}
     (tmp_path / "pid_splits.json").write_text(json.dumps(lists))
-    assert {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()} == {"1": "train", "2": "val", "3": "test"}
+    assert {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()} == {
+        "1": "train",
+        "2": "val",
+        "3": "test",
+    }
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["1", "2"]}))
     with pytest.raises(InputError, match="pid_splits.json: problem '3' .* in none of its splits"):
         read("iconqa", tmp_path)
@@ -102,9 +133,15 @@ def test_iconqa_without_any_splits_is_held_out_by_a_hash(tmp_path):
     for number in range(60):
         question(tmp_path, str(number), TXT)
     found = {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()}
-    assert found == {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()} and set(found.values()) == {"train", "val", "test"}
+    assert found == {pid: split for pid, (split, _) in read("iconqa", tmp_path).items()} and set(found.values()) == {
+        "train",
+        "val",
+        "test",
+    }
     more = {pid: split for pid, (split, _) in read("iconqa", tmp_path, val_fraction="0.5", test_fraction=0.3).items()}
-    assert 15 <= list(more.values()).count("val") <= 45 and all(more[pid] == "val" for pid, split in found.items() if split == "val")
+    assert 15 <= list(more.values()).count("val") <= 45 and all(
+        more[pid] == "val" for pid, split in found.items() if split == "val"
+    )
 
 
 def test_iconqa_reads_problems_json_where_folders_have_no_data_json(tmp_path):
@@ -117,9 +154,14 @@ def test_iconqa_reads_problems_json_where_folders_have_no_data_json(tmp_path):
 
 
 def test_iconqas_own_text_cannot_be_taken_for_an_image(tmp_path):
-    question(tmp_path / "train", "1", {**TXT, "question": "An <image>?", "choices": ["<image>", "{options}"], "answer": 0})
+    question(
+        tmp_path / "train", "1", {**TXT, "question": "An <image>?", "choices": ["<image>", "{options}"], "answer": 0}
+    )
     prompt, answer = texts(read("iconqa", tmp_path)["1"][1])
-    assert (prompt, answer) == ("<image>\nQuestion: An <\\image>? Options: (a) <\\image> (b) {options}. Short answer:", "(a) <\\image>")
+    assert (prompt, answer) == (
+        "<image>\nQuestion: An <\\image>? Options: (a) <\\image> (b) {options}. Short answer:",
+        "(a) <\\image>",
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +186,9 @@ def test_iconqas_own_text_cannot_be_taken_for_an_image(tmp_path):
 def test_iconqa_mistakes_name_file_pid_and_key(tmp_path, capsys, record, named):
     question(tmp_path / "raw" / "train", "1", TXT)
     (tmp_path / "raw" / "train" / "choose_txt" / "1" / "data.json").write_text(json.dumps(record))
-    assert prepare_main(["--source", "iconqa", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]) == 2
+    assert (
+        prepare_main(["--source", "iconqa", "--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]) == 2
+    )
     said = capsys.readouterr().err
     assert "choose_txt/1/data.json: problem '1': " in said and named in said and not (tmp_path / "out").exists()
 
@@ -198,7 +242,12 @@ def flickr(folder: Path, num_images: int = 4) -> Path:
 
 
 def karpathy(name: str, split: str, *captions: str) -> dict:
-    return {"filename": name, "split": split, "imgid": 0, "sentences": [{"raw": caption, "tokens": []} for caption in captions]}
+    return {
+        "filename": name,
+        "split": split,
+        "imgid": 0,
+        "sentences": [{"raw": caption, "tokens": []} for caption in captions],
+    }
 
 
 def test_flickr30k_holds_out_whole_images(tmp_path):
@@ -217,10 +266,19 @@ def test_flickr30k_holds_out_whole_images(tmp_path):
 
 def test_flickr30k_with_karpathys_splits(tmp_path):
     raw = flickr(tmp_path / "raw")
-    images = [karpathy("0.jpg", "train", "One.", "Two."), karpathy("1.jpg", "val", "Three."), karpathy("2.jpg", "test", "Four.", "Five.")]
+    images = [
+        karpathy("0.jpg", "train", "One.", "Two."),
+        karpathy("1.jpg", "val", "Three."),
+        karpathy("2.jpg", "test", "Four.", "Five."),
+    ]
     (raw / "dataset_flickr30k.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
     found = read("flickr30k", raw)
-    assert {name: split for name, (split, _) in found.items()} == {"0.jpg#0": "train", "0.jpg#1": "train", "1.jpg": "val", "2.jpg": "test"}
+    assert {name: split for name, (split, _) in found.items()} == {
+        "0.jpg#0": "train",
+        "0.jpg#1": "train",
+        "1.jpg": "val",
+        "2.jpg": "test",
+    }
     assert found["2.jpg"][1].metadata["captions"] == ["Four.", "Five."]
     assert prepare("flickr30k", raw, tmp_path / "out") == {"train": 2, "val": 1, "test": 1}
     with pytest.raises(InputError, match="'val_images': has no effect"):
@@ -234,13 +292,16 @@ def test_flickr30k_with_karpathys_splits(tmp_path):
         ("0.jpg#0\tfine\n0.jpg\tno number", "token:2:"),
         ("0.jpg#0\t ", "token:1:"),
         ("0.jpg#0\tone image", "val_images 1000 and test_images 1000 of 1 images"),
-        ({"images": [karpathy("0.jpg", "trian", "x")]}, "dataset_flickr30k.json: image 0 ('0.jpg'): split: found 'trian'"),
+        (
+            {"images": [karpathy("0.jpg", "trian", "x")]},
+            "dataset_flickr30k.json: image 0 ('0.jpg'): split: found 'trian'",
+        ),
         ({"images": [karpathy("0.jpg", "train")]}, "image 0 ('0.jpg'): sentences: found none"),
-        ({"images": [karpathy("0.jpg", "train", "")]}, "raw: found \"\""),
+        ({"images": [karpathy("0.jpg", "train", "")]}, 'raw: found ""'),
         ({"images": [{"split": "train"}]}, "image 0: filename: found nothing"),
         ({"image": []}, "images: found nothing"),
     ],
-)  # fmt: skip
+)
 def test_flickr30k_mistakes_are_named(tmp_path, content, named):
     raw = flickr(tmp_path / "raw")
     file = "results_20130124.token" if isinstance(content, str) else "dataset_flickr30k.json"
@@ -254,7 +315,14 @@ def test_flickr30k_mistakes_are_named(tmp_path, content, named):
 
 def photo(said: list[str], **changes) -> dict:
     given = [{"answer": answer, "answer_confidence": "yes"} for answer in said]
-    return {"image": "p.jpg", "question": "What is this?", "answers": given, "answer_type": "other", "answerable": 1, **changes}
+    return {
+        "image": "p.jpg",
+        "question": "What is this?",
+        "answers": given,
+        "answer_type": "other",
+        "answerable": 1,
+        **changes,
+    }
 
 
 def vizwiz(folder: Path, records: list, split: str = "train", annotations: str = "") -> Path:
@@ -265,8 +333,14 @@ def vizwiz(folder: Path, records: list, split: str = "train", annotations: str =
 
 
 def test_vizwiz_learns_what_most_people_say(tmp_path, capsys):
-    raw = vizwiz(tmp_path / "raw", [photo(["cup", "mug", "mug", "", "cup", "tea", "a", "b", "c", "d"])], annotations="Annotations")
-    vizwiz(raw, [photo(["unanswerable"] * 10, answerable=0, answer_type="unanswerable")], "val", annotations="Annotations")
+    raw = vizwiz(
+        tmp_path / "raw",
+        [photo(["cup", "mug", "mug", "", "cup", "tea", "a", "b", "c", "d"])],
+        annotations="Annotations",
+    )
+    vizwiz(
+        raw, [photo(["unanswerable"] * 10, answerable=0, answer_type="unanswerable")], "val", annotations="Annotations"
+    )
     (raw / "Annotations" / "test.json").write_text("[]")
     found = read("vizwiz", raw)
     assert "test.json: left out, it has no answers" in capsys.readouterr().out
@@ -293,16 +367,19 @@ def test_vizwiz_options(tmp_path):
     [
         (photo([]), "question 0 ('p.jpg'): answers: found 0 without a text"),
         (photo(["", " "]), "answers: found 2 without a text"),
-        (photo(["x"], answers=[{"answer": "x", "answer_confidence": "sure"}]), "answers[0]: answer_confidence: found 'sure'"),
+        (
+            photo(["x"], answers=[{"answer": "x", "answer_confidence": "sure"}]),
+            "answers[0]: answer_confidence: found 'sure'",
+        ),
         (photo(["x"], answers=[{"answer_confidence": "yes"}]), "answers[0]: answer: found null"),
-        (photo(["x"], answers="x"), "answers: found \"x\", expected a list"),
+        (photo(["x"], answers="x"), 'answers: found "x", expected a list'),
         (photo(["x"], answerable=2), "answerable: found 2"),
         (photo(["x"], answer_type=None), "answer_type: found null"),
-        (photo(["x"], question=" "), "question: found \" \""),
+        (photo(["x"], question=" "), 'question: found " "'),
         (photo(["x"], image=None), "question 0: image: found null"),
         ("x", "expected an object"),
     ],
-)  # fmt: skip
+)
 def test_vizwiz_mistakes_name_file_number_image_and_key(tmp_path, record, named):
     with pytest.raises(InputError) as caught:
         read("vizwiz", vizwiz(tmp_path, [record]))
@@ -317,9 +394,17 @@ def test_vizwiz_needs_its_files(tmp_path):
 
 
 SCIENCE = {
-    "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "H", "image": "image.png", "grade": "grade2", "subject": "s",
-    "lecture": "LL", "solution": "EE", "skill": "look",
-}  # fmt: skip
+    "question": "Q?",
+    "choices": ["x", "y"],
+    "answer": 1,
+    "hint": "H",
+    "image": "image.png",
+    "grade": "grade2",
+    "subject": "s",
+    "lecture": "LL",
+    "solution": "EE",
+    "skill": "look",
+}
 
 
 def scienceqa(folder: Path, **changes) -> Path:
@@ -344,7 +429,8 @@ def test_scienceqas_image_questions_as_instructblip_is_asked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt_format", "whole"), [("QCM-A", True), ("QCM-ALE", False), ("CQM-AE", False), ("QCM-LEA", None), ("QCM-LE", None)]
+    ("prompt_format", "whole"),
+    [("QCM-A", True), ("QCM-ALE", False), ("CQM-AE", False), ("QCM-LEA", None), ("QCM-LE", None)],
 )
 def test_scienceqas_answers_can_be_ranked_where_they_begin_with_the_letter(tmp_path, prompt_format, whole):
     sample = read("scienceqa", scienceqa(tmp_path), prompt_format=prompt_format)["7"][1]
@@ -355,16 +441,27 @@ def test_scienceqas_answers_can_be_ranked_where_they_begin_with_the_letter(tmp_p
     assert item.candidates == ("The answer is A.", "The answer is B.") and item.whole is whole
 
 
-@pytest.mark.skipif(not (DATA / "scienceqa_mini").is_dir(), reason=f"no ScienceQA sample at {DATA} (set VLTRAIN_SAMPLE_DATA)")
+@pytest.mark.skipif(
+    not (DATA / "scienceqa_mini").is_dir(), reason=f"no ScienceQA sample at {DATA} (set VLTRAIN_SAMPLE_DATA)"
+)
 def test_real_scienceqa_image_questions(tmp_path):
-    assert prepare("scienceqa_image", DATA / "scienceqa_mini", tmp_path / "out", {"missing_images": "drop"}) == {"test": 24}
+    assert prepare("scienceqa_image", DATA / "scienceqa_mini", tmp_path / "out", {"missing_images": "drop"}) == {
+        "test": 24
+    }
 
 
 @pytest.mark.parametrize(
     ("template", "fine"),
-    [("{question} x {options}", True), ("{question}", False), ("{question}{options}{hint}", False), ("{question!r}{options}", False),
-     ("{question}{options}{options}", False), ("{question}{options", False), ("{question} {options} {{a}}", True)],
-)  # fmt: skip
+    [
+        ("{question} x {options}", True),
+        ("{question}", False),
+        ("{question}{options}{hint}", False),
+        ("{question!r}{options}", False),
+        ("{question}{options}{options}", False),
+        ("{question}{options", False),
+        ("{question} {options} {{a}}", True),
+    ],
+)
 def test_templates(template, fine):
     if fine:
         return check_template("s", "prompt", template, ("question", "options"))

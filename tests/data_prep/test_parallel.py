@@ -1,4 +1,5 @@
-"""Work in several processes: the items' order, how far ahead the input is read, what starts them and what their death does."""
+"""Work in several processes: the items' order, how far ahead the input is read, what starts them and what their death
+does."""
 
 import multiprocessing
 import os

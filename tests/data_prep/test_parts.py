@@ -1,4 +1,5 @@
-"""Data made in parts is, byte for byte, what one process makes; a part that is missing, damaged or of other data is named."""
+"""Data made in parts is, byte for byte, what one process makes; a part that is missing, damaged or of other data is
+named."""
 
 import json
 import random
@@ -20,7 +21,11 @@ PARTS = 3
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and not path.match("*.stats.npy")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.match("*.stats.npy")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,16 @@ def chats(tmp_path_factory) -> Path:
 
 
 def packed(samples: Path, output: Path, share: Share | None = None, **changes):
-    return pack(samples, "asset://tiny_llama", "mmt", 4, 128, output, share=share, **{"over_long": "drop", "workers": 1, **changes})
+    return pack(
+        samples,
+        "asset://tiny_llama",
+        "mmt",
+        4,
+        128,
+        output,
+        share=share,
+        **{"over_long": "drop", "workers": 1, **changes},
+    )
 
 
 def test_prepared_in_parts(chats, tmp_path):
@@ -149,12 +163,26 @@ def test_a_duplicate_in_two_parts_is_found_by_the_merge(chats, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--part", "1"], "--parts N goes with"), (["--parts", "2"], "--parts N goes with"), (["--merge"], "--parts N goes with"),
-        (["--parts", "2", "--part", "1", "--merge"], "--parts N goes with"), (["--parts", "2", "--part", "3"], "found part 3 of 2"),
+        (["--part", "1"], "--parts N goes with"),
+        (["--parts", "2"], "--parts N goes with"),
+        (["--merge"], "--parts N goes with"),
+        (["--parts", "2", "--part", "1", "--merge"], "--parts N goes with"),
+        (["--parts", "2", "--part", "3"], "found part 3 of 2"),
         (["--parts", "2", "--part", "0"], "found part 0 of 2"),
     ],
-)  # fmt: skip
+)
 def test_contradictions(capsys, words, named):
-    given = ["--samples", "s.jsonl", "--tokenizer", "t", "--visual-tokens", "4", "--pack-length", "64", "--output", "out"]
+    given = [
+        "--samples",
+        "s.jsonl",
+        "--tokenizer",
+        "t",
+        "--visual-tokens",
+        "4",
+        "--pack-length",
+        "64",
+        "--output",
+        "out",
+    ]
     assert pack_main([*given, *words]) == 2
     assert named in capsys.readouterr().err

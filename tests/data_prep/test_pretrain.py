@@ -1,4 +1,5 @@
-"""The tiny pretrained models and the package that makes them: what they know, and that their text and drawings tell the truth."""
+"""The tiny pretrained models and the package that makes them: what they know, and that their text and drawings tell the
+truth."""
 
 import re
 
@@ -12,9 +13,9 @@ from data_prep.pretrain.drawings import COLOURS, FIGURES, draw
 from data_prep.pretrain.llama import accuracy, tokenise
 from data_prep.pretrain.sentences import KINDS, Lesson, Writer
 from data_prep.pretrain.vit import VIT_CONFIG, Drawings, draw_many, states
-from vltrain.config import ModelConfig
-from vltrain.data.tokenizer import load_tokenizer
-from vltrain.locate import locate
+from vltrain.config.schema import ModelConfig
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.files.locate import locate
 from vltrain.models.build import build_model
 
 EASY_VQA_WORDS = (
@@ -36,11 +37,16 @@ def llama():
 def readable_share(vit: CLIPVisionModel, train: Drawings, test: Drawings, name: str, num_classes: int) -> float:
     """Accuracy on `test` of a ridge regression from [cls] behind all blocks, fitted on `train`."""
     with torch.no_grad():
-        known, asked = (torch.cat([state[:, 0] for state in states(vit, drawings.pixels)], dim=1).double() for drawings in (train, test))
+        known, asked = (
+            torch.cat([state[:, 0] for state in states(vit, drawings.pixels)], dim=1).double()
+            for drawings in (train, test)
+        )
     mean, deviation = known.mean(0), known.std(0) + 1e-6
     known, asked = ((features - mean) / deviation for features in (known, asked))
     targets = torch.nn.functional.one_hot(getattr(train, name), num_classes).double()
-    weights = torch.linalg.solve(known.T @ known + 10.0 * torch.eye(known.shape[1], dtype=torch.float64), known.T @ (targets - targets.mean(0)))
+    weights = torch.linalg.solve(
+        known.T @ known + 10.0 * torch.eye(known.shape[1], dtype=torch.float64), known.T @ (targets - targets.mean(0))
+    )
     return ((asked @ weights + targets.mean(0)).argmax(1) == getattr(test, name)).double().mean().item()
 
 
@@ -82,7 +88,11 @@ def test_llama_answers_new_questions_about_scenes_in_words(llama, tokenizer):
     lessons = [lesson for lesson in (writer.lesson() for _ in range(600)) if " " not in lesson.answer]
     assert accuracy(llama, [tokenise(lesson, tokenizer) for lesson in lessons], noise=None) > 0.9
     # Without its scene a question about one can only be guessed.
-    blind = [Lesson(scene="a scene", question=lesson.question, answer=lesson.answer) for lesson in lessons if lesson.scene is not None]
+    blind = [
+        Lesson(scene="a scene", question=lesson.question, answer=lesson.answer)
+        for lesson in lessons
+        if lesson.scene is not None
+    ]
     assert accuracy(llama, [tokenise(lesson, tokenizer) for lesson in blind], noise=None) < 0.6
 
 
@@ -135,7 +145,9 @@ def test_a_lesson_is_read_as_the_tuned_model_will_read_it(tokenizer):
     assert row.ids[0] == tokenizer.bos_id and row.ids[-1] == tokenizer.eos_id
     assert list(row.ids[row.scene]) == tokenizer.encode("red circle")
     assert list(row.ids[row.answer]) == [*tokenizer.encode("red"), tokenizer.eos_id]
-    assert tokenizer.decode(list(row.ids)).split() == "Image: red circle Question: what color is it? Answer: red".split()
+    assert (
+        tokenizer.decode(list(row.ids)).split() == "Image: red circle Question: what color is it? Answer: red".split()
+    )
 
 
 def test_the_assets_can_be_made_again(tmp_path, capsys):

@@ -12,7 +12,7 @@ from data_prep.prepare import prepare
 from data_prep.sources import shapes
 from data_prep.sources.shapes import COLORS, PLURALS, RELATIONS, SHAPES, SKILLS, Figure
 from vltrain.errors import InputError
-from vltrain.evaluate.ranking import to_item
+from vltrain.evaluate.answering.ranking import to_item
 
 SMALL = {"train_images": 150, "val_images": 20, "test_images": 20}
 
@@ -25,12 +25,14 @@ RAW = read()
 
 
 def test_the_same_seed_gives_the_same_set_and_another_another():
-    assert RAW == read() and RAW != read(seed=1)
+    assert read() == RAW and read(seed=1) != RAW
     assert RAW[0].image_sources[0]() == read()[0].image_sources[0]()
 
 
 def test_no_image_of_one_split_is_in_another():
-    pictures = {split: {raw.image_sources[0]() for raw in RAW if raw.split == split} for split in ("train", "val", "test")}
+    pictures = {
+        split: {raw.image_sources[0]() for raw in RAW if raw.split == split} for split in ("train", "val", "test")
+    }
     assert {split: len(found) for split, found in pictures.items()} == {"train": 150, "val": 20, "test": 20}
     assert len(set.union(*pictures.values())) == 190
 
@@ -39,7 +41,9 @@ def test_ids_are_unique_and_every_question_can_be_ranked():
     assert len({raw.sample.id for raw in RAW}) == len(RAW)
     assert all(to_item(raw.sample, "x").whole for raw in RAW)
     by_image = Counter(raw.sample.images for raw in RAW)
-    assert max(by_image.values()) == 4 and len({(raw.sample.images, raw.sample.turns[0].text) for raw in RAW}) == len(RAW)
+    assert max(by_image.values()) == 4 and len({(raw.sample.images, raw.sample.turns[0].text) for raw in RAW}) == len(
+        RAW
+    )
 
 
 def relation(figure: Figure, other: Figure) -> str:
@@ -55,7 +59,12 @@ def answer_by_looking(question: str, figures: tuple[Figure, ...]) -> str:
     if question.startswith("How many"):
         kind = " ".join(words[2:-2])
         color = kind.removesuffix(" shapes")
-        return str(sum(kind == "shapes" or kinds.get(kind) == figure.shape or color == COLORS[figure.color] for figure in figures))
+        return str(
+            sum(
+                kind == "shapes" or kinds.get(kind) == figure.shape or color == COLORS[figure.color]
+                for figure in figures
+            )
+        )
     if question.startswith("Which color"):
         (figure,) = [figure for figure in figures if SHAPES[figure.shape] == words[-1]]
         return COLORS[figure.color]
@@ -100,7 +109,9 @@ def test_questions_cannot_be_answered_by_their_text_alone():
     for word in (*COLORS, *SHAPES, *RELATIONS):
         offered = [one["choices"][one["answer"]] == word for one in facts if word in one["choices"]]
         assert abs(np.mean(offered) - chance) < 0.12, word
-    counting = [sorted(map(int, one["choices"])).index(int(one["choices"][one["answer"]])) for one in by_skill["counting"]]
+    counting = [
+        sorted(map(int, one["choices"])).index(int(one["choices"][one["answer"]])) for one in by_skill["counting"]
+    ]
     assert counting.count(0) / len(counting) < 0.55
 
 

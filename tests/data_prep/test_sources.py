@@ -1,4 +1,5 @@
-"""Readers of raw data: formats against hand-written texts, and each mistake refused by name with nothing half written."""
+"""Readers of raw data: formats against hand-written texts, and each mistake refused by name with nothing half
+written."""
 
 import json
 import os
@@ -14,22 +15,36 @@ from data_prep.prepare import prepare
 from data_prep.sources.scienceqa import FORMATS, answer_of, prompt_of
 from data_prep.tokenizer import train_tokenizer
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 
 REAL = Path(os.environ.get("VLTRAIN_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data")) / "scienceqa_mini"
 PROBLEM = {
-    "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "H", "image": None, "grade": "grade2", "subject": "s", "lecture": "LL", "solution": "EE",
-}  # fmt: skip
+    "question": "Q?",
+    "choices": ["x", "y"],
+    "answer": 1,
+    "hint": "H",
+    "image": None,
+    "grade": "grade2",
+    "subject": "s",
+    "lecture": "LL",
+    "solution": "EE",
+}
 
 
 @pytest.mark.parametrize(
     ("wanted", "text"),
     [
-        ("A", "The answer is B."), ("AL", "The answer is B. BECAUSE: LL"), ("AE", "The answer is B. BECAUSE: EE"),
-        ("ALE", "The answer is B. BECAUSE: LL EE"), ("LA", "LL The answer is B."), ("ELA", "EE LL The answer is B."), ("LEPA", "LL EE The answer is B."), ("LE", "LL EE"),
+        ("A", "The answer is B."),
+        ("AL", "The answer is B. BECAUSE: LL"),
+        ("AE", "The answer is B. BECAUSE: EE"),
+        ("ALE", "The answer is B. BECAUSE: LL EE"),
+        ("LA", "LL The answer is B."),
+        ("ELA", "EE LL The answer is B."),
+        ("LEPA", "LL EE The answer is B."),
+        ("LE", "LL EE"),
     ],
-)  # fmt: skip
+)
 def test_targets(wanted, text):
     assert answer_of(PROBLEM, wanted) == text
 
@@ -60,7 +75,7 @@ def three_problems(tmp_path) -> Path:
     """One problem in each split: 1 in train, 2 in val, 3 in test."""
     folder = tmp_path / "raw"
     folder.mkdir()
-    (folder / "problems.json").write_text(json.dumps({pid: PROBLEM for pid in "123"}))
+    (folder / "problems.json").write_text(json.dumps(dict.fromkeys("123", PROBLEM)))
     (folder / "pid_splits.json").write_text(json.dumps({"train": ["1"], "val": ["2"], "test": ["3"]}))
     return folder
 
@@ -73,32 +88,51 @@ def prompts(folder: Path) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("train", ["gold", "generated"])
 def test_the_second_stage_reads_written_rationales_and_gold_ones_only_for_training(tmp_path, three_problems, train):
-    run = write_rationales(tmp_path / "run", train={"1": "written for 1"}, val={"2": "written for 2 <image>"}, test={"3": " "})
+    run = write_rationales(
+        tmp_path / "run", train={"1": "written for 1"}, val={"2": "written for 2 <image>"}, test={"3": " "}
+    )
     options = {"prompt_format": "QCMG-A", "rationales": str(run), "train_rationales": train}
     prepare("scienceqa", three_problems, tmp_path / "out", options)
     shown = {"train": "LL EE" if train == "gold" else "written for 1", "val": "written for 2 <\\image>", "test": "N/A"}
     asked = "Question: Q?\nContext: H\nOptions: (A) x (B) y\nSolution: {}\nResponse:"
-    assert prompts(tmp_path / "out") == {split: (asked.format(text), "The answer is B.") for split, text in shown.items()}
+    assert prompts(tmp_path / "out") == {
+        split: (asked.format(text), "The answer is B.") for split, text in shown.items()
+    }
 
 
 def test_rationales_may_be_a_file_of_all_splits(tmp_path, three_problems):
     (tmp_path / "all.json").write_text(json.dumps({pid: f"written for {pid}" for pid in "123"}))
-    prepare("scienceqa", three_problems, tmp_path / "out", {"prompt_format": "CQMG-A", "rationales": str(tmp_path / "all.json")})
-    shown = {split: prompt.split("Solution: ")[1].split("\n")[0] for split, (prompt, _) in prompts(tmp_path / "out").items()}
+    prepare(
+        "scienceqa",
+        three_problems,
+        tmp_path / "out",
+        {"prompt_format": "CQMG-A", "rationales": str(tmp_path / "all.json")},
+    )
+    shown = {
+        split: prompt.split("Solution: ")[1].split("\n")[0] for split, (prompt, _) in prompts(tmp_path / "out").items()
+    }
     assert shown == {"train": "LL EE", "val": "written for 2", "test": "written for 3"}
 
 
 @pytest.mark.parametrize(
     ("written", "changes", "named"),
     [
-        ({"val": {"2": "x"}}, {}, "test/predictions.jsonl: no such file; write it: vltrain evaluate .*run --split test"),
+        (
+            {"val": {"2": "x"}},
+            {},
+            "test/predictions.jsonl: no such file; write it: vltrain evaluate .*run --split test",
+        ),
         ({"val": {}, "test": {"3": "x"}}, {}, "val/predictions.jsonl: no rationale of problem '2'"),
         ({"val": {"2": "x", "3": "y"}, "test": {"3": "x"}}, {}, "1 problem.* not in val of pid_splits.json .3."),
         ({"val": {"2": "x"}, "test": {"3": "x"}}, {"train_rationales": "generated"}, "--split train"),
         ({}, {"rationales": "gone"}, "gone: no such file; expected a run's folder or a file"),
         ({}, {"rationales": None}, "QCMG-A needs the option rationales"),
         ({}, {"prompt_format": "QCM-A"}, "rationales: has no effect: prompt_format QCM-A"),
-        ({}, {"prompt_format": "QCM-A", "rationales": None, "train_rationales": "generated"}, "train_rationales: has no effect"),
+        (
+            {},
+            {"prompt_format": "QCM-A", "rationales": None, "train_rationales": "generated"},
+            "train_rationales: has no effect",
+        ),
         ({}, {"train_rationales": "golden"}, "found 'golden', expected gold or generated"),
     ],
 )
@@ -107,7 +141,12 @@ def test_mistakes_about_rationales_name_file_and_problem(tmp_path, three_problem
     run.mkdir(exist_ok=True)
     options = {"prompt_format": "QCMG-A", "rationales": str(run), **changes}
     with pytest.raises(InputError, match=named):
-        prepare("scienceqa", three_problems, tmp_path / "out", {name: value for name, value in options.items() if value is not None})
+        prepare(
+            "scienceqa",
+            three_problems,
+            tmp_path / "out",
+            {name: value for name, value in options.items() if value is not None},
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -121,9 +160,12 @@ def write_scienceqa(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"answer": 2}, "answer: found 2, expected 0 to 1"), ({"choices": []}, "choices"), ({"lecture": None}, "lecture"), ({"image": "image.png"}, "image.png"),
+        ({"answer": 2}, "answer: found 2, expected 0 to 1"),
+        ({"choices": []}, "choices"),
+        ({"lecture": None}, "lecture"),
+        ({"image": "image.png"}, "image.png"),
     ],
-)  # fmt: skip
+)
 def test_scienceqa_mistakes_name_problem_and_key(tmp_path, changes, named):
     raw = write_scienceqa(tmp_path / "raw", **changes)
     with pytest.raises(InputError, match=named) as caught:
@@ -155,17 +197,29 @@ def write_llava(folder: Path, records: list) -> Path:
 
 
 def talk(answer="yes", text="<image>\nred?", **fields):
-    return {"id": "one", "image": "a.png", "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}], **fields}
+    return {
+        "id": "one",
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": answer}],
+        **fields,
+    }
 
 
 @pytest.mark.parametrize(
     ("record", "named"),
     [
-        (talk(image="gone.png"), "gone.png"), (talk(image="broken.png"), "broken.png"), (talk(answer=" "), "empty answer"),
-        (talk(text="red?"), "no <image> in its turns"), (talk(image=None), "0 image"), (talk(image="../a.png"), "leads out"), ({"id": "x"}, "expected id"),
-        (talk(image=7), "image: found 7"), (talk(image={"a.png": 1}), "expected a file's name"), (talk(image=["a.png", 7]), "expected a file's name"),
+        (talk(image="gone.png"), "gone.png"),
+        (talk(image="broken.png"), "broken.png"),
+        (talk(answer=" "), "empty answer"),
+        (talk(text="red?"), "no <image> in its turns"),
+        (talk(image=None), "0 image"),
+        (talk(image="../a.png"), "leads out"),
+        ({"id": "x"}, "expected id"),
+        (talk(image=7), "image: found 7"),
+        (talk(image={"a.png": 1}), "expected a file's name"),
+        (talk(image=["a.png", 7]), "expected a file's name"),
     ],
-)  # fmt: skip
+)
 def test_llava_mistakes_end_with_exit_code_2(tmp_path, capsys, record, named):
     file = write_llava(tmp_path / "raw", [record])
     assert prepare_main(["--source", "llava_json", "--input", str(file), "--output", str(tmp_path / "out")]) == 2

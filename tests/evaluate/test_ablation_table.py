@@ -5,8 +5,7 @@ import json
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate.ablation import DONE, FAILED, Outcome, read_outcome, to_markdown, write_outcome, write_table
-
+from vltrain.programs.studies.table import DONE, FAILED, Outcome, read_outcome, to_markdown, write_outcome, write_table
 
 TABLE = """
 | row  | different                   | trained | % trained | accuracy | rougeL |   NAT | IMG | questions | failed | seconds | steps |
@@ -20,7 +19,13 @@ TABLE = """
 
 def done(measure: str, value: float, **columns: float | None) -> Outcome:
     shares = {name: {measure: share} for name, share in columns.items()}
-    metrics = {"measure": measure, measure: value, "total": 40, "failed": 2, "columns": {**shares, "Average": {measure: value}}}
+    metrics = {
+        "measure": measure,
+        measure: value,
+        "total": 40,
+        "failed": 2,
+        "columns": {**shares, "Average": {measure: value}},
+    }
     return Outcome(state=DONE, seconds=61.6, parameters=200_000, trained=5_000, steps=150, metrics=metrics)
 
 
@@ -30,7 +35,12 @@ def test_the_table_is_as_by_hand():
         "e": {"data.max_images": None},
     }  # fmt: skip
     failed = Outcome(state=FAILED, seconds=3.2)
-    outcomes = {"a": done("accuracy", 0.5, NAT=0.25), "b": done("rougeL", 0.125, IMG=None), "c|d": Outcome(), "e": failed}
+    outcomes = {
+        "a": done("accuracy", 0.5, NAT=0.25),
+        "b": done("rougeL", 0.125, IMG=None),
+        "c|d": Outcome(),
+        "e": failed,
+    }
     assert to_markdown(differences, outcomes) == TABLE.strip()
 
 
@@ -40,7 +50,12 @@ def test_its_files_say_the_same_without_the_settings_of_each_run(tmp_path):
     text = write_table(tmp_path, {"a": {"model.adapter.dim": 8}}, {"a": outcome})
     assert (tmp_path / "table.md").read_text() == text + "\n"
     (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert (row["row"], row["settings"], row["trained"], row["metrics"]["failed"]) == ("a", {"model.adapter.dim": 8}, 5_000, 2)
+    assert (row["row"], row["settings"], row["trained"], row["metrics"]["failed"]) == (
+        "a",
+        {"model.adapter.dim": 8},
+        5_000,
+        2,
+    )
     assert "made_with" not in row
 
 

@@ -1,4 +1,5 @@
-"""`eval.precision: fp32`: a model that trains in bf16 answers the same at every batch size, as an fp32 model of the same numbers does."""
+"""`eval.precision: fp32`: a model that trains in bf16 answers the same at every batch size, as an fp32 model of the
+same numbers does."""
 
 from __future__ import annotations
 
@@ -11,16 +12,16 @@ from tests.evaluate.test_generate import MODEL, make_prompts, run
 from tests.evaluate.test_qformer_answers import picture
 from tests.models.test_qformer import KINDS, tokenizer_of
 from tests.support.blip import blip_config, make_samples, make_tokenizers
-from vltrain.data.conversation import encode_prompt, stop_ids
+from vltrain.config.command_line import load_settings
+from vltrain.config.recipe import build_config
+from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.errors import InputError
-from vltrain.evaluate.candidates import BlipCandidates
-from vltrain.evaluate.generate import Sampling, generate
-from vltrain.evaluate.precision import products_in_fp32
-from vltrain.evaluate.ranking import RankingItem, rank
+from vltrain.evaluate.answering.candidates import BlipCandidates
+from vltrain.evaluate.answering.generate import Sampling, generate
+from vltrain.evaluate.answering.precision import products_in_fp32
+from vltrain.evaluate.answering.ranking import RankingItem, rank
 from vltrain.models.build import build_model
 from vltrain.programs.train import _require_widenable
-from vltrain.recipe import build_config
-from vltrain.settings import load_settings
 
 SIZES = (1, 3, 64)
 IN_BF16 = torch.autocast("cpu", dtype=torch.bfloat16)
@@ -38,7 +39,11 @@ def halved(model):
 def dtypes_of_products(model, answer):
     """The dtypes that the linear layers gave while `answer` ran, and what it returned."""
     seen = set()
-    hooks = [module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype)) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
     try:
         return answer(), seen
     finally:
@@ -73,9 +78,17 @@ def test_an_instructblip_generates_and_ranks_the_same_at_every_batch_size(kind, 
     half, whole = halved(model)
     samples = make_samples(24, seed=5)
     prompts = [encode_prompt(sample, tokenizer, model.template, model.visual_tokens) for sample in samples]
-    settings = {"sampling": Sampling(max_new_tokens=6), "stop_ids": stop_ids(tokenizer, model.template), "vocab_size": 64, "device": "cpu"}
+    settings = {
+        "sampling": Sampling(max_new_tokens=6),
+        "stop_ids": stop_ids(tokenizer, model.template),
+        "vocab_size": 64,
+        "device": "cpu",
+    }
     choices = ("( a ) red", "( b ) blue circle", "( c ) 2", "star")
-    items = [RankingItem(sample=sample, candidates=choices[: 2 + number % 3], whole=True) for number, sample in enumerate(samples)]
+    items = [
+        RankingItem(sample=sample, candidates=choices[: 2 + number % 3], whole=True)
+        for number, sample in enumerate(samples)
+    ]
 
     def answers(of, size):
         candidates = BlipCandidates(model=of, tokenizer=tokenizer, load_image=picture, device="cpu")

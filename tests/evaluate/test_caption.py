@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate import caption
 from vltrain.evaluate.report import score_samples, write_report
+from vltrain.evaluate.scorers import caption
 from vltrain.schema import Sample, Turn
 
 
@@ -29,7 +29,8 @@ def test_words(text, words):
 
 
 def test_cider_of_a_perfect_and_a_strange_caption():
-    """A caption equal to its only reference, all of whose n-grams are rare, has cosine 1 at every n; one without common words has 0."""
+    """A caption equal to its only reference, all of whose n-grams are rare, has cosine 1 at every n; one without common
+    words has 0."""
     references = [["a b c d e".split()], ["v w x y z".split()]]
     assert caption.cider_d(["a b c d e".split(), "p q r s".split()], references) == pytest.approx([10.0, 0.0])
     assert caption.cider_d([[], "v w x y z".split()], references) == pytest.approx([0.0, 10.0])
@@ -39,8 +40,10 @@ def test_cider_by_hand():
     """Three images; `a` is in all references and weighs nothing, `cat` in two of three, the other words in one."""
     references = [["a cat sits".split(), "a dog".split()], ["a cat".split()], ["a bird".split()]]
     common, rare = math.log(3 / 2), math.log(3)
-    # "a cat" against "a cat sits": unigrams {a: 0, cat: common} . {a: 0, cat: common, sits: rare}; bigrams {a cat: common} .
-    # {a cat: common, cat sits: rare}; longer n-grams: none, 0. Clipping changes nothing here. One word less: exp(-1 / 72).
+    # "a cat" against "a cat sits": unigrams {a: 0, cat: common} . {a: 0, cat: common, sits: rare}; bigrams {a cat:
+    # common} .
+    # {a cat: common, cat sits: rare}; longer n-grams: none, 0. Clipping changes nothing here. One word less: exp(-1 /
+    # 72).
     cosine = common / math.hypot(common, rare)
     first = (cosine + cosine) / 4 * math.exp(-1 / 72)
     # against "a dog": no common word but `a`, which weighs nothing: 0. The mean over the two references, times 10:
@@ -58,9 +61,13 @@ def test_one_image_alone_has_no_cider():
 
 
 def test_bleu_by_hand():
-    """Corpus counts: 6 words, 2 captions; the nearest reference lengths are 4 and 3, so the captions are one word short."""
+    """Corpus counts: 6 words, 2 captions; the nearest reference lengths are 4 and 3, so the captions are one word
+    short."""
     captions = ["the cat sat".split(), "a dog ran".split()]
-    references = [["the cat sat down".split(), "it sat there for a while".split()], ["a dog ran".split(), "dog".split()]]
+    references = [
+        ["the cat sat down".split(), "it sat there for a while".split()],
+        ["a dog ran".split(), "dog".split()],
+    ]
     brevity = math.exp(1 - 7 / 6)
     assert caption.bleu(captions, references)[:3] == pytest.approx([brevity, brevity, brevity])
     captions[1] = "a dog sat".split()  # 5 of 6 words, 3 of 4 bigrams, 1 of 2 trigrams
@@ -82,7 +89,11 @@ def test_a_report_has_the_mean_cider_and_bleu_beside_it(tmp_path):
     assert report.headline().startswith(f"CIDEr={report.accuracy:.4f} (2 questions) failed=1 BLEU-1=")
     write_report(report, tmp_path, {"split": "test"})
     figures = json.loads((tmp_path / "metrics.json").read_text())
-    assert figures["measure"] == "CIDEr" and figures["CIDEr"] == report.accuracy and 0 < figures["BLEU-4"] <= figures["BLEU-1"] <= 1
+    assert (
+        figures["measure"] == "CIDEr"
+        and figures["CIDEr"] == report.accuracy
+        and 0 < figures["BLEU-4"] <= figures["BLEU-1"] <= 1
+    )
     assert (figures["total"], figures["failed"], figures["columns"]["Average"]["CIDEr"]) == (2, 1, report.accuracy)
 
 

@@ -18,15 +18,15 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vltrain.config import AdapterConfig, Config, DataConfig, EvalConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.recipe import dump_config
+from vltrain.config.schema import AdapterConfig, Config, DataConfig, EvalConfig, LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.evaluate.exact import normalise
-from vltrain.programs.evaluate import main
 from vltrain.evaluate.samples import deal, read_samples, thin_out
+from vltrain.evaluate.scorers.exact import normalise
 from vltrain.models.build import build_model
-from vltrain.recipe import dump_config
+from vltrain.programs.evaluate import main
 from vltrain.schema import Sample, Turn
-from vltrain.train.checkpoint import save_checkpoint
+from vltrain.train.checkpoints.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = 23
@@ -36,9 +36,16 @@ COLOURS = ("red", "green", "blue", "black")
 def make_tokenizer(folder: Path) -> Path:
     folder.mkdir()
     text = folder / "text.txt"
-    text.write_text("\n".join(f"Question: what colour is picture {number}?\nAnswer: {COLOURS[number % 4]}" for number in range(200)))
+    text.write_text(
+        "\n".join(f"Question: what colour is picture {number}?\nAnswer: {COLOURS[number % 4]}" for number in range(200))
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=9,
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=9,
         num_threads=1,
     )
     return folder
@@ -69,13 +76,26 @@ def make_run(folder: Path) -> tuple[Path, Config]:
     config = Config(
         model=ModelConfig(
             vision=VisionConfig(
-                config=dict(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2),
+                config=dict(
+                    image_size=16,
+                    patch_size=8,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                ),
                 tap_every=1,
             ),
             llm=LLMConfig(
                 config=dict(
-                    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                    initializer_range=0.3, max_position_embeddings=256,
+                    vocab_size=320,
+                    hidden_size=32,
+                    intermediate_size=48,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    initializer_range=0.3,
+                    max_position_embeddings=256,
                 ),
                 tokenizer=str(make_tokenizer(folder / "tokenizer")),
             ),
@@ -86,7 +106,11 @@ def make_run(folder: Path) -> tuple[Path, Config]:
         output=str(folder / "run"),
     )
     generator = torch.Generator().manual_seed(5)
-    trained = ((name, parameter.detach()) for name, parameter in build_model(config.model).named_parameters() if parameter.requires_grad)
+    trained = (
+        (name, parameter.detach())
+        for name, parameter in build_model(config.model).named_parameters()
+        if parameter.requires_grad
+    )
     state = ((name, weight + 0.3 * torch.randn(weight.shape, generator=generator), {}) for name, weight in trained)
     run = folder / "run"
     run.mkdir()
@@ -116,7 +140,9 @@ def evaluated(tmp_path_factory) -> tuple[Path, Path, list[Sample], dict[str, dic
     said = predictions(run)
     for number in range(0, NUM_SAMPLES, 3):
         turns = (samples[number].turns[0], Turn(role="assistant", text=said[f"s{number}"]["prediction"] or "?"))
-        samples[number] = Sample(id=samples[number].id, turns=turns, images=samples[number].images, metadata=samples[number].metadata)
+        samples[number] = Sample(
+            id=samples[number].id, turns=turns, images=samples[number].images, metadata=samples[number].metadata
+        )
     write_samples(data, samples)
     return run, data, samples, said
 
@@ -127,18 +153,29 @@ def test_a_run_is_evaluated_and_scored(evaluated, capsys, tmp_path):
     assert main([str(run), "--json", str(tmp_path / "out.json")]) == 0
     answers = predictions(run)
     assert texts(answers) == texts(said)
-    expected = [sample.id for sample in samples if normalise(answers[sample.id]["prediction"]) == normalise(sample.turns[-1].text)]
+    expected = [
+        sample.id
+        for sample in samples
+        if normalise(answers[sample.id]["prediction"]) == normalise(sample.turns[-1].text)
+    ]
     assert len(expected) >= 7
     assert [identity for identity, record in answers.items() if record["correct"]] == expected
     metrics = json.loads((run / "eval" / "test" / "metrics.json").read_text())
-    assert (metrics["step"], metrics["split"], metrics["correct"], metrics["total"]) == (40, "test", len(expected), NUM_SAMPLES)
+    assert (metrics["step"], metrics["split"], metrics["correct"], metrics["total"]) == (
+        40,
+        "test",
+        len(expected),
+        NUM_SAMPLES,
+    )
     assert sum(column["total"] for name, column in metrics["columns"].items() if name.endswith("images")) == NUM_SAMPLES
     assert json.loads((tmp_path / "out.json").read_text())["correct"] == len(expected)
     failed = sum(not record["prediction"] for record in answers.values())
     headline = f"accuracy={len(expected) / NUM_SAMPLES:.4f} ({NUM_SAMPLES} questions) failed={failed}"
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == headline
-    assert metrics["cut"] > 0 and any(line.startswith(f"{metrics['cut']} answer(s) were cut at eval.max_new_tokens = 5") for line in printed)
+    assert metrics["cut"] > 0 and any(
+        line.startswith(f"{metrics['cut']} answer(s) were cut at eval.max_new_tokens = 5") for line in printed
+    )
 
 
 def test_tensorboard_gets_the_accuracy_and_pictures(evaluated):
@@ -167,7 +204,9 @@ def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(evaluated, read_
     run = read_only(evaluated[0])
     assert main([str(run), "--json", str(tmp_path / "out.json")]) == 0
     figures, headline = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out.splitlines()[-1]
-    assert figures["total"] == NUM_SAMPLES and headline.startswith(f"accuracy={figures['accuracy']:.4f} ({NUM_SAMPLES} questions)")
+    assert figures["total"] == NUM_SAMPLES and headline.startswith(
+        f"accuracy={figures['accuracy']:.4f} ({NUM_SAMPLES} questions)"
+    )
     assert "cannot be written (Read-only file system)" in caplog.text and "written to --json" in caplog.text
     assert main([str(run), "--json", str(run / "out.json")]) == 2, "before anything is answered"
     assert "--json" in (said := capsys.readouterr().err.splitlines()[-1]) and "Read-only" in said
@@ -191,20 +230,31 @@ def free_port() -> int:
 def evaluate_on_two_ranks(run: Path, *words: str) -> list[tuple[str, str]]:
     """Evaluates; returns each rank's stdout and stderr."""
     port = str(free_port())
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
     ranks = [
         subprocess.Popen(
             [*command, f"--local_rank={rank}", str(run), *words],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=240) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], outputs
     # Older torch says on stdout whom a rank is connected to.
-    return [("".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")), err) for out, err in outputs]
+    return [
+        ("".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")), err)
+        for out, err in outputs
+    ]
 
 
 def test_two_ranks_give_the_same_predictions(evaluated):
@@ -225,9 +275,12 @@ def choosable(evaluated) -> Path:
         candidates = colours[: 2 + number % 3]
         answer = number % len(candidates)
         facts = {
-            "question_type": "choose_txt", "candidates": candidates, "answer": answer, "grade": f"grade{1 + number % 2}",
+            "question_type": "choose_txt",
+            "candidates": candidates,
+            "answer": answer,
+            "grade": f"grade{1 + number % 2}",
             "skills": ["scene"] * (number % 2),
-        }  # fmt: skip
+        }
         turns = (sample.turns[0], Turn(role="assistant", text=candidates[answer]))
         records.append(Sample(id=sample.id, turns=turns, images=sample.images, metadata=facts))
     (data / "choices.jsonl").write_text("".join(json.dumps(record.to_json()) + "\n" for record in records))
@@ -240,7 +293,9 @@ RANKED = ("--split", "choices", "--eval.scorer", "iconqa", "--eval.method", "ran
 def test_multiple_choice_is_ranked_the_same_in_any_batch_and_on_two_ranks(choosable):
     assert main([str(choosable), *RANKED]) == 0
     ranked = predictions(choosable, "choices")
-    samples = {sample.id: sample for sample in read_samples(Path(load_data_root(choosable)) / "samples" / "choices.jsonl")}
+    samples = {
+        sample.id: sample for sample in read_samples(Path(load_data_root(choosable)) / "samples" / "choices.jsonl")
+    }
     assert all(record["prediction"] in samples[name].metadata["candidates"] for name, record in ranked.items())
     assert len({record["prediction"] for record in ranked.values()}) > 1
     metrics = json.loads((choosable / "eval" / "choices" / "metrics.json").read_text())
@@ -263,7 +318,10 @@ def load_data_root(run: Path) -> str:
     ("words", "part"),
     [
         ([*RANKED[:-2], "--eval.method", "rnak"], "rank"),
-        ([*RANKED, "--eval.max_new_tokens", "9"], "eval.max_new_tokens: has no effect: eval.method = rank generates nothing"),
+        (
+            [*RANKED, "--eval.max_new_tokens", "9"],
+            "eval.max_new_tokens: has no effect: eval.method = rank generates nothing",
+        ),
         (["--split", "val", "--eval.method", "rank"], "val.jsonl: sample 's0': candidates: found none"),
     ],
 )
@@ -325,14 +383,21 @@ def test_malformed_samples_name_file_and_line(tmp_path):
 
 def test_thinning_out_is_even_and_keeps_all_where_it_can():
     assert thin_out(list(range(10)), 5) == [0, 2, 4, 6, 8]
-    assert thin_out(list(range(10)), None) == thin_out(list(range(10)), 10) == thin_out(list(range(10)), 99) == list(range(10))
+    assert (
+        thin_out(list(range(10)), None)
+        == thin_out(list(range(10)), 10)
+        == thin_out(list(range(10)), 99)
+        == list(range(10))
+    )
     assert thin_out(list(range(7)), 3) == [0, 2, 4]
 
 
 def test_the_deal_covers_every_sample_once_with_equal_shares_of_like_length():
     rng = np.random.default_rng(0)
     questions = (Turn(role="user", text="x" * int(length)) for length in rng.integers(1, 500, 101))
-    samples = [Sample(id=str(number), turns=(turn, Turn(role="assistant", text="y"))) for number, turn in enumerate(questions)]
+    samples = [
+        Sample(id=str(number), turns=(turn, Turn(role="assistant", text="y"))) for number, turn in enumerate(questions)
+    ]
     shares = [deal(samples, rank, 4) for rank in range(4)]
     assert sorted(number for share in shares for number in share) == list(range(101))
     lengths = [sum(len(samples[number].turns[0].text) for number in share) for share in shares]

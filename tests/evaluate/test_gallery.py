@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from vltrain.evaluate.gallery import FONT_SIZE, MAX_LINES, WIDTH, draw_card, wrap, write_gallery
-from vltrain.evaluate.scoring import Answer
+from vltrain.evaluate.scorers.scoring import Answer
 
 FONT = ImageFont.load_default(FONT_SIZE)
 
@@ -34,7 +34,9 @@ def test_a_card_shows_the_image_enlarged_and_the_prediction_in_the_verdicts_colo
 
 def test_several_images_stand_side_by_side_and_none_leaves_no_room():
     two = draw_card(answer(), [Image.new("RGB", (30, 30), "#ff00ff"), Image.new("RGB", (900, 20), "#00ffff")])
-    magenta, cyan = ((np.asarray(two) == colour).all(axis=-1).any(axis=0).nonzero()[0] for colour in ((255, 0, 255), (0, 255, 255)))
+    magenta, cyan = (
+        (np.asarray(two) == colour).all(axis=-1).any(axis=0).nonzero()[0] for colour in ((255, 0, 255), (0, 255, 255))
+    )
     assert magenta.max() < cyan.min() and cyan.max() < WIDTH
     assert draw_card(answer(), []).height < two.height / 2
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.evaluate.generate import Sampling, generate, sample_tokens
+from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
 from vltrain.models.build import build_model
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 VOCABULARY = 61
@@ -24,14 +24,25 @@ def tiny_model(attention: str = "sdpa", **adapter) -> MultimodalModel:
     config = ModelConfig(
         vision=VisionConfig(
             config=dict(
-                image_size=IMAGE_SIZE, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+                image_size=IMAGE_SIZE,
+                patch_size=8,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
             ),
             tap_every=1,
         ),
         llm=LLMConfig(
             config=dict(
-                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                initializer_range=0.3,
             ),
             tokenizer="none",
             attention=attention,
@@ -79,7 +90,9 @@ def plain_hidden_states(model: MultimodalModel, embeds: torch.Tensor) -> torch.T
     if model.routing is None:
         return model.llm.model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
     num_tokens = len(embeds)
-    return model._hidden_states(embeds, torch.arange(num_tokens), torch.tensor([num_tokens]), torch.zeros(num_tokens, dtype=torch.int64))
+    return model._hidden_states(
+        embeds, torch.arange(num_tokens), torch.tensor([num_tokens]), torch.zeros(num_tokens, dtype=torch.int64)
+    )
 
 
 @torch.no_grad()
@@ -110,7 +123,9 @@ def test_the_reference_is_worth_comparing_with():
     with_image = [number for number, prompt in enumerate(PROMPTS) if prompt.images]
     other = {name: IMAGES[name][::-1].copy() for name in IMAGES}
     changed = run([PROMPTS[number] for number in with_image], 16, load_image=other.__getitem__)
-    assert sum(answer != PLAIN[number] for number, answer in zip(with_image, changed, strict=True)) > len(with_image) / 2
+    assert (
+        sum(answer != PLAIN[number] for number, answer in zip(with_image, changed, strict=True)) > len(with_image) / 2
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
@@ -161,7 +176,9 @@ def test_a_cold_or_narrow_nucleus_is_greedy():
     assert run(PROMPTS, 16, sampling={"temperature": 1.0, "top_p": 1e-9}) == PLAIN
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(1.0, [0.5, 0.25, 0.15, 0.1]), (0.75, [0.5, 0.25]), (0.76, [0.5, 0.25, 0.15]), (0.3, [0.5])])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1.0, [0.5, 0.25, 0.15, 0.1]), (0.75, [0.5, 0.25]), (0.76, [0.5, 0.25, 0.15]), (0.3, [0.5])]
+)
 def test_tokens_are_drawn_with_the_nucleus_probabilities(top_p, kept):
     order = [2, 0, 3, 1]  # token that holds the k-th largest probability
     logits = torch.empty(4)
@@ -222,14 +239,18 @@ class Rank:
         return largest
 
 
-@pytest.mark.parametrize("shares", [(slice(0, 30), slice(30, 40)), (slice(0, 3), slice(0, 0)), (slice(0, 0), slice(0, 0))])
+@pytest.mark.parametrize(
+    "shares", [(slice(0, 30), slice(30, 40)), (slice(0, 3), slice(0, 0)), (slice(0, 0), slice(0, 0))]
+)
 def test_ranks_that_sync_make_the_same_forwards_and_the_answers_stay(shares):
     barrier, values = threading.Barrier(2), [0, 0]
     ranks = [Rank(barrier, values, number) for number in range(2)]
     models = [tiny_model(), tiny_model()]
     for rank, model in zip(ranks, models):
         for name in ("vision", "neck", "modality_embedding", "llm.model", "llm.lm_head"):
-            model.get_submodule(name).register_forward_pre_hook(lambda module, arguments, rank=rank, name=name: rank.calls.append(name))
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, arguments, rank=rank, name=name: rank.calls.append(name)
+            )
     answers: list = [None, None]
 
     def work(number: int) -> None:

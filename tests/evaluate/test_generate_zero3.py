@@ -18,7 +18,9 @@ def test_two_ranks_with_unequal_shares_answer_right_and_training_does_not_notice
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("zero3_worker.py"))],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]

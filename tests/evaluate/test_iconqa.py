@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate import iconqa, scienceqa
 from vltrain.evaluate.report import score_samples
-from vltrain.evaluate.scoring import Question, Verdict
+from vltrain.evaluate.scorers import iconqa, scienceqa
+from vltrain.evaluate.scorers.scoring import Question, Verdict
 from vltrain.schema import Sample, Turn
 
 CHOICES = {
-    "question_type": "choose_txt", "candidates": ["(a) cat", "(b) dog"], "answer": 1, "grade": "grade1", "skills": ["scene", "counting"],
-}  # fmt: skip
+    "question_type": "choose_txt",
+    "candidates": ["(a) cat", "(b) dog"],
+    "answer": 1,
+    "grade": "grade1",
+    "skills": ["scene", "counting"],
+}
 
 
 def question(reference: str = "", **metadata) -> Question:
@@ -55,13 +59,21 @@ def test_columns_by_type_grade_and_each_skill():
 def test_the_table():
     turns = (Turn(role="user", text="q"), Turn(role="assistant", text="(b) dog"))
     blank = {"question_type": "fill_in_blank", "answer": "(b) dog", "grade": "prek", "skills": ["counting"]}
-    samples = [Sample(id=str(number), turns=turns, metadata=facts) for number, facts in enumerate((CHOICES, CHOICES, blank))]
+    samples = [
+        Sample(id=str(number), turns=turns, metadata=facts) for number, facts in enumerate((CHOICES, CHOICES, blank))
+    ]
     report = score_samples("iconqa", samples, ["(b) dog", "(a) cat", "(b) dog"], "x")
     counts = {name: (tally.correct, tally.total) for name, tally in report.columns.items()}
     assert counts == {
-        "choose_txt": (1, 2), "choose_img": (0, 0), "fill_in_blank": (1, 1), "counting": (2, 3), "grade1": (1, 2), "prek": (1, 1),
-        "scene": (1, 2), "Average": (2, 3),
-    }  # fmt: skip
+        "choose_txt": (1, 2),
+        "choose_img": (0, 0),
+        "fill_in_blank": (1, 1),
+        "counting": (2, 3),
+        "grade1": (1, 2),
+        "prek": (1, 1),
+        "scene": (1, 2),
+        "Average": (2, 3),
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Files of answers: a published one with a known score, the formats of other projects, and every way in which a file can be wrong."""
+"""Files of answers: a published one with a known score, the formats of other projects, and every way in which a file
+can be wrong."""
 
 from __future__ import annotations
 
@@ -9,14 +10,22 @@ from pathlib import Path
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.programs.evaluate import main
 from vltrain.evaluate.predictions import choice_of, read_predictions, score_predictions
+from vltrain.programs.evaluate import main
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = Path(os.environ.get("VLTRAIN_SAMPLE_DATA", ROOT / "../shared/data")) / "scienceqa_mini"
 needs_sample_data = pytest.mark.skipif(not MINI.is_dir(), reason=f"no sample data at {MINI} (set VLTRAIN_SAMPLE_DATA)")
 
-PROBLEM = {"question": "q", "choices": ["a", "b"], "answer": 1, "hint": "", "image": None, "subject": "natural science", "grade": "grade2"}
+PROBLEM = {
+    "question": "q",
+    "choices": ["a", "b"],
+    "answer": 1,
+    "hint": "",
+    "image": None,
+    "subject": "natural science",
+    "grade": "grade2",
+}
 
 
 def write(path: Path, content) -> Path:
@@ -36,7 +45,16 @@ def data(tmp_path: Path) -> Path:
 @needs_sample_data
 def test_the_published_answers_score_37_of_50(tmp_path, capsys):
     out = tmp_path / "figures.json"
-    words = ["--predictions", str(MINI / "predictions_llava13b_v0.json"), "--data", str(MINI), "--split", "test", "--json", str(out)]
+    words = [
+        "--predictions",
+        str(MINI / "predictions_llava13b_v0.json"),
+        "--data",
+        str(MINI),
+        "--split",
+        "test",
+        "--json",
+        str(out),
+    ]
     assert main(words) == 0
     figures = json.loads(out.read_text())
     assert (figures["correct"], figures["total"], figures["failed"], figures["accuracy"]) == (37, 50, 0, 0.74)
@@ -57,13 +75,17 @@ def test_the_published_answers_score_37_of_50(tmp_path, capsys):
     [
         {"1": "The answer is B.", "2": "The answer is B."},
         {"acc": 50.0, "correct": 1, "results": {"1": 1}, "outputs": {"1": "The answer is B.", "2": "The answer is B."}},
-        '{"id": "2", "prediction": "The answer is B.", "correct": false}\n{"id": "1", "prediction": "The answer is B."}\n',
+        '{"id": "2", "prediction": "The answer is B.", "correct": false}\n{"id": "1", "prediction": "The answer '
+        'is B."}\n',
     ],
 )
 def test_three_formats_score_the_same(tmp_path, data, content):
     path = write(tmp_path / ("answers.jsonl" if isinstance(content, str) else "answers.json"), content)
     report = score_predictions(path, data, "test")
-    assert [(answer.id, answer.correct, answer.answer) for answer in report.answers] == [("1", True, "B"), ("2", False, "A")]
+    assert [(answer.id, answer.correct, answer.answer) for answer in report.answers] == [
+        ("1", True, "B"),
+        ("2", False, "A"),
+    ]
     assert report.columns["IMG"].total == 1
 
 
@@ -135,12 +157,23 @@ def lines(*records) -> str:
 
 # Of questions 1 (right: B) and 2 (right: A): B and A, in the words of each project.
 OF_OTHERS = {
-    "llava.jsonl": lines({"question_id": 1, "prompt": "p", "text": "B", "answer_id": "x", "model_id": "m", "metadata": {}}, {"question_id": "2", "text": "A. a"}),
-    "chameleon.jsonl": lines({"pid": "1", "example": PROBLEM, "prediction": "B ", "true_false": True}, {"pid": "2", "prediction": "a", "true_false": True}),
+    "llava.jsonl": lines(
+        {"question_id": 1, "prompt": "p", "text": "B", "answer_id": "x", "model_id": "m", "metadata": {}},
+        {"question_id": "2", "text": "A. a"},
+    ),
+    "chameleon.jsonl": lines(
+        {"pid": "1", "example": PROBLEM, "prediction": "B ", "true_false": True},
+        {"pid": "2", "prediction": "a", "true_false": True},
+    ),
     "chameleon.json": {"results": {"1": {"prediction": "b"}, "2": {"prediction": "a"}}, "acc": 1.0},
-    "mmcot.json": {"num_fail": 0, "scores": {}, "preds": ["The answer is (B)", "The answer is (A)."], "labels": ["The answer is (B).", "The answer is (A)."]},
+    "mmcot.json": {
+        "num_fail": 0,
+        "scores": {},
+        "preds": ["The answer is (B)", "The answer is (A)."],
+        "labels": ["The answer is (B).", "The answer is (A)."],
+    },
     "vqa.json": [{"question_id": 2, "answer": "(a)"}, {"question_id": 1, "answer": "Answer: B"}],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OF_OTHERS)
@@ -153,29 +186,82 @@ def test_files_of_other_projects(tmp_path, data, name, capsys):
         assert score_predictions(path, data, "test").failed == 2, "letters are read only where that is asked for"
     assert main(["--predictions", str(path), "--data", str(data), *(["--letters"] if needs_letters else [])]) == 0
     said = capsys.readouterr().out
-    assert "read as: " in said and "answers: " in said and said.rstrip().endswith("accuracy=1.0000 (2 questions) failed=0")
+    assert (
+        "read as: " in said and "answers: " in said and said.rstrip().endswith("accuracy=1.0000 (2 questions) failed=0")
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "choice"),
-    [("B", 1), ("(b)", 1), (" B. ", 1), ("b)", 1), ("B. a cat", 1), ("(c) a dog", 2), ("The answer is B.", 1), ("so the answer is (A)", 0), ("Answer: C", 2),
-     ("a cat", None), ("The answer is a cat", None), ("E", None), ("", None), ("Be careful", None), ("The answer is Bird", None), ("AB", None),
-     ("The answer is A. The answer is B.", 0)],
-)  # fmt: skip
+    [
+        ("B", 1),
+        ("(b)", 1),
+        (" B. ", 1),
+        ("b)", 1),
+        ("B. a cat", 1),
+        ("(c) a dog", 2),
+        ("The answer is B.", 1),
+        ("so the answer is (A)", 0),
+        ("Answer: C", 2),
+        ("a cat", None),
+        ("The answer is a cat", None),
+        ("E", None),
+        ("", None),
+        ("Be careful", None),
+        ("The answer is Bird", None),
+        ("AB", None),
+        ("The answer is A. The answer is B.", 0),
+    ],
+)
 def test_letters(text, choice):
     assert choice_of(text, 4) == choice
 
 
 SAMPLES = [
-    {"id": str(number), "images": [], "turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": text}], "metadata": metadata}
+    {
+        "id": str(number),
+        "images": [],
+        "turns": [{"role": "user", "text": "q"}, {"role": "assistant", "text": text}],
+        "metadata": metadata,
+    }
     for number, (text, metadata) in enumerate(
-        [("(a) red", {"answers": ["(a) red"] * 10, "captions": ["a red dog"], "candidates": ["(a) red", "(b) blue"], "answer": 0, "question_type": "choose_txt"}),
-         ("(b) blue", {"answers": ["(b) blue"] * 10, "captions": ["a blue cat"], "candidates": ["(a) red", "(b) blue"], "answer": 1, "question_type": "choose_txt"})]
+        [
+            (
+                "(a) red",
+                {
+                    "answers": ["(a) red"] * 10,
+                    "captions": ["a red dog"],
+                    "candidates": ["(a) red", "(b) blue"],
+                    "answer": 0,
+                    "question_type": "choose_txt",
+                },
+            ),
+            (
+                "(b) blue",
+                {
+                    "answers": ["(b) blue"] * 10,
+                    "captions": ["a blue cat"],
+                    "candidates": ["(a) red", "(b) blue"],
+                    "answer": 1,
+                    "question_type": "choose_txt",
+                },
+            ),
+        ]
     )
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("scorer", "texts", "letters"), [("exact", ["(A) red.", "x"], []), ("vqa", ["(a) red", "x"], []), ("rouge", ["red", "x"], []), ("iconqa", ["(a) red", "x"], []), ("iconqa", ["A", "a"], ["--letters"]), ("caption", ["a red dog", "x"], [])])
+@pytest.mark.parametrize(
+    ("scorer", "texts", "letters"),
+    [
+        ("exact", ["(A) red.", "x"], []),
+        ("vqa", ["(a) red", "x"], []),
+        ("rouge", ["red", "x"], []),
+        ("iconqa", ["(a) red", "x"], []),
+        ("iconqa", ["A", "a"], ["--letters"]),
+        ("caption", ["a red dog", "x"], []),
+    ],
+)
 @pytest.mark.parametrize("folder", [True, False])
 def test_every_scorer_judges_files_of_answers_to_samples(tmp_path, capsys, scorer, texts, letters, folder):
     if scorer == "caption":
@@ -186,8 +272,18 @@ def test_every_scorer_judges_files_of_answers_to_samples(tmp_path, capsys, score
     place = ["--data", str(tmp_path), "--split", "test"] if folder else ["--data", str(samples)]
     assert main(["--predictions", str(answers), *place, "--eval.scorer", scorer, "--json", str(out), *letters]) == 0
     figures = json.loads(out.read_text())
-    assert figures["scorer"] == scorer and figures["total"] == 2 and 0 < figures["correct"] and (scorer == "caption" or figures["correct"] <= 1)
-    assert capsys.readouterr().out.rstrip().rpartition("\n")[2].startswith(f"{figures['measure']}={figures[figures['measure']]:.4f} (2 questions)")
+    assert (
+        figures["scorer"] == scorer
+        and figures["total"] == 2
+        and figures["correct"] > 0
+        and (scorer == "caption" or figures["correct"] <= 1)
+    )
+    assert (
+        capsys.readouterr()
+        .out.rstrip()
+        .rpartition("\n")[2]
+        .startswith(f"{figures['measure']}={figures[figures['measure']]:.4f} (2 questions)")
+    )
 
 
 def test_a_part_of_a_split_is_scored_where_that_is_asked_for_and_told(tmp_path, data, capsys):
@@ -196,25 +292,37 @@ def test_a_part_of_a_split_is_scored_where_that_is_asked_for_and_told(tmp_path, 
     assert main(words) == 2 and "--allow-missing" in capsys.readouterr().err
     assert main([*words, "--allow-missing"]) == 0
     said = capsys.readouterr().out
-    assert "left out: 1 question(s)" in said and said.rstrip().endswith("accuracy=1.0000 (1 questions) failed=0 missing=1")
+    assert "left out: 1 question(s)" in said and said.rstrip().endswith(
+        "accuracy=1.0000 (1 questions) failed=0 missing=1"
+    )
     assert json.loads((tmp_path / "out.json").read_text())["missing"] == 1
     for other in ({"1": "x", "9": "x"}, {}):  # of another split, or of none
-        assert main(["--predictions", str(write(tmp_path / "other.json", other)), "--data", str(data), "--allow-missing"]) == 2
+        assert (
+            main(["--predictions", str(write(tmp_path / "other.json", other)), "--data", str(data), "--allow-missing"])
+            == 2
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("a.json", {"preds": ["x"]}, "preds: found 1 texts, expected 2"), ("a.json", {"preds": ["x", None]}, "preds[1]: found null"),
+        ("a.json", {"preds": ["x"]}, "preds: found 1 texts, expected 2"),
+        ("a.json", {"preds": ["x", None]}, "preds[1]: found null"),
         ("a.json", {"preds": ["x", "y"], "labels": ["The answer is (A).", "The answer is (B)."]}, "another order"),
         ("a.json", {"acc": 79.9, "correct": 3390, "wrong": 851, "count": 4241, "args": {}}, "found figures only"),
-        ("a.json", {"results": {"1": 1, "2": 0}}, "found no texts"), ("a.json", {"outputs": {"1": None}}, "outputs: '1': found null"),
+        ("a.json", {"results": {"1": 1, "2": 0}}, "found no texts"),
+        ("a.json", {"outputs": {"1": None}}, "outputs: '1': found null"),
         ("a.jsonl", lines({"question_id": None, "text": "x"}), "question_id: found null, expected an id"),
         ("a.jsonl", lines({"question_id": True, "text": "x"}), "question_id: found true, expected an id"),
-        ("a.jsonl", lines({"question_id": 1, "text": "x"}, {"question_id": "1", "text": "y"}), "a second answer to '1'"),
-        ("a.jsonl", lines({"question_id": 1, "text": ["x"]}), 'text: found ["x"], expected a text'), ("a.jsonl", lines({"name": 1}), "found the keys name"),
+        (
+            "a.jsonl",
+            lines({"question_id": 1, "text": "x"}, {"question_id": "1", "text": "y"}),
+            "a second answer to '1'",
+        ),
+        ("a.jsonl", lines({"question_id": 1, "text": ["x"]}), 'text: found ["x"], expected a text'),
+        ("a.jsonl", lines({"name": 1}), "found the keys name"),
     ],
-)  # fmt: skip
+)
 def test_wrong_files_of_other_projects(tmp_path, data, name, content, part):
     with pytest.raises(InputError) as caught:
         score_predictions(write(tmp_path / name, content), data, "test")
@@ -230,8 +338,11 @@ def test_what_the_questions_cannot_be_judged_by_is_refused(tmp_path, data):
     samples, answers = write(tmp_path / "test.jsonl", lines(*SAMPLES)), write(tmp_path / "a.json", {"0": "x", "1": "x"})
     plain = write(tmp_path / "plain.jsonl", lines(*({**one, "metadata": {}} for one in SAMPLES)))
     for arguments, part in (
-        ((answers, samples, "test"), "--eval.scorer"), ((answers, samples, "test", "exakt"), "did you mean 'exact'"), ((answers, tmp_path, "tset", "exact"), "did you mean 'test'"),
-        ((answers, data, "test", "rouge"), "judged by scienceqa"), ((answers, tmp_path / "data" / "none", "test", "exact"), "no such file"),
+        ((answers, samples, "test"), "--eval.scorer"),
+        ((answers, samples, "test", "exakt"), "did you mean 'exact'"),
+        ((answers, tmp_path, "tset", "exact"), "did you mean 'test'"),
+        ((answers, data, "test", "rouge"), "judged by scienceqa"),
+        ((answers, tmp_path / "data" / "none", "test", "exact"), "no such file"),
     ):
         with pytest.raises(InputError, match=part):
             score_predictions(*arguments)

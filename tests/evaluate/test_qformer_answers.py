@@ -1,4 +1,5 @@
-"""InstructBLIP's answers: greedy ones equal transformers' generate, ranked ones the training's losses, whatever shares a batch."""
+"""InstructBLIP's answers: greedy ones equal transformers' generate, ranked ones the training's losses, whatever shares
+a batch."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import torch
 
 from tests.models.test_qformer import IMAGE_ID, KINDS, reference, tokenizer_of
 from tests.support.blip import IMAGE_SIZE, blip_config, make_batch, make_samples, make_tokenizers
-from vltrain.data.conversation import encode_prompt, stop_ids
-from vltrain.evaluate.candidates import BlipCandidates
-from vltrain.evaluate.generate import Sampling, alone, generate
-from vltrain.evaluate.ranking import RankingItem, rank
+from vltrain.data.text.conversation import encode_prompt, stop_ids
+from vltrain.evaluate.answering.candidates import BlipCandidates
+from vltrain.evaluate.answering.generate import Sampling, alone, generate
+from vltrain.evaluate.answering.ranking import RankingItem, rank
 from vltrain.models.build import build_model
 from vltrain.schema import IMAGE_TOKEN, Sample, Turn
 
@@ -41,7 +42,12 @@ def test_greedy_answers_equal_those_of_transformers(kind, places):
     theirs = reference(model)
     samples = [sample for sample in make_samples(8) if sample.images]
     prompts = [encode_prompt(sample, tokenizer, model.template, model.visual_tokens) for sample in samples]
-    settings = {"sampling": Sampling(max_new_tokens=6), "stop_ids": stop_ids(tokenizer, model.template), "vocab_size": IMAGE_ID, "device": "cpu"}
+    settings = {
+        "sampling": Sampling(max_new_tokens=6),
+        "stop_ids": stop_ids(tokenizer, model.template),
+        "vocab_size": IMAGE_ID,
+        "device": "cpu",
+    }
     answers = generate(model, prompts, picture, batch_size=3, **settings)
     assert answers == generate(model, prompts, picture, batch_size=8, **settings)
     for sample, prompt, answer in zip(samples, prompts, answers):
@@ -53,7 +59,13 @@ def test_greedy_answers_equal_those_of_transformers(kind, places):
             input_ids=torch.where(ids == IMAGE_TOKEN, IMAGE_ID, ids), max_new_tokens=6, do_sample=False, num_beams=1,
             suppress_tokens=[IMAGE_ID], eos_token_id=tokenizer.eos_id, pad_token_id=0,
         )[0].tolist()  # fmt: skip
-        made = made[1:] if kind == "t5" else made[ids.shape[1] :] if made[: ids.shape[1]] == torch.where(ids == IMAGE_TOKEN, IMAGE_ID, ids)[0].tolist() else made
+        made = (
+            made[1:]
+            if kind == "t5"
+            else made[ids.shape[1] :]
+            if made[: ids.shape[1]] == torch.where(ids == IMAGE_TOKEN, IMAGE_ID, ids)[0].tolist()
+            else made
+        )
         made = made[: made.index(tokenizer.eos_id)] if tokenizer.eos_id in made else made
         assert answer == made
     assert len(set(map(tuple, answers))) > 2
@@ -64,7 +76,10 @@ def test_ranking_takes_the_candidate_whose_training_loss_is_least(kind, places):
     model, tokenizer = lively(build_model(blip_config(kind).model)), tokenizer_of(kind, places)
     choices = ("( a ) red", "( b ) blue circle", "( c ) 2", "star")
     samples = make_samples(7, seed=2)
-    items = [RankingItem(sample=sample, candidates=choices[: 2 + number % 3], whole=True) for number, sample in enumerate(samples)]
+    items = [
+        RankingItem(sample=sample, candidates=choices[: 2 + number % 3], whole=True)
+        for number, sample in enumerate(samples)
+    ]
     candidates = BlipCandidates(model=model, tokenizer=tokenizer, load_image=picture, device="cpu")
     losses = candidates.candidate_losses(items, alone)
     expected, counts = [], []

@@ -1,4 +1,5 @@
-"""Ranked candidates against a plain loop over single candidates, against the loss that training computes, and with a model made up."""
+"""Ranked candidates against a plain loop over single candidates, against the loss that training computes, and with a
+model made up."""
 
 from __future__ import annotations
 
@@ -11,13 +12,13 @@ import pytest
 import torch
 from test_generate import IMAGES, MODEL, VOCABULARY, Rank, plain_hidden_states, tiny_model
 
-from vltrain.data.conversation import encode_prompt, encode_sample
 from vltrain.data.loader import collate
+from vltrain.data.text.conversation import encode_prompt, encode_sample
 from vltrain.errors import InputError
-from vltrain.evaluate.candidates import MultimodalCandidates
-from vltrain.evaluate.generate import alone
-from vltrain.evaluate.ranking import CandidateLosses, RankingItem, rank, to_item
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.evaluate.answering.candidates import MultimodalCandidates
+from vltrain.evaluate.answering.generate import alone
+from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem, rank, to_item
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import PackedRow, Sample, Turn
 
 LETTERS = "abcdefgh"
@@ -38,7 +39,10 @@ TOKENIZER = Letters()
 def make_sample(number: int, rng: np.random.Generator, rest: str = "") -> Sample:
     """No, one or two images, two to five candidates of unlike lengths; the answer is the right one and `rest`."""
     names = tuple(map(str, rng.choice(sorted(IMAGES), size=number % 3)))
-    candidates = [f"({letter}) " + "".join(rng.choice(list("xyzuv"), rng.integers(0, 6))) for letter in LETTERS[: rng.integers(2, 6)]]
+    candidates = [
+        f"({letter}) " + "".join(rng.choice(list("xyzuv"), rng.integers(0, 6)))
+        for letter in LETTERS[: rng.integers(2, 6)]
+    ]
     answer = int(rng.integers(len(candidates)))
     asked = "<image>\n" * len(names) + "".join(rng.choice(list("pqrst "), rng.integers(1, 20)))
     turns = (Turn(role="user", text=asked), Turn(role="assistant", text=candidates[answer] + rest))
@@ -105,7 +109,9 @@ def test_losses_equal_those_of_training_on_a_packed_row():
     """Each candidate as a sample of its own that is trained on, all in one pack."""
     chosen = ITEMS[:6]
     answered = [
-        replace(item.sample, turns=(item.sample.turns[0], Turn(role="assistant", text=text))) for item in chosen for text in item.candidates
+        replace(item.sample, turns=(item.sample.turns[0], Turn(role="assistant", text=text)))
+        for item in chosen
+        for text in item.candidates
     ]
     segments = [encode_sample(sample, TOKENIZER, "mmt", MODEL.visual_tokens) for sample in answered]
     names = sorted({name for segment in segments for name in segment.images})
@@ -119,7 +125,9 @@ def test_losses_equal_those_of_training_on_a_packed_row():
     )
     with torch.no_grad():
         trained = MODEL(collate(row, [IMAGES[name] for name in names], MODEL.image_size)).segment_losses
-    torch.testing.assert_close(candidates_of(MODEL).candidate_losses(chosen, alone).loss_sums, trained, rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(
+        candidates_of(MODEL).candidate_losses(chosen, alone).loss_sums, trained, rtol=2e-6, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
@@ -129,19 +137,25 @@ def test_winners_are_the_plain_loops_at_any_batch_size(batch_size):
 
 def test_winners_do_not_depend_on_neighbours_or_their_order():
     shuffled = np.random.default_rng(3).permutation(len(ITEMS))[:9]
-    assert rank(candidates_of(MODEL), [ITEMS[number] for number in shuffled], batch_size=11) == [WINNERS[number] for number in shuffled]
+    assert rank(candidates_of(MODEL), [ITEMS[number] for number in shuffled], batch_size=11) == [
+        WINNERS[number] for number in shuffled
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_routed_adapters_rank_as_they_were_trained(batch_size):
-    model = tiny_model(kind="router", temperature=0.5).double()  # in fp32 these adapters would enlarge its rounding to 1e-3 of a loss
+    model = tiny_model(
+        kind="router", temperature=0.5
+    ).double()  # in fp32 these adapters would enlarge its rounding to 1e-3 of a loss
     with torch.no_grad():
         for name, parameter in model.llm.named_parameters():
             if ".adapter." in name:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     plain = [plain_losses(model, item) for item in ITEMS[:9]]
     found = candidates_of(model).candidate_losses(ITEMS[:9], alone)
-    torch.testing.assert_close(found.loss_sums.double(), torch.tensor(flat(plain)[0], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        found.loss_sums.double(), torch.tensor(flat(plain)[0], dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
     expected = [min(range(len(losses)), key=lambda place: losses[place][0]) for losses in plain]
     assert rank(candidates_of(model), ITEMS[:9], batch_size=batch_size) == expected
 
@@ -155,7 +169,9 @@ class MadeUp:
     def candidate_losses(self, items: Sequence[RankingItem], sync) -> CandidateLosses:
         self.batches.append([item.sample.id for item in items])
         texts = [text for item in items for text in item.candidates]
-        return CandidateLosses(torch.tensor([self.losses[text] for text in texts]), torch.tensor([len(text) for text in texts]))
+        return CandidateLosses(
+            torch.tensor([self.losses[text] for text in texts]), torch.tensor([len(text) for text in texts])
+        )
 
 
 def item(name: str, *candidates: str) -> RankingItem:
@@ -177,7 +193,10 @@ def test_batches_hold_whole_items_and_no_more_rows_than_allowed():
     assert rank(model, items, batch_size=6, on_answered=counts.append) == [0] * 9
     rows = {one.sample.id: len(one.candidates) for one in items}
     assert sorted(name for batch in model.batches for name in batch) == sorted(rows)
-    assert all(sum(rows[name] for name in batch) <= 6 for batch in model.batches) and [len(batch) for batch in model.batches] == counts
+    assert (
+        all(sum(rows[name] for name in batch) <= 6 for batch in model.batches)
+        and [len(batch) for batch in model.batches] == counts
+    )
     assert rank(model, items[:2], batch_size=1) == [0, 0] and rank(model, [], batch_size=4) == []
 
 
@@ -187,18 +206,24 @@ def test_losses_that_are_not_finite_name_their_sample(value):
         rank(MadeUp({"a": 1.0, "b": value}), [item("first", "a"), item("second", "a", "b")], batch_size=8)
 
 
-@pytest.mark.parametrize("shares", [(slice(0, 20), slice(20, 24)), (slice(0, 5), slice(0, 0)), (slice(0, 0), slice(0, 0))])
+@pytest.mark.parametrize(
+    "shares", [(slice(0, 20), slice(20, 24)), (slice(0, 5), slice(0, 0)), (slice(0, 0), slice(0, 0))]
+)
 def test_ranks_that_sync_make_the_same_forwards_and_the_winners_stay(shares):
     barrier, values = threading.Barrier(2), [0, 0]
     ranks = [Rank(barrier, values, number) for number in range(2)]
     models = [tiny_model(), tiny_model()]
     for one, model in zip(ranks, models):
         for name in ("vision", "neck", "modality_embedding", "llm.model", "llm.lm_head"):
-            model.get_submodule(name).register_forward_pre_hook(lambda module, arguments, one=one, name=name: one.calls.append(name))
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, arguments, one=one, name=name: one.calls.append(name)
+            )
     winners: list = [None, None]
 
     def work(number: int) -> None:
-        winners[number] = rank(candidates_of(models[number]), ITEMS[shares[number]], batch_size=8, sync=ranks[number].sync)
+        winners[number] = rank(
+            candidates_of(models[number]), ITEMS[shares[number]], batch_size=8, sync=ranks[number].sync
+        )
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate import exact, rouge, scienceqa
 from vltrain.evaluate.report import SCORERS, find_scorer, score_samples, write_report, write_whole
-from vltrain.evaluate.scoring import Question, Verdict
+from vltrain.evaluate.scorers import exact, rouge, scienceqa
+from vltrain.evaluate.scorers.scoring import Question, Verdict
 from vltrain.schema import Sample, Turn
 
 
@@ -44,7 +44,11 @@ def test_exact_answers_are_compared_up_to_case_space_and_a_full_stop(prediction,
     ("prediction", "reference", "f"),
     [
         ("the cat sat", "the cat sat", 1.0),
-        ("the cats sat on it", "The cat sat on the mat.", 8 / 11),  # the cat sat on: 4 of 5 and of 6 words; stemmed, lower-cased
+        (
+            "the cats sat on it",
+            "The cat sat on the mat.",
+            8 / 11,
+        ),  # the cat sat on: 4 of 5 and of 6 words; stemmed, lower-cased
         ("mat on sat cat the", "the cat sat on the mat", 4 / 11),  # order counts: two words in common, of 5 and of 6
         ("dog", "the cat", 0.0),
     ],
@@ -54,7 +58,10 @@ def test_rouge_l_by_hand(prediction, reference, f):
 
 
 def test_a_report_of_degrees_calls_their_mean_by_its_name():
-    asked = [Sample(id=str(number), turns=(Turn(role="user", text="q"), Turn(role="assistant", text="a b"))) for number in range(3)]
+    asked = [
+        Sample(id=str(number), turns=(Turn(role="user", text="q"), Turn(role="assistant", text="a b")))
+        for number in range(3)
+    ]
     report = score_samples("rouge", asked, ["a b", "a c", " "], "file")
     assert report.headline() == "rougeL=0.5000 (3 questions) failed=1"
     figures = report.to_json()
@@ -137,7 +144,8 @@ def easy_samples() -> list[Sample]:
     turns = [("blue?", "yes", "colour"), ("red?", "no", "colour"), ("shape?", "circle", "shape"), ("odd?", "no", None)]
     return [
         Sample(
-            id=str(number), turns=(Turn(role="user", text=asked), Turn(role="assistant", text=answer)),
+            id=str(number),
+            turns=(Turn(role="user", text=asked), Turn(role="assistant", text=answer)),
             metadata={} if kind is None else {"kind": kind},
         )
         for number, (asked, answer, kind) in enumerate(turns)
@@ -150,7 +158,9 @@ def test_the_report_counts_overall_and_by_kind():
     counts = {name: (tally.correct, tally.total) for name, tally in report.columns.items()}
     assert counts == {"colour": (1, 2), "shape": (1, 1), "Average": (2, 4)}
     assert report.headline() == "accuracy=0.5000 (4 questions) failed=1"
-    assert [(answer.id, answer.prompt, answer.prediction, answer.answer, answer.correct) for answer in report.answers][:2] == [
+    assert [(answer.id, answer.prompt, answer.prediction, answer.answer, answer.correct) for answer in report.answers][
+        :2
+    ] == [
         ("0", "blue?", "Yes.", "yes", True),
         ("1", "red?", "yes", "no", False),
     ]
@@ -158,7 +168,9 @@ def test_the_report_counts_overall_and_by_kind():
 
 def test_the_table_shows_shares_totals_and_empty_columns():
     lines = SCORERS["scienceqa"]
-    sample = Sample(id="1", turns=(Turn(role="user", text="q"), Turn(role="assistant", text="a")), metadata=dict(science().metadata))
+    sample = Sample(
+        id="1", turns=(Turn(role="user", text="q"), Turn(role="assistant", text="a")), metadata=dict(science().metadata)
+    )
     report = score_samples("scienceqa", [sample, sample, sample], ["The answer is B.", "The answer is B.", "?"], "x")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.to_markdown().splitlines()]
     assert rows[0] == ["", *lines.column_order, "Average"]
@@ -184,7 +196,11 @@ def test_a_report_is_written_whole_and_again(tmp_path):
         assert [json.loads(line)["prediction"] for line in lines] == predictions
         metrics = json.loads((tmp_path / "eval" / "test" / "metrics.json").read_text())
         assert (metrics["split"], metrics["step"], metrics["correct"]) == ("test", 3, report.overall.correct)
-    assert sorted(path.name for path in (tmp_path / "eval" / "test").iterdir()) == ["metrics.json", "predictions.jsonl", "table.md"]
+    assert sorted(path.name for path in (tmp_path / "eval" / "test").iterdir()) == [
+        "metrics.json",
+        "predictions.jsonl",
+        "table.md",
+    ]
 
 
 def test_a_place_that_cannot_be_written_to_is_named_and_nothing_is_left(tmp_path):

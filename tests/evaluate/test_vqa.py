@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from vltrain.errors import InputError
-from vltrain.evaluate import vqa
 from vltrain.evaluate.report import score_samples
-from vltrain.evaluate.scoring import Question
+from vltrain.evaluate.scorers import vqa
+from vltrain.evaluate.scorers.scoring import Question
 from vltrain.schema import Sample, Turn
 
 
@@ -28,7 +28,9 @@ def test_accuracy_is_the_mean_over_the_leave_one_out_subsets():
     for prediction in ("dog", "cats", "cat", "Two dogs!", "none"):
         said = vqa.normalise(prediction)
         subsets = itertools.combinations([vqa.normalise(answer) for answer in answers], 9)
-        assert vqa.accuracy(prediction, answers) == pytest.approx(sum(min(1, subset.count(said) / 3) for subset in subsets) / 10)
+        assert vqa.accuracy(prediction, answers) == pytest.approx(
+            sum(min(1, subset.count(said) / 3) for subset in subsets) / 10
+        )
     assert vqa.accuracy("dog", answers) == 1.0 and vqa.accuracy("2 Dogs", answers) == pytest.approx(0.6)
 
 
@@ -66,13 +68,34 @@ def test_the_table_of_contractions_is_the_official_one():
     # All but "let's" and "she's", which stay as they are, and those with a capital I, which no lower-cased word is.
     assert len(vqa.CONTRACTIONS) == 114
     official = {
-        "aint": "ain't", "cant": "can't", "couldve": "could've", "couldn'tve": "couldn't've", "hed": "he'd", "hed've": "he'd've",
+        "aint": "ain't",
+        "cant": "can't",
+        "couldve": "could've",
+        "couldn'tve": "couldn't've",
+        "hed": "he'd",
+        "hed've": "he'd've",
         "he'dve": "he'd've",
-        "im": None, "ive": None, "maam": "ma'am", "notve": "not've", "oclock": "o'clock", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at",
-        "'ow'sat": "'ow's'at", "shed": None, "shed've": "she'd've", "well": None, "were": None, "ill": None, "its": None,
+        "im": None,
+        "ive": None,
+        "maam": "ma'am",
+        "notve": "not've",
+        "oclock": "o'clock",
+        "ow's'at": "'ow's'at",
+        "'ows'at": "'ow's'at",
+        "'ow'sat": "'ow's'at",
+        "shed": None,
+        "shed've": "she'd've",
+        "well": None,
+        "were": None,
+        "ill": None,
+        "its": None,
         "theyre": "they're",
-        "twas": "'twas", "yall": "y'all", "y'allll": "y'all'll", "yall'll": "y'all'll", "youve": "you've",
-    }  # fmt: skip
+        "twas": "'twas",
+        "yall": "y'all",
+        "y'allll": "y'all'll",
+        "yall'll": "y'all'll",
+        "youve": "you've",
+    }
     assert {word: vqa.CONTRACTIONS.get(word) for word in official} == official
 
 
@@ -82,7 +105,11 @@ def vizwiz(name: str, answers: list[str], kind: str = "other") -> Sample:
 
 
 def test_a_report_of_degrees():
-    samples = [vizwiz("1", ["red"] * 2 + ["blue"] * 8), vizwiz("2", ["yes"] * 10, "yes/no"), vizwiz("3", ["7"] * 10, "number")]
+    samples = [
+        vizwiz("1", ["red"] * 2 + ["blue"] * 8),
+        vizwiz("2", ["yes"] * 10, "yes/no"),
+        vizwiz("3", ["7"] * 10, "number"),
+    ]
     report = score_samples("vqa", samples, ["Red", "yes.", " "], "val.jsonl")
     assert report.headline() == f"accuracy={1.6 / 3:.4f} (3 questions) failed=1"
     columns = {name: (pytest.approx(tally.correct), tally.total) for name, tally in report.columns.items()}

@@ -1,5 +1,5 @@
-"""A rank of test_generate_zero3.py: trains under ZeRO-3 with evaluations in between, by generation and by ranking; checks answers and
-losses; prints `fine`."""
+"""A rank of test_generate_zero3.py: trains under ZeRO-3 with evaluations in between, by generation and by ranking;
+checks answers and losses; prints `fine`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from test_generate import IMAGES, PLAIN, PROMPTS, STOP, VOCABULARY, make_prompts
 from test_ranking import ITEMS, WINNERS, candidates_of
 
 from vltrain.batch import Batch
-from vltrain.config import OptimConfig
-from vltrain.evaluate.generate import Sampling, alone, generate
-from vltrain.evaluate.ranking import rank as rank_candidates
+from vltrain.config.schema import OptimConfig
+from vltrain.evaluate.answering.generate import Sampling, alone, generate
+from vltrain.evaluate.answering.ranking import rank as rank_candidates
 from vltrain.evaluate.run import is_sharded, largest_over_ranks
 from vltrain.models.build import part_of
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IGNORE_INDEX
-from vltrain.train.engine import Engine, init_distributed, shutdown_distributed
 from vltrain.train.optim import parameter_groups
+from vltrain.train.zero.engine import Engine, init_distributed, shutdown_distributed
 
 MAX_NEW_TOKENS = 4
 
@@ -26,7 +26,9 @@ MAX_NEW_TOKENS = 4
 def make_engine(world_size: int) -> Engine:
     model = tiny_model().train()
     ds_config = {
-        "train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     groups = parameter_groups(model.named_parameters(), OptimConfig(), part_of)
@@ -39,9 +41,14 @@ def make_batch(seed: int) -> Batch:
     labels = torch.cat([ids[1:], torch.tensor([IGNORE_INDEX])])
     labels[labels < 0] = IGNORE_INDEX
     return Batch(
-        input_ids=ids, labels=labels, position_ids=torch.arange(len(ids)), segment_lengths=torch.tensor([len(ids)]),
-        pixels=torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images])), image_slots=torch.arange(len(prompt.images)),
-        sample_ids=("x",), num_label_tokens=int((labels != IGNORE_INDEX).sum()),
+        input_ids=ids,
+        labels=labels,
+        position_ids=torch.arange(len(ids)),
+        segment_lengths=torch.tensor([len(ids)]),
+        pixels=torch.from_numpy(np.stack([IMAGES[name] for name in prompt.images])),
+        image_slots=torch.arange(len(prompt.images)),
+        sample_ids=("x",),
+        num_label_tokens=int((labels != IGNORE_INDEX).sum()),
     )
 
 
@@ -50,8 +57,15 @@ def answer(model: MultimodalModel, share: slice) -> tuple[list[list[int]], list[
     model.eval()
     sync = largest_over_ranks("cpu") if is_sharded(model) else alone
     answers = generate(
-        model, PROMPTS[share], IMAGES.__getitem__, sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS), stop_ids=STOP, vocab_size=VOCABULARY,
-        batch_size=4, device="cpu", sync=sync,
+        model,
+        PROMPTS[share],
+        IMAGES.__getitem__,
+        sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
+        stop_ids=STOP,
+        vocab_size=VOCABULARY,
+        batch_size=4,
+        device="cpu",
+        sync=sync,
     )
     winners = rank_candidates(candidates_of(model), ITEMS[share], batch_size=20, sync=sync)
     model.train()

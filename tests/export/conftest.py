@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from vltrain.export import clean_process, proof
+from vltrain.files.atomic import write_json
 from vltrain.files.strict_json import read_object
-from vltrain.files.whole import write_json
 
 
 @pytest.fixture

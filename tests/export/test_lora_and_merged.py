@@ -1,4 +1,5 @@
-"""`vltrain export --format lora|merged`: folders that stock peft and transformers load, who else does, and what is refused."""
+"""`vltrain export --format lora|merged`: folders that stock peft and transformers load, who else does, and what is
+refused."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, Gen
 
 from tests.models.tiny_models import randomise_adapters
 from tests.support.finished_run import Places, finished_run
-from vltrain.config import PeftConfig
+from vltrain.config.recipe import build_config, dump_config
+from vltrain.config.schema import PeftConfig
 from vltrain.data.images import decode_image
 from vltrain.errors import InputError
 from vltrain.export.engines import ENGINES, require_engine, who_loads
@@ -21,11 +23,14 @@ from vltrain.export.table import find_format
 from vltrain.models.build import build_model
 from vltrain.models.merge import merge_adapters
 from vltrain.programs.export import export
-from vltrain.recipe import build_config, dump_config
-from vltrain.train.checkpoint import save_checkpoint
-from vltrain.train.identity import model_identity
+from vltrain.train.checkpoints.checkpoint import save_checkpoint
+from vltrain.train.run.identity import model_identity
 
-PEFT = {"model__llm__peft__kind": "lora", "model__llm__peft__rank": 3, "model__llm__peft__targets": ("q_proj", "o_proj")}
+PEFT = {
+    "model__llm__peft__kind": "lora",
+    "model__llm__peft__rank": 3,
+    "model__llm__peft__targets": ("q_proj", "o_proj"),
+}
 
 
 def tuned_run(folder: Path, **changes: Any) -> tuple[Places, Any]:
@@ -50,11 +55,20 @@ def test_a_clean_process_with_stock_libraries_says_what_the_run_says(form: str, 
     places, _ = tuned_run(tmp_path, **PEFT)
     export(places.run, tmp_path / "out", form, proof_samples=2)
     proof = json.loads((tmp_path / "out" / "proof.json").read_text())
-    assert proof["proven"] and proof["max_relative_error"] <= 1e-5 and proof["answers_equal"] == 2 and "vltrain" not in proof["versions"]
+    assert (
+        proof["proven"]
+        and proof["max_relative_error"] <= 1e-5
+        and proof["answers_equal"] == 2
+        and "vltrain" not in proof["versions"]
+    )
     told, origin = capsys.readouterr().out, json.loads((tmp_path / "out" / "vltrain_origin.json").read_text())
     assert all(note in told for note in origin["notes"])
     if form == "lora":
-        assert "vLLM, SGLang, llama.cpp do not: it has a constant" in told and "model.adapter.bias false" in told and origin["rank"] == {"llm": 7, "vision": 4}
+        assert (
+            "vLLM, SGLang, llama.cpp do not: it has a constant" in told
+            and "model.adapter.bias false" in told
+            and origin["rank"] == {"llm": 7, "vision": 4}
+        )
 
 
 @pytest.mark.slow
@@ -79,37 +93,77 @@ def test_every_kind_of_tuning_is_proven(changes: dict[str, Any], form: str, tmp_
 
 
 def test_a_base_that_is_no_folder_of_transformers_is_told(tmp_path: Path, capsys: Any) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     places, _ = tuned_run(tmp_path, model__vision__source=None, model__vision__config=sizes)
     export(places.run, tmp_path / "out", "lora", proof_samples=None)
-    assert "for random weights: vltrain export --checkpoint none --format merged writes it as a folder" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "vision" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
-    assert json.loads((tmp_path / "out" / "llm" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(places.llama)
+    assert (
+        "for random weights: vltrain export --checkpoint none --format merged writes it as a folder"
+        in capsys.readouterr().out
+    )
+    assert (
+        json.loads((tmp_path / "out" / "vision" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    )
+    assert json.loads((tmp_path / "out" / "llm" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        places.llama
+    )
 
 
 def test_a_lora_folder_is_what_peft_and_engines_read(tmp_path: Path, capsys: Any) -> None:
     places, model = tuned_run(tmp_path, model__adapter__bias=False, model__adapter__vision="none", **PEFT)
     export(places.run, tmp_path / "out", "lora", proof_samples=None, given={"engine": "vllm", "dtype": "bf16"})
-    assert "vLLM loads it: vllm serve BASE --enable-prompt-embeds --enable-lora --max-lora-rank 8 " in capsys.readouterr().out
+    assert (
+        "vLLM loads it: vllm serve BASE --enable-prompt-embeds --enable-lora --max-lora-rank 8 "
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "out" / "vision").exists(), "no adapters there"
     said = json.loads((tmp_path / "out" / "llm" / "adapter_config.json").read_text())
-    assert (said["peft_type"], said["task_type"], said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == ("LORA", "CAUSAL_LM", 7, 7, str(places.llama))
-    assert said["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"] and said["bias"] == "none" and not said["lora_bias"]
+    assert (said["peft_type"], said["task_type"], said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (
+        "LORA",
+        "CAUSAL_LM",
+        7,
+        7,
+        str(places.llama),
+    )
+    assert (
+        said["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+        and said["bias"] == "none"
+        and not said["lora_bias"]
+    )
     tensors = load_file(tmp_path / "out" / "llm" / "adapter_model.safetensors")
     # What vLLM's `parse_fine_tuned_lora_name` takes, and its rank.
-    assert all(name.startswith("base_model.model.model.layers.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
+    assert all(
+        name.startswith("base_model.model.model.layers.") and name.endswith((".lora_A.weight", ".lora_B.weight"))
+        for name in tensors
+    )
     assert all(7 in tensor.shape and tensor.dtype == torch.bfloat16 for tensor in tensors.values())
-    assert {path.name for path in (tmp_path / "out" / "llm").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>" and AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 64
+    assert {path.name for path in (tmp_path / "out" / "llm").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
+        and AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 64
+    )
     neck = load_file(tmp_path / "out" / "neck.safetensors")
-    assert torch.equal(neck["modality_embedding.weight"], model.modality_embedding.weight) and torch.equal(neck["down.weight"], model.neck.down.weight)
+    assert torch.equal(neck["modality_embedding.weight"], model.modality_embedding.weight) and torch.equal(
+        neck["down.weight"], model.neck.down.weight
+    )
     described = json.loads((tmp_path / "out" / "multimodal.json").read_text())
     assert (described["visual_tokens"], described["tap_every"], described["llm"]) == (4, 1, str(places.llama))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_merged_networks_are_stock_ones(bias: bool, tmp_path: Path) -> None:
-    places, model = tuned_run(tmp_path, model__adapter__bias=bias, model__adapter__llm="ffn", eval__temperature=0.5, eval__top_p=0.9)
+    places, model = tuned_run(
+        tmp_path, model__adapter__bias=bias, model__adapter__llm="ffn", eval__temperature=0.5, eval__top_p=0.9
+    )
     export(places.run, tmp_path / "out", "merged", proof_samples=None, given={"dtype": "bf16"})
     merge_adapters(model)
     networks = {"llm": (LlamaForCausalLM, model.llm), "vision": (CLIPVisionModel, model.vision.clip)}
@@ -121,14 +175,24 @@ def test_merged_networks_are_stock_ones(bias: bool, tmp_path: Path) -> None:
         for key, value in found.named_parameters():
             assert torch.equal(value, expected[key].bfloat16()), key
             error = (value.double() - expected[key].double()).abs()
-            largest, off, whole = max(largest, error.max().item()), off + error.square().sum().item(), whole + expected[key].double().square().sum().item()
+            largest, off, whole = (
+                max(largest, error.max().item()),
+                off + error.square().sum().item(),
+                whole + expected[key].double().square().sum().item(),
+            )
     llm = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "llm")
     assert llm.config.mlp_bias == bias and not llm.config.attention_bias
     assert llm.lm_head.weight is llm.model.embed_tokens.weight, "the head is tied as it was"
     rounding = json.loads((tmp_path / "out" / "vltrain_origin.json").read_text())["rounding"]
     assert rounding == pytest.approx({"largest": largest, "relative": (off / whole) ** 0.5}, rel=1e-6) and largest > 0
     chosen = GenerationConfig.from_pretrained(tmp_path / "out" / "llm")
-    assert (chosen.do_sample, chosen.temperature, chosen.top_p, chosen.top_k, chosen.eos_token_id) == (True, 0.5, 0.9, 0, [2])
+    assert (chosen.do_sample, chosen.temperature, chosen.top_p, chosen.top_k, chosen.eos_token_id) == (
+        True,
+        0.5,
+        0.9,
+        0,
+        [2],
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "llm").encode("is it red?", add_special_tokens=False)
 
 
@@ -137,23 +201,50 @@ def test_pixels_of_the_image_processor_are_ours(tmp_path: Path) -> None:
     export(places.run, tmp_path / "out", "merged", proof_samples=None)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     image.save(tmp_path / "one.png")
-    ours = torch.from_numpy(decode_image((tmp_path / "one.png").read_bytes(), model.image_size, 10**8, "one.png", model.framing)).float() / 255
+    ours = (
+        torch.from_numpy(
+            decode_image((tmp_path / "one.png").read_bytes(), model.image_size, 10**8, "one.png", model.framing)
+        ).float()
+        / 255
+    )
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "out" / "vision")(image, return_tensors="pt").pixel_values[0]
     torch.testing.assert_close(theirs, ((ours - model.vision.mean) / model.vision.std)[0], rtol=0, atol=1e-5)
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    places, model = tuned_run(tmp_path, model__llm__train=True, model__adapter__llm="none", model__adapter__vision="none")
-    state = ((name, one.detach() * (1e7 if name.endswith("mlp.up_proj.weight") else 1), {}) for name, one in model.named_parameters() if one.requires_grad)
-    identity = json.loads(json.dumps({"model": model_identity(places.config(model__llm__train=True, model__adapter__llm="none", model__adapter__vision="none"))}))
+    places, model = tuned_run(
+        tmp_path, model__llm__train=True, model__adapter__llm="none", model__adapter__vision="none"
+    )
+    state = (
+        (name, one.detach() * (1e7 if name.endswith("mlp.up_proj.weight") else 1), {})
+        for name, one in model.named_parameters()
+        if one.requires_grad
+    )
+    identity = json.loads(
+        json.dumps(
+            {
+                "model": model_identity(
+                    places.config(model__llm__train=True, model__adapter__llm="none", model__adapter__vision="none")
+                )
+            }
+        )
+    )
     save_checkpoint(state, places.run / "checkpoints", step=11, belongs_to=identity, keep=9, is_writer=True)
-    with pytest.raises(InputError, match=r"model.layers.0.mlp.up_proj.weight: has a weight of .*e\+0., which fp16 cannot hold; take --dtype bf16 or fp32"):
+    with pytest.raises(
+        InputError,
+        match=r"model.layers.0.mlp.up_proj.weight: has a weight of .*e\+0., which fp16 cannot hold; take --dtype bf16 "
+        r"or fp32",
+    ):
         export(places.run, tmp_path / "out", "merged", proof_samples=None, given={"dtype": "fp16"})
     assert not (tmp_path / "out").exists()
 
 
 def model_of(**changes: Any) -> Any:
-    sizes = {"model.vision.source": "asset://tiny_vit", "model.vision.tap_every": 1, "model.llm.source": "asset://tiny_llama"}
+    sizes = {
+        "model.vision.source": "asset://tiny_vit",
+        "model.vision.tap_every": 1,
+        "model.llm.source": "asset://tiny_llama",
+    }
     return build_config({**sizes, **{name.replace("__", "."): value for name, value in changes.items()}}).model
 
 
@@ -168,7 +259,11 @@ LORA_ALONE = {"model__adapter__llm": "none", "model__llm__peft__kind": "lora"}
         ("vllm", WITH_BIAS, r"--engine vllm: vLLM takes no LoRA with a constant .* model.adapter.bias false"),
         ("llamacpp", WITH_BIAS, r"llama.cpp takes no LoRA with a constant"),
         ("sglang", WITH_BIAS, r"SGLang takes no LoRA with a constant"),
-        ("vllm", {**WITHOUT, "model__adapter__dim": 1024, "model__adapter__vision": "none"}, r"the rank 1024, and vLLM takes 512 at most"),
+        (
+            "vllm",
+            {**WITHOUT, "model__adapter__dim": 1024, "model__adapter__vision": "none"},
+            r"the rank 1024, and vLLM takes 512 at most",
+        ),
         ("vllm", {"model__adapter__llm": "none"}, r"the LLM is not tuned here"),
         ("vlm", WITHOUT, r"--engine: found 'vlm'; did you mean 'vllm'"),
     ],
@@ -187,7 +282,10 @@ def test_engines_take_what_has_no_constant(engine: str, changes: dict[str, Any])
 
 
 def test_the_rank_that_vllm_wants_to_be_told() -> None:
-    ranks = {dim: next(line for line in who_loads(model_of(**WITHOUT, model__adapter__dim=dim)) if "vLLM" in line) for dim in (2, 8, 16, 24, 512)}
+    ranks = {
+        dim: next(line for line in who_loads(model_of(**WITHOUT, model__adapter__dim=dim)) if "vLLM" in line)
+        for dim in (2, 8, 16, 24, 512)
+    }
     assert [line.split("--max-lora-rank ")[1].split()[0] for line in ranks.values()] == ["8", "8", "16", "32", "512"]
     both = model_of(**WITHOUT, model__llm__peft__kind="lora", model__llm__peft__rank=8)  # q and v have both: 16 + 8
     assert any("--max-lora-rank 32 " in line for line in who_loads(both))
@@ -195,7 +293,11 @@ def test_the_rank_that_vllm_wants_to_be_told() -> None:
 
 
 def test_what_other_architectures_call_it_is_told() -> None:
-    with pytest.raises(InputError, match="instructblip has no format 'merged': what it holds, whole holds here, expected one of peft, whole, adapters"):
+    with pytest.raises(
+        InputError,
+        match="instructblip has no format 'merged': what it holds, whole holds here, expected one of peft, whole, "
+        "adapters",
+    ):
         find_format("instructblip", "merged", "--format")
     with pytest.raises(InputError, match="has no format 'lora': what it holds, peft holds here"):
         find_format("instructblip", "lora", "--format")

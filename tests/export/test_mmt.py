@@ -1,4 +1,5 @@
-"""`vltrain export --format mmt`: the folder's own code computes and answers what the run does, for every kind of adapter that merges."""
+"""`vltrain export --format mmt`: the folder's own code computes and answers what the run does, for every kind of
+adapter that merges."""
 
 import json
 
@@ -14,9 +15,19 @@ from vltrain.programs.export import export
 
 KINDS = {
     "bottleneck": {"model__adapter__vision": "both", "model__adapter__llm": "both"},
-    "repadapter in ffn": {"model__adapter__kind": "repadapter", "model__adapter__scale": 0.7, "model__adapter__llm": "ffn", "model__adapter__vision": "ffn"},
+    "repadapter in ffn": {
+        "model__adapter__kind": "repadapter",
+        "model__adapter__scale": 0.7,
+        "model__adapter__llm": "ffn",
+        "model__adapter__vision": "ffn",
+    },
     "no biases": {"model__adapter__bias": False},
-    "lora, linear neck": {"model__llm__peft__kind": "lora", "model__adapter__llm": "none", "model__neck__kind": "linear", "model__neck__dim": 128},
+    "lora, linear neck": {
+        "model__llm__peft__kind": "lora",
+        "model__adapter__llm": "none",
+        "model__neck__kind": "linear",
+        "model__neck__dim": 128,
+    },
     "tied head": {"llm_config": {"tie_word_embeddings": True}},
     "all tuned": {"model__tune": "full", "by": 0.05},
     "4 bits": {"model__bits": 4},
@@ -31,7 +42,9 @@ def test_the_folder_says_what_the_run_says(kind, tmp_path, here):
     run = mmt_run(tmp_path, **KINDS[kind])
     export(run, tmp_path / "out", "mmt")
     proof = json.loads((tmp_path / "out" / PROOF).read_text())
-    assert proof["proven"] and proof["answers_equal"] == len(proof["samples"]) == 8 and proof["max_relative_error"] < 1e-5
+    assert (
+        proof["proven"] and proof["answers_equal"] == len(proof["samples"]) == 8 and proof["max_relative_error"] < 1e-5
+    )
     assert len({case["expected"] for case in proof["samples"]}) > 1, "the answers tell pictures and questions apart"
 
 
@@ -45,7 +58,8 @@ def test_halves_tell_their_error(dtype, tmp_path, here):
 
 
 def test_batches_beams_and_copies(tmp_path, here):
-    """Prompts padded on the left, two images for one, none for another: each is answered as alone; a saved copy says the same."""
+    """Prompts padded on the left, two images for one, none for another: each is answered as alone; a saved copy says
+    the same."""
     run = mmt_run(tmp_path, llm_config={"tie_word_embeddings": True})
     export(run, tmp_path / "out", "mmt")
     processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -90,11 +104,21 @@ def test_the_untuned_model_can_be_exported_too(tmp_path, here):
     ("changes", "said"),
     [
         ({"model__adapter__kind": "router"}, "'router' (in the llm) is routed"),
-        ({"model__adapter__kind": "bottleneck", "model__adapter__vision_kind": "loha_silu"}, "'loha_silu' (in the vision) is no linear map"),
-        ({"model__llm__peft__kind": "adaption_prompt", "model__llm__peft__adapter_len": 2, "model__adapter__llm": "none"}, "prompts of adaption_prompt"),
+        (
+            {"model__adapter__kind": "bottleneck", "model__adapter__vision_kind": "loha_silu"},
+            "'loha_silu' (in the vision) is no linear map",
+        ),
+        (
+            {
+                "model__llm__peft__kind": "adaption_prompt",
+                "model__llm__peft__adapter_len": 2,
+                "model__adapter__llm": "none",
+            },
+            "prompts of adaption_prompt",
+        ),
     ],
     ids=["router", "loha", "prompts"],
-)  # fmt: skip
+)
 def test_what_cannot_be_merged_is_refused_by_name(changes, said, tmp_path, capsys):
     run = mmt_run(tmp_path, **changes)
     assert main(["export", str(run), "--output", str(tmp_path / "out"), "--format", "mmt"]) == 2

@@ -1,4 +1,5 @@
-"""The proof of an export: folders that do not compute what the run does are never left, and nothing of vltrain is needed to read one."""
+"""The proof of an export: folders that do not compute what the run does are never left, and nothing of vltrain is
+needed to read one."""
 
 import dataclasses
 import json
@@ -25,7 +26,9 @@ def weights(change):
     def fault(folder: Path) -> None:
         found = load_file(folder / MODEL)
         change(found)
-        save_file({name: value.contiguous() for name, value in found.items()}, folder / MODEL, metadata={"format": "pt"})
+        save_file(
+            {name: value.contiguous() for name, value in found.items()}, folder / MODEL, metadata={"format": "pt"}
+        )
 
     return fault
 
@@ -44,7 +47,11 @@ FAULTS = {
     "a transposed weight": weights(lambda found: found.update({f"{QUERY}.weight": found[f"{QUERY}.weight"].t()})),
     "a dropped bias": weights(lambda found: found.update({f"{QUERY}.bias": torch.zeros_like(found[f"{QUERY}.bias"])})),
     "an untied head": settings(CONFIG, tie_word_embeddings=False),
-    "modality rows exchanged": weights(lambda found: found["language_model.embed_tokens.weight"][-2:].copy_(found["language_model.embed_tokens.weight"][-2:].flip(0))),
+    "modality rows exchanged": weights(
+        lambda found: found["language_model.embed_tokens.weight"][-2:].copy_(
+            found["language_model.embed_tokens.weight"][-2:].flip(0)
+        )
+    ),
     "another tap": settings(CONFIG, tap_every=1),
     "another mean": settings(PROCESSOR, image_mean=[0.5, 0.5, 0.5]),
     "another filter": settings(PROCESSOR, resample=2),
@@ -97,11 +104,26 @@ def test_the_clean_process_knows_nothing_of_vltrain(run, tmp_path):
     out = tmp_path / "out"
     assert main(["export", str(run), "--output", str(out), "--format", "mmt", "--proof-samples", "3"]) == 0
     proof = json.loads((out / PROOF).read_text())
-    assert proof["proven"] and len(proof["samples"]) == 3 and proof["read_by"].startswith("stock libraries") and "transformers" in proof["versions"]
+    assert (
+        proof["proven"]
+        and len(proof["samples"]) == 3
+        and proof["read_by"].startswith("stock libraries")
+        and "transformers" in proof["versions"]
+    )
     card = (out / "README.md").read_text()
-    lines = card.partition("```python\n")[2].partition("```")[0].replace('"picture.png"', repr(str(run.parent / "data" / "samples" / "0.png"))).replace('"out"', repr(str(out)))
+    lines = (
+        card.partition("```python\n")[2]
+        .partition("```")[0]
+        .replace('"picture.png"', repr(str(run.parent / "data" / "samples" / "0.png")))
+        .replace('"out"', repr(str(out)))
+    )
     alone = f"import sys\nsys.modules['vltrain'] = None\n{lines}"
-    done = subprocess.run([sys.executable, "-I", "-c", alone], capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", alone],
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "dtype" not in done.stdout and len(done.stdout.splitlines()) == 1
 
@@ -115,11 +137,16 @@ def test_what_is_kept_out_cannot_be_imported():
 def test_options_of_the_proof(run, tmp_path, here, capsys):
     out = ["export", str(run), "--output", str(tmp_path / "out")]
     for words, said in (
-        (["--proof", "all"], "expected none"), (["--proof-samples", "0"], "from 1 to"), (["--proof-samples", "-1"], "from 1 to"), (["--proof-samples", "x"], "from 1 to"),
-        (["--proof", "none", "--proof-samples", "3"], "has no effect"), (["--format", "adapters", "--dtype", "bf16"], "has no effect on the format adapters"),
-        (["--dtype", "fp8"], "expected one of fp32, bf16, fp16"), (["--format", "peft"], "has no format 'peft'"),
+        (["--proof", "all"], "expected none"),
+        (["--proof-samples", "0"], "from 1 to"),
+        (["--proof-samples", "-1"], "from 1 to"),
+        (["--proof-samples", "x"], "from 1 to"),
+        (["--proof", "none", "--proof-samples", "3"], "has no effect"),
+        (["--format", "adapters", "--dtype", "bf16"], "has no effect on the format adapters"),
+        (["--dtype", "fp8"], "expected one of fp32, bf16, fp16"),
+        (["--format", "peft"], "has no format 'peft'"),
         (["--format", "adapters", "--checkpoint", "none"], "nothing tuned"),
-    ):  # fmt: skip
+    ):
         assert main([*out, *words]) == 2
         assert said in capsys.readouterr().err, words
     samples = run.parent / "data" / "samples" / "test.jsonl"
@@ -138,12 +165,38 @@ def test_options_of_the_proof(run, tmp_path, here, capsys):
 def test_the_card_tells_what_the_run_knows(run, tmp_path, here):
     evaluated = run / "eval" / "test"
     evaluated.mkdir(parents=True)
-    (evaluated / "metrics.json").write_text(json.dumps({"split": "test", "step": 7, "scorer": "exact", "measure": "accuracy", "accuracy": 0.75, "correct": 6, "total": 8}))
+    (evaluated / "metrics.json").write_text(
+        json.dumps(
+            {
+                "split": "test",
+                "step": 7,
+                "scorer": "exact",
+                "measure": "accuracy",
+                "accuracy": 0.75,
+                "correct": 6,
+                "total": 8,
+            }
+        )
+    )
     (run / "eval" / "val").mkdir()
-    (run / "eval" / "val" / "metrics.json").write_text(json.dumps({"split": "val", "step": 6, "scorer": "exact", "measure": "accuracy", "accuracy": 0.5, "correct": 4, "total": 8}))
+    (run / "eval" / "val" / "metrics.json").write_text(
+        json.dumps(
+            {
+                "split": "val",
+                "step": 6,
+                "scorer": "exact",
+                "measure": "accuracy",
+                "accuracy": 0.5,
+                "correct": 4,
+                "total": 8,
+            }
+        )
+    )
     export(run, tmp_path / "out", "mmt")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| test | exact | accuracy | 0.7500 | 6 of 8 |" in card and "| val |" not in card, "of these very weights alone"
+    assert "| test | exact | accuracy | 0.7500 | 6 of 8 |" in card and "| val |" not in card, (
+        "of these very weights alone"
+    )
     assert "license: unknown" in card and "tap_every: 2" in card and "step 7" in card and "8 answers are those" in card
 
 
@@ -154,7 +207,14 @@ def test_check_export_asks_again(run, with_fault, here, tmp_path, capsys):
     assert "ok      3 of 3 answers" in capsys.readouterr().out
     FAULTS["a dropped bias"](out)
     assert main(["check", "export", str(out)]) == 1
-    assert "FAILED  proof: sample 'sample 0': the exported folder does not compute what the run does" in capsys.readouterr().out
-    for words, said in (([str(tmp_path)], "expected a folder that `vltrain export` wrote"), ([str(out), "--run", str(tmp_path / "x")], "is not there"), ([], "expected FOLDER")):
+    assert (
+        "FAILED  proof: sample 'sample 0': the exported folder does not compute what the run does"
+        in capsys.readouterr().out
+    )
+    for words, said in (
+        ([str(tmp_path)], "expected a folder that `vltrain export` wrote"),
+        ([str(out), "--run", str(tmp_path / "x")], "is not there"),
+        ([], "expected FOLDER"),
+    ):
         assert main(["check", "export", *words]) == 2
         assert said in capsys.readouterr().err

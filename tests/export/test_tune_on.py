@@ -12,13 +12,18 @@ from vltrain.errors import InputError
 from vltrain.inference.run import recipe_of
 from vltrain.models.build import build_model
 from vltrain.programs.export import export
-from vltrain.train.adapters_folder import open_adapters
-from vltrain.train.checkpoint import load_trainable, newest_checkpoint, save_checkpoint
-from vltrain.train.identity import model_identity
-from vltrain.train.made_of import made_of
-from vltrain.train.origin import find_origin, require_same_frozen, with_peft_folder
+from vltrain.train.checkpoints.adapters_folder import open_adapters
+from vltrain.train.checkpoints.checkpoint import load_trainable, newest_checkpoint, save_checkpoint
+from vltrain.train.run.identity import model_identity
+from vltrain.train.run.made_of import made_of
+from vltrain.train.run.origin import find_origin, require_same_frozen, with_peft_folder
 
-LORA = {"model__llm__peft__kind": "lora", "model__llm__peft__targets": ("q_proj", "up_proj"), "model__adapter__llm": "none", "model__adapter__vision": "none"}
+LORA = {
+    "model__llm__peft__kind": "lora",
+    "model__llm__peft__targets": ("q_proj", "up_proj"),
+    "model__adapter__llm": "none",
+    "model__adapter__vision": "none",
+}
 
 
 def with_identity(run):
@@ -34,7 +39,9 @@ def with_identity(run):
 def begun(run, place, folder):
     """(what a run over the same base that begins with `place` starts from, its recipe)."""
     config = recipe_of(run)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(place)), output=str(folder / "new"))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, init_from=str(place)), output=str(folder / "new")
+    )
     origin = find_origin(config, None)
     require_same_frozen(origin.checkpoint, config, made_of(config))
     model = build_model(config.model)
@@ -42,7 +49,11 @@ def begun(run, place, folder):
     return origin, {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-@pytest.mark.parametrize("form, changes", [("adapters", {}), ("adapters", {"model__adapter__kind": "router"}), ("lora", LORA)], ids=["adapters", "router", "lora"])
+@pytest.mark.parametrize(
+    "form, changes",
+    [("adapters", {}), ("adapters", {"model__adapter__kind": "router"}), ("lora", LORA)],
+    ids=["adapters", "router", "lora"],
+)
 def test_a_new_run_of_the_paper_s_model_begins_with_the_weights(form, changes, tmp_path):
     run = with_identity(mmt_run(tmp_path, **changes))
     export(run, tmp_path / "out", form, proof_samples=None)
@@ -69,7 +80,13 @@ def test_adapters_that_were_written_as_lora_are_not_taken_apart(tmp_path):
         begun(run, tmp_path / "out", tmp_path)
 
 
-@pytest.mark.parametrize("change, said", [(lambda path: path.unlink(), "No such file|not a safetensors"), (lambda path: path.write_bytes(b"x" * 9), "not a safetensors")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda path: path.unlink(), "No such file|not a safetensors"),
+        (lambda path: path.write_bytes(b"x" * 9), "not a safetensors"),
+    ],
+)
 def test_a_damaged_lora_folder_is_refused(change, said, tmp_path):
     run = with_identity(mmt_run(tmp_path, **LORA))
     export(run, tmp_path / "out", "lora", proof_samples=None)
@@ -90,4 +107,6 @@ def test_an_instructblip_begins_with_a_folder_of_peft_s(tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())
     export(run, tmp_path / "adapters", "adapters", proof_samples=None)
     own = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "adapters")))
-    assert with_peft_folder(own) == own and all(torch.equal(value, expected[name]) for name, value in find_origin(own, None).checkpoint.weights())
+    assert with_peft_folder(own) == own and all(
+        torch.equal(value, expected[name]) for name, value in find_origin(own, None).checkpoint.weights()
+    )

@@ -29,7 +29,9 @@ def reads(monkeypatch):
     """Which files were read."""
     seen = []
     whole = digest._read_digest
-    monkeypatch.setattr(digest, "_read_digest", lambda algorithm, path: seen.append(os.path.basename(path)) or whole(algorithm, path))
+    monkeypatch.setattr(
+        digest, "_read_digest", lambda algorithm, path: seen.append(os.path.basename(path)) or whole(algorithm, path)
+    )
     return seen
 
 

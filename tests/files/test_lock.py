@@ -19,14 +19,19 @@ from vltrain.errors import InputError
 from vltrain.files import lock as locks
 from vltrain.files.lock import lock_beside, lock_inside, one_writer, writer_of
 
-WRITES = "import sys; from pathlib import Path; from vltrain.files.lock import *; f = Path(sys.argv[1])\nwith one_writer(lock_inside(f), f): print(1, flush=True); input()"
+WRITES = (
+    "import sys; from pathlib import Path; from vltrain.files.lock import *; f = Path(sys.argv[1])\nwith "
+    "one_writer(lock_inside(f), f): print(1, flush=True); input()"
+)
 
 
 @pytest.fixture
 def other(tmp_path):
     """A process that writes the folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", WRITES, tmp_path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITES, tmp_path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
         child.stdout.readline()
         yield child
         child.kill()
@@ -34,7 +39,13 @@ def other(tmp_path):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    for name, seconds in {"BEAT_SECONDS": 0.1, "STALE_SECONDS": 0.6, "POLL_SECONDS": 0.02, "TELL_SECONDS": 0.2, "SIGN_SECONDS": 0.1}.items():
+    for name, seconds in {
+        "BEAT_SECONDS": 0.1,
+        "STALE_SECONDS": 0.6,
+        "POLL_SECONDS": 0.02,
+        "TELL_SECONDS": 0.2,
+        "SIGN_SECONDS": 0.1,
+    }.items():
         monkeypatch.setattr(locks, name, seconds)
 
 
@@ -52,7 +63,15 @@ def hold(folder: Path, **options):
 
 def signed(folder: Path, **changed) -> Path:
     """A lock file with the name of another writer in it, which nobody holds."""
-    record = {"host": "node7", "place": "another boot", "pid": 4711, "start": "1", "since": 1.7e9, "command": "vltrain train --x", "token": "t"}
+    record = {
+        "host": "node7",
+        "place": "another boot",
+        "pid": 4711,
+        "start": "1",
+        "since": 1.7e9,
+        "command": "vltrain train --x",
+        "token": "t",
+    }
     path = lock_inside(folder)
     path.write_text(json.dumps({**record, **changed}))
     return path
@@ -68,7 +87,17 @@ def test_the_second_is_told_by_whom(tmp_path, other):
     with pytest.raises(InputError) as refusal, hold(tmp_path, remedy="stand aside"):
         pass
     told = str(refusal.value)
-    assert all(part in told for part in (str(tmp_path), f"pid {other.pid}", f"host {os.uname().nodename}", "since 20", "`-c ", "stand aside")), told
+    assert all(
+        part in told
+        for part in (
+            str(tmp_path),
+            f"pid {other.pid}",
+            f"host {os.uname().nodename}",
+            "since 20",
+            "`-c ",
+            "stand aside",
+        )
+    ), told
     assert writer_of(lock_inside(tmp_path)).pid == other.pid
 
 
@@ -207,7 +236,10 @@ def test_a_file_that_names_nobody_is_no_obstacle_unless_it_is_held(tmp_path, has
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file/sub.*cannot be written"), one_writer(lock_beside(tmp_path / "file" / "sub"), tmp_path / "file" / "sub"):
+    with (
+        pytest.raises(InputError, match="file/sub.*cannot be written"),
+        one_writer(lock_beside(tmp_path / "file" / "sub"), tmp_path / "file" / "sub"),
+    ):
         pass
 
 
@@ -215,9 +247,13 @@ def test_who_was_stopped_and_replaced_ends(tmp_path, other):
     """A process that comes back to a folder that is another's by now must not write on."""
     code = WRITES.replace("f = Path", "import vltrain.files.lock as m; m.BEAT_SECONDS = 0.05; f = Path")
     child = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "mine"], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, tmp_path / "mine"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     child.stdout.readline()
     signed(tmp_path / "mine")
     assert child.wait(timeout=20) == 2 and "node7" in child.stderr.read()

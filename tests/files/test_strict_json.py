@@ -1,4 +1,5 @@
-"""The strict JSON reader: beside `json.loads` on what is plain, and each refusal with its place, in all of its doors."""
+"""The strict JSON reader: beside `json.loads` on what is plain, and each refusal with its place, in all of its
+doors."""
 
 import json
 import os
@@ -8,20 +9,43 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vltrain.errors import InputError
-from vltrain.files.strict_json import MAX_DEPTH, MAX_DIGITS, expect, field, parse_json, parse_line, read_json, read_lines, read_object, read_records, texts
+from vltrain.files.strict_json import (
+    MAX_DEPTH,
+    MAX_DIGITS,
+    expect,
+    field,
+    parse_json,
+    parse_line,
+    read_json,
+    read_lines,
+    read_object,
+    read_records,
+    texts,
+)
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), inner, max_size=4),
-)  # fmt: skip
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=6), inner, max_size=4)
+    ),
+)
 
 
 def doors(folder, content: bytes):
     """The value that each reader takes from the same bytes, one line of them."""
     path = folder / "x"
     path.write_bytes(content)
-    return [lambda: parse_json(content, "x"), lambda: parse_line(content, "x", 1), lambda: read_json(path), lambda: next(iter(read_lines(path)))[1]]
+    return [
+        lambda: parse_json(content, "x"),
+        lambda: parse_line(content, "x", 1),
+        lambda: read_json(path),
+        lambda: next(iter(read_lines(path)))[1],
+    ]
 
 
 @settings(max_examples=150, derandomize=True, database=None, deadline=None)
@@ -70,7 +94,11 @@ def test_what_is_refused_is_refused_in_every_door_with_its_place(name, tmp_path)
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b'{"a": "\xff"}', "1:8: not UTF-8"), ("[1]".encode("utf-16"), "is it UTF-16?"), (b'["\xed\xa0\x80"]', "1:3: not UTF-8")],
+    [
+        (b'{"a": "\xff"}', "1:8: not UTF-8"),
+        ("[1]".encode("utf-16"), "is it UTF-16?"),
+        (b'["\xed\xa0\x80"]', "1:3: not UTF-8"),
+    ],
 )
 def test_bytes_that_are_no_utf8(content, words, tmp_path):
     for read in doors(tmp_path, content):
@@ -86,7 +114,9 @@ def test_as_deep_as_may_be_is_read(tmp_path):
 
 
 def test_lines_end_in_a_line_feed_only(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes("".join(f'{{"a": "{text}"}}\r\n \t\n' for text in ("a\u2028b", "a\u2029b", "a\x85b", "a\\u000cb")).encode())
+    (tmp_path / "x.jsonl").write_bytes(
+        "".join(f'{{"a": "{text}"}}\r\n \t\n' for text in ("a\u2028b", "a\u2029b", "a\x85b", "a\\u000cb")).encode()
+    )
     found = list(read_lines(tmp_path / "x.jsonl"))
     assert [value["a"] for _, value in found] == ["a\u2028b", "a\u2029b", "a\x85b", "a\x0cb"]
     assert [where.rpartition(":")[2] for where, _ in found] == ["1", "3", "5", "7"]
@@ -110,7 +140,9 @@ def test_lines_name_their_number_and_column(tmp_path):
 def test_records_of_a_list_and_of_lines_are_the_same(values, indent, mark, tmp_path_factory):
     folder = tmp_path_factory.mktemp("records")
     front = "\ufeff" if mark else ""
-    (folder / "list").write_text(front + json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8", newline="")
+    (folder / "list").write_text(
+        front + json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8", newline=""
+    )
     assert [value for _, value in read_records(folder / "list")] == values
     objects = [{"v": value} for value in values]
     if objects:
@@ -120,9 +152,23 @@ def test_records_of_a_list_and_of_lines_are_the_same(values, indent, mark, tmp_p
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[1 2]", "1:4: found '2]', expected"), ("[1,", "1:4: "), ("[1", "1:3: ends in the middle"), ("[1]]", "1:4: found ']' behind"), ("[1,]", "1:4: not JSON"),
-     ('"a"', "found \"a\", expected a JSON list"), ("", "found nothing in it, expected a JSON list"), ("  \n ", "found nothing in it"), ('{"a": 1}\nx', "2:1: not JSON"), ('{\n "a": 1}', "1:2: not JSON (Expecting property name enclosed in double quotes); expected a JSON list or JSON Lines"), ("3", "found 3")],
-)  # fmt: skip
+    [
+        ("[1 2]", "1:4: found '2]', expected"),
+        ("[1,", "1:4: "),
+        ("[1", "1:3: ends in the middle"),
+        ("[1]]", "1:4: found ']' behind"),
+        ("[1,]", "1:4: not JSON"),
+        ('"a"', 'found "a", expected a JSON list'),
+        ("", "found nothing in it, expected a JSON list"),
+        ("  \n ", "found nothing in it"),
+        ('{"a": 1}\nx', "2:1: not JSON"),
+        (
+            '{\n "a": 1}',
+            "1:2: not JSON (Expecting property name enclosed in double quotes); expected a JSON list or JSON Lines",
+        ),
+        ("3", "found 3"),
+    ],
+)
 def test_records_that_are_none(text, words, tmp_path):
     (tmp_path / "x").write_text(text)
     with pytest.raises(InputError) as caught:
@@ -134,8 +180,19 @@ def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to("loop")
-    for name, words in (("pipe", "something else than a file"), ("device", "something else"), (".", "a folder"), ("absent", "no such file"), ("loop", "cannot be read")):
-        for read in (read_json, read_object, lambda path: list(read_lines(path)), lambda path: list(read_records(path))):
+    for name, words in (
+        ("pipe", "something else than a file"),
+        ("device", "something else"),
+        (".", "a folder"),
+        ("absent", "no such file"),
+        ("loop", "cannot be read"),
+    ):
+        for read in (
+            read_json,
+            read_object,
+            lambda path: list(read_lines(path)),
+            lambda path: list(read_records(path)),
+        ):
             with pytest.raises(InputError, match=words):
                 read(tmp_path / name)
     (tmp_path / "big").write_text(json.dumps("x" * 100))
@@ -146,11 +203,22 @@ def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path):
 def test_types_are_required_and_never_converted():
     record = {"t": "text", "blank": " \u2003", "n": 1, "f": 1.5, "b": True, "none": None, "l": ["a", 1], "s": ["a"]}
     assert field(record, "t", str, "w") == "text" and texts(record, "s", "w") == ["a"] and expect(1, float, "w") == 1
-    for key, kind in (("n", str), ("none", str), ("l", str), ("blank", str), ("absent", str), ("b", int), ("f", int), ("t", list), ("s", dict), ("n", bool)):
+    for key, kind in (
+        ("n", str),
+        ("none", str),
+        ("l", str),
+        ("blank", str),
+        ("absent", str),
+        ("b", int),
+        ("f", int),
+        ("t", list),
+        ("s", dict),
+        ("n", bool),
+    ):
         with pytest.raises(InputError, match=f"^w: {key}: found .*expected"):
             field(record, key, kind, "w")
     with pytest.raises(InputError, match=r"^w: l\[1\]: found 1, expected a text"):
         texts(record, "l", "w")
     for value, kind in ((True, int), (True, float), ("1", float), (None, str), (1.0, int)):
-        with pytest.raises(InputError, match="found (true|\"1\"|null|1.0), expected"):
+        with pytest.raises(InputError, match='found (true|"1"|null|1.0), expected'):
             expect(value, kind, "w")

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from vltrain.data import folder as folders
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
+from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.events import EventWriter
 from vltrain.files.lines import LineFile
-from vltrain.files.whole import write_json, write_whole
 
 
 def fill(folder):
@@ -54,7 +54,11 @@ def test_lines_and_whole_files(small_disk):
 
 def test_a_folder_in_the_place_of_a_file(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
-    for call in (lambda: LineFile(tmp_path / "log.jsonl"), lambda: write_whole(tmp_path / "log.jsonl", "x"), lambda: EventWriter(Path("/dev/null/x"))):
+    for call in (
+        lambda: LineFile(tmp_path / "log.jsonl"),
+        lambda: write_whole(tmp_path / "log.jsonl", "x"),
+        lambda: EventWriter(Path("/dev/null/x")),
+    ):
         with pytest.raises(InputError, match="written"):
             call()
 
@@ -84,7 +88,9 @@ def test_many_files_are_flushed_with_their_file_system(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "sync", flushed.append)
     for name, has_call in (("at once", True), ("one by one", False)):
         flushed.clear()
-        monkeypatch.setattr(folders.ctypes, "CDLL", (lambda *_, **__: libc) if has_call else (lambda *_, **__: object()))
+        monkeypatch.setattr(
+            folders.ctypes, "CDLL", (lambda *_, **__: libc) if has_call else (lambda *_, **__: object())
+        )
         with folders.new_folder(tmp_path / name) as folder:
             for number in range(4):
                 (folder / str(number)).write_text("x")

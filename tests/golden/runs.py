@@ -1,4 +1,5 @@
-"""The runs whose losses are kept, and how they are made: ten steps each by the real trainer, in one process of its own."""
+"""The runs whose losses are kept, and how they are made: ten steps each by the real trainer, in one process of its
+own."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from safetensors.torch import load_file
 from tests.support.blip import QUERIES, blip_config, make_samples, make_tokenizers
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
-from vltrain.data.conversation import encode_sample
-from vltrain.data.instruction import InstructionSource
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.conversation import encode_sample
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.models.adapters.table import ADAPTERS
 
 KEPT = Path(__file__).with_name("losses.json")
@@ -22,10 +23,22 @@ COMMON = {"train__max_steps": STEPS, "train__epochs": 50.0, "train__packs_per_st
 BOTH = {"model__adapter__vision": "both", "model__adapter__llm": "both"}
 NONE = {"model__adapter__vision": "none", "model__adapter__llm": "none"}
 ADALORA = {"init_rank": 4, "target_rank": 2, "tinit": 2, "tfinal": 2, "delta_t": 2}
-MORE = {"repadapter": {"model__adapter__scale": 0.5}, "loha_silu": {"model__adapter__dim": 16}, "loha_weighted": {"model__adapter__dim": 16}}
+MORE = {
+    "repadapter": {"model__adapter__scale": 0.5},
+    "loha_silu": {"model__adapter__dim": 16},
+    "loha_weighted": {"model__adapter__dim": 16},
+}
 
 MMT: dict[str, dict[str, Any]] = {
-    **{kind: {"model__adapter__kind": kind, **BOTH, **MORE.get(kind, {}), **({"model__adapter__rank": 2} if kind.startswith("loha") else {})} for kind in ADAPTERS},
+    **{
+        kind: {
+            "model__adapter__kind": kind,
+            **BOTH,
+            **MORE.get(kind, {}),
+            **({"model__adapter__rank": 2} if kind.startswith("loha") else {}),
+        }
+        for kind in ADAPTERS
+    },
     "bottleneck without biases": {**BOTH, "model__adapter__bias": False},
     "linear neck": {"model__neck__kind": "linear"},
     "lora": {**NONE, "model__llm__peft__kind": "lora", "model__llm__peft__targets": ["q_proj", "down_proj"]},
@@ -35,7 +48,11 @@ MMT: dict[str, dict[str, Any]] = {
 }
 BLIP: dict[str, dict[str, Any]] = {
     "lora": {"qformer__mode": "lora", "llm__mode": "lora"},
-    "adalora": {"qformer__mode": "adalora", "llm__mode": "adalora", **{f"adalora__{name}": value for name, value in ADALORA.items()}},
+    "adalora": {
+        "qformer__mode": "adalora",
+        "llm__mode": "adalora",
+        **{f"adalora__{name}": value for name, value in ADALORA.items()},
+    },
     "full": {"vision": "full", "qformer__mode": "full", "llm__mode": "full"},
 }
 
@@ -43,16 +60,29 @@ BLIP: dict[str, dict[str, Any]] = {
 def scenarios(folder: Path) -> list[dict[str, Any]]:
     """The runs, as tests.train.worker takes them, with their packs written."""
     packs = write_packs(folder / "packs", make_segments(8))
-    told = [{"name": f"mmt, {name}", "packs": str(packs), "changes": {**COMMON, **changes}} for name, changes in MMT.items()]
+    told = [
+        {"name": f"mmt, {name}", "packs": str(packs), "changes": {**COMMON, **changes}} for name, changes in MMT.items()
+    ]
     places = make_tokenizers(folder / "tokenizers")
     for kind in ("llama", "t5"):
         tokenizer = load_tokenizer(places[kind], InstructionSource(source=places["bert"], max_tokens=32))
-        segments = [encode_sample(sample, tokenizer, blip_config(kind).data.template, QUERIES) for sample in make_samples(16)]
+        segments = [
+            encode_sample(sample, tokenizer, blip_config(kind).data.template, QUERIES) for sample in make_samples(16)
+        ]
         packs = write_packs(folder / f"packs_{kind}", [segments[first : first + 2] for first in range(0, 16, 2)])
         told += [
-            {"name": f"instructblip with {kind}, {name}", "blip": kind, "packs": str(packs), "changes": {**COMMON, **changes}} for name, changes in BLIP.items()
+            {
+                "name": f"instructblip with {kind}, {name}",
+                "blip": kind,
+                "packs": str(packs),
+                "changes": {**COMMON, **changes},
+            }
+            for name, changes in BLIP.items()
         ]
-    return [{**one, "ds": {"zero_optimization": {"stage": 0}}, "output": str(folder / one["name"].replace(" ", "_"))} for one in told]
+    return [
+        {**one, "ds": {"zero_optimization": {"stage": 0}}, "output": str(folder / one["name"].replace(" ", "_"))}
+        for one in told
+    ]
 
 
 def losses_now(folder: Path) -> dict[str, dict[str, list[float]]]:

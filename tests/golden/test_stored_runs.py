@@ -1,4 +1,5 @@
-"""Runs that an earlier commit left (see `tests.golden.stored_runs`) go on, are verified, answer, and begin others, as they did by its code."""
+"""Runs that an earlier commit left (see `tests.golden.stored_runs`) go on, are verified, answer, and begin others, as
+they did by its code."""
 
 import json
 import shutil
@@ -10,8 +11,8 @@ from safetensors.torch import load_file
 from tests.golden.stored_runs import NAMES, SAVED, STEPS, STORED, batch_digests, machine
 from tests.support.processes import vltrain
 from vltrain.models.build import build_model
-from vltrain.train.adapters_folder import open_adapters
-from vltrain.train.checkpoint import load_trainable
+from vltrain.train.checkpoints.adapters_folder import open_adapters
+from vltrain.train.checkpoints.checkpoint import load_trainable
 
 TOLERANCE = 1e-5  # of losses, on another CPU than theirs
 
@@ -51,8 +52,13 @@ def test_it_goes_on_as_it_would_have(place, resumed):
     expected_header, *expected_steps = lines_of(stored / "receipt.jsonl")
     assert header == expected_header
     for found, expected in zip(steps, expected_steps, strict=True):
-        assert [found[name] for name in ("step", "samples", "label_tokens")] == [expected[name] for name in ("step", "samples", "label_tokens")]
-    identities = [json.loads((run / "checkpoints" / f"step-{SAVED:08d}" / "checkpoint.json").read_text())["belongs_to"] for run in (resumed, stored)]
+        assert [found[name] for name in ("step", "samples", "label_tokens")] == [
+            expected[name] for name in ("step", "samples", "label_tokens")
+        ]
+    identities = [
+        json.loads((run / "checkpoints" / f"step-{SAVED:08d}" / "checkpoint.json").read_text())["belongs_to"]
+        for run in (resumed, stored)
+    ]
     assert identities[0] == identities[1]
 
 

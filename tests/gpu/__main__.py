@@ -28,13 +28,25 @@ PARTS = {
     "exporting": "vltrain export and check export, every format of the architecture",
     "stages": "a recipe in stages: trained, evaluated, checked, found done",
     "serving": "vltrain serve: a dozen clients at once",
-    "architectures": "each architecture beside the CPU: answers, ranking, captions; InstructBLIP with T5 and LLaMA trained",
+    "architectures": "each architecture beside the CPU: answers, ranking, captions; InstructBLIPs trained",
     "bits": "frozen weights in 4 and 8 bits: products, and runs",
     "seven_b": "the 7B recipe at full size, random weights: tokens a second, utilisation, memory beside the plan's",
     "trainers": "Trainer and TRL beside us, SmolLM2-135M and a LLaMA of 1B",
     "speed": "the fused kernel beside torch and the bandwidth's floor; ways of attention beside each other",
 }
-EMULATED = ("doctor", "kernels", "equivalence", "bits", "seven_b", "asking", "evaluating", "exporting", "stages", "serving", "architectures")
+EMULATED = (
+    "doctor",
+    "kernels",
+    "equivalence",
+    "bits",
+    "seven_b",
+    "asking",
+    "evaluating",
+    "exporting",
+    "stages",
+    "serving",
+    "architectures",
+)
 LIMIT_SECONDS = 600
 ROOT = Path(__file__).parents[2]
 
@@ -49,21 +61,31 @@ def main() -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     failed = [name for name in names if not _run(name, given.output, given.emulate, given.limit)]
     write_page(given.output, list(PARTS))
-    print(f"gpu.sh: {len(names) - len(failed)} passed, {len(failed)} failed{': ' + ', '.join(failed) if failed else ''}; {given.output / 'gpu.md'}")
+    print(
+        f"gpu.sh: {len(names) - len(failed)} passed, {len(failed)} "
+        f"failed{': ' + ', '.join(failed) if failed else ''}; {given.output / 'gpu.md'}"
+    )
     return 1 if failed else 0
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests/gpu.sh", description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), metavar="NAME", help="only these: " + ", ".join(PARTS))
+    parser.add_argument(
+        "--part", nargs="+", choices=list(PARTS), metavar="NAME", help="only these: " + ", ".join(PARTS)
+    )
     parser.add_argument("--emulate", action="store_true", help="on a CPU, what emulation can show")
     parser.add_argument("--list", action="store_true", help="tell what parts there are")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "gpu", help="folder of JSON and page")
-    parser.add_argument("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help=f"of one part (default: {LIMIT_SECONDS})")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help=f"of one part (default: {LIMIT_SECONDS})"
+    )
     given = parser.parse_args()
     given.output = given.output.resolve()
     if given.emulate and given.part and set(given.part) - set(EMULATED):
-        parser.error(f"--emulate: {', '.join(sorted(set(given.part) - set(EMULATED)))} need a GPU; emulated are {', '.join(EMULATED)}")
+        parser.error(
+            f"--emulate: {', '.join(sorted(set(given.part) - set(EMULATED)))} need a GPU; emulated are "
+            f"{', '.join(EMULATED)}"
+        )
     if not given.emulate and not given.list:
         import torch
 
@@ -79,11 +101,17 @@ def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
     result.unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     if emulate:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment |= {
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
     command = [sys.executable, "-m", f"tests.gpu.{name}", "--output", str(output), *(["--emulate"] if emulate else [])]
     started = time.perf_counter()
     with log.open("wb") as words:
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=words, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=words, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = child.wait(timeout=limit)
         except BaseException as error:
@@ -92,7 +120,13 @@ def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
                 raise
             code = None
     seconds = time.perf_counter() - started
-    found: dict[str, Any] = {"seconds": round(seconds, 1), "emulated": emulate, "machine": {}, "tables": {}, "failures": []}
+    found: dict[str, Any] = {
+        "seconds": round(seconds, 1),
+        "emulated": emulate,
+        "machine": {},
+        "tables": {},
+        "failures": [],
+    }
     if result.exists():
         found = json.loads(result.read_text())
     if code is None:
@@ -107,7 +141,8 @@ def _run(name: str, output: Path, emulate: bool, limit: float) -> bool:
 
 
 def _end(part: int) -> None:
-    """Kills a part and all that it started: ranks have sessions of their own, and would go on, on the card that the next part measures."""
+    """Kills a part and all that it started: ranks have sessions of their own, and would go on, on the card that the
+    next part measures."""
     try:
         family = [psutil.Process(part), *psutil.Process(part).children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,9 +1,10 @@
-"""Real DeepSpeed at ZeRO 0 to 3 in fp32 and bf16 beside a plain PyTorch loop that feeds one sample at a time, all on this device.
+"""Real DeepSpeed at ZeRO 0 to 3 in fp32 and bf16 beside a plain PyTorch loop that feeds one sample at a time, all on
+this device.
 
-The table says which stages give ZeRO 0's losses bit for bit; where the norm for clipping is summed in another order, or ranks share the sums, they
-may differ in the last digits. LoRA's in bf16 do at ZeRO 3: DeepSpeed's hooks put a node in front of each module, so that two gradients of a LoRA layer's
-input, by the frozen weight and by A, are added before those of the other projections, and bf16 rounds each sum. Emulated, DeepSpeed asks for autocast as
-it does on CUDA.
+The table says which stages give ZeRO 0's losses bit for bit; where the norm for clipping is summed in another order, or
+ranks share the sums, they may differ in the last digits. LoRA's in bf16 do at ZeRO 3: DeepSpeed's hooks put a node in
+front of each module, so that two gradients of a LoRA layer's input, by the frozen weight and by A, are added before
+those of the other projections, and bf16 rounds each sum. Emulated, DeepSpeed asks for autocast as it does on CUDA.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from tests.support.tiny import make_segments, write_packs
 from tests.train.plain_loop import plain_run, relative_difference
 
 STEPS = 12
-CHANGES = {"train__packs_per_step": 5, "train__max_steps": STEPS, "train__epochs": 10.0, "train__save_every_steps": 1000, "optim__warmup_epochs": 0.5}
+CHANGES = {
+    "train__packs_per_step": 5,
+    "train__max_steps": STEPS,
+    "train__epochs": 10.0,
+    "train__save_every_steps": 1000,
+    "optim__warmup_epochs": 0.5,
+}
 KINDS = {
-    "adapters": {}, "full": {"model__tune": "full", "optim__clip": 0.5, "optim__lr": 1e-3},
+    "adapters": {},
+    "full": {"model__tune": "full", "optim__clip": 0.5, "optim__lr": 1e-3},
     "router_recomputed": {"model__adapter__kind": "router", "train__activation_checkpointing": True},
     "lora": {"model__llm__peft__kind": "lora", "model__adapter__llm": "none"},
 }
@@ -38,7 +46,11 @@ def find(findings: Findings, kind: str) -> None:
     scenarios = {}
     for precision in ("fp32", "bf16"):
         for stage in STAGES[kind]:
-            zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+            zero = {
+                "stage": stage,
+                "reduce_bucket_size": 500,
+                **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+            }
             scenarios[f"{kind}|{precision}|{stage}"] = (zero, {**CHANGES, **KINDS[kind], "train__precision": precision})
     plain = plain_run(packs, {**CHANGES, **KINDS[kind]}, findings.device)
     for world_size in worlds:
@@ -50,7 +62,14 @@ def _run(findings: Findings, packs, scenarios: dict, world_size: int) -> dict[st
     folder.mkdir(exist_ok=True)
     places = {name: folder / str(number) for number, name in enumerate(scenarios)}
     told = [
-        {"name": name, "flag": findings.emulate, "packs": str(packs), "ds": {"zero_optimization": zero}, "changes": changes, "output": str(places[name])}
+        {
+            "name": name,
+            "flag": findings.emulate,
+            "packs": str(packs),
+            "ds": {"zero_optimization": zero},
+            "changes": changes,
+            "output": str(places[name]),
+        }
         for name, (zero, changes) in scenarios.items()
     ]
     file = folder / "scenarios.json"
@@ -65,10 +84,25 @@ def _compare(findings: Findings, kind: str, world_size: int, plain: dict, found:
         first = found[f"{kind}|{precision}|0"]["losses"]
         for stage in STAGES[kind]:
             losses = found[f"{kind}|{precision}|{stage}"]["losses"]
-            told = {"trained": kind, "precision": precision, "ranks": world_size, "stage": stage, "last_loss": float(losses[-1])}
-            told |= {"as_zero_0": "bit for bit" if torch.equal(losses, first) else f"to {relative_difference(losses, first):.1e}"}
-            findings.check("losses beside the plain loop's in fp32", relative_difference(losses, plain["losses"]), limit, **told)
-            findings.require(relative_difference(losses, first) <= STAGES_LIMIT, f"{kind} in {precision}: ZeRO {stage} gives other losses than ZeRO 0")
+            told = {
+                "trained": kind,
+                "precision": precision,
+                "ranks": world_size,
+                "stage": stage,
+                "last_loss": float(losses[-1]),
+            }
+            told |= {
+                "as_zero_0": "bit for bit"
+                if torch.equal(losses, first)
+                else f"to {relative_difference(losses, first):.1e}"
+            }
+            findings.check(
+                "losses beside the plain loop's in fp32", relative_difference(losses, plain["losses"]), limit, **told
+            )
+            findings.require(
+                relative_difference(losses, first) <= STAGES_LIMIT,
+                f"{kind} in {precision}: ZeRO {stage} gives other losses than ZeRO 0",
+            )
 
 
 if __name__ == "__main__":

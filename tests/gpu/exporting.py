@@ -1,4 +1,5 @@
-"""`vltrain export` and `vltrain check export` of a run that was trained on this device, in every format of its architecture: each proves itself."""
+"""`vltrain export` and `vltrain check export` of a run that was trained on this device, in every format of its
+architecture: each proves itself."""
 
 from __future__ import annotations
 
@@ -23,8 +24,17 @@ def _export(findings: Findings, run, form: str, dtype: str) -> None:
     seconds, _ = vltrain(["export", str(run), "--output", str(folder), *words], log)
     proof = json.loads((folder / "proof.json").read_text())
     checked, _ = vltrain(["check", "export", str(folder)], log)
-    findings.row("exports", format=form, dtype=dtype, read_by=proof["read_by"], answers_equal=f"{proof['answers_equal']} of {len(proof['samples'])}",
-                 max_relative_error=proof["max_relative_error"], bound=proof["bound_of_relative_error"], export_seconds=seconds, check_seconds=checked)  # fmt: skip
+    findings.row(
+        "exports",
+        format=form,
+        dtype=dtype,
+        read_by=proof["read_by"],
+        answers_equal=f"{proof['answers_equal']} of {len(proof['samples'])}",
+        max_relative_error=proof["max_relative_error"],
+        bound=proof["bound_of_relative_error"],
+        export_seconds=seconds,
+        check_seconds=checked,
+    )
     findings.require(proof["proven"] is True, f"{form} in {dtype}: unproven")
 
 

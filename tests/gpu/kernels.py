@@ -1,4 +1,5 @@
-"""Kernels, losses and attention against float64 on the device: outputs and gradients, every dtype, sizes that fit blocks and sizes that do not."""
+"""Kernels, losses and attention against float64 on the device: outputs and gradients, every dtype, sizes that fit
+blocks and sizes that do not."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.fused import DTYPES, fused_adapter
 from vltrain.ops.loss import linear_cross_entropy
 
-# ||found - exact|| / ||exact||: operands rounded to 8 bits of mantissa lose up to 4e-3 each, fp16's to 11 bits 5e-4, fp32's products (never TF32's) are near 1e-6.
+# ||found - exact|| / ||exact||: operands rounded to 8 bits of mantissa lose up to 4e-3 each, fp16's to 11 bits 5e-4,
+# fp32's products (never TF32's) are near 1e-6.
 LIMITS = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 INTERPRETED = 3.0  # times that: Triton's interpreter cuts bits off where a GPU rounds
 # Rows, width, bottleneck.
@@ -50,14 +52,23 @@ def _worst(found: dict[str, Tensor], exact: dict[str, Tensor]) -> tuple[str, flo
     return worst, errors[worst]
 
 
-def _compare(findings: Findings, kernel: str, size: str, dtype: torch.dtype, found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+def _compare(
+    findings: Findings, kernel: str, size: str, dtype: torch.dtype, found: dict[str, Tensor], exact: dict[str, Tensor]
+) -> None:
     worst, error = _worst(found, exact)
     limit = LIMITS[dtype] * (INTERPRETED if findings.emulate else 1)
-    findings.check("against float64", error, limit, kernel=kernel, size=size, dtype=str(dtype).removeprefix("torch."), worst=worst)
+    findings.check(
+        "against float64", error, limit, kernel=kernel, size=size, dtype=str(dtype).removeprefix("torch."), worst=worst
+    )
 
 
 def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.dtype, norm: bool, bias: bool) -> None:
-    shapes = {"x": (rows, width), "down": (dim, width), "up": (width, dim), **({"down_bias": (dim,), "up_bias": (width,)} if bias else {})}
+    shapes = {
+        "x": (rows, width),
+        "down": (dim, width),
+        "up": (width, dim),
+        **({"down_bias": (dim,), "up_bias": (width,)} if bias else {}),
+    }
     values = {name: torch.randn(shape, device=findings.device) for name, shape in shapes.items()}
     values["down"] *= width**-0.5
     values["x"] = values["x"].to(dtype)
@@ -76,7 +87,14 @@ def _adapter(findings: Findings, rows: int, width: int, dim: int, dtype: torch.d
         y.backward(upstream.double() if exact else upstream)
         return {"y": y, **{f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}}
 
-    _compare(findings, f"fused adapter{' with norm' if norm else ''}{'' if bias else ', without biases'}", f"{rows} x {width}, {dim}", dtype, run(False), run(True))
+    _compare(
+        findings,
+        f"fused adapter{' with norm' if norm else ''}{'' if bias else ', without biases'}",
+        f"{rows} x {width}, {dim}",
+        dtype,
+        run(False),
+        run(True),
+    )
 
 
 def _loss(findings: Findings, rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
@@ -86,7 +104,11 @@ def _loss(findings: Findings, rows: int, width: int, vocabulary: int, dtype: tor
 
     def run(exact: bool) -> dict[str, Tensor]:
         states, matrix = ((value.double() if exact else value.clone()).requires_grad_() for value in (hidden, weight))
-        loss = F.cross_entropy(states @ matrix.t(), labels, reduction="sum") if exact else linear_cross_entropy(states, matrix, labels, 2**20)[0]
+        loss = (
+            F.cross_entropy(states @ matrix.t(), labels, reduction="sum")
+            if exact
+            else linear_cross_entropy(states, matrix, labels, 2**20)[0]
+        )
         loss.backward()
         return {"loss": loss, "gradient of states": states.grad, "gradient of weight": matrix.grad}
 
@@ -94,7 +116,14 @@ def _loss(findings: Findings, rows: int, width: int, vocabulary: int, dtype: tor
 
 
 def _config(kv_heads: int) -> LlamaConfig:
-    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": kv_heads, "vocab_size": 8}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 8,
+    }
     return LlamaConfig(**sizes)
 
 
@@ -115,7 +144,12 @@ def _attention(findings: Findings, attention: str, dtype: torch.dtype, kv_heads:
         implementation = choose_attention(attention, _config(kv_heads), device, dtype)
     except InputError as error:
         if kv_heads == 8:
-            findings.row("attention that is not run here", attention=attention, dtype=str(dtype).removeprefix("torch."), reason=str(error)[:200])
+            findings.row(
+                "attention that is not run here",
+                attention=attention,
+                dtype=str(dtype).removeprefix("torch."),
+                reason=str(error)[:200],
+            )
         return
     embeds = torch.randn(1, int(lengths.sum()), 512, generator=torch.Generator().manual_seed(2)).to(device)
     positions = torch.cat([torch.arange(length) for length in SEGMENTS])[None].to(device)
@@ -126,12 +160,22 @@ def _attention(findings: Findings, attention: str, dtype: torch.dtype, kv_heads:
         arguments = packing_arguments(name, lengths, device, kind)
         hidden = model(inputs_embeds=states, position_ids=positions, use_cache=False, **arguments).last_hidden_state
         hidden.backward(torch.ones_like(hidden) * torch.linspace(-1, 1, 512, device=device, dtype=kind))
-        return {"states": hidden, "gradient of input": states.grad, "gradient of k": model.layers[0].self_attn.k_proj.weight.grad}
+        return {
+            "states": hidden,
+            "gradient of input": states.grad,
+            "gradient of k": model.layers[0].self_attn.k_proj.weight.grad,
+        }
 
     def compare() -> None:
         limit = {torch.bfloat16: 3e-2, torch.float32: 2e-5}[dtype]
         worst, error = _worst(run(implementation, dtype), run("eager", torch.float64))
-        told = {"attention": attention, "runs": implementation, "dtype": str(dtype).removeprefix("torch."), "kv_heads": kv_heads, "worst": worst}
+        told = {
+            "attention": attention,
+            "runs": implementation,
+            "dtype": str(dtype).removeprefix("torch."),
+            "kv_heads": kv_heads,
+            "worst": worst,
+        }
         findings.check("attention of packed rows against float64", error, limit, **told)
 
     findings.attempt(f"attention {attention} in {dtype}", compare)
@@ -142,7 +186,9 @@ def _repeatable(findings: Findings) -> None:
     x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights = [torch.randn(shape, device="cuda").requires_grad_() for shape in ((16, 4096), (16,), (4096, 16), (4096,))]
     norm, upstream = torch.ones(4096, device="cuda", dtype=torch.bfloat16), torch.randn_like(x)
-    runs = [torch.autograd.grad(fused_adapter(x, *weights, norm_weight=norm), [x, *weights], upstream) for _ in range(3)]
+    runs = [
+        torch.autograd.grad(fused_adapter(x, *weights, norm_weight=norm), [x, *weights], upstream) for _ in range(3)
+    ]
     same = all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
     findings.row("repeatability", kernel="fused adapter with norm, 8192 x 4096, dim 16, bf16", runs=3, bit_for_bit=same)
     findings.require(same, "the fused adapter's gradients differ from run to run")

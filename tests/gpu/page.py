@@ -9,10 +9,16 @@ from typing import Any
 
 
 def write_page(folder: Path, parts: Sequence[str]) -> None:
-    """Puts FOLDER/PART.json together, in the order of `parts`, as FOLDER/gpu.json and FOLDER/gpu.md. Parts that never ran are left out."""
+    """Puts FOLDER/PART.json together, in the order of `parts`, as FOLDER/gpu.json and FOLDER/gpu.md. Parts that never
+    ran are left out."""
     found = {name: json.loads(path.read_text()) for name in parts if (path := folder / f"{name}.json").exists()}
     (folder / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = ["# What `bash tests/gpu.sh` found", "", "A part a section, each on the machine that it names; figures are measured unless a column says otherwise.", ""]
+    lines = [
+        "# What `bash tests/gpu.sh` found",
+        "",
+        "A part a section, each on the machine that it names; figures are measured unless a column says otherwise.",
+        "",
+    ]
     for name, part in found.items():
         lines += [f"## {name}", "", _where(part), ""]
         lines += [f"- FAILED: {failure}" for failure in part["failures"]] + ([""] if part["failures"] else [])
@@ -25,7 +31,10 @@ def _where(part: Mapping[str, Any]) -> str:
     machine = part["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
     where = f"{machine['device']}, {machine['finished']}, {packages}" if machine else "no machine was told"
-    return f"{'Emulated on a CPU: ' if part['emulated'] else ''}{where}; {part['seconds']:.0f} s, {'FAILED' if part['failures'] else 'passed'}."
+    return (
+        f"{'Emulated on a CPU: ' if part['emulated'] else ''}{where}; {part['seconds']:.0f} s, "
+        f"{'FAILED' if part['failures'] else 'passed'}."
+    )
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

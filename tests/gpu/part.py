@@ -1,7 +1,8 @@
 """What all parts share: their command line, what they find, and the JSON that they leave.
 
-A part is a process of its own, `python -m tests.gpu.NAME --output FOLDER [--emulate]`, so that none inherits the memory, the process group or
-the crash of another. It writes FOLDER/NAME.json as it goes: {"seconds", "machine", "tables": {title: rows}, "failures": [text]}.
+A part is a process of its own, `python -m tests.gpu.NAME --output FOLDER [--emulate]`, so that none inherits the
+memory, the process group or the crash of another. It writes FOLDER/NAME.json as it goes: {"seconds", "machine",
+"tables": {title: rows}, "failures": [text]}.
 """
 
 from __future__ import annotations
@@ -62,9 +63,12 @@ class Findings:
     def write(self) -> None:
         """FOLDER.json: after each row, so that a part that is cut short leaves what it has found."""
         found = {
-            "seconds": round(time.perf_counter() - self.started, 1), "emulated": self.emulate, "machine": machine(), "tables": self.tables,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "emulated": self.emulate,
+            "machine": machine(),
+            "tables": self.tables,
             "failures": self.failures,
-        }  # fmt: skip
+        }
         beside = self.folder.with_suffix(".json.partial")
         beside.write_text(json.dumps(found, indent=1) + "\n")
         os.replace(beside, self.folder.with_suffix(".json"))
@@ -88,7 +92,8 @@ def run_part(name: str, find: Callable[[Findings], None], documentation: str | N
 
 
 def run_items(name: str, items: Sequence[str], find: Callable[[Findings, str], None], documentation: str | None) -> int:
-    """As `run_part`, each item in a process of its own: DeepSpeed's engines never leave the memory of the one that made them."""
+    """As `run_part`, each item in a process of its own: DeepSpeed's engines never leave the memory of the one that made
+    them."""
     given = _parse(documentation)
     if given.item is not None:
         findings = _findings(given.item, given)

@@ -1,4 +1,5 @@
-"""The quickstart's training and evaluation on this device, as launch/quickstart.sh runs them, data preparation included."""
+"""The quickstart's training and evaluation on this device, as launch/quickstart.sh runs them, data preparation
+included."""
 
 from __future__ import annotations
 
@@ -16,9 +17,19 @@ def find(findings: Findings) -> None:
     trained = finish(words, findings.folder / "train.log")
     answered = finish([str(run), "--split", "test"], findings.folder / "evaluate.log", "launch/evaluate.py")
     found, steps = metrics(run), losses(run)
-    findings.row("quickstart", steps=len(steps), first_loss=steps[0], last_loss=steps[-1], accuracy=found["accuracy"], questions=found["total"],
-                 training_seconds=trained, evaluation_seconds=answered)  # fmt: skip
-    findings.require(found["accuracy"] >= LEAST_ACCURACY, f"accuracy: found {found['accuracy']}, expected at least {LEAST_ACCURACY}")
+    findings.row(
+        "quickstart",
+        steps=len(steps),
+        first_loss=steps[0],
+        last_loss=steps[-1],
+        accuracy=found["accuracy"],
+        questions=found["total"],
+        training_seconds=trained,
+        evaluation_seconds=answered,
+    )
+    findings.require(
+        found["accuracy"] >= LEAST_ACCURACY, f"accuracy: found {found['accuracy']}, expected at least {LEAST_ACCURACY}"
+    )
 
 
 if __name__ == "__main__":

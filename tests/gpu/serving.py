@@ -1,4 +1,5 @@
-"""`vltrain serve` on this device, asked by a dozen clients at once, half of them streamed: answers are the model's own, and SIGTERM ends it."""
+"""`vltrain serve` on this device, asked by a dozen clients at once, half of them streamed: answers are the model's own,
+and SIGTERM ends it."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ import httpx
 from tests.gpu.part import Findings, run_part
 from tests.gpu.runs import tuned_run
 from tests.support.processes import ROOT
+from vltrain.distributed.preemption import EXIT_REQUEUE
 from vltrain.inference import load
 from vltrain.schema import Sample
-from vltrain.train.preemption import EXIT_REQUEUE
 
 CLIENTS, REQUESTS, EMULATED = 12, 120, 12
 
@@ -39,12 +40,23 @@ def find(findings: Findings) -> None:
         for clients in (1, CLIENTS):
             began = time.perf_counter()
             with ThreadPoolExecutor(clients) as pool:
-                found = list(pool.map(lambda number: _ask(client, run.name, samples[number], folder, number), range(len(samples))))
+                found = list(
+                    pool.map(
+                        lambda number: _ask(client, run.name, samples[number], folder, number), range(len(samples))
+                    )
+                )
             whole = time.perf_counter() - began
             seconds = sorted(one[1] for one in found)
             wrong = sum(one[0] != text for one, text in zip(found, expected, strict=True))
-            findings.row("vltrain serve", clients=clients, requests=len(found), requests_per_second=len(found) / whole, median_ms=1e3 * statistics.median(seconds),
-                         slowest_ms=1e3 * seconds[-1], other_answers_than_the_models=wrong)  # fmt: skip
+            findings.row(
+                "vltrain serve",
+                clients=clients,
+                requests=len(found),
+                requests_per_second=len(found) / whole,
+                median_ms=1e3 * statistics.median(seconds),
+                slowest_ms=1e3 * seconds[-1],
+                other_answers_than_the_models=wrong,
+            )
             findings.require(not wrong, f"{clients} client(s): {wrong} of {len(found)} answers are not the model's own")
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)
@@ -57,7 +69,14 @@ def _serving(findings: Findings, run: Path, images: Path) -> Iterator[tuple[subp
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     log = findings.folder / "serve.log"
     with log.open("ab") as told:
-        process = subprocess.Popen([sys.executable, "-m", "vltrain", *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=told, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vltrain", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+        )
     try:
         assert process.stdout is not None
         greeting = process.stdout.readline()
@@ -73,9 +92,17 @@ def _serving(findings: Findings, run: Path, images: Path) -> Iterator[tuple[subp
 def _ask(client: httpx.Client, model: str, sample: Sample, folder: Path, number: int) -> tuple[str, float]:
     """The answer and its seconds; every second request is streamed, every third image is a data URL."""
     image = sample.images[0]
-    url = f"data:image/png;base64,{base64.b64encode((folder / image).read_bytes()).decode()}" if number % 3 == 0 else image
+    url = (
+        f"data:image/png;base64,{base64.b64encode((folder / image).read_bytes()).decode()}"
+        if number % 3 == 0
+        else image
+    )
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.metadata["question"]}]
-    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": content}], "stream": number % 2 == 1}
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "stream": number % 2 == 1,
+    }
     began = time.perf_counter()
     answer = client.post("/v1/chat/completions", json=body)
     answer.raise_for_status()

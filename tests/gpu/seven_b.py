@@ -1,4 +1,5 @@
-"""The 7B recipe at full size, its weights drawn on the device: 16 steps. Tokens a second, utilisation, and peak memory beside `vltrain plan`'s.
+"""The 7B recipe at full size, its weights drawn on the device: 16 steps. Tokens a second, utilisation, and peak memory
+beside `vltrain plan`'s.
 
 Packs have ScienceQA's lengths and images. Emulated, only the plan and the packs are made.
 """
@@ -18,20 +19,20 @@ from tests.benchmarks.samples import pack_samples, scienceqa_like
 from tests.gpu.part import Findings, run_items
 from tests.gpu.runs import losses
 from tests.gpu.weights import drawn_on_device
-from vltrain.check.memory_plan import GIB
-from vltrain.check.sizes import assume_sizes
-from vltrain.config import Config
+from vltrain.config.command_line import Settings, load_settings
+from vltrain.config.recipe import build_config, read_recipe
+from vltrain.config.schema import Config
 from vltrain.data.shards import PackedDataset
+from vltrain.distributed.hardware import peak_flops
+from vltrain.memory.plan import GIB
+from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
 from vltrain.models.compiled import compile_blocks
 from vltrain.programs.plan import OPTIONS, plan_recipe
-from vltrain.recipe import build_config, read_recipe
-from vltrain.settings import Settings, load_settings
 from vltrain.train.determinism import set_determinism
-from vltrain.train.ds_config import load_ds_json
-from vltrain.train.engine import init_distributed, shutdown_distributed
-from vltrain.train.hardware import peak_flops
 from vltrain.train.trainer import make_trainer
+from vltrain.train.zero.ds_config import load_ds_json
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
@@ -41,9 +42,15 @@ WARM_UP, STEPS = 3, 16
 LONG = {"data.pack_length": 10240, "train.packs_per_step": 1}  # the same samples a step, in one row
 KEPT = {"train.activation_checkpointing": False}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "recipe": {}, "one_pack": LONG, "nothing_recomputed": {**LONG, **KEPT}, "recipe_nothing_recomputed": KEPT, "recipe_compiled": {**KEPT, "train.compile": True},
-    "compiled": {**LONG, **KEPT, "train.compile": True}, "not_deterministic": {**LONG, "train.deterministic": False}, "bits_4": {**LONG, "model.bits": 4},
-}  # fmt: skip
+    "recipe": {},
+    "one_pack": LONG,
+    "nothing_recomputed": {**LONG, **KEPT},
+    "recipe_nothing_recomputed": KEPT,
+    "recipe_compiled": {**KEPT, "train.compile": True},
+    "compiled": {**LONG, **KEPT, "train.compile": True},
+    "not_deterministic": {**LONG, "train.deterministic": False},
+    "bits_4": {**LONG, "model.bits": 4},
+}
 EMULATED = ("recipe", "one_pack")
 
 
@@ -64,13 +71,26 @@ def _train(findings: Findings, variant: str, dataset: PackedDataset, planned: fl
     config = _config(VARIANTS[variant], findings.folder / "run", dataset)
     set_determinism(config.train.deterministic)
     with drawn_on_device():
-        model = build_model(config.model, dtype=torch.bfloat16, activation_checkpointing=config.train.activation_checkpointing, device="cuda")
+        model = build_model(
+            config.model,
+            dtype=torch.bfloat16,
+            activation_checkpointing=config.train.activation_checkpointing,
+            device="cuda",
+        )
     if config.train.compile:
         compile_blocks(model)
     torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(
-        config, load_ds_json(DS), model=model, dataset=dataset, checkpoint=None, rank=0, world_size=1, dtype=torch.bfloat16, evaluate=lambda _: None
-    )  # fmt: skip
+        config,
+        load_ds_json(DS),
+        model=model,
+        dataset=dataset,
+        checkpoint=None,
+        rank=0,
+        world_size=1,
+        dtype=torch.bfloat16,
+        evaluate=lambda _: None,
+    )
     ours = OurSteps(trainer)
     for _ in range(WARM_UP):
         ours.step()
@@ -82,17 +102,34 @@ def _train(findings: Findings, variant: str, dataset: PackedDataset, planned: fl
     flops = sum(ours.flops(WARM_UP + step) for step in range(STEPS))
     peak = torch.cuda.max_memory_allocated() / GIB
     trainer.monitor.pause()  # which flushes the log
-    findings.row(f"{STEPS} steps of the 7B recipe", variant=variant, seconds_a_step=seconds / STEPS, tokens_per_second=tokens / seconds,
-                 mfu=flops / seconds / peak_flops(torch.bfloat16), peak_allocated_gib=peak, peak_reserved_gib=torch.cuda.max_memory_reserved() / GIB,
-                 planned_gib=planned, loss=losses(Path(config.output))[-1])  # fmt: skip
+    findings.row(
+        f"{STEPS} steps of the 7B recipe",
+        variant=variant,
+        seconds_a_step=seconds / STEPS,
+        tokens_per_second=tokens / seconds,
+        mfu=flops / seconds / peak_flops(torch.bfloat16),
+        peak_allocated_gib=peak,
+        peak_reserved_gib=torch.cuda.max_memory_reserved() / GIB,
+        planned_gib=planned,
+        loss=losses(Path(config.output))[-1],
+    )
     findings.require(peak <= planned, f"{variant}: peak {peak:.2f} GiB, vltrain plan says {planned:.2f} GiB at most")
     trainer.monitor.close()
     trainer.loader.close()
 
 
 def _config(changes: dict[str, Any], output: Path, dataset: PackedDataset) -> Config:
-    settings = {**read_recipe(RECIPE), "output": str(output), "data.train_packs": str(dataset.folder), "data.workers": 4, "train.log_every_steps": 5,
-                "train.save_every_steps": 10**9, "train.packs_per_step": 4, "train.epochs": 1000.0, **changes}  # fmt: skip
+    settings = {
+        **read_recipe(RECIPE),
+        "output": str(output),
+        "data.train_packs": str(dataset.folder),
+        "data.workers": 4,
+        "train.log_every_steps": 5,
+        "train.save_every_steps": 10**9,
+        "train.packs_per_step": 4,
+        "train.epochs": 1000.0,
+        **changes,
+    }
     config = build_config(settings)
     model, _ = assume_sizes(config.model, "llama-2-7b", "vit-l/14-336", None)
     output.mkdir(parents=True, exist_ok=True)
@@ -101,8 +138,23 @@ def _config(changes: dict[str, Any], output: Path, dataset: PackedDataset) -> Co
 
 def _plan(packs: str, changes: dict[str, Any]) -> float:
     """GiB that `vltrain plan` says for one GPU, with the packs of that folder."""
-    words = [word for key, value in changes.items() for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))]
-    given = ["--recipe", str(RECIPE), "--ds", str(DS), "--data.train_packs", packs, "--llm-size", "llama-2-7b", "--vision-size", "vit-l/14-336"]
+    words = [
+        word
+        for key, value in changes.items()
+        for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
+    ]
+    given = [
+        "--recipe",
+        str(RECIPE),
+        "--ds",
+        str(DS),
+        "--data.train_packs",
+        packs,
+        "--llm-size",
+        "llama-2-7b",
+        "--vision-size",
+        "vit-l/14-336",
+    ]
     settings: Settings = load_settings([*given, *words], program="vltrain plan", description="", options=OPTIONS)
     return plan_recipe(settings)["memory_per_rank"]["peak_gib"]
 

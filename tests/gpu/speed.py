@@ -1,4 +1,5 @@
-"""The fused adapter kernel beside torch eager, torch.compile and the time that its bytes alone take; ways of attention beside each other."""
+"""The fused adapter kernel beside torch eager, torch.compile and the time that its bytes alone take; ways of attention
+beside each other."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def find(findings: Findings) -> None:
     for title, segments in lengths.items():
         for heads, sizes in HEADS.items():
             for attention in ATTENTIONS:
-                findings.attempt(f"{attention}, {title}", lambda: _attention(findings, attention, title, segments, heads, sizes))
+                findings.attempt(
+                    f"{attention}, {title}", lambda: _attention(findings, attention, title, segments, heads, sizes)
+                )
 
 
 def _scienceqa() -> torch.Tensor:
@@ -38,10 +41,20 @@ def _scienceqa() -> torch.Tensor:
     return torch.tensor([*lengths, ROW - total] if total < ROW else lengths)
 
 
-def _attention(findings: Findings, attention: str, title: str, segments: torch.Tensor, heads: str, sizes: tuple[int, int, int]) -> None:
-    """Forward and backward of one LLaMA block's attention, projections and rotary embedding included, beside the projections' own part of it."""
+def _attention(
+    findings: Findings, attention: str, title: str, segments: torch.Tensor, heads: str, sizes: tuple[int, int, int]
+) -> None:
+    """Forward and backward of one LLaMA block's attention, projections and rotary embedding included, beside the
+    projections' own part of it."""
     query_heads, kv_heads, width = sizes
-    config = LlamaConfig(hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=query_heads, num_key_value_heads=kv_heads, vocab_size=8)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=8,
+    )
     try:
         name = choose_attention(attention, config, "cuda", torch.bfloat16)
     except InputError:
@@ -56,8 +69,14 @@ def _attention(findings: Findings, attention: str, title: str, segments: torch.T
         return model(inputs_embeds=states, position_ids=positions, use_cache=False, **arguments).last_hidden_state
 
     upstream = torch.randn_like(states)
-    findings.row("one block with attention, a row of 8192 tokens, bf16, microseconds", heads=heads, segments=f"{title}: {len(segments)}", attention=attention,
-                 forward=microseconds(lambda: forward().detach(), 15), forward_and_backward=microseconds(lambda: forward().backward(upstream), 15))  # fmt: skip
+    findings.row(
+        "one block with attention, a row of 8192 tokens, bf16, microseconds",
+        heads=heads,
+        segments=f"{title}: {len(segments)}",
+        attention=attention,
+        forward=microseconds(lambda: forward().detach(), 15),
+        forward_and_backward=microseconds(lambda: forward().backward(upstream), 15),
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from tests.support.processes import ROOT
 
 
 def run(*words: str, timeout_seconds: float = 600) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "tests/gpu.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_seconds)
+    return subprocess.run(
+        ["bash", "tests/gpu.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout_seconds
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,9 @@ def test_emulation_passes_and_leaves_a_page(tmp_path, parts):
     page = (tmp_path / "gpu.md").read_text()
     assert all(f"## {name}\n" in page for name in parts) and "Emulated on a CPU" in page and "FAILED" not in page
     stages = found.get("equivalence", {"tables": {}})["tables"].get("losses beside the plain loop's in fp32", [])
-    assert len(stages) == (8 if "equivalence" in parts else 0) and all(row["as_zero_0"] == "bit for bit" for row in stages)
+    assert len(stages) == (8 if "equivalence" in parts else 0) and all(
+        row["as_zero_0"] == "bit for bit" for row in stages
+    )
 
 
 def test_without_a_gpu_it_says_what_to_do():
@@ -48,7 +52,8 @@ def test_all_parts_are_listed():
 
 BROKEN = {
     "hangs": (
-        "import subprocess, time\nfindings.row('table', of='it')\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "import subprocess, time\nfindings.row('table', of='it')\nchild = subprocess.Popen(['sleep', '600'], "
+        "start_new_session=True)\n"
         "(findings.folder / 'child').write_text(str(child.pid))\ntime.sleep(60)"
     ),
     "raises": "findings.row('table', of='it')\nraise RuntimeError('no such kernel')",
@@ -56,11 +61,16 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("how", "told"), [("hangs", "ran past its"), ("raises", "no such kernel"), ("dies", "ended with 11")])
+@pytest.mark.parametrize(
+    ("how", "told"), [("hangs", "ran past its"), ("raises", "no such kernel"), ("dies", "ended with 11")]
+)
 def test_a_part_that_is_cut_short_keeps_what_it_had_found(tmp_path, monkeypatch, how, told):
     body = "\n".join(f"    {line}" for line in BROKEN[how].splitlines())
     module = tmp_path / "stand_in.py"
-    module.write_text(f"import sys\nfrom tests.gpu.part import run_part\n\ndef find(findings):\n{body}\n\nsys.exit(run_part('broken', find, ''))\n")
+    module.write_text(
+        "import sys\nfrom tests.gpu.part import run_part\n\ndef "
+        f"find(findings):\n{body}\n\nsys.exit(run_part('broken', find, ''))\n"
+    )
     start = subprocess.Popen
 
     def stand_in(command, **named):

@@ -21,7 +21,9 @@ class DrawnOnDevice(RandomWeights):
             if parameter.is_meta:
                 parent, _, leaf = inner.rpartition(".")
                 value = torch.empty(parameter.shape, dtype=dtype, device="cuda")
-                value.normal_(std=0.02) if value.ndim > 1 else value.fill_(1.0 if "norm" in inner and leaf == "weight" else 0.0)
+                value.normal_(std=0.02) if value.ndim > 1 else value.fill_(
+                    1.0 if "norm" in inner and leaf == "weight" else 0.0
+                )
                 setattr(unit.get_submodule(parent), leaf, nn.Parameter(value))
 
 

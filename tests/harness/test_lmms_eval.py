@@ -1,4 +1,5 @@
-"""The real lmms-eval asks a run through our plugin, on a task of local data: each answer is the one that `vltrain.load(RUN)` gives."""
+"""The real lmms-eval asks a run through our plugin, on a task of local data: each answer is the one that
+`vltrain.load(RUN)` gives."""
 
 import json
 import os
@@ -48,16 +49,43 @@ def lmms_eval(folder, run, setting='until: ["\\n"]', more=""):
     task.mkdir(exist_ok=True)
     for number in range(3):
         Image.new("RGB", (80, 60), (90 * number, 200 - 60 * number, 40)).save(task / f"{number}.png")
-    docs = [{"images": [str(task / f"{number}.png")] if number < 3 else [], "question": f"What is it, {number}?", "answer": "red"} for number in range(4)]
+    docs = [
+        {
+            "images": [str(task / f"{number}.png")] if number < 3 else [],
+            "question": f"What is it, {number}?",
+            "answer": "red",
+        }
+        for number in range(4)
+    ]
     (task / "test.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     (task / "local.yaml").write_text(TASK.replace("FOLDER", str(task)).replace("SETTING", setting))
     (task / "local.py").write_text(FUNCTIONS)
     words = [
-        "--model", "vltrain", "--model_args", f"run={run}{more}", "--tasks", "local", "--include_path", str(task), "--batch_size", "2", "--device", "cpu",
-        "--output_path", str(folder / "out"), "--log_samples",
-    ]  # fmt: skip
+        "--model",
+        "vltrain",
+        "--model_args",
+        f"run={run}{more}",
+        "--tasks",
+        "local",
+        "--include_path",
+        str(task),
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(folder / "out"),
+        "--log_samples",
+    ]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-    return subprocess.run([sys.executable, "-m", "lmms_eval", *words], cwd=folder, env=offline, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *words],
+        cwd=folder,
+        env=offline,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +108,20 @@ def test_answers_are_those_of_the_run(run, tmp_path):
     for record in records:
         doc = json.loads((tmp_path / "task" / "test.jsonl").read_text().splitlines()[record["doc_id"]])
         markers = "<image>\n" * len(doc["images"])
-        answer = model.chat([Turn(role="user", text=markers + doc["question"])], doc["images"], max_new_tokens=6, temperature=0.0)
+        answer = model.chat(
+            [Turn(role="user", text=markers + doc["question"])], doc["images"], max_new_tokens=6, temperature=0.0
+        )
         assert record["filtered_resps"] == answer.text.split("\n")[0].strip()
 
 
-@pytest.mark.parametrize("setting, more, told", [("num_beams: 5", "", "num_beams = 5"), ("lenght_penalty: 2", "", "unknown 'lenght_penalty'"), ("top_p: 1.0", ",chekpoint=best", "unknown 'chekpoint'")])
+@pytest.mark.parametrize(
+    "setting, more, told",
+    [
+        ("num_beams: 5", "", "num_beams = 5"),
+        ("lenght_penalty: 2", "", "unknown 'lenght_penalty'"),
+        ("top_p: 1.0", ",chekpoint=best", "unknown 'chekpoint'"),
+    ],
+)
 def test_what_it_does_not_know_is_refused(setting, more, told, run, tmp_path):
     done = lmms_eval(tmp_path, run, setting, more)
     assert told in done.stdout + done.stderr

@@ -1,4 +1,5 @@
-"""VLMEvalKit's data sets in, its result files out: read as VLMEvalKit reads them (pandas), with the answers that `vltrain.load(RUN)` gives one by one."""
+"""VLMEvalKit's data sets in, its result files out: read as VLMEvalKit reads them (pandas), with the answers that
+`vltrain.load(RUN)` gives one by one."""
 
 import base64
 import csv
@@ -37,8 +38,22 @@ def dataset(path, rows, **dialect):
 
 
 def questions():
-    rows = [{"index": index, "question": f"What is\n\"it\", {index}?", "image": encoded(colour), "answer": "A", "A": "red", "B": "blue"} for index, colour in COLOURS.items()]
-    return [*rows, {"index": "9", "question": "And here <image>?", "image": "8", "hint": "Look.", "answer": "B"}, {"index": "10", "question": "None?", "image": ""}]
+    rows = [
+        {
+            "index": index,
+            "question": f'What is\n"it", {index}?',
+            "image": encoded(colour),
+            "answer": "A",
+            "A": "red",
+            "B": "blue",
+        }
+        for index, colour in COLOURS.items()
+    ]
+    return [
+        *rows,
+        {"index": "9", "question": "And here <image>?", "image": "8", "hint": "Look.", "answer": "B"},
+        {"index": "10", "question": "None?", "image": ""},
+    ]
 
 
 @pytest.mark.parametrize("form", ["tsv", "json", "xlsx"])
@@ -48,14 +63,39 @@ def test_the_result_file_is_read_as_vlmevalkit_reads_it(form, tmp_path):
         pytest.importorskip("openpyxl")
     places = finished_run(tmp_path)
     file = dataset(tmp_path / "Mine.tsv", questions(), quoting=csv.QUOTE_ALL)
-    words = ["answer", places.run, "--questions", file, "--output", tmp_path / "out", "--name", "ours", "--format", form, "--max-new-tokens", "3", "--batch-size", "2"]
+    words = [
+        "answer",
+        places.run,
+        "--questions",
+        file,
+        "--output",
+        tmp_path / "out",
+        "--name",
+        "ours",
+        "--format",
+        form,
+        "--max-new-tokens",
+        "3",
+        "--batch-size",
+        "2",
+    ]
     code, output = run_vltrain(words)
     assert code == 0, output
     path = tmp_path / "out" / f"ours_Mine.{form}"
-    readers = {"tsv": lambda path: pandas.read_csv(path, sep="\t"), "json": lambda path: pandas.DataFrame(json.loads(path.read_text())), "xlsx": pandas.read_excel}
+    readers = {
+        "tsv": lambda path: pandas.read_csv(path, sep="\t"),
+        "json": lambda path: pandas.DataFrame(json.loads(path.read_text())),
+        "xlsx": pandas.read_excel,
+    }
     found = readers[form](path)
-    assert list(found["index"]) == [7, 8, 11, 9], "numbers, as VLMEvalKit's own indices are; a row without an image is left out"
-    assert "image" not in found and list(found["question"])[0] == 'What is\n"it", 7?' and list(found["A"])[:3] == ["red"] * 3
+    assert list(found["index"]) == [7, 8, 11, 9], (
+        "numbers, as VLMEvalKit's own indices are; a row without an image is left out"
+    )
+    assert (
+        "image" not in found
+        and list(found["question"])[0] == 'What is\n"it", 7?'
+        and list(found["A"])[:3] == ["red"] * 3
+    )
     model = load(places.run)
     said = [model.chat(*row.asked(None), max_new_tokens=3).text for row in open_questions(file, None)]
     assert [str(text) if isinstance(text, str) else "" for text in found["prediction"]] == said
@@ -66,7 +106,11 @@ def test_the_result_file_is_read_as_vlmevalkit_reads_it(form, tmp_path):
 def test_questions_are_asked_as_vlmevalkit_asks_them(tmp_path):
     rows = list(open_questions(dataset(tmp_path / "a.tsv", questions()), None))
     (choice,), images = rows[0].asked(None)
-    assert choice.text == '<image>\nQuestion: What is\n"it", 7?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n'
+    assert (
+        choice.text
+        == '<image>\nQuestion: What is\n"it", 7?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from '
+        "the options above. \n"
+    )
     assert images == (base64.b64decode(questions()[0]["image"]),)
     (plain,), shared = rows[3].asked(None)
     assert plain.text == "<image>\nAnd here <\\image>?", "typed, it stands for no image"
@@ -78,7 +122,13 @@ def test_questions_are_asked_as_vlmevalkit_asks_them(tmp_path):
 def test_images_lie_in_files(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    file = dataset(tmp_path / "a.tsv", [{"index": "x", "question": "Q", "image_path": "['a.png', 'b.png']"}, {"index": "y", "question": "Q", "image_path": "a.png"}])
+    file = dataset(
+        tmp_path / "a.tsv",
+        [
+            {"index": "x", "question": "Q", "image_path": "['a.png', 'b.png']"},
+            {"index": "y", "question": "Q", "image_path": "a.png"},
+        ],
+    )
     rows = list(open_questions(file, tmp_path))
     assert [row.images for row in rows] == [(tmp_path / "a.png", tmp_path / "b.png"), (tmp_path / "a.png",)]
     assert rows[0].asked(None)[0][0].text == "<image>\n<image>\nQ"
@@ -116,6 +166,13 @@ def test_prompts_that_do_not_ask(prompt):
 
 
 def test_indices_that_are_no_numbers_stay_texts(tmp_path):
-    rows = list(open_questions(dataset(tmp_path / "a.tsv", [{"index": "1"} | {"question": "Q"}, {"index": "b", "question": "Q"}]), None))
+    rows = list(
+        open_questions(
+            dataset(tmp_path / "a.tsv", [{"index": "1"} | {"question": "Q"}, {"index": "b", "question": "Q"}]), None
+        )
+    )
     write_results(tmp_path / "r.json", rows, ["yes", "no"])
-    assert json.loads((tmp_path / "r.json").read_text()) == [{"index": "1", "question": "Q", "prediction": "yes"}, {"index": "b", "question": "Q", "prediction": "no"}]
+    assert json.loads((tmp_path / "r.json").read_text()) == [
+        {"index": "1", "question": "Q", "prediction": "yes"},
+        {"index": "b", "question": "Q", "prediction": "no"},
+    ]

@@ -1,4 +1,5 @@
-"""Answers of a loaded model: those of `vltrain evaluate`, and log-probabilities and losses of a plain forward; one interface, every architecture."""
+"""Answers of a loaded model: those of `vltrain evaluate`, and log-probabilities and losses of a plain forward; one
+interface, every architecture."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import yaml
 from PIL import Image
 
 from tests.support.answering_run import KINDS, answering_run, asked
-from vltrain.data.conversation import encode_prompt, encode_sample
 from vltrain.data.images import decode_image
 from vltrain.data.loader import batch_of
+from vltrain.data.text.conversation import encode_prompt, encode_sample
 from vltrain.errors import InputError
 from vltrain.inference import load
 from vltrain.programs.evaluate import main as evaluate
@@ -54,11 +55,21 @@ def test_log_probabilities_are_those_of_a_teacher_forced_forward(kind, runs, loa
         ids = np.concatenate([prompt.input_ids, np.array(answer.token_ids, np.int32)])
         mask = np.arange(len(ids)) >= len(prompt.input_ids)
         names = dict.fromkeys(prompt.images)
-        images = {name: decode_image((run.images / name).read_bytes(), model._model.image_size, 10**6, name) for name in names}
+        images = {
+            name: decode_image((run.images / name).read_bytes(), model._model.image_size, 10**6, name) for name in names
+        }
         heard = []
-        head = model._model.llm.lm_head.register_forward_hook(lambda module, inputs, output: heard.append((inputs[0].detach(), inputs[1], output[1].detach())))
+        head = model._model.llm.lm_head.register_forward_hook(
+            lambda module, inputs, output: heard.append((inputs[0].detach(), inputs[1], output[1].detach()))
+        )
         with torch.no_grad():
-            model._model(batch_of([type(prompt)(**{**vars(prompt), "input_ids": ids, "loss_mask": mask})], images, model._model.image_size))
+            model._model(
+                batch_of(
+                    [type(prompt)(**{**vars(prompt), "input_ids": ids, "loss_mask": mask})],
+                    images,
+                    model._model.image_size,
+                )
+            )
         head.remove()
         hidden, labels, _ = heard[0]
         plain = (hidden @ model._model.llm.lm_head.weight.T).log_softmax(-1)[torch.arange(len(labels)), labels]
@@ -72,14 +83,22 @@ def test_losses_are_those_of_the_training_of_each_sample_by_itself(kind, runs, l
     expected = []
     for sample in run.samples:
         segment = encode_sample(sample, model._tokenizer, run.config.data.template, model._model.visual_tokens)
-        images = {name: decode_image((run.images / name).read_bytes(), model._model.image_size, 10**6, name) for name in sample.images}
+        images = {
+            name: decode_image((run.images / name).read_bytes(), model._model.image_size, 10**6, name)
+            for name in sample.images
+        }
         model._model.train()  # as a training step calls it; nothing here has dropout
         try:
-            expected.append(float(model._model(batch_of([segment], images, model._model.image_size)).loss_sum.detach()) / int(segment.loss_mask.sum()))
+            expected.append(
+                float(model._model(batch_of([segment], images, model._model.image_size)).loss_sum.detach())
+                / int(segment.loss_mask.sum())
+            )
         finally:
             model._model.eval()
     assert model.loss(run.images / "test.jsonl") == pytest.approx(expected, rel=1e-5)
-    assert model.loss(run.samples, folder=run.images) == model.loss([one.to_json() for one in run.samples], folder=run.images)
+    assert model.loss(run.samples, folder=run.images) == model.loss(
+        [one.to_json() for one in run.samples], folder=run.images
+    )
     assert len(set(np.round(expected, 3))) > 3
 
 
@@ -88,7 +107,9 @@ def test_stream_pieces_join_to_the_answer(kind, runs, loaded):
     run, model = runs[kind], loaded[kind]
     for sample in run.samples:
         seen = []
-        stream = model.stream(asked(sample), run.paths(sample), on_token=lambda token, logprob: seen.append((token, logprob)))
+        stream = model.stream(
+            asked(sample), run.paths(sample), on_token=lambda token, logprob: seen.append((token, logprob))
+        )
         pieces = list(stream)
         answer = model.chat(asked(sample), run.paths(sample))
         assert "".join(pieces) == answer.text == "".join(answer.tokens) and stream.answer() == answer
@@ -101,7 +122,10 @@ def test_every_kind_of_image_is_the_same_one(runs, loaded):
     sample = next(one for one in run.samples if len(one.images) == 1)
     path = run.paths(sample)[0]
     opened = Image.open(path)
-    first, *others = [model.chat(asked(sample), [kind]) for kind in (path, str(path), path.read_bytes(), opened, np.asarray(opened), opened.convert("RGBA"))]
+    first, *others = [
+        model.chat(asked(sample), [kind])
+        for kind in (path, str(path), path.read_bytes(), opened, np.asarray(opened), opened.convert("RGBA"))
+    ]
     assert all(other == first for other in others)
     assert model.ask([path], sample.turns[0].text.removeprefix("<image>\n")) == first
     other = model.chat(asked(sample), [255 - np.asarray(opened)])
@@ -121,7 +145,11 @@ def test_sampling_is_the_recipes_unless_the_caller_says_otherwise(runs, tmp_path
     greedy, sampled = load(run.folder), load(warm.folder)
     sample = run.samples[0]
     turns, paths = asked(sample), run.paths(sample)
-    assert sampled.chat(turns, paths) == sampled.chat(turns, paths) == sampled.chat(turns, paths, temperature=1.5, top_p=0.9, seed=0)
+    assert (
+        sampled.chat(turns, paths)
+        == sampled.chat(turns, paths)
+        == sampled.chat(turns, paths, temperature=1.5, top_p=0.9, seed=0)
+    )
     assert sampled.chat(turns, paths, seed=1) != sampled.chat(turns, paths)
     assert sampled.chat(turns, paths, temperature=0.0) == greedy.chat(turns, paths)
     assert len(greedy.chat(turns, paths, max_new_tokens=2).token_ids) == 2
@@ -147,7 +175,13 @@ def test_a_closed_or_cancelled_stream_ends_the_models_work(runs, loaded, monkeyp
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory):
     """A run whose adapters decide by modality, which the model remembers while it computes."""
-    return answering_run("mmt", tmp_path_factory.mktemp("routed"), eval__max_new_tokens=NEW_TOKENS, adapter__kind="router", adapter__temperature=0.5)
+    return answering_run(
+        "mmt",
+        tmp_path_factory.mktemp("routed"),
+        eval__max_new_tokens=NEW_TOKENS,
+        adapter__kind="router",
+        adapter__temperature=0.5,
+    )
 
 
 def test_threads_that_ask_at_once_get_their_own_answers(routed):
@@ -191,7 +225,12 @@ def test_what_cannot_be_asked_is_refused(images, settings, told, loaded):
 
 def test_turns_that_are_no_question_are_refused(runs, loaded):
     talk = [Turn(role="user", text="a"), Turn(role="assistant", text="b")]
-    for turns, told in (([], "found none"), (talk, "last turn by 'assistant'"), ([Turn(role="user", text=" ")], "empty user turn"), ([Turn(role="user", text="<image>")], "1 <image> marker")):
+    for turns, told in (
+        ([], "found none"),
+        (talk, "last turn by 'assistant'"),
+        ([Turn(role="user", text=" ")], "empty user turn"),
+        ([Turn(role="user", text="<image>")], "1 <image> marker"),
+    ):
         with pytest.raises(InputError, match=told):
             loaded["mmt"].chat(turns)
     assert loaded["mmt"].chat([*talk, Turn(role="user", text="c")]).token_ids
@@ -199,13 +238,14 @@ def test_turns_that_are_no_question_are_refused(runs, loaded):
     for kind in ("llama", "t5"):
         run = runs[kind]
         with pytest.raises(InputError, match="holds no conversation"):
-            loaded[kind].chat([Turn(role="user", text="<image>\na"), talk[1], Turn(role="user", text="c")], run.paths(run.samples[0])[:1])
+            loaded[kind].chat(
+                [Turn(role="user", text="<image>\na"), talk[1], Turn(role="user", text="c")],
+                run.paths(run.samples[0])[:1],
+            )
         with pytest.raises(InputError, match="asks about images"):
             loaded[kind].ask([], "a")
     with pytest.raises(InputError, match="the question: has .* positions"):
         loaded["mmt"].ask([], "which color " * 90)
-
-
 
 
 def evaluated(run, *words: str) -> dict[str, str]:
@@ -219,7 +259,9 @@ def test_bits_are_those_of_evaluate(runs):
     model = load(run.folder, bits=4)
     linear = model._model.llm.model.layers[0].mlp.up_proj
     assert type(linear).__name__ == "Nf4Linear" and model.facts["changed_settings"] == ["model.bits"]
-    assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(run, "--bits", "4", "--eval.batch_size", "1")
+    assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(
+        run, "--bits", "4", "--eval.batch_size", "1"
+    )
 
 
 def test_bits_whose_package_is_missing_are_refused(runs, monkeypatch):
@@ -229,7 +271,9 @@ def test_bits_whose_package_is_missing_are_refused(runs, monkeypatch):
 
 
 def test_an_evaluation_in_fp32_of_a_run_in_bf16_is_asked_in_fp32(tmp_path):
-    run = answering_run("mmt", tmp_path, eval__max_new_tokens=NEW_TOKENS, eval__precision="fp32", train__precision="bf16")
+    run = answering_run(
+        "mmt", tmp_path, eval__max_new_tokens=NEW_TOKENS, eval__precision="fp32", train__precision="bf16"
+    )
     model = load(run.folder)
     assert model.dtype == torch.float32 and model._model.llm.model.embed_tokens.weight.dtype == torch.float32
     assert {one.id: model.chat(asked(one), run.paths(one)).text for one in run.samples} == evaluated(run)
@@ -247,7 +291,10 @@ def test_kernels_that_this_machine_lacks_hinder_no_answer(runs, tmp_path, caplog
         model = load(tmp_path / "run", device="cpu")
     assert "model.llm.attention: the run's recipe says flash_attention_2" in caplog.text
     sample = run.samples[0]
-    assert model.chat(asked(sample), run.paths(sample)).token_ids == load(run.folder).chat(asked(sample), run.paths(sample)).token_ids
+    assert (
+        model.chat(asked(sample), run.paths(sample)).token_ids
+        == load(run.folder).chat(asked(sample), run.paths(sample)).token_ids
+    )
 
 
 def test_routed_adapters_and_the_untuned_model_answer_by_turns(routed):
@@ -263,15 +310,23 @@ def test_routed_adapters_and_the_untuned_model_answer_by_turns(routed):
     for sample in run.samples[:3]:
         tuned = model.chat(asked(sample), run.paths(sample))
         with model.untuned():
-            assert model.chat(asked(sample), run.paths(sample)) == before.chat(asked(sample), run.paths(sample)) != tuned
+            assert (
+                model.chat(asked(sample), run.paths(sample)) == before.chat(asked(sample), run.paths(sample)) != tuned
+            )
         assert model.chat(asked(sample), run.paths(sample)) == tuned
 
 
 def test_questions_are_put_as_the_training_put_them(runs, tmp_path):
     run = runs["mmt"]
     shutil.copytree(run.folder, tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"data": {"asked": {"begin": "question : ", "end": " short answer :", "multi_turn": False, "images": True}}}))
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps(
+            {"data": {"asked": {"begin": "question : ", "end": " short answer :", "multi_turn": False, "images": True}}}
+        )
+    )
     model, plain, path = load(tmp_path / "run"), load(run.folder), run.images / "one.png"
     put = plain.chat([Turn(role="user", text="<image>\nquestion : what color ? short answer :")], [path])
-    assert model.ask([path], "what color ?") == model.ask([path], "<image>\nquestion : what color ? short answer :") == put
+    assert (
+        model.ask([path], "what color ?") == model.ask([path], "<image>\nquestion : what color ? short answer :") == put
+    )
     assert model.ask([path], "what color ?", as_is=True) == plain.ask([path], "what color ?") != put

@@ -7,11 +7,23 @@ import pytest
 
 from tests.support.blip import make_tokenizers
 from tests.support.vocabularies import make_metaspace, make_sentencepiece, make_transformers
-from vltrain.data.instruction import InstructionSource
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.inference.answer import UNKNOWN, TextPieces
 
-TEXTS = ("Ünïcödé 你好 🙂🏽 end", " two  spaces \n\n lines ", "a\tb", "🙂", "ﬁ ½ é", "", "   ", "no\u00a0break", f"a {UNKNOWN} b", f"{UNKNOWN}{UNKNOWN}", "x" * 50)
+TEXTS = (
+    "Ünïcödé 你好 🙂🏽 end",
+    " two  spaces \n\n lines ",
+    "a\tb",
+    "🙂",
+    "ﬁ ½ é",
+    "",
+    "   ",
+    "no\u00a0break",
+    f"a {UNKNOWN} b",
+    f"{UNKNOWN}{UNKNOWN}",
+    "x" * 50,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,9 @@ def pieces_of(tokenizer, ids: list[int]) -> list[str]:
 def test_pieces_are_whole_characters_and_join_to_the_text(name, tokenizers):
     tokenizer = tokenizers[name]
     draw = np.random.default_rng(0)
-    answers = [tokenizer.encode(text) for text in TEXTS] + [draw.integers(0, tokenizer.vocab_size, draw.integers(0, 20)).tolist() for _ in range(200)]
+    answers = [tokenizer.encode(text) for text in TEXTS] + [
+        draw.integers(0, tokenizer.vocab_size, draw.integers(0, 20)).tolist() for _ in range(200)
+    ]
     for ids in answers:
         pieces, whole = pieces_of(tokenizer, ids), tokenizer.decode(ids).strip()
         assert "".join(pieces) == whole, ids
@@ -58,4 +72,8 @@ def test_a_character_of_several_tokens_comes_once_it_is_whole(name, tokenizers):
 
 def test_text_comes_as_early_as_it_can(tokenizers):
     tokenizer = tokenizers["words"]
-    assert [piece for piece in pieces_of(tokenizer, tokenizer.encode("red circle star")) if piece] == ["red", " circle", " star"]
+    assert [piece for piece in pieces_of(tokenizer, tokenizer.encode("red circle star")) if piece] == [
+        "red",
+        " circle",
+        " star",
+    ]

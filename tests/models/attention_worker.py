@@ -1,7 +1,8 @@
-"""A packed row's losses and gradients and generated answers by each implementation of attention, in a process whose flash-attn is a stand-in.
+"""A packed row's losses and gradients and generated answers by each implementation of attention, in a process whose
+flash-attn is a stand-in.
 
-Called with the folder of the packages (on PYTHONPATH) and the file for the results: {implementation: {"calls": what was asked of its kernel, and
-the differences from packed SDPA}}.
+Called with the folder of the packages (on PYTHONPATH) and the file for the results: {implementation: {"calls": what was
+asked of its kernel, and the differences from packed SDPA}}.
 """
 
 import functools
@@ -12,17 +13,19 @@ from pathlib import Path
 import torch
 import transformers
 
-transformers.utils.import_utils.is_torch_cuda_available = lambda: True  # which transformers asks before it uses a flash-attn
+transformers.utils.import_utils.is_torch_cuda_available = lambda: (
+    True
+)  # which transformers asks before it uses a flash-attn
 
-from tests.support import attention_kernels  # noqa: E402
-from vltrain.models import build  # noqa: E402
-from vltrain.models.compiled import compile_blocks  # noqa: E402
-from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN  # noqa: E402
+from tests.support import attention_kernels
+from vltrain.models import build
+from vltrain.models.compiled import compile_blocks
+from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate"))
-import test_generate  # noqa: E402
-from tiny_models import mixed_batch, randomise_adapters, tiny_config  # noqa: E402
+import test_generate
+from tiny_models import mixed_batch, randomise_adapters, tiny_config
 
 
 def with_attention(name: str, make, *given, **options):
@@ -35,7 +38,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def train(name: str, checkpointing: bool, dtype: torch.dtype, compiled: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def train(
+    name: str, checkpointing: bool, dtype: torch.dtype, compiled: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     config = tiny_config(tune="full", adapter={"vision": "both", "llm": "both"})
     model = with_attention(name, build.build_model, config, activation_checkpointing=checkpointing)
     randomise_adapters(model)
@@ -74,7 +79,10 @@ def outcome(name: str) -> dict:
     model = with_attention(name, test_generate.tiny_model)
     for batch_size in (1, 7):
         told[f"answers {batch_size}"] = sum(
-            one == other for one, other in zip(test_generate.run(test_generate.PROMPTS, batch_size, model), test_generate.PLAIN, strict=True)
+            one == other
+            for one, other in zip(
+                test_generate.run(test_generate.PROMPTS, batch_size, model), test_generate.PLAIN, strict=True
+            )
         )
     told["prompts"] = len(test_generate.PLAIN)
     return told

@@ -1,7 +1,8 @@
-"""Loads a LLaMA in a process of its own and prints, as JSON, how much memory that took at most. Usage: SOURCE DTYPE WARM_UP_SOURCE.
+"""Loads a LLaMA in a process of its own and prints, as JSON, how much memory that took at most. Usage: SOURCE DTYPE
+WARM_UP_SOURCE.
 
-`rss_bytes` counts every page in the process's memory, pages of mapped files among them; `anonymous_bytes` those alone that no file backs,
-which the kernel cannot simply drop.
+`rss_bytes` counts every page in the process's memory, pages of mapped files among them; `anonymous_bytes` those alone
+that no file backs, which the kernel cannot simply drop.
 """
 
 import gc
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vltrain.models.weights import llama_config, load_llama
+from vltrain.models.pretrained.readers import llama_config, load_llama
 
 
 def status(name: str) -> int:
@@ -21,7 +22,9 @@ def status(name: str) -> int:
 
 
 def main(source: str, dtype: str, warm_up: str) -> None:
-    load_llama("k", warm_up, llama_config("k", warm_up, {}), torch.float32, "sdpa")  # modules that are imported at first use
+    load_llama(
+        "k", warm_up, llama_config("k", warm_up, {}), torch.float32, "sdpa"
+    )  # modules that are imported at first use
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
     rss, anonymous = status("VmRSS"), status("RssAnon")

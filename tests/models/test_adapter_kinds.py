@@ -1,4 +1,5 @@
-"""Every kind of adapter against its equation, read off its parameters with loops in float64; identity; counts; merging."""
+"""Every kind of adapter against its equation, read off its parameters with loops in float64; identity; counts;
+merging."""
 
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import torch
 from tiny_models import mixed_batch, tiny_config
 from torch import Tensor, nn
 
-from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters import ADAPTERS, Adapter, make_adapter
 from vltrain.models.adapters.loha import LohaMatrix
@@ -68,12 +69,16 @@ def weighted(a: nn.Module, z: Tensor) -> Tensor:
 
 def router(a: nn.Module, z: Tensor) -> Tensor:
     hidden, w = a.down_weight @ z + a.down_bias, weights_of(a, z)
-    return z + 0.7 * (w[0] * grouped(hidden, a.up_weight[0], a.up_bias[0]) + w[1] * grouped(hidden, a.up_weight[1], a.up_bias[1]))
+    return z + 0.7 * (
+        w[0] * grouped(hidden, a.up_weight[0], a.up_bias[0]) + w[1] * grouped(hidden, a.up_weight[1], a.up_bias[1])
+    )
 
 
 def router_concat(a: nn.Module, z: Tensor) -> Tensor:
     hidden, w = a.down_weight @ z + a.down_bias, weights_of(a, z)
-    return z + 0.7 * torch.cat([w[number] * grouped(hidden, a.up_weight[number], a.up_bias[number]) for number in range(2)])
+    return z + 0.7 * torch.cat(
+        [w[number] * grouped(hidden, a.up_weight[number], a.up_bias[number]) for number in range(2)]
+    )
 
 
 def loha_weighted(a: nn.Module, z: Tensor) -> Tensor:
@@ -146,7 +151,10 @@ def test_without_biases_it_is_the_one_whose_biases_are_zero(kind: str) -> None:
     upstream = torch.randn_like(z)
     results = {adapter: adapter(z) for adapter in (without, zeros)}
     torch.testing.assert_close(results[without], results[zeros], rtol=1e-12, atol=1e-12)
-    gradients = {adapter: torch.autograd.grad(result, [z, *without_biases(adapter)], upstream) for adapter, result in results.items()}
+    gradients = {
+        adapter: torch.autograd.grad(result, [z, *without_biases(adapter)], upstream)
+        for adapter, result in results.items()
+    }
     for mine, other in zip(gradients[without], gradients[zeros], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
     assert count(without) == COUNTS[kind] - sum(zeros.get_parameter(name).numel() for name in biases)
@@ -213,7 +221,8 @@ def test_settings_that_a_kind_does_not_have_are_refused(kind: str) -> None:
     for name, value in others.items():
         if name not in ADAPTERS[kind].settings:
             with pytest.raises(
-                InputError, match=f"model.adapter.{name}: found {value}, but an adapter of kind '{kind}' has no such setting"
+                InputError,
+                match=f"model.adapter.{name}: found {value}, but an adapter of kind '{kind}' has no such setting",
             ):
                 make_adapter(WIDTH, AdapterConfig(kind=kind, **{name: value}))
 
@@ -241,13 +250,19 @@ def test_another_kind_in_the_vit() -> None:
     """LaVIN's code with `normal` visual adapters: routed ones in the LLM, RepAdapters in the ViT."""
     mixed = {"kind": "router", "vision_kind": "repadapter", "groups": 2, "residual": False, "scale": 0.5}
     model = build_model(tiny_config(adapter=mixed))
-    kinds = {part: {type(one).__name__ for one in module.modules() if isinstance(one, Adapter)} for part, module in (("vision", model.vision), ("llm", model.llm))}
+    kinds = {
+        part: {type(one).__name__ for one in module.modules() if isinstance(one, Adapter)}
+        for part, module in (("vision", model.vision), ("llm", model.llm))
+    }
     assert kinds == {"vision": {"RepAdapter"}, "llm": {"RouterAdapter"}}
     assert model.routing is not None
     assert model(mixed_batch()).loss_sum.isfinite()
     with pytest.raises(InputError, match="model.adapter.vision_kind: found 'repadaptr'; did you mean 'repadapter'"):
         build_model(tiny_config(adapter={"vision_kind": "repadaptr"}))
-    with pytest.raises(InputError, match="model.adapter.rank: found 7, but an adapter of kind 'router' or 'repadapter' has no such setting"):
+    with pytest.raises(
+        InputError,
+        match="model.adapter.rank: found 7, but an adapter of kind 'router' or 'repadapter' has no such setting",
+    ):
         build_model(tiny_config(adapter={**mixed, "rank": 7}))
     # The other way round nothing is routed in the LLM.
     assert build_model(tiny_config(adapter={"kind": "bottleneck", "vision_kind": "router"})).routing is None
@@ -269,7 +284,9 @@ def test_lavins_counts(llm: tuple[int, int, int, int], count: int) -> None:
         "image_size": 224,
         "patch_size": 14,
     }
-    sizes = dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), llm, strict=True))
+    sizes = dict(
+        zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), llm, strict=True)
+    )
     config = ModelConfig(
         vision=VisionConfig(config=vision, tap_every=4),
         llm=LLMConfig(config=sizes, tokenizer="none"),

@@ -5,7 +5,7 @@ import torch
 from tiny_models import randomise_adapters, tiny_config
 from torch import nn
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters import BottleneckAdapter, insert_adapters, make_adapter
 from vltrain.models.build import build_model
@@ -67,14 +67,17 @@ def test_placement_decides_which_norms_get_one(placement: str, count: int) -> No
 
 
 def test_an_inserted_adapter_reads_the_norm_and_feeds_the_sublayer() -> None:
-    """attn(adapter(norm(x))): the block with an adapter equals the block without whose norm is followed by it by hand."""
+    """attn(adapter(norm(x))): the block with an adapter equals the block without whose norm is followed by it by
+    hand."""
     model = build_model(tiny_config())
     randomise_adapters(model)
     block = model.vision.live_blocks[0]
     states = torch.randn(2, 5, 24)
     normed = block.layer_norm1.norm(states)
     adapter = block.layer_norm1.adapter
-    attended = block.self_attn(reference.bottleneck_adapter(normed, *(p for _, p in adapter.named_parameters())).float())[0]
+    attended = block.self_attn(
+        reference.bottleneck_adapter(normed, *(p for _, p in adapter.named_parameters())).float()
+    )[0]
     expected = states + attended
     expected = expected + block.mlp(block.layer_norm2(expected))
     torch.testing.assert_close(block(states, None), expected, rtol=1e-5, atol=1e-5)
@@ -102,4 +105,12 @@ def test_unknown_kinds_and_widths_that_do_not_divide_are_refused() -> None:
         make_adapter(10, AdapterConfig(dim=4, groups=4))
     with pytest.raises(InputError, match="model.adapter.down_groups: found 4, expected a divisor of the width 10"):
         block = nn.ModuleDict({"norm": nn.LayerNorm(10)})
-        insert_adapters(block, 0, {"attention": "norm"}, "attention", AdapterConfig(dim=4, groups=2, down_groups=4), seed=0, part="llm")
+        insert_adapters(
+            block,
+            0,
+            {"attention": "norm"},
+            "attention",
+            AdapterConfig(dim=4, groups=2, down_groups=4),
+            seed=0,
+            part="llm",
+        )

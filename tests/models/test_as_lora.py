@@ -10,13 +10,13 @@ from tiny_models import LLM, randomise_adapters, tiny_config
 from torch import Tensor
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vltrain.config import ModelConfig, PeftConfig
+from vltrain.config.schema import ModelConfig, PeftConfig
 from vltrain.errors import InputError
-from vltrain.export.lora import write_updates
-from vltrain.models.as_lora import has_constant, lora_rank, lora_updates, require_low_rank
+from vltrain.export.formats.lora import write_updates
 from vltrain.models.build import build_model
-from vltrain.models.lora import peft_parameters
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.as_lora import has_constant, lora_rank, lora_updates, require_low_rank
+from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.peft.lora import peft_parameters
 from vltrain.models.quantise import dequantise_linears
 
 LORA = PeftConfig(kind="lora", rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj", "down_proj"))
@@ -61,7 +61,10 @@ def plain(config: ModelConfig) -> MultimodalModel:
 
 def settings(config: ModelConfig, part: str) -> dict[str, Any]:
     alone = config.adapter.llm == "none" and part == "llm"
-    return {"lora_alpha": config.llm.peft.alpha if alone else None, **({"task_type": "CAUSAL_LM"} if part == "llm" else {})}
+    return {
+        "lora_alpha": config.llm.peft.alpha if alone else None,
+        **({"task_type": "CAUSAL_LM"} if part == "llm" else {}),
+    }
 
 
 def with_peft(network: Any, folder: Path) -> Any:
@@ -89,7 +92,9 @@ def llm_logits(llm: Any, embeds: Tensor) -> Tensor:
 @torch.no_grad()
 def states(clip: Any, pixels: Tensor) -> Tensor:
     """[cls] at the taps."""
-    return torch.stack([state[:, 0] for state in clip(pixel_values=pixels, output_hidden_states=True).hidden_states[2::2]], dim=1)
+    return torch.stack(
+        [state[:, 0] for state in clip(pixel_values=pixels, output_hidden_states=True).hidden_states[2::2]], dim=1
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,7 +102,10 @@ def test_stock_peft_gives_our_logits_and_states(name: str, tmp_path: Path) -> No
     config, model = built(**CASES[name])
     base = plain(config)
     generator = torch.Generator().manual_seed(1)
-    embeds, pixels = torch.randn(2, 9, LLM["hidden_size"], generator=generator), torch.randint(256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    embeds, pixels = (
+        torch.randn(2, 9, LLM["hidden_size"], generator=generator),
+        torch.randint(256, (3, 3, 32, 32), generator=generator, dtype=torch.uint8),
+    )
     with torch.no_grad():
         hidden = model.llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         ours, features = hidden @ model.llm.lm_head.weight.t(), model.vision(pixels)
@@ -114,7 +122,12 @@ def test_stock_peft_gives_our_logits_and_states(name: str, tmp_path: Path) -> No
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
         said = json.loads((tmp_path / part / "adapter_config.json").read_text())
         assert said["r"] == lora_rank(config, part) and said["lora_bias"] == has_constant(config, part)
-        assert said["bias"] == "none" and not said["modules_to_save"] and not said["rank_pattern"] and not said["alpha_pattern"]
+        assert (
+            said["bias"] == "none"
+            and not said["modules_to_save"]
+            and not said["rank_pattern"]
+            and not said["alpha_pattern"]
+        )
 
 
 def test_lora_alone_keeps_its_factors_and_its_alpha(tmp_path: Path) -> None:
@@ -122,7 +135,10 @@ def test_lora_alone_keeps_its_factors_and_its_alpha(tmp_path: Path) -> None:
 
     config, model = built(adapter={"llm": "none"}, llm={"peft": LORA})
     export(model, config, "llm", tmp_path / "llm")
-    said, tensors = json.loads((tmp_path / "llm" / "adapter_config.json").read_text()), load_file(tmp_path / "llm" / "adapter_model.safetensors")
+    said, tensors = (
+        json.loads((tmp_path / "llm" / "adapter_config.json").read_text()),
+        load_file(tmp_path / "llm" / "adapter_model.safetensors"),
+    )
     assert (said["r"], said["lora_alpha"], said["target_modules"]) == (3, 5.0, sorted(LORA.targets))
     own = dict(model.llm.named_parameters())
     for name, value in tensors.items():
@@ -136,9 +152,14 @@ def test_layers_of_some_blocks_are_named_whole(tmp_path: Path) -> None:
     config, model = built()
     export(model, config, "vision", tmp_path / "vision")
     export(model, config, "llm", tmp_path / "llm")
-    named = {part: json.loads((tmp_path / part / "adapter_config.json").read_text())["target_modules"] for part in ("vision", "llm")}
+    named = {
+        part: json.loads((tmp_path / part / "adapter_config.json").read_text())["target_modules"]
+        for part in ("vision", "llm")
+    }
     assert named["llm"] == ["k_proj", "q_proj", "v_proj"]
-    assert named["vision"] == sorted(f"encoder.layers.{block}.self_attn.{name}_proj" for block in range(4) for name in "kqv")
+    assert named["vision"] == sorted(
+        f"encoder.layers.{block}.self_attn.{name}_proj" for block in range(4) for name in "kqv"
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +169,10 @@ def test_layers_of_some_blocks_are_named_whole(tmp_path: Path) -> None:
         ({"adapter": {"kind": "loha_silu", "dim": 16}}, "model.adapter.kind: found 'loha_silu': a LohaSiluAdapter"),
         ({"adapter": {"vision_kind": "bottleneck_weighted"}}, "model.adapter.vision_kind: found 'bottleneck_weighted'"),
         ({"adapter": {"kind": "repadapter", "residual": False}}, "model.adapter.residual: found False"),
-        ({"adapter": {"llm": "none"}, "llm": {"peft": PeftConfig(kind="adaption_prompt")}}, "model.llm.peft.kind: found 'adaption_prompt'"),
+        (
+            {"adapter": {"llm": "none"}, "llm": {"peft": PeftConfig(kind="adaption_prompt")}},
+            "model.llm.peft.kind: found 'adaption_prompt'",
+        ),
         ({"llm": {"train": True}}, "model.llm.train: found True"),
         ({"tune": "full"}, "model.tune: found 'full'"),
         ({"adapter": {"vision": "none", "llm": "none"}}, "there is no LoRA to export"),
@@ -159,7 +183,9 @@ def test_what_is_no_lora_is_refused_by_name(changes: dict[str, Any], named: str)
         require_low_rank(tiny_config(**changes))
 
 
-@pytest.mark.parametrize("changes", [{"adapter": {"kind": "router"}}, {"adapter": {"kind": "repadapter", "residual": False}}])
+@pytest.mark.parametrize(
+    "changes", [{"adapter": {"kind": "router"}}, {"adapter": {"kind": "repadapter", "residual": False}}]
+)
 def test_a_built_model_is_refused_too(changes: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         dict(lora_updates(build_model(tiny_config(**changes)), "llm"))

@@ -1,4 +1,5 @@
-"""Each implementation of attention in whole models: losses and gradients of a packed row, and answers, are those of packed SDPA."""
+"""Each implementation of attention in whole models: losses and gradients of a packed row, and answers, are those of
+packed SDPA."""
 
 import importlib.util
 import json
@@ -12,7 +13,12 @@ import pytest
 from tests.support import attention_kernels
 
 ROOT = Path(__file__).parents[2]
-KERNELS = {"flash_attention_2": "flash 2", "flash_attention_3": "flash 3", "flash_attention_4": "flash 4", "varlen": "varlen 2.12"}
+KERNELS = {
+    "flash_attention_2": "flash 2",
+    "flash_attention_3": "flash 3",
+    "flash_attention_4": "flash 4",
+    "varlen": "varlen 2.12",
+}
 
 
 @pytest.fixture(scope="module")

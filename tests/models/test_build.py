@@ -1,4 +1,5 @@
-"""What a recipe builds: the parameter counts of the paper, the trained set, dtypes, and the same random weights each time."""
+"""What a recipe builds: the parameter counts of the paper, the trained set, dtypes, and the same random weights each
+time."""
 
 import logging
 
@@ -7,7 +8,7 @@ import torch
 from tiny_models import LLM, VISION, make_batch, mixed_batch, tiny_config
 
 from tests.support.blip import blip_config
-from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, PeftConfig, VisionConfig
+from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.models import build
 from vltrain.models.build import PARTS, build_model, count_parameters, part_of
@@ -20,7 +21,13 @@ VIT_L_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
-LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+LLAMA_2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
 
 
 def paper_size(adapter: AdapterConfig, neck: NeckConfig | None = None) -> dict[str, tuple[int, int]]:
@@ -77,7 +84,14 @@ def test_parts_cover_every_parameter_once() -> None:
     counts = count_parameters(model)
     assert tuple(counts) == PARTS
     assert sum(total for total, _ in counts.values()) == sum(parameter.numel() for parameter in model.parameters())
-    assert {part for part, (total, _) in counts.items() if total} == {"vision", "neck", "modality", "llm", "adapter", "peft"}
+    assert {part for part, (total, _) in counts.items() if total} == {
+        "vision",
+        "neck",
+        "modality",
+        "llm",
+        "adapter",
+        "peft",
+    }
     assert part_of("llm.model.layers.0.input_layernorm.adapter.up_bias") == "adapter"
     assert part_of("llm.model.layers.0.input_layernorm.norm.weight") == "llm"
     assert part_of("llm.model.layers.0.self_attn.q_proj.lora_A.default.weight") == "peft"
@@ -116,7 +130,9 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
     assert not torch.equal(first.neck.down.weight, other.neck.down.weight)
-    assert not torch.equal(first.llm.model.layers[0].self_attn.q_proj.weight, other.llm.model.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(
+        first.llm.model.layers[0].self_attn.q_proj.weight, other.llm.model.layers[0].self_attn.q_proj.weight
+    )
     assert not torch.equal(first.vision.clip.embeddings.class_embedding, other.vision.clip.embeddings.class_embedding)
 
 
@@ -138,7 +154,8 @@ def test_an_adapter_leaves_the_networks_function_as_it_was() -> None:
 
 def test_user_mistakes_are_named() -> None:
     with pytest.raises(
-        InputError, match="model.vision.config.hiden_size: CLIPVisionConfig has no such setting; did you mean 'hidden_size'"
+        InputError,
+        match="model.vision.config.hiden_size: CLIPVisionConfig has no such setting; did you mean 'hidden_size'",
     ):
         build_model(tiny_config(vision={"config": {**VISION, "hiden_size": 3}}))
     with pytest.raises(InputError, match="model.adapter.groups: found 3, expected a divisor of the width 32"):
@@ -155,20 +172,34 @@ def test_a_wrong_trained_set_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("model", [tiny_config(), blip_config("llama").model], ids=["mmt", "instructblip"])
-def test_kernels_are_logged_by_the_model_and_not_by_its_outline(model: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_kernels_are_logged_by_the_model_and_not_by_its_outline(
+    model: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "vltrain")
     build.outline_model(model, "cpu", torch.float32)
     assert not caplog.messages
     build_model(model)
     attention, kernels = caplog.messages
-    assert attention.startswith("attention of packed rows: sdpa (") and kernels.startswith("norms, rotary embedding and SwiGLU of the LLM: torch")
+    assert attention.startswith("attention of packed rows: sdpa (") and kernels.startswith(
+        "norms, rotary embedding and SwiGLU of the LLM: torch"
+    )
 
 
 def test_attention_is_chosen_for_the_device_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model is made on the CPU and moved: what runs it is a GPU's to say. So is the dtype of products, not that of weights."""
+    """A model is made on the CPU and moved: what runs it is a GPU's to say. So is the dtype of products, not that of
+    weights."""
     asked = []
-    monkeypatch.setattr(build, "choose_attention", lambda requested, config, device, dtype, log: asked.append((str(device), dtype)) or "sdpa")
+    monkeypatch.setattr(
+        build,
+        "choose_attention",
+        lambda requested, config, device, dtype, log: asked.append((str(device), dtype)) or "sdpa",
+    )
     build.build_model(tiny_config(bits=32), dtype=torch.bfloat16, runs_on="cuda:0")
     build.build_model(tiny_config())
     build.outline_model(tiny_config(), "cuda:0", torch.bfloat16)
-    assert asked == [("cuda:0", torch.bfloat16), ("cpu", torch.float32), ("meta", torch.bfloat16), ("cuda:0", torch.bfloat16)]
+    assert asked == [
+        ("cuda:0", torch.bfloat16),
+        ("cpu", torch.float32),
+        ("meta", torch.bfloat16),
+        ("cuda:0", torch.bfloat16),
+    ]

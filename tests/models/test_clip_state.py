@@ -1,4 +1,5 @@
-"""State dicts with OpenAI-CLIP's names compute what OpenAI's network does, and what the transformers model they were written from does."""
+"""State dicts with OpenAI-CLIP's names compute what OpenAI's network does, and what the transformers model they were
+written from does."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +12,27 @@ from tiny_models import LLM, make_batch, tiny_config
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vltrain.config import VisionConfig
+from vltrain.config.schema import VisionConfig
 from vltrain.errors import InputError
+from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.build import build_model
-from vltrain.models.vision import ClipTaps
-from vltrain.models.weights import clip_config, load_clip
+from vltrain.models.pretrained.readers import clip_config, load_clip
 
 WIDTH, PATCH, GRID, DEPTH = 128, 16, 2, 5
-SIZES = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "image_size": PATCH * GRID,
-         "patch_size": PATCH}  # fmt: skip
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 2,
+    "image_size": PATCH * GRID,
+    "patch_size": PATCH,
+}
 PIXELS = torch.randn(2, 3, PATCH * GRID, PATCH * GRID, generator=torch.Generator().manual_seed(0))
-TEXT_TOWER = {"transformer.resblocks.0.ln_1.weight": torch.ones(4), "positional_embedding": torch.ones(7, 4), "logit_scale": torch.ones(())}
+TEXT_TOWER = {
+    "transformer.resblocks.0.ln_1.weight": torch.ones(4),
+    "positional_embedding": torch.ones(7, 4),
+    "logit_scale": torch.ones(()),
+}
 
 
 class Block(nn.Module):
@@ -106,7 +117,9 @@ def read(path: Path, kind: str | None, dtype: torch.dtype = torch.float32) -> CL
 @pytest.mark.parametrize("kind, exact", [("diht", True), ("clip", False), ("alip", False)])
 @pytest.mark.parametrize("prefix, wrap", [("", None), ("module.", None), ("", "state_dict"), ("module.", "model")])
 @torch.no_grad()
-def test_it_computes_what_openais_network_does(tmp_path: Path, kind: str, exact: bool, prefix: str, wrap: str | None) -> None:
+def test_it_computes_what_openais_network_does(
+    tmp_path: Path, kind: str, exact: bool, prefix: str, wrap: str | None
+) -> None:
     vit = random_vit()
     state = state_of(vit, prefix)
     torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "vit.ckpt")
@@ -148,18 +161,32 @@ def test_old_files_and_half_precision(tmp_path: Path) -> None:
 def test_sizes_of_the_published_vits(tmp_path: Path) -> None:
     """ALIP's ViT-B/32 gives 3 taps of width 768, DiHT's ViT-L/14-336 gives 6 of 1024, off the tensors' shapes alone."""
     for kind, width, depth, patch, grid, taps in (("alip", 768, 12, 32, 7, 3), ("diht", 1024, 24, 14, 24, 6)):
-        shapes = {"conv1.weight": (width, 3, patch, patch), "positional_embedding": (grid**2 + 1, width), "class_embedding": (width,)}
+        shapes = {
+            "conv1.weight": (width, 3, patch, patch),
+            "positional_embedding": (grid**2 + 1, width),
+            "class_embedding": (width,),
+        }
         for block in range(depth):
-            inner = {"attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,), "attn.out_proj.weight": (width, width)}
-            inner |= {"mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,), "mlp.c_proj.weight": (width, 4 * width)}
-            inner |= {name: (width,) for name in ("attn.out_proj.bias", "mlp.c_proj.bias")}
+            inner = {
+                "attn.in_proj_weight": (3 * width, width),
+                "attn.in_proj_bias": (3 * width,),
+                "attn.out_proj.weight": (width, width),
+            }
+            inner |= {
+                "mlp.c_fc.weight": (4 * width, width),
+                "mlp.c_fc.bias": (4 * width,),
+                "mlp.c_proj.weight": (width, 4 * width),
+            }
+            inner |= dict.fromkeys(("attn.out_proj.bias", "mlp.c_proj.bias"), (width,))
             inner |= {f"ln_{number}.{leaf}": (width,) for number in (1, 2) for leaf in ("weight", "bias")}
             shapes |= {f"transformer.resblocks.{block}.{name}": shape for name, shape in inner.items()}
         shapes |= {f"ln_{place}.{leaf}": (width,) for place in ("pre", "post") for leaf in ("weight", "bias")}
         # One number behind each tensor: only shapes matter.
         state = {f"module.visual.{name}": torch.zeros(()).expand(shape) for name, shape in shapes.items()}
         torch.save(state, tmp_path / f"{kind}.pth")
-        config = tiny_config(vision={"config": {}, "source": str(tmp_path / f"{kind}.pth"), "kind": kind, "tap_every": 4})
+        config = tiny_config(
+            vision={"config": {}, "source": str(tmp_path / f"{kind}.pth"), "kind": kind, "tap_every": 4}
+        )
         model = build_model(config, device="meta")
         assert (model.visual_tokens, model.vision.width, model.image_size) == (taps, width, patch * grid)
         assert model.vision.clip.config.num_attention_heads == width // 64
@@ -184,7 +211,9 @@ def test_the_kind_is_needed_where_nothing_else_says_it_and_checked_where_somethi
         read(tmp_path / "vit.pt", None)
     CLIPVisionModel(CLIPVisionConfig(**SIZES, hidden_act="gelu")).save_pretrained(tmp_path / "hf")
     assert read(tmp_path / "hf", "diht").config.hidden_act == "gelu"
-    with pytest.raises(InputError, match="model.vision.kind: 'clip' has the activation quick_gelu, but the config.json .* says gelu"):
+    with pytest.raises(
+        InputError, match="model.vision.kind: 'clip' has the activation quick_gelu, but the config.json .* says gelu"
+    ):
         read(tmp_path / "hf", "clip")
     with pytest.raises(InputError, match="model.vision.kind: found 'clip', expected null"):
         VisionConfig(config=SIZES, kind="clip")
@@ -204,18 +233,38 @@ def drop_visual(state: dict[str, Tensor]) -> None:
     [
         (lambda s: s.pop(f"module.{LN}"), f"1 missing: module.{LN}"),
         (lambda s: s.pop("module.visual.conv1.weight"), "1 missing: module.visual.conv1.weight"),
-        (lambda s: s.update({"module.visual.attnpool.weight": torch.ones(2)}), "1 not of a ViT: module.visual.attnpool.weight"),
-        (lambda s: s.update({f"module.{IN_PROJ}": torch.ones(WIDTH, WIDTH)}), rf"module.{IN_PROJ} is \[128, 128\] .* \[384, 128\]"),
-        (lambda s: s.update({"module.visual.positional_embedding": torch.ones(7, WIDTH)}), "128 and 7 positions, expected .* a square"),
-        (lambda s: s.update({"module.visual.conv1.weight": torch.ones(WIDTH, 3)}), "have other dimensions than a ViT's"),
+        (
+            lambda s: s.update({"module.visual.attnpool.weight": torch.ones(2)}),
+            "1 not of a ViT: module.visual.attnpool.weight",
+        ),
+        (
+            lambda s: s.update({f"module.{IN_PROJ}": torch.ones(WIDTH, WIDTH)}),
+            rf"module.{IN_PROJ} is \[128, 128\] .* \[384, 128\]",
+        ),
+        (
+            lambda s: s.update({"module.visual.positional_embedding": torch.ones(7, WIDTH)}),
+            "128 and 7 positions, expected .* a square",
+        ),
+        (
+            lambda s: s.update({"module.visual.conv1.weight": torch.ones(WIDTH, 3)}),
+            "have other dimensions than a ViT's",
+        ),
         (lambda s: s.update({"module.visual.conv1.weight": torch.ones(96, 3, 16, 16)}), "width 96 .* a multiple of 64"),
-        (lambda s: s.update({"module.visual.ln_post.bias": torch.ones(WIDTH).int()}), "visual.ln_post.bias .* torch.int32, .* floats"),
+        (
+            lambda s: s.update({"module.visual.ln_post.bias": torch.ones(WIDTH).int()}),
+            "visual.ln_post.bias .* torch.int32, .* floats",
+        ),
         (drop_visual, "no name begins with 'visual.'"),
-        (lambda s: (s.clear(), s.update({"vision_model.x": torch.ones(1)})), "Hugging Face weights are named by their folder"),
+        (
+            lambda s: (s.clear(), s.update({"vision_model.x": torch.ones(1)})),
+            "Hugging Face weights are named by their folder",
+        ),
         (lambda s: (s.clear(), s.update(epoch=3)), "holds no named tensors"),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_is_refused_by_file_and_key(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+)
+def test_what_does_not_fit_is_refused_by_file_and_key(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     state = state_of(random_vit(), "module.")
     change(state)
     torch.save(state, tmp_path / "vit.pt")

@@ -10,9 +10,11 @@ from vltrain.errors import InputError
 from vltrain.models.compiled import compile_blocks, require_compilable, uncompiled
 
 ROWS = [
-    mixed_batch(), make_batch([(9, []), (4, []), (6, [])], num_images=0), make_batch([(12, [0]), (3, [1])], num_images=2),
+    mixed_batch(),
+    make_batch([(9, []), (4, []), (6, [])], num_images=0),
+    make_batch([(12, [0]), (3, [1])], num_images=2),
     make_batch([(20, [])], num_images=0),
-]  # fmt: skip
+]
 
 
 def outcome(model) -> list:
@@ -31,7 +33,13 @@ def assert_equal_outcome(found: list, expected: list) -> None:
         assert ours.keys() == plain.keys()
         for name in plain:
             largest = float(plain[name].abs().max())
-            torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-6 + 1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours[name],
+                plain[name],
+                rtol=1e-4,
+                atol=1e-6 + 1e-5 * largest,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +89,12 @@ def test_evaluation_runs_as_it_is_written():
 @pytest.mark.parametrize(
     ("stage", "changes", "said"),
     [
-        (3, {}, "ZeRO 3"), (2, {"model__bits": 4}, "model.bits 4"), (2, {"model__adapter__kind": "router"}, "model.adapter.kind router"),
+        (3, {}, "ZeRO 3"),
+        (2, {"model__bits": 4}, "model.bits 4"),
+        (2, {"model__adapter__kind": "router"}, "model.adapter.kind router"),
         (2, {"train__activation_checkpointing": True}, "train.activation_checkpointing"),
     ],
-)  # fmt: skip
+)
 def test_what_it_was_not_made_for_is_refused(stage, changes, said):
     with pytest.raises(InputError, match=f"train.compile: found true together with {said}"):
         require_compilable(tiny.tiny_config(train__compile=True, **changes), stage)

@@ -1,6 +1,8 @@
-"""Whole forwards of recipes under CUDA's own autocast, on tensors without memory: bf16 products, none of several dtypes or devices.
+"""Whole forwards of recipes under CUDA's own autocast, on tensors without memory: bf16 products, none of several dtypes
+or devices.
 
-Needs torch's CUDA build (4.7 GB, no driver): `bash tests/fake_cuda.sh` makes an environment beside .venv for it and runs what is marked `fake_cuda`.
+Needs torch's CUDA build (4.7 GB, no driver): `bash tests/fake_cuda.sh` makes an environment beside .venv for it and
+runs what is marked `fake_cuda`.
 """
 
 from __future__ import annotations
@@ -12,20 +14,27 @@ import numpy as np
 import pytest
 import torch
 
+from vltrain.config.recipe import build_config, read_recipe
 from vltrain.data.loader import batch_of
 from vltrain.models.build import build_model
-from vltrain.models.qformer import InstructBlip
-from vltrain.recipe import build_config, read_recipe
+from vltrain.models.instructblip.model import InstructBlip
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 PLAIN = {"model.adapter.impl": "torch"}  # the kernel's products are its own
 SMOLLM2 = {  # random weights of its size
-    "model.llm.source": None, "model.llm.config": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "vocab_size": 49152, "tie_word_embeddings": True,
-    }, "model.llm.tokenizer": "none",
-}  # fmt: skip
+    "model.llm.source": None,
+    "model.llm.config": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "model.llm.tokenizer": "none",
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": ("quickstart", PLAIN),
     "smollm2_easyvqa": ("smollm2_easyvqa", {**PLAIN, **SMOLLM2}),
@@ -47,7 +56,9 @@ def some_batch(model):
         mask = np.zeros(len(ids), bool)
         mask[-7:] = True
         asked = np.array([4, 5, 6 + number], np.int32)
-        segments.append(Segment(sample_id=str(number), input_ids=ids, loss_mask=mask, images=shown, instruction_ids=asked))
+        segments.append(
+            Segment(sample_id=str(number), input_ids=ids, loss_mask=mask, images=shown, instruction_ids=asked)
+        )
     return batch_of(segments, {f"{number}.png": np.zeros((3, size, size), np.uint8) for number in range(3)}, size)
 
 

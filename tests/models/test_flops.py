@@ -35,7 +35,8 @@ def test_closed_form_is_what_torch_counts(name: str) -> None:
     num_tokens = len(batch.input_ids)
     counted = model.flops().of(
         num_tokens=num_tokens,
-        num_pairs=2 * num_tokens**2 - num_tokens,  # eager attention computes all L * L pairs, causality needs L * (L + 1) / 2
+        num_pairs=2 * num_tokens**2
+        - num_tokens,  # eager attention computes all L * L pairs, causality needs L * (L + 1) / 2
         num_images=2,
         num_label_tokens=batch.num_label_tokens,
     )
@@ -43,7 +44,8 @@ def test_closed_form_is_what_torch_counts(name: str) -> None:
 
 
 def test_known_size() -> None:
-    """LLaMA-2-7B, frozen, with adapters: forward 2 and backward 2 operations per weight of a block; the attention's pairs."""
+    """LLaMA-2-7B, frozen, with adapters: forward 2 and backward 2 operations per weight of a block; the attention's
+    pairs."""
     llm = {
         **LLM,
         "hidden_size": 4096,

@@ -1,4 +1,5 @@
-"""Liger's kernels in the LLM, in Triton's interpreter or on the GPU that is there: the losses and gradients of plain operations."""
+"""Liger's kernels in the LLM, in Triton's interpreter or on the GPU that is there: the losses and gradients of plain
+operations."""
 
 import dataclasses
 
@@ -9,8 +10,8 @@ from tiny_models import mixed_batch, randomise_adapters, tiny_config
 
 from tests.support.blip import blip_config, make_batch, make_samples, make_tokenizers
 from tests.support.interpreter import mend_interpreter
-from vltrain.data.instruction import InstructionSource
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
 from vltrain.ops import liger
@@ -29,7 +30,10 @@ def what_the_interpreter_lacks(monkeypatch):
 def build(kernels: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False, **choice: object):
     config = tiny_config(**choice)
     model = build_model(
-        dataclasses.replace(config, llm=dataclasses.replace(config.llm, kernels=kernels)), dtype=dtype, activation_checkpointing=checkpointing, device=DEVICE
+        dataclasses.replace(config, llm=dataclasses.replace(config.llm, kernels=kernels)),
+        dtype=dtype,
+        activation_checkpointing=checkpointing,
+        device=DEVICE,
     )
     randomise_adapters(model)
     return model
@@ -60,7 +64,9 @@ def test_an_instructblips_llama_has_them_too(tmp_path):
     assert_same(found)
     with pytest.raises(InputError, match="model.instructblip.kernels: found 'liger', but it has none for a T5"):
         build_model(blip_config("t5", kernels="liger").model)
-    with pytest.raises(InputError, match="model.instructblip.attention: found 'varlen', but that is a LLaMA's, and this LLM is a T5"):
+    with pytest.raises(
+        InputError, match="model.instructblip.attention: found 'varlen', but that is a LLaMA's, and this LLM is a T5"
+    ):
         build_model(blip_config("t5", attention="varlen").model)
 
 
@@ -71,7 +77,13 @@ def assert_same(found: list) -> None:
     assert ours.keys() == plain.keys()
     for name in plain:
         largest = float(plain[name].abs().max())
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-4, atol=1e-5 * largest + 1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name],
+            plain[name],
+            rtol=1e-4,
+            atol=1e-5 * largest + 1e-9,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def test_it_is_liger_that_runs(monkeypatch):
@@ -81,11 +93,19 @@ def test_it_is_liger_that_runs(monkeypatch):
     calls = []
     for function in (LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction):
         plain = function.forward
-        monkeypatch.setattr(function, "forward", staticmethod(lambda *given, plain=plain, name=function.__name__: calls.append(name) or plain(*given)))
+        monkeypatch.setattr(
+            function,
+            "forward",
+            staticmethod(lambda *given, plain=plain, name=function.__name__: calls.append(name) or plain(*given)),
+        )
     model = build("liger")
     model(mixed_batch().to(torch.device(DEVICE)))
     layers = model.llm.config.num_hidden_layers
-    assert [calls.count(name) for name in ("LigerRMSNormFunction", "LigerRopeFunction", "LigerSiLUMulFunction")] == [2 * layers + 1, layers, layers]
+    assert [calls.count(name) for name in ("LigerRMSNormFunction", "LigerRopeFunction", "LigerSiLUMulFunction")] == [
+        2 * layers + 1,
+        layers,
+        layers,
+    ]
 
 
 def test_other_models_keep_the_plain_rotary_embedding(monkeypatch):
@@ -103,7 +123,10 @@ def test_a_choice_that_cannot_be_is_refused(monkeypatch):
     assert liger.choose_kernels("auto", "cpu", "silu") == "torch"
     with pytest.raises(InputError, match="activation is 'gelu'"):
         liger.choose_kernels("liger", "cuda", "gelu")
-    assert liger.choose_kernels("auto", "cuda", "gelu") == "torch" and liger.choose_kernels("auto", "cuda", "silu") == "liger"
+    assert (
+        liger.choose_kernels("auto", "cuda", "gelu") == "torch"
+        and liger.choose_kernels("auto", "cuda", "silu") == "liger"
+    )
     monkeypatch.setattr(liger.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="liger-kernel is not installed"):
         liger.choose_kernels("liger", "cuda", "silu")

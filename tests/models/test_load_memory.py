@@ -1,4 +1,5 @@
-"""No load holds two copies of a network: the peak of a process that does nothing else, against the size of the weights."""
+"""No load holds two copies of a network: the peak of a process that does nothing else, against the size of the
+weights."""
 
 import json
 import os
@@ -22,7 +23,10 @@ def write_meta(folder: Path, num_layers: int, num_shards: int) -> None:
     (folder / "params.json").write_text(json.dumps(params))
     rows, columns = {"wq": WIDTH, "wk": WIDTH, "wv": WIDTH}, {"wo": WIDTH}
     for number in range(num_shards):
-        shard = {"norm.weight": torch.ones(WIDTH), "tok_embeddings.weight": torch.randn(VOCABULARY, WIDTH // num_shards)}
+        shard = {
+            "norm.weight": torch.ones(WIDTH),
+            "tok_embeddings.weight": torch.randn(VOCABULARY, WIDTH // num_shards),
+        }
         shard["output.weight"] = torch.randn(VOCABULARY // num_shards, WIDTH)
         for layer in range(num_layers):
             block = {f"attention.{name}": (width // num_shards, WIDTH) for name, width in rows.items()}
@@ -36,15 +40,19 @@ def write_meta(folder: Path, num_layers: int, num_shards: int) -> None:
 
 def write_hugging_face(folder: Path, num_layers: int) -> None:
     config = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=num_layers, num_attention_heads=HEADS, vocab_size=VOCABULARY
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=num_layers,
+        num_attention_heads=HEADS,
+        vocab_size=VOCABULARY,
     )
     LlamaForCausalLM(config).half().save_pretrained(folder, max_shard_size="20MB")
 
 
 def measure(source: Path, dtype: str, warm_up: Path) -> dict[str, int]:
     command = [sys.executable, str(Path(__file__).with_name("load_memory_worker.py")), str(source), dtype, str(warm_up)]
-    # Every tensor gets pages of its own. By default glibc raises this threshold as tensors are let go, and then hands out again what the
-    # warm-up left in its heap, so that a load seems to take from 0.7 to 1.07 copies, by chance.
+    # Every tensor gets pages of its own. By default glibc raises this threshold as tensors are let go, and then hands
+    # out again what the warm-up left in its heap, so that a load seems to take from 0.7 to 1.07 copies, by chance.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "131072"}
     environment = {**os.environ, **allocator, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -54,7 +62,8 @@ def measure(source: Path, dtype: str, warm_up: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("num_shards, dtype", [(1, "float16"), (2, "bfloat16")])
 def test_metas_layout_takes_one_copy_even_with_the_mapped_pages(tmp_path: Path, num_shards: int, dtype: str) -> None:
-    """Each block's files are let go before the next block's are read, so the pages of the files do not add up either."""
+    """Each block's files are let go before the next block's are read, so the pages of the files do not add up
+    either."""
     write_meta(tmp_path / "llama", LAYERS, num_shards)
     write_meta(tmp_path / "small", 1, num_shards)
     measured = measure(tmp_path / "llama", dtype, tmp_path / "small")

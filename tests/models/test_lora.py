@@ -1,4 +1,5 @@
-"""LoRA and LLaMA-Adapter: the identity at the start, the right layers, closed forms of what they compute, packing, generation, merging."""
+"""LoRA and LLaMA-Adapter: the identity at the start, the right layers, closed forms of what they compute, packing,
+generation, merging."""
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from tiny_models import LLM, counted_flops, make_batch, mixed_batch, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, PeftConfig, VisionConfig
+from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.evaluate.generate import Sampling, generate
+from vltrain.evaluate.answering.generate import Sampling, generate
 from vltrain.models.build import build_model, count_parameters
-from vltrain.models.lora import is_peft_parameter
-from vltrain.models.low_rank import merge_updates
 from vltrain.models.merge import merge_adapters
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.peft.lora import is_peft_parameter
+from vltrain.models.peft.low_rank import merge_updates
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 LORA = PeftConfig(kind="lora", rank=4, targets=("q_proj", "v_proj", "down_proj"))
@@ -37,9 +38,10 @@ def tiny(peft: PeftConfig, moved: bool = True, **choice) -> MultimodalModel:
 
 def with_peft(**settings) -> ModelConfig:
     return ModelConfig(
-        vision=VisionConfig(config=VIT_L_336, tap_every=4), llm=LLMConfig(config=LLAMA_2_7B, tokenizer="none", peft=PeftConfig(**settings)),
+        vision=VisionConfig(config=VIT_L_336, tap_every=4),
+        llm=LLMConfig(config=LLAMA_2_7B, tokenizer="none", peft=PeftConfig(**settings)),
         adapter=AdapterConfig(kind="repadapter", llm="none"),
-    )  # fmt: skip
+    )
 
 
 def test_trained_parameters_at_the_papers_size() -> None:
@@ -47,7 +49,10 @@ def test_trained_parameters_at_the_papers_size() -> None:
     assert count["peft"] == (32 * 2 * (4096 * 8 + 8 * 4096),) * 2 and count["llm"] == (6_738_415_616, 0)
     assert count["adapter"] == (24 * (1024 * 16 + 16 + 8 * 1024 + 1024),) * 2
     count = count_parameters(build_model(with_peft(kind="adaption_prompt", adapter_layers=30), device="meta"))
-    assert count["peft"] == (30 * (10 * 4096 + 1),) * 2 and count["llm"] == (6_738_415_616, 0)  # the 1.2M of LLaMA-Adapter
+    assert count["peft"] == (30 * (10 * 4096 + 1),) * 2 and count["llm"] == (
+        6_738_415_616,
+        0,
+    )  # the 1.2M of LLaMA-Adapter
 
 
 @both
@@ -84,7 +89,8 @@ def test_lora_is_the_low_rank_update() -> None:
 
 
 def test_prompts_are_a_gated_attention_of_their_own() -> None:
-    """In double precision, head by head, from the definition: softmax over the prompts' keys, with the rotated query."""
+    """In double precision, head by head, from the definition: softmax over the prompts' keys, with the rotated
+    query."""
     model = tiny(PROMPTS).double()
     adapted = model.llm.model.layers[2].self_attn
     attention, heads, dim = adapted.model, LLM["num_attention_heads"], LLM["hidden_size"] // LLM["num_attention_heads"]
@@ -101,7 +107,9 @@ def test_prompts_are_a_gated_attention_of_their_own() -> None:
         turned = torch.cat([-query[:, part][:, dim // 2 :], query[:, part][:, : dim // 2]], dim=1)
         rotated = query[:, part] * cos[0] + turned * sin[0]
         mixed.append(adapted.adaption_gate * (rotated @ keys[:, group].T / dim**0.5).softmax(-1) @ values[:, group])
-    torch.testing.assert_close(found[0], attention.o_proj(torch.cat(mixed, dim=1)), rtol=1e-6, atol=1e-7)  # peft's softmax is fp32
+    torch.testing.assert_close(
+        found[0], attention.o_proj(torch.cat(mixed, dim=1)), rtol=1e-6, atol=1e-7
+    )  # peft's softmax is fp32
 
 
 @both
@@ -126,16 +134,24 @@ def test_checkpointed_blocks_give_the_same_gradients(peft: PeftConfig) -> None:
     for checkpointing in (False, True):
         model = build_model(config, activation_checkpointing=checkpointing)
         model(mixed_batch()).loss_sum.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        )
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def ask(model: MultimodalModel, prompts: list[Segment], batch_size: int) -> list[list[int]]:
     return generate(
-        model, prompts, lambda name: np.full((3, 32, 32), int(name), np.uint8), sampling=Sampling(max_new_tokens=7), stop_ids={0},
-        vocab_size=LLM["vocab_size"], batch_size=batch_size, device="cpu",
-    )  # fmt: skip
+        model,
+        prompts,
+        lambda name: np.full((3, 32, 32), int(name), np.uint8),
+        sampling=Sampling(max_new_tokens=7),
+        stop_ids={0},
+        vocab_size=LLM["vocab_size"],
+        batch_size=batch_size,
+        device="cpu",
+    )
 
 
 @both
@@ -147,15 +163,26 @@ def test_answers_from_the_cache_are_those_of_whole_forwards_at_any_batch_size(pe
         text = generator.integers(1, LLM["vocab_size"], length).tolist()
         ids = [IMAGE_MODALITY_TOKEN, 1, IMAGE_TOKEN, IMAGE_TOKEN, *text] if image else [TEXT_MODALITY_TOKEN, 1, *text]
         mask = np.zeros(len(ids), bool)
-        prompts.append(Segment(sample_id=str(number), input_ids=np.array(ids, np.int32), loss_mask=mask, images=(image,) if image else ()))
+        prompts.append(
+            Segment(
+                sample_id=str(number),
+                input_ids=np.array(ids, np.int32),
+                loss_mask=mask,
+                images=(image,) if image else (),
+            )
+        )
     answers = ask(model, prompts, 4)
     assert ask(model, prompts, 1) == answers and any(answers)
     for prompt, answer in zip(prompts, answers):  # one whole forward for each new token
         ids, found = prompt.input_ids.tolist(), []
-        pixels = torch.full((len(prompt.images), 3, 32, 32), int(prompt.images[0]) if prompt.images else 0, dtype=torch.uint8)
+        pixels = torch.full(
+            (len(prompt.images), 3, 32, 32), int(prompt.images[0]) if prompt.images else 0, dtype=torch.uint8
+        )
         while len(found) < 7:
             with torch.no_grad():
-                embeds = model.embed(torch.tensor(ids + found), model.encode_images(pixels), torch.zeros(len(pixels), dtype=torch.int64))
+                embeds = model.embed(
+                    torch.tensor(ids + found), model.encode_images(pixels), torch.zeros(len(pixels), dtype=torch.int64)
+                )
                 hidden = model.llm.model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -1]
                 token = int(model.llm.lm_head(hidden).argmax())
             if token == 0:
@@ -212,23 +239,31 @@ def assert_counted(model: MultimodalModel, beyond: int = 0) -> None:
         model(batch).loss_sum.backward()
     tokens = len(batch.input_ids)
     pairs = 2 * tokens**2 - tokens  # eager attention computes all of them
-    counted = model.flops().of(num_tokens=tokens, num_pairs=pairs, num_images=2, num_label_tokens=batch.num_label_tokens)
+    counted = model.flops().of(
+        num_tokens=tokens, num_pairs=pairs, num_images=2, num_label_tokens=batch.num_label_tokens
+    )
     assert counted + beyond == counted_flops(counter)
 
 
 def test_operations_with_prompts_are_what_torch_counts_and_what_peft_does_twice() -> None:
     tokens, width, kv_width = 13 + 5, LLM["hidden_size"], LLM["hidden_size"] // 2
-    # peft projects queries once more (with their gradient), values too (for nothing), and what the prompts add by itself.
+    # peft projects queries once more (with their gradient), values too (for nothing), and what the prompts add by
+    # itself.
     again = tokens * 2 * (2 * width * width + width * kv_width + 2 * width * width)
     keys_and_values = 5 * 2 * (2 * 2 * width * kv_width)
-    assert_counted(tiny(PROMPTS, llm={"attention": "eager"}, adapter={"groups": 1}), beyond=2 * (again + keys_and_values))
+    assert_counted(
+        tiny(PROMPTS, llm={"attention": "eager"}, adapter={"groups": 1}), beyond=2 * (again + keys_and_values)
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"kind": "lora", "targets": ("q_projj",)}, "no linear layer 'q_projj', did you mean 'q_proj'"),
-        ({"kind": "adaption_prompt", "adapter_layers": 4}, "adapter_layers: found 4, expected at most the LLM's 3 blocks"),
+        (
+            {"kind": "adaption_prompt", "adapter_layers": 4},
+            "adapter_layers: found 4, expected at most the LLM's 3 blocks",
+        ),
     ],
 )
 def test_user_mistakes_are_named(settings: dict, named: str) -> None:

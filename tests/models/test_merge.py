@@ -48,7 +48,9 @@ def test_plain_transformers_loads_what_was_merged(tmp_path: Path) -> None:
         assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
-@pytest.mark.parametrize("kind, options", [("bottleneck", {"down_groups": 2}), ("repadapter", {"scale": 0.7, "residual": False})])
+@pytest.mark.parametrize(
+    "kind, options", [("bottleneck", {"down_groups": 2}), ("repadapter", {"scale": 0.7, "residual": False})]
+)
 def test_adapters_without_biases_merge_into_projections_without(kind: str, options: dict[str, object]) -> None:
     model = build_model(tiny_config(adapter={"kind": kind, "vision": "both", "llm": "both", "bias": False, **options}))
     randomise_adapters(model)

@@ -1,4 +1,5 @@
-"""LLaMAs in Meta's layout compute what Meta's network does, written here from its definition, and what Hugging Face's does."""
+"""LLaMAs in Meta's layout compute what Meta's network does, written here from its definition, and what Hugging Face's
+does."""
 
 import json
 import shutil
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
-from vltrain.models.weights import llama_config, load_llama
+from vltrain.models.pretrained.readers import llama_config, load_llama
 
 DIM, HEADS, LAYERS, FFN, VOCABULARY, THETA = 32, 4, 2, 48, 26, 500.0
 HEAD_DIM = DIM // HEADS
@@ -25,8 +26,17 @@ def meta_weights(kv_heads: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"tok_embeddings": (VOCABULARY, DIM), "norm": (DIM,), "output": (VOCABULARY, DIM)}
     for layer in range(LAYERS):
-        block = {"attention.wq": (DIM, DIM), "attention.wk": (kv_heads * HEAD_DIM, DIM), "attention.wv": (kv_heads * HEAD_DIM, DIM)}
-        block |= {"attention.wo": (DIM, DIM), "feed_forward.w1": (FFN, DIM), "feed_forward.w2": (DIM, FFN), "feed_forward.w3": (FFN, DIM)}
+        block = {
+            "attention.wq": (DIM, DIM),
+            "attention.wk": (kv_heads * HEAD_DIM, DIM),
+            "attention.wv": (kv_heads * HEAD_DIM, DIM),
+        }
+        block |= {
+            "attention.wo": (DIM, DIM),
+            "feed_forward.w1": (FFN, DIM),
+            "feed_forward.w2": (DIM, FFN),
+            "feed_forward.w3": (FFN, DIM),
+        }
         block |= {"attention_norm": (DIM,), "ffn_norm": (DIM,)}
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
     return {f"{name}.weight": torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
@@ -46,7 +56,11 @@ def meta_forward(weights: dict[str, Tensor], ids: Tensor, kv_heads: int) -> Tens
 
     x = weights["tok_embeddings.weight"][ids]
     for layer in range(LAYERS):
-        w = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items() if name.startswith(f"layers.{layer}.")}
+        w = {
+            name.removeprefix(f"layers.{layer}."): weight
+            for name, weight in weights.items()
+            if name.startswith(f"layers.{layer}.")
+        }
         normed = norm(x, w["attention_norm.weight"])
         q, k, v = (
             (normed @ w[f"attention.w{name}.weight"].t()).unflatten(-1, (heads, HEAD_DIM))
@@ -62,8 +76,11 @@ def meta_forward(weights: dict[str, Tensor], ids: Tensor, kv_heads: int) -> Tens
     return norm(x, weights["norm.weight"]) @ weights["output.weight"].t()
 
 
-def write_meta(folder: Path, weights: dict[str, Tensor], num_shards: int, kv_heads: int, embeddings_cut: int = 1) -> None:
-    """Meta's tensor-parallel shards: columns of wo and w2, rows of the other matrices, norms in each, and the rotary buffer."""
+def write_meta(
+    folder: Path, weights: dict[str, Tensor], num_shards: int, kv_heads: int, embeddings_cut: int = 1
+) -> None:
+    """Meta's tensor-parallel shards: columns of wo and w2, rows of the other matrices, norms in each, and the rotary
+    buffer."""
     folder.mkdir(parents=True)
     params = {"dim": DIM, "n_layers": LAYERS, "n_heads": HEADS, "norm_eps": 1e-5, "rope_theta": THETA, "vocab_size": -1}
     params |= {"multiple_of": 24, "ffn_dim_multiplier": 0.5}  # 0.5 * 85 = 42, rounded up to 48
@@ -85,12 +102,18 @@ def read(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("num_shards, embeddings_cut", [(1, 1), (2, 1), (2, 0)])
 @torch.no_grad()
-def test_it_computes_what_metas_network_does(tmp_path: Path, kv_heads: int, num_shards: int, embeddings_cut: int) -> None:
+def test_it_computes_what_metas_network_does(
+    tmp_path: Path, kv_heads: int, num_shards: int, embeddings_cut: int
+) -> None:
     weights = meta_weights(kv_heads)
     write_meta(tmp_path / "llama", weights, num_shards, kv_heads, embeddings_cut)
     llm = read(tmp_path / "llama")
     torch.testing.assert_close(llm(IDS[None]).logits[0], meta_forward(weights, IDS, kv_heads), rtol=1e-4, atol=1e-4)
-    assert (llm.config.num_key_value_heads, llm.config.vocab_size, llm.config.intermediate_size) == (kv_heads, VOCABULARY, FFN)
+    assert (llm.config.num_key_value_heads, llm.config.vocab_size, llm.config.intermediate_size) == (
+        kv_heads,
+        VOCABULARY,
+        FFN,
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -99,14 +122,30 @@ def test_meta_and_hugging_face_give_the_same_weights(tmp_path: Path, kv_heads: i
     """From a Hugging Face model to Meta's layout, with the row order written down element by element, and back."""
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": THETA}
-    config = LlamaConfig(hidden_size=DIM, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                         num_key_value_heads=kv_heads, vocab_size=VOCABULARY, rms_norm_eps=1e-5, rope_parameters=rope)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=DIM,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=kv_heads,
+        vocab_size=VOCABULARY,
+        rms_norm_eps=1e-5,
+        rope_parameters=rope,
+    )
     original = LlamaForCausalLM(config)
     original.save_pretrained(tmp_path / "hf")
     names = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-    inner = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-             "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-             "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}  # fmt: skip
+    inner = {
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
     names |= {f"layers.{layer}.{a}": f"model.layers.{layer}.{b}" for layer in range(LAYERS) for a, b in inner.items()}
     half = HEAD_DIM // 2
     weights = {}
@@ -183,7 +222,11 @@ WO = "layers.1.attention.wo.weight"
     [
         (renumber, "", r"found 2 shard\(s\), but no consolidated.01.pth"),
         (lambda folder: (folder / "consolidated.00.pth").unlink(), "", "no consolidated.00.pth"),
-        (lambda folder: (folder / "consolidated.01.pth").unlink(), "params.json", "width is 48 but the weights of 1 shard.* 24"),
+        (
+            lambda folder: (folder / "consolidated.01.pth").unlink(),
+            "params.json",
+            "width is 48 but the weights of 1 shard.* 24",
+        ),
         (truncate, "consolidated.01.pth", "cut off"),
         (lambda folder: (folder / "consolidated.01.pth").write_bytes(b""), "consolidated.01.pth", "not a"),
         (lambda folder: (folder / "params.json").unlink(), "params.json", "no such file"),
@@ -194,23 +237,49 @@ WO = "layers.1.attention.wo.weight"
         (edit_params(multiple_of=0), "params.json", "multiple_of is 0"),
         (edit_params(n_heads=3), "params.json", "dim 32, n_heads 3, n_kv_heads 2 do not divide"),
         (edit_params(use_scaled_rope=True), "params.json", "use_scaled_rope is not of LLaMA or LLaMA-2"),
-        (edit_params(dim=64, multiple_of=None), "consolidated.00.pth", r"tok_embeddings.weight is \[26, 16\] .* expected \[26, 32\]"),
+        (
+            edit_params(dim=64, multiple_of=None),
+            "consolidated.00.pth",
+            r"tok_embeddings.weight is \[26, 16\] .* expected \[26, 32\]",
+        ),
         (edit_params(n_layers=3), "consolidated.00.pth", "9 missing: layers.2.attention.wk.weight"),
         (edit_params(n_layers=1), "consolidated.00.pth", "9 unknown: layers.1.attention.wk.weight"),
-        (edit_params(n_heads=8, n_kv_heads=4), "consolidated.00.pth", "rope.freqs has 4 .* n_heads of params.json is 8, the weights say 4"),
+        (
+            edit_params(n_heads=8, n_kv_heads=4),
+            "consolidated.00.pth",
+            "rope.freqs has 4 .* n_heads of params.json is 8, the weights say 4",
+        ),
         (edit_params(n_kv_heads=4), "consolidated.00.pth", r"wk.weight is \[8, 32\] .* expected \[16, 32\]"),
         (edit_params(n_kv_heads=1), "", "2 shards cannot share 4 heads and 1 key-value heads"),
         (edit_params(vocab_size=32000), "params.json", "vocab_size is 32000 but the weights .* say 26"),
         (edit_params(ffn_dim_multiplier=None), "params.json", "feed-forward width is 96 .* say 48"),
         (edit_shard(1, lambda shard: shard.pop(WO)), "consolidated.01.pth", f"1 missing: {WO}"),
-        (edit_shard(0, lambda shard: shard.pop("tok_embeddings.weight")), "consolidated.00.pth", "1 missing: tok_embeddings.weight"),
-        (edit_shard(1, lambda shard: shard.update({"lora.weight": torch.ones(2)})), "consolidated.01.pth", "1 unknown: lora.weight"),
-        (edit_shard(1, lambda shard: shard.update({WO: torch.ones(32, 8)})), "consolidated.01.pth", rf"{WO} is \[32, 8\] .* \[32, 16\]"),
-        (edit_shard(1, lambda shard: shard.update({WO: shard[WO].int()})), "consolidated.01.pth", f"{WO} .* torch.int32, .* floats"),
+        (
+            edit_shard(0, lambda shard: shard.pop("tok_embeddings.weight")),
+            "consolidated.00.pth",
+            "1 missing: tok_embeddings.weight",
+        ),
+        (
+            edit_shard(1, lambda shard: shard.update({"lora.weight": torch.ones(2)})),
+            "consolidated.01.pth",
+            "1 unknown: lora.weight",
+        ),
+        (
+            edit_shard(1, lambda shard: shard.update({WO: torch.ones(32, 8)})),
+            "consolidated.01.pth",
+            rf"{WO} is \[32, 8\] .* \[32, 16\]",
+        ),
+        (
+            edit_shard(1, lambda shard: shard.update({WO: shard[WO].int()})),
+            "consolidated.01.pth",
+            f"{WO} .* torch.int32, .* floats",
+        ),
         (from_another_model, "consolidated.01.pth", "differs from consolidated.00.pth's"),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_is_refused_by_file_and_key(tmp_path: Path, damage: Callable[[Path], None], file: str, message: str) -> None:
+)
+def test_what_does_not_fit_is_refused_by_file_and_key(
+    tmp_path: Path, damage: Callable[[Path], None], file: str, message: str
+) -> None:
     folder = tmp_path / "llama"
     write_meta(folder, meta_weights(2), 2, 2)
     read(folder)

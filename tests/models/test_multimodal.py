@@ -1,4 +1,5 @@
-"""The whole forward: packed rows equal their samples one at a time, in loss and in every gradient; fillers; checkpointing."""
+"""The whole forward: packed rows equal their samples one at a time, in loss and in every gradient; fillers;
+checkpointing."""
 
 import dataclasses
 
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from tiny_models import LLM, VISUAL_TOKENS, make_batch, mixed_batch, randomise_adapters, tiny_config
 
 from vltrain.batch import Batch
+from vltrain.models.backbones.llm import packed_hidden_states
 from vltrain.models.build import build_model
-from vltrain.models.llm import packed_hidden_states
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 VISION_SIDE = ("vision.", "neck.")
@@ -69,7 +70,11 @@ def test_packed_row_equals_its_samples_one_at_a_time(attention: str, tune: str) 
     assert set(packed_gradients) == set(single_gradients)
     for name, gradient in packed_gradients.items():
         torch.testing.assert_close(
-            gradient, single_gradients[name], rtol=tolerance, atol=tolerance / 100, msg=lambda text, name=name: f"{name}: {text}"
+            gradient,
+            single_gradients[name],
+            rtol=tolerance,
+            atol=tolerance / 100,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 
@@ -82,7 +87,10 @@ def test_segments_do_not_see_each_other() -> None:
     lengths = batch.segment_lengths.tolist()
     before, after = (
         packed_hidden_states(
-            model.llm, model.embed(row.input_ids, model.encode_images(row.pixels), row.image_slots), row.position_ids, row.segment_lengths
+            model.llm,
+            model.embed(row.input_ids, model.encode_images(row.pixels), row.image_slots),
+            row.position_ids,
+            row.segment_lengths,
         )
         for row in (batch, changed)
     )
@@ -103,25 +111,39 @@ def test_loss_is_the_cross_entropy_of_the_next_token() -> None:
 
 def test_embed_puts_each_vector_where_it_belongs() -> None:
     model = build()
-    ids = torch.tensor([IMAGE_MODALITY_TOKEN, 5, IMAGE_TOKEN, IMAGE_TOKEN, 6, IMAGE_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, 7])
+    ids = torch.tensor(
+        [IMAGE_MODALITY_TOKEN, 5, IMAGE_TOKEN, IMAGE_TOKEN, 6, IMAGE_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, 7]
+    )
     visual = torch.randn(3, VISUAL_TOKENS, LLM["hidden_size"])
     text, modality = model.llm.model.embed_tokens.weight, model.modality_embedding.weight
-    expected = torch.stack([modality[1], text[5], visual[2, 0], visual[2, 1], text[6], visual[0, 0], visual[0, 1], modality[0], text[7]])
+    expected = torch.stack(
+        [modality[1], text[5], visual[2, 0], visual[2, 1], text[6], visual[0, 0], visual[0, 1], modality[0], text[7]]
+    )
     assert torch.equal(model.embed(ids, visual, torch.tensor([2, 0])), expected)
     plain = torch.tensor([3, TEXT_MODALITY_TOKEN])
-    assert torch.equal(model.embed(plain, visual[:0], torch.empty(0, dtype=torch.int64)), torch.stack([text[3], modality[0]]))
+    assert torch.equal(
+        model.embed(plain, visual[:0], torch.empty(0, dtype=torch.int64)), torch.stack([text[3], modality[0]])
+    )
 
 
 @pytest.mark.parametrize("tune", ["adapters", "full"])
 @pytest.mark.parametrize(
     "name, num_images, dangling",
-    [("row without images", 0, False), ("row with a blank image", 1, True), ("filler", 0, False), ("filler with an image", 1, True)],
+    [
+        ("row without images", 0, False),
+        ("row with a blank image", 1, True),
+        ("filler", 0, False),
+        ("filler with an image", 1, True),
+    ],
 )
 def test_which_gradients_exist_depends_on_pixels_alone(tune: str, name: str, num_images: int, dangling: bool) -> None:
-    """Ranks of one micro-step must reach the same parameters: zeros where nothing was learned, none where no ViT ran."""
+    """Ranks of one micro-step must reach the same parameters: zeros where nothing was learned, none where no ViT
+    ran."""
     model = build(tune=tune)
     is_filler = name.startswith("filler")
-    model(make_batch([(1 if is_filler else 6, [])], num_images=num_images, is_filler=is_filler, labels=not is_filler)).loss_sum.backward()
+    model(
+        make_batch([(1 if is_filler else 6, [])], num_images=num_images, is_filler=is_filler, labels=not is_filler)
+    ).loss_sum.backward()
     unused = model.vision.unused_parameters()
     for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad or parameter in unused:
@@ -158,7 +180,11 @@ def test_no_pixels_no_vit_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     monkeypatch.setattr(model.vision, "forward", lambda pixels: pytest.fail("the ViT ran without images"))
     assert model(make_batch([(6, [])], num_images=0)).loss_sum.item() > 0
-    assert model.encode_images(torch.empty(0, 3, 32, 32, dtype=torch.uint8)).shape == (0, VISUAL_TOKENS, LLM["hidden_size"])
+    assert model.encode_images(torch.empty(0, 3, 32, 32, dtype=torch.uint8)).shape == (
+        0,
+        VISUAL_TOKENS,
+        LLM["hidden_size"],
+    )
 
 
 @pytest.mark.parametrize("tune", ["adapters", "full"])

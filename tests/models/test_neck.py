@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vltrain.config import NeckConfig
-from vltrain.models.neck import make_neck
+from vltrain.config.schema import NeckConfig
+from vltrain.models.mmt.neck import make_neck
 
 
 def test_bottleneck_is_equation_3() -> None:
@@ -21,7 +21,9 @@ def test_bottleneck_is_equation_3() -> None:
 def test_counts_of_the_paper(kind: str, count: int) -> None:
     """For ViT-L and LLaMA-2-7B; the paper calls the neck six times smaller than LLaVA's."""
     with torch.device("meta"):
-        assert sum(parameter.numel() for parameter in make_neck(1024, 4096, NeckConfig(kind=kind)).parameters()) == count
+        assert (
+            sum(parameter.numel() for parameter in make_neck(1024, 4096, NeckConfig(kind=kind)).parameters()) == count
+        )
 
 
 def test_weights_are_xavier_and_biases_zero() -> None:

@@ -1,7 +1,8 @@
-"""The precision map: with train.precision bf16 every large product of forward and backward is bf16 under CUDA's autocast rules, and none mixes dtypes.
+"""The precision map: with train.precision bf16 every large product of forward and backward is bf16 under CUDA's
+autocast rules, and none mixes dtypes.
 
-By emulation on every machine. With torch's CUDA build on fake CUDA tensors, by CUDA's own autocast (marker `fake_cuda`): bash tests/fake_cuda.sh
-makes an environment for it and runs that.
+By emulation on every machine. With torch's CUDA build on fake CUDA tensors, by CUDA's own autocast (marker
+`fake_cuda`): bash tests/fake_cuda.sh makes an environment for it and runs that.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from tests.support import kinds
 from tests.support.precision import CudaLists, Products
 
 MOST_FP32 = 0.01  # of all multiplications
-# Where T5's bias of positions is trained, a CPU takes torch's plain attention, which multiplies in fp32; CUDA's memory-efficient kernel takes bf16.
+# Where T5's bias of positions is trained, a CPU takes torch's plain attention, which multiplies in fp32; CUDA's
+# memory-efficient kernel takes bf16.
 CPU_ONLY = {"t5-full": 0.03}
 MOST_GROUPED = 0.1
 
 
 @pytest.fixture(scope="module")
 def most_fp32() -> float:
-    """`MOST_FP32`, or more where torch's CPU kernel does not take grouped queries (2.8), so that plain attention multiplies in fp32 there too."""
+    """`MOST_FP32`, or more where torch's CPU kernel does not take grouped queries (2.8), so that plain attention
+    multiplies in fp32 there too."""
     query, key = torch.randn(1, 4, 5, 8, dtype=torch.bfloat16), torch.randn(1, 2, 5, 8, dtype=torch.bfloat16)
     with Products() as products:
         nn.functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)

@@ -1,4 +1,5 @@
-"""InstructBLIP: losses and gradients of packs equal transformers' own model on each question by itself; exactly what is meant is trained."""
+"""InstructBLIP: losses and gradients of packs equal transformers' own model on each question by itself; exactly what is
+meant is trained."""
 
 from __future__ import annotations
 
@@ -7,18 +8,18 @@ import torch
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from tests.support.blip import QUERIES, blip_config, make_batch, make_samples, make_tokenizers
-from vltrain.check.sizes import BLIPS
-from vltrain.config import ModelConfig
-from vltrain.data.instruction import InstructionSource
+from vltrain.config.instructblip import InstructBlipConfig as OurConfig
+from vltrain.config.instructblip import LanguageTuning, QFormerTuning
+from vltrain.config.schema import ModelConfig
 from vltrain.data.loader import filler
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.instructblip_config import InstructBlipConfig as OurConfig
-from vltrain.instructblip_config import LanguageTuning, QFormerTuning
+from vltrain.memory.sizes import BLIPS
 from vltrain.models.build import build_model, count_parameters
-from vltrain.models.build_blip import full_qformer_size
-from vltrain.models.low_rank import targeted
-from vltrain.models.qformer import InstructBlip
+from vltrain.models.instructblip.build import full_qformer_size
+from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.peft.low_rank import targeted
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
 KINDS = ("llama", "t5")
@@ -39,9 +40,15 @@ def reference(model: InstructBlip) -> InstructBlipForConditionalGeneration:
     config = InstructBlipConfig.from_dict({**model.config.to_dict(), "image_token_index": IMAGE_ID})
     theirs = InstructBlipForConditionalGeneration._from_config(config, attn_implementation="eager").double()
     if model.is_encoder_decoder:
-        theirs.language_model.lm_head.weight = torch.nn.Parameter(theirs.language_model.lm_head.weight.clone())  # transformers ties T5's
-    theirs.load_state_dict({InstructBlip.their_name(name): value for name, value in model.state_dict().items()}, strict=False)
-    missing = {name for name, _ in theirs.named_parameters()} - {InstructBlip.their_name(name) for name, _ in model.named_parameters()}
+        theirs.language_model.lm_head.weight = torch.nn.Parameter(
+            theirs.language_model.lm_head.weight.clone()
+        )  # transformers ties T5's
+    theirs.load_state_dict(
+        {InstructBlip.their_name(name): value for name, value in model.state_dict().items()}, strict=False
+    )
+    missing = {name for name, _ in theirs.named_parameters()} - {
+        InstructBlip.their_name(name) for name, _ in model.named_parameters()
+    }
     assert not missing, missing
     return theirs.eval()
 
@@ -55,7 +62,9 @@ def loss_of_one(theirs, ours, sample, tokenizer, template):
     arguments = {"pixel_values": pixels, "qformer_input_ids": instruction}
     split = len(ids) - int(batch.label_lengths)
     if template == "instructblip_t5":
-        logits = theirs(**arguments, input_ids=ids[None, :split], decoder_input_ids=ours.shifted(ids[None, split:])).logits[0]
+        logits = theirs(
+            **arguments, input_ids=ids[None, :split], decoder_input_ids=ours.shifted(ids[None, split:])
+        ).logits[0]
         return torch.nn.functional.cross_entropy(logits, ids[split:], reduction="sum")
     logits = theirs(**arguments, input_ids=ids[None]).logits[0]
     return torch.nn.functional.cross_entropy(logits, batch.labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -75,7 +84,9 @@ def test_losses_and_gradients_of_a_pack_equal_those_of_transformers_question_by_
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in model.named_parameters():
         expected = gradients[InstructBlip.their_name(name)]
-        assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7, name  # T5's norms and softmax are fp32
+        assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7, (
+            name
+        )  # T5's norms and softmax are fp32
 
 
 def test_a_random_vit_tells_images_apart():
@@ -100,7 +111,10 @@ def test_segments_do_not_see_each_other(kind, places):
 def test_a_batch_without_image_reaches_what_others_reach(kind, places):
     model = build_model(blip_config(kind, qformer__mode="lora", llm__mode="lora").model)
     text_only = [sample for sample in make_samples(10) if not sample.images]
-    for batch in (make_batch(text_only, tokenizer_of(kind, places), model.template, blank=True), filler(True, model.image_size)):
+    for batch in (
+        make_batch(text_only, tokenizer_of(kind, places), model.template, blank=True),
+        filler(True, model.image_size),
+    ):
         model.zero_grad()
         model(batch).loss_sum.backward()
         for name, parameter in model.named_parameters():
@@ -115,11 +129,18 @@ def test_the_text_ffn_of_the_last_layer_gets_no_gradient(places):
     model = build_model(blip_config("llama", qformer__mode="full").model)
     samples = [sample for sample in make_samples(9) if sample.images]
     model(make_batch(samples, tokenizer_of("llama", places), model.template)).loss_sum.backward()
-    dead = {name for name, parameter in model.qformer.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    dead = {
+        name
+        for name, parameter in model.qformer.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    }
     last = f"encoder.layer.{model.config.qformer_config.num_hidden_layers - 1}."
-    assert {name for name in dead if name.endswith(".weight") and "LayerNorm" not in name and "embeddings" not in name} == {
-        f"{last}intermediate.dense.weight", f"{last}output.dense.weight",
-    }  # fmt: skip
+    assert {
+        name for name in dead if name.endswith(".weight") and "LayerNorm" not in name and "embeddings" not in name
+    } == {
+        f"{last}intermediate.dense.weight",
+        f"{last}output.dense.weight",
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,8 +155,15 @@ def test_an_untrained_update_changes_nothing_and_sits_where_the_targets_say(kind
     wrapped = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
     layers = {name: module for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
     names = targeted("qformer", ("cross", "self")), targeted(kind, ("ffn",))
-    expected = {name for name in layers if name.startswith("qformer.") and any(name.endswith(f".{end}") and f"layer.{name.split('.')[3]}.{end}" in name for end in names[0])}
-    expected |= {name for name in layers if name.startswith("llm.") and any(name.endswith(f".{end}") for end in names[1])}
+    expected = {
+        name
+        for name in layers
+        if name.startswith("qformer.")
+        and any(name.endswith(f".{end}") and f"layer.{name.split('.')[3]}.{end}" in name for end in names[0])
+    }
+    expected |= {
+        name for name in layers if name.startswith("llm.") and any(name.endswith(f".{end}") for end in names[1])
+    }
     assert wrapped == expected and len(wrapped) > 6
     assert sum(".crossattention." in name for name in wrapped) == 4 * 2  # layers 0 and 2 of three
     assert not any(".attention.output." in name for name in wrapped)
@@ -152,7 +180,11 @@ def test_quantised_frozen_networks_train_the_rest(kind, bits, places):
     output = model(batch).loss_sum
     assert abs(output - exact) < 0.1 * exact and output != exact
     output.backward()
-    assert any(".lora_B" in name and parameter.grad.any() for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert any(
+        ".lora_B" in name and parameter.grad.any()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
 
 
 # At full size, without memory.
@@ -161,17 +193,22 @@ FULL_T5, FULL_VICUNA = (BLIPS[f"instructblip-{name}"].config for name in ("flan-
 
 def count_at_full_size(sizes, qformer=None, llm=None):
     """(adapters' weights, everything trained, the paper's 100%)"""
-    tuning = {"qformer": QFormerTuning(**(qformer or {"mode": "frozen"})), "llm": LanguageTuning(**(llm or {"mode": "frozen"}))}
+    tuning = {
+        "qformer": QFormerTuning(**(qformer or {"mode": "frozen"})),
+        "llm": LanguageTuning(**(llm or {"mode": "frozen"})),
+    }
     places = {"tokenizer": "none", "qformer_tokenizer": "none"}
     model = build_model(
-        ModelConfig(architecture="instructblip", instructblip=OurConfig(config=sizes, **places, **tuning)), device="meta"
+        ModelConfig(architecture="instructblip", instructblip=OurConfig(config=sizes, **places, **tuning)),
+        device="meta",
     )
     counts = count_parameters(model)
     return counts["peft"][1], sum(trained for _, trained in counts.values()), full_qformer_size(model)
 
 
 @pytest.mark.parametrize(
-    ("targets", "millions"), [(("self", "cross", "ffn"), 2.126), (("self",), 0.295), (("cross",), 0.356), (("ffn",), 1.475)]
+    ("targets", "millions"),
+    [(("self", "cross", "ffn"), 2.126), (("self",), 0.295), (("cross",), 0.356), (("ffn",), 1.475)],
 )
 def test_the_papers_counts_of_lora_on_the_qformer(targets, millions):
     adapters, trained, full = count_at_full_size(FULL_T5, qformer={"targets": targets})
@@ -195,10 +232,19 @@ def test_the_papers_counts_of_lora_on_both():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"config": {"text_config": {"model_type": "opt"}}}, "text_config.model_type: found 'opt', expected one of llama, t5"),
-        ({"config": {"vision_config": {"hidden_sise": 3}, "text_config": {"model_type": "t5"}}}, "did you mean 'hidden_size'"),
+        (
+            {"config": {"text_config": {"model_type": "opt"}}},
+            "text_config.model_type: found 'opt', expected one of llama, t5",
+        ),
+        (
+            {"config": {"vision_config": {"hidden_sise": 3}, "text_config": {"model_type": "t5"}}},
+            "did you mean 'hidden_size'",
+        ),
         ({"config": {"num_querytokens": 3, "text_config": {"model_type": "t5"}}}, "did you mean 'num_query_tokens'"),
-        ({"source": "/nowhere/at/all", "config": {}}, "model.instructblip.source: '/nowhere/at/all': no such file or folder"),
+        (
+            {"source": "/nowhere/at/all", "config": {}},
+            "model.instructblip.source: '/nowhere/at/all': no such file or folder",
+        ),
     ],
 )
 def test_mistakes_are_told(changes, told):

@@ -1,4 +1,5 @@
-"""Quantised networks compute what their dequantised weights do, forward and backward, and count as what they stand for."""
+"""Quantised networks compute what their dequantised weights do, forward and backward, and count as what they stand
+for."""
 
 from __future__ import annotations
 
@@ -12,19 +13,21 @@ import torch.nn.functional as F
 from tiny_models import LLM, mixed_batch, randomise_adapters, tiny_config
 from torch import nn
 
-from vltrain.config import Config, PeftConfig
+from vltrain.config.schema import Config, PeftConfig
+from vltrain.distributed.hardware import choose_dtype
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, count_parameters, outline_model
 from vltrain.models.merge import merge_adapters
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.quantise import Int8Linear, bitsandbytes, dequantise_linears, quantise_linears
-from vltrain.train.hardware import choose_dtype
 
 pytest.importorskip("bitsandbytes", reason="install the extra `quant`")
 LORA, PROMPTS = PeftConfig(kind="lora", targets=("q_proj", "down_proj")), PeftConfig(kind="adaption_prompt")
 
 
-def build(bits: int | None, checkpointing: bool = False, dtype: torch.dtype = torch.float32, **choice: Any) -> MultimodalModel:
+def build(
+    bits: int | None, checkpointing: bool = False, dtype: torch.dtype = torch.float32, **choice: Any
+) -> MultimodalModel:
     model = build_model(tiny_config(bits=bits, **choice), dtype=dtype, activation_checkpointing=checkpointing)
     randomise_adapters(model)
     return model
@@ -36,9 +39,28 @@ def gradients(model: MultimodalModel) -> dict[str, torch.Tensor]:
 
 
 def test_nf4_weights_are_the_published_codes_times_scales() -> None:
-    """Blocks of 64 in the order of memory, across rows: code * largest magnitude, but for the 8-bit scale of the scale."""
-    codes = torch.tensor([-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0, 0.0795803, 0.1609302,
-                          0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
+    """Blocks of 64 in the order of memory, across rows: code * largest magnitude, but for the 8-bit scale of the
+    scale."""
+    codes = torch.tensor(
+        [
+            -1.0,
+            -0.6961928,
+            -0.5250731,
+            -0.3949175,
+            -0.2844414,
+            -0.1847734,
+            -0.0910500,
+            0.0,
+            0.0795803,
+            0.1609302,
+            0.2461123,
+            0.3379152,
+            0.4407098,
+            0.5626170,
+            0.7229568,
+            1.0,
+        ]
+    )
     block = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
     weights = [linear.weight.detach().clone() for linear in block]
     quantise_linears(block, 4)
@@ -85,12 +107,16 @@ def test_a_layer_is_its_dequantised_product_forward_and_backward(bits: int, trai
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("peft", [PeftConfig(), LORA, PROMPTS], ids=["adapters", "lora", "prompts"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_losses_and_gradients_are_those_of_the_dequantised_model(bits: int, peft: PeftConfig, checkpointing: bool) -> None:
+def test_losses_and_gradients_are_those_of_the_dequantised_model(
+    bits: int, peft: PeftConfig, checkpointing: bool
+) -> None:
     choice = {"llm": {"peft": peft}, "adapter": {"vision": "both", "llm": "both"}}
     model, plain = build(bits, checkpointing, **choice), build(bits, **choice)
     dequantise_linears(plain)
     assert all(parameter.is_floating_point() for parameter in plain.parameters())
-    torch.testing.assert_close(model(mixed_batch()).segment_losses, plain(mixed_batch()).segment_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(mixed_batch()).segment_losses, plain(mixed_batch()).segment_losses, rtol=1e-5, atol=1e-5
+    )
     found, expected = gradients(model), gradients(plain)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -105,7 +131,10 @@ def test_losses_and_gradients_are_those_of_the_dequantised_model(bits: int, peft
 @pytest.mark.parametrize("bits, loss_tolerance, least_cosine", [(4, 0.05, 0.85), (8, 0.005, 0.999)])
 def test_quantised_assets_lose_little(bits: int, loss_tolerance: float, least_cosine: float) -> None:
     """The pretrained tiny ViT and LLaMA, on random text and images."""
-    assets = {"vision": {"config": {}, "source": "asset://tiny_vit", "tap_every": 2}, "llm": {"config": {}, "source": "asset://tiny_llama"}}
+    assets = {
+        "vision": {"config": {}, "source": "asset://tiny_vit", "tap_every": 2},
+        "llm": {"config": {}, "source": "asset://tiny_llama"},
+    }
     model, exact = (build_model(tiny_config(bits=number, **assets)) for number in (bits, None))
     size = model.image_size
     batch = mixed_batch()
@@ -123,14 +152,22 @@ def test_what_is_quantised_is_the_blocks_frozen_linear_layers(bits: int) -> None
     model = build(bits, llm={"peft": LORA})
     quantised = {name for name, parameter in model.named_parameters() if not parameter.is_floating_point()}
     expected = {
-        name for name, parameter in model.named_parameters()
+        name
+        for name, parameter in model.named_parameters()
         if ".layers." in name and name.endswith("weight") and "norm" not in name and not parameter.requires_grad
     }
     assert quantised == expected and len(quantised) == 7 * LLM["num_hidden_layers"] + 6 * 5
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
-    assert sum(parameter.nbytes for parameter in model.parameters() if parameter.dtype in (torch.uint8, torch.int8)) == sum(
-        parameter.numel() for name, parameter in build(None, llm={"peft": LORA}).named_parameters() if name in quantised
-    ) * bits // 8
+    assert (
+        sum(parameter.nbytes for parameter in model.parameters() if parameter.dtype in (torch.uint8, torch.int8))
+        == sum(
+            parameter.numel()
+            for name, parameter in build(None, llm={"peft": LORA}).named_parameters()
+            if name in quantised
+        )
+        * bits
+        // 8
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -147,20 +184,34 @@ def test_counts_are_of_numbers_not_of_bytes(bits: int) -> None:
 def test_of_two_networks_the_frozen_one_is_quantised(bits: int, trained: str, frozen: str) -> None:
     model = build(bits, **{trained: {"train": True}})
     dead = "vision.clip.encoder.layers.4."  # after the last tap: frozen whatever is tuned
-    names = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point() and not name.startswith(dead)]
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_floating_point() and not name.startswith(dead)
+    ]
     assert {name.split(".")[0] for name in names} == {frozen}
     assert all(gradient is not None for gradient in gradients(model).values())
 
 
 def test_every_bit_count_has_its_dtypes() -> None:
-    for bits, dtype, expected in ((None, torch.bfloat16, torch.bfloat16), (16, torch.bfloat16, torch.bfloat16), (32, torch.bfloat16, torch.float32)):
+    for bits, dtype, expected in (
+        (None, torch.bfloat16, torch.bfloat16),
+        (16, torch.bfloat16, torch.bfloat16),
+        (32, torch.bfloat16, torch.float32),
+    ):
         model = build(bits, dtype=dtype)
         assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {expected}
         with torch.autocast("cpu", torch.bfloat16):
             model(mixed_batch()).loss_sum.backward()
-    assert choose_dtype("auto", 16) == choose_dtype("bf16", 4) == torch.bfloat16 and choose_dtype("fp32", 4) == torch.float32
+    assert (
+        choose_dtype("auto", 16) == choose_dtype("bf16", 4) == torch.bfloat16
+        and choose_dtype("fp32", 4) == torch.float32
+    )
     packed = build(4, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in packed.parameters() if not parameter.requires_grad} == {torch.bfloat16, torch.int8}
+    assert {parameter.dtype for parameter in packed.parameters() if not parameter.requires_grad} == {
+        torch.bfloat16,
+        torch.int8,
+    }
     with torch.autocast("cpu", torch.bfloat16):
         packed(mixed_batch()).loss_sum.backward()
 
@@ -190,11 +241,15 @@ def test_contradictions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             tiny_config(bits=4, **choice)
     config = Config()
     config.model.bits, config.train.precision = 16, "fp32"
-    with pytest.raises(InputError, match="model.bits: found 16, but bf16 weights make bf16 products and train.precision says fp32"):
+    with pytest.raises(
+        InputError, match="model.bits: found 16, but bf16 weights make bf16 products and train.precision says fp32"
+    ):
         config.__post_init__()
     for version in ("0.49.2", "0.48.0.dev0"):
         monkeypatch.setattr(bitsandbytes(), "__version__", version)
-        with pytest.raises(InputError, match=f"model.bits: found bitsandbytes {version}, expected 0.50 or newer: .*--with quant") as refusal:
+        with pytest.raises(
+            InputError, match=f"model.bits: found bitsandbytes {version}, expected 0.50 or newer: .*--with quant"
+        ) as refusal:
             outline_model(tiny_config(bits=4))
         assert "\n" not in str(refusal.value)
         monkeypatch.undo()
@@ -213,14 +268,17 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("outputs", [64, 128], ids=["square", "not square"])
 @pytest.mark.parametrize("bits, tolerance", [(4, 1e-3), (8, 1e-2)])
 def test_the_way_that_cuda_takes_is_exact_forward_and_backward(bits: int, tolerance: float, outputs: int) -> None:
-    """The library's own product, and the gradient of the dequantised weights. A square matrix taken for its transpose would be 1.4 off."""
+    """The library's own product, and the gradient of the dequantised weights. A square matrix taken for its transpose
+    would be 1.4 off."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(64, outputs))
     quantise_linears(block, bits)
     linear = block[0]
     weight, bias = linear.dequantised(torch.float32).double(), linear.bias.detach().double()
     x = torch.randn(5, 9, 64, requires_grad=True)
-    found = linear.packed_product(x.detach(), linear.bias.detach())  # on a CPU the layer itself multiplies by the dequantised weights
+    found = linear.packed_product(
+        x.detach(), linear.bias.detach()
+    )  # on a CPU the layer itself multiplies by the dequantised weights
     assert relative_error(found, x.double() @ weight.t() + bias) < tolerance
     gradient = torch.randn(5, 9, outputs)
     linear(x).backward(gradient)
@@ -235,7 +293,9 @@ def test_nf4_expands_to_the_dtype_that_is_asked_for(dtype: torch.dtype, monkeypa
     quantise_linears(block, 4)
     library, made = sys.modules["bitsandbytes"].functional, []
     expand = library.dequantize_4bit
-    monkeypatch.setattr(library, "dequantize_4bit", lambda *args, **kwargs: made.append(expand(*args, **kwargs)) or made[-1])
+    monkeypatch.setattr(
+        library, "dequantize_4bit", lambda *args, **kwargs: made.append(expand(*args, **kwargs)) or made[-1]
+    )
     found, exact = block[0].dequantised(dtype), block[0].dequantised(torch.float32)
     assert [one.dtype for one in made] == [dtype, torch.float32] and found.data_ptr() == made[0].data_ptr()
     assert (found.float() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * exact.abs().max()

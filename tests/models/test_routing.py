@@ -1,4 +1,5 @@
-"""Routed adapters in the LLM: the decision token alone decides, in packed rows, in generation and in recomputed blocks."""
+"""Routed adapters in the LLM: the decision token alone decides, in packed rows, in generation and in recomputed
+blocks."""
 
 import dataclasses
 
@@ -7,10 +8,10 @@ import torch
 from test_multimodal import alone, gradients
 from tiny_models import make_batch, mixed_batch, randomise_adapters, tiny_config
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.models.adapters import ADAPTERS, is_routed
 from vltrain.models.build import build_model
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN
 
 ROUTED = [kind for kind in ADAPTERS if ADAPTERS[kind].routed]
@@ -35,11 +36,14 @@ def test_packed_row_equals_its_samples_one_at_a_time(kind: str) -> None:
     torch.stack(losses).sum().backward()
     torch.testing.assert_close(packed.segment_losses, torch.stack(losses).detach(), rtol=1e-6, atol=1e-6)
     for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_modality_matters_through_the_router_alone() -> None:
-    """No other token attends to u_m: with equal experts, which makes routing moot, the modality has no effect at all."""
+    """No other token attends to u_m: with equal experts, which makes routing moot, the modality has no effect at
+    all."""
     model = build("router")
     batch = make_batch([(9, [])], num_images=0)
     other = dataclasses.replace(batch, input_ids=batch.input_ids.clone())
@@ -73,11 +77,15 @@ def test_generation_routes_as_training_does(kind: str) -> None:
 
 def test_recomputed_blocks_are_routed_as_at_first() -> None:
     """Two forwards before one backward, with checkpointing: each block sees the routing of its own row again."""
-    rows = [make_batch([(7, [0]), (5, [])], num_images=1), make_batch([(4, []), (3, []), (6, [0])], num_images=1, seed=1)]
+    rows = [
+        make_batch([(7, [0]), (5, [])], num_images=1),
+        make_batch([(4, []), (3, []), (6, [0])], num_images=1, seed=1),
+    ]
     results = []
     for checkpointing in (False, True):
         model = build_model(
-            tiny_config(adapter={"kind": "router", "llm": "both", "temperature": 0.5}), activation_checkpointing=checkpointing
+            tiny_config(adapter={"kind": "router", "llm": "both", "temperature": 0.5}),
+            activation_checkpointing=checkpointing,
         )
         randomise_adapters(model)
         torch.stack([model(row).loss_sum for row in rows]).sum().backward()

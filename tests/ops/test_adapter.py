@@ -7,7 +7,9 @@ from vltrain.ops import reference
 from vltrain.ops.adapter import bottleneck_adapter, face_split, grouped_matrix, routed_adapter
 
 
-def tensors(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+def tensors(
+    width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[int, ...], dtype: torch.dtype
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [
         (*lead, width),
@@ -19,7 +21,9 @@ def tensors(width: int, dim: int, up_groups: int, down_groups: int, lead: tuple[
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("width, dim, up_groups, down_groups", [(12, 4, 1, 1), (12, 4, 2, 1), (12, 4, 4, 2), (30, 6, 3, 6), (7, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "width, dim, up_groups, down_groups", [(12, 4, 1, 1), (12, 4, 2, 1), (12, 4, 4, 2), (30, 6, 3, 6), (7, 1, 1, 1)]
+)
 @pytest.mark.parametrize("lead", [(5,), (1, 9), (2, 3, 4), (0,)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_the_equation(
@@ -40,7 +44,9 @@ def test_values_and_gradients_are_those_of_the_equation(
 def test_fp32_states_that_are_not_contiguous() -> None:
     z, *weights = tensors(12, 4, 2, 1, (3, 5), torch.float32)
     result = bottleneck_adapter(z.transpose(0, 1), *weights)
-    torch.testing.assert_close(result.double(), reference.bottleneck_adapter(z.transpose(0, 1), *weights), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        result.double(), reference.bottleneck_adapter(z.transpose(0, 1), *weights), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_under_autocast_the_result_is_within_bf16_rounding() -> None:
@@ -70,7 +76,9 @@ def test_grouped_matrix_is_zero_outside_its_groups() -> None:
 @pytest.mark.parametrize("num_experts", [1, 2, 3])
 @pytest.mark.parametrize("lead, routed_by", [((5,), (5,)), ((1, 9), (1, 1)), ((2, 4), (2, 4)), ((3, 4), (3, 1))])
 @pytest.mark.parametrize("bias", [True, False])
-def test_routed_values_and_gradients(num_experts: int, lead: tuple[int, ...], routed_by: tuple[int, ...], bias: bool) -> None:
+def test_routed_values_and_gradients(
+    num_experts: int, lead: tuple[int, ...], routed_by: tuple[int, ...], bias: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(*lead, 12), (*routed_by, num_experts), (4, 12), (4,), (num_experts, 12, 4), (num_experts, 12)]
     ours = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -88,4 +96,6 @@ def test_routed_values_and_gradients(num_experts: int, lead: tuple[int, ...], ro
 
 def test_hadamard_product_of_low_ranks_is_the_product_of_face_splits() -> None:
     x1, x2, y1, y2 = (torch.randn(rows, 3, dtype=torch.float64) for rows in (7, 7, 5, 5))
-    torch.testing.assert_close(face_split(x1, x2) @ face_split(y1, y2).t(), reference.loha_matrix(x1, y1, x2, y2), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        face_split(x1, x2) @ face_split(y1, y2).t(), reference.loha_matrix(x1, y1, x2, y2), rtol=1e-12, atol=1e-12
+    )

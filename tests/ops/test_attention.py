@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from tests.support import attention_kernels
 from vltrain.ops import attention, reference
-from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, pack_segments, packed_sdpa_forward, packed_varlen_forward, packing_arguments
+from vltrain.ops.attention import (
+    PACKED_SDPA,
+    PACKED_VARLEN,
+    pack_segments,
+    packed_sdpa_forward,
+    packed_varlen_forward,
+    packing_arguments,
+)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30))
@@ -21,7 +28,10 @@ def test_layout_places_every_token_once_and_wastes_little(lengths: list[int]) ->
     assert len(packing.pad) * attention.MIN_FILL <= num_tokens
     # Each padded row starts with one whole segment in order, and only padding (token 0) follows it.
     starts = {
-        start: length for start, length in zip(torch.tensor(lengths).cumsum(0).sub(torch.tensor(lengths)).tolist(), lengths, strict=True)
+        start: length
+        for start, length in zip(
+            torch.tensor(lengths).cumsum(0).sub(torch.tensor(lengths)).tolist(), lengths, strict=True
+        )
     }
     place = 0
     for count, longest in packing.groups:
@@ -49,7 +59,9 @@ def varlen(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("kernel", ["sdpa", "2_10", "2_11", "2_12"])
 @pytest.mark.parametrize("lengths", [[1], [9], [4, 4, 4], [1, 7, 2, 30, 3, 3, 1]])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
-def test_values_and_gradients_are_those_of_each_segment_alone(lengths: list[int], heads: int, kv_heads: int, kernel: str, varlen) -> None:
+def test_values_and_gradients_are_those_of_each_segment_alone(
+    lengths: list[int], heads: int, kv_heads: int, kernel: str, varlen
+) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, sum(lengths), count, 8) for count in (heads, kv_heads, kv_heads)]
     ours = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -59,11 +71,15 @@ def test_values_and_gradients_are_those_of_each_segment_alone(lengths: list[int]
     if kernel != "sdpa":
         varlen(kernel)
     arguments = packing_arguments(name, torch.tensor(lengths), torch.device("cpu"), torch.float64)
-    result, weights = forward(torch.nn.Module(), *(tensor.transpose(1, 2) for tensor in ours), scaling=scaling, **arguments)
-    expected = reference.packed_attention(*(tensor.transpose(1, 2) for tensor in theirs), torch.tensor(lengths), scaling=scaling)
+    result, weights = forward(
+        torch.nn.Module(), *(tensor.transpose(1, 2) for tensor in ours), scaling=scaling, **arguments
+    )
+    expected = reference.packed_attention(
+        *(tensor.transpose(1, 2) for tensor in theirs), torch.tensor(lengths), scaling=scaling
+    )
     assert weights is None
     if kernel != "sdpa":
-        assert attention_kernels.CALLS == [(f"varlen {kernel.replace('_', '.')}", len(lengths))]
+        assert [(f"varlen {kernel.replace('_', '.')}", len(lengths))] == attention_kernels.CALLS
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     result.backward(upstream)

@@ -1,4 +1,5 @@
-"""Which attention is chosen for a device, a dtype, a compute capability and what is installed; the reason that is logged; every refusal."""
+"""Which attention is chosen for a device, a dtype, a compute capability and what is installed; the reason that is
+logged; every refusal."""
 
 import importlib
 import logging
@@ -25,20 +26,25 @@ NAMES = {"flash-attn": "flash_attention_2", "flash-attn-3": "flash_attention_3",
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """Sets up a GPU of a compute capability, with packages of flash-attn that are stand-ins, and torch's varlen_attn or not."""
+    """Sets up a GPU of a compute capability, with packages of flash-attn that are stand-ins, and torch's varlen_attn or
+    not."""
 
     def forget() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] in ("flash_attn", "flash_attn_interface")]:
             del sys.modules[name]
         importlib.invalidate_caches()
 
-    def make(capability: tuple[int, int] = (9, 0), packages: tuple[str, ...] = (), varlen: bool = True, **replaced: str) -> None:
+    def make(
+        capability: tuple[int, int] = (9, 0), packages: tuple[str, ...] = (), varlen: bool = True, **replaced: str
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
         monkeypatch.setattr(attention_choice, "varlen_is_there", lambda: varlen)
         for package in packages:
             attention_kernels.install(tmp_path, package, **replaced)
-            monkeypatch.setattr(transformers.utils, f"is_flash_attn_{NAMES[package][-1]}_available", lambda: True, raising=False)
+            monkeypatch.setattr(
+                transformers.utils, f"is_flash_attn_{NAMES[package][-1]}_available", lambda: True, raising=False
+            )
 
     monkeypatch.syspath_prepend(tmp_path)
     forget()
@@ -49,21 +55,79 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
 @pytest.mark.parametrize(
     ("device", "dtype", "capability", "packages", "varlen", "chosen", "reason"),
     [
-        ("cpu", FP32, None, (), True, PACKED_SDPA, "sdpa (of flash-attn and varlen: the model runs on 'cpu', and it needs a CUDA device)"),
+        (
+            "cpu",
+            FP32,
+            None,
+            (),
+            True,
+            PACKED_SDPA,
+            "sdpa (of flash-attn and varlen: the model runs on 'cpu', and it needs a CUDA device)",
+        ),
         ("cuda:0", FP32, (9, 0), ALL, True, PACKED_SDPA, "products are in float32 (train.precision)"),
-        ("cuda:0", BF16, (7, 5), ("flash-attn",), True, PACKED_SDPA, "a GPU has compute capability 7.5, and it needs 8.0 or newer"),
+        (
+            "cuda:0",
+            BF16,
+            (7, 5),
+            ("flash-attn",),
+            True,
+            PACKED_SDPA,
+            "a GPU has compute capability 7.5, and it needs 8.0 or newer",
+        ),
         ("cuda:0", BF16, (9, 0), (), False, PACKED_SDPA, "has no varlen_attn, and 2.10 is the first that does"),
         ("cuda:0", BF16, (9, 0), (), True, PACKED_VARLEN, "flash_attention_2: the package flash-attn is not installed"),
-        ("cuda:0", BF16, (8, 0), ("flash-attn",), True, "flash_attention_2", "flash_attention_4: a GPU has compute capability 8.0, and it needs 9.0"),
-        ("cuda:0", torch.float16, (8, 0), ("flash-attn",), True, "flash_attention_2", "flash_attention_3: the package flash-attn-3 is not"),
+        (
+            "cuda:0",
+            BF16,
+            (8, 0),
+            ("flash-attn",),
+            True,
+            "flash_attention_2",
+            "flash_attention_4: a GPU has compute capability 8.0, and it needs 9.0",
+        ),
+        (
+            "cuda:0",
+            torch.float16,
+            (8, 0),
+            ("flash-attn",),
+            True,
+            "flash_attention_2",
+            "flash_attention_3: the package flash-attn-3 is not",
+        ),
         ("cuda:0", BF16, (9, 0), ALL, True, "flash_attention_3", "it is installed and fits"),
-        ("cuda:0", BF16, (10, 0), ALL, True, "flash_attention_4", "flash_attention_3: a GPU has compute capability 10.0"),
-        ("cuda:0", BF16, (10, 0), ("flash-attn", "flash-attn-3"), True, "flash_attention_2", "flash-attn-4 is not installed (flash-attn, which"),
+        (
+            "cuda:0",
+            BF16,
+            (10, 0),
+            ALL,
+            True,
+            "flash_attention_4",
+            "flash_attention_3: a GPU has compute capability 10.0",
+        ),
+        (
+            "cuda:0",
+            BF16,
+            (10, 0),
+            ("flash-attn", "flash-attn-3"),
+            True,
+            "flash_attention_2",
+            "flash-attn-4 is not installed (flash-attn, which",
+        ),
         ("cuda:0", BF16, (9, 0), ("flash-attn-4",), True, "flash_attention_4", "flash_attention_3: the package"),
-        ("cuda:0", BF16, (8, 6), ("flash-attn-4",), True, PACKED_VARLEN, "flash_attention_2: the package flash-attn is not installed (flash-attn-4"),
+        (
+            "cuda:0",
+            BF16,
+            (8, 6),
+            ("flash-attn-4",),
+            True,
+            PACKED_VARLEN,
+            "flash_attention_2: the package flash-attn is not installed (flash-attn-4",
+        ),
     ],
-)  # fmt: skip
-def test_automatic_choice_and_its_reason(machine, caplog, device, dtype, capability, packages, varlen, chosen, reason) -> None:
+)
+def test_automatic_choice_and_its_reason(
+    machine, caplog, device, dtype, capability, packages, varlen, chosen, reason
+) -> None:
     if capability is not None:
         machine(capability, packages, varlen)
     with caplog.at_level(logging.INFO, logger="vltrain"):
@@ -75,38 +139,99 @@ def test_automatic_choice_and_its_reason(machine, caplog, device, dtype, capabil
 @pytest.mark.parametrize(
     ("requested", "dtype", "capability", "packages", "varlen", "said"),
     [
-        ("flash_attention_2", FP32, (9, 0), ALL, True, "but matrix products are in float32 (train.precision), and it computes in bf16 or fp16 only"),
-        ("flash_attention_2", BF16, (7, 5), ALL, True, "but a GPU has compute capability 7.5, and it needs 8.0 or newer"),
-        ("flash_attention_3", BF16, (10, 0), ALL, True, "but a GPU has compute capability 10.0, and it needs 8.0 to 9.x"),
-        ("flash_attention_4", BF16, (8, 0), ALL, True, "but a GPU has compute capability 8.0, and it needs 9.0 to 12.x"),
-        ("flash_attention_2", BF16, (9, 0), (), True, "but the package flash-attn is not installed: bash launch/setup_env.sh --with flash"),
+        (
+            "flash_attention_2",
+            FP32,
+            (9, 0),
+            ALL,
+            True,
+            "but matrix products are in float32 (train.precision), and it computes in bf16 or fp16 only",
+        ),
+        (
+            "flash_attention_2",
+            BF16,
+            (7, 5),
+            ALL,
+            True,
+            "but a GPU has compute capability 7.5, and it needs 8.0 or newer",
+        ),
+        (
+            "flash_attention_3",
+            BF16,
+            (10, 0),
+            ALL,
+            True,
+            "but a GPU has compute capability 10.0, and it needs 8.0 to 9.x",
+        ),
+        (
+            "flash_attention_4",
+            BF16,
+            (8, 0),
+            ALL,
+            True,
+            "but a GPU has compute capability 8.0, and it needs 9.0 to 12.x",
+        ),
+        (
+            "flash_attention_2",
+            BF16,
+            (9, 0),
+            (),
+            True,
+            "but the package flash-attn is not installed: bash launch/setup_env.sh --with flash",
+        ),
         ("flash_attention_3", BF16, (9, 0), (), True, "but the package flash-attn-3 is not installed"),
-        ("flash_attention_2", BF16, (9, 0), ("flash-attn-4",), True, "flash-attn is not installed (flash-attn-4, which has the same import name flash_attn, is)"),
-        ("flash_attention_4", BF16, (9, 0), ("flash-attn",), True, "flash-attn-4 is not installed (flash-attn, which has the same import name flash_attn, is)"),
+        (
+            "flash_attention_2",
+            BF16,
+            (9, 0),
+            ("flash-attn-4",),
+            True,
+            "flash-attn is not installed (flash-attn-4, which has the same import name flash_attn, is)",
+        ),
+        (
+            "flash_attention_4",
+            BF16,
+            (9, 0),
+            ("flash-attn",),
+            True,
+            "flash-attn-4 is not installed (flash-attn, which has the same import name flash_attn, is)",
+        ),
         ("varlen", BF16, (9, 0), (), False, "has no varlen_attn, and 2.10 is the first that does"),
         ("varlen", FP32, (9, 0), (), True, "but matrix products are in float32"),
         ("varlen", BF16, (7, 0), (), True, "but a GPU has compute capability 7.0"),
     ],
-)  # fmt: skip
-def test_a_forced_one_that_cannot_run_is_refused_in_one_line(machine, requested, dtype, capability, packages, varlen, said) -> None:
+)
+def test_a_forced_one_that_cannot_run_is_refused_in_one_line(
+    machine, requested, dtype, capability, packages, varlen, said
+) -> None:
     machine(capability, packages, varlen)
     with pytest.raises(InputError) as refusal:
         choose_attention(requested, CONFIG, "cuda:0", dtype, "model.instructblip.attention")
     text = str(refusal.value)
-    assert text.startswith(f"model.instructblip.attention: found '{requested}', but ") and said in text and text.endswith("Use 'auto' or 'sdpa'")
+    assert (
+        text.startswith(f"model.instructblip.attention: found '{requested}', but ")
+        and said in text
+        and text.endswith("Use 'auto' or 'sdpa'")
+    )
     assert "\n" not in text
 
 
 @pytest.mark.parametrize("requested", ["varlen", *NAMES.values()])
 def test_none_of_them_runs_on_a_cpu(requested) -> None:
-    with pytest.raises(InputError, match=f"found '{requested}', but the model runs on 'cpu', and it needs a CUDA device"):
+    with pytest.raises(
+        InputError, match=f"found '{requested}', but the model runs on 'cpu', and it needs a CUDA device"
+    ):
         choose_attention(requested, CONFIG, "cpu", BF16)
 
 
-@pytest.mark.parametrize("packages, mend", [(("flash-attn",), "install it again for torch"), (("flash-attn", "flash-attn-4"), "keep one of the two")])
+@pytest.mark.parametrize(
+    "packages, mend",
+    [(("flash-attn",), "install it again for torch"), (("flash-attn", "flash-attn-4"), "keep one of the two")],
+)
 @pytest.mark.parametrize("source", ["raise OSError('undefined symbol: _ZN3c10\\nand more')", "flash_attn_func = None"])
 def test_a_package_whose_import_fails(machine, caplog, packages, mend, source) -> None:
-    """Built for another torch, or half overwritten by the other package of its name: refused if forced, passed over by auto."""
+    """Built for another torch, or half overwritten by the other package of its name: refused if forced, passed over by
+    auto."""
     machine((8, 0), packages, source=source)
     with pytest.raises(InputError, match="flash-attn 2.8.3 is installed, but its import fails") as refusal:
         choose_attention("flash_attention_2", CONFIG, "cuda", BF16)
@@ -129,11 +254,23 @@ def test_what_transformers_will_not_take(machine, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("sizes", "chosen", "refused"),
     [
-        ({"hidden_size": 400}, "flash_attention_2", {"varlen": "this LLM's heads have 100 entries, and it takes multiples of 8 up to 192"}),
-        ({"head_dim": 320}, PACKED_SDPA, {"flash_attention_2": "this LLM's heads have 320 entries, and it takes up to 256"}),
-        ({"attention_dropout": 0.1}, "flash_attention_2", {"varlen": "attention_dropout of 0.1", "flash_attention_3": "attention_dropout of 0.1"}),
+        (
+            {"hidden_size": 400},
+            "flash_attention_2",
+            {"varlen": "this LLM's heads have 100 entries, and it takes multiples of 8 up to 192"},
+        ),
+        (
+            {"head_dim": 320},
+            PACKED_SDPA,
+            {"flash_attention_2": "this LLM's heads have 320 entries, and it takes up to 256"},
+        ),
+        (
+            {"attention_dropout": 0.1},
+            "flash_attention_2",
+            {"varlen": "attention_dropout of 0.1", "flash_attention_3": "attention_dropout of 0.1"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_sizes_and_dropout_that_a_kernel_lacks(machine, sizes, chosen, refused) -> None:
     machine((9, 0), ALL)
     config = LlamaConfig(**{"hidden_size": 256, "num_attention_heads": 4, **sizes})
@@ -149,10 +286,17 @@ def test_forced_ones_that_can_run_and_the_outline(machine, caplog) -> None:
         for name in NAMES.values():
             assert choose_attention(name, CONFIG, "cuda", BF16) == name
         assert choose_attention("varlen", CONFIG, "cuda", BF16) == PACKED_VARLEN
-        assert choose_attention("sdpa", CONFIG, "cuda", BF16) == PACKED_SDPA and choose_attention("eager", CONFIG, "cpu", FP32) == "eager"
+        assert (
+            choose_attention("sdpa", CONFIG, "cuda", BF16) == PACKED_SDPA
+            and choose_attention("eager", CONFIG, "cpu", FP32) == "eager"
+        )
     assert len(caplog.messages) == 6 and all("(model.llm.attention asks for it)" in line for line in caplog.messages)
     caplog.clear()
-    assert choose_attention("flash_attention_3", CONFIG, "meta", FP32) == choose_attention("auto", CONFIG, "meta", FP32) == PACKED_SDPA
+    assert (
+        choose_attention("flash_attention_3", CONFIG, "meta", FP32)
+        == choose_attention("auto", CONFIG, "meta", FP32)
+        == PACKED_SDPA
+    )
     assert choose_attention("eager", CONFIG, "meta", FP32) == "eager" and not caplog.messages
 
 

@@ -1,4 +1,5 @@
-"""The fused adapter kernel against the equation in float64: values and every gradient, in Triton's interpreter or on the GPU that is there."""
+"""The fused adapter kernel against the equation in float64: values and every gradient, in Triton's interpreter or on
+the GPU that is there."""
 
 import functools
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters import make_adapter
 from vltrain.models.adapters.table import NormThenAdapter
@@ -19,23 +20,30 @@ from vltrain.ops import reference
 from vltrain.ops.fused import fused_adapter, runs_fused
 
 triton = pytest.importorskip("triton", reason="triton has no package for this machine")
-from vltrain.ops import adapter_launch, triton_adapter  # noqa: E402
+from vltrain.ops import adapter_launch, triton_adapter
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "down", "down_bias", "up", "up_bias")
-# How far a result may be from the truth, as a share of its norm, by the dtype that the products' operands are rounded to. Rounding to bf16 changes
-# a number by 2^-8 of itself at most (Triton's interpreter cuts off instead: 2^-7), by 0.4 of that in the mean square, and up to five roundings
-# lie between the states and a result: x, D, hidden or dhidden, U, and the result itself. Roundings add up to 0.4 sqrt(5) of it, cuts, which all go
-# one way, to 0.35 * 5.
-# In fp32 one rounding changes 2^-24; sums of n numbers of any sign add up to sqrt(n) times that, two of n <= 300 follow each other.
+# How far a result may be from the truth, as a share of its norm, by the dtype that the products' operands are rounded
+# to. Rounding to bf16 changes a number by 2^-8 of itself at most (Triton's interpreter cuts off instead: 2^-7), by 0.4
+# of that in the mean square, and up to five roundings lie between the states and a result: x, D, hidden or dhidden, U,
+# and the result itself. Roundings add up to 0.4 sqrt(5) of it, cuts, which all go one way, to 0.35 * 5.
+# In fp32 one rounding changes 2^-24; sums of n numbers of any sign add up to sqrt(n) times that, two of n <= 300 follow
+# each other.
 ROUNDING = {torch.float32: 2 * 300**0.5 * 2**-24, torch.bfloat16: 2 * (2**-8 if DEVICE == "cuda" else 2**-7)}
 
 
 def tensors(rows: int, width: int, dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(rows + width + dim)
     draw = functools.partial(torch.randn, generator=generator)
-    drawn = [draw(rows, width).to(dtype), draw(dim, width) / width**0.5, draw(dim), draw(width, dim) / dim**0.5, draw(width)]
+    drawn = [
+        draw(rows, width).to(dtype),
+        draw(dim, width) / width**0.5,
+        draw(dim),
+        draw(width, dim) / dim**0.5,
+        draw(width),
+    ]
     return [tensor.to(DEVICE).requires_grad_() for tensor in drawn]
 
 
@@ -78,11 +86,18 @@ def poisoned_memory(monkeypatch):
 @pytest.mark.parametrize(
     "rows, width, dim, dtype",
     [
-        (5, 40, 4, torch.float32), (33, 257, 16, torch.float32), (70, 130, 32, torch.float32), (1, 64, 1, torch.float32), (40, 96, 8, torch.float32),
-        (64, 128, 8, torch.bfloat16), (37, 200, 17, torch.bfloat16), (33, 136, 16, torch.bfloat16), (1, 300, 32, torch.bfloat16),
+        (5, 40, 4, torch.float32),
+        (33, 257, 16, torch.float32),
+        (70, 130, 32, torch.float32),
+        (1, 64, 1, torch.float32),
+        (40, 96, 8, torch.float32),
+        (64, 128, 8, torch.bfloat16),
+        (37, 200, 17, torch.bfloat16),
+        (33, 136, 16, torch.bfloat16),
+        (1, 300, 32, torch.bfloat16),
         (130, 272, 32, torch.bfloat16),
     ],
-)  # fmt: skip
+)
 def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, with_norm):
     ours = tensors(rows, width, dim, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
@@ -101,7 +116,9 @@ def test_values_and_every_gradient(poisoned_memory, rows, width, dim, dtype, wit
 
 
 @pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("rows, width, dim, dtype", [(33, 257, 16, torch.float32), (40, 96, 3, torch.float32), (37, 200, 17, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "rows, width, dim, dtype", [(33, 257, 16, torch.float32), (40, 96, 3, torch.float32), (37, 200, 17, torch.bfloat16)]
+)
 def test_without_biases(poisoned_memory, rows, width, dim, dtype, with_norm):
     x, down, _, up, _ = tensors(rows, width, dim, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, down, up)]
@@ -133,13 +150,17 @@ def test_shares_of_rows_add_up(monkeypatch, with_norm):
         assert_near(mine.grad, other.grad, ROUNDING[torch.float32], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("num_rows, width", [(1, 64), (31, 768), (2560, 1024), (8192, 4096), (8191, 5120), (300_000, 768)])
+@pytest.mark.parametrize(
+    "num_rows, width", [(1, 64), (31, 768), (2560, 1024), (8192, 4096), (8191, 5120), (300_000, 768)]
+)
 def test_shares_hold_each_row_once(num_rows, width):
     for products, height in ((torch.bfloat16, 16), (torch.bfloat16, 32), (torch.float32, 32)):
         launch = triton_adapter.launches(products, products, height, True)["backward columns"]
         shares, share_rows = triton_adapter.row_shares(num_rows, width, launch)
         assert share_rows % launch.rows == 0 and (shares - 1) * share_rows < num_rows <= shares * share_rows
-        assert shares == 1 or (shares - 1) * -(-width // launch.columns) < adapter_launch.COLUMNS_PROGRAMS  # so the partial sums stay small
+        assert (
+            shares == 1 or (shares - 1) * -(-width // launch.columns) < adapter_launch.COLUMNS_PROGRAMS
+        )  # so the partial sums stay small
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every other row", "every other column", "3-d"])
@@ -147,8 +168,11 @@ def test_states_that_are_not_contiguous(layout):
     x, *weights = tensors(20, 36, 4, torch.float32)
     wide = torch.randn(40, 72, device=DEVICE)
     states = {
-        "transposed": torch.randn(36, 20, device=DEVICE).t(), "every other row": wide[::2, :36], "every other column": wide[:, ::2], "3-d": wide[:, :36].view(2, 20, 36),
-    }[layout]  # fmt: skip
+        "transposed": torch.randn(36, 20, device=DEVICE).t(),
+        "every other row": wide[::2, :36],
+        "every other column": wide[:, ::2],
+        "3-d": wide[:, :36].view(2, 20, 36),
+    }[layout]
     found = fused_adapter(states, *weights)
     assert found.shape == states.shape
     assert_near(found, truth(states, *weights, None, 1.0), ROUNDING[torch.float32], layout)
@@ -183,7 +207,8 @@ def test_the_same_call_gives_the_same_bits():
 
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_under_autocast_fp32_states_are_multiplied_in_its_dtype(poisoned_memory, with_norm):
-    """As behind a ViT's LayerNorm on CUDA: results in bf16, the states' gradient in fp32; off by what bf16 rounds, and by more than fp32 would."""
+    """As behind a ViT's LayerNorm on CUDA: results in bf16, the states' gradient in fp32; off by what bf16 rounds, and
+    by more than fp32 would."""
     ours = tensors(37, 136, 4, torch.float32)
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
     norm_weight = rms_weight(136) if with_norm else None
@@ -234,7 +259,10 @@ class RmsNorm(torch.nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
 
 
-@pytest.mark.parametrize("norm, bias", [("frozen rms", True), ("frozen rms", False), ("trained rms", True), ("layer", True), ("layer", False)])
+@pytest.mark.parametrize(
+    "norm, bias",
+    [("frozen rms", True), ("frozen rms", False), ("trained rms", True), ("layer", True), ("layer", False)],
+)
 def test_an_adapter_module_gives_the_same_by_either_implementation(norm, bias):
     """Fused with the norm where that is a frozen RMSNorm, and after it where not; also the norm's own gradient."""
     results = {}
@@ -248,7 +276,11 @@ def test_an_adapter_module_gives_the_same_by_either_implementation(norm, bias):
         x = torch.randn(2, 7, 48, device=DEVICE, requires_grad=True)
         y = module(x)
         y.square().sum().backward()
-        results[impl] = {"y": y.detach(), "x": x.grad, **{name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}}
+        results[impl] = {
+            "y": y.detach(),
+            "x": x.grad,
+            **{name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None},
+        }
     assert results["torch"].keys() == results["triton"].keys()
     for name, expected in results["torch"].items():
         assert_near(results["triton"][name], expected, 1e-5, name)
@@ -260,7 +292,9 @@ def test_an_adapter_that_the_kernel_cannot_do_is_refused(changes, named):
         make_adapter(68, AdapterConfig(**{"dim": 4, **changes}, impl="triton"))
 
 
-@pytest.mark.parametrize("states, autocast", [(torch.float16, None), (torch.float64, None), (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "states, autocast", [(torch.float16, None), (torch.float64, None), (torch.float32, torch.float16)]
+)
 def test_a_dtype_that_the_kernel_cannot_do_is_refused(states, autocast):
     x = torch.zeros(2, 48, dtype=states, device=DEVICE)
     with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
@@ -285,9 +319,12 @@ def test_without_cuda_it_is_refused_unless_interpreted(monkeypatch):
         make_adapter(48, AdapterConfig(impl="triton"))
 
 
-# All dims and widths of one padded size compile to the same code; the widest bottleneck, with the norm, needs most registers.
+# All dims and widths of one padded size compile to the same code; the widest bottleneck, with the norm, needs most
+# registers.
 WORST = ["--widths", "4096", "--dims", "32", "--norms", "1"]
-MOST_SPILLED = 8 if triton.__version__.startswith("3.4.") else 0  # bytes a thread: Triton 3.4 spills two registers of the worst case on an sm_80
+MOST_SPILLED = (
+    8 if triton.__version__.startswith("3.4.") else 0
+)  # bytes a thread: Triton 3.4 spills two registers of the worst case on an sm_80
 
 
 @pytest.mark.parametrize(
@@ -299,13 +336,24 @@ MOST_SPILLED = 8 if triton.__version__.startswith("3.4.") else 0  # bytes a thre
 )  # fmt: skip
 def test_it_compiles_ahead_of_time_without_spills(tmp_path, arguments):
     """In a process where Triton compiles instead of interpreting."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }
     out = tmp_path / "kernels.json"
     command = [sys.executable, "-m", "tests.benchmarks.kernels", *arguments, "--compile-only", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    assert {row["kernel"] for row in found["compiled"]} == {"pack", "forward", "backward rows", "backward columns", "finish"}
+    assert {row["kernel"] for row in found["compiled"]} == {
+        "pack",
+        "forward",
+        "backward rows",
+        "backward columns",
+        "finish",
+    }
     for row in found["compiled"]:
         assert row["spills"] <= MOST_SPILLED, row
         assert row["shared_bytes"] <= 163 * 1024, row  # what an A100 gives a block

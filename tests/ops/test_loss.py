@@ -25,7 +25,9 @@ def test_loss_and_gradients_are_exact(num_labels: int, width: int, vocabulary: i
     loss_sum, token_losses = linear_cross_entropy(*ours, labels, chunk_elements)
     expected = F.cross_entropy(theirs[0] @ theirs[1].t(), labels, reduction="sum")
     torch.testing.assert_close(loss_sum, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(token_losses, reference.linear_cross_entropy(hidden, weight, labels)[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        token_losses, reference.linear_cross_entropy(hidden, weight, labels)[1], rtol=1e-12, atol=1e-12
+    )
     assert loss_sum.requires_grad and not token_losses.requires_grad
     # A factor on the loss (its normalisation) must reach the gradients that were computed before it was known.
     (loss_sum * 0.37).backward()
@@ -89,7 +91,7 @@ def test_never_holds_all_logits() -> None:
     largest = 0
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (tuple, list)) else (result,):

@@ -1,4 +1,5 @@
-"""`vltrain train`, which signals itself behind a save: python -m tests.programs.stage_worker FOLDER STEP SIGNAL WORDS..."""
+"""`vltrain train`, which signals itself behind a save: python -m tests.programs.stage_worker FOLDER STEP SIGNAL
+WORDS..."""
 
 import os
 import signal

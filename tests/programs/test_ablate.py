@@ -1,4 +1,5 @@
-"""`vltrain ablate`: real runs interrupted and gone on with; and, with programs that only pretend, what is run, told, kept and refused."""
+"""`vltrain ablate`: real runs interrupted and gone on with; and, with programs that only pretend, what is run, told,
+kept and refused."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ from PIL import Image
 from tests.support.processes import ROOT
 from tests.support.tiny import SETTINGS
 from tests.support.vocabularies import make_sentencepiece
-from vltrain.evaluate.ablation import Outcome, to_markdown
-from vltrain.programs import ablate, launcher
-from vltrain.programs.ablate import main
+from vltrain.launching import launcher
+from vltrain.programs.studies import ablate
+from vltrain.programs.studies.ablate import main
+from vltrain.programs.studies.table import Outcome, to_markdown
 
 NUM_STEPS = 40
 
@@ -56,7 +58,10 @@ def table(tmp_path) -> Path:
     }  # fmt: skip
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(nested({**SETTINGS, **own})))
     text = f"base: base.yaml\noutput: {tmp_path / 'out'}\nablation: {{split: val, max_samples: 4}}\n"
-    text += "rows:\n  small: {model: {adapter: {dim: 2}}}\n  silu: {model: {adapter: {kind: loha_silu, dim: 16, rank: 2}}}\n"
+    text += (
+        "rows:\n  small: {model: {adapter: {dim: 2}}}\n  silu: {model: {adapter: {kind: loha_silu, dim: 16, rank: "
+        "2}}}\n"
+    )
     (tmp_path / "table.yaml").write_text(text)
     return tmp_path / "table.yaml"
 
@@ -67,10 +72,22 @@ def steps_of(row: Path) -> list[int]:
 
 def test_a_row_is_interrupted_gone_on_with_evaluated_and_left_alone(table, monkeypatch, caplog):
     """For real, so of one row: starting each program takes seconds. The order of several is below."""
-    command = [sys.executable, str(ROOT / "launch" / "ablate.py"), str(table), "--only", "small", "--ranks", "1", "--train.precision", "fp32"]
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "ablate.py"),
+        str(table),
+        "--only",
+        "small",
+        "--ranks",
+        "1",
+        "--train.precision",
+        "fp32",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = table.parent / "out"
-    first = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while not list((out / "small" / "checkpoints").glob("step-*")) and first.poll() is None:
         time.sleep(0.02)
     ranks = psutil.Process(first.pid).children(recursive=True)
@@ -125,7 +142,14 @@ class Pretender:
         if program.stem == "evaluate":
             split = words[words.index("--split") + 1]
             (log.parent / "eval" / split).mkdir(parents=True, exist_ok=True)
-            metrics = {"step": 7, "measure": "accuracy", "accuracy": 0.25, "total": 8, "failed": 3, "columns": {"NAT": {"accuracy": 0.5}}}
+            metrics = {
+                "step": 7,
+                "measure": "accuracy",
+                "accuracy": 0.25,
+                "total": 8,
+                "failed": 3,
+                "columns": {"NAT": {"accuracy": 0.5}},
+            }
             (log.parent / "eval" / split / "metrics.json").write_text(json.dumps(metrics))
         else:
             parameters = {"neck": {"total": 10, "trainable": 10}, "llm": {"total": 90, "trainable": 0}}
@@ -152,7 +176,18 @@ def test_what_is_run_and_what_is_told(table, pretender, capsys):
     ]
     lines = (out / "table.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["row", "different", "trained", "% trained", "accuracy", "NAT", "questions", "failed", "seconds", "steps"]
+    assert cells[0] == [
+        "row",
+        "different",
+        "trained",
+        "% trained",
+        "accuracy",
+        "NAT",
+        "questions",
+        "failed",
+        "seconds",
+        "steps",
+    ]
     assert cells[2] == ["small", "adapter.dim 2", "10", "10.00", "25.00", "50.00", "8", "3", "0", "7"]
     assert cells[3][:5] == ["silu", "adapter.kind loha_silu, adapter.dim 16, adapter.rank 2", "", "", "waiting"]
     assert len({len(line) for line in lines}) == 1 and lines[-1] in capsys.readouterr().out
@@ -167,7 +202,9 @@ def test_a_row_that_fails_is_told_and_the_others_are_run(table, pretender, caplo
     assert states["silu"] == ("done", None) and states["small"][0] == "failed" and "blue moon" in states["small"][1]
     pretender.failing, pretender.commands = set(), []
     assert main([str(table), "--ranks", "1"]) == 0
-    assert [command[0] for command in pretender.commands] == ["train_mmt", "evaluate"], "the failed row alone is run again"
+    assert [command[0] for command in pretender.commands] == ["train_mmt", "evaluate"], (
+        "the failed row alone is run again"
+    )
 
 
 def test_a_trained_row_is_only_evaluated_again(table, pretender):
@@ -181,8 +218,13 @@ def test_a_trained_row_is_only_evaluated_again(table, pretender):
 
 def test_figures_of_other_settings_are_not_mixed(table, pretender, capsys):
     assert main([str(table), "--only", "small"]) == 0
-    assert main([str(table), "--only", "silu", "--train.log_every_steps", "3", "--data.workers", "1"]) == 0, "these change no figure"
-    for changed, said in ((["--optim.lr", "0.5"], "optim.lr was 0.003, is 0.5"), (["--split", "train"], "split was 'val', is 'train'")):
+    assert main([str(table), "--only", "silu", "--train.log_every_steps", "3", "--data.workers", "1"]) == 0, (
+        "these change no figure"
+    )
+    for changed, said in (
+        (["--optim.lr", "0.5"], "optim.lr was 0.003, is 0.5"),
+        (["--split", "train"], "split was 'val', is 'train'"),
+    ):
         assert main([str(table), *changed]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("error: ") and said in line and "another --output" in line
@@ -211,7 +253,10 @@ def test_a_table_chooses_its_programs(table, pretender):
     ],
 )
 def test_a_mistake_ends_with_one_line_before_anything_is_run(table, pretender, capsys, words, parts):
-    words = [str(table if word == "TABLE" else table.parent / "base.yaml") if word in ("TABLE", "BASE") else word for word in words]
+    words = [
+        str(table if word == "TABLE" else table.parent / "base.yaml") if word in ("TABLE", "BASE") else word
+        for word in words
+    ]
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(part.replace("TABLE", str(table)) in said for part in parts), said
@@ -221,13 +266,20 @@ def test_a_mistake_ends_with_one_line_before_anything_is_run(table, pretender, c
 def test_an_unknown_program_is_met_with_the_nearest(table, pretender, capsys):
     table.write_text(table.read_text().replace("ablation: {", "ablation: {program: train_mt, "))
     assert main([str(table)]) == 2
-    assert "ablation.program: found 'train_mt'" in (said := capsys.readouterr().err) and "did you mean 'train_mmt'" in said
+    assert (
+        "ablation.program: found 'train_mt'" in (said := capsys.readouterr().err) and "did you mean 'train_mmt'" in said
+    )
 
 
 def test_two_at_once_in_one_folder_are_refused(table, pretender, capsys):
     (table.parent / "out").mkdir()
-    other = "import sys; from pathlib import Path; from vltrain.files.lock import *; f = Path(sys.argv[1])\nwith one_writer(lock_inside(f), f): print(1, flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", other, table.parent / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+    other = (
+        "import sys; from pathlib import Path; from vltrain.files.lock import *; f = Path(sys.argv[1])\nwith "
+        "one_writer(lock_inside(f), f): print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", other, table.parent / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
         writer.stdout.readline()
         assert main([str(table)]) == 2
         writer.stdin.close()
@@ -245,7 +297,10 @@ def test_a_damaged_outcome_is_named(table, pretender, capsys):
     ("text", "reason"),
     [
         ("error: first\nerror: last\nKilling subprocess 3\n", "error: last"),
-        ("Traceback (most recent call last):\n  File x\nRuntimeError: out of memory\nreturn code = 1\n", "RuntimeError: out of memory"),
+        (
+            "Traceback (most recent call last):\n  File x\nRuntimeError: out of memory\nreturn code = 1\n",
+            "RuntimeError: out of memory",
+        ),
         ("train:  10%|x\rtrain:  20%|x", "train:  20%|x"),
         ("", "it said nothing"),
     ],
@@ -263,15 +318,34 @@ def test_help(capsys):
 def test_a_row_that_keeps_its_best_checkpoint_answers_by_it(table, pretender, capsys):
     assert main([str(table), "--only", "small", "--train.eval_every_steps", "5"]) == 0
     assert "--checkpoint" not in pretender.commands[-1]
-    assert main([str(table), "--only", "small", "--train.eval_every_steps", "7"]) == 0, "a row's last checkpoint does not depend on evaluations"
-    words = ["--only", "small", "--output", str(table.parent / "best"), "--train.keep_best", "true", "--train.eval_every_steps"]
+    assert main([str(table), "--only", "small", "--train.eval_every_steps", "7"]) == 0, (
+        "a row's last checkpoint does not depend on evaluations"
+    )
+    words = [
+        "--only",
+        "small",
+        "--output",
+        str(table.parent / "best"),
+        "--train.keep_best",
+        "true",
+        "--train.eval_every_steps",
+    ]
     assert main([str(table), *words, "5"]) == 0
     assert pretender.commands[-1][pretender.commands[-1].index("--checkpoint") + 1] == "best"
     assert main([str(table), *words, "7"]) == 2 and "eval_every_steps was 5, is 7" in capsys.readouterr().err
 
 
 def test_an_instructblips_percentages_are_of_full_qformer_tuning():
-    outcomes = {"lora": Outcome(state="done", parameters=1000, trained=5, full_qformer=50, steps=1, metrics={"total": 1, "failed": 0, "accuracy": 1.0, "columns": {}})}
+    outcomes = {
+        "lora": Outcome(
+            state="done",
+            parameters=1000,
+            trained=5,
+            full_qformer=50,
+            steps=1,
+            metrics={"total": 1, "failed": 0, "accuracy": 1.0, "columns": {}},
+        )
+    }
     lines = to_markdown({"lora": {}}, outcomes).splitlines()
     assert "% of full Q-Former" in lines[0] and " 10.00 " in lines[2]
 

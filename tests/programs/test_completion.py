@@ -6,9 +6,9 @@ import subprocess
 import pytest
 
 from vltrain.cli import COMMANDS
-from vltrain.keys import known_keys
-from vltrain.programs import completion
-from vltrain.programs.completion import SHELLS, choices_in, options_in
+from vltrain.config.keys import known_keys
+from vltrain.programs.help import completion
+from vltrain.programs.help.completion import SHELLS, choices_in, options_in
 
 shtab = pytest.importorskip("shtab")
 
@@ -76,7 +76,9 @@ def test_the_script_knows_every_command_and_every_key(scripts):
     for shell in SHELLS:
         text = (scripts / shell).read_text()
         dashes = "-l " if shell == "fish" else "--"
-        assert not [name for name in COMMANDS if name not in text] and not [key for key in known_keys() if f"{dashes}{key}" not in text]
+        assert not [name for name in COMMANDS if name not in text] and not [
+            key for key in known_keys() if f"{dashes}{key}" not in text
+        ]
 
 
 def test_options_are_read_off_a_help():
@@ -93,13 +95,36 @@ def test_options_are_read_off_a_help():
       usage: vltrain check resume RUN [--packs FOLDER] [--dry-run]
     """
     found = options_in(text)
-    assert {name: value for name, value in found.items() if value is None} == dict.fromkeys(("rebuild", "json", "quiet", "dry-run"))
-    assert found["recipe"] == "FILE" and found["packs"] == "FOLDER" and found["temperature"] == "T" and found["port"] == "8000"
-    assert choices_in(found["bits"]) == ["4", "8", "16", "32"] and choices_in(found["checkpoint"]) == ["FOLDER", "best", "none"]
-    assert choices_in(found["model.llm.config"]) == choices_in(found["model.llm.peft.targets"]) == choices_in("FILE|-") == []
+    assert {name: value for name, value in found.items() if value is None} == dict.fromkeys(
+        ("rebuild", "json", "quiet", "dry-run")
+    )
+    assert (
+        found["recipe"] == "FILE"
+        and found["packs"] == "FOLDER"
+        and found["temperature"] == "T"
+        and found["port"] == "8000"
+    )
+    assert choices_in(found["bits"]) == ["4", "8", "16", "32"] and choices_in(found["checkpoint"]) == [
+        "FOLDER",
+        "best",
+        "none",
+    ]
+    assert (
+        choices_in(found["model.llm.config"])
+        == choices_in(found["model.llm.peft.targets"])
+        == choices_in("FILE|-")
+        == []
+    )
 
 
-@pytest.mark.parametrize(("words", "told"), [(["bsh"], "found 'bsh', did you mean 'bash'?"), ([], "expected one of bash, zsh, fish"), (["bash", "--x", "y"], "unknown option '--x'")])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["bsh"], "found 'bsh', did you mean 'bash'?"),
+        ([], "expected one of bash, zsh, fish"),
+        (["bash", "--x", "y"], "unknown option '--x'"),
+    ],
+)
 def test_a_mistake_is_one_line(words, told, capsys):
     assert completion.main(words, commands=COMMANDS) == 2
     assert told in capsys.readouterr().err
@@ -108,4 +133,7 @@ def test_a_mistake_is_one_line(words, told, capsys):
 def test_without_the_package_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "shtab", None)
     assert completion.main(["bash"], commands=COMMANDS) == 2
-    assert capsys.readouterr().err == "error: vltrain completion needs the package shtab; pip install 'vltrain[completion]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: vltrain completion needs the package shtab; pip install 'vltrain[completion]'\n"
+    )

@@ -14,7 +14,12 @@ def root(tmp_path):
     picture(tmp_path / "raw" / "a.png")
     raw = write_json(tmp_path / "raw" / "chats.json", [chat(question="<image>\nWhat is it?", image="a.png")])
     assert run_vltrain(prepare_words("llava_json", raw, tmp_path / "root" / "samples", "val_fraction=0.0"))[0] == 0
-    assert run_vltrain(pack_words(tmp_path / "root" / "samples" / "train.jsonl", tmp_path / "root" / "packed" / "train-x"))[0] == 0
+    assert (
+        run_vltrain(
+            pack_words(tmp_path / "root" / "samples" / "train.jsonl", tmp_path / "root" / "packed" / "train-x")
+        )[0]
+        == 0
+    )
     return tmp_path / "root"
 
 
@@ -32,7 +37,16 @@ def test_what_was_made_is_proven(root):
     assert code == 0 and "is not there any more" in output
 
 
-@pytest.mark.parametrize("name", ["samples/train.jsonl", "samples/images/a.png", "packed/train-x/packs-00000.arrow", "../raw/chats.json", "../raw/a.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "samples/train.jsonl",
+        "samples/images/a.png",
+        "packed/train-x/packs-00000.arrow",
+        "../raw/chats.json",
+        "../raw/a.png",
+    ],
+)
 def test_a_flipped_byte_is_found_whatever_its_times_say(root, name):
     path = root / name
     before = path.stat()

@@ -1,4 +1,5 @@
-"""Samples that are there already are used if they were made from what the recipe names, and else refused or made anew; older ones are adopted."""
+"""Samples that are there already are used if they were made from what the recipe names, and else refused or made anew;
+older ones are adopted."""
 
 import json
 from dataclasses import replace
@@ -6,13 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from vltrain.config import Config, DataConfig
+from vltrain.config.schema import Config, DataConfig
 from vltrain.errors import InputError
-from vltrain.programs.data_ready import ready_samples
+from vltrain.prepared.ensure_data import ready_samples
 
 PROBLEM = {
-    "question": "Q?", "choices": ["x", "y"], "answer": 1, "hint": "H", "image": None, "grade": "grade2", "subject": "s", "lecture": "L", "solution": "E",
-}  # fmt: skip
+    "question": "Q?",
+    "choices": ["x", "y"],
+    "answer": 1,
+    "hint": "H",
+    "image": None,
+    "grade": "grade2",
+    "subject": "s",
+    "lecture": "L",
+    "solution": "E",
+}
 
 
 @pytest.fixture
@@ -20,7 +29,9 @@ def config(tmp_path: Path) -> Config:
     (tmp_path / "problems.json").write_text(json.dumps({"7": PROBLEM}))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["7"]}))
     options = {"prompt_format": "QCM-A"}
-    return Config(data=DataConfig(source="scienceqa", input=str(tmp_path), root=str(tmp_path / "data"), options=options))
+    return Config(
+        data=DataConfig(source="scienceqa", input=str(tmp_path), root=str(tmp_path / "data"), options=options)
+    )
 
 
 def asking(config: Config, **options: str) -> Config:
@@ -32,7 +43,9 @@ def test_samples_of_another_option_are_refused_and_made_anew_on_request(config):
     before = file.read_bytes()
     assert ready_samples(asking(config, prompt_format="QCM-A", missing_images="error"), "train").read_bytes() == before
     for other, said in (({"prompt_format": "QCM-AE"}, "is QCM-AE"), ({}, r"is QCM-ALE \(its default\)")):
-        with pytest.raises(InputError, match=f"data.options.prompt_format was QCM-A, {said}.*--rebuild.*another data.root"):
+        with pytest.raises(
+            InputError, match=f"data.options.prompt_format was QCM-A, {said}.*--rebuild.*another data.root"
+        ):
             ready_samples(asking(config, **other), "train")
         assert file.read_bytes() == before
     assert ready_samples(asking(config), "train", rebuild=True).read_bytes() != before
@@ -60,7 +73,9 @@ def test_an_older_record_says_what_it_can(config, caplog):
     file = ready_samples(config, "train")
     for path in file.parent.glob("prepared*"):
         path.unlink()
-    (file.parent / "prepared.json").write_text(json.dumps({"source": "scienceqa", "options": {"prompt_format": "QCM-A"}}))
+    (file.parent / "prepared.json").write_text(
+        json.dumps({"source": "scienceqa", "options": {"prompt_format": "QCM-A"}})
+    )
     with pytest.raises(InputError, match="prompt_format was QCM-A"):
         ready_samples(asking(config), "train")
     assert ready_samples(config, "train") == file and "taken as they are" in caplog.text

@@ -1,4 +1,5 @@
-"""`vltrain doctor`: really run here, with one rank and two, on machines that fakes describe, and with packages that break in every way."""
+"""`vltrain doctor`: really run here, with one rank and two, on machines that fakes describe, and with packages that
+break in every way."""
 
 import importlib.metadata
 import json
@@ -19,9 +20,19 @@ from vltrain.programs import doctor
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 KERNELS = [case.what for case in kernels.CASES.values()]
 LINES = {
-    "Python", "torch and driver", "packages", "GPU", "CPU products", *KERNELS, "open files", "cores per rank", "shared memory", "compiler",
-    "hub cache", "all-reduce (gloo)",
-}  # fmt: skip
+    "Python",
+    "torch and driver",
+    "packages",
+    "GPU",
+    "CPU products",
+    *KERNELS,
+    "open files",
+    "cores per rank",
+    "shared memory",
+    "compiler",
+    "hub cache",
+    "all-reduce (gloo)",
+}
 
 
 def check_report(report: dict, text: str, num_ranks: int) -> dict[str, str]:
@@ -30,8 +41,15 @@ def check_report(report: dict, text: str, num_ranks: int) -> dict[str, str]:
     assert len(lines) == len(report["findings"]) and "Traceback" not in text
     for line, finding in zip(lines, report["findings"], strict=True):
         assert set(finding) == {"status", "what", "found", "needed", "do", "numbers", "ranks"}
-        assert line.startswith(finding["status"]) and finding["what"] in line and finding["found"] in line and "{" not in line
-        assert set(finding["ranks"]) <= set(range(num_ranks)) and all(len(values) == len(finding["ranks"]) for values in finding["numbers"].values())
+        assert (
+            line.startswith(finding["status"])
+            and finding["what"] in line
+            and finding["found"] in line
+            and "{" not in line
+        )
+        assert set(finding["ranks"]) <= set(range(num_ranks)) and all(
+            len(values) == len(finding["ranks"]) for values in finding["numbers"].values()
+        )
     assert (report["ranks"], len(report["hosts"])) == (num_ranks, num_ranks)
     return {finding["what"]: finding["status"] for finding in report["findings"]}
 
@@ -39,17 +57,35 @@ def check_report(report: dict, text: str, num_ranks: int) -> dict[str, str]:
 @without_gpu
 def test_one_rank_without_a_launcher(tmp_path):
     """`vltrain doctor FOLDER --json FILE`."""
-    command = [sys.executable, "-m", "tests.support.rank", "tests.programs.doctor_worker", "", ",".join(kernels.CASES), str(tmp_path)]
-    done = subprocess.run([*command, "--json", str(tmp_path / "report.json")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.rank",
+        "tests.programs.doctor_worker",
+        "",
+        ",".join(kernels.CASES),
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "report.json")], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     statuses = check_report(report, done.stdout + done.stderr, 1)
     assert set(statuses) == LINES | {f"folder {tmp_path}"}
     assert done.returncode == (report["status"] == PROBLEM), done.stdout
-    for tried in ("Triton", "fused adapter kernel", "bitsandbytes, 4 bits", "bitsandbytes, 8 bits", "all-reduce (gloo)"):
+    for tried in (
+        "Triton",
+        "fused adapter kernel",
+        "bitsandbytes, 4 bits",
+        "bitsandbytes, 8 bits",
+        "all-reduce (gloo)",
+    ):
         assert statuses[tried] == OK, done.stdout
     assert statuses["GPU"] == statuses["torch varlen_attn"] == ABSENT
     speeds = next(finding["numbers"] for finding in report["findings"] if finding["what"].startswith("folder"))
-    assert all(value > 0 for values in speeds.values() for value in values) and [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert all(value > 0 for values in speeds.values() for value in values) and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["report.json"]
 
 
 @without_gpu
@@ -58,7 +94,8 @@ def test_two_ranks_and_a_package_that_breaks_on_one(tmp_path):
     packages = tmp_path / "packages"
     packages.mkdir()
     (packages / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.meta_path.insert(0, __import__('broken').Finder())\n"
+        "import os, sys\nif os.environ.get('RANK') == '1':\n    sys.meta_path.insert(0, "
+        "__import__('broken').Finder())\n"
     )
     (packages / "broken.py").write_text(
         "class Finder:\n    def find_spec(self, name, path=None, target=None):\n"
@@ -70,7 +107,11 @@ def test_two_ranks_and_a_package_that_breaks_on_one(tmp_path):
     assert wait_for_ranks(processes, tmp_path / "log", 180) == [1, 1], (tmp_path / "log.0").read_text()
     assert "problem" not in (tmp_path / "log.1").read_text()
     text, report = (tmp_path / "log.0").read_text(), json.loads((tmp_path / "report.json").read_text())
-    assert set(check_report(report, text, 2)) == (LINES - set(KERNELS)) | {"Triton", "torch varlen_attn", f"folder {folder}"}
+    assert set(check_report(report, text, 2)) == (LINES - set(KERNELS)) | {
+        "Triton",
+        "torch varlen_attn",
+        f"folder {folder}",
+    }
     findings = {(finding["what"], tuple(finding["ranks"])): finding for finding in report["findings"]}
     only = findings["Triton", (1,)]
     assert only["status"] == PROBLEM and "OSError: libtriton.so: cannot open" in only["found"]
@@ -85,7 +126,9 @@ def test_two_ranks_and_a_package_that_breaks_on_one(tmp_path):
 def test_kernels_that_kill_hang_or_are_wrong_cost_a_line_each(tmp_path, monkeypatch):
     package = tmp_path / "bitsandbytes"
     package.mkdir()
-    (package / "__init__.py").write_text("import os, signal\nprint('symbol lookup error', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    (package / "__init__.py").write_text(
+        "import os, signal\nprint('symbol lookup error', flush=True)\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
     (tmp_path / "liger_kernel").mkdir()
     (tmp_path / "liger_kernel" / "__init__.py").write_text("")
     (tmp_path / "liger_kernel" / "ops.py").write_text("import time\ntime.sleep(600)\n")
@@ -100,7 +143,9 @@ def test_kernels_that_kill_hang_or_are_wrong_cost_a_line_each(tmp_path, monkeypa
 def test_a_wrong_result_is_a_problem(monkeypatch):
     inputs = [torch.randn(3, 4, requires_grad=True)]
     assert kernels.largest_error(lambda x: x.exp(), lambda x: x.exp(), inputs) < 1e-6
-    right_value_wrong_gradient = kernels.largest_error(lambda x: x.detach().exp() + (x - x.detach()), lambda x: x.exp(), inputs)
+    right_value_wrong_gradient = kernels.largest_error(
+        lambda x: x.detach().exp() + (x - x.detach()), lambda x: x.exp(), inputs
+    )
     assert right_value_wrong_gradient > 0.1
     for error in (0.5, float("nan")):
         finding = kernels.examine(kernels.Case("it", lambda error=error: error, 1e-2, "speed"))
@@ -109,27 +154,55 @@ def test_a_wrong_result_is_a_problem(monkeypatch):
 
 @pytest.mark.parametrize("signature", ["window", "is_causal"])
 def test_attention_is_asked_for_as_the_installed_function_takes_it(monkeypatch, signature):
-    """Stand-ins with the signatures of torch's function before and after windows, and with flash-attn's; one that forgets causality is found out."""
+    """Stand-ins with the signatures of torch's function before and after windows, and with flash-attn's; one that
+    forgets causality is found out."""
     from vltrain.ops import reference
 
     def attend(query, key, value, starts, causal):
         lengths = starts.diff().cpu().long()
         if causal:
-            return reference.packed_attention(*(one.transpose(0, 1)[None] for one in (query, key, value)), lengths)[0].to(query.dtype)
-        parts = (torch.softmax(q.transpose(0, 1) @ k.permute(1, 2, 0) / 8, -1) @ v.transpose(0, 1) for q, k, v in zip(*(one.split(lengths.tolist()) for one in (query, key, value)), strict=True))
+            return reference.packed_attention(*(one.transpose(0, 1)[None] for one in (query, key, value)), lengths)[
+                0
+            ].to(query.dtype)
+        parts = (
+            torch.softmax(q.transpose(0, 1) @ k.permute(1, 2, 0) / 8, -1) @ v.transpose(0, 1)
+            for q, k, v in zip(*(one.split(lengths.tolist()) for one in (query, key, value)), strict=True)
+        )
         return torch.cat([part.transpose(0, 1) for part in parts])
 
-    def by_window(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False):
+    def by_window(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+        enable_gqa=False,
+    ):
         assert cu_seq_q.dtype == torch.int32 and (max_q, max_k) == (64, 64)
         return attend(query, key, value, cu_seq_q, causal=window_size == (-1, 0))
 
     def by_flag(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None, scale=None):
         return attend(query, key, value, cu_seq_q, causal=is_causal)
 
-    def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    def flash(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
         return attend(q, k, v, cu_seqlens_q, causal), torch.zeros(1)
 
-    module = type("module", (), {"varlen_attn": staticmethod(by_window if signature == "window" else by_flag), "flash_attn_varlen_func": staticmethod(flash)})
+    module = type(
+        "module",
+        (),
+        {
+            "varlen_attn": staticmethod(by_window if signature == "window" else by_flag),
+            "flash_attn_varlen_func": staticmethod(flash),
+        },
+    )
     monkeypatch.setattr(kernels.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: module)
     monkeypatch.setattr(kernels.importlib.metadata, "version", lambda name: "2.8.3")
@@ -143,7 +216,16 @@ def test_attention_is_asked_for_as_the_installed_function_takes_it(monkeypatch, 
 def fake_gpu(monkeypatch):
     """A GPU in torch's eyes; call it to change what it is."""
 
-    def make(name="NVIDIA H100 80GB HBM3", capability=(9, 0), free=78, total=80, tflops=700.0, driver=13000, built="13.0", architectures=("sm_80", "sm_90")):
+    def make(
+        name="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        free=78,
+        total=80,
+        tflops=700.0,
+        driver=13000,
+        built="13.0",
+        architectures=("sm_80", "sm_90"),
+    ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
@@ -199,14 +281,27 @@ def test_a_cuda_build_without_a_driver_is_a_problem_only_beside_a_gpu(monkeypatc
     monkeypatch.setattr(software, "cpu_is_asked_for", lambda: False)
     monkeypatch.setattr(software, "signs_of_gpu", lambda: "/dev/nvidia0 exists")
     finding = software.torch_and_driver()
-    assert finding.status == PROBLEM and "Found no NVIDIA driver" in finding.found and "/dev/nvidia0 exists" in finding.found and finding.do
+    assert (
+        finding.status == PROBLEM
+        and "Found no NVIDIA driver" in finding.found
+        and "/dev/nvidia0 exists" in finding.found
+        and finding.do
+    )
     monkeypatch.setattr(software, "signs_of_gpu", lambda: None)
     assert software.torch_and_driver().status == OK
 
 
 @pytest.mark.parametrize(
     ("architectures", "runs"),
-    [(["sm_90"], False), (["sm_80"], True), (["sm_86"], True), (["sm_89"], False), (["compute_75"], True), (["sm_90", "compute_90"], False), (["sm_100a"], False)],
+    [
+        (["sm_90"], False),
+        (["sm_80"], True),
+        (["sm_86"], True),
+        (["sm_89"], False),
+        (["compute_75"], True),
+        (["sm_90", "compute_90"], False),
+        (["sm_100a"], False),
+    ],
 )
 def test_what_runs_on_an_ampere(architectures, runs):
     assert software.runs_on((8, 6), architectures) == runs
@@ -214,7 +309,14 @@ def test_what_runs_on_an_ampere(architectures, runs):
 
 def test_packages_out_of_bounds_or_missing(monkeypatch):
     versions = {"torch": "2.7.1+cu128", "deepspeed": "0.18.2", "bitsandbytes": "0.40.0", "setuptools": "65.5.0"}
-    needed = ["torch<2.14,>=2.8", "deepspeed<0.20,>=0.18", "peft>=0.18", 'bitsandbytes>=0.48; extra == "quant"', 'trl>=1; extra == "bench"', 'pywin32; sys_platform == "win32"']
+    needed = [
+        "torch<2.14,>=2.8",
+        "deepspeed<0.20,>=0.18",
+        "peft>=0.18",
+        'bitsandbytes>=0.48; extra == "quant"',
+        'trl>=1; extra == "bench"',
+        'pywin32; sys_platform == "win32"',
+    ]
     needed += ['setuptools>=77; extra == "flash"']  # for a build, which is not a run
 
     def version(name):
@@ -225,7 +327,11 @@ def test_packages_out_of_bounds_or_missing(monkeypatch):
     monkeypatch.setattr(software.importlib.metadata, "requires", lambda name: needed)
     monkeypatch.setattr(software.importlib.metadata, "version", version)
     *wrong, right = software.packages()
-    assert {(finding.what, finding.found) for finding in wrong} == {("package torch", "2.7.1+cu128"), ("package peft", "not installed"), ("package bitsandbytes", "0.40.0")}
+    assert {(finding.what, finding.found) for finding in wrong} == {
+        ("package torch", "2.7.1+cu128"),
+        ("package peft", "not installed"),
+        ("package bitsandbytes", "0.40.0"),
+    }
     assert all(finding.status == PROBLEM and "pip install" in finding.do for finding in wrong)
     assert right.status == OK and right.found.startswith("1 within")
 
@@ -272,7 +378,11 @@ def test_open_files_and_the_hub_cache(monkeypatch, tmp_path):
 def test_ranks_on_several_models():
     facts = [ranks.Fact("a", (0,), "NVIDIA H100"), ranks.Fact("a", (1,), None), ranks.Fact("b", (0,), "NVIDIA H100")]
     (finding,) = ranks.one_model(facts)
-    assert finding.status == PROBLEM and "NVIDIA H100: ranks 0, 2" in finding.found and "no GPU of its own: ranks 1" in finding.found
+    assert (
+        finding.status == PROBLEM
+        and "NVIDIA H100: ranks 0, 2" in finding.found
+        and "no GPU of its own: ranks 1" in finding.found
+    )
     assert ranks.one_model(facts[::2]) == []
 
 
@@ -281,7 +391,11 @@ def test_checks_that_raise_or_hang_are_lines():
     examination.run("raises", lambda: 1 / 0)
     examination.run("hangs", lambda: time.sleep(3), timeout_seconds=0.05)
     examination.run("works", lambda: Finding(status=OK, what="works", found="fine"))
-    assert [(one.what, one.status) for one in examination.findings] == [("raises", PROBLEM), ("hangs", PROBLEM), ("works", OK)]
+    assert [(one.what, one.status) for one in examination.findings] == [
+        ("raises", PROBLEM),
+        ("hangs", PROBLEM),
+        ("works", OK),
+    ]
     assert "ZeroDivisionError: division by zero" in examination.findings[0].found and examination.hung
 
 
@@ -298,16 +412,22 @@ def test_ranks_share_a_line_but_for_their_numbers():
         "4 rank(s) on 2 host(s): 2 ok, 1 warning",
     ]
     data = to_json(merged, ["a", "a", "b", "b"])
-    assert data["status"] == WARNING and data["findings"][0]["numbers"] == {"tflops": [700.0, 712.4, 705.0]} and data["findings"][0]["ranks"] == [0, 1, 3]
+    assert (
+        data["status"] == WARNING
+        and data["findings"][0]["numbers"] == {"tflops": [700.0, 712.4, 705.0]}
+        and data["findings"][0]["ranks"] == [0, 1, 3]
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--jsn", "x"], "did you mean 'json'"), (["--json"], "found no value"), (["--json", "no/such/folder/x.json"], "a folder that exists"),
+        (["--jsn", "x"], "did you mean 'json'"),
+        (["--json"], "found no value"),
+        (["--json", "no/such/folder/x.json"], "a folder that exists"),
         (["--recipe", "no_such_recipe"], "no such file"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_on_the_command_line(capsys, words, said):
     assert doctor.main(words) == 2
     line = capsys.readouterr().err

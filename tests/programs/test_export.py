@@ -1,4 +1,5 @@
-"""What `vltrain export` writes: stock peft and transformers compute with it what we do; and what `vltrain importance` tells."""
+"""What `vltrain export` writes: stock peft and transformers compute with it what we do; and what `vltrain importance`
+tells."""
 
 import csv
 import json
@@ -14,9 +15,16 @@ from tests.support.blip import blip_config, make_batch, make_samples, make_token
 from tests.support.peft_folders import exported, off_from_stock, save_run
 from vltrain.cli import main
 from vltrain.models.build import build_model
-from vltrain.models.low_rank import merge_updates
+from vltrain.models.peft.low_rank import merge_updates
 
-BOTH = {"qformer__mode": "lora", "qformer__rank": 4, "qformer__alpha": 8.0, "llm__mode": "lora", "llm__rank": 2, "llm__alpha": 6.0}
+BOTH = {
+    "qformer__mode": "lora",
+    "qformer__rank": 4,
+    "qformer__alpha": 8.0,
+    "llm__mode": "lora",
+    "llm__rank": 2,
+    "llm__alpha": 6.0,
+}
 HALF = {"qformer__mode": "full", "llm__mode": "lora"}
 ADALORA = {"qformer__mode": "adalora", "llm__mode": "adalora", "adalora__init_rank": 4, "adalora__target_rank": 2}
 PRUNED = {"adalora__init_rank": 4, "adalora__target_rank": 2}
@@ -39,7 +47,8 @@ def base_of(kind, folder, places):
 
 
 def tuned(config, pruned=False):
-    """(a model whose trained parameters have moved, AdaLoRA's decisions); `pruned`: some directions of its layers are off, all of one layer."""
+    """(a model whose trained parameters have moved, AdaLoRA's decisions); `pruned`: some directions of its layers are
+    off, all of one layer."""
     model = build_model(config.model)
     torch.manual_seed(1)
     kept = {}
@@ -71,7 +80,9 @@ def our_losses(model, kind, places):
 def stock_base(base):
     from tests.models.test_qformer import IMAGE_ID
 
-    theirs = InstructBlipForConditionalGeneration.from_pretrained(base, attn_implementation="eager", dtype=torch.float64)
+    theirs = InstructBlipForConditionalGeneration.from_pretrained(
+        base, attn_implementation="eager", dtype=torch.float64
+    )
     theirs.config.image_token_id = theirs.config.image_token_index = IMAGE_ID
     return theirs.eval()
 
@@ -91,16 +102,23 @@ def test_stock_peft_loads_the_folder_to_equal_losses_and_so_do_we(kind, changes,
     settings = json.loads((out / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base)
     if kept:
-        assert {name.removesuffix(".lora_E").split(".")[-1] for name in settings["rank_pattern"]} and not all(map(all, settings["rank_pattern"].values()))
+        assert {name.removesuffix(".lora_E").split(".")[-1] for name in settings["rank_pattern"]} and not all(
+            map(all, settings["rank_pattern"].values())
+        )
     theirs = PeftModel.from_pretrained(stock_base(base), out).double().eval()
     torch.testing.assert_close(their_losses(theirs, model.double(), kind, places), expected, rtol=1e-5, atol=1e-5)
 
     again = build_model(config_on(kind, base, places, **changes, adapters=str(out)).model).double().eval()
     torch.testing.assert_close(our_losses(again, kind, places), expected, rtol=1e-5, atol=1e-5)
 
-    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "whole"), "--format", "whole", *UNPROVEN]) == 0
+    assert (
+        main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "whole"), "--format", "whole", *UNPROVEN])
+        == 0
+    )
     # Folded weights are rounded to fp32 once more.
-    torch.testing.assert_close(their_losses(stock_base(tmp_path / "whole"), model, kind, places), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        their_losses(stock_base(tmp_path / "whole"), model, kind, places), expected, rtol=1e-5, atol=1e-5
+    )
     exact = build_model(config.model, dtype=torch.float32).double().eval()
     exact.load_state_dict(model.state_dict())
     merge_updates(exact)
@@ -131,12 +149,18 @@ def test_the_base_of_random_weights_and_a_quantised_run(places, tmp_path):
             parameter.add_(0.1 * torch.randn(parameter.shape))
     expected = our_losses(model, "llama", places)
     save_run(tmp_path / "run", config, model)
-    for name, words in (("base", ["--format", "whole", "--checkpoint", "none"]), ("peft", []), ("whole", ["--format", "whole"])):
+    for name, words in (
+        ("base", ["--format", "whole", "--checkpoint", "none"]),
+        ("peft", []),
+        ("whole", ["--format", "whole"]),
+    ):
         assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / name), *words, *UNPROVEN]) == 0
     theirs = PeftModel.from_pretrained(stock_base(tmp_path / "base"), tmp_path / "peft").double().eval()
     for found in (theirs, stock_base(tmp_path / "whole")):
         torch.testing.assert_close(their_losses(found, model, "llama", places), expected, rtol=1e-4, atol=1e-4)
-    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "x"), "--checkpoint", "none", *UNPROVEN]) == 2
+    assert (
+        main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "x"), "--checkpoint", "none", *UNPROVEN]) == 2
+    )
 
 
 def test_a_folder_of_another_base_or_recipe_is_refused(places, tmp_path, capsys):
@@ -148,10 +172,14 @@ def test_a_folder_of_another_base_or_recipe_is_refused(places, tmp_path, capsys)
     wider = json.loads(json.dumps(config.model.instructblip.config))
     wider["qformer_config"]["intermediate_size"] = 56
     for changes, said in (
-        ({"config": wider}, "made for another base"), ({"qformer__rank": 3}, "rank 2"), ({"qformer__targets": ("self",)}, "does not tune"),
-        ({"qformer__mode": "full"}, "LoRA or AdaLoRA"), ({"qformer__mode": "adalora"}, "type LORA"), ({"llm__mode": "lora", "llm__rank": 2}, "lacks"),
+        ({"config": wider}, "made for another base"),
+        ({"qformer__rank": 3}, "rank 2"),
+        ({"qformer__targets": ("self",)}, "does not tune"),
+        ({"qformer__mode": "full"}, "LoRA or AdaLoRA"),
+        ({"qformer__mode": "adalora"}, "type LORA"),
+        ({"llm__mode": "lora", "llm__rank": 2}, "lacks"),
         ({"adapters": str(tmp_path)}, "no folder of peft's"),
-    ):  # fmt: skip
+    ):
         given = {"qformer__mode": "lora", "qformer__rank": 2, "adapters": str(out), **changes}
         if given["qformer__mode"] != "lora":
             given.pop("qformer__rank")
@@ -159,9 +187,12 @@ def test_a_folder_of_another_base_or_recipe_is_refused(places, tmp_path, capsys)
             build_model(blip_config("llama", places, **given).model)
     capsys.readouterr()
     for words, said in (
-        (["--output", str(out)], "exists already"), (["--output", str(tmp_path / "x"), "--format", "onnx"], "onnx"), (["--outptu", "x"], "did you mean 'output'"),
-        (["--output", str(tmp_path / "x"), "--checkpoint", "best"], "no best checkpoint"), ([], "expected vltrain export RUN"),
-    ):  # fmt: skip
+        (["--output", str(out)], "exists already"),
+        (["--output", str(tmp_path / "x"), "--format", "onnx"], "onnx"),
+        (["--outptu", "x"], "did you mean 'output'"),
+        (["--output", str(tmp_path / "x"), "--checkpoint", "best"], "no best checkpoint"),
+        ([], "expected vltrain export RUN"),
+    ):
         assert main(["export", str(tmp_path / "run"), *words, *UNPROVEN]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -177,14 +208,25 @@ def test_importance_tells_the_ranks_that_are_left(kind, places, tmp_path, capsys
     out = tmp_path / "importance"
     assert main(["importance", str(tmp_path / "run"), "--output", str(out)]) == 0
     rows = list(csv.DictReader((out / "ranks.csv").open()))
-    assert len(rows) == len(kept) and sum(int(row["kept"]) for row in rows) == sum(int(mask.sum()) for mask in kept.values())
+    assert len(rows) == len(kept) and sum(int(row["kept"]) for row in rows) == sum(
+        int(mask.sum()) for mask in kept.values()
+    )
     dead = [(row["network"], row["block"], row["matrix"]) for row in rows if row["gradient"] == "none"]
     assert dead == [("qformer", "2", "intermediate.dense"), ("qformer", "2", "output.dense")]
     assert {row["block"] for row in rows if row["sublayer"] == "cross"} == {"0", "2"}
-    assert {row["network"] for row in rows} == ({"qformer", "llm"} if kind == "llama" else {"qformer", "llm.encoder", "llm.decoder"})
-    own = [int(row["kept"]) for row in rows if row["network"] == "qformer" and row["sublayer"] == "ffn" and row["gradient"] == "yes"]
+    assert {row["network"] for row in rows} == (
+        {"qformer", "llm"} if kind == "llama" else {"qformer", "llm.encoder", "llm.decoder"}
+    )
+    own = [
+        int(row["kept"])
+        for row in rows
+        if row["network"] == "qformer" and row["sublayer"] == "ffn" and row["gradient"] == "yes"
+    ]
     summary = capsys.readouterr().out
-    assert f"{sum(own) / len(own):6.2f} of 4  ({len(own)} matrices)" in summary and "no gradient reaches the last text FFN" in summary
+    assert (
+        f"{sum(own) / len(own):6.2f} of 4  ({len(own)} matrices)" in summary
+        and "no gradient reaches the last text FFN" in summary
+    )
     with Image.open(out / "ranks.png") as picture:
         assert picture.width > 400 and len(set(picture.convert("L").resize((64, 64)).getdata())) > 20
 
@@ -198,7 +240,10 @@ def test_importance_works_from_a_run_that_cannot_be_written(places, read_only, t
 
 
 def test_importance_needs_a_run_that_has_pruned(places, tmp_path, capsys):
-    for name, changes, said in (("lora", {"qformer__mode": "lora"}, "nothing by AdaLoRA"), ("young", {"qformer__mode": "adalora"}, "pruned nothing yet")):
+    for name, changes, said in (
+        ("lora", {"qformer__mode": "lora"}, "nothing by AdaLoRA"),
+        ("young", {"qformer__mode": "adalora"}, "pruned nothing yet"),
+    ):
         config = blip_config("llama", places, **changes)
         save_run(tmp_path / name, config, build_model(config.model))
         assert main(["importance", str(tmp_path / name), "--output", str(tmp_path / "out")]) == 2

@@ -10,11 +10,11 @@ from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
 from tests.support.blip import LLAMA, SIZES, T5, blip_config, make_tokenizers
 from tests.support.peft_folders import moved, save_run
-from vltrain.data.conversation import encode_prompt, stop_ids
 from vltrain.data.images import decode_image
-from vltrain.data.tokenizer import load_tokenizer
-from vltrain.data.tokenizer_sources import tokenizer_sources
-from vltrain.evaluate.generate import Sampling, generate
+from vltrain.data.text.conversation import encode_prompt, stop_ids
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.evaluate.answering.generate import Sampling, generate
 from vltrain.models.build import build_model
 from vltrain.programs.export import export
 from vltrain.schema import Sample, Turn
@@ -30,7 +30,11 @@ def picture(number):
 def our_answers(model, config):
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     samples = [
-        Sample(id=str(number), images=(str(number),), turns=(Turn(role="user", text=f"<image>\n{text}"), Turn(role="assistant", text="red")))
+        Sample(
+            id=str(number),
+            images=(str(number),),
+            turns=(Turn(role="user", text=f"<image>\n{text}"), Turn(role="assistant", text="red")),
+        )
         for number, text in enumerate(QUESTIONS)
     ]
 
@@ -42,7 +46,14 @@ def our_answers(model, config):
     prompts = [encode_prompt(sample, tokenizer, model.template, model.visual_tokens) for sample in samples]
     ends = stop_ids(tokenizer, model.template)
     answers = generate(
-        model.eval(), prompts, load, sampling=Sampling(max_new_tokens=NEW), stop_ids=ends, vocab_size=tokenizer.vocab_size, batch_size=2, device="cpu"
+        model.eval(),
+        prompts,
+        load,
+        sampling=Sampling(max_new_tokens=NEW),
+        stop_ids=ends,
+        vocab_size=tokenizer.vocab_size,
+        batch_size=2,
+        device="cpu",
     )
     return answers, tokenizer.vocab_size
 
@@ -63,7 +74,9 @@ def test_stock_transformers_answers_as_we_do(kind, rows, tmp_path):
     stock = InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "whole").eval()
     assert stock.config.image_token_id == known == processor.tokenizer.convert_tokens_to_ids("<image>")
     assert stock.config.text_config.vocab_size == (known + 1 if rows == "full" else text["vocab_size"])
-    beyond = {"suppress_tokens": list(range(known, text["vocab_size"]))} if rows == "to spare" else {}  # of random weights they are as likely as others
+    beyond = (
+        {"suppress_tokens": list(range(known, text["vocab_size"]))} if rows == "to spare" else {}
+    )  # of random weights they are as likely as others
     for number, question in enumerate(QUESTIONS):
         asked = processor(images=picture(number), text=question, return_tensors="pt")
         with torch.no_grad():

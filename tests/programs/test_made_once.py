@@ -10,14 +10,20 @@ from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
 from vltrain.files import lock as locks
 from vltrain.files.lock import lock_beside, one_writer
-from vltrain.programs import made_once as module
-from vltrain.programs.made_once import made_once
+from vltrain.prepared import made_once as module
+from vltrain.prepared.made_once import made_once
 
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    for name, seconds in {"POLL_SECONDS": 0.02, "LOOK_SECONDS": 0.02, "UNSEEN_SECONDS": 0.3, "GONE_SECONDS": 0.3, "TELL_SECONDS": 0.1}.items():
+    for name, seconds in {
+        "POLL_SECONDS": 0.02,
+        "LOOK_SECONDS": 0.02,
+        "UNSEEN_SECONDS": 0.3,
+        "GONE_SECONDS": 0.3,
+        "TELL_SECONDS": 0.1,
+    }.items():
         monkeypatch.setattr(module, name, seconds)
     for name, seconds in {"POLL_SECONDS": 0.02, "TELL_SECONDS": 0.1}.items():
         monkeypatch.setattr(locks, name, seconds)

@@ -1,4 +1,5 @@
-"""`vltrain plan` at full size, on a machine without the weights, and its mistakes: one line and exit code 2, nothing written."""
+"""`vltrain plan` at full size, on a machine without the weights, and its mistakes: one line and exit code 2, nothing
+written."""
 
 import json
 from pathlib import Path
@@ -9,16 +10,16 @@ import yaml
 
 from tests.support.blip import QUERIES, blip_config, make_tokenizers
 from tests.support.tiny import SETTINGS, VISUAL_TOKENS, make_segments, write_packs
-from vltrain.check.memory_plan import GIB, parameters_by_part
-from vltrain.check.sizes import assume_sizes
-from vltrain.data.tokenizer_sources import tokenizer_sources
+from vltrain.config.command_line import load_settings
+from vltrain.config.recipe import dump_config
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.memory.plan import GIB, parameters_by_part
+from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
-from vltrain.data.tokenizer import load_tokenizer
-from vltrain.programs.data_ready import packed_folder, ready_packs
+from vltrain.prepared.ensure_data import packed_folder, ready_packs
 from vltrain.programs.plan import describe, main
 from vltrain.shipped import find_recipe
-from vltrain.recipe import dump_config
-from vltrain.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 PAPER = "llama2_7b_diht_scienceqa"
@@ -34,7 +35,15 @@ def test_the_papers_recipe_without_its_weights(tmp_path: Path, capsys: pytest.Ca
     recipe, ds = str(ROOT / "launch" / "recipes" / f"{PAPER}.yaml"), str(ROOT / "ds_configs" / "zero2.json")
     plan = planned(tmp_path, recipe, "--ds", ds, "--gpus", "8")
     parts = {part: count["trainable"] for part, count in plan["parameters"].items()}
-    assert parts == {"adapter": 3_892_096, "peft": 0, "neck": 659_584, "modality": 8_192, "vision": 0, "llm": 0, "all": 4_559_872}
+    assert parts == {
+        "adapter": 3_892_096,
+        "peft": 0,
+        "neck": 659_584,
+        "modality": 8_192,
+        "vision": 0,
+        "llm": 0,
+        "all": 4_559_872,
+    }
     assert plan["parameters"]["llm"]["total"] == 6_738_415_616
     held = plan["memory_per_rank"]["held_bytes"]
     assert held["frozen weights, bf16"] == 2 * (plan["parameters"]["all"]["total"] - 4_559_872)
@@ -48,7 +57,14 @@ def test_the_papers_recipe_without_its_weights(tmp_path: Path, capsys: pytest.Ca
 
 def test_what_only_a_gpu_can_do_is_planned_anywhere(tmp_path: Path) -> None:
     """A login node has no GPU, and the jobs that are planned there do."""
-    choices = ["--model.llm.attention", "flash_attention_2", "--model.llm.kernels", "liger", "--model.adapter.impl", "triton"]
+    choices = [
+        "--model.llm.attention",
+        "flash_attention_2",
+        "--model.llm.kernels",
+        "liger",
+        "--model.adapter.impl",
+        "triton",
+    ]
     plain, chosen = (planned(tmp_path, PAPER, *changes)["memory_per_rank"] for changes in ([], choices))
     assert chosen["held_bytes"] == plain["held_bytes"]
     assert chosen["peak_bytes"] < plain["peak_bytes"], "the fused kernel keeps no norm's output"
@@ -70,16 +86,21 @@ def test_published_counts_of_trained_parameters(changes: list[str], llm: str | N
 
 
 def test_adapters_on_four_bits_on_one_gpu(tmp_path: Path) -> None:
-    """LaVIN reports 9 GB for its lite run, with batches of short samples; with its own 512 tokens the plan stays below."""
+    """LaVIN reports 9 GB for its lite run, with batches of short samples; with its own 512 tokens the plan stays
+    below."""
     plan = planned(tmp_path, PAPER, "--model.bits", "4", "--data.pack_length", "512", "--data.max_images", "1")
     held = plan["memory_per_rank"]["held_bytes"]
-    assert held["frozen weights, 4-bit"] == pytest.approx(0.5159 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 24 * 12 * 1024**2), rel=1e-3)
+    assert held["frozen weights, 4-bit"] == pytest.approx(
+        0.5159 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 24 * 12 * 1024**2), rel=1e-3
+    )
     assert 4 * GIB < plan["memory_per_rank"]["peak_bytes"] < 9 * GIB
 
 
 def test_everything_tuned_on_eight_gpus(tmp_path: Path) -> None:
     """20 bytes a parameter are cut up: weights twice, gradients and both averages, each fp32."""
-    plan = planned(tmp_path, PAPER, "--model.tune", "full", "--ds", str(ROOT / "ds_configs" / "zero3.json"), "--gpus", "8")
+    plan = planned(
+        tmp_path, PAPER, "--model.tune", "full", "--ds", str(ROOT / "ds_configs" / "zero3.json"), "--gpus", "8"
+    )
     held, trained = plan["memory_per_rank"]["held_bytes"], plan["parameters"]["all"]["trainable"]
     assert trained == plan["parameters"]["all"]["total"] - 2 * 1024  # the ViT's final norm is not used
     cut_up = sum(held[kind] for kind in ("trained weights", "master weights", "optimizer states", "gradients"))
@@ -120,14 +141,28 @@ def test_packs_that_are_there_are_planned_with(tiny: Path, tmp_path: Path) -> No
         ([PAPER, "--gpu-memory", "-4"], "--gpu-memory: found '-4'"),
         ([PAPER, "--gpus", "8", "--model.llm.source", "weights/unheard-of"], "model.llm.source: 'weights/unheard-of'"),
         ([PAPER, "--llm-size", "llama-2-7"], "did you mean 'llama-2-7b'"),
-        ([PAPER, "--instructblip-size", "instructblip-vicuna-7b"], "--instructblip-size: has no effect on the architecture mmt"),
+        (
+            [PAPER, "--instructblip-size", "instructblip-vicuna-7b"],
+            "--instructblip-size: has no effect on the architecture mmt",
+        ),
         (["qformer_t5", "--llm-size", "llama-7b"], "--llm-size: has no effect on the architecture instructblip"),
         (["qformer_t5", "--instructblip-size", "instructblip-vicuna"], "did you mean 'instructblip-vicuna-7b'"),
-        (["qformer_t5", "--model.bits", "4", "--model.instructblip.llm.mode", "full", "--model.instructblip.vision", "full"], "model.bits"),
+        (
+            [
+                "qformer_t5",
+                "--model.bits",
+                "4",
+                "--model.instructblip.llm.mode",
+                "full",
+                "--model.instructblip.vision",
+                "full",
+            ],
+            "model.bits",
+        ),
         ([PAPER, "--gpu", "8"], "did you mean 'gpus'"),
         ([PAPER, "--model.bits", "4", "--model.tune", "full"], "model.bits"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--json", str(tmp_path / "plan.json")]) == 2
     captured = capsys.readouterr()
@@ -148,15 +183,25 @@ def test_a_recipe_is_a_file_or_a_name() -> None:
 
 
 def test_an_instructblip_without_its_weights(tmp_path: Path) -> None:
-    """LoRA of rank 8 on every sublayer of the Q-Former is the paper's 2.126M; AdaLoRA starts from rank 12 and keeps two averages of each number."""
+    """LoRA of rank 8 on every sublayer of the Q-Former is the paper's 2.126M; AdaLoRA starts from rank 12 and keeps two
+    averages of each number."""
     plan = planned(tmp_path, "qformer_t5", "--model.instructblip.qformer.mode", "adalora", "--data.max_images", "4")
     share = plan["full_qformer_tuning"]
     assert round(share["parameters"] / 1e6, 2) == 187.26 and share["trained"] == plan["parameters"]["all"]["trainable"]
-    assert f"low-rank updates {share['updates']:,} ({100 * share['updates'] / share['parameters']:.2f}%)" in describe(plan)
+    assert f"low-rank updates {share['updates']:,} ({100 * share['updates'] / share['parameters']:.2f}%)" in describe(
+        plan
+    )
     trained = {part: count["trainable"] for part, count in plan["parameters"].items()}
     entries = 12 * (12 * 2 + 6 * 4 + 12 * 4)  # of E: one for each direction of each layer, self, cross, ffn
     low_rank = 2_125_824 * 12 // 8 + entries
-    assert trained == {"peft": low_rank, "bridge": 1_602_304, "qformer": 0, "vision": 0, "llm": 0, "all": low_rank + 1_602_304}
+    assert trained == {
+        "peft": low_rank,
+        "bridge": 1_602_304,
+        "qformer": 0,
+        "vision": 0,
+        "llm": 0,
+        "all": low_rank + 1_602_304,
+    }
     held = plan["memory_per_rank"]["held_bytes"]
     assert held["frozen weights, bf16"] == 2 * (plan["parameters"]["all"]["total"] - trained["all"])
     assert held["AdaLoRA's averages"] == 2 * 4 * low_rank
@@ -166,7 +211,9 @@ def test_an_instructblip_without_its_weights(tmp_path: Path) -> None:
 
 def test_an_instructblips_packs_are_planned_with(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump_config(blip_config("t5", make_tokenizers(tmp_path / "tokenizers"), data__root=str(tmp_path / "data"))))
+    recipe.write_text(
+        dump_config(blip_config("t5", make_tokenizers(tmp_path / "tokenizers"), data__root=str(tmp_path / "data")))
+    )
     config = load_settings(["--recipe", str(recipe)], program="", description="", options={}).config
     source, instruction = tokenizer_sources(config)
     folder = packed_folder(config, load_tokenizer(source, instruction), QUERIES)

@@ -1,4 +1,5 @@
-"""launch/setup_env.sh and flash-attn: a wheel, a compiler, or one line that says why it goes on without. Python and pip are stand-ins."""
+"""launch/setup_env.sh and flash-attn: a wheel, a compiler, or one line that says why it goes on without. Python and pip
+are stand-ins."""
 
 import os
 import shutil
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Notes what pip is called with. flash-attn can be imported once a pip call has made it so: `wheel`, `source`, or with neither never.
+# Notes what pip is called with. flash-attn can be imported once a pip call has made it so: `wheel`, `source`, or with
+# neither never.
 PYTHON = """#!/usr/bin/env bash
 here=$(dirname "$0")/..
 case "$1 $2" in
@@ -39,8 +41,20 @@ def checkout(tmp_path: Path) -> Path:
 
 def run(checkout: Path, cuda: str, fits: str, nvcc: str | None) -> tuple[str, list[str]]:
     """What it says, and the calls of pip for flash-attn."""
-    environment = {**os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", "CUDA": cuda, "FITS": fits, "NVCC": nvcc or ""}
-    done = subprocess.run(["bash", "launch/setup_env.sh", "--with", "flash"], cwd=checkout, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
+        "CUDA": cuda,
+        "FITS": fits,
+        "NVCC": nvcc or "",
+    }
+    done = subprocess.run(
+        ["bash", "launch/setup_env.sh", "--with", "flash"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     calls = (checkout / ".venv" / "calls").read_text().splitlines() if (checkout / ".venv" / "calls").exists() else []
     (checkout / ".venv" / "calls").unlink(missing_ok=True)
@@ -51,9 +65,24 @@ def run(checkout: Path, cuda: str, fits: str, nvcc: str | None) -> tuple[str, li
     ("cuda", "fits", "nvcc", "why"),
     [
         ("", "wheel", "13.0", "torch in .venv is a build without CUDA"),
-        ("12.8", "nothing", None, "no wheel fits torch's CUDA 12.8, and there is no nvcc to compile it (.venv/flash-attn.log)"),
-        ("12.8", "nothing", "13.0", "no wheel fits torch's CUDA 12.8, and nvcc here is of CUDA 13.0 (.venv/flash-attn.log)"),
-        ("13.0", "nothing", "13.0", "no wheel fits torch's CUDA 13.0, and nvcc 13.0 did not compile it (.venv/flash-attn.log)"),
+        (
+            "12.8",
+            "nothing",
+            None,
+            "no wheel fits torch's CUDA 12.8, and there is no nvcc to compile it (.venv/flash-attn.log)",
+        ),
+        (
+            "12.8",
+            "nothing",
+            "13.0",
+            "no wheel fits torch's CUDA 12.8, and nvcc here is of CUDA 13.0 (.venv/flash-attn.log)",
+        ),
+        (
+            "13.0",
+            "nothing",
+            "13.0",
+            "no wheel fits torch's CUDA 13.0, and nvcc 13.0 did not compile it (.venv/flash-attn.log)",
+        ),
     ],
 )
 def test_without_flash_attn_it_says_why_and_tries_again(checkout, cuda, fits, nvcc, why) -> None:
@@ -61,12 +90,15 @@ def test_without_flash_attn_it_says_why_and_tries_again(checkout, cuda, fits, nv
         said, calls = run(checkout, cuda, fits, nvcc)
         lines = [line for line in said.splitlines() if "without flash-attn" in line]
         assert lines == [f"setup_env: going on without flash-attn: {why}; attention will be torch's own"]
-        assert bool(calls) == bool(cuda) and (not calls or "uninstall" in calls[-1]), "a package that cannot be imported stays behind"
+        assert bool(calls) == bool(cuda) and (not calls or "uninstall" in calls[-1]), (
+            "a package that cannot be imported stays behind"
+        )
 
 
 @pytest.mark.parametrize(
-    ("fits", "nvcc", "skips", "num_calls"), [("wheel", None, [], 1), ("source", None, ["skip=TRUE"], 2), ("source", "12.6", ["skip="], 2)]
-)  # fmt: skip
+    ("fits", "nvcc", "skips", "num_calls"),
+    [("wheel", None, [], 1), ("source", None, ["skip=TRUE"], 2), ("source", "12.6", ["skip="], 2)],
+)
 def test_flash_attn_is_installed_once(checkout, fits, nvcc, skips, num_calls) -> None:
     """A wheel of the index; one that its own set-up finds, without a compiler; or compiled by one of torch's CUDA."""
     said, calls = run(checkout, "12.8", fits, nvcc)

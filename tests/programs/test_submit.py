@@ -1,4 +1,5 @@
-"""launch/submit.py: what it writes, what it refuses on the login node, and what the job then runs. sbatch is a stand-in here; the real one is in tests/slurm."""
+"""launch/submit.py: what it writes, what it refuses on the login node, and what the job then runs. sbatch is a stand-in
+here; the real one is in tests/slurm."""
 
 import json
 import os
@@ -20,7 +21,10 @@ def here(tmp_path, monkeypatch):
     """A folder to work in, with an sbatch that keeps its words."""
     (tmp_path / "bin").mkdir()
     sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.write_text(f'#!/bin/sh\n[ -e "{tmp_path}/refuse" ] && {{ echo "sbatch: error: invalid account" >&2; exit 1; }}\necho "$@" > "{tmp_path}/words"\necho "4711;cluster"\n')
+    sbatch.write_text(
+        f'#!/bin/sh\n[ -e "{tmp_path}/refuse" ] && {{ echo "sbatch: error: invalid account" >&2; exit 1; '
+        f'}}\necho "$@" > "{tmp_path}/words"\necho "4711;cluster"\n'
+    )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -32,11 +36,36 @@ def options_of(sbatch: str) -> list[str]:
 
 
 def test_dry_run_prints_the_file_and_leaves_nothing(here, capsys):
-    assert main([*GIVEN, "--time", "1-12:00:00", "--account", "vision", "--partition", "gpu", "--sbatch=--exclusive --comment='a b'", "--dry-run"]) == 0
+    assert (
+        main(
+            [
+                *GIVEN,
+                "--time",
+                "1-12:00:00",
+                "--account",
+                "vision",
+                "--partition",
+                "gpu",
+                "--sbatch=--exclusive --comment='a b'",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     run = here / "runs" / "quickstart"
-    assert {"--requeue", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-12:00:00", "--account=vision", "--partition=gpu"} <= set(options_of(text))
-    assert {f"--chdir={here}", f"--output={run}/logs/slurm-%j.log", "--exclusive", "'--comment=a b'"} <= set(options_of(text))
+    assert {
+        "--requeue",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "--time=1-12:00:00",
+        "--account=vision",
+        "--partition=gpu",
+    } <= set(options_of(text))
+    assert {f"--chdir={here}", f"--output={run}/logs/slurm-%j.log", "--exclusive", "'--comment=a b'"} <= set(
+        options_of(text)
+    )
     assert "#@" not in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert sorted(path.name for path in here.iterdir()) == ["bin"]
@@ -46,16 +75,33 @@ def test_submitted_and_frozen(here, capsys):
     assert main([*GIVEN, "--train.max_steps", "5", "--gpu-memory", "40"]) == 0
     said = capsys.readouterr().out
     run = here / "runs" / "quickstart"
-    assert "job 4711: 8 rank(s) on 2 node(s), ZeRO stage 2, planned peak" in said and f"tensorboard --logdir {run}/tensorboard" in said
+    assert (
+        "job 4711: 8 rank(s) on 2 node(s), ZeRO stage 2, planned peak" in said
+        and f"tensorboard --logdir {run}/tensorboard" in said
+    )
     frozen = run / "frozen"
     assert (here / "words").read_text().split() == ["--parsable", str(frozen / "train_mmt.sbatch")]
     recipe = yaml.safe_load((frozen / "recipe.yaml").read_text())
     assert recipe["train"]["max_steps"] == 5 and recipe["output"] == str(run)
     assert json.loads((frozen / "ds.json").read_text())["zero_optimization"]["stage"] == 2
     # The job's code is the copy, and it knows the commit that it was.
-    command = [sys.executable, "-c", "import vltrain; from vltrain.train.provenance import code_commit; print(vltrain.__file__, code_commit())"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(frozen / "code")}, cwd=here, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(frozen / "code" / "vltrain" / "__init__.py"), (frozen / "code" / "COMMIT").read_text().strip()]
+    command = [
+        sys.executable,
+        "-c",
+        "import vltrain; from vltrain.train.run.provenance import code_commit; print(vltrain.__file__, code_commit())",
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(frozen / "code")},
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [
+        str(frozen / "code" / "vltrain" / "__init__.py"),
+        (frozen / "code" / "COMMIT").read_text().strip(),
+    ]
     assert main([*GIVEN]) == 2
     assert "was submitted before; go on with it by sbatch" in capsys.readouterr().err
 
@@ -101,6 +147,17 @@ def test_the_files_are_bash(name):
 
 
 def test_an_instructblip_is_planned_too(here, capsys):
-    given = ["--recipe", str(ROOT / "launch" / "recipes" / "qformer_shapes.yaml"), "--nodes", "1", "--gpus-per-node", "2", "--dry-run"]
+    given = [
+        "--recipe",
+        str(ROOT / "launch" / "recipes" / "qformer_shapes.yaml"),
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "2",
+        "--dry-run",
+    ]
     assert main(given) == 0 and "--ntasks-per-node=2" in capsys.readouterr().out
-    assert main([*given, "--gpu-memory", "1"]) == 2 and "GiB on each of 2 ranks, more than 1 GiB" in capsys.readouterr().err
+    assert (
+        main([*given, "--gpu-memory", "1"]) == 2
+        and "GiB on each of 2 ranks, more than 1 GiB" in capsys.readouterr().err
+    )

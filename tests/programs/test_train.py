@@ -1,4 +1,5 @@
-"""The main job as a user starts it: DeepSpeed's launcher, two ranks, real images and questions; then stopped, resumed, evaluated."""
+"""The main job as a user starts it: DeepSpeed's launcher, two ranks, real images and questions; then stopped, resumed,
+evaluated."""
 
 import json
 import os
@@ -20,7 +21,16 @@ NUM_STEPS = 60
 def trained(tmp_path_factory):
     """The default recipe, cut short. Also what it printed."""
     folder = tmp_path_factory.mktemp("main-job")
-    words = ["--data.root", str(folder / "data"), "--output", str(folder / "run"), "--train.max_steps", str(NUM_STEPS), "--train.save_every_steps", "25"]
+    words = [
+        "--data.root",
+        str(folder / "data"),
+        "--output",
+        str(folder / "run"),
+        "--train.max_steps",
+        str(NUM_STEPS),
+        "--train.save_every_steps",
+        "25",
+    ]
     words += ["--eval.max_samples", "200", "--train.eval_every_steps", "40"]
     done = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *words)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -39,13 +49,23 @@ def test_the_run_folder_says_what_it_was_made_of(trained):
     facts = json.loads((folder / "run.json").read_text())
     assert facts["packages"].keys() >= {"torch", "deepspeed", "transformers"} and facts["ranks"] == 2
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|unknown", facts["commit"])
-    assert facts["parameters"]["neck"] == {"total": 33_024, "trainable": 33_024} and facts["parameters"]["llm"]["trainable"] == 0
+    assert (
+        facts["parameters"]["neck"] == {"total": 33_024, "trainable": 33_024}
+        and facts["parameters"]["llm"]["trainable"] == 0
+    )
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_steps"] == NUM_STEPS
     trained = sum(count["trainable"] for count in facts["parameters"].values())
     zero = json.loads((folder / "ds_config.json").read_text())["zero_optimization"]
     assert zero["stage"] == 2 and zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == trained + trained % 2
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-00000050", "step-00000060"]
-    assert [(done.stderr + done.stdout).count(said) for said in ("attention of packed rows:", "norms, rotary embedding and SwiGLU")] == [1, 1]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000050",
+        "step-00000060",
+    ]
+    assert [
+        (done.stderr + done.stdout).count(said)
+        for said in ("attention of packed rows:", "norms, rotary embedding and SwiGLU")
+    ] == [1, 1]
     fill = float(re.search(r"([\d.]+)% full", done.stderr + done.stdout).group(1))
     assert fill >= 99.95
 
@@ -63,12 +83,15 @@ def test_its_receipt_proves_it(trained):
 
 
 def test_a_step_is_replayed_in_one_process(trained):
-    """Two ranks trained it, one does it again, from the checkpoint seven steps before: the mean is what the run has logged."""
+    """Two ranks trained it, one does it again, from the checkpoint seven steps before: the mean is what the run has
+    logged."""
     folder, _, _ = trained
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
     done = vltrain("check", "replay", str(folder), "--step", "57")
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if re.match(r"\s+[\d.e+-]+\s+\d+\s+train/", line)]
+    rows = [
+        line.split(maxsplit=2) for line in done.stdout.splitlines() if re.match(r"\s+[\d.e+-]+\s+\d+\s+train/", line)
+    ]
     losses, counts = [float(row[0]) for row in rows], [int(row[1]) for row in rows]
     logged = json.loads((folder / "log.jsonl").read_text().splitlines()[57])["loss"]
     assert losses == sorted(losses, reverse=True) and f"step 57: {len(rows)} samples, 0 with a loss" in done.stdout
@@ -82,8 +105,16 @@ def test_tensorboard_shows_the_promised_curves_and_pictures(trained):
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     promised = {
-        "train/loss", "train/lr", "train/grad_norm", "speed/useful_tokens_per_second", "speed/samples_per_second", "speed/padding_share",
-        "speed/waiting_for_data_share", "speed/mfu", "memory/peak_gib", "eval/val/accuracy",
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "speed/useful_tokens_per_second",
+        "speed/samples_per_second",
+        "speed/padding_share",
+        "speed/waiting_for_data_share",
+        "speed/mfu",
+        "memory/peak_gib",
+        "eval/val/accuracy",
     }
     assert promised <= scalars
     assert [event.step for event in events.Scalars("train/loss")] == list(range(NUM_STEPS))
@@ -120,9 +151,21 @@ def test_evaluation_by_free_generation(trained):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_samples(trained, tmp_path):
     folder, words, _ = trained
-    changed = [*words, "--output", str(tmp_path / "run"), "--optim.lr", "10", "--optim.weight_decay", "10", "--optim.warmup_epochs", "0"]
+    changed = [
+        *words,
+        "--output",
+        str(tmp_path / "run"),
+        "--optim.lr",
+        "10",
+        "--optim.weight_decay",
+        "10",
+        "--optim.warmup_epochs",
+        "0",
+    ]
     stopped = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *changed)
     assert stopped.returncode == 2
-    assert re.search(r"error: step \d+: loss [^;]*\b(nan|inf)\b.*sample\(s\) train/", stopped.stderr), stopped.stderr[-2000:]
+    assert re.search(r"error: step \d+: loss [^;]*\b(nan|inf)\b.*sample\(s\) train/", stopped.stderr), stopped.stderr[
+        -2000:
+    ]
     assert "Traceback" not in stopped.stderr
     assert list((tmp_path / "run").glob("checkpoints/step-*")) == []

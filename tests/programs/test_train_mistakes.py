@@ -1,4 +1,5 @@
-"""Each mistake ends `vltrain train` with one line on stderr and exit code 2, before any training and with nothing half written."""
+"""Each mistake ends `vltrain train` with one line on stderr and exit code 2, before any training and with nothing half
+written."""
 
 import json
 from pathlib import Path
@@ -29,10 +30,16 @@ def recipe(tmp_path, tokenizer):
     def make(**changes) -> list[str]:
         nested: dict = {}
         own = {
-            "model.llm.tokenizer": str(tokenizer), "output": str(tmp_path / "run"), "data.root": str(tmp_path / "data"),
+            "model.llm.tokenizer": str(tokenizer),
+            "output": str(tmp_path / "run"),
+            "data.root": str(tmp_path / "data"),
             "model.llm.config": {**SETTINGS["model.llm.config"], "vocab_size": 300},
         }
-        for key, value in {**SETTINGS, **own, **{name.replace("__", "."): value for name, value in changes.items()}}.items():
+        for key, value in {
+            **SETTINGS,
+            **own,
+            **{name.replace("__", "."): value for name, value in changes.items()},
+        }.items():
             *sections, last = key.split(".")
             section = nested
             for name in sections:

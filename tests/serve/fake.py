@@ -17,10 +17,10 @@ import httpx
 import openai
 from PIL import Image
 
-from vltrain.data.asked import Asked
 from vltrain.data.images import open_rgb
+from vltrain.data.text.asked import Asked
 from vltrain.errors import InputError
-from vltrain.evaluate.generate import Token
+from vltrain.evaluate.answering.generate import Token
 from vltrain.inference.answer import AnswerStream
 from vltrain.inference.model import LoadedModel
 from vltrain.schema import Turn
@@ -36,11 +36,14 @@ MAX_PIXELS = 1000
 class FakeModel:
     """Says its last question again, a token a character, behind the images' sizes and the number of turns.
 
-    `hold`: an answer waits for it at its second token. A question with "boom" fails within the model. One token in `seconds_a_token`.
+    `hold`: an answer waits for it at its second token. A question with "boom" fails within the model. One token in
+    `seconds_a_token`.
     """
 
     def __init__(self, *, seconds_a_token: float = 0.0) -> None:
-        self.config = SimpleNamespace(eval=SimpleNamespace(temperature=0.0), data=SimpleNamespace(max_image_pixels=MAX_PIXELS))
+        self.config = SimpleNamespace(
+            eval=SimpleNamespace(temperature=0.0), data=SimpleNamespace(max_image_pixels=MAX_PIXELS)
+        )
         self.asked: Asked | None = None
         self.multi_turn = self.is_tuned = True
         self.hold = threading.Event()
@@ -61,12 +64,27 @@ class FakeModel:
         finally:
             self.is_tuned = True
 
-    def stream(self, turns: Sequence[Turn], images: Sequence[bytes] = (), *, max_new_tokens: int | None = None, cancel: threading.Event | None = None, **settings: Any) -> AnswerStream:
+    def stream(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[bytes] = (),
+        *,
+        max_new_tokens: int | None = None,
+        cancel: threading.Event | None = None,
+        **settings: Any,
+    ) -> AnswerStream:
         self.calls.append({"turns": turns, "max_new_tokens": max_new_tokens, **settings})
         sizes = [open_rgb(image, MAX_PIXELS, f"image {number + 1}").size for number, image in enumerate(images)]
         if max_new_tokens is not None and max_new_tokens > 1000:
-            raise InputError(f"max_new_tokens: found {max_new_tokens}, expected at most 1000: the question has 7 tokens, and the LLM 1007 positions")
-        text = f"{[f'{width}x{height}' for width, height in sizes]} {len(turns)} {turns[-1].text}" if "bare" not in turns[-1].text else turns[-1].text
+            raise InputError(
+                f"max_new_tokens: found {max_new_tokens}, expected at most 1000: the question has 7 tokens, and "
+                "the LLM 1007 positions"
+            )
+        text = (
+            f"{[f'{width}x{height}' for width, height in sizes]} {len(turns)} {turns[-1].text}"
+            if "bare" not in turns[-1].text
+            else turns[-1].text
+        )
 
         text = text if self.is_tuned else text.upper()
 
@@ -98,7 +116,10 @@ class Running:
     def post(self, body: Any, *, timeout: float = 10, **headers: str) -> httpx.Response:
         """`body`: what is sent, as JSON unless it is bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        named = {
+            "content-type": "application/json",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
         return self.client.post("/v1/chat/completions", content=data, headers=named, timeout=timeout)
 
     def ask(self, content: Any, **settings: Any) -> httpx.Response:
@@ -107,9 +128,14 @@ class Running:
 
 @contextmanager
 def running(
-    *, images: Path | None = None, limits: Limits = Limits(), names: Sequence[str] = (), key: str | None = None, model: FakeModel | LoadedModel | None = None,
+    *,
+    images: Path | None = None,
+    limits: Limits = Limits(),
+    names: Sequence[str] = (),
+    key: str | None = None,
+    model: FakeModel | LoadedModel | None = None,
     as_is: bool = False,
-) -> Iterator[Running]:  # fmt: skip
+) -> Iterator[Running]:
     model = model or FakeModel()
     shelf = Shelf("fake", "step 1", model, [], lambda checkpoint: model)  # type: ignore[arg-type]
     worker = Worker(shelf, as_is=as_is)

@@ -17,10 +17,15 @@ def test_answers_are_those_of_the_model(kind, tmp_path):
         body = server.ask([image_part(data_url(image)), text_part("is it blue?")], logprobs=True).json()
         expected = model.ask([image], "is it blue?")
         assert body["choices"][0]["message"]["content"] == expected.text
-        assert [one["logprob"] for one in body["choices"][0]["logprobs"]["content"]] == pytest.approx(expected.logprobs, abs=1e-5)
+        assert [one["logprob"] for one in body["choices"][0]["logprobs"]["content"]] == pytest.approx(
+            expected.logprobs, abs=1e-5
+        )
         assert body["usage"]["completion_tokens"] == len(expected.token_ids)
         several = [{"role": role, "content": "is it?"} for role in ("user", "assistant", "user")]
-        for is_allowed, asked in ((not model.needs_image, several[:1]), (model.multi_turn and not model.needs_image, several)):
+        for is_allowed, asked in (
+            (not model.needs_image, several[:1]),
+            (model.multi_turn and not model.needs_image, several),
+        ):
             found = server.post({"model": "fake", "messages": asked})
             assert found.status_code == (200 if is_allowed else 400), found.text
             assert is_allowed or found.json()["error"]["param"] == "messages"

@@ -1,4 +1,5 @@
-"""The server over real sockets, with a stand-in for the model: answers, mistakes, hostile requests, and what stays out of reach."""
+"""The server over real sockets, with a stand-in for the model: answers, mistakes, hostile requests, and what stays out
+of reach."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from tests.serve.fake import content, data_url, image_part, png, refused, running, text_part
-from vltrain.data.asked import Asked
+from vltrain.data.text.asked import Asked
 from vltrain.serve.app import Limits
 from vltrain.serve.errors import ApiError
 from vltrain.serve.pictures import ImageReader
@@ -39,7 +40,14 @@ def server(tmp_path_factory):
 def test_an_answer_has_openais_shape(server):
     body = server.ask("hello").json()
     assert body["object"] == "chat.completion" and body["model"] == "fake" and body["id"].startswith("chatcmpl-")
-    assert body["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "[] 1 hello", "refusal": None}, "logprobs": None, "finish_reason": "stop"}]
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "[] 1 hello", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
     assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 10, "total_tokens": 17}
 
 
@@ -47,7 +55,9 @@ def test_images_stand_in_front_of_the_text_but_between_texts(server):
     first, second = image_part(data_url(png(4, 3))), image_part(data_url(png(2, 2)))
     assert content(server.ask([first, second, text_part("a bare q")])) == "<image>\n<image>\na bare q"
     assert content(server.ask([text_part("a bare q"), first, second])) == "<image>\n<image>\na bare q"
-    assert content(server.ask([text_part("a bare A"), first, text_part("B"), second])) == "a bare A\n<image>\nB\n<image>"
+    assert (
+        content(server.ask([text_part("a bare A"), first, text_part("B"), second])) == "a bare A\n<image>\nB\n<image>"
+    )
     assert content(server.ask([text_part("q"), first, second])).startswith("['4x3', '2x2'] 1 ")
 
 
@@ -57,12 +67,19 @@ def test_a_marker_that_is_typed_stays_text(server):
 
 def test_a_conversation_reaches_the_model_turn_by_turn(server):
     messages = [
-        {"role": "developer", "content": "be brief"}, {"role": "user", "content": [image_part(data_url(png()))]},
-        {"role": "assistant", "content": "a cat", "refusal": None, "tool_calls": []}, {"role": "user", "content": "sure?"},
-    ]  # fmt: skip
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [image_part(data_url(png()))]},
+        {"role": "assistant", "content": "a cat", "refusal": None, "tool_calls": []},
+        {"role": "user", "content": "sure?"},
+    ]
     assert content(server.post({"model": "fake", "messages": messages})) == "['4x3'] 4 sure?"
     turns = server.model.calls[-1]["turns"]
-    assert [(turn.role, turn.text) for turn in turns] == [("system", "be brief"), ("user", "<image>"), ("assistant", "a cat"), ("user", "sure?")]
+    assert [(turn.role, turn.text) for turn in turns] == [
+        ("system", "be brief"),
+        ("user", "<image>"),
+        ("assistant", "a cat"),
+        ("user", "sure?"),
+    ]
 
 
 def test_questions_are_put_as_the_trainings_were():
@@ -79,7 +96,20 @@ def test_questions_are_put_as_the_trainings_were():
 
 
 def test_the_clients_settings_reach_the_model(server):
-    content(server.ask("x", temperature=0.5, top_p=0.9, seed=3, max_tokens=9, user="me", n=1, frequency_penalty=0, response_format={"type": "text"}, store=False))
+    content(
+        server.ask(
+            "x",
+            temperature=0.5,
+            top_p=0.9,
+            seed=3,
+            max_tokens=9,
+            user="me",
+            n=1,
+            frequency_penalty=0,
+            response_format={"type": "text"},
+            store=False,
+        )
+    )
     call = server.model.calls[-1]
     assert (call["temperature"], call["top_p"], call["seed"], call["max_new_tokens"]) == (0.5, 0.9, 3, 9)
     content(server.ask("x"))
@@ -97,7 +127,14 @@ def test_sampling_without_a_seed_has_another_one_each_time(server):
 
 def test_a_stream_joins_to_the_answer(server):
     client = server.openai()
-    chunks = list(client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "a b c"}], stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(
+            model="fake",
+            messages=[{"role": "user", "content": "a b c"}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "[] 1 a b c"
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-2:] == [None, "stop"]
@@ -108,7 +145,9 @@ def test_a_stream_joins_to_the_answer(server):
 def test_the_first_piece_of_a_stream_comes_before_the_answer_is_whole(server):
     server.model.hold.clear()
     client = server.openai()
-    with client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "bare abc"}], stream=True) as stream:
+    with client.chat.completions.create(
+        model="fake", messages=[{"role": "user", "content": "bare abc"}], stream=True
+    ) as stream:
         first = [next(stream).choices[0].delta.content, next(stream).choices[0].delta.content]
         assert first == ["", "b"]
         server.model.hold.set()
@@ -117,8 +156,11 @@ def test_the_first_piece_of_a_stream_comes_before_the_answer_is_whole(server):
 
 def test_an_answer_that_is_cut_says_so(server):
     assert server.ask("bare abc", max_completion_tokens=4).json()["choices"][0] | {"logprobs": None} == {
-        "index": 0, "message": {"role": "assistant", "content": "bare", "refusal": None}, "logprobs": None, "finish_reason": "length",
-    }  # fmt: skip
+        "index": 0,
+        "message": {"role": "assistant", "content": "bare", "refusal": None},
+        "logprobs": None,
+        "finish_reason": "length",
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -127,7 +169,10 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(server, stream):
     asked = {"model": "fake", "messages": [{"role": "user", "content": "bare one END two"}], "stop": ["EN?", "END"]}
     if stream:
         choices = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
-        assert "".join(choice.delta.content or "" for choice in choices) == "bare one " and choices[-1].finish_reason == "stop"
+        assert (
+            "".join(choice.delta.content or "" for choice in choices) == "bare one "
+            and choices[-1].finish_reason == "stop"
+        )
     else:
         choice = client.chat.completions.create(**asked).choices[0]
         assert choice.message.content == "bare one " and choice.finish_reason == "stop"
@@ -140,7 +185,12 @@ def test_log_probabilities_are_the_tokens(server, settings):
     asked = {"model": "fake", "messages": [{"role": "user", "content": "bare_xy_ab"}], "logprobs": True, **settings}
     expected = "bare_xy_" if settings else "bare_xy_ab"
     whole = client.chat.completions.create(**asked).choices[0].logprobs.content
-    streamed = [one for chunk in client.chat.completions.create(**asked, stream=True) if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    streamed = [
+        one
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        if chunk.choices[0].logprobs
+        for one in chunk.choices[0].logprobs.content
+    ]
     for found in (whole, streamed):
         assert "".join(one.token for one in found) == expected
         assert [one.logprob for one in found] == [-float(number) for number in range(len(found))]
@@ -173,7 +223,10 @@ MISTAKES = {
     "large seed": ({"seed": 2**70}, "seed"),
     "max_tokens zero": ({"max_tokens": 0}, "max_tokens"),
     "max_tokens huge": ({"max_tokens": 10**18}, "max_tokens"),
-    "max_tokens beyond the context": ({"max_tokens": 5000}, "max_tokens: found 5000, expected at most 1000: the question has 7 tokens, and the LLM 1007 positions"),
+    "max_tokens beyond the context": (
+        {"max_tokens": 5000},
+        "max_tokens: found 5000, expected at most 1000: the question has 7 tokens, and the LLM 1007 positions",
+    ),
     "two lengths": ({"max_tokens": 1, "max_completion_tokens": 2}, "one of the two"),
     "stop": ({"stop": ["a"] * 5}, "stop"),
     "empty stop": ({"stop": [""]}, "stop"),
@@ -190,12 +243,37 @@ MISTAKES = {
     "tool role": ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
     "no content": ({"messages": [{"role": "user"}]}, "messages[0].content"),
     "content of another type": ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
-    "nested content": ({"messages": [{"role": "user", "content": [[{"type": "text", "text": "x"}]]}]}, "messages[0].content[0]"),
-    "unknown part": ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}, "messages[0].content[0]"),
-    "text of another type": ({"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}]}, "content[0].text"),
-    "image by the assistant": ({"messages": [{"role": "assistant", "content": [image_part(data_url(png()))]}]}, "by the user"),
-    "image as a text": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:"}]}]}, "image_url"),
-    "detail": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(png()), "detail": "high"}}]}]}, "no effect"),
+    "nested content": (
+        {"messages": [{"role": "user", "content": [[{"type": "text", "text": "x"}]]}]},
+        "messages[0].content[0]",
+    ),
+    "unknown part": (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+        "messages[0].content[0]",
+    ),
+    "text of another type": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}]},
+        "content[0].text",
+    ),
+    "image by the assistant": (
+        {"messages": [{"role": "assistant", "content": [image_part(data_url(png()))]}]},
+        "by the user",
+    ),
+    "image as a text": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:"}]}]},
+        "image_url",
+    ),
+    "detail": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": data_url(png()), "detail": "high"}}],
+                }
+            ]
+        },
+        "no effect",
+    ),
     "key of a message": ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "'cache'"),
 }
 
@@ -246,17 +324,29 @@ def test_images_that_are_refused(server, name):
 
 
 def test_files_below_the_folder_are_read(server):
-    for url in ("sub/a.png", "within.png", f"file://{server.folder}/sub/a.png", f"file://localhost{server.folder}/sub/a.png"):
+    for url in (
+        "sub/a.png",
+        "within.png",
+        f"file://{server.folder}/sub/a.png",
+        f"file://localhost{server.folder}/sub/a.png",
+    ):
         assert content(server.ask([image_part(url), text_part("q")])).startswith("['5x2']"), url
-    assert content(server.ask([image_part(f"file://{server.folder}/%C3%A4%20b.png"), text_part("q")])).startswith("['6x2']")
+    assert content(server.ask([image_part(f"file://{server.folder}/%C3%A4%20b.png"), text_part("q")])).startswith(
+        "['6x2']"
+    )
     assert content(server.ask([image_part("ä b.png"), text_part("q")])).startswith("['6x2']")
 
 
 def test_file_urls_outside_are_refused_however_they_are_written(server):
     for path in (
-        f"{server.folder}/../secret.png", f"{server.folder}/%2e%2e/{server.outside.name}/secret.png", f"{server.folder}-beside/a.png", str(server.folder),
-        f"{server.folder}/outside/secret.png", f"{server.folder}/sub/%00", f"/proc/self/cwd/{server.folder}/sub/a.png",
-    ):  # fmt: skip
+        f"{server.folder}/../secret.png",
+        f"{server.folder}/%2e%2e/{server.outside.name}/secret.png",
+        f"{server.folder}-beside/a.png",
+        str(server.folder),
+        f"{server.folder}/outside/secret.png",
+        f"{server.folder}/sub/%00",
+        f"/proc/self/cwd/{server.folder}/sub/a.png",
+    ):
         refused(server.ask([image_part(f"file://{path}"), text_part("q")]))
 
 
@@ -290,7 +380,12 @@ def bomb() -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     head = (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(server):
@@ -298,11 +393,23 @@ def test_a_decompression_bomb_is_refused_by_its_header(server):
 
 
 BODIES = {
-    "nothing": b"", "cut short": b'{"model": "fake", "messages": [', "no JSON": b"hello", "NaN": b'{"temperature": NaN}', "infinity": b'{"temperature": 1e999}',
-    "a key twice": b'{"model": "fake", "model": "fake"}', "no UTF-8": b'{"model": "\xff"}', "NUL bytes": b'{"model": "fa\0ke"}', "only NUL": bytes(100),
-    "half a character": b'{"model": "\\ud800"}', "deeply nested": b"[" * 100_000, "nested objects": b'{"messages":' * 5000 + b"1" + b"}" * 5000,
-    "a list": b"[]", "a text": b'"x"', "null": b"null", "many digits": b'{"seed": ' + b"9" * 10_000 + b"}",
-}  # fmt: skip
+    "nothing": b"",
+    "cut short": b'{"model": "fake", "messages": [',
+    "no JSON": b"hello",
+    "NaN": b'{"temperature": NaN}',
+    "infinity": b'{"temperature": 1e999}',
+    "a key twice": b'{"model": "fake", "model": "fake"}',
+    "no UTF-8": b'{"model": "\xff"}',
+    "NUL bytes": b'{"model": "fa\0ke"}',
+    "only NUL": bytes(100),
+    "half a character": b'{"model": "\\ud800"}',
+    "deeply nested": b"[" * 100_000,
+    "nested objects": b'{"messages":' * 5000 + b"1" + b"}" * 5000,
+    "a list": b"[]",
+    "a text": b'"x"',
+    "null": b"null",
+    "many digits": b'{"seed": ' + b"9" * 10_000 + b"}",
+}
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -326,11 +433,16 @@ def test_bodies_that_are_too_large(server):
 def test_a_declared_length_is_judged_before_a_byte_is_read(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as client:
-        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n")
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 99999999999\r\n\r\n"
+        )
         assert client.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-@pytest.mark.parametrize("headers", [{"content_type": "text/plain"}, {"content_type": ""}, {"content_encoding": "gzip"}])
+@pytest.mark.parametrize(
+    "headers", [{"content_type": "text/plain"}, {"content_type": ""}, {"content_encoding": "gzip"}]
+)
 def test_other_kinds_of_bodies(server, headers):
     """A page of another site may send text/plain without asking."""
     refused(server.post({"model": "fake"}, **headers), 415)
@@ -340,7 +452,14 @@ def test_other_methods_and_routes(server):
     assert "expected POST" in refused(server.client.get("/v1/chat/completions"), 405)
     refused(server.client.delete("/v1/models"), 405)
     assert "/v1/chat/completions" in refused(server.client.post("/v1/completions", json={}), 404)
-    for path in ("/", "/../../etc/passwd", "/..%2f..%2fetc/passwd", "/docs", "/openapi.json", "/v1/models/..%2f..%2fetc%2fpasswd"):
+    for path in (
+        "/",
+        "/../../etc/passwd",
+        "/..%2f..%2fetc/passwd",
+        "/docs",
+        "/openapi.json",
+        "/v1/models/..%2f..%2fetc%2fpasswd",
+    ):
         refused(server.client.get(path), 404)
 
 
@@ -351,17 +470,34 @@ def test_what_fails_within_the_model_says_nothing_of_it(server, stream, caplog):
     if not stream:
         refused(found, 500)
     else:  # after the first piece, in the stream
-        assert json.loads(found.text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "internal_error"
+        assert (
+            json.loads(found.text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "internal_error"
+        )
     assert content(server.ask("still there")) == "[] 1 still there"
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.evil.example", "", "a@localhost", "localhost/x", "[::1", "0x7f.1"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "",
+        "a@localhost",
+        "localhost/x",
+        "[::1",
+        "0x7f.1",
+    ],
+)
 def test_names_of_others_are_refused(server, host):
     """DNS rebinding: a page's own name that was made to lead here."""
     refused(server.client.get("/health", headers={"host": host}), 403 if host else 403)
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1234", "127.0.0.1", "[::1]:80", "192.168.1.7:8000", "own.example:80"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1234", "127.0.0.1", "[::1]:80", "192.168.1.7:8000", "own.example:80"]
+)
 def test_own_names_and_addresses_pass(host):
     with running(names=["own.example"]) as server:
         assert server.client.get("/health", headers={"host": host}).status_code == 200
@@ -371,7 +507,9 @@ def test_own_names_and_addresses_pass(host):
 def test_pages_of_others_are_refused(server, origin):
     asked = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
     refused(server.post(asked, origin=origin), 403)
-    found = server.client.options("/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"})
+    found = server.client.options(
+        "/v1/chat/completions", headers={"origin": origin, "access-control-request-method": "POST"}
+    )
     assert found.status_code == 403 and "access-control-allow-origin" not in found.headers
     assert server.post(asked, origin=server.url).status_code == 200
 
@@ -379,7 +517,13 @@ def test_pages_of_others_are_refused(server, origin):
 def test_a_key_is_asked_for():
     with running(key="s3cret") as server:
         asked = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
-        for headers in ({}, {"authorization": "Bearer s3cre"}, {"authorization": "Bearer"}, {"authorization": "s3cret"}, {"authorization": "Basic s3cret"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer s3cre"},
+            {"authorization": "Bearer"},
+            {"authorization": "s3cret"},
+            {"authorization": "Basic s3cret"},
+        ):
             assert "API key" in refused(server.post(asked, **headers), 401)
         assert server.post(asked, authorization="Bearer s3cret").status_code == 200
         assert server.client.get("/v1/models", auth=("anybody", "s3cret")).status_code == 200

@@ -1,4 +1,5 @@
-"""The server under load, and at its end: who waits, who is sent home, whose answer is cut. With a stand-in for the model."""
+"""The server under load, and at its end: who waits, who is sent home, whose answer is cut. With a stand-in for the
+model."""
 
 from __future__ import annotations
 
@@ -19,7 +20,12 @@ def test_more_than_may_wait_are_told_to_come_again():
     with running(limits=Limits(max_waiting=2)) as server, ThreadPoolExecutor(3) as pool:
         server.model.hold.clear()
         asked = [pool.submit(server.ask, f"{number}") for number in range(3)]
-        wait_until(lambda: server.client.get("/health").json() | {"status": "", "model": ""} == {"status": "", "model": "", "running": 1, "waiting": 2})
+        wait_until(
+            lambda: (
+                server.client.get("/health").json() | {"status": "", "model": ""}
+                == {"status": "", "model": "", "running": 1, "waiting": 2}
+            )
+        )
         found = server.ask("one more")
         assert "--max-waiting 2" in refused(found, 429) and int(found.headers["retry-after"]) > 0
         server.model.hold.set()
@@ -66,7 +72,10 @@ def test_bodies_beyond_the_memory_wait_to_be_read():
     """Sixteen whole bodies are in memory at once: a seventeenth is not read before one of them has gone."""
     with running(limits=Limits(max_request_bytes=10_000, max_waiting=40)) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 10000\r\n\r\n"
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 10000\r\n\r\n"
+        )
         clients = [socket.create_connection((host, int(port)), timeout=10) for _ in range(16)]
         for client in clients:
             client.sendall(head)
@@ -87,7 +96,10 @@ def test_a_server_that_ends_finishes_its_answer_and_sends_the_line_home():
     answers: dict[str, httpx.Response] = {}
     with running() as server:
         server.model.hold.clear()
-        threads = [threading.Thread(target=lambda text=text: answers.update({text: server.ask(text)})) for text in ("first", "second")]
+        threads = [
+            threading.Thread(target=lambda text=text: answers.update({text: server.ask(text)}))
+            for text in ("first", "second")
+        ]
         threads[0].start()
         wait_until(lambda: server.worker.is_running)
         threads[1].start()

@@ -17,11 +17,11 @@ from starlette.datastructures import Headers, UploadFile
 
 from tests.attacks.inputs import sample, write_jsonl
 from tests.serve.fake import FakeModel, png
-from vltrain.data.asked import Asked
+from vltrain.data.text.asked import Asked
 from vltrain.serve.app import Limits
-from vltrain.serve.gallery import Gallery
 from vltrain.serve.lobby import Lobby
-from vltrain.serve.page import show_page
+from vltrain.serve.page.answers import Gallery
+from vltrain.serve.page.page import show_page
 from vltrain.serve.shelf import Entry, Shelf
 from vltrain.serve.worker import Worker
 
@@ -32,11 +32,21 @@ def gallery(tmp_path: Path) -> Gallery:
     images = tmp_path / "samples" / "images"
     images.mkdir(parents=True)
     (images / "a.png").write_bytes(png(4, 3))
-    samples = write_jsonl(tmp_path / "samples" / "test.jsonl", [sample(number, question="<image>\nIs it red?", images=["images/a.png"]) for number in range(40)])
+    samples = write_jsonl(
+        tmp_path / "samples" / "test.jsonl",
+        [sample(number, question="<image>\nIs it red?", images=["images/a.png"]) for number in range(40)],
+    )
     answered = [
-        {"id": str(number), "prompt": f"<image>\nQuestion {number}?", "prediction": "no" if number % 4 else "maybe", "answer": "no", "correct": number % 4 != 0, "failed": False}
+        {
+            "id": str(number),
+            "prompt": f"<image>\nQuestion {number}?",
+            "prediction": "no" if number % 4 else "maybe",
+            "answer": "no",
+            "correct": number % 4 != 0,
+            "failed": False,
+        }
         for number in range(40)
-    ]  # fmt: skip
+    ]
     return Gallery({"test": (write_jsonl(tmp_path / "predictions.jsonl", answered), samples)}, 1000)
 
 
@@ -45,7 +55,13 @@ def visit(gallery: Gallery, walk: Callable[[User, FakeModel], Awaitable[None]]) 
     model.asked = Asked(multi_turn=False)
 
     async def run() -> None:
-        shelf = Shelf("fake", "step 4", model, [Entry(id="fake@none", title="before tuning", checkpoint="none")], lambda checkpoint: model)  # type: ignore[arg-type]
+        shelf = Shelf(
+            "fake",
+            "step 4",
+            model,
+            [Entry(id="fake@none", title="before tuning", checkpoint="none")],
+            lambda checkpoint: model,
+        )  # type: ignore[arg-type]
         worker, limits = Worker(shelf), Limits()
         lobby = Lobby(limits.max_waiting, limits.max_request_bytes)
         try:
@@ -122,7 +138,11 @@ def test_a_follow_up_question_stands_behind_the_conversation(gallery):
         await user.should_see("['4x3'] 3 second", retries=300)
 
     turns = visit(gallery, walk).calls[1]["turns"]
-    assert [(turn.role, turn.text) for turn in turns] == [("user", "<image>\nfirst"), ("assistant", "['4x3'] 1 <\\image>\nfirst"), ("user", "second")]
+    assert [(turn.role, turn.text) for turn in turns] == [
+        ("user", "<image>\nfirst"),
+        ("assistant", "['4x3'] 1 <\\image>\nfirst"),
+        ("user", "second"),
+    ]
 
 
 def test_two_checkpoints_answer_beside_each_other(gallery):

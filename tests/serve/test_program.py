@@ -1,4 +1,5 @@
-"""`vltrain serve` as a process over a real run, asked by OpenAI's own client; and what it refuses before a model is loaded."""
+"""`vltrain serve` as a process over a real run, asked by OpenAI's own client; and what it refuses before a model is
+loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from vltrain.inference.load import load
 from vltrain.models.build import build_model
 from vltrain.programs import serve
 from vltrain.schema import Turn
-from vltrain.train.checkpoint import open_checkpoint, save_checkpoint
+from vltrain.train.checkpoints.checkpoint import open_checkpoint, save_checkpoint
 
 WAIT_SECONDS = 120
 
@@ -43,22 +44,39 @@ def places(tmp_path_factory) -> Places:
     torch.manual_seed(0)
     learned = (
         (name, one.detach() + 0.2 * torch.randn_like(one), {"exp_avg": one * 0, "exp_avg_sq": one * 0})
-        for name, one in build_model(places.config().model).named_parameters() if one.requires_grad
-    )  # fmt: skip
+        for name, one in build_model(places.config().model).named_parameters()
+        if one.requires_grad
+    )
     save_checkpoint(
-        learned, newest.path.parent, step=newest.step, belongs_to=newest.belongs_to, keep=2, is_writer=True, run_state=newest.run_state,
-    )  # fmt: skip
+        learned,
+        newest.path.parent,
+        step=newest.step,
+        belongs_to=newest.belongs_to,
+        keep=2,
+        is_writer=True,
+        run_state=newest.run_state,
+    )
     folder = places.root / "data" / "samples"
     (folder / "images").mkdir()
     for number in range(6):
         noise(number, 8).save(folder / "images" / f"{number}.png")
     (folder / "images" / "0.png").rename(folder / "images" / "<b>0.png")
     names = [f"images/{'<b>' if number == 0 else ''}{number}.png" for number in range(6)]
-    write_jsonl(folder / "test.jsonl", [sample(number, question="<image>\nIs it red?", images=[name]) for number, name in enumerate(names)])
+    write_jsonl(
+        folder / "test.jsonl",
+        [sample(number, question="<image>\nIs it red?", images=[name]) for number, name in enumerate(names)],
+    )
     answered = [
-        {"id": str(number), "prompt": "<image>\nIs it <i>red</i>?", "prediction": "no" if number else "yes", "answer": "yes", "correct": not number, "failed": False}
+        {
+            "id": str(number),
+            "prompt": "<image>\nIs it <i>red</i>?",
+            "prediction": "no" if number else "yes",
+            "answer": "yes",
+            "correct": not number,
+            "failed": False,
+        }
         for number in range(6)
-    ]  # fmt: skip
+    ]
     write_jsonl(places.run / "eval" / "test" / "predictions.jsonl", answered)
     return places
 
@@ -66,10 +84,21 @@ def places(tmp_path_factory) -> Places:
 @contextmanager
 def serving(run: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """(the process, its URL)"""
-    command = [sys.executable, "-c", "import sys; from vltrain.cli import main; sys.exit(main())", "serve", str(run), "--port", "0", *words]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from vltrain.cli import main; sys.exit(main())",
+        "serve",
+        str(run),
+        "--port",
+        "0",
+        *words,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(run.parent / "serve.log", "ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
     try:
         assert process.stdout is not None
         greeting = process.stdout.readline()
@@ -85,7 +114,12 @@ def serving(run: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
 def server(places) -> Iterator[tuple[subprocess.Popen, str]]:
     """The README's command, over this run."""
     words = next(line for line in readme().splitlines() if line.startswith("vltrain serve ")).split()[2:]
-    own = {"runs/quickstart": None, "--port": None, "8000": None, "data/easyvqa/samples": str(places.root / "data" / "samples")}
+    own = {
+        "runs/quickstart": None,
+        "--port": None,
+        "8000": None,
+        "data/easyvqa/samples": str(places.root / "data" / "samples"),
+    }
     with serving(places.run, *(own.get(word, word) for word in words if own.get(word, word) is not None)) as found:
         yield found
 
@@ -119,7 +153,10 @@ def png(image: Image.Image) -> bytes:
 def question(number: int, edge: int, kind: str = "PNG") -> tuple[bytes, str]:
     stream = io.BytesIO()
     noise(number, edge).save(stream, kind)
-    return stream.getvalue(), f"Question {number}: is there a {['red', 'blue', 'green', 'grey'][number % 4]} shape?\nAnswer:"
+    return (
+        stream.getvalue(),
+        f"Question {number}: is there a {['red', 'blue', 'green', 'grey'][number % 4]} shape?\nAnswer:",
+    )
 
 
 async def ask_together(url: str, asked: list[tuple[bytes, str]], **settings) -> list:
@@ -157,14 +194,19 @@ def test_a_conversation_is_that_of_chat(server, places):
     image = png(noise(1, 16))
     client = openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
     messages = [
-        {"role": "system", "content": "Say little."}, {"role": "user", "content": [image_part(data_url(image)), text_part("What is it?")]},
-        {"role": "assistant", "content": "a shape"}, {"role": "user", "content": "Which colour?"},
-    ]  # fmt: skip
+        {"role": "system", "content": "Say little."},
+        {"role": "user", "content": [image_part(data_url(image)), text_part("What is it?")]},
+        {"role": "assistant", "content": "a shape"},
+        {"role": "user", "content": "Which colour?"},
+    ]
     streamed = client.chat.completions.create(model="run", messages=messages, stream=True, max_tokens=8)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
     turns = [
-        Turn(role="system", text="Say little."), Turn(role="user", text="<image>\nWhat is it?"), Turn(role="assistant", text="a shape"), Turn(role="user", text="Which colour?"),
-    ]  # fmt: skip
+        Turn(role="system", text="Say little."),
+        Turn(role="user", text="<image>\nWhat is it?"),
+        Turn(role="assistant", text="a shape"),
+        Turn(role="user", text="Which colour?"),
+    ]
     assert text == load(places.run, device="cpu").chat(turns, [image], max_new_tokens=8).text != ""
 
 
@@ -186,7 +228,9 @@ def test_other_checkpoints_of_the_run_answer_by_name(server, places):
     for name, checkpoint in (("run@step-00000002", str(places.checkpoint(2))), ("run@none", "none"), ("run", None)):
         expected = load(places.run, checkpoint=checkpoint, device="cpu").ask([], "Is it red?", max_new_tokens=4)
         choice = client.chat.completions.create(model=name, **asked, logprobs=True).choices[0]
-        assert choice.message.content == expected.text and [one.logprob for one in choice.logprobs.content] == pytest.approx(expected.logprobs, abs=1e-4)
+        assert choice.message.content == expected.text and [
+            one.logprob for one in choice.logprobs.content
+        ] == pytest.approx(expected.logprobs, abs=1e-4)
         told.append(choice.logprobs.content[0].logprob)
     assert told[0] == pytest.approx(told[1]) and abs(told[2] - told[0]) > 1e-2  # only the newest has learned
     with pytest.raises(openai.NotFoundError, match="did you mean 'run@step-00000002'"):
@@ -215,7 +259,11 @@ def test_turns_that_do_not_alternate_and_control_tokens_are_no_trouble(server):
 def test_the_page_shows_nothing_of_elsewhere_and_no_file_but_its_own(server, places):
     url = server[1]
     page = httpx.get(url + "/")
-    assert page.status_code == 200 and "run" in page.text and "default-src 'self'" in page.headers["content-security-policy"]
+    assert (
+        page.status_code == 200
+        and "run" in page.text
+        and "default-src 'self'" in page.headers["content-security-policy"]
+    )
     links = {word for word in page.text.replace("'", '"').split('"') if word.startswith(("http://", "https://", "//"))}
     assert not {link for link in links if "www.w3.org" not in link}, links
     image = httpx.get(f"{url}/gallery/test/0/0")
@@ -225,7 +273,12 @@ def test_the_page_shows_nothing_of_elsewhere_and_no_file_but_its_own(server, pla
     for path in ("docs", "openapi.json", "_nicegui/../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd"):
         assert httpx.get(f"{url}/{path}").status_code == 404
     assert httpx.get(f"{url}/", headers={"host": "evil.example"}).status_code == 403
-    assert httpx.get(f"{url}/_nicegui_ws/socket.io/?EIO=4&transport=polling", headers={"origin": "https://evil.example"}).status_code == 403
+    assert (
+        httpx.get(
+            f"{url}/_nicegui_ws/socket.io/?EIO=4&transport=polling", headers={"origin": "https://evil.example"}
+        ).status_code
+        == 403
+    )
 
 
 def test_a_signal_ends_it_with_the_exit_code_of_other_programs(server):
@@ -286,7 +339,9 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(places, capsys, unloaded
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert f"--port {port}: cannot listen on 127.0.0.1:{port} (Address already in use)" in refused([str(places.run), "--port", str(port)], capsys)
+        assert f"--port {port}: cannot listen on 127.0.0.1:{port} (Address already in use)" in refused(
+            [str(places.run), "--port", str(port)], capsys
+        )
 
 
 @pytest.mark.parametrize(
@@ -313,10 +368,14 @@ def test_a_folder_that_is_no_run_and_a_checkpoint_that_is_not_there(places, tmp_
     assert "nowhere" in refused([str(places.run), "--port", "0", "--checkpoint", str(tmp_path / "nowhere")], capsys)
 
 
-@pytest.mark.parametrize(("missing", "words"), [("starlette", ["--no-page"]), ("uvicorn", ["--no-page"]), ("nicegui", [])])
+@pytest.mark.parametrize(
+    ("missing", "words"), [("starlette", ["--no-page"]), ("uvicorn", ["--no-page"]), ("nicegui", [])]
+)
 def test_packages_that_are_missing_are_named_with_their_command(places, capsys, monkeypatch, unloaded, missing, words):
     find = serve.importlib.util.find_spec
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more))
+    monkeypatch.setattr(
+        serve.importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name, *more)
+    )
     assert f"the package {missing}; pip install 'vltrain[serve]'" in refused([str(places.run), *words], capsys)
 
 

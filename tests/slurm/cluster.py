@@ -1,7 +1,9 @@
 """A real Slurm on this machine for tests: munged, slurmctld, and nodes that are namespaces of their own.
 
-Each node has its own hostname, network (10.98.0.N over a bridge), processes, mounts and /dev/shm; they share the file system, as nodes of a cluster do.
-Wants root and Debian's packages slurmctld, slurmd, slurm-client, munge and iproute2. Only processes started here are ended here.
+Each node has its own hostname, network (10.98.0.N over a bridge), processes, mounts and /dev/shm; they share the file
+system, as nodes of a cluster do.
+Wants root and Debian's packages slurmctld, slurmd, slurm-client, munge and iproute2. Only processes started here are
+ended here.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ip addr add "$2/24" dev eth0; ip link set eth0 up
 slurmd -f "$3/slurm.conf" -N "$1"
 while :; do sleep 3600 & wait $!; done"""
 
-# Small timeouts, so that a lost node is noticed and a requeued job (held until its credential has expired) started within seconds.
+# Small timeouts, so that a lost node is noticed and a requeued job (held until its credential has expired) started
+# within seconds.
 CONF = """ClusterName=test
 SlurmctldHost=ctl({controller})
 SlurmctldPort=17917
@@ -66,7 +69,9 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "namespaces and a Slurm of one's own want root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
-    return f"not installed: {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge iproute2)" if absent else None
+    return (
+        f"not installed: {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge iproute2)" if absent else None
+    )
 
 
 class Cluster:
@@ -80,9 +85,16 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         (self.folder / "state").mkdir(parents=True)
-        addresses = {"localhost": "127.0.0.1", "ctl": CONTROLLER, **{f"n{node}": f"{SUBNET}.{node}" for node in self._nodes}}
+        addresses = {
+            "localhost": "127.0.0.1",
+            "ctl": CONTROLLER,
+            **{f"n{node}": f"{SUBNET}.{node}" for node in self._nodes},
+        }
         (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
-        nodes = "\n".join(f"NodeName=n{node} NodeHostname=n{node} NodeAddr={SUBNET}.{node} Port=17918 CPUs=2 RealMemory=4000" for node in self._nodes)
+        nodes = "\n".join(
+            f"NodeName=n{node} NodeHostname=n{node} NodeAddr={SUBNET}.{node} Port=17918 CPUs=2 RealMemory=4000"
+            for node in self._nodes
+        )
         conf = CONF.format(controller=CONTROLLER, folder=self.folder, nodes=nodes, num_nodes=self.num_nodes)
         (self.folder / "slurm.conf").write_text(conf)
         key = self.folder / "munge.key"
@@ -92,8 +104,20 @@ class Cluster:
             self._run("ip", "link", "add", self._bridge, "type", "bridge")
             self._run("ip", "addr", "add", f"{CONTROLLER}/24", "dev", self._bridge)
             self._run("ip", "link", "set", self._bridge, "up")
-            places = {"key-file": key, "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
-            self._start("munged", "munged", "--foreground", "--force", *(f"--{name}={self.folder / place}" for name, place in places.items()))
+            places = {
+                "key-file": key,
+                "socket": "munge.sock",
+                "pid-file": "munged.pid",
+                "log-file": "munged.log",
+                "seed-file": "munge.seed",
+            }
+            self._start(
+                "munged",
+                "munged",
+                "--foreground",
+                "--force",
+                *(f"--{name}={self.folder / place}" for name, place in places.items()),
+            )
             self._until(10, lambda: self._succeeds("munge", "-n", "-S", str(self.folder / "munge.sock")))
             controller = 'hostname ctl; mount --bind "$1/hosts" /etc/hosts; exec slurmctld -D -f "$1/slurm.conf"'
             self._start("slurmctld", "unshare", "--mount", "--uts", "bash", "-c", controller, "ctl", str(self.folder))
@@ -139,18 +163,28 @@ class Cluster:
         (self.folder / f"spool-{name}").mkdir(exist_ok=True)
         subprocess.run(["ip", "link", "del", veth], capture_output=True)
         spaces = ("--mount", "--uts", "--net", "--pid", "--ipc", "--fork", "--mount-proc", "--kill-child")
-        service = self._start(name, "unshare", *spaces, "bash", "-c", NODE, "init", name, f"{SUBNET}.{node}", str(self.folder))
+        service = self._start(
+            name, "unshare", *spaces, "bash", "-c", NODE, "init", name, f"{SUBNET}.{node}", str(self.folder)
+        )
         children = Path(f"/proc/{service.pid}/task/{service.pid}/children")
         self._until(10, lambda: children.read_text().split())
         first = children.read_text().split()[0]
         self._until(10, lambda: os.readlink(f"/proc/{first}/ns/net") != os.readlink("/proc/self/ns/net"))
         self._run("ip", "link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", first)
         self._run("ip", "link", "set", veth, "master", self._bridge, "up")
-        self._until(90, lambda: self.told("sinfo", "-h", "-N", "-n", name, "-o", "%T").strip() in ("idle", "mixed", "allocated", "completing"))
+        self._until(
+            90,
+            lambda: (
+                self.told("sinfo", "-h", "-N", "-n", name, "-o", "%T").strip()
+                in ("idle", "mixed", "allocated", "completing")
+            ),
+        )
 
     def _start(self, name: str, *words: str) -> subprocess.Popen:
         with (self.folder / f"{name}.out").open("ab") as log:
-            service = subprocess.Popen(words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            service = subprocess.Popen(
+                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
         self._services[name] = service
         return service
 

@@ -1,5 +1,6 @@
-"""The real sbatch files on a real Slurm of two nodes: both train, a requeued job and one whose node has died end as an undisturbed one, bit for bit,
-and data prepared by a job array is that of one process. `bash tests/run.sh -m slow tests/slurm -s` prints the times."""
+"""The real sbatch files on a real Slurm of two nodes: both train, a requeued job and one whose node has died end as an
+undisturbed one, bit for bit, and data prepared by a job array is that of one process.
+`bash tests/run.sh -m slow tests/slurm -s` prints the times."""
 
 import re
 import subprocess
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from tests.slurm.cluster import Cluster, missing
 from tests.support.processes import ROOT
-from vltrain.check.resume import prove
+from vltrain.receipts.verify import prove
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 STEPS, AWAY_AFTER = 60, 15
@@ -32,12 +33,45 @@ def folder(tmp_path_factory):
 
 def submit(cluster: Cluster, folder: Path, name: str) -> str:
     words = [
-        "--recipe", str(ROOT / "launch" / "recipes" / "quickstart.yaml"), "--ds", str(ROOT / "ds_configs" / "zero2.json"), "--nodes", "2", "--gpus-per-node", "0",
-        "--ranks-per-node", "1", "--time", "30", "--output", str(folder / name), "--data.root", str(folder / "data"), "--data.source", "shapes",
-        "--train.max_steps", str(STEPS), "--train.epochs", "50", "--train.eval_every_steps", "0", "--train.save_every_steps", "20", "--eval.max_samples", "16", "--train.precision", "fp32",
-    ]  # fmt: skip
+        "--recipe",
+        str(ROOT / "launch" / "recipes" / "quickstart.yaml"),
+        "--ds",
+        str(ROOT / "ds_configs" / "zero2.json"),
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "0",
+        "--ranks-per-node",
+        "1",
+        "--time",
+        "30",
+        "--output",
+        str(folder / name),
+        "--data.root",
+        str(folder / "data"),
+        "--data.source",
+        "shapes",
+        "--train.max_steps",
+        str(STEPS),
+        "--train.epochs",
+        "50",
+        "--train.eval_every_steps",
+        "0",
+        "--train.save_every_steps",
+        "20",
+        "--eval.max_samples",
+        "16",
+        "--train.precision",
+        "fp32",
+    ]
     environment = {**cluster.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "launch" / "submit.py"), *words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "submit.py"), *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return re.search(r"^job (\d+):", done.stdout).group(1)
 
@@ -50,7 +84,9 @@ def steps_of(run: Path) -> int:
 def wait(run: Path, what, seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not what():
-        logs = "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted((run / "logs").glob("*.log")))
+        logs = "\n".join(
+            f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted((run / "logs").glob("*.log"))
+        )
         assert time.monotonic() < deadline, logs
         time.sleep(0.2)
 
@@ -135,10 +171,23 @@ def test_a_job_arrays_data_is_that_of_one_process(cluster, folder, tmp_path):
             outputs[name] = tmp_path / f"{program}-{name}"
             given += ["--output", str(outputs[name])]
             if name == "one":
-                subprocess.run([*alone, f"data_prep.{program}", *given], cwd=tmp_path, env=environment, check=True, capture_output=True)
+                subprocess.run(
+                    [*alone, f"data_prep.{program}", *given],
+                    cwd=tmp_path,
+                    env=environment,
+                    check=True,
+                    capture_output=True,
+                )
                 continue
             parts = [sbatch, program, "--parts", "3", *given]
-            job = subprocess.run(["sbatch", "--parsable", "--array=1-3", *parts], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+            job = subprocess.run(
+                ["sbatch", "--parsable", "--array=1-3", *parts],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
             merge = ["sbatch", "--parsable", "--wait", f"--dependency=afterok:{job}", *parts]
             done = subprocess.run(merge, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
             told = "\n".join(path.read_text() for path in tmp_path.glob("*.log"))

@@ -1,4 +1,5 @@
-"""Runs' folders with a checkpoint that says something: tiny models of each kind, with samples and images beside them."""
+"""Runs' folders with a checkpoint that says something: tiny models of each kind, with samples and images beside
+them."""
 
 from __future__ import annotations
 
@@ -12,24 +13,30 @@ from PIL import Image
 
 from tests.support.blip import blip_config, make_samples, make_tokenizers
 from tests.support.vocabularies import make_transformers
-from vltrain.config import Config, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.recipe import dump_config
+from vltrain.config.schema import Config, LLMConfig, ModelConfig, VisionConfig
 from vltrain.models.build import build_model
-from vltrain.recipe import dump_config
 from vltrain.schema import Sample, Turn
-from vltrain.train.checkpoint import save_checkpoint
-from vltrain.train.identity import MADE_OF, model_identity
-from vltrain.train.made_of import made_of
+from vltrain.train.checkpoints.checkpoint import save_checkpoint
+from vltrain.train.run.identity import MADE_OF, model_identity
+from vltrain.train.run.made_of import made_of
 
 KINDS = ("mmt", "chat", "llama", "t5")
 MMT = ("mmt", "chat")  # by template
 
 TALK = Sample(
-    id="talk", images=("one.png", "two.png"),
+    id="talk",
+    images=("one.png", "two.png"),
     turns=tuple(
         Turn(role=role, text=text)
-        for role, text in (("user", "<image>\nwhat color ?"), ("assistant", "red"), ("user", "and this ?\n<image>"), ("assistant", "blue"))
+        for role, text in (
+            ("user", "<image>\nwhat color ?"),
+            ("assistant", "red"),
+            ("user", "and this ?\n<image>"),
+            ("assistant", "blue"),
+        )
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,25 @@ class AnsweringRun:
 
 
 def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
-    """Makes one of `KINDS` in a folder; `changes` are dotted keys with `__` for the dots, of mmt `adapter` is `model.adapter`."""
-    config = _mmt_config(kind, place, **changes) if kind in MMT else blip_config(
-        kind, make_tokenizers(place / "tokenizers"), data__root=str(place / "data"), data__source=None, data__options={}, qformer_tokens=32,
-        qformer__mode="full", llm__mode="full", eval__method="generate", eval__scorer="exact", **changes,
-    )  # fmt: skip
+    """Makes one of `KINDS` in a folder; `changes` are dotted keys with `__` for the dots, of mmt `adapter` is
+    `model.adapter`."""
+    config = (
+        _mmt_config(kind, place, **changes)
+        if kind in MMT
+        else blip_config(
+            kind,
+            make_tokenizers(place / "tokenizers"),
+            data__root=str(place / "data"),
+            data__source=None,
+            data__options={},
+            qformer_tokens=32,
+            qformer__mode="full",
+            llm__mode="full",
+            eval__method="generate",
+            eval__scorer="exact",
+            **changes,
+        )
+    )
     run = place / "run"
     config = replace(config, output=str(run))
     run.mkdir(parents=True)
@@ -80,16 +101,32 @@ def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
 def _mmt_config(kind: str, place: Path, **changes: object) -> Config:
     config = Config(
         model=ModelConfig(
-            vision=VisionConfig(config=dict(image_size=16, patch_size=8, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2), tap_every=1),
+            vision=VisionConfig(
+                config=dict(
+                    image_size=16,
+                    patch_size=8,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                ),
+                tap_every=1,
+            ),
             llm=LLMConfig(
                 config=dict(
-                    vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                    initializer_range=0.3, max_position_embeddings=128,
+                    vocab_size=1024,
+                    hidden_size=32,
+                    intermediate_size=48,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    initializer_range=0.3,
+                    max_position_embeddings=128,
                 ),
                 tokenizer="asset://tiny_llama" if kind == "mmt" else make_transformers(place / "tokenizer"),
             ),
         )
-    )  # fmt: skip
+    )
     config.data.root, config.data.template, config.train.precision = str(place / "data"), kind, "fp32"
     for name, value in changes.items():
         section, key = name.split("__")

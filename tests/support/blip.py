@@ -11,39 +11,84 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from vltrain.batch import Batch
-from vltrain.config import Config
-from vltrain.data.conversation import encode_sample
+from vltrain.config.recipe import build_config
+from vltrain.config.schema import Config
 from vltrain.data.loader import batch_of
-from vltrain.recipe import build_config
+from vltrain.data.text.conversation import encode_sample
 from vltrain.schema import Sample, Turn
 
 IMAGE_SIZE = 16
 QUERIES = 4
-WORDS = "question : which color shape is the a b c d ( ) red green blue black circle star heart options . short answer how many are there 1 2 3 4 ? what"
+WORDS = (
+    "question : which color shape is the a b c d ( ) red green blue black circle star heart options . short answer "
+    "how many are there 1 2 3 4 ? what"
+)
 SIZES: dict[str, Any] = {
     "num_query_tokens": QUERIES,
-    "vision_config": {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": 8},
-    "qformer_config": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 64,
-        "cross_attention_frequency": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    "vision_config": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
     },
-}  # fmt: skip
+    "qformer_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "cross_attention_frequency": 2,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+}
 LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 64,
-}  # fmt: skip
+}
 T5 = {
-    "model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False, "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-}  # fmt: skip
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 64,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def make_tokenizers(folder: Path) -> dict[str, str]:
     """Folders of a LLaMA's, a T5's and a BERT's tokenizer over `WORDS`, by name."""
     made = {
-        "llama": _save(folder / "llama", ["<unk>", "<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
-        "t5": _save(folder / "t5", ["<pad>", "</s>", "<unk>"], {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}, "$A </s>"),
-        "bert": _save(folder / "bert", ["[PAD]", "[CLS]", "[SEP]", "[UNK]"], {"unk_token": "[UNK]", "pad_token": "[PAD]"}, "[CLS] $A [SEP]"),
+        "llama": _save(
+            folder / "llama", ["<unk>", "<s>", "</s>"], {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        ),
+        "t5": _save(
+            folder / "t5",
+            ["<pad>", "</s>", "<unk>"],
+            {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+            "$A </s>",
+        ),
+        "bert": _save(
+            folder / "bert",
+            ["[PAD]", "[CLS]", "[SEP]", "[UNK]"],
+            {"unk_token": "[UNK]", "pad_token": "[PAD]"},
+            "[CLS] $A [SEP]",
+        ),
     }
     return made
 
@@ -54,7 +99,9 @@ def _save(folder: Path, special: list[str], names: dict[str, str], template: str
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     tokenizer.add_special_tokens(special)
     if template:
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(word, vocabulary[word]) for word in special])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(word, vocabulary[word]) for word in special]
+        )
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
@@ -62,7 +109,8 @@ def _save(folder: Path, special: list[str], names: dict[str, str], template: str
 
 
 def blip_config(kind: str, tokenizers: dict[str, str] | None = None, **changes: Any) -> Config:
-    """The tiny recipe for `llama` or `t5`; `changes` are dotted keys with `__` for the dots, those of model.instructblip without it."""
+    """The tiny recipe for `llama` or `t5`; `changes` are dotted keys with `__` for the dots, those of
+    model.instructblip without it."""
     places = tokenizers or {"llama": "none", "t5": "none", "bert": "none"}
     settings: dict[str, Any] = {
         "model.architecture": "instructblip",
@@ -73,7 +121,13 @@ def blip_config(kind: str, tokenizers: dict[str, str] | None = None, **changes: 
         "data.pack_length": 96,
         "data.workers": 0,
         "data.source": "shapes",
-        "data.options": {"train_images": 24, "val_images": 6, "test_images": 6, "image_size": 16, "skills": ["color", "shape", "counting"]},
+        "data.options": {
+            "train_images": 24,
+            "val_images": 6,
+            "test_images": 6,
+            "image_size": 16,
+            "skills": ["color", "shape", "counting"],
+        },
         "optim.lr": 3e-3,
         "train.precision": "fp32",
         "train.log_every_steps": 5,
@@ -82,7 +136,11 @@ def blip_config(kind: str, tokenizers: dict[str, str] | None = None, **changes: 
     }
     for name, value in changes.items():
         key = name.replace("__", ".")
-        settings[key if key.split(".")[0] in ("data", "optim", "train", "eval", "output", "model") else f"model.instructblip.{key}"] = value
+        settings[
+            key
+            if key.split(".")[0] in ("data", "optim", "train", "eval", "output", "model")
+            else f"model.instructblip.{key}"
+        ] = value
     return build_config(settings)
 
 
@@ -92,8 +150,13 @@ def make_samples(num: int, seed: int = 0) -> list[Sample]:
     samples = []
     for number in range(num):
         words = draw.choices(WORDS.split(), k=draw.randint(2, 7))
-        images = ("one.png", "two.png") if number % 5 == 3 else () if number % 5 == 4 else (f"{draw.choice('abc')}.png",)
-        turns = Turn(role="user", text="<image>\n" * len(images) + " ".join(words)), Turn(role="assistant", text=" ".join(draw.choices(["red", "a", "( b )", "2"], k=draw.randint(1, 2))))
+        images = (
+            ("one.png", "two.png") if number % 5 == 3 else () if number % 5 == 4 else (f"{draw.choice('abc')}.png",)
+        )
+        turns = (
+            Turn(role="user", text="<image>\n" * len(images) + " ".join(words)),
+            Turn(role="assistant", text=" ".join(draw.choices(["red", "a", "( b )", "2"], k=draw.randint(1, 2)))),
+        )
         samples.append(Sample(id=f"s{number}", images=images, turns=turns))
     return samples
 
@@ -102,5 +165,8 @@ def make_batch(samples: list[Sample], tokenizer: Any, template: str, blank: bool
     """One pack of these samples; a picture depends on its name alone."""
     segments = [encode_sample(sample, tokenizer, template, QUERIES) for sample in samples]
     names = list(dict.fromkeys(name for segment in segments for name in segment.images))
-    pictures = [np.random.default_rng(sum(map(ord, name))).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8) for name in names]
+    pictures = [
+        np.random.default_rng(sum(map(ord, name))).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+        for name in names
+    ]
     return batch_of(segments, dict(zip(names, pictures)), IMAGE_SIZE, blank)

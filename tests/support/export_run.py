@@ -1,4 +1,5 @@
-"""Finished runs of random tiny models whose trained parts have moved, with evaluation samples of many kinds beside them: what exports are tried with."""
+"""Finished runs of random tiny models whose trained parts have moved, with evaluation samples of many kinds beside
+them: what exports are tried with."""
 
 from __future__ import annotations
 
@@ -13,14 +14,20 @@ from tests.support.blip import blip_config, make_tokenizers
 from tests.support.peft_folders import moved, save_run
 from tests.support.tiny import IMAGE_SIZE, tiny_config
 from tests.support.vocabularies import make_sentencepiece, make_transformers
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.models.build import build_model
 
 SPARE = 5  # rows of the LLM beyond its tokenizer
 QUESTIONS = (
-    ("<image>\nred?",), ("is the circle red",), ("<image>\nwhich colour is the square?", "green", "and the circle?"), ("<image>\nfirst, then <image>\nQuestion: yes?",),
-    ("system: be short", "<image>\nno circle?"), ("<image>\nwhat is <\\image> and <\\\\image>?",), ("see <image> here",), ("system: short", "red?"),
-)  # fmt: skip
+    ("<image>\nred?",),
+    ("is the circle red",),
+    ("<image>\nwhich colour is the square?", "green", "and the circle?"),
+    ("<image>\nfirst, then <image>\nQuestion: yes?",),
+    ("system: be short", "<image>\nno circle?"),
+    ("<image>\nwhat is <\\image> and <\\\\image>?",),
+    ("see <image> here",),
+    ("system: short", "red?"),
+)
 
 
 def mmt_run(folder: Path, *, template: str = "mmt", by: float = 0.3, **changes: Any) -> Path:
@@ -28,13 +35,24 @@ def mmt_run(folder: Path, *, template: str = "mmt", by: float = 0.3, **changes: 
     make = make_transformers if template == "chat" else make_sentencepiece
     tokenizer = make(folder / "tokenizer")
     llm = {
-        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": load_tokenizer(tokenizer).vocab_size + SPARE, **changes.pop("llm_config", {}),
-    }  # fmt: skip
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": load_tokenizer(tokenizer).vocab_size + SPARE,
+        **changes.pop("llm_config", {}),
+    }
     settings = {
-        "model__llm__config": llm, "model__llm__tokenizer": tokenizer, "data__template": template, "data__root": str(folder / "data"), "data__pack_length": 512,
-        "eval__max_new_tokens": 4, "output": str(folder / "run"), **changes,
-    }  # fmt: skip
+        "model__llm__config": llm,
+        "model__llm__tokenizer": tokenizer,
+        "data__template": template,
+        "data__root": str(folder / "data"),
+        "data__pack_length": 512,
+        "eval__max_new_tokens": 4,
+        "output": str(folder / "run"),
+        **changes,
+    }
     config = tiny_config(**settings)
     write_samples(folder / "data" / "samples", IMAGE_SIZE)
     save_run(folder / "run", config, moved(build_model(config.model), by))
@@ -45,7 +63,7 @@ def blip_run(folder: Path, kind: str, **changes: Any) -> Path:
     """The same of an InstructBLIP, `kind` llama or t5; `changes` as of `blip_config`."""
     places = make_tokenizers(folder / "tokenizers")
     data = {"data__root": str(folder / "data"), "eval__max_new_tokens": 4}
-    config = blip_config(kind, places, **{**changes, **{}})
+    config = blip_config(kind, places, **changes)
     config.data.root, config.eval.max_new_tokens = data["data__root"], data["eval__max_new_tokens"]
     write_samples(folder / "data" / "samples", 24)
     save_run(folder / "run", config, moved(build_model(config.model)))
@@ -66,9 +84,18 @@ def write_samples(folder: Path, size: int) -> None:
     Image.fromarray(generator.integers(0, 65_536, (size, size), dtype=np.uint16)).save(folder / "3.png")
     names, lines = ("0.png", "1.png", "2.jpg", "3.png"), []
     for number, texts in enumerate(QUESTIONS):
-        turns = [{"role": "system", "text": texts[0].removeprefix("system: ")}] if texts[0].startswith("system: ") else []
+        turns = (
+            [{"role": "system", "text": texts[0].removeprefix("system: ")}] if texts[0].startswith("system: ") else []
+        )
         rest = texts[len(turns) :]
         turns += [{"role": ("user", "assistant")[place % 2], "text": text} for place, text in enumerate(rest)]
         images = [names[(number + place) % 4] for place in range(sum(text.count("<image>") for text in rest))]
-        lines.append({"id": f"sample {number}", "images": images, "turns": [*turns, {"role": "assistant", "text": "yes"}], "metadata": {}})
+        lines.append(
+            {
+                "id": f"sample {number}",
+                "images": images,
+                "turns": [*turns, {"role": "assistant", "text": "yes"}],
+                "metadata": {},
+            }
+        )
     (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,8 +1,9 @@
-"""A forward as on CUDA without a GPU: torch's CUDA build, and tensors without memory that say they are on `cuda` and obey CUDA's own autocast.
+"""A forward as on CUDA without a GPU: torch's CUDA build, and tensors without memory that say they are on `cuda` and
+obey CUDA's own autocast.
 
-Host bookkeeping (lengths of segments, and what is counted from them) goes on with real tensors. torch's attention is not run but counted, in the
-dtype that autocast gives its inputs: which kernel it takes it asks the driver, without which it would take plain products in fp32. Forward
-only: autograd's engine asks the driver for a context.
+Host bookkeeping (lengths of segments, and what is counted from them) goes on with real tensors. torch's attention is
+not run but counted, in the dtype that autocast gives its inputs: which kernel it takes it asks the driver, without
+which it would take plain products in fp32. Forward only: autograd's engine asks the driver for a context.
 """
 
 from __future__ import annotations
@@ -30,12 +31,20 @@ class _WithoutDriver(TorchFunctionMode):
         super().__init__()
         self._products = products
 
-    def _attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def _attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> torch.Tensor:
         if torch.is_autocast_enabled("cuda"):
             query, key, value = (one.to(torch.get_autocast_dtype("cuda")) for one in (query, key, value))
-        if len({one.dtype for one in (query, key, value)}) > 1 or {one.device.type for one in (query, key, value)} != {"cuda"}:
-            self._products.mixed.append(f"attention: {[(tuple(one.shape), one.dtype, one.device) for one in (query, key, value)]}")
-        self._products.by_dtype[query.dtype] += query.numel() * key.shape[-2] + query[..., :1].numel() * key.shape[-2] * value.shape[-1]
+        if len({one.dtype for one in (query, key, value)}) > 1 or {one.device.type for one in (query, key, value)} != {
+            "cuda"
+        }:
+            self._products.mixed.append(
+                f"attention: {[(tuple(one.shape), one.dtype, one.device) for one in (query, key, value)]}"
+            )
+        self._products.by_dtype[query.dtype] += (
+            query.numel() * key.shape[-2] + query[..., :1].numel() * key.shape[-2] * value.shape[-1]
+        )
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +54,11 @@ class _WithoutDriver(TorchFunctionMode):
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(leaf, FakeTensor) for leaf in leaves):
             return func(*args, **kwargs)
-        to_cuda = any(isinstance(leaf, torch.device) and leaf.type == "cuda" or leaf == "cuda" for leaf in leaves if not isinstance(leaf, torch.Tensor))
+        to_cuda = any(
+            isinstance(leaf, torch.device) and leaf.type == "cuda" or leaf == "cuda"
+            for leaf in leaves
+            if not isinstance(leaf, torch.Tensor)
+        )
         if func is torch.Tensor.pin_memory:
             return args[0]
         if to_cuda and func is torch.Tensor.to:

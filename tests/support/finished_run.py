@@ -1,4 +1,5 @@
-"""A finished run's folder, made without training: checkpoints, receipt, recipe and run.json say what those of a real one do."""
+"""A finished run's folder, made without training: checkpoints, receipt, recipe and run.json say what those of a real
+one do."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ from pathlib import Path
 
 from tests.attacks.attack import run_vltrain
 from tests.attacks.inputs import pack_words, sample, write_jsonl
-from vltrain.check.receipt import ReceiptWriter, fingerprint, samples_text
-from vltrain.config import Config
+from vltrain.config.recipe import build_config, dump_config
+from vltrain.config.schema import Config
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
-from vltrain.locate import locate
+from vltrain.files.locate import locate
 from vltrain.models.build import build_model
-from vltrain.programs.origins import facts_of
-from vltrain.recipe import build_config, dump_config
-from vltrain.train.checkpoint import save_checkpoint
-from vltrain.train.identity import run_id, run_identity
-from vltrain.train.made_of import made_of
-from vltrain.train.provenance import write_provenance
+from vltrain.prepared.origins import facts_of
+from vltrain.receipts.receipt import ReceiptWriter, fingerprint, samples_text
+from vltrain.train.checkpoints.checkpoint import save_checkpoint
+from vltrain.train.run.identity import run_id, run_identity
+from vltrain.train.run.made_of import made_of
+from vltrain.train.run.provenance import write_provenance
 from vltrain.train.trainer import receipt_header
 
 SAVED = (2, 4)  # steps
@@ -56,11 +57,23 @@ class Places:
     def config(self, **changes: object) -> Config:
         """The run's recipe; `changes` are dotted keys with `__` for the dots."""
         settings = {
-            "model.vision.source": str(self.vit), "model.vision.tap_every": 1, "model.llm.source": str(self.llama), "model.adapter.dim": 4,
-            "model.neck.dim": 8, "data.root": str(self.root / "data"), "data.eval_split": "test", "data.train_packs": str(self.root / "packs"), "data.pack_length": 64,
-            "data.workers": 0, "train.epochs": 2.0, "train.max_steps": 4, "train.packs_per_step": 1, "train.save_every_steps": 2,
-            "train.precision": "fp32", "output": str(self.run),
-        }  # fmt: skip
+            "model.vision.source": str(self.vit),
+            "model.vision.tap_every": 1,
+            "model.llm.source": str(self.llama),
+            "model.adapter.dim": 4,
+            "model.neck.dim": 8,
+            "data.root": str(self.root / "data"),
+            "data.eval_split": "test",
+            "data.train_packs": str(self.root / "packs"),
+            "data.pack_length": 64,
+            "data.workers": 0,
+            "train.epochs": 2.0,
+            "train.max_steps": 4,
+            "train.packs_per_step": 1,
+            "train.save_every_steps": 2,
+            "train.precision": "fp32",
+            "output": str(self.run),
+        }
         return build_config({**settings, **{name.replace("__", "."): value for name, value in changes.items()}})
 
 
@@ -80,7 +93,10 @@ def _template() -> Places:
     atexit.register(shutil.rmtree, places.root, ignore_errors=True)
     for name in ("vit", "llama"):
         shutil.copytree(locate(f"asset://tiny_{name}"), places.root / name)
-    samples = write_jsonl(places.root / "data" / "samples" / "train.jsonl", [sample(number, question=f"{number} " + "is it red? " * 4) for number in range(4)])
+    samples = write_jsonl(
+        places.root / "data" / "samples" / "train.jsonl",
+        [sample(number, question=f"{number} " + "is it red? " * 4) for number in range(4)],
+    )
     shutil.copy(samples, samples.with_name("test.jsonl"))
     code, output = run_vltrain(pack_words(samples, places.root / "packs"))
     assert code == 0, output
@@ -96,22 +112,53 @@ def write_run(places: Places, **changes: object) -> None:
     identity = run_identity(config, dataset, made_of(config))
     places.run.mkdir(parents=True)
     write_provenance(
-        places.run, resolved_config=dump_config(config), ds_config={}, world_size=1, parameters={"llm": (1, 1)}, identity=identity, tokenizer="none",
+        places.run,
+        resolved_config=dump_config(config),
+        ds_config={},
+        world_size=1,
+        parameters={"llm": (1, 1)},
+        identity=identity,
+        tokenizer="none",
         data=facts_of(config, dataset),
     )
     train = config.train
     plan = Plan(
-        dataset.index, seed=train.seed, epochs=train.epochs, packs_per_step=train.packs_per_step, world_size=1, cost=PackCost(), max_steps=train.max_steps
+        dataset.index,
+        seed=train.seed,
+        epochs=train.epochs,
+        packs_per_step=train.packs_per_step,
+        world_size=1,
+        cost=PackCost(),
+        max_steps=train.max_steps,
     )
     assert plan.num_steps == SAVED[-1]
     own = run_id(identity, None)
-    receipt = ReceiptWriter(places.run, receipt_header(config, plan, dataset, own), active=True, first_step=0, head=None)
+    receipt = ReceiptWriter(
+        places.run, receipt_header(config, plan, dataset, own), active=True, first_step=0, head=None
+    )
     for step in range(plan.num_steps):
         packs = plan.packs_of(step)
         samples = samples_text(fingerprint(dataset.sample_ids(pack) for pack in packs.tolist()))
-        receipt.add(step=step, samples=samples, label_tokens=int(dataset.index.num_label_tokens[packs].sum()), loss=1.0 / (step + 1))
+        receipt.add(
+            step=step,
+            samples=samples,
+            label_tokens=int(dataset.index.num_label_tokens[packs].sum()),
+            loss=1.0 / (step + 1),
+        )
         if step + 1 in SAVED:
-            state = ((name, one.detach(), {"exp_avg": one * 0, "exp_avg_sq": one * 0}) for name, one in model.named_parameters() if one.requires_grad)
+            state = (
+                (name, one.detach(), {"exp_avg": one * 0, "exp_avg_sq": one * 0})
+                for name, one in model.named_parameters()
+                if one.requires_grad
+            )
             told = {"receipt": receipt.head, "run": own}
-            save_checkpoint(state, places.run / "checkpoints", step=step + 1, belongs_to=identity, keep=2, is_writer=True, run_state=told)
+            save_checkpoint(
+                state,
+                places.run / "checkpoints",
+                step=step + 1,
+                belongs_to=identity,
+                keep=2,
+                is_writer=True,
+                run_state=told,
+            )
     receipt.close()

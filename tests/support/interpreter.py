@@ -5,7 +5,8 @@ from typing import Any
 
 
 def mend_interpreter(put: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Numbers with a type, which a compiled kernel gets and the interpreter leaves Python's own; and CUDA's library of functions."""
+    """Numbers with a type, which a compiled kernel gets and the interpreter leaves Python's own; and CUDA's library of
+    functions."""
     import numpy as np
     import triton.language as tl
     from liger_kernel.ops import rms_norm
@@ -14,7 +15,11 @@ def mend_interpreter(put: Callable[[Any, str, Any], None] = setattr) -> None:
     convert = interpreter._implicit_cvt
 
     def with_type(value: Any) -> Any:
-        return tl.tensor(interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32) if type(value) is float else convert(value)
+        return (
+            tl.tensor(interpreter.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
+            if type(value) is float
+            else convert(value)
+        )
 
     put(interpreter, "_implicit_cvt", with_type)
     put(rms_norm, "rsqrt", lambda value: tl.rsqrt(value))

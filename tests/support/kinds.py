@@ -11,9 +11,9 @@ import torch
 from tests.models.tiny_models import make_batch, randomise_adapters, tiny_config
 from tests.support import blip
 from vltrain.batch import Batch
-from vltrain.config import PeftConfig
-from vltrain.data.instruction import InstructionSource
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
+from vltrain.config.schema import PeftConfig
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.models.adapters.table import ADAPTERS
 from vltrain.models.build import AnyModel, build_model
 
@@ -23,7 +23,18 @@ LORA, PROMPTS = PeftConfig(kind="lora", targets=("q_proj", "down_proj")), PeftCo
 
 MMT: dict[str, dict[str, Any]] = {
     **{f"mmt-{kind}": {"adapter": {"kind": kind, **BOTH}} for kind in ADAPTERS if not kind.startswith("loha")},
-    **{f"mmt-{kind}": {"adapter": {"kind": kind, "rank": 2, **({"dim": 16} if kind in ("loha_silu", "loha_weighted") else {}), **BOTH}} for kind in ADAPTERS if kind.startswith("loha")},
+    **{
+        f"mmt-{kind}": {
+            "adapter": {
+                "kind": kind,
+                "rank": 2,
+                **({"dim": 16} if kind in ("loha_silu", "loha_weighted") else {}),
+                **BOTH,
+            }
+        }
+        for kind in ADAPTERS
+        if kind.startswith("loha")
+    },
     "mmt-lora": {"llm": {"peft": LORA}, "adapter": {"vision": "both", "llm": "none"}},
     "mmt-prompts": {"llm": {"peft": PROMPTS}, "adapter": {"vision": "both", "llm": "none"}},
     "mmt-full": {"tune": "full", "adapter": NO_ADAPTER},

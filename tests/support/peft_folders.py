@@ -1,4 +1,5 @@
-"""A tiny InstructBLIP whose folder stock transformers loads, adapters on it by `vltrain export` or by stock peft, and both sides' losses."""
+"""A tiny InstructBLIP whose folder stock transformers loads, adapters on it by `vltrain export` or by stock peft, and
+both sides' losses."""
 
 from __future__ import annotations
 
@@ -19,15 +20,20 @@ from transformers import InstructBlipForConditionalGeneration
 
 from tests.models.test_qformer import IMAGE_ID, loss_of_one, tokenizer_of
 from tests.support.blip import LLAMA, SIZES, T5, blip_config, make_batch, make_samples, make_tokenizers
-from vltrain.config import Config
+from vltrain.config.recipe import dump_config
+from vltrain.config.schema import Config
 from vltrain.models.build import build_model
-from vltrain.models.build_blip import check_blip_sources
+from vltrain.models.instructblip.build import check_blip_sources
 from vltrain.programs.export import export
-from vltrain.recipe import dump_config
-from vltrain.train.checkpoint import save_checkpoint
+from vltrain.train.checkpoints.checkpoint import save_checkpoint
 
 SAMPLES = [sample for sample in make_samples(5) if sample.images][:3]
-LLMS = {"llama": LLAMA, "t5": T5, "llama tied": {**LLAMA, "tie_word_embeddings": True}, "t5 tied": {**T5, "tie_word_embeddings": True}}
+LLMS = {
+    "llama": LLAMA,
+    "t5": T5,
+    "llama tied": {**LLAMA, "tie_word_embeddings": True},
+    "t5 tied": {**T5, "tie_word_embeddings": True},
+}
 _KEPT: list[tempfile.TemporaryDirectory] = []
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -42,7 +48,12 @@ class Base:
 
     def recipe(self, **changes: Any) -> Config:
         """A recipe on this base; `changes` as of `blip_config`."""
-        where = {"source": str(self.folder), "config": {}, "tokenizer": self.tokenizers[self.family], "qformer_tokenizer": self.tokenizers["bert"]}
+        where = {
+            "source": str(self.folder),
+            "config": {},
+            "tokenizer": self.tokenizers[self.family],
+            "qformer_tokenizer": self.tokenizers["bert"],
+        }
         return blip_config(self.family, **{**where, **changes})
 
     @property
@@ -51,19 +62,28 @@ class Base:
 
     def stock(self) -> Any:
         """transformers' own model, fp32."""
-        theirs = InstructBlipForConditionalGeneration.from_pretrained(self.folder, attn_implementation="eager", dtype=torch.float32)
+        theirs = InstructBlipForConditionalGeneration.from_pretrained(
+            self.folder, attn_implementation="eager", dtype=torch.float32
+        )
         theirs.config.image_token_id = theirs.config.image_token_index = IMAGE_ID
         return theirs.eval()
 
     def our_losses(self, model: Any) -> Tensor:
         """Of each of `SAMPLES`, float64 sums."""
-        return model.double().eval()(make_batch(SAMPLES, tokenizer_of(self.family, self.tokenizers), model.template)).segment_losses.double().detach()
+        return (
+            model.double()
+            .eval()(make_batch(SAMPLES, tokenizer_of(self.family, self.tokenizers), model.template))
+            .segment_losses.double()
+            .detach()
+        )
 
     def their_losses(self, theirs: nn.Module, ours: Any) -> Tensor:
         """The same by transformers, question by question."""
         tokenizer = tokenizer_of(self.family, self.tokenizers)
         with torch.no_grad():
-            return torch.stack([loss_of_one(theirs.double().eval(), ours, sample, tokenizer, ours.template) for sample in SAMPLES])
+            return torch.stack(
+                [loss_of_one(theirs.double().eval(), ours, sample, tokenizer, ours.template) for sample in SAMPLES]
+            )
 
 
 def _kept_folder() -> Path:
@@ -77,7 +97,14 @@ def base(kind: str) -> Base:
     """One for the whole process."""
     folder = _kept_folder()
     tokenizers = make_tokenizers(folder / "tokenizers")
-    config = blip_config(kind.split()[0], tokenizers, config={**SIZES, "text_config": LLMS[kind]}, vision="full", qformer__mode="full", llm__mode="full")
+    config = blip_config(
+        kind.split()[0],
+        tokenizers,
+        config={**SIZES, "text_config": LLMS[kind]},
+        vision="full",
+        qformer__mode="full",
+        llm__mode="full",
+    )
     save_run(folder / "run", config, build_model(config.model))
     export(folder / "run", folder / "base", "whole", proof_samples=None)
     return Base(kind, folder / "base", tokenizers)
@@ -145,7 +172,8 @@ def taken_up(folder: Path, kind: str, **changes: Any) -> Any:
 
 
 def off_from_stock(folder: Path, kind: str, **changes: Any) -> tuple[float, float]:
-    """(largest difference of losses between our model and stock peft's, both from this folder; of stock peft's from the bare base's)."""
+    """(largest difference of losses between our model and stock peft's, both from this folder; of stock peft's from the
+    bare base's)."""
     one = base(kind)
     ours = taken_up(folder, kind, **changes)
     found = one.our_losses(ours)

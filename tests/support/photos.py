@@ -1,4 +1,5 @@
-"""Forty photos as people have them, and 120 questions about them in LLaVA's JSON: JPEGs that lie on their side, cut-outs, palettes, WebP, 24 megapixels."""
+"""Forty photos as people have them, and 120 questions about them in LLaVA's JSON: JPEGs that lie on their side,
+cut-outs, palettes, WebP, 24 megapixels."""
 
 import json
 import random
@@ -66,7 +67,10 @@ def make_photos(folder: Path) -> Path:
         asked = [
             ("What color is the shape?", colour),
             ("What shape is in the image?", shape),
-            (f"Is there a {colour} shape in the image?" if number % 2 else "Is there a red circle in the image?", "yes" if number % 2 or (colour, shape) == ("red", "circle") else "no"),
+            (
+                f"Is there a {colour} shape in the image?" if number % 2 else "Is there a red circle in the image?",
+                "yes" if number % 2 or (colour, shape) == ("red", "circle") else "no",
+            ),
         ]
         for turn, (question, answer) in enumerate(asked):
             conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]

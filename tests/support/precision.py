@@ -1,8 +1,8 @@
 """Which products run in which dtype: a dispatch mode that counts them, and CUDA's autocast rules on CPU tensors.
 
-CUDA's autocast differs from the CPU's in what it runs in fp32: norms, softmax, powers and the like, whose results are then fp32 as well. The
-emulation is the CPU's autocast, whose products are CUDA's, with those functions' inputs cast to fp32 (`FP32`, from the documentation of
-torch.amp). Functions in place are not autocast on either.
+CUDA's autocast differs from the CPU's in what it runs in fp32: norms, softmax, powers and the like, whose results are
+then fp32 as well. The emulation is the CPU's autocast, whose products are CUDA's, with those functions' inputs cast to
+fp32 (`FP32`, from the documentation of torch.amp). Functions in place are not autocast on either.
 """
 
 from __future__ import annotations
@@ -16,12 +16,55 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 FP32 = {
-    "pow", "rdiv", "rpow", "rtruediv", "acos", "asin", "binary_cross_entropy_with_logits", "cdist", "cosh", "cosine_embedding_loss",
-    "cosine_similarity", "cross_entropy", "cumprod", "cumsum", "dist", "erfinv", "exp", "expm1", "group_norm", "hinge_embedding_loss", "kl_div",
-    "l1_loss", "layer_norm", "log", "log10", "log_softmax", "log1p", "log2", "logsumexp", "margin_ranking_loss", "mse_loss", "nll_loss", "norm",
-    "normalize", "pdist", "prod", "reciprocal", "rsqrt", "sinh", "smooth_l1_loss", "soft_margin_loss", "softmax", "softmin", "softplus", "sum",
-    "renorm", "tan", "triplet_margin_loss",
-}  # fmt: skip
+    "pow",
+    "rdiv",
+    "rpow",
+    "rtruediv",
+    "acos",
+    "asin",
+    "binary_cross_entropy_with_logits",
+    "cdist",
+    "cosh",
+    "cosine_embedding_loss",
+    "cosine_similarity",
+    "cross_entropy",
+    "cumprod",
+    "cumsum",
+    "dist",
+    "erfinv",
+    "exp",
+    "expm1",
+    "group_norm",
+    "hinge_embedding_loss",
+    "kl_div",
+    "l1_loss",
+    "layer_norm",
+    "log",
+    "log10",
+    "log_softmax",
+    "log1p",
+    "log2",
+    "logsumexp",
+    "margin_ranking_loss",
+    "mse_loss",
+    "nll_loss",
+    "norm",
+    "normalize",
+    "pdist",
+    "prod",
+    "reciprocal",
+    "rsqrt",
+    "sinh",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "softmax",
+    "softmin",
+    "softplus",
+    "sum",
+    "renorm",
+    "tan",
+    "triplet_margin_loss",
+}
 
 
 class CudaLists(TorchFunctionMode):

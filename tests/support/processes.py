@@ -29,16 +29,31 @@ def free_port() -> int:
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What a launcher would give the process of that rank."""
     return {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": _python_path(),
-    }  # fmt: skip
+    }
 
 
 class Forked:
-    """A process that `tests.support.warm` has forked, with what of `subprocess.Popen` is asked of one. It leads a session of its own."""
+    """A process that `tests.support.warm` has forked, with what of `subprocess.Popen` is asked of one. It leads a
+    session of its own."""
 
-    def __init__(self, module: str, arguments: list[str], environment: dict[str, str], stdout: Path, stderr: Path | None = None, folder: Path = ROOT) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        environment: dict[str, str],
+        stdout: Path,
+        stderr: Path | None = None,
+        folder: Path = ROOT,
+    ) -> None:
         places = {"folder": str(folder), "stdout": str(stdout), "stderr": str(stderr) if stderr else None}
         self.pid: int = _ask_warm(module=module, arguments=arguments, environment=environment, **places)
         self.returncode: int | None = None
@@ -69,7 +84,15 @@ def _warm() -> subprocess.Popen[str]:
     """This process's `tests.support.warm`, which ends with it. Ctrl-C is for this process alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
     command = [sys.executable, "-m", "tests.support.warm"]
-    warm = subprocess.Popen(command, env=environment, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    warm = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert warm.stdout is not None and json.loads(warm.stdout.readline()) == "ready"
     return warm
 
@@ -86,11 +109,14 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
-def start_ranks(module: str, arguments: list[str], world_size: int, output: Path, *, fresh: bool = False) -> list[Process]:
+def start_ranks(
+    module: str, arguments: list[str], world_size: int, output: Path, *, fresh: bool = False
+) -> list[Process]:
     """Calls `main(*arguments)` of the module in a process per rank; stdout and stderr of rank r go to `output`.r
 
     Args:
-        fresh: start Python anew, as launchers do, instead of forking one that has imported all. With a GPU always: CUDA can't be forked.
+        fresh: start Python anew, as launchers do, instead of forking one that has imported all. With a GPU always: CUDA
+        can't be forked.
     """
     port = free_port()
     processes: list[Process] = []
@@ -99,7 +125,11 @@ def start_ranks(module: str, arguments: list[str], world_size: int, output: Path
         if fresh or torch.cuda.is_available():
             with open(f"{output}.{rank}", "wb") as log:
                 command = [sys.executable, "-m", "tests.support.rank", *words]
-                processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+                processes.append(
+                    subprocess.Popen(
+                        command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                )
         else:
             processes.append(Forked("tests.support.rank", words, environment, Path(f"{output}.{rank}")))
     return processes
@@ -116,7 +146,9 @@ def vltrain(*words: str, folder: Path = ROOT, **variables: str) -> subprocess.Co
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         code = Forked("vltrain", list(words), environment, out, err, folder).wait(900)
-        return subprocess.CompletedProcess(words, code, out.read_text(errors="replace"), err.read_text(errors="replace"))
+        return subprocess.CompletedProcess(
+            words, code, out.read_text(errors="replace"), err.read_text(errors="replace")
+        )
 
 
 def stop_ranks(processes: Sequence[Process], how: signal.Signals = signal.SIGKILL) -> None:
@@ -141,11 +173,22 @@ def wait_for_ranks(processes: Sequence[Process], output: Path, timeout_seconds: 
     return [process.wait() for process in processes]
 
 
-def run_ranks(module: str, arguments: list[str], world_size: int, output: Path, timeout_seconds: float = 600, *, fresh: bool = False) -> None:
+def run_ranks(
+    module: str,
+    arguments: list[str],
+    world_size: int,
+    output: Path,
+    timeout_seconds: float = 600,
+    *,
+    fresh: bool = False,
+) -> None:
     """Runs a group to its end. Fails with the ranks' last words unless all end with 0. `fresh`: see `start_ranks`."""
     codes = wait_for_ranks(start_ranks(module, arguments, world_size, output, fresh=fresh), output, timeout_seconds)
     if any(codes):
-        logs = "\n".join(f"--- rank {rank}\n{Path(f'{output}.{rank}').read_text(errors='replace')[-3000:]}" for rank in range(world_size))
+        logs = "\n".join(
+            f"--- rank {rank}\n{Path(f'{output}.{rank}').read_text(errors='replace')[-3000:]}"
+            for rank in range(world_size)
+        )
         raise AssertionError(f"{module} on {world_size} rank(s) ended with {codes}\n{logs}")
 
 

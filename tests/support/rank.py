@@ -7,5 +7,7 @@ import importlib
 import sys
 
 if __name__ == "__main__":
-    module, *arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # which DeepSpeed's launcher puts in
+    module, *arguments = [
+        word for word in sys.argv[1:] if not word.startswith("--local_rank=")
+    ]  # which DeepSpeed's launcher puts in
     sys.exit(importlib.import_module(module).main(*arguments))

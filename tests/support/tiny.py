@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vltrain.config import Config
+from vltrain.config.recipe import build_config
+from vltrain.config.schema import Config
 from vltrain.data.shard_writer import write_shards
-from vltrain.recipe import build_config
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, PackedRow, Segment
 
 VOCABULARY = 64
@@ -18,11 +18,23 @@ VISUAL_TOKENS = 2
 
 SETTINGS: dict[str, Any] = {
     "model.vision.source": None,
-    "model.vision.config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": 8},
+    "model.vision.config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+    },
     "model.vision.tap_every": 2,
     "model.llm.source": None,
     "model.llm.config": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
     },
     "model.llm.tokenizer": "none",
     "model.adapter.dim": 4,
@@ -63,7 +75,12 @@ def make_segments(num_packs: int, seed: int = 0) -> list[list[Segment]]:
     packs = []
     for pack in range(num_packs):
         kinds = [("a", "b", "a"), (None, "c"), (None, None), (None, None, None)][pack % 4]
-        packs.append([random_segment(generator, f"p{pack}s{place}", f"{pack}{kind}" if kind else None) for place, kind in enumerate(kinds)])
+        packs.append(
+            [
+                random_segment(generator, f"p{pack}s{place}", f"{pack}{kind}" if kind else None)
+                for place, kind in enumerate(kinds)
+            ]
+        )
     return packs
 
 
@@ -72,8 +89,14 @@ def write_packs(folder: Path, packs: list[list[Segment]], seed: int = 0) -> Path
     generator = np.random.default_rng(seed)
     pictures: dict[str, bytes] = {}
     facts = {
-        "tokenizer_fingerprint": "none", "tokenizer": "none", "template": "mmt", "visual_tokens": VISUAL_TOKENS, "pack_length": 64,
-        "max_images": None, "seed": 0, "over_long": 0,
+        "tokenizer_fingerprint": "none",
+        "tokenizer": "none",
+        "template": "mmt",
+        "visual_tokens": VISUAL_TOKENS,
+        "pack_length": 64,
+        "max_images": None,
+        "seed": 0,
+        "over_long": 0,
     }
     with write_shards(folder) as writer:
         for segments in packs:
@@ -87,7 +110,9 @@ def write_packs(folder: Path, packs: list[list[Segment]], seed: int = 0) -> Path
                     loss_mask=np.concatenate([segment.loss_mask for segment in segments]),
                     segment_lengths=np.array([len(segment.input_ids) for segment in segments], np.int32),
                     image_ids=np.array([writer.add_image(pictures[name]) for name in names], np.int64),
-                    image_slots=np.array([names.index(image) for segment in segments for image in segment.images], np.int32),
+                    image_slots=np.array(
+                        [names.index(image) for segment in segments for image in segment.images], np.int32
+                    ),
                     sample_ids=tuple(segment.sample_id for segment in segments),
                     instruction_ids=np.concatenate([segment.instruction_ids for segment in segments]),
                     instruction_lengths=instruction_lengths if instruction_lengths.any() else instruction_lengths[:0],

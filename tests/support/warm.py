@@ -1,11 +1,13 @@
 """A process that has imported what runs need and forks one for each that is asked for: `python -m tests.support.warm`.
 
-Importing torch, transformers and DeepSpeed takes seven seconds of a core, and the tests start hundreds of processes: a fork has it done already. What
-comes of one is a process like any other: a group, an environment and files of its own, to be signalled and killed, which ends as Python does. What it
-is not: freshly imported. Tests of imports, of memory and of launchers start theirs from nothing.
+Importing torch, transformers and DeepSpeed takes seven seconds of a core, and the tests start hundreds of processes: a
+fork has it done already. What comes of one is a process like any other: a group, an environment and files of its own,
+to be signalled and killed, which ends as Python does. What it is not: freshly imported. Tests of imports, of memory and
+of launchers start theirs from nothing.
 
-Orders come as lines of JSON on stdin: {"module": ..., "arguments": [...], "environment": {...}, "folder": ..., "stdout": FILE, "stderr": FILE or null}
-is answered by a pid, and {"pid": ...} by its exit code, null while it runs. It ends with stdin.
+Orders come as lines of JSON on stdin: {"module": ..., "arguments": [...], "environment": {...}, "folder": ...,
+"stdout": FILE, "stderr": FILE or null} is answered by a pid, and {"pid": ...} by its exit code, null while it runs. It
+ends with stdin.
 """
 
 from __future__ import annotations
@@ -19,8 +21,15 @@ import threading
 from typing import Any
 
 PROGRAMS = ("train", "evaluate", "check", "export", "plan")
-# What they import at first use beside: in this order bitsandbytes' and torch's compilers are loaded by peft, pandas by pyarrow.
-PRELOADED = ("tests.train.worker", *(f"vltrain.programs.{name}" for name in PROGRAMS), "peft", "pyarrow.compute", "torch.utils.tensorboard")
+# What they import at first use beside: in this order bitsandbytes' and torch's compilers are loaded by peft, pandas by
+# pyarrow.
+PRELOADED = (
+    "tests.train.worker",
+    *(f"vltrain.programs.{name}" for name in PROGRAMS),
+    "peft",
+    "pyarrow.compute",
+    "torch.utils.tensorboard",
+)
 
 
 def serve() -> dict[str, Any] | None:

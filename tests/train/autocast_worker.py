@@ -1,7 +1,7 @@
 """`tests.train.worker`, in a process where `torch.is_autocast_enabled()` without a device answers as on CUDA.
 
-Without a device it answers for CUDA, so that on CPU ranks DeepSpeed never sees our autocast; on CUDA it does, and would switch it off. Here it
-answers for the CPU.
+Without a device it answers for CUDA, so that on CPU ranks DeepSpeed never sees our autocast; on CUDA it does, and would
+switch it off. Here it answers for the CPU.
 """
 
 from __future__ import annotations

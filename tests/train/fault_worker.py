@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from tests.train import worker
 from vltrain.errors import InputError
-from vltrain.train.engine import init_distributed, shutdown_distributed
 from vltrain.train.trainer import Trainer
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 
 class Died(BaseException):
@@ -45,7 +45,9 @@ def order_faults(trainer: Trainer, scenario: dict, rank: int, world_size: int) -
         output = forward(batch)
         factor = scenario.get("poison", {}).get(str(at["step"]))
         if factor is not None and at["micro"] == 0 and rank == world_size - 1:
-            output = output._replace(loss_sum=output.loss_sum * float(factor), segment_losses=output.segment_losses * float(factor))
+            output = output._replace(
+                loss_sum=output.loss_sum * float(factor), segment_losses=output.segment_losses * float(factor)
+            )
         at["micro"] += 1
         return output
 
@@ -56,7 +58,9 @@ def run_all(scenarios: Path) -> None:
     rank, world_size = init_distributed()
     for scenario in json.loads(scenarios.read_text()):
         try:
-            worker.run(scenario, rank, world_size, prepare=lambda trainer: order_faults(trainer, scenario, rank, world_size))
+            worker.run(
+                scenario, rank, world_size, prepare=lambda trainer: order_faults(trainer, scenario, rank, world_size)
+            )
         except Died:
             pass
         except InputError as error:

@@ -1,4 +1,5 @@
-"""Runs the training scenarios of a JSON file as `tests.train.worker` does, counting the calls of the fused adapter with a norm and without.
+"""Runs the training scenarios of a JSON file as `tests.train.worker` does, counting the calls of the fused adapter with
+a norm and without.
 
 Writes `OUTPUT/calls.json`: {"norm": calls, "no norm": calls}.
 """

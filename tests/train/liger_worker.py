@@ -1,4 +1,5 @@
-"""Runs the training scenarios of a JSON file as `tests.train.worker` does, counting the calls of Liger's kernels and of the plain rotary embedding.
+"""Runs the training scenarios of a JSON file as `tests.train.worker` does, counting the calls of Liger's kernels and of
+the plain rotary embedding.
 
 Writes `OUTPUT/calls.json`: by name, the calls of one step's forwards and recomputations.
 """

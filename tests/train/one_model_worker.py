@@ -5,9 +5,9 @@ import os
 
 import torch
 
+from vltrain.distributed.machine import require_one_model
+from vltrain.distributed.ranks import join_process_group
 from vltrain.errors import exits_cleanly
-from vltrain.train.machine import require_one_model
-from vltrain.train.ranks import join_process_group
 
 
 @exits_cleanly

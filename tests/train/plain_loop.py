@@ -25,8 +25,12 @@ def one_sample_at_a_time(dataset: PackedDataset, number: int) -> Iterator[Batch]
         input_ids = row.input_ids[start : start + length]
         slots = row.image_slots[shown : shown + int((input_ids == -3).sum())]
         alone = PackedRow(
-            input_ids=input_ids, loss_mask=row.loss_mask[start : start + length], segment_lengths=row.segment_lengths[:1] * 0 + length,
-            image_ids=row.image_ids[slots], image_slots=slots * 0, sample_ids=(name,),
+            input_ids=input_ids,
+            loss_mask=row.loss_mask[start : start + length],
+            segment_lengths=row.segment_lengths[:1] * 0 + length,
+            image_ids=row.image_ids[slots],
+            image_slots=slots * 0,
+            sample_ids=(name,),
         )
         images = [decode_image(dataset.image(image), IMAGE_SIZE, 10**6, "") for image in alone.image_ids.tolist()]
         yield collate(alone, images, IMAGE_SIZE)
@@ -39,10 +43,19 @@ def plain_run(packs: Path, changes: dict, device: torch.device | str = "cpu") ->
     dataset = PackedDataset(packs)
     model = build_model(config.model, device=device)
     plan = Plan(
-        dataset.index, seed=config.train.seed, epochs=config.train.epochs, packs_per_step=config.train.packs_per_step, world_size=1,
-        cost=PackCost(), max_steps=config.train.max_steps,
+        dataset.index,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+        packs_per_step=config.train.packs_per_step,
+        world_size=1,
+        cost=PackCost(),
+        max_steps=config.train.max_steps,
     )
-    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), config.optim, part_of), betas=config.optim.betas, eps=config.optim.eps)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), config.optim, part_of),
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+    )
     warmup = config.optim.warmup_epochs * plan.steps_per_epoch
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     result, losses, norms = {}, [], []
@@ -63,7 +76,11 @@ def plain_run(packs: Path, changes: dict, device: torch.device | str = "cpu") ->
         losses.append(loss.item())
         norms.append(norm.item())
     result.update({f"weight/{name}": parameter.detach().cpu() for name, parameter in trained.items()})
-    return {**result, "losses": torch.tensor(losses, dtype=torch.float64), "grad_norms": torch.tensor(norms, dtype=torch.float64)}
+    return {
+        **result,
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "grad_norms": torch.tensor(norms, dtype=torch.float64),
+    }
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor, least_scale: float = 0.0) -> float:

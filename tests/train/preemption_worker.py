@@ -1,4 +1,5 @@
-"""A rank without a model: `python -m tests.train.preemption_worker KIND FOLDER`, for what a signal does outside and inside of training."""
+"""A rank without a model: `python -m tests.train.preemption_worker KIND FOLDER`, for what a signal does outside and
+inside of training."""
 
 import ctypes
 import subprocess
@@ -6,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from vltrain.data.signals import deaf_children
-from vltrain.train import preemption as module
-from vltrain.train.preemption import Preemption
+from vltrain.distributed import preemption as module
+from vltrain.distributed.preemption import Preemption
+from vltrain.distributed.signals import deaf_children
 
 
 def wait_in_c() -> None:

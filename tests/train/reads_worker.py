@@ -1,8 +1,8 @@
 """Counts, in one rank's process, what makes the host wait for the device during training steps off logging steps.
 
-On CUDA torch's own sync debug mode tells. On a CPU a stand-in does: whatever is computed from weights or from what `Batch.to` and `to_device` give
-counts as on the device, and each operation that reads such a tensor's values on the host is noted. Each read is put down to the nearest of the
-packages on the stack; DeepSpeed's own are kept apart.
+On CUDA torch's own sync debug mode tells. On a CPU a stand-in does: whatever is computed from weights or from what
+`Batch.to` and `to_device` give counts as on the device, and each operation that reads such a tensor's values on the
+host is noted. Each read is put down to the nearest of the packages on the stack; DeepSpeed's own are kept apart.
 """
 
 from __future__ import annotations
@@ -22,15 +22,25 @@ from torch.utils._pytree import tree_leaves
 
 from tests.train import worker
 from vltrain.batch import Batch
-from vltrain.models import multimodal, qformer
+from vltrain.distributed.readback import HostCopy
+from vltrain.models.instructblip import model as qformer
+from vltrain.models.mmt import model as multimodal
 from vltrain.train import guard as guard_module
-from vltrain.train.readback import HostCopy
 from vltrain.train.trainer import Trainer
 
 READS = {
-    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "equal",
-    "argwhere", "repeat_interleave",
-}  # fmt: skip
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "unique_consecutive",
+    "equal",
+    "argwhere",
+    "repeat_interleave",
+}
 HOST_CALLS = {torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy}
 PACKAGES = ("/vltrain/", "/deepspeed/", "/transformers/", "/peft/", "/tests/train/", "autograd/graph.py")
 
@@ -44,7 +54,8 @@ def origin() -> str:
 
 
 class Reads(TorchDispatchMode):
-    """The stand-in. `on_device`: storages that count as on the device, kept alive so that no other takes their address."""
+    """The stand-in. `on_device`: storages that count as on the device, kept alive so that no other takes their
+    address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +75,9 @@ class Reads(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         given = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
         from_device = any(map(self.marked, given))
-        by_mask = name in ("index", "index_put", "index_put_") and any(one.dtype == torch.bool and self.marked(one) for one in tree_leaves(args[1]) if one is not None)
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            one.dtype == torch.bool and self.marked(one) for one in tree_leaves(args[1]) if one is not None
+        )
         if from_device and (name in READS and not (kwargs or {}).get("output_size") or by_mask):
             self.found.append(f"{name}: {origin()}")
         result = func(*args, **(kwargs or {}))
@@ -113,7 +126,9 @@ def stand_in(trainer: Trainer) -> Iterator[list[str]]:
     Batch.to, HostCopy.read = to, read_copy
     for module in (multimodal, qformer, guard_module):
         module.to_device = to_device
-    multimodal.MultimodalModel._check = qformer.InstructBlip._check = lambda model, batch: None  # on a device nothing is checked
+    multimodal.MultimodalModel._check = qformer.InstructBlip._check = lambda model, batch: (
+        None
+    )  # on a device nothing is checked
     with reads, HostCalls(reads):
         yield reads.found
 
@@ -124,7 +139,9 @@ def sync_debug_mode(trainer: Trainer) -> Iterator[list[str]]:
     found: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_, **__: "synchroniz" in str(message) and found.append(f"{str(message)[:60]}: {origin()}")
+        warnings.showwarning = lambda message, *_, **__: (
+            "synchroniz" in str(message) and found.append(f"{str(message)[:60]}: {origin()}")
+        )
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield found

@@ -1,14 +1,14 @@
 """Runs with evaluations that say what they are told to, from a JSON file of scenarios, in one process.
 
-A scenario is one of `tests.train.worker`, with "figures": {steps done: figure of the evaluation}; the life ends in the evaluation of step
-"dies_in". Writes to `OUTPUT/evaluated.jsonl` which steps were evaluated.
+A scenario is one of `tests.train.worker`, with "figures": {steps done: figure of the evaluation}; the life ends in the
+evaluation of step "dies_in". Writes to `OUTPUT/evaluated.jsonl` which steps were evaluated.
 """
 
 import json
 from pathlib import Path
 
 from tests.train import worker
-from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 
 class Died(BaseException):

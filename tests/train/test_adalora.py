@@ -1,4 +1,5 @@
-"""AdaLoRA prunes alike under every ZeRO stage, number of ranks and accumulation, as peft's allocator in one plain process, and goes on exactly."""
+"""AdaLoRA prunes alike under every ZeRO stage, number of ranks and accumulation, as peft's allocator in one plain
+process, and goes on exactly."""
 
 import json
 import random
@@ -13,28 +14,38 @@ from tests.support.blip import QUERIES, blip_config, make_samples, make_tokenize
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.tiny import write_packs
 from tests.train.test_resume import kill_when_logged
-from vltrain.data.conversation import encode_sample
+from vltrain.config.recipe import build_config
 from vltrain.data.images import decode_image
-from vltrain.data.instruction import InstructionSource
 from vltrain.data.loader import collate
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import load_tokenizer
+from vltrain.data.text.conversation import encode_sample
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, part_of
-from vltrain.recipe import build_config
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 
 STEPS, INIT_RANK, TARGET_RANK, TINIT, TFINAL, DELTA_T = 14, 5, 3, 2, 3, 2
 CHANGES = {
-    "qformer__mode": "adalora", "adalora__init_rank": INIT_RANK, "adalora__target_rank": TARGET_RANK, "adalora__tinit": TINIT,
-    "adalora__tfinal": TFINAL, "adalora__delta_t": DELTA_T, "train__packs_per_step": 4, "train__max_steps": STEPS, "train__epochs": 50.0,
-    "train__save_every_steps": 1000, "optim__lr": 1e-2, "optim__warmup_epochs": 0.0,
-}  # fmt: skip
+    "qformer__mode": "adalora",
+    "adalora__init_rank": INIT_RANK,
+    "adalora__target_rank": TARGET_RANK,
+    "adalora__tinit": TINIT,
+    "adalora__tfinal": TFINAL,
+    "adalora__delta_t": DELTA_T,
+    "train__packs_per_step": 4,
+    "train__max_steps": STEPS,
+    "train__epochs": 50.0,
+    "train__save_every_steps": 1000,
+    "optim__lr": 1e-2,
+    "optim__warmup_epochs": 0.0,
+}
 LAST_PRUNING = STEPS - TFINAL
 PRUNINGS = [4, 6, 8, 10, LAST_PRUNING]
-# The last block's text FFN: only the queries' states leave the Q-Former, so it has no gradient, and its directions are all alike.
+# The last block's text FFN: only the queries' states leave the Q-Former, so it has no gradient, and its directions are
+# all alike.
 DEAD = ("qformer.encoder.layer.2.intermediate.dense", "qformer.encoder.layer.2.output.dense")
 
 
@@ -53,7 +64,9 @@ def packs(tmp_path_factory):
         segments = segments_of(kind, places, 24)
         made[kind] = write_packs(folder / kind, [segments[first : first + 2] for first in range(0, 24, 2)])
         made[f"{kind}-whole"] = write_packs(folder / f"{kind}-whole", [segments[:8]])
-        made[f"{kind}-parts"] = write_packs(folder / f"{kind}-parts", [segments[first : first + 2] for first in range(0, 8, 2)])
+        made[f"{kind}-parts"] = write_packs(
+            folder / f"{kind}-parts", [segments[first : first + 2] for first in range(0, 8, 2)]
+        )
     return made
 
 
@@ -61,15 +74,29 @@ def run_scenarios(packs, scenarios, world_size, folder, kind="llama"):
     """{name: (stage, packs' name, changes)} -> {name: (result, masks of each rank)}."""
     told = []
     for name, (stage, which, changes) in scenarios.items():
-        zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        zero = {
+            "stage": stage,
+            "reduce_bucket_size": 500,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        }
         told.append(
-            {"name": name, "blip": kind, "packs": str(packs[which]), "ds": {"zero_optimization": zero}, "changes": {**CHANGES, **changes}, "output": str(folder / name)}
+            {
+                "name": name,
+                "blip": kind,
+                "packs": str(packs[which]),
+                "ds": {"zero_optimization": zero},
+                "changes": {**CHANGES, **changes},
+                "output": str(folder / name),
+            }
         )
     file = folder / "scenarios.json"
     file.write_text(json.dumps(told))
     run_ranks("tests.train.worker", [str(file)], world_size, folder / "log")
     return {
-        name: (load_file(folder / name / "result.safetensors"), [load_file(folder / name / f"masks.{rank}.safetensors") for rank in range(world_size)])
+        name: (
+            load_file(folder / name / "result.safetensors"),
+            [load_file(folder / name / f"masks.{rank}.safetensors") for rank in range(world_size)],
+        )
         for name in scenarios
     }
 
@@ -89,7 +116,9 @@ def assert_budget_met(masks):
 
 
 def peft_allocator(model):
-    config = AdaLoraConfig(init_r=INIT_RANK, target_r=TARGET_RANK, tinit=TINIT, tfinal=TFINAL, deltaT=DELTA_T, total_step=STEPS)
+    config = AdaLoraConfig(
+        init_r=INIT_RANK, target_r=TARGET_RANK, tinit=TINIT, tfinal=TFINAL, deltaT=DELTA_T, total_step=STEPS
+    )
     return PeftAllocator(model if model is not None else torch.nn.Module(), config, "default")
 
 
@@ -108,12 +137,19 @@ def plain_run(folder, kind):
     config = blip_config(kind, **CHANGES)
     dataset, model = PackedDataset(folder), build_model(config.model)
     plan = Plan(dataset.index, seed=0, epochs=50.0, packs_per_step=4, world_size=1, cost=PackCost(), max_steps=STEPS)
-    optimizer = torch.optim.AdamW(parameter_groups(model.named_parameters(), config.optim, part_of), betas=config.optim.betas, eps=config.optim.eps)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), config.optim, part_of),
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+    )
     allocator = peft_allocator(model)
     losses, masks = [], {}
     for step in range(STEPS):
         rows = [dataset.row(number) for number in plan.packs_of(step).tolist()]
-        batches = [collate(row, [decode_image(dataset.image(image), 16, 10**6, "") for image in row.image_ids.tolist()], 16) for row in rows]
+        batches = [
+            collate(row, [decode_image(dataset.image(image), 16, 10**6, "") for image in row.image_ids.tolist()], 16)
+            for row in rows
+        ]
         optimizer.zero_grad(set_to_none=False)
         loss = sum(model(batch).loss_sum for batch in batches) / sum(batch.num_label_tokens for batch in batches)
         (loss + config.model.instructblip.adalora.orth_reg_weight * peft_penalty(model)).backward()
@@ -128,11 +164,15 @@ def plain_run(folder, kind):
         budget, prunes = allocator.budget_schedule(done)
         if done <= LAST_PRUNING and (prunes or done == LAST_PRUNING):
             pattern = allocator.mask_to_budget(model, budget)
-            masks.update({f"{done:03d}/{name.partition('.lora_E')[0]}": torch.tensor(kept) for name, kept in pattern.items()})
+            masks.update(
+                {f"{done:03d}/{name.partition('.lora_E')[0]}": torch.tensor(kept) for name, kept in pattern.items()}
+            )
         elif done > LAST_PRUNING:
             allocator.mask_using_rank_pattern(model, pattern)
         losses.append(loss.item())
-    weights = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {
+        f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     return {"losses": torch.tensor(losses, dtype=torch.float64), **weights}, masks
 
 
@@ -149,7 +189,9 @@ def test_every_stage_and_number_of_ranks_prunes_as_peft_does_in_one_plain_proces
         scenarios = {f"{number}-on-{world_size}": (number, kind, {}) for number in numbers}
         found |= run_scenarios(packs, scenarios, world_size, folder, kind)
     for name, (result, ranks) in found.items():
-        torch.testing.assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            result["losses"], expected["losses"], rtol=1e-5, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
         for masks in ranks:
             assert_budget_met(masks)
             differing = [key for key, mask in alive(masks).items() if not torch.equal(mask, decided[key])]
@@ -160,11 +202,17 @@ def test_every_stage_and_number_of_ranks_prunes_as_peft_does_in_one_plain_proces
                 assert not entries[~kept].any() and (entries[kept].all() or key[4:] in DEAD), name
 
 
-@pytest.mark.slow  # that accumulated gradients are one step's is shown in test_equivalence.py, that AdaLoRA reads those of a step above
+# that accumulated gradients are one step's is shown in test_equivalence.py, that AdaLoRA reads those of a step above
+@pytest.mark.slow
 def test_accumulation_prunes_as_one_large_step(packs, tmp_path):
     """The same eight samples each step: at once, in four micro-steps, and in two of each rank."""
     parts = {"train__packs_per_step": 4}
-    alone = run_scenarios(packs, {"whole": (0, "llama-whole", {"train__packs_per_step": 1}), "parts": (2, "llama-parts", parts)}, 1, tmp_path)
+    alone = run_scenarios(
+        packs,
+        {"whole": (0, "llama-whole", {"train__packs_per_step": 1}), "parts": (2, "llama-parts", parts)},
+        1,
+        tmp_path,
+    )
     folder = tmp_path / "two"
     folder.mkdir()
     shared = run_scenarios(packs, {"shared": (3, "llama-parts", parts)}, 2, folder)
@@ -186,7 +234,10 @@ def test_bf16_prunes_on_all_ranks_alike(packs, tmp_path):
                 assert not result[f"weight/{key[4:]}.lora_E.default"].view(-1)[~kept].any(), name
 
 
-@pytest.mark.parametrize(("stage", "kills"), [(2, (8,)), pytest.param(2, (5, 8), marks=pytest.mark.slow), pytest.param(3, (9,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [(2, (8,)), pytest.param(2, (5, 8), marks=pytest.mark.slow), pytest.param(3, (9,), marks=pytest.mark.slow)],
+)
 def test_kill_9_amid_pruning_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
     changes = {"train__save_every_steps": 3, "data__workers": 1, "adalora__tinit": 0, "adalora__delta_t": 1}
     run_scenarios(packs, {"whole": (stage, "llama", changes)}, 2, tmp_path)
@@ -201,10 +252,17 @@ def test_kill_9_amid_pruning_and_resume_is_bit_identical(packs, tmp_path, stage,
         assert not (tmp_path / "broken" / "result.safetensors").exists(), "it had ended before it was killed"
     run_ranks("tests.train.worker", [str(file)], 2, tmp_path / "log-last")
     expected, found = (load_file(tmp_path / name / "result.safetensors") for name in ("whole", "broken"))
-    assert [name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])] == []
-    extra = [load_file(tmp_path / name / "checkpoints" / f"step-{STEPS:08d}" / "extra-00001.safetensors") for name in ("whole", "broken")]
+    assert [
+        name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])
+    ] == []
+    extra = [
+        load_file(tmp_path / name / "checkpoints" / f"step-{STEPS:08d}" / "extra-00001.safetensors")
+        for name in ("whole", "broken")
+    ]
     assert extra[0].keys() == extra[1].keys() and all(torch.equal(extra[0][key], extra[1][key]) for key in extra[0])
-    assert any(key.startswith("adalora/kept/") for key in extra[0]) and any(value.any() for key, value in extra[0].items() if "/deviation/" in key)
+    assert any(key.startswith("adalora/kept/") for key in extra[0]) and any(
+        value.any() for key, value in extra[0].items() if "/deviation/" in key
+    )
 
 
 class StillEngine:
@@ -223,9 +281,15 @@ LAYER = "qformer.encoder.layer.0.attention.attention.query"
 
 
 def still_allocator(num_steps=10, **schedule):
-    adalora = blip_config("llama", qformer__mode="adalora", **{f"adalora__{key}": value for key, value in schedule.items()}).model.instructblip.adalora
+    adalora = blip_config(
+        "llama", qformer__mode="adalora", **{f"adalora__{key}": value for key, value in schedule.items()}
+    ).model.instructblip.adalora
     shapes = {"A": (adalora.init_rank, 4), "E": (adalora.init_rank, 1), "B": (6, adalora.init_rank)}
-    return RankAllocator(StillEngine({f"{LAYER}.lora_{name}.default": torch.ones(shape) for name, shape in shapes.items()}), adalora, num_steps)
+    return RankAllocator(
+        StillEngine({f"{LAYER}.lora_{name}.default": torch.ones(shape) for name, shape in shapes.items()}),
+        adalora,
+        num_steps,
+    )
 
 
 def test_a_step_that_was_not_taken_leaves_no_trace_and_is_made_up_for(monkeypatch):
@@ -255,9 +319,16 @@ def test_a_schedule_longer_than_the_run_is_refused(schedule):
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
-    [("target_rank", 12, "init_rank"), ("target_rank", 0, "target_rank"), ("init_rank", 8, "more than"), ("beta1", 1.0, "beta1"), ("delta_t", 0, "delta_t"),
-     ("tinit", -1, "tinit"), ("orth_reg_weight", -0.5, "orth_reg_weight")],
-)  # fmt: skip
+    [
+        ("target_rank", 12, "init_rank"),
+        ("target_rank", 0, "target_rank"),
+        ("init_rank", 8, "more than"),
+        ("beta1", 1.0, "beta1"),
+        ("delta_t", 0, "delta_t"),
+        ("tinit", -1, "tinit"),
+        ("orth_reg_weight", -0.5, "orth_reg_weight"),
+    ],
+)
 def test_a_schedule_that_makes_no_sense_is_refused(key, value, said):
     with pytest.raises(InputError, match=said):
         build_config({"model.instructblip.adalora." + key: value})

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from vltrain.train.background import BackgroundTask
+from vltrain.train.checkpoints.background import BackgroundTask
 
 
 def test_the_caller_goes_on_and_waits_before_the_next():

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
-from vltrain.check.manifest import dumps
+from vltrain.config.older_runs import ADDED
 from vltrain.errors import InputError
-from vltrain.older_runs import ADDED
-from vltrain.train import checkpoint as checkpoints
-from vltrain.train.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, save_checkpoint
-from vltrain.train.identity import require_same_run
+from vltrain.receipts.manifest import dumps
+from vltrain.train.checkpoints import checkpoint as checkpoints
+from vltrain.train.checkpoints.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, save_checkpoint
+from vltrain.train.run.identity import require_same_run
 
 BELONGS_TO = {"optim": {"lr": 0.1}, "data": "abc"}
 
@@ -171,7 +171,9 @@ def test_checkpoints_that_cannot_be_used_are_never_taken_for_none_nor_removed(tm
     spoil(save(Net(), root, 4))
     (spoilt,) = (path for path in root.iterdir() if path.name.startswith("step-"))
     inode = os.stat(spoilt).st_ino
-    with pytest.raises(InputError, match=f"none of its checkpoints can be used: .*{spoilt.name}.*does not start at step 0"):
+    with pytest.raises(
+        InputError, match=f"none of its checkpoints can be used: .*{spoilt.name}.*does not start at step 0"
+    ):
         newest_checkpoint(root)
 
     shutil.copytree(save(Net(), tmp_path / "older", 2), root / "step-00000002")
@@ -210,7 +212,9 @@ def test_best_that_cannot_be_read_lets_nothing_go(tmp_path):
         save(Net(), tmp_path, step)
     (tmp_path / "best").write_text("the first\n")
     with pytest.raises(InputError, match="best: found 'the first'"):
-        save_checkpoint(state_of(Net()), tmp_path, step=3, belongs_to=BELONGS_TO, keep=1, is_writer=True, keep_best=True)
+        save_checkpoint(
+            state_of(Net()), tmp_path, step=3, belongs_to=BELONGS_TO, keep=1, is_writer=True, keep_best=True
+        )
     assert len(list(tmp_path.glob("step-*"))) == 3
 
 

@@ -1,7 +1,8 @@
-"""`train.deterministic`: what it switches, that a CPU's results stay what they are, and that no operation of ours needs it on CUDA.
+"""`train.deterministic`: what it switches, that a CPU's results stay what they are, and that no operation of ours needs
+it on CUDA.
 
-The last is seen on a CPU: every operation of a forward and backward, of sampling and of ranking passes a dispatch mode, which holds it against
-torch's own list of those that are not deterministic on CUDA.
+The last is seen on a CPU: every operation of a forward and backward, of sampling and of ranking passes a dispatch mode,
+which holds it against torch's own list of those that are not deterministic on CUDA.
 """
 
 from __future__ import annotations
@@ -16,28 +17,70 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import kinds
 from vltrain.errors import InputError
-from vltrain.evaluate.generate import Sampling, generate, sample_tokens
+from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
 from vltrain.ops.rows import place_rows, segment_sums, take_rows
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 from vltrain.train.determinism import set_determinism
 
-# From the documentation of torch.use_deterministic_algorithms (torch 2.13), by aten's names without `_` in front and `_backward` behind kept:
+# From the documentation of torch.use_deterministic_algorithms (torch 2.13), by aten's names without `_` in front and
+# `_backward` behind kept:
 # what raises on CUDA under the switch ...
 RAISES = {
-    "avg_pool3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
-    "fractional_max_pool2d_backward", "fractional_max_pool3d_backward", "max_unpool2d", "max_unpool3d", "upsample_linear1d_backward",
-    "upsample_bilinear2d_backward", "upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "reflection_pad1d_backward",
-    "reflection_pad2d_backward", "reflection_pad3d_backward", "nll_loss_forward", "nll_loss2d_forward", "_ctc_loss_backward",
-    "_embedding_bag_dense_backward", "put", "put_", "histc", "bincount", "median", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
-    "cumsum", "cumsum_", "cumprod", "resize_",
-}  # fmt: skip
+    "avg_pool3d_backward",
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+    "adaptive_max_pool2d_backward",
+    "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward",
+    "max_unpool2d",
+    "max_unpool3d",
+    "upsample_linear1d_backward",
+    "upsample_bilinear2d_backward",
+    "upsample_bicubic2d_backward",
+    "upsample_trilinear3d_backward",
+    "reflection_pad1d_backward",
+    "reflection_pad2d_backward",
+    "reflection_pad3d_backward",
+    "nll_loss_forward",
+    "nll_loss2d_forward",
+    "_ctc_loss_backward",
+    "_embedding_bag_dense_backward",
+    "put",
+    "put_",
+    "histc",
+    "bincount",
+    "median",
+    "grid_sampler_2d_backward",
+    "grid_sampler_3d_backward",
+    "cumsum",
+    "cumsum_",
+    "cumprod",
+    "resize_",
+}
 # ... and what is deterministic under the switch only.
 SWITCHED = {
-    "convolution", "convolution_backward", "replication_pad1d_backward", "replication_pad2d_backward", "replication_pad3d_backward", "index_put",
-    "index_put_", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "index_add", "index_add_",
-    "index_copy", "index_copy_", "max_pool3d_with_indices_backward", "_scaled_dot_product_flash_attention_for_cpu_backward",
-    "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward",
-}  # fmt: skip
+    "convolution",
+    "convolution_backward",
+    "replication_pad1d_backward",
+    "replication_pad2d_backward",
+    "replication_pad3d_backward",
+    "index_put",
+    "index_put_",
+    "scatter",
+    "scatter_",
+    "scatter_add",
+    "scatter_add_",
+    "scatter_reduce",
+    "scatter_reduce_",
+    "index_add",
+    "index_add_",
+    "index_copy",
+    "index_copy_",
+    "max_pool3d_with_indices_backward",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+}
 
 
 def excuse(name: str, overload: str, arguments: tuple) -> str | None:
@@ -62,7 +105,8 @@ def excuse(name: str, overload: str, arguments: tuple) -> str | None:
 
 
 def _adds_one_each(index: torch.Tensor, addends: torch.Tensor) -> bool:
-    """The padding of packed attention: row 0 is read where no token stands, and what is read there has a gradient of zero."""
+    """The padding of packed attention: row 0 is read where no token stands, and what is read there has a gradient of
+    zero."""
     nonzero = addends.flatten(1).abs().amax(1) > 0
     return bool((torch.bincount(index[nonzero]) <= 1).all())
 
@@ -101,7 +145,16 @@ def test_no_operation_of_a_training_step_needs_atomics(name):
 
 def prompts_with_images(model) -> list[Segment]:
     shown = [("a",), ("b", "a"), (), ("a",)]
-    rows = [[IMAGE_MODALITY_TOKEN if names else TEXT_MODALITY_TOKEN, *[IMAGE_TOKEN] * (model.visual_tokens * len(names)), 5, 9, 11] for names in shown]
+    rows = [
+        [
+            IMAGE_MODALITY_TOKEN if names else TEXT_MODALITY_TOKEN,
+            *[IMAGE_TOKEN] * (model.visual_tokens * len(names)),
+            5,
+            9,
+            11,
+        ]
+        for names in shown
+    ]
     return [
         Segment(
             sample_id=f"s{number}", input_ids=np.array(row, np.int32), loss_mask=np.zeros(len(row), bool), images=names,
@@ -119,8 +172,10 @@ def test_no_operation_of_an_evaluation_needs_atomics(name, temperature):
     sampling = Sampling(max_new_tokens=4, temperature=temperature, top_p=0.9)
     with Watch() as watch, torch.no_grad():
         prompts = prompts_with_images(model)
-        picture = lambda name: np.full((3, size, size), ord(name), np.uint8)  # noqa: E731
-        generate(model.eval(), prompts, picture, sampling=sampling, stop_ids=(2,), vocab_size=60, batch_size=3, device="cpu")
+        picture = lambda name: np.full((3, size, size), ord(name), np.uint8)
+        generate(
+            model.eval(), prompts, picture, sampling=sampling, stop_ids=(2,), vocab_size=60, batch_size=3, device="cpu"
+        )
         model(batch)
     assert not watch.faults
 
@@ -128,11 +183,14 @@ def test_no_operation_of_an_evaluation_needs_atomics(name, temperature):
 @pytest.mark.parametrize(
     "what",
     [
-        lambda x: x.index_select(0, torch.tensor([0, 0, 1])), lambda x: x.cumsum(0), lambda x: x.gather(0, torch.zeros(2, 3, dtype=torch.int64)),
-        lambda x: torch.zeros(4, 3).index_add(0, torch.tensor([1, 1, 2, 0, 0]), x), lambda x: F.interpolate(x[None], 7, mode="linear"),
+        lambda x: x.index_select(0, torch.tensor([0, 0, 1])),
+        lambda x: x.cumsum(0),
+        lambda x: x.gather(0, torch.zeros(2, 3, dtype=torch.int64)),
+        lambda x: torch.zeros(4, 3).index_add(0, torch.tensor([1, 1, 2, 0, 0]), x),
+        lambda x: F.interpolate(x[None], 7, mode="linear"),
         lambda x: torch.zeros(4, 3).index_copy(0, torch.tensor([1, 2]), x[:2]),
     ],
-)  # fmt: skip
+)
 def test_the_watch_sees_what_is_not_deterministic(what):
     x = torch.randn(5, 3, requires_grad=True)
     with Watch() as watch:
@@ -142,7 +200,9 @@ def test_the_watch_sees_what_is_not_deterministic(what):
 
 def test_rows_are_taken_placed_and_summed_as_torch_does():
     draw = torch.Generator().manual_seed(0)
-    rows, states = (torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in ((4, 2, 3), (9, 3)))
+    rows, states = (
+        torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in ((4, 2, 3), (9, 3))
+    )
     index, holds = torch.tensor([2, 0, 2, 2]), torch.tensor([0, 1, 1, 1, 0, 1, 1, 1, 1]).bool()
     where = holds.nonzero().squeeze(1)
     weights = torch.randn(9, 3, generator=draw, dtype=torch.float64)
@@ -196,7 +256,10 @@ def test_the_setting_switches_torch_cublas_and_flash_attn(put_back):
 
 def test_a_workspace_that_is_not_deterministic_is_refused(put_back):
     put_back.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(InputError, match="CUBLAS_WORKSPACE_CONFIG: found ':0:0', but train.deterministic needs :4096:8 or :16:8; unset it"):
+    with pytest.raises(
+        InputError,
+        match="CUBLAS_WORKSPACE_CONFIG: found ':0:0', but train.deterministic needs :4096:8 or :16:8; unset it",
+    ):
         set_determinism(True)
     set_determinism(False)
 
@@ -209,5 +272,7 @@ def test_on_a_cpu_it_changes_no_bit(name, put_back):
         model, batch = kinds.make(name)
         loss = kinds.loss_of(name, model.train(), batch)
         loss.backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)])
+        results.append(
+            [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+        )
     assert len(results[0]) > 3 and all(torch.equal(one, other) for one, other in zip(*results, strict=True))

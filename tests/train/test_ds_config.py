@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from vltrain.config import Config, ModelConfig, OptimConfig, TrainConfig
+from vltrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from vltrain.errors import InputError
-from vltrain.train.ds_config import LARGEST_BUCKETS, fill_buckets, load_ds_json, resolve_ds_config
+from vltrain.train.zero.ds_config import LARGEST_BUCKETS, fill_buckets, load_ds_json, resolve_ds_config
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 CONFIG = Config(train=TrainConfig(packs_per_step=6), optim=OptimConfig(lr=2e-3, clip=1.0))
@@ -17,7 +17,9 @@ CONFIG = Config(train=TrainConfig(packs_per_step=6), optim=OptimConfig(lr=2e-3, 
 def test_shipped_files_resolve_to_numbers(path):
     resolved = resolve_ds_config(load_ds_json(path), CONFIG, world_size=4, num_trained=4_559_872)
     assert "auto" not in json.dumps(resolved)
-    assert resolved["gradient_accumulation_steps"] == 2  # 6 packs on 4 ranks: two micro-steps, two of the eight places are fillers
+    assert (
+        resolved["gradient_accumulation_steps"] == 2
+    )  # 6 packs on 4 ranks: two micro-steps, two of the eight places are fillers
     assert resolved["train_batch_size"] == 8
     assert resolved["gradient_clipping"] == 1.0
 
@@ -49,8 +51,14 @@ def test_the_users_dict_is_left_alone():
         ({"prescale_gradients": True}, ["prescale_gradients"]),
         ({"zero_optimization": {"stage": 4}}, ["stage", "4"]),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage"]),
-        ({"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}, ["zero_optimization.stage3_prefetch_bucket_size", "auto"]),
-        ({"reduce_bucket_size": "auto"}, ["'reduce_bucket_size'", "did you mean 'zero_optimization.reduce_bucket_size'"]),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}},
+            ["zero_optimization.stage3_prefetch_bucket_size", "auto"],
+        ),
+        (
+            {"reduce_bucket_size": "auto"},
+            ["'reduce_bucket_size'", "did you mean 'zero_optimization.reduce_bucket_size'"],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -63,7 +71,13 @@ def test_contradictions_are_refused_by_name(section, named):
 
 @pytest.mark.parametrize(
     ("num_trained", "reduce", "allgather"),
-    [(4_559_872, 4_559_872, 4_559_872), (7, 8, 8), (0, 2, 2), (186_000_001, 50_000_000, 186_000_002), (7_000_000_000, 50_000_000, 200_000_000)],
+    [
+        (4_559_872, 4_559_872, 4_559_872),
+        (7, 8, 8),
+        (0, 2, 2),
+        (186_000_001, 50_000_000, 186_000_002),
+        (7_000_000_000, 50_000_000, 200_000_000),
+    ],
 )
 def test_buckets_follow_what_is_trained(num_trained: int, reduce: int, allgather: int) -> None:
     """In whole pairs, and never larger than for a model that is tuned whole."""
@@ -71,19 +85,29 @@ def test_buckets_follow_what_is_trained(num_trained: int, reduce: int, allgather
         before = json.dumps(raw)
         zero = resolve_ds_config(raw, CONFIG, world_size=2, num_trained=num_trained)["zero_optimization"]
         assert zero["reduce_bucket_size"] == reduce and zero.get("allgather_bucket_size", allgather) == allgather
-        assert fill_buckets(raw, num_trained)["zero_optimization"] == {**raw["zero_optimization"], **{key: zero[key] for key in LARGEST_BUCKETS if key in zero}}
+        assert fill_buckets(raw, num_trained)["zero_optimization"] == {
+            **raw["zero_optimization"],
+            **{key: zero[key] for key in LARGEST_BUCKETS if key in zero},
+        }
         assert json.dumps(raw) == before
 
 
 def test_buckets_with_numbers_stay_and_without_a_model_stay_open() -> None:
     zero = {"stage": 2, "reduce_bucket_size": 500, "allgather_bucket_size": "auto"}
-    assert resolve_ds_config({"zero_optimization": zero}, CONFIG, 2, 1000)["zero_optimization"] == {**zero, "allgather_bucket_size": 1000}
+    assert resolve_ds_config({"zero_optimization": zero}, CONFIG, 2, 1000)["zero_optimization"] == {
+        **zero,
+        "allgather_bucket_size": 1000,
+    }
     assert resolve_ds_config({"zero_optimization": zero}, CONFIG, 2)["zero_optimization"] == zero
     assert fill_buckets({}, 1000) == {}
 
 
 def test_equal_numbers_are_accepted():
-    raw = {"train_batch_size": 6, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95]}}}
+    raw = {
+        "train_batch_size": 6,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-3, "betas": [0.9, 0.95]}},
+    }
     assert resolve_ds_config(raw, CONFIG, world_size=2)["train_batch_size"] == 6
 
 

@@ -1,4 +1,5 @@
-"""A process that dies anywhere in a save, or finds the disk full there, loses nothing older; no damaged file is ever used."""
+"""A process that dies anywhere in a save, or finds the disk full there, loses nothing older; no damaged file is ever
+used."""
 
 import json
 import os
@@ -13,9 +14,9 @@ from tests.support.tiny import make_segments, write_packs
 from tests.train.test_checkpoint import BELONGS_TO, Net, save, state_of
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
-from vltrain.train import checkpoint as checkpoints
-from vltrain.train.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
-from vltrain.check.manifest import dumps, pointed
+from vltrain.receipts.manifest import dumps, pointed
+from vltrain.train.checkpoints import checkpoint as checkpoints
+from vltrain.train.checkpoints.checkpoint import newest_checkpoint, open_checkpoint, save_checkpoint
 
 CALLS = ("fsync", "rename", "mkdir", "unlink", "rmdir")
 
@@ -25,7 +26,8 @@ class Died(BaseException):
 
 
 def fail_at(monkeypatch, call: int, error: BaseException, after: bool = False) -> list[str]:
-    """The `call`-th call to the file system fails, before or after its work is done. Returns the list that the calls are noted in."""
+    """The `call`-th call to the file system fails, before or after its work is done. Returns the list that the calls
+    are noted in."""
     made: list[str] = []
 
     def wrap(name, function):
@@ -71,7 +73,11 @@ def test_death_at_any_call_leaves_what_was_there_or_the_new_one(tmp_path, after)
         assert content(root / "step-00000002") == older
         assert open_checkpoint(pointed(root, "latest")).step in (2, 3)
         save(Net(), root, 4)  # a life after that one, which finds no rubbish in its way and leaves none
-        assert sorted(path.name for path in root.iterdir()) == ["latest", *(["step-00000003"] if newest.step == 3 else ["step-00000002"]), "step-00000004"]
+        assert sorted(path.name for path in root.iterdir()) == [
+            "latest",
+            *(["step-00000003"] if newest.step == 3 else ["step-00000002"]),
+            "step-00000004",
+        ]
     assert call > 12 and {"fsync", "rename", "mkdir", "save_file"} <= set(made)
 
 
@@ -104,7 +110,9 @@ def test_what_reads_back_differently_never_becomes_a_checkpoint(tmp_path, monkey
 
 def test_the_best_is_kept_and_checkpoints_of_an_abandoned_life_go(tmp_path):
     for step in (2, 4, 6, 8):
-        save_checkpoint(state_of(Net()), tmp_path, step=step, belongs_to=BELONGS_TO, keep=1, is_writer=True, keep_best=True)
+        save_checkpoint(
+            state_of(Net()), tmp_path, step=step, belongs_to=BELONGS_TO, keep=1, is_writer=True, keep_best=True
+        )
         if step == 2:
             (tmp_path / "best").write_text("step-00000002\n")
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000008"]
@@ -130,7 +138,9 @@ def test_saving_a_step_again_leaves_no_name_without_a_checkpoint(tmp_path, monke
     assert torch.equal(dict(newest_checkpoint(tmp_path).weights())["up.bias"], net.up.bias)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "weights-00001.safetensors/../../x", "weights.pt", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "weights-00001.safetensors/../../x", "weights.pt", "/etc/passwd"]
+)
 def test_a_manifest_that_points_elsewhere_is_refused(tmp_path, name):
     path = save(Net(), tmp_path, 1)
     rewrite(path, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": ""}}))
@@ -163,7 +173,17 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(tmp_path):
     assert dict(open_checkpoint(path).weights()).keys() == {"up.weight", "up.bias"}
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "nul", "[]", "1e999999", '{"sha256": "x", "format": {}, "step": 1, "belongs_to": 1, "files": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a": ' * 100_000,
+        "nul",
+        "[]",
+        "1e999999",
+        '{"sha256": "x", "format": {}, "step": 1, "belongs_to": 1, "files": []}',
+    ],
+)
 def test_a_manifest_that_is_a_bomb_is_refused(tmp_path, text):
     path = save(Net(), tmp_path, 1)
     (path / "checkpoint.json").write_text(text)
@@ -173,7 +193,7 @@ def test_a_manifest_that_is_a_bomb_is_refused(tmp_path, text):
 
 def test_a_huge_manifest_is_refused_without_reading_it(tmp_path, monkeypatch):
     path = save(Net(), tmp_path, 1)
-    monkeypatch.setattr("vltrain.check.manifest.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("vltrain.receipts.manifest.MAX_MANIFEST_BYTES", 100)
     with pytest.raises(InputError, match="larger than 100 bytes"):
         open_checkpoint(path)
 

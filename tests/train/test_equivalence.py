@@ -1,6 +1,7 @@
 """The same losses, gradients and weights however the work is spread: ZeRO stage, ranks, accumulation, packing.
 
-Everything is compared with a plain PyTorch loop in one process that feeds one sample at a time. Real DeepSpeed processes over gloo.
+Everything is compared with a plain PyTorch loop in one process that feeds one sample at a time. Real DeepSpeed
+processes over gloo.
 """
 
 import json
@@ -16,8 +17,16 @@ from vltrain.data.shards import PackedDataset
 
 NUM_STEPS = 12
 TOLERANCE = 1e-5  # of losses and norms
-GRADIENT_TOLERANCE = 3e-5  # after some steps of AdamW, which divides by what was small; which CPU it is moves it by half
-CHANGES = {"train__packs_per_step": 5, "train__max_steps": NUM_STEPS, "train__epochs": 10.0, "train__save_every_steps": 1000, "optim__warmup_epochs": 0.5}
+GRADIENT_TOLERANCE = (
+    3e-5  # after some steps of AdamW, which divides by what was small; which CPU it is moves it by half
+)
+CHANGES = {
+    "train__packs_per_step": 5,
+    "train__max_steps": NUM_STEPS,
+    "train__epochs": 10.0,
+    "train__save_every_steps": 1000,
+    "optim__warmup_epochs": 0.5,
+}
 ADAPTERS = {**CHANGES}
 LORA = {**CHANGES, "model__llm__peft__kind": "lora", "model__adapter__llm": "none"}
 PROMPTS = {**CHANGES, "model__llm__peft__kind": "adaption_prompt", "model__llm__peft__adapter_len": 3}
@@ -42,12 +51,20 @@ def packs(tmp_path_factory):
 
 
 def assert_same(found, expected, what):
-    """Losses, norms, and every gradient beside its own largest entry, or a thousandth of the model's largest: a router's, or a query's, is
-    the small difference of large terms, whose rounding it carries."""
+    """Losses, norms, and every gradient beside its own largest entry, or a thousandth of the model's largest: a
+    router's, or a query's, is the small difference of large terms, whose rounding it carries."""
     least = max(value.abs().max().item() for name, value in expected.items() if name.startswith("gradient/")) / 1000
     worst = {name: relative_difference(found[name], expected[name]) for name in ("losses", "grad_norms")}
-    worst |= {name: relative_difference(found[name], expected[name], least) for name in expected if name.startswith("gradient/")}
-    bad = {name: value for name, value in worst.items() if not value <= (GRADIENT_TOLERANCE if name.startswith("gradient/") else TOLERANCE)}
+    worst |= {
+        name: relative_difference(found[name], expected[name], least)
+        for name in expected
+        if name.startswith("gradient/")
+    }
+    bad = {
+        name: value
+        for name, value in worst.items()
+        if not value <= (GRADIENT_TOLERANCE if name.startswith("gradient/") else TOLERANCE)
+    }
     assert not bad, f"{what}: {bad}"
 
 
@@ -67,26 +84,37 @@ def test_the_reference_learns_and_meets_every_kind_of_pack(references, packs):
 
 def stage(number: int, **more) -> dict:
     # Small buckets, so that several reductions happen and ZeRO-3 really partitions.
-    zero = {"stage": number, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if number == 3 else {}), **more}
+    zero = {
+        "stage": number,
+        "reduce_bucket_size": 500,
+        **({"stage3_param_persistence_threshold": 0} if number == 3 else {}),
+        **more,
+    }
     return {"zero_optimization": zero}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_stage_and_number_of_ranks_gives_the_plain_loops_losses_and_gradients(packs, references, tmp_path, world_size):
+def test_every_stage_and_number_of_ranks_gives_the_plain_loops_losses_and_gradients(
+    packs, references, tmp_path, world_size
+):
     """Five packs a step: one rank accumulates five micro-steps, two ranks three, the last with a filler."""
     scenarios = {
         f"{kind}-{number}": (stage(number), changes)
-        for kind, (changes, stages, world_sizes) in KINDS.items() if world_size in world_sizes
+        for kind, (changes, stages, world_sizes) in KINDS.items()
+        if world_size in world_sizes
         for number in stages
     }
     for name, found in run_scenarios(packs, scenarios, world_size, tmp_path).items():
         assert_same(found, references[name.split("-")[0]], f"{name} on {world_size} rank(s)")
 
 
-def run_scenarios(packs, scenarios: dict[str, tuple[dict, dict]], world_size: int, folder) -> dict[str, dict[str, torch.Tensor]]:
+def run_scenarios(
+    packs, scenarios: dict[str, tuple[dict, dict]], world_size: int, folder
+) -> dict[str, dict[str, torch.Tensor]]:
     """Runs {name: (DeepSpeed configuration, changes)} in one group of processes; returns each one's result."""
     told = [
-        {"name": name, "packs": str(packs), "ds": ds, "changes": changes, "output": str(folder / name)} for name, (ds, changes) in scenarios.items()
+        {"name": name, "packs": str(packs), "ds": ds, "changes": changes, "output": str(folder / name)}
+        for name, (ds, changes) in scenarios.items()
     ]
     file = folder / "scenarios.json"
     file.write_text(json.dumps(told))
@@ -110,6 +138,10 @@ def test_bf16_is_the_same_at_every_stage_and_near_fp32(packs, references, tmp_pa
 def test_optimizer_offload_gives_the_plain_loops_losses_and_gradients(packs, references, tmp_path):
     """Slow, since DeepSpeed compiles its CPUAdam first, for minutes."""
     offload = {"offload_optimizer": {"device": "cpu"}}
-    scenarios = {f"{kind}-{number}": (stage(number, **offload), KINDS[kind][0]) for kind in ("adapters", "full") for number in (1, 2, 3)}
+    scenarios = {
+        f"{kind}-{number}": (stage(number, **offload), KINDS[kind][0])
+        for kind in ("adapters", "full")
+        for number in (1, 2, 3)
+    }
     for name, found in run_scenarios(packs, scenarios, 2, tmp_path).items():
         assert_same(found, references[name.split("-")[0]], f"{name} with the optimizer offloaded")

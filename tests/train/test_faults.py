@@ -8,18 +8,25 @@ import torch
 from tests.support.processes import start_ranks, wait_for_ranks
 from tests.support.tiny import make_segments, write_packs
 from vltrain.data.loader import filler
+from vltrain.distributed.stragglers import straggler
 from vltrain.errors import InputError
-from vltrain.train.out_of_memory import names_pack
-from vltrain.train.stragglers import straggler
+from vltrain.memory.out_of_memory import names_pack
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_running_out_of_memory_names_the_pack_and_advises(error):
     with pytest.raises(InputError) as caught, names_pack(filler(True, 8), step=17, rank=3):
         raise error
-    assert str(caught.value).startswith("step 17, rank 3: out of memory at a pack of 2 tokens and 1 images (samples filler)")
+    assert str(caught.value).startswith(
+        "step 17, rank 3: out of memory at a pack of 2 tokens and 1 images (samples filler)"
+    )
     assert "data.pack_length" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -31,12 +38,20 @@ def test_other_errors_pass():
 def test_who_is_a_straggler():
     assert straggler([(0.1, 1.0), (0.1, 1.1), (0.1, 1.2)]) is None
     assert straggler([(0.0, 0.001), (0.0, 0.009)]) is None  # too little to matter
-    assert straggler([(0.1, 1.0), (2.1, 1.0), (0.1, 1.0)]).startswith("rank 1 makes the others wait: 3.10 s a step, the median rank 1.10 s; fetching 2.10 s")
+    assert straggler([(0.1, 1.0), (2.1, 1.0), (0.1, 1.0)]).startswith(
+        "rank 1 makes the others wait: 3.10 s a step, the median rank 1.10 s; fetching 2.10 s"
+    )
 
 
 def test_a_slow_rank_is_named_and_a_hanging_one_ends_the_run(tmp_path):
     packs = write_packs(tmp_path / "packs", make_segments(8))
-    changes = {"train__packs_per_step": 4, "train__max_steps": 6, "train__epochs": 9.0, "train__log_every_steps": 3, "train__hang_timeout_minutes": 0.1}
+    changes = {
+        "train__packs_per_step": 4,
+        "train__max_steps": 6,
+        "train__epochs": 9.0,
+        "train__log_every_steps": 3,
+        "train__hang_timeout_minutes": 0.1,
+    }
     told = {"packs": str(packs), "ds": {"zero_optimization": {"stage": 2}}, "changes": changes}
     scenarios = [
         {**told, "name": "slow", "output": str(tmp_path / "slow"), "slow": [1, 0.3]},
@@ -48,4 +63,6 @@ def test_a_slow_rank_is_named_and_a_hanging_one_ends_the_run(tmp_path):
     said = (tmp_path / "log.0").read_text() + (tmp_path / "log.1").read_text()
     assert "rank 1 makes the others wait" in said and "rank 0 makes the others wait" not in said
     assert 1 in codes and "the others wait for rank 1, which hangs at step 3 (forward)" in said, said[-3000:]
-    assert (tmp_path / "slow" / "result.safetensors").exists() and not (tmp_path / "hangs" / "result.safetensors").exists()
+    assert (tmp_path / "slow" / "result.safetensors").exists() and not (
+        tmp_path / "hangs" / "result.safetensors"
+    ).exists()

@@ -9,16 +9,20 @@ import pytest
 SCRIPT = """
 import sys, torch
 from vltrain.errors import InputError
-from vltrain.train.engine import init_distributed, shutdown_distributed
+from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 from vltrain.train.guard import LossGuard, StepResult
 
 rank, world_size = init_distributed()
 seen = []
-guard = LossGuard(lambda read: seen.append((read.step, read.loss, read.grad_norm, read.lr, read.label_tokens, read.samples)))
+FIELDS = ("step", "loss", "grad_norm", "lr", "label_tokens", "samples")
+guard = LossGuard(lambda read: seen.append(tuple(getattr(read, name) for name in FIELDS)))
 
 def result(step, losses, grad_norm=1.0):
-    return StepResult(step=step, losses=[torch.tensor(sum(losses))], segment_losses=[torch.tensor(losses)], segment_labels=[torch.tensor([2, 2])],
-                      sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4, own_label_tokens=4, samples=(1, 2**32 - 1, 3, 4), grad_norm=grad_norm, lr=0.1)
+    return StepResult(
+        step=step, losses=[torch.tensor(sum(losses))], segment_losses=[torch.tensor(losses)],
+        segment_labels=[torch.tensor([2, 2])], sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4,
+        own_label_tokens=4, samples=(1, 2**32 - 1, 3, 4), grad_norm=grad_norm, lr=0.1,
+    )
 
 guard.push(result(0, [1.0, 1.0]))
 assert seen == []  # one step late
@@ -47,7 +51,11 @@ def stop_message(kind: str) -> str:
 
 def test_the_sample_behind_a_nan_is_named():
     message = stop_message("sample")
-    assert "RANK0: step 2: loss nan" in message and "not finite: sample(s) r0b nan" in message and "--resume auto" in message
+    assert (
+        "RANK0: step 2: loss nan" in message
+        and "not finite: sample(s) r0b nan" in message
+        and "--resume auto" in message
+    )
     assert "vltrain check replay RUN --step 2" in message
 
 
@@ -58,7 +66,7 @@ def test_a_gradient_that_is_not_finite_names_the_largest_losses():
 
 @pytest.mark.parametrize("content", ["", '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st', '{"step": 0}\n{"step": 1}\n'])
 def test_the_log_goes_on_where_the_checkpoint_is(tmp_path, content):
-    from vltrain.train.monitor import _reopen_log
+    from vltrain.metrics.monitor import _reopen_log
 
     path = tmp_path / "log.jsonl"
     path.write_text(content)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vltrain.train import hardware
-from vltrain.train.hardware import choose_dtype, data_sheet_flops, peak_flops
+from vltrain.distributed import hardware
+from vltrain.distributed.hardware import choose_dtype, data_sheet_flops, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,9 @@ from vltrain.train.hardware import choose_dtype, data_sheet_flops, peak_flops
         ("NVIDIA A40", 150e12, 37.4e12),
     ],
 )
-def test_a_known_gpus_peak_is_its_data_sheets(name: str, bf16: float, fp32: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_gpus_peak_is_its_data_sheets(
+    name: str, bf16: float, fp32: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert (peak_flops(torch.bfloat16), peak_flops(torch.float32)) == (bf16, fp32)

@@ -1,4 +1,5 @@
-"""What a run is made of: a changed file is named wherever the run's weights are used, and a moved folder changes nothing."""
+"""What a run is made of: a changed file is named wherever the run's weights are used, and a moved folder changes
+nothing."""
 
 import json
 import shutil
@@ -11,14 +12,23 @@ from safetensors.torch import load_file, save_file
 from tests.support.blip import blip_config, make_tokenizers
 from tests.support.finished_run import finished_run
 from tests.train.test_checkpoint import Net, state_of
-from vltrain.check.manifest import checksum
+from vltrain.config.recipe import build_config
 from vltrain.errors import InputError
+from vltrain.files.locate import locate
 from vltrain.inference.run import weights_used
-from vltrain.locate import locate
-from vltrain.recipe import build_config
-from vltrain.train.checkpoint import open_checkpoint, save_checkpoint
-from vltrain.train.identity import MADE_OF, agreed_over_nodes, differences, model_identity, require_same_model, require_same_run, run_id, tell_unknown_files
-from vltrain.train.made_of import made_of
+from vltrain.receipts.manifest import checksum
+from vltrain.train.checkpoints.checkpoint import open_checkpoint, save_checkpoint
+from vltrain.train.run.identity import (
+    MADE_OF,
+    agreed_over_nodes,
+    differences,
+    model_identity,
+    require_same_model,
+    require_same_run,
+    run_id,
+    tell_unknown_files,
+)
+from vltrain.train.run.made_of import made_of
 
 
 @pytest.fixture
@@ -28,10 +38,14 @@ def places(tmp_path):
 
 
 def config_of(places, **changes):
-    return build_config({
-        "model.vision.source": str(places["vit"]), "model.vision.tap_every": 1, "model.llm.source": str(places["llama"]),
-        **{key.replace("__", "."): value for key, value in changes.items()},
-    })  # fmt: skip
+    return build_config(
+        {
+            "model.vision.source": str(places["vit"]),
+            "model.vision.tap_every": 1,
+            "model.llm.source": str(places["llama"]),
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+    )
 
 
 def identity_of(config):
@@ -54,10 +68,22 @@ def other_setting(folder, name, change):
 CHANGES = {
     "llm": (lambda places: other_weights(places["llama"]), "model.llm.source: .*llama: model.safetensors has changed"),
     "vit": (lambda places: other_weights(places["vit"]), "model.vision.source: .*vit: model.safetensors has changed"),
-    "sizes": (lambda places: other_setting(places["llama"], "config.json", {"rms_norm_eps": 1e-3}), "config.json has changed"),
-    "tokenizer": (lambda places: (places["llama"] / "added_tokens.json").write_text("{}"), "model.llm.tokenizer: added_tokens.json is new"),
-    "more": (lambda places: (places["llama"] / "chat_template.jinja").write_text("{{ messages }}"), "chat_template.jinja is new"),
-    "pictures": (lambda places: (places["vit"] / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}'), "preprocessor_config.json"),
+    "sizes": (
+        lambda places: other_setting(places["llama"], "config.json", {"rms_norm_eps": 1e-3}),
+        "config.json has changed",
+    ),
+    "tokenizer": (
+        lambda places: (places["llama"] / "added_tokens.json").write_text("{}"),
+        "model.llm.tokenizer: added_tokens.json is new",
+    ),
+    "more": (
+        lambda places: (places["llama"] / "chat_template.jinja").write_text("{{ messages }}"),
+        "chat_template.jinja is new",
+    ),
+    "pictures": (
+        lambda places: (places["vit"] / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}'),
+        "preprocessor_config.json",
+    ),
 }
 
 
@@ -87,13 +113,18 @@ def test_moved_folders_are_the_same_and_what_is_not_read_does_not_count(places, 
 
 def test_a_state_dict_may_be_called_otherwise_and_metas_shards_are_named(places, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "models"))
-    from tests.models.test_clip_state import random_vit, state_of as vit_state
+    from tests.models.test_clip_state import random_vit
+    from tests.models.test_clip_state import state_of as vit_state
     from tests.models.test_meta_llama import meta_weights, write_meta
 
     weights = meta_weights(4)
     write_meta(tmp_path / "meta", weights, 2, 4)
     torch.save(vit_state(random_vit()), tmp_path / "vit.ckpt")
-    config = config_of({"vit": tmp_path / "vit.ckpt", "llama": tmp_path / "meta"}, model__vision__kind="clip", model__llm__tokenizer=str(places["llama"]))
+    config = config_of(
+        {"vit": tmp_path / "vit.ckpt", "llama": tmp_path / "meta"},
+        model__vision__kind="clip",
+        model__llm__tokenizer=str(places["llama"]),
+    )
     before = identity_of(config)
     assert before[MADE_OF]["model.llm.source"].keys() == {"params.json", "consolidated.00.pth", "consolidated.01.pth"}
     (tmp_path / "vit.ckpt").rename(tmp_path / "other.ckpt")
@@ -101,10 +132,23 @@ def test_a_state_dict_may_be_called_otherwise_and_metas_shards_are_named(places,
     weights["norm.weight"] += 1e-3
     write_meta(tmp_path / "meta", weights, 2, 4)
     renamed = {"vit": tmp_path / "other.ckpt", "llama": tmp_path / "meta"}
-    told = list(differences(before, identity_of(config_of(renamed, model__vision__kind="clip", model__llm__tokenizer=str(places["llama"])))))
-    assert [text.split(": ")[2].split(" has changed")[0] for text in told] == ["consolidated.00.pth", "consolidated.01.pth"]
+    told = list(
+        differences(
+            before,
+            identity_of(config_of(renamed, model__vision__kind="clip", model__llm__tokenizer=str(places["llama"]))),
+        )
+    )
+    assert [text.split(": ")[2].split(" has changed")[0] for text in told] == [
+        "consolidated.00.pth",
+        "consolidated.01.pth",
+    ]
     torch.save(vit_state(random_vit()), tmp_path / "other.ckpt")
-    told = list(differences(before, identity_of(config_of(renamed, model__vision__kind="clip", model__llm__tokenizer=str(places["llama"])))))
+    told = list(
+        differences(
+            before,
+            identity_of(config_of(renamed, model__vision__kind="clip", model__llm__tokenizer=str(places["llama"]))),
+        )
+    )
     assert told[0].startswith("model.vision.source") and "has changed" in told[0]
 
 
@@ -123,7 +167,11 @@ def test_a_sharded_folder_names_the_shard(places, tmp_path):
     before = identity_of(config)
     assert before[MADE_OF]["model.llm.source"].keys() == {"config.json", *halves}
     tensors[names[1]] = tensors[names[1]] * 2
-    save_file({name: tensors[name] for name in halves["model-2.safetensors"]}, folder / "model-2.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensors[name] for name in halves["model-2.safetensors"]},
+        folder / "model-2.safetensors",
+        metadata={"format": "pt"},
+    )
     (told,) = differences(before, identity_of(config))
     assert "model-2.safetensors has changed" in told
 
@@ -138,12 +186,21 @@ def test_an_instructblips_base_tokenizers_and_adapters(tmp_path):
     assert "model.instructblip.qformer_tokenizer" in told and "tokenizer.json has changed" in told
 
 
-@pytest.mark.parametrize(("third", "told"), [("a", None), ("b", "rank 2's node has other files than rank 0's: model.llm.source: model.safetensors has changed"), (None, None)])
+@pytest.mark.parametrize(
+    ("third", "told"),
+    [
+        ("a", None),
+        ("b", "rank 2's node has other files than rank 0's: model.llm.source: model.safetensors has changed"),
+        (None, None),
+    ],
+)
 def test_nodes_must_have_the_same_files(monkeypatch, third, told):
     """Ranks 0 and 2 are the first of their nodes; rank 1 has looked at nothing."""
     found = [{"model.llm.source": {"model.safetensors": digest}} if digest else None for digest in ("a", None, third)]
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: len(found))
-    monkeypatch.setattr("torch.distributed.all_gather_object", lambda gathered, own: gathered.__setitem__(slice(None), found))
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda gathered, own: gathered.__setitem__(slice(None), found)
+    )
     if told is None:
         assert agreed_over_nodes(None) == found[0]
         return
@@ -152,7 +209,11 @@ def test_nodes_must_have_the_same_files(monkeypatch, third, told):
 
 
 def checkpoint_of(folder, belongs_to, **run_state):
-    return open_checkpoint(save_checkpoint(state_of(Net()), folder, step=1, belongs_to=belongs_to, keep=2, is_writer=True, run_state=run_state))
+    return open_checkpoint(
+        save_checkpoint(
+            state_of(Net()), folder, step=1, belongs_to=belongs_to, keep=2, is_writer=True, run_state=run_state
+        )
+    )
 
 
 def test_a_run_from_before_digests_goes_on_and_says_what_it_cannot_tell(places, tmp_path, caplog):
@@ -173,7 +234,15 @@ def test_a_run_from_before_digests_goes_on_and_says_what_it_cannot_tell(places, 
     require_same_model(old, moved, made_of(moved), "RUN")
 
 
-@pytest.mark.parametrize("belongs_to", [{"model": 5}, {"model": {"llm": []}, MADE_OF: {"model.llm.source": 3}}, {MADE_OF: []}, {"model": {}, MADE_OF: {"x": {"y": 1}}}])
+@pytest.mark.parametrize(
+    "belongs_to",
+    [
+        {"model": 5},
+        {"model": {"llm": []}, MADE_OF: {"model.llm.source": 3}},
+        {MADE_OF: []},
+        {"model": {}, MADE_OF: {"x": {"y": 1}}},
+    ],
+)
 def test_an_identity_that_is_none_is_a_difference(places, tmp_path, belongs_to):
     with pytest.raises(InputError, match="belongs to another run"):
         require_same_run(checkpoint_of(tmp_path / "c", belongs_to), identity_of(config_of(places)))
@@ -185,7 +254,12 @@ def test_what_was_edited_in_a_runs_recipe_is_told(tmp_path, caplog):
     weights_used(places.run, places.config(), checkpoint, None)
     assert caplog.text == ""
     stored = places.run / "config.yaml"
-    text = stored.read_text().replace("template: mmt", "template: chat").replace("  init_from: null\n", "").replace("max_image_pixels: 50000000", "max_image_pixels: 4")
+    text = (
+        stored.read_text()
+        .replace("template: mmt", "template: chat")
+        .replace("  init_from: null\n", "")
+        .replace("max_image_pixels: 50000000", "max_image_pixels: 4")
+    )
     stored.write_text(text)
     weights_used(places.run, places.config(), checkpoint, None)
     told = [record.message.partition("wrote it: ")[2] for record in caplog.records]

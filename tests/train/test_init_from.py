@@ -16,9 +16,15 @@ from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, part_of
-from vltrain.train.checkpoint import load_trainable, newest_checkpoint, open_checkpoint, require_fit, save_checkpoint
-from vltrain.train.identity import MADE_OF, model_identity
-from vltrain.train.origin import find_origin, require_same_frozen
+from vltrain.train.checkpoints.checkpoint import (
+    load_trainable,
+    newest_checkpoint,
+    open_checkpoint,
+    require_fit,
+    save_checkpoint,
+)
+from vltrain.train.run.identity import MADE_OF, model_identity
+from vltrain.train.run.origin import find_origin, require_same_frozen
 
 KINDS = {
     "mmt adapters": lambda **changes: tiny_config(**{"model__llm__peft__kind": "lora", **changes}),
@@ -42,9 +48,13 @@ def moved(model):
 def save_run(folder, config, steps=(7,), made_of=None, best=None):
     """A run's folder with checkpoints of its trained weights. Returns the model."""
     model = moved(build_model(config.model))
-    identity = json.loads(json.dumps({"model": model_identity(config), **({MADE_OF: made_of} if made_of is not None else {})}))
+    identity = json.loads(
+        json.dumps({"model": model_identity(config), **({MADE_OF: made_of} if made_of is not None else {})})
+    )
     for step in steps:
-        state = ((name, parameter.detach(), {}) for name, parameter in model.named_parameters() if parameter.requires_grad)
+        state = (
+            (name, parameter.detach(), {}) for name, parameter in model.named_parameters() if parameter.requires_grad
+        )
         save_checkpoint(state, folder / "checkpoints", step=step, belongs_to=identity, keep=9, is_writer=True)
     if best is not None:
         (folder / "checkpoints" / "best").write_text(f"step-{best:08d}\n")
@@ -54,7 +64,9 @@ def save_run(folder, config, steps=(7,), made_of=None, best=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_trained_parameter_is_taken_bit_for_bit(kind, tmp_path):
     expected = save_run(tmp_path / "run", KINDS[kind]())
-    config = KINDS[kind](train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new"), optim__lr=1e-5, train__seed=4)
+    config = KINDS[kind](
+        train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new"), optim__lr=1e-5, train__seed=4
+    )
     origin = find_origin(config, None)
     require_same_frozen(origin.checkpoint, config, {})
     model = build_model(config.model)
@@ -67,8 +79,13 @@ def test_every_trained_parameter_is_taken_bit_for_bit(kind, tmp_path):
 @pytest.mark.parametrize("bias", [True, False])
 def test_adapters_with_biases_do_not_begin_with_those_without(bias, tmp_path):
     save_run(tmp_path / "run", tiny_config(model__adapter__bias=bias))
-    config = tiny_config(model__adapter__bias=not bias, train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new"))
-    with pytest.raises(InputError, match=f"model.adapter.bias was {bias}, is {not bias}: adapters with biases and without have other parameters"):
+    config = tiny_config(
+        model__adapter__bias=not bias, train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new")
+    )
+    with pytest.raises(
+        InputError,
+        match=f"model.adapter.bias was {bias}, is {not bias}: adapters with biases and without have other parameters",
+    ):
         require_same_frozen(find_origin(config, None).checkpoint, config, {})
 
 
@@ -90,8 +107,10 @@ def test_which_checkpoint_of_a_run_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"model__adapter__dim": 8}, "do not fit: .*adapter.*expected"), ({"model__llm__peft__kind": None}, "model does not train"),
-        ({"model__neck__kind": "linear", "model__adapter__vision": "none"}, "neck"), ({"model__adapter__llm": "both"}, "lacks .*adapter"),
+        ({"model__adapter__dim": 8}, "do not fit: .*adapter.*expected"),
+        ({"model__llm__peft__kind": None}, "model does not train"),
+        ({"model__neck__kind": "linear", "model__adapter__vision": "none"}, "neck"),
+        ({"model__adapter__llm": "both"}, "lacks .*adapter"),
     ],
 )
 def test_other_shapes_are_refused_by_name_and_nothing_is_copied(tmp_path, change, told):
@@ -109,9 +128,17 @@ FILES = {"model.llm.source": {"model.safetensors": "a" * 64}, "model.llm.tokeniz
 @pytest.mark.parametrize(
     ("change", "files", "told"),
     [
-        ({}, {**FILES, "model.llm.source": {"model.safetensors": "c" * 64}}, "model.llm.source: model.safetensors has changed"),
+        (
+            {},
+            {**FILES, "model.llm.source": {"model.safetensors": "c" * 64}},
+            "model.llm.source: model.safetensors has changed",
+        ),
         ({"model__seed": 1}, FILES, "model.seed was 0, is 1"),
-        ({"model__llm__config": {**tiny_config().model.llm.config, "rms_norm_eps": 1e-3}}, FILES, "rms_norm_eps was None, is 0.001"),
+        (
+            {"model__llm__config": {**tiny_config().model.llm.config, "rms_norm_eps": 1e-3}},
+            FILES,
+            "rms_norm_eps was None, is 0.001",
+        ),
     ],
 )
 def test_other_frozen_weights_are_refused(tmp_path, change, files, told):
@@ -126,7 +153,10 @@ def test_what_else_is_different_is_told(tmp_path, caplog):
     other = {**FILES, "model.llm.tokenizer": {"tokenizer.json": "d" * 64}}
     with caplog.at_level(logging.WARNING):
         require_same_frozen(origin, tiny_config(model__adapter__scale=0.5, optim__lr=1e-5), other)
-    assert "model.adapter.scale was 1.0, is 0.5" in caplog.text and "model.llm.tokenizer: tokenizer.json has changed" in caplog.text.replace("none: ", "")
+    assert (
+        "model.adapter.scale was 1.0, is 0.5" in caplog.text
+        and "model.llm.tokenizer: tokenizer.json has changed" in caplog.text.replace("none: ", "")
+    )
     assert "optim" not in caplog.text
 
 
@@ -135,23 +165,61 @@ def test_a_run_goes_on_without_its_origin_but_not_with_another(tmp_path):
     save_run(tmp_path / "second", tiny_config(), steps=(2,))
     named = str(tmp_path / "first")
     begun = find_origin(tiny_config(train__init_from=named, output=str(tmp_path / "new")), None).facts
-    state = ((name, parameter.detach(), {}) for name, parameter in build_model(tiny_config().model).named_parameters() if parameter.requires_grad)
-    own = open_checkpoint(save_checkpoint(state, tmp_path / "new" / "checkpoints", step=1, belongs_to={"origin": begun}, keep=1, is_writer=True))
+    state = (
+        (name, parameter.detach(), {})
+        for name, parameter in build_model(tiny_config().model).named_parameters()
+        if parameter.requires_grad
+    )
+    own = open_checkpoint(
+        save_checkpoint(
+            state, tmp_path / "new" / "checkpoints", step=1, belongs_to={"origin": begun}, keep=1, is_writer=True
+        )
+    )
     (tmp_path / "first").rename(tmp_path / "archive")
     same = find_origin(tiny_config(train__init_from=named, output=str(tmp_path / "new")), own)
     assert same.checkpoint is None and same.facts == begun
-    assert find_origin(tiny_config(train__init_from=str(tmp_path / "archive"), output=str(tmp_path / "new")), own).facts["digest"] == begun["digest"]
-    assert find_origin(tiny_config(train__init_from=str(tmp_path / "second"), output=str(tmp_path / "new")), own).facts["digest"] != begun["digest"]
+    assert (
+        find_origin(tiny_config(train__init_from=str(tmp_path / "archive"), output=str(tmp_path / "new")), own).facts[
+            "digest"
+        ]
+        == begun["digest"]
+    )
+    assert (
+        find_origin(tiny_config(train__init_from=str(tmp_path / "second"), output=str(tmp_path / "new")), own).facts[
+            "digest"
+        ]
+        != begun["digest"]
+    )
 
 
 def test_real_processes_begin_with_it_at_another_stage_number_of_ranks_and_data(tmp_path):
-    """ZeRO 2 on one rank, then a new run of other packs, lr and seed at ZeRO 3 on two: its first loss is that of the first run's weights."""
-    first, second = (write_packs(tmp_path / name, make_segments(6, seed=number), seed=number) for number, name in enumerate(("a", "b")))
+    """ZeRO 2 on one rank, then a new run of other packs, lr and seed at ZeRO 3 on two: its first loss is that of the
+    first run's weights."""
+    first, second = (
+        write_packs(tmp_path / name, make_segments(6, seed=number), seed=number)
+        for number, name in enumerate(("a", "b"))
+    )
 
     def train(name, packs, stage, ranks, **changes):
-        zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
-        changes = {"train__max_steps": 3, "train__epochs": 10.0, "train__save_every_steps": 2, "optim__warmup_epochs": 0.0, **changes}
-        scenario = {"name": name, "packs": str(packs), "output": str(tmp_path / f"run-{name}"), "ds": {"zero_optimization": zero}, "changes": changes}
+        zero = {
+            "stage": stage,
+            "reduce_bucket_size": 500,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        }
+        changes = {
+            "train__max_steps": 3,
+            "train__epochs": 10.0,
+            "train__save_every_steps": 2,
+            "optim__warmup_epochs": 0.0,
+            **changes,
+        }
+        scenario = {
+            "name": name,
+            "packs": str(packs),
+            "output": str(tmp_path / f"run-{name}"),
+            "ds": {"zero_optimization": zero},
+            "changes": changes,
+        }
         (tmp_path / f"{name}.json").write_text(json.dumps([scenario]))
         run_ranks("tests.train.worker", [str(tmp_path / f"{name}.json")], ranks, tmp_path / f"log-{name}")
         return tmp_path / f"run-{name}"
@@ -182,8 +250,14 @@ def test_a_neck_that_was_trained_alone_begins_a_model_with_new_adapters(tmp_path
     necks = save_run(tmp_path / "run", tiny_config(model__tune="neck"))
     assert {part_of(name) for name, one in necks.named_parameters() if one.requires_grad} == {"neck", "modality"}
     assert not any(".adapter." in name or "lora_" in name for name, _ in necks.named_parameters())
-    config = tiny_config(model__llm__peft__kind="lora", train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new"))
-    origin, model, fresh = find_origin(config, None), build_model(config.model), dict(build_model(config.model).named_parameters())
+    config = tiny_config(
+        model__llm__peft__kind="lora", train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new")
+    )
+    origin, model, fresh = (
+        find_origin(config, None),
+        build_model(config.model),
+        dict(build_model(config.model).named_parameters()),
+    )
     require_same_frozen(origin.checkpoint, config, {})
     begins = require_fit(origin.checkpoint, model)
     assert set(begins) == {"adapter", "peft"}
@@ -204,6 +278,8 @@ def test_the_runs_own_checkpoint_and_an_origin_with_more_are_held_to_every_param
     config = tiny_config(model__tune="neck", train__init_from=str(tmp_path / "adapters"), output=str(tmp_path / "new"))
     with pytest.raises(InputError, match="has [0-9]+ that this model does not train"):
         require_fit(find_origin(config, None).checkpoint, build_model(config.model))
-    half = tiny_config(model__adapter__vision="none", train__init_from=str(tmp_path / "adapters"), output=str(tmp_path / "new"))
+    half = tiny_config(
+        model__adapter__vision="none", train__init_from=str(tmp_path / "adapters"), output=str(tmp_path / "new")
+    )
     with pytest.raises(InputError, match="another model or recipe"):
         require_fit(find_origin(half, None).checkpoint, build_model(half.model))

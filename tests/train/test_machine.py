@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.support.processes import ROOT, start_ranks, wait_for_ranks
+from vltrain.distributed import machine
 from vltrain.errors import InputError
-from vltrain.programs import evaluate, replay, train
-from vltrain.train import machine
+from vltrain.programs import evaluate, train
+from vltrain.programs.checks import replay
 
 
 @pytest.fixture
@@ -20,7 +21,9 @@ def cuda_build(monkeypatch):
 
     def make(devices=(), command=None):
         def init():
-            raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver")
+            raise RuntimeError(
+                "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+            )
 
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -44,7 +47,11 @@ def test_a_gpu_without_a_driver(cuda_build, signs, environment, sign):
     with pytest.raises(InputError) as refusal:
         machine.require_driver(environment)
     said = str(refusal.value)
-    assert sign in said and "built for CUDA 13.0" in said and "driver on your system is too old (found version 11040)" in said
+    assert (
+        sign in said
+        and "built for CUDA 13.0" in said
+        and "driver on your system is too old (found version 11040)" in said
+    )
     assert "CUDA_VISIBLE_DEVICES= " in said and "\n" not in said
     machine.require_driver({"CUDA_VISIBLE_DEVICES": ""})
     machine.require_driver({**environment, "DS_ACCELERATOR": "cpu"})
@@ -54,7 +61,9 @@ def test_a_cuda_build_on_a_plain_cpu_machine_runs_and_says_so(cuda_build, caplog
     cuda_build()
     caplog.set_level("INFO", logger="vltrain")  # whatever level a program has left there
     machine.require_driver({})
-    machine.require_driver({"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_SIZE": "2"})  # which DeepSpeed's launcher sets for CPU ranks too
+    machine.require_driver(
+        {"CUDA_VISIBLE_DEVICES": "0,1", "LOCAL_SIZE": "2"}
+    )  # which DeepSpeed's launcher sets for CPU ranks too
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"] and "runs on the CPU" in caplog.text
 
 
@@ -70,7 +79,10 @@ def test_fewer_gpus_than_ranks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     machine.require_own_gpu({"RANK": "5", "LOCAL_RANK": "1"})
-    with pytest.raises(InputError, match=r"rank 6 is number 2 on its machine, counted from 0, but sees 2 GPU\(s\); start 2 rank.*--num_gpus 2"):
+    with pytest.raises(
+        InputError,
+        match=r"rank 6 is number 2 on its machine, counted from 0, but sees 2 GPU\(s\); start 2 rank.*--num_gpus 2",
+    ):
         machine.require_own_gpu({"RANK": "6", "LOCAL_RANK": "2"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     machine.require_own_gpu({"RANK": "6", "LOCAL_RANK": "2"})
@@ -91,7 +103,11 @@ def test_real_ranks_on_gpus_of_two_models(tmp_path):
     assert wait_for_ranks(ranks, tmp_path / "log", 60) == [2, 2]
     for rank in range(2):
         text = (tmp_path / f"log.{rank}").read_text()
-        assert "(NVIDIA A100: rank 1; NVIDIA H100: rank 0)" in text and "VLTRAIN_MIXED_GPUS=1" in text and "Traceback" not in text
+        assert (
+            "(NVIDIA A100: rank 1; NVIDIA H100: rank 0)" in text
+            and "VLTRAIN_MIXED_GPUS=1" in text
+            and "Traceback" not in text
+        )
 
 
 @pytest.mark.parametrize(
@@ -148,10 +164,15 @@ def test_every_program_that_trains_or_evaluates_asks_first(monkeypatch, tmp_path
 
 def test_deepspeeds_accelerator_is_left_to_the_user():
     """After the import the variable is what the user made it: a child that finds `cpu` takes it for the user's wish."""
-    code = "import os, vltrain.train.engine as e; print(e.deepspeed.get_accelerator().device_name(), os.environ.get('DS_ACCELERATOR'))"
+    code = (
+        "import os, vltrain.train.zero.engine as e; print(e.deepspeed.get_accelerator().device_name(), "
+        "os.environ.get('DS_ACCELERATOR'))"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     children = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment | given, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment | given, stdout=subprocess.PIPE, text=True
+        )
         for given in ({}, {"DS_ACCELERATOR": "cpu"})
     ]
     assert [child.communicate()[0].split()[-1] for child in children] == ["None", "cpu"]

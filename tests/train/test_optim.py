@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vltrain.config import OptimConfig
+from vltrain.config.schema import OptimConfig
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 
 
@@ -30,15 +30,20 @@ def test_groups_split_by_decay_and_part():
         return torch.nn.Parameter(torch.zeros(*shape))
 
     named = {
-        "neck.up.weight": parameter(3, 2), "neck.up.bias": parameter(3), "vision.w": parameter(2, 2), "vision.b": parameter(2),
+        "neck.up.weight": parameter(3, 2),
+        "neck.up.bias": parameter(3),
+        "vision.w": parameter(2, 2),
+        "vision.b": parameter(2),
         "frozen": torch.nn.Parameter(torch.zeros(4, 4), requires_grad=False),
     }
     optim = OptimConfig(lr=1e-2, vision_lr=1e-3, weight_decay=0.02)
     groups = parameter_groups(named.items(), optim, lambda name: name.split(".")[0])
     found = {(group["peak_lr"], group["weight_decay"]): [id(p) for p in group["params"]] for group in groups}
     assert found == {
-        (1e-2, 0.02): [id(named["neck.up.weight"])], (1e-2, 0.0): [id(named["neck.up.bias"])],
-        (1e-3, 0.02): [id(named["vision.w"])], (1e-3, 0.0): [id(named["vision.b"])],
+        (1e-2, 0.02): [id(named["neck.up.weight"])],
+        (1e-2, 0.0): [id(named["neck.up.bias"])],
+        (1e-3, 0.02): [id(named["vision.w"])],
+        (1e-3, 0.0): [id(named["vision.b"])],
     }
     optimizer = torch.optim.AdamW(groups)
     assert set_learning_rates(optimizer, 0.5) == pytest.approx(5e-3)
@@ -46,7 +51,9 @@ def test_groups_split_by_decay_and_part():
 
 
 def test_a_linear_decay_goes_by_steps_or_by_epochs():
-    assert [lr_factor(step, 6, 2, 0.2, "linear") for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4])
+    assert [lr_factor(step, 6, 2, 0.2, "linear") for step in range(6)] == pytest.approx(
+        [1 / 3, 2 / 3, 1.0, 0.8, 0.6, 0.4]
+    )
     found = [lr_factor(step, 8, 0, 0.0, "linear_epochs", steps_per_epoch=2.5) for step in range(8)]
     assert found == pytest.approx([1.0] * 3 + [0.75] * 2 + [0.5] * 3)
     assert lr_factor(0, 8, 1, 0.1, "linear_epochs", steps_per_epoch=4) == pytest.approx(0.5)

@@ -1,4 +1,5 @@
-"""A signal at any moment ends a run with a checkpoint and the code that requeues; the run goes on as if nothing had been. Real processes."""
+"""A signal at any moment ends a run with a checkpoint and the code that requeues; the run goes on as if nothing had
+been. Real processes."""
 
 import json
 import os
@@ -17,9 +18,16 @@ from safetensors.torch import load_file
 
 from tests.support.processes import ROOT, deepspeed_command, run_ranks, start_ranks, stop_ranks
 from tests.support.tiny import make_segments, write_packs
+from vltrain.distributed.preemption import (
+    CAUTION,
+    EXIT_REQUEUE,
+    RESERVE_SECONDS,
+    UNSEEN_SAVE_SECONDS,
+    Preemption,
+    time_limit_end,
+)
 from vltrain.errors import EXIT_INTERRUPTED
-from vltrain.train.checkpoint import open_checkpoint
-from vltrain.train.preemption import CAUTION, EXIT_REQUEUE, RESERVE_SECONDS, UNSEEN_SAVE_SECONDS, Preemption, time_limit_end
+from vltrain.train.checkpoints.checkpoint import open_checkpoint
 from vltrain.train.trainer import Trainer
 
 NUM_STEPS = 60
@@ -59,10 +67,16 @@ def newest_step(output: Path) -> int:
 
 
 def signal_and_wait(processes: list[subprocess.Popen], output: Path, generator: random.Random, until: int) -> bool:
-    """Signals a random rank, or all processes of both, soon after `until` steps. Checks what comes of it. False if the run ended before."""
+    """Signals a random rank, or all processes of both, soon after `until` steps. Checks what comes of it. False if the
+    run ended before."""
     rank, number = generator.randrange(2), generator.choice([signal.SIGTERM, signal.SIGUSR1])
     told = [output / f"progress.{one}" for one in range(2)]  # both, since both are asked how far they are
-    wait_for(lambda: processes[rank].poll() is not None or (all(file.exists() for file in told) and progress(output, rank) >= until))
+    wait_for(
+        lambda: (
+            processes[rank].poll() is not None
+            or (all(file.exists() for file in told) and progress(output, rank) >= until)
+        )
+    )
     time.sleep(generator.uniform(0, 0.15))
     if any(process.poll() is not None for process in processes):
         return False
@@ -75,7 +89,10 @@ def signal_and_wait(processes: list[subprocess.Popen], output: Path, generator: 
     after = max(progress(output, one) for one in range(2))
     codes = [process.wait(timeout=60) for process in processes]
     if codes == [0, 0]:
-        assert after >= json.loads((output.parent / f"{output.name}.json").read_text())[0]["changes"]["train__max_steps"] - 2
+        assert (
+            after
+            >= json.loads((output.parent / f"{output.name}.json").read_text())[0]["changes"]["train__max_steps"] - 2
+        )
         return False
     assert codes == [EXIT_REQUEUE] * 2
     assert before <= newest_step(output) <= after + 2
@@ -91,7 +108,9 @@ def preempt_often(packs: Path, folder: Path, num_signals: int, num_steps: int) -
         done = newest_step(broken) if moment else 0
         processes = start_ranks("tests.train.worker", arguments, 2, folder / "log-broken")
         try:
-            assert signal_and_wait(processes, broken, generator, until=max(done, moment * stride + generator.randrange(stride)))
+            assert signal_and_wait(
+                processes, broken, generator, until=max(done, moment * stride + generator.randrange(stride))
+            )
         finally:
             stop_ranks(processes)
         for rank in range(2):
@@ -99,7 +118,9 @@ def preempt_often(packs: Path, folder: Path, num_signals: int, num_steps: int) -
     run_ranks("tests.train.worker", arguments, 2, folder / "log-last")
     assert (broken / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
     expected, found = load_file(whole / "result.safetensors"), load_file(broken / "result.safetensors")
-    assert [name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])] == []
+    assert [
+        name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])
+    ] == []
 
 
 @pytest.mark.slow  # one signal, to a launcher and to its group, is heard and gone on from below
@@ -114,16 +135,23 @@ def test_signals_at_50_random_moments(packs, tmp_path):
 
 @pytest.mark.parametrize("whom", [pytest.param("rank", marks=pytest.mark.slow), "group"])
 def test_under_deepspeeds_launcher(packs, tmp_path, whom):
-    """A signal to a rank comes out as the code; its launcher ends with a code of its own when itself is told to end, but not before the save."""
+    """A signal to a rank comes out as the code; its launcher ends with a code of its own when itself is told to end,
+    but not before the save."""
     output = tmp_path / "run"
-    command, environment = deepspeed_command("--module", "tests.support.rank", "tests.train.worker", scenario(packs, output, 100_000))
+    command, environment = deepspeed_command(
+        "--module", "tests.support.rank", "tests.train.worker", scenario(packs, output, 100_000)
+    )
     with (tmp_path / "log").open("wb") as log:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         wait_for(lambda: launcher.poll() is not None or ((output / "progress.1").exists() and progress(output, 1) >= 9))
         started = psutil.Process(launcher.pid).children(recursive=True)
         if whom == "rank":
-            next(one for one in started if "tests.train.worker" in one.cmdline() and one.environ().get("RANK") == "1").send_signal(signal.SIGUSR1)
+            next(
+                one for one in started if "tests.train.worker" in one.cmdline() and one.environ().get("RANK") == "1"
+            ).send_signal(signal.SIGUSR1)
         else:
             os.killpg(launcher.pid, signal.SIGTERM)
         after = progress(output, 1)
@@ -157,7 +185,10 @@ def test_before_training_a_signal_ends_it_at_once_and_cleans_up(tmp_path):
 def test_ctrl_c_ends_it_with_a_code_of_its_own(tmp_path, capfd):
     assert run_without_model("prepare", tmp_path, (0, signal.SIGINT), (0.1, signal.SIGTERM)) == EXIT_INTERRUPTED
     said = capfd.readouterr().err
-    assert said == f"SIGINT: nothing to save; ends with code {EXIT_INTERRUPTED}, to be started again with the same command\n"
+    assert (
+        said
+        == f"SIGINT: nothing to save; ends with code {EXIT_INTERRUPTED}, to be started again with the same command\n"
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)])
@@ -187,7 +218,9 @@ def test_the_time_limit_ends_what_comes_to_no_step(tmp_path):
 
 
 def test_processes_that_decode_hear_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, "-m", "tests.train.preemption_worker", "worker", str(tmp_path)], cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.train.preemption_worker", "worker", str(tmp_path)], cwd=ROOT
+    )
     wait_for((tmp_path / "ready").exists)
     child = psutil.Process(int((tmp_path / "child").read_text()))
     child.send_signal(signal.SIGTERM)
@@ -211,7 +244,9 @@ def test_the_margin_learns():
     assert preemption.margin_seconds() == pytest.approx(CAUTION * (0.2 + 2 * 0.4) + RESERVE_SECONDS, abs=0.3)
 
 
-@pytest.mark.parametrize(("seconds", "leaves"), [(RESERVE_SECONDS + CAUTION * UNSEEN_SAVE_SECONDS + 5, False), (RESERVE_SECONDS, True)])
+@pytest.mark.parametrize(
+    ("seconds", "leaves"), [(RESERVE_SECONDS + CAUTION * UNSEEN_SAVE_SECONDS + 5, False), (RESERVE_SECONDS, True)]
+)
 def test_it_leaves_before_the_limit(seconds, leaves):
     assert Preemption(time.time() + seconds).agreed(CPU) is leaves
 
@@ -223,13 +258,21 @@ def test_the_earlier_limit_counts():
     assert time_limit_end({"SLURM_JOB_END_TIME": "500"}, 10, 0) == 500
 
 
-@pytest.mark.parametrize(("world_size", "asked", "saved_before", "saves", "leaves"), [(1, True, 2, [3], [3]), (1, True, 3, [], [3]), (1, False, 2, [], []), (2, True, 2, [], [])])
+@pytest.mark.parametrize(
+    ("world_size", "asked", "saved_before", "saves", "leaves"),
+    [(1, True, 2, [3], [3]), (1, True, 3, [], [3]), (1, False, 2, [], []), (2, True, 2, [], [])],
+)
 def test_a_rank_alone_that_waits_for_data_saves_and_leaves(world_size, asked, saved_before, saves, leaves):
     """It stands at a step boundary; of several ranks the others may not."""
     saved, left = [], []
     trainer = SimpleNamespace(
-        engine=SimpleNamespace(world_size=world_size), preemption=SimpleNamespace(is_asked=asked), guard=SimpleNamespace(flush=lambda: None),
-        done=3, saved=saved_before, save=saved.append, _leave=left.append,
-    )  # fmt: skip
+        engine=SimpleNamespace(world_size=world_size),
+        preemption=SimpleNamespace(is_asked=asked),
+        guard=SimpleNamespace(flush=lambda: None),
+        done=3,
+        saved=saved_before,
+        save=saved.append,
+        _leave=left.append,
+    )
     Trainer._leave_while_waiting(trainer)
     assert (saved, left) == (saves, leaves)

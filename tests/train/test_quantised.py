@@ -1,4 +1,5 @@
-"""Training around quantised weights under real DeepSpeed processes: the same at every stage that takes them and on any number of ranks."""
+"""Training around quantised weights under real DeepSpeed processes: the same at every stage that takes them and on any
+number of ranks."""
 
 import json
 from functools import partial
@@ -11,8 +12,17 @@ from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
 
 pytest.importorskip("bitsandbytes", reason="install the extra `quant`")
-CHANGES = {"train__packs_per_step": 4, "train__epochs": 10.0, "train__max_steps": 6, "train__save_every_steps": 3, "train__keep_checkpoints": 9}
-ADAPTERS, LORA = {}, {"model__llm__peft__kind": "lora", "model__adapter__llm": "none", "train__activation_checkpointing": True}
+CHANGES = {
+    "train__packs_per_step": 4,
+    "train__epochs": 10.0,
+    "train__max_steps": 6,
+    "train__save_every_steps": 3,
+    "train__keep_checkpoints": 9,
+}
+ADAPTERS, LORA = (
+    {},
+    {"model__llm__peft__kind": "lora", "model__adapter__llm": "none", "train__activation_checkpointing": True},
+)
 
 
 def run(scenarios, world_size, log):
@@ -25,11 +35,20 @@ def run(scenarios, world_size, log):
 def test_losses_gradients_and_weights_do_not_depend_on_stage_and_ranks(tmp_path):
     """ZeRO 0 on one rank against 0, 1 and 2 on two, in 4 and 8 bits."""
     scenario = partial(dict, packs=str(write_packs(tmp_path / "packs", make_segments(8))))
-    cases = {(kind, bits): {**CHANGES, **changes, "model__bits": bits} for kind, changes in (("adapters", ADAPTERS), ("lora", LORA)) for bits in (4, 8)}
+    cases = {
+        (kind, bits): {**CHANGES, **changes, "model__bits": bits}
+        for kind, changes in (("adapters", ADAPTERS), ("lora", LORA))
+        for bits in (4, 8)
+    }
 
     def of_stage(stage, ranks):
         return [
-            scenario(name=f"{kind}-{bits}", ds={"zero_optimization": {"stage": stage}}, changes=changes, output=str(tmp_path / f"{kind}-{bits}-{stage}-{ranks}"))
+            scenario(
+                name=f"{kind}-{bits}",
+                ds={"zero_optimization": {"stage": stage}},
+                changes=changes,
+                output=str(tmp_path / f"{kind}-{bits}-{stage}-{ranks}"),
+            )
             for (kind, bits), changes in cases.items()
         ]
 
@@ -38,16 +57,26 @@ def test_losses_gradients_and_weights_do_not_depend_on_stage_and_ranks(tmp_path)
     for number, found in enumerate(spread):
         expected = alone[number % len(cases)]
         assert len(expected["losses"]) == CHANGES["train__max_steps"] and expected["losses"][-1] < expected["losses"][0]
-        assert not any("base_layer" in name or name.endswith("_proj.weight") for name in found), "frozen weights have no state"
+        assert not any("base_layer" in name or name.endswith("_proj.weight") for name in found), (
+            "frozen weights have no state"
+        )
         for name in ("losses", "grad_norms", *(name for name in expected if name.startswith("gradient/"))):
-            difference = (found[name].double() - expected[name].double()).abs().max() / expected[name].double().abs().max()
+            difference = (found[name].double() - expected[name].double()).abs().max() / expected[
+                name
+            ].double().abs().max()
             assert difference < 2e-5, (number, name, difference)
 
 
 @pytest.mark.slow
 def test_it_goes_on_from_a_checkpoint_bit_for_bit(tmp_path):
     packs = str(write_packs(tmp_path / "packs", make_segments(8)))
-    whole = dict(name="whole", packs=packs, ds={"zero_optimization": {"stage": 2}}, changes={**CHANGES, "model__bits": 4}, output=str(tmp_path / "run"))
+    whole = dict(
+        name="whole",
+        packs=packs,
+        ds={"zero_optimization": {"stage": 2}},
+        changes={**CHANGES, "model__bits": 4},
+        output=str(tmp_path / "run"),
+    )
     (expected,) = run([whole], 2, tmp_path / "log-whole")
     for step in (tmp_path / "run" / "checkpoints").glob("step-*6"):
         for file in step.iterdir():

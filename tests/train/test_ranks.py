@@ -8,14 +8,21 @@ import psutil
 import pytest
 
 from tests.support.processes import ROOT, free_port
+from vltrain.distributed.ranks import adopt_ranks, bind_rendezvous, first_host, names_lost_ranks, tasks_per_node
 from vltrain.errors import InputError, RunLost
-from vltrain.train.ranks import adopt_ranks, bind_rendezvous, first_host, names_lost_ranks, tasks_per_node
 
 # Task 3 of `srun --nodes 2 --ntasks 5`, of which two run on the second node.
 SRUN = {
-    "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_NTASKS": "5",
-    "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_STEP_NODELIST": "gpu[07-08]",
-}  # fmt: skip
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "5",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+}
 
 MEET = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "4711"}
 
@@ -53,7 +60,13 @@ def test_what_the_user_sets_is_kept():
         {"RANK": "3", "WORLD_SIZE": "5", **MEET},
         {"RANK": "13", "WORLD_SIZE": "20", **MEET},  # a launcher in each task
         {"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_ID": None},  # a launcher in the batch script
-        {"SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"},
+        {
+            "SLURM_PROCID": "0",
+            "SLURM_NODEID": "0",
+            "SLURM_NTASKS": "1",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "1",
+        },
     ],
 )
 def test_others_are_left_alone(changes):
@@ -90,7 +103,14 @@ def test_each_task_has_a_gpu_of_its_own():
 
 @pytest.mark.parametrize(
     ("node_list", "host"),
-    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[007,012-020],login1", "gpu007"), ("rack[1-2]n[03-08]", "rack1n03"), ("a1,a2", "a1"), ("n[5]-ib", "n5-ib")],
+    [
+        ("n1", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[007,012-020],login1", "gpu007"),
+        ("rack[1-2]n[03-08]", "rack1n03"),
+        ("a1,a2", "a1"),
+        ("n[5]-ib", "n5-ib"),
+    ],
 )
 def test_first_host(node_list, host):
     assert first_host(node_list) == host
@@ -104,15 +124,21 @@ def test_it_listens_on_that_address_only():
     """A real process group of one process: every port that it opened is on the loopback."""
     program = """
 import datetime, os, sys
-from vltrain.train.ranks import join_process_group
+from vltrain.distributed.ranks import join_process_group
 join_process_group("gloo", datetime.timedelta(seconds=30))
 print("joined", os.environ["MASTER_PORT"], flush=True)
 sys.stdin.read()
 """
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
-        port = int(next(line for line in process.stdout if line.startswith("joined")).split()[1])  # older torch says more before
-        listening = [one.laddr for one in psutil.Process(process.pid).net_connections() if one.status == psutil.CONN_LISTEN]
+        port = int(
+            next(line for line in process.stdout if line.startswith("joined")).split()[1]
+        )  # older torch says more before
+        listening = [
+            one.laddr for one in psutil.Process(process.pid).net_connections() if one.status == psutil.CONN_LISTEN
+        ]
     finally:
         process.kill()
         process.communicate()
@@ -134,7 +160,13 @@ def test_a_place_where_nobody_can_meet_is_named():
         bind_rendezvous("no-such-host.invalid", 1, across_nodes=True)
 
 
-@pytest.mark.parametrize("text", ["[enforce fail at gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:4711", "NCCL error: unhandled system error"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:4711",
+        "NCCL error: unhandled system error",
+    ],
+)
 def test_a_lost_rank_is_one_line_and_no_mistake_of_the_input(text):
     with pytest.raises(RunLost, match="another rank, its machine or the network") as lost, names_lost_ranks():
         raise RuntimeError(text + "\nwhere it was raised")
@@ -146,7 +178,12 @@ def test_other_errors_stay_as_they_are():
         raise RuntimeError("shapes differ")
 
 
-MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
 
 
 def test_mpi_across_hosts_meets_where_the_user_says():

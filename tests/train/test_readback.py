@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from vltrain.distributed.readback import HostCopy
 from vltrain.ops.transfer import to_device
-from vltrain.train.readback import HostCopy
 
 
 class Sum:

@@ -1,4 +1,5 @@
-"""A run that is killed and resumed ends as one that was not: bit for bit at the same ranks, to 1e-5 at others. Real processes."""
+"""A run that is killed and resumed ends as one that was not: bit for bit at the same ranks, to 1e-5 at others. Real
+processes."""
 
 import json
 import random
@@ -12,11 +13,17 @@ from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks, start_ranks, stop_ranks
 from tests.support.tiny import make_segments, write_packs
-from vltrain.check.resume import prove
+from vltrain.receipts.verify import prove
 
 CHANGES = {
-    "train__packs_per_step": 3, "train__max_steps": 14, "train__epochs": 10.0, "train__save_every_steps": 3, "model__adapter__dropout": 0.1,
-    "model__tune": "full", "optim__lr": 1e-3, "data__workers": 1,
+    "train__packs_per_step": 3,
+    "train__max_steps": 14,
+    "train__epochs": 10.0,
+    "train__save_every_steps": 3,
+    "model__adapter__dropout": 0.1,
+    "model__tune": "full",
+    "optim__lr": 1e-3,
+    "data__workers": 1,
 }
 
 
@@ -26,9 +33,20 @@ def packs(tmp_path_factory):
 
 
 def scenario(packs: Path, output: Path, stage: int, *, resume: bool, **changes) -> str:
-    zero = {"stage": stage, "reduce_bucket_size": 500, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": 500,
+        **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+    }
     file = output.parent / f"{output.name}-{stage}-{resume}.json"
-    one = {"name": output.name, "packs": str(packs), "output": str(output), "ds": {"zero_optimization": zero}, "changes": {**CHANGES, **changes}, "resume": resume}
+    one = {
+        "name": output.name,
+        "packs": str(packs),
+        "output": str(output),
+        "ds": {"zero_optimization": zero},
+        "changes": {**CHANGES, **changes},
+        "resume": resume,
+    }
     file.write_text(json.dumps([one]))
     return str(file)
 
@@ -60,17 +78,27 @@ def test_kill_9_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
     proof = prove(broken, None, whole)
     assert proof.failures == [] and any("losses equal bit for bit" in fact for fact in proof.facts)
     expected, found = load_file(whole / "result.safetensors"), load_file(broken / "result.safetensors")
-    differing = [name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])]
+    differing = [
+        name for name in expected if not name.startswith("gradient/") and not torch.equal(expected[name], found[name])
+    ]
     assert differing == []
 
 
 def test_ranks_and_stages_may_change_on_the_way(packs, tmp_path):
-    """ZeRO 2 on two ranks, then ZeRO 3 on one, then plain data parallelism on two: the losses are those of one undisturbed run."""
-    steps = {"model__adapter__dropout": 0.0}  # dropout draws per rank, so it is the one thing that another number of ranks changes
+    """ZeRO 2 on two ranks, then ZeRO 3 on one, then plain data parallelism on two: the losses are those of one
+    undisturbed run."""
+    steps = {
+        "model__adapter__dropout": 0.0
+    }  # dropout draws per rank, so it is the one thing that another number of ranks changes
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run_ranks("tests.train.worker", [scenario(packs, whole, 1, resume=False, **steps)], 1, tmp_path / "log-whole")
     for stage, world_size, until in ((2, 2, 4), (3, 1, 8)):
-        processes = start_ranks("tests.train.worker", [scenario(packs, moved, stage, resume=True, **steps)], world_size, tmp_path / f"log-{stage}")
+        processes = start_ranks(
+            "tests.train.worker",
+            [scenario(packs, moved, stage, resume=True, **steps)],
+            world_size,
+            tmp_path / f"log-{stage}",
+        )
         kill_when_logged(processes, moved / "log.jsonl", until, delay=0.0)
     run_ranks("tests.train.worker", [scenario(packs, moved, 0, resume=True, **steps)], 2, tmp_path / "log-last")
     expected, found = load_file(whole / "result.safetensors"), load_file(moved / "result.safetensors")

@@ -1,4 +1,5 @@
-"""Early stopping and the best checkpoint: decided by the evaluations, and again in the same way by a run that goes on."""
+"""Early stopping and the best checkpoint: decided by the evaluations, and again in the same way by a run that goes
+on."""
 
 import json
 
@@ -8,16 +9,19 @@ from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
-from vltrain.check.resume import prove
-from vltrain.config import TrainConfig
+from vltrain.config.schema import TrainConfig
 from vltrain.errors import InputError
 from vltrain.inference.run import choose_checkpoint
-from vltrain.train.selection import Selection, name_best
+from vltrain.receipts.verify import prove
+from vltrain.train.checkpoints.selection import Selection, name_best
 
 
 def test_patience_counts_evaluations_that_are_not_better():
     selection = Selection(patience=2)
-    taken = [(selection.take(step, figure), selection.exhausted) for step, figure in ((10, 0.5), (20, 0.5), (30, 0.6), (40, 0.1), (50, 0.6))]
+    taken = [
+        (selection.take(step, figure), selection.exhausted)
+        for step, figure in ((10, 0.5), (20, 0.5), (30, 0.6), (40, 0.1), (50, 0.6))
+    ]
     assert taken == [(True, False), (False, False), (True, False), (False, False), (False, True)]
     assert (selection.best, selection.best_step) == (0.6, 30)
 
@@ -56,24 +60,44 @@ FIGURES = {"4": 0.25, "8": 0.5, "12": 0.5, "16": 0.125, "20": 0.75, "24": 0.875}
 
 def scenario(tmp_path, name, **more):
     changes = {
-        "train__packs_per_step": 2, "train__max_steps": 24, "train__epochs": 20.0, "train__save_every_steps": 3, "train__eval_every_steps": 4,
-        "train__keep_best": True, "train__keep_checkpoints": 1, "train__early_stopping_patience": 2,
-    }  # fmt: skip
-    told = {"name": name, "packs": str(tmp_path / "packs"), "output": str(tmp_path / name), "ds": {"zero_optimization": {"stage": 2}}}
+        "train__packs_per_step": 2,
+        "train__max_steps": 24,
+        "train__epochs": 20.0,
+        "train__save_every_steps": 3,
+        "train__eval_every_steps": 4,
+        "train__keep_best": True,
+        "train__keep_checkpoints": 1,
+        "train__early_stopping_patience": 2,
+    }
+    told = {
+        "name": name,
+        "packs": str(tmp_path / "packs"),
+        "output": str(tmp_path / name),
+        "ds": {"zero_optimization": {"stage": 2}},
+    }
     return {**told, "changes": changes, "figures": FIGURES, "resume": True, **more}
 
 
 def test_a_run_that_dies_between_save_and_evaluation_stops_where_it_would_have(tmp_path):
-    """Real engines, one process: a whole run, one that dies in two evaluations, and one that saves in the background."""
+    """Real engines, one process: a whole run, one that dies in two evaluations, and one that saves in the
+    background."""
     write_packs(tmp_path / "packs", make_segments(6))
-    broken = [scenario(tmp_path, "broken", dies_in=8), scenario(tmp_path, "broken", dies_in=12), scenario(tmp_path, "broken")]
+    broken = [
+        scenario(tmp_path, "broken", dies_in=8),
+        scenario(tmp_path, "broken", dies_in=12),
+        scenario(tmp_path, "broken"),
+    ]
     finished = scenario(tmp_path, "broken")  # once more: it is done already
     background = scenario(tmp_path, "background")
     background["changes"]["train__async_save"] = True
     file = tmp_path / "scenarios.json"
     file.write_text(json.dumps([scenario(tmp_path, "whole"), *broken, finished, background]))
     run_ranks("tests.train.selection_worker", [str(file)], 1, tmp_path / "log")
-    for name, evaluated in (("whole", [4, 8, 12, 16]), ("broken", [4, 8, 8, 12, 12, 16, 16]), ("background", [4, 8, 12, 16])):
+    for name, evaluated in (
+        ("whole", [4, 8, 12, 16]),
+        ("broken", [4, 8, 8, 12, 12, 16, 16]),
+        ("background", [4, 8, 12, 16]),
+    ):
         run = tmp_path / name
         assert [int(line) for line in (run / "evaluated.jsonl").read_text().split()] == evaluated
         names = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -84,6 +108,9 @@ def test_a_run_that_dies_between_save_and_evaluation_stops_where_it_would_have(t
         found, expected = load_file(run / "result.safetensors"), load_file(tmp_path / "whole" / "result.safetensors")
         assert all(torch.equal(found[key], expected[key]) for key in expected if not key.startswith("gradient/"))
     best = choose_checkpoint(tmp_path / "whole", "best")
-    assert best.step == 8 and best.run_state["selection"].items() >= {"best": (0.25).hex(), "best_step": 4, "stale": 0}.items()
+    assert (
+        best.step == 8
+        and best.run_state["selection"].items() >= {"best": (0.25).hex(), "best_step": 4, "stale": 0}.items()
+    )
     with pytest.raises(InputError, match="no best checkpoint"):
         choose_checkpoint(tmp_path, "best")

@@ -1,11 +1,12 @@
-"""A hanging rank is named by the others: one that is behind, one that is gone, or none; and by itself, where it is alone."""
+"""A hanging rank is named by the others: one that is behind, one that is gone, or none; and by itself, where it is
+alone."""
 
 import threading
 import time
 
 import pytest
 
-from vltrain.train.watchdog import Watchdog
+from vltrain.distributed.watchdog import Watchdog
 
 TIMEOUT = 0.4
 
@@ -16,7 +17,13 @@ def run_ranks_of_one_process(folder, places, silent=()):
     done = threading.Barrier(len(places) - len(silent))
 
     def rank_lives(rank, place):
-        dog = Watchdog(folder, rank=rank, world_size=len(places), timeout_seconds=TIMEOUT, end=lambda text: said.__setitem__(rank, text))
+        dog = Watchdog(
+            folder,
+            rank=rank,
+            world_size=len(places),
+            timeout_seconds=TIMEOUT,
+            end=lambda text: said.__setitem__(rank, text),
+        )
         with dog.watching():
             dog.at(*place)
             if rank in silent:
@@ -64,7 +71,11 @@ def test_what_may_take_long_is_not_a_hang(tmp_path, phase):
 
 @pytest.mark.parametrize(
     ("place", "told"),
-    [((4, "fetch"), "step 4 hangs (fetch): the processes that decode images"), ((0, "forward"), "0.stacks says where"), ((4, "save"), "step 4 hangs (save)")],
+    [
+        ((4, "fetch"), "step 4 hangs (fetch): the processes that decode images"),
+        ((0, "forward"), "0.stacks says where"),
+        ((4, "save"), "step 4 hangs (save)"),
+    ],
 )
 def test_a_rank_alone_ends_too(tmp_path, place, told):
     said = []

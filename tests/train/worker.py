@@ -1,9 +1,10 @@
 """Runs the training scenarios of a JSON file in this rank's process.
 
-A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}, and "blip": llama or t5 for an
-InstructBLIP. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0 writes, per scenario, `OUTPUT/result.safetensors` with
-the losses, gradient norms, the gradients of one step and the final weights. With "listens" signals are heard, and rank r keeps the number of
-steps that it has done in `OUTPUT/progress.r`.
+A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}, and
+"blip": llama or t5 for an InstructBLIP. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0
+writes, per scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the
+final weights. With "listens" signals are heard, and rank r keeps the number of steps that it has done in
+`OUTPUT/progress.r`.
 """
 
 import itertools
@@ -18,21 +19,24 @@ from safetensors.torch import save_file
 from tests.support.blip import blip_config
 from tests.support.tiny import tiny_config
 from vltrain.data.shards import PackedDataset
+from vltrain.distributed.hardware import choose_dtype, device
 from vltrain.models.build import build_model
 from vltrain.train.adalora import RankAllocator
-from vltrain.train.checkpoint import newest_checkpoint
+from vltrain.train.checkpoints.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
-from vltrain.train.ds_config import resolve_ds_config
-from vltrain.train.engine import Engine, init_distributed, partitioner, shutdown_distributed
-from vltrain.train.hardware import choose_dtype, device
-from vltrain.train.origin import find_origin
+from vltrain.train.run.origin import find_origin
 from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.zero.ds_config import resolve_ds_config
+from vltrain.train.zero.engine import Engine, init_distributed, partitioner, shutdown_distributed
 
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
 
 
 def run(
-    scenario: dict, rank: int, world_size: int, evaluate: Callable[[int], float | None] = lambda steps_done: None,
+    scenario: dict,
+    rank: int,
+    world_size: int,
+    evaluate: Callable[[int], float | None] = lambda steps_done: None,
     prepare: Callable[[Trainer], None] = lambda trainer: None,
 ) -> None:
     folder = Path(scenario["output"])
@@ -44,10 +48,20 @@ def run(
     dtype = choose_dtype(config.train.precision, config.model.bits)
     place = partitioner(resolve_ds_config(scenario["ds"], config, world_size))
     checkpointing = config.train.activation_checkpointing
-    model = build_model(config.model, dtype=dtype, activation_checkpointing=checkpointing, runs_on=device(), place=place)
+    model = build_model(
+        config.model, dtype=dtype, activation_checkpointing=checkpointing, runs_on=device(), place=place
+    )
     trainer = make_trainer(
-        config, scenario["ds"], model=model, dataset=dataset, checkpoint=checkpoint, rank=rank, world_size=world_size, dtype=dtype,
-        evaluate=evaluate, origin=find_origin(config, checkpoint),
+        config,
+        scenario["ds"],
+        model=model,
+        dataset=dataset,
+        checkpoint=checkpoint,
+        rank=rank,
+        world_size=world_size,
+        dtype=dtype,
+        evaluate=evaluate,
+        origin=find_origin(config, checkpoint),
     )
     prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)

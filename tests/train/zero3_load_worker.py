@@ -1,8 +1,8 @@
 """A rank that builds a model under ZeRO-3, from the settings in a JSON file; writes OUT.RANK as JSON.
 
-settings: {"warm_up": {...}, "model": {...}}, each changes to the tiny recipe. Written: `elements` of the model, `most_whole` elements of
-parameters that were whole at once, and on Linux `grown_bytes`, by how much the process's resident memory exceeded at most what it was
-before, pages of mapped files included; `kept_bytes` of partitions.
+settings: {"warm_up": {...}, "model": {...}}, each changes to the tiny recipe. Written: `elements` of the model,
+`most_whole` elements of parameters that were whole at once, and on Linux `grown_bytes`, by how much the process's
+resident memory exceeded at most what it was before, pages of mapped files included; `kept_bytes` of partitions.
 """
 
 import gc
@@ -15,8 +15,8 @@ import torch
 from tests.support.tiny import tiny_config
 from vltrain.models.build import build_model, count_parameters
 from vltrain.models.quantise import num_weights
-from vltrain.train.ds_config import resolve_ds_config
-from vltrain.train.engine import init_distributed, partitioner, shutdown_distributed
+from vltrain.train.zero.ds_config import resolve_ds_config
+from vltrain.train.zero.engine import init_distributed, partitioner, shutdown_distributed
 
 DS = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 

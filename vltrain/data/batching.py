@@ -1,8 +1,9 @@
 """Which samples share a batch of an encoder-decoder: padded rows by a budget of tokens.
 
-T5 adds a bias by the distance of two places in a row, so samples cannot stand one after another in it as they do in a LLaMA's packs: each
-is a row of its own, padded to the batch's longest prompt and longest answer. Samples of similar lengths share a batch, so that little is
-padded; they are drawn from a random window, so that a batch is not of one kind. What it gives up: a few per cent of the budget, as padding.
+T5 adds a bias by the distance of two places in a row, so samples cannot stand one after another in it as they do in a
+LLaMA's packs: each is a row of its own, padded to the batch's longest prompt and longest answer. Samples of similar
+lengths share a batch, so that little is padded; they are drawn from a random window, so that a batch is not of one
+kind. What it gives up: a few per cent of the budget, as padding.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ WINDOW = 4096  # samples that are sorted by length together
 def batch_lengths(
     prompts: np.ndarray, answers: np.ndarray, budget: int, images: np.ndarray | None = None, max_images: int | None = None, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Deals samples to batches whose rows, times the longest prompt plus the longest answer of them, stay within the budget.
+    """Deals samples to batches whose rows, times the longest prompt plus the longest answer of them, stay within the
+    budget.
 
     Args:
-        prompts, answers: int [n], tokens that the encoder reads and the decoder predicts; a sample's sum is at most `budget`.
+        prompts, answers: int [n], tokens that the encoder reads and the decoder predicts; a sample's sum is at most
+        `budget`.
         budget: tokens of a batch, padding included.
         images, max_images: as in `vltrain.data.packing.pack_lengths`.
         seed: the same arguments and seed give the same batches.

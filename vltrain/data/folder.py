@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all.
 
-Everything is written into a hidden folder beside the final name, flushed to disk and renamed; an error on the way removes it. What a
-killed process leaves behind is `.NAME.PID.tmp`, never a half-written NAME, and the next one to write NAME removes it. One process at a time
-writes NAME (`vltrain.files.lock`).
+Everything is written into a hidden folder beside the final name, flushed to disk and renamed; an error on the way
+removes it. What a killed process leaves behind is `.NAME.PID.tmp`, never a half-written NAME, and the next one to write
+NAME removes it. One process at a time writes NAME (`vltrain.files.lock`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vltrain.errors import InputError
 from vltrain.files.leftovers import remove, remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
 from vltrain.files.mode import umask_mode
-from vltrain.files.whole import sync
+from vltrain.files.atomic import sync
 
 _MANY = 256  # files, from which on all of their file system is flushed at once
 
@@ -33,10 +33,12 @@ def refuse_existing(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `output` when the block ends without an error; `replace`: in the place of what has that name.
+    """Gives a temporary folder that becomes `output` when the block ends without an error; `replace`: in the place of
+    what has that name.
 
     Raises:
-        InputError: `output` exists, or the place cannot be written to (no permission, disk full, read-only, not a folder).
+        InputError: `output` exists, or the place cannot be written to (no permission, disk full, read-only, not a
+        folder).
     """
     if not replace:
         refuse_existing(output)
@@ -99,7 +101,8 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_file_system(folder: Path) -> bool:
-    """Flushes all of the file system that holds the folder: thousands of images one by one would wait for the disk a thousand times. False: no such call here."""
+    """Flushes all of the file system that holds the folder: thousands of images one by one would wait for the disk a
+    thousand times. False: no such call here."""
     flush = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if flush is None:
         return False

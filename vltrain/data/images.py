@@ -1,14 +1,14 @@
 """Image files to pixels: RGB, resized to a square, uint8.
 
-The resize is direct and bicubic (no crop, no padding, no augmentation), as the reference of the paper does, unless a checkpoint asks for another
-filter or for the middle (`Framing`). Transparency is laid
+The resize is direct and bicubic (no crop, no padding, no augmentation), as the reference of the paper does, unless a
+checkpoint asks for another filter or for the middle (`Framing`). Transparency is laid
 over white, EXIF rotation applied, 16-bit grey scaled to 8 bits. Normalisation is the model's, on its own device.
 
-Files are untrusted: only formats of a list are opened (Pillow's others start programs, as PostScript's does, or are rarely looked after), a
-file's size is judged before it is read, an image's before it is decoded, and a link must stay below the folder. Decoding takes at most
-some 16 bytes per pixel. A JPEG far larger than the square is decoded at a half, a quarter or an eighth of its size, by its own cosine transform,
-never below three times the square: measured, values are off by at most 1 of 255 where a picture is
-smooth, and by 4 where it is as fine as the square can show.
+Files are untrusted: only formats of a list are opened (Pillow's others start programs, as PostScript's does, or are
+rarely looked after), a file's size is judged before it is read, an image's before it is decoded, and a link must stay
+below the folder. Decoding takes at most some 16 bytes per pixel. A JPEG far larger than the square is decoded at a
+half, a quarter or an eighth of its size, by its own cosine transform, never below three times the square: measured,
+values are off by at most 1 of 255 where a picture is smooth, and by 4 where it is as fine as the square can show.
 
 Trade-off: colour profiles (ICC) and the later frames of animations are ignored.
 """
@@ -32,7 +32,9 @@ from vltrain.errors import InputError
 from vltrain.schema import SQUARE, Framing
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-DARK = 16  # of 255: an image whose brightest value is no more holds, most likely, values of another range (12 of 16 bits, floats in [0, 1], class numbers)
+# of 255: an image whose brightest value is no more holds, most likely, values of another range (12 of 16 bits, floats
+# in [0, 1], class numbers)
+DARK = 16
 _BYTES_PER_PIXEL = 8  # of an uncompressed file: four channels of 16 bits
 _BYTES_BESIDE = 16 << 20  # for what a file holds beside its pixels
 REDUCING_GAP = 3
@@ -60,14 +62,16 @@ def decode_image(data: bytes, image_size: int, max_pixels: int, where: str, fram
 
 
 def frame_image(image: Image.Image, image_size: int, max_pixels: int, where: str, framing: Framing = SQUARE) -> np.ndarray:
-    """The square of an upright image in RGB, uint8 [3, image_size, image_size]. Arguments and errors as of `decode_image`."""
+    """The square of an upright image in RGB, uint8 [3, image_size, image_size]. Arguments and errors as of
+    `decode_image`."""
     edge = framing.shorter_edge
     width, height = image.size
     # Rounded down, as transformers does.
     scaled = (image_size, image_size) if edge is None else (edge, edge * height // width) if width <= height else (edge * width // height, edge)
     if image.size != scaled:
         if scaled[0] * scaled[1] > max_pixels:
-            raise InputError(f"{where}: {width} x {height} pixels, which become {scaled[0]} x {scaled[1]} with a shorter edge of {edge}: more than the allowed {max_pixels}")
+            raise InputError(f"{where}: {width} x {height} pixels, which become {scaled[0]} x {scaled[1]} with a shorter edge of "
+                f"{edge}: more than the allowed {max_pixels}")
         image = image.resize(scaled, framing.resample)
     if edge is not None:
         left, top = (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2
@@ -90,9 +94,11 @@ def open_rgb(data: bytes, max_pixels: int, where: str, *, at_least: int | None =
 
 
 def upright_rgb(image: Image.Image, max_pixels: int, where: str) -> Image.Image:
-    """An image that a program has opened, upright and in RGB; it stays as it is. Raises InputError if it is too large or cannot be decoded."""
+    """An image that a program has opened, upright and in RGB; it stays as it is. Raises InputError if it is too large
+    or cannot be decoded."""
     if image.width * image.height > max_pixels:
-        raise InputError(f"{where}: {image.width} x {image.height} pixels, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)")
+        raise InputError(f"{where}: {image.width} x {image.height} pixels, more than the allowed {max_pixels}; shrink it or "
+            "raise the limit (max_image_pixels)")
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # as of a file, see `_opened`
@@ -101,7 +107,8 @@ def upright_rgb(image: Image.Image, max_pixels: int, where: str) -> Image.Image:
 
 @contextlib.contextmanager
 def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> Iterator[Image.Image]:
-    """Opens an image, of which only the header is read so far. Whatever Pillow raises in the block becomes an InputError."""
+    """Opens an image, of which only the header is read so far. Whatever Pillow raises in the block becomes an
+    InputError."""
     # Pillow itself judges the size, before it decodes, also that of pictures inside pictures (icons, frames).
     Image.MAX_IMAGE_PIXELS = max_pixels
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # another package may have set it: what is missing would come grey
@@ -131,7 +138,8 @@ def require_size(data: bytes, max_pixels: int, where: str) -> None:
 
 
 def is_dark(data: bytes, max_pixels: int, where: str) -> bool:
-    """Decodes an image to check it, and says whether it comes out dark though it is not black (see DARK). Raises as `open_rgb`."""
+    """Decodes an image to check it, and says whether it comes out dark though it is not black (see DARK). Raises as
+    `open_rgb`."""
     image = open_rgb(data, max_pixels, where)
     brightest = max(highest for _, highest in image.getextrema())
     return brightest <= DARK and (brightest > 0 or _holds_light(data))
@@ -162,7 +170,8 @@ def _grey(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
     grey = np.empty(values.shape, np.uint8)
     transparent = image.info.get("transparency")  # the one value that a PNG of greys may call so
-    for first in range(0, len(values), _ROWS_AT_ONCE):  # by rows: the intermediate values take several times the image's memory
+    # by rows: the intermediate values take several times the image's memory
+    for first in range(0, len(values), _ROWS_AT_ONCE):
         rows = values[first : first + _ROWS_AT_ONCE]
         if image.mode == "F":
             if not np.isfinite(rows).all():
@@ -200,14 +209,16 @@ def read_image_and_status(path: Path, max_pixels: int, where: str, *, inside: Pa
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
     found, expected = len(data), status.st_size
     if found != expected:
-        raise InputError(f"{where}: changed while it was read ({expected:,} bytes, then {found:,}{' or more' if found > expected else ''})")
+        raise InputError(f"{where}: changed while it was read ({expected:,} bytes, then "
+            f"{found:,}{' or more' if found > expected else ''})")
     return data, status
 
 
 def require_image(path: Path, max_pixels: int, where: str, *, inside: Path | None) -> None:
     """Looks at an image file's header alone, which takes a hundredth of decoding it.
 
-    Raises: InputError as `read_image` and `decode_image`, for what the header tells: that a file is cut short it does not.
+    Raises: InputError as `read_image` and `decode_image`, for what the header tells: that a file is cut short it does
+    not.
     """
     try:
         file, status = _plain_file(path, max_pixels, where, inside)
@@ -231,7 +242,8 @@ def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) ->
 
 
 def plain_image(descriptor: int, max_pixels: int, where: str) -> tuple[BinaryIO, os.stat_result]:
-    """The file of an open descriptor and its status, if it is a plain one and no larger than an image of so many pixels; else it is closed.
+    """The file of an open descriptor and its status, if it is a plain one and no larger than an image of so many
+    pixels; else it is closed.
 
     Raises: InputError.
     """
@@ -256,7 +268,8 @@ def _require_inside(path: Path, folder: Path, where: str) -> None:
         place = os.path.realpath(place)
     root = _real(str(folder))
     if place != root and not place.startswith(root.rstrip("/") + "/"):
-        raise InputError(f"{where}: a link leads out of {folder}, to {place}; put the file itself there (cp -L), or name a folder that holds both")
+        raise InputError(f"{where}: a link leads out of {folder}, to {place}; put the file itself there (cp -L), or name a "
+            "folder that holds both")
 
 
 @functools.lru_cache(maxsize=1 << 12)  # of many images' one

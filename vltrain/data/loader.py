@@ -1,7 +1,8 @@
 """Packs to batches, ahead of the training loop, for one rank.
 
-Worker processes read a pack and decode its images, one pack per task, each distinct image once. The little that is left (labels, positions) is
-done in the training process: it takes microseconds, and so only two small arrays and one block of pixels pass between processes.
+Worker processes read a pack and decode its images, one pack per task, each distinct image once. The little that is left
+(labels, positions) is done in the training process: it takes microseconds, and so only two small arrays and one block
+of pixels pass between processes.
 The order is the plan's, whatever the number of workers. What this gives up: decoding on the accelerator.
 """
 
@@ -22,7 +23,7 @@ from vltrain.batch import Batch
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
-from vltrain.data.signals import deaf_children, end_with_parent
+from vltrain.distributed.signals import deaf_children, end_with_parent
 from vltrain.errors import InputError
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, SQUARE, TEXT_MODALITY_TOKEN, Framing, PackedRow, Segment
 
@@ -52,7 +53,8 @@ def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
         image_size: H and W, the shape of `pixels` where there is no image.
 
     Returns:
-        A Batch. labels[t] is input_ids[t + 1] where that token is to be predicted and of the same segment, else IGNORE_INDEX.
+        A Batch. labels[t] is input_ids[t + 1] where that token is to be predicted and of the same segment, else
+        IGNORE_INDEX.
     """
     pixels = np.stack(images) if images else np.empty((0, 3, image_size, image_size), np.uint8)
     return _assemble(row, torch.from_numpy(pixels))
@@ -116,7 +118,8 @@ def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor
 
 
 def filler(image: bool, image_size: int) -> Batch:
-    """A batch of two tokens and no label for a rank without a pack; with `image`, one blank image that no slot refers to."""
+    """A batch of two tokens and no label for a rank without a pack; with `image`, one blank image that no slot refers
+    to."""
     images = [blank_image(image_size)] if image else []
     row = PackedRow(
         input_ids=np.array([IMAGE_MODALITY_TOKEN if image else TEXT_MODALITY_TOKEN, 0], np.int32),
@@ -134,7 +137,8 @@ def filler(image: bool, image_size: int) -> Batch:
 
 
 class _Fetcher(Dataset):
-    """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's text."""
+    """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's
+    text."""
 
     def __init__(self, dataset: PackedDataset, image_size: int, max_image_pixels: int, framing: Framing = SQUARE) -> None:
         self._dataset, self._image_size, self._max_image_pixels, self._framing = dataset, image_size, max_image_pixels, framing
@@ -146,7 +150,8 @@ class _Fetcher(Dataset):
         except InputError as error:
             return str(error)
         except (OSError, MemoryError) as error:
-            return f"{self._dataset.folder}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at this file system and at the host's memory"
+            return (f"{self._dataset.folder}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at "
+                "this file system and at the host's memory")
 
     def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, torch.Tensor]:
         row = self._dataset.row(number)
@@ -154,7 +159,8 @@ class _Fetcher(Dataset):
         blank = has_images and len(row.image_ids) == 0
         pixels = _shared_pixels(1 if blank else len(row.image_ids), size)
         for place, image_id in enumerate(row.image_ids.tolist()):
-            where = f"{self._dataset.folder}: image {image_id} of pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
+            where = (f"{self._dataset.folder}: image {image_id} of pack {number} (samples "
+                f"{', '.join(row.sample_ids[:3])} ...)")
             pixels[place] = torch.from_numpy(decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing))
         return row, pixels
 
@@ -162,7 +168,8 @@ class _Fetcher(Dataset):
 def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
     """uint8 [num_images, 3, size, size], black; in a worker in memory that it shares with the trainer.
 
-    Made shared here and not, as the queue would, in its thread on the way out: that tells nobody if it fails, and the trainer waits for ever.
+    Made shared here and not, as the queue would, in its thread on the way out: that tells nobody if it fails, and the
+    trainer waits for ever.
 
     Raises: InputError if there is no room for it.
     """
@@ -174,8 +181,10 @@ def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
     except (RuntimeError, OSError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise InputError(
-            f"a process that decodes images could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer ({detail}); give the machine or container a "
-            "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the trainer with data.workers 0"
+            f"a process that decodes images could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer "
+                f"({detail}); give the machine or container a "
+            "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the "
+                "trainer with data.workers 0"
         ) from None
 
 
@@ -221,8 +230,10 @@ class StepLoader:
         """Args:
         framing: how images become squares of `image_size`.
         workers: processes that decode; 0 decodes in this one.
-        pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads them.
-        while_waiting: called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it may raise.
+        pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads
+        them.
+        while_waiting: called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it
+        may raise.
         """
         self.while_waiting = while_waiting
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
@@ -235,7 +246,8 @@ class StepLoader:
             timeout=POLL_SECONDS if workers else 0,
             prefetch_factor=PREFETCH_PACKS if workers else None,
             persistent_workers=workers > 0,
-            multiprocessing_context="spawn" if workers else None,  # forking a process that has threads or a GPU is not safe
+            # forking a process that has threads or a GPU is not safe
+            multiprocessing_context="spawn" if workers else None,
             worker_init_fn=_begin_worker if workers else None,
             pin_memory=pin_memory,  # the pixels, which come alone from the workers, in a thread; the rest below
             generator=torch.Generator(),  # else the loader would draw from the generator that dropout uses
@@ -249,15 +261,18 @@ class StepLoader:
         self._loader = None
 
     def _start(self) -> Iterator[tuple[PackedRow, torch.Tensor] | str]:
-        """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid a training step."""
+        """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid
+        a training step."""
         assert self._loader is not None, "closed"
         before = signal.getsignal(signal.SIGCHLD)
         others = multiprocessing.active_children()
         with deaf_children():
             fetched = iter(self._loader)
-        # Where an error ends the process before `close`, the interpreter would wait for ever for workers that cannot hear its signal.
+        # Where an error ends the process before `close`, the interpreter would wait for ever for workers that cannot
+        # hear its signal.
         atexit.register(_kill, [child for child in multiprocessing.active_children() if child not in others])
-        if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler, which raises wherever the process is just then
+        # torch's handler, which raises wherever the process is just then
+        if signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
         return fetched
 
@@ -274,7 +289,8 @@ class StepLoader:
             yield LoadedStep(step=number, batches=batches, plan=step)
 
     def _unwrap(self, fetched: Iterator[tuple[PackedRow, torch.Tensor] | str]) -> Batch:
-        """The next batch; InputError if its images cannot be decoded, or if a worker process died or cannot hand over."""
+        """The next batch; InputError if its images cannot be decoded, or if a worker process died or cannot hand
+        over."""
         while True:
             try:
                 found = next(fetched)
@@ -285,7 +301,8 @@ class StepLoader:
                     self.while_waiting()
                     continue
                 if isinstance(error, RuntimeError) and detail.startswith(("Too many open files", "received 0 items of ancdata")):
-                    raise InputError(f"a process that decodes images could not hand over ({detail}); raise ulimit -n, or lower data.workers") from None
+                    raise InputError(f"a process that decodes images could not hand over ({detail}); raise ulimit -n, or lower "
+                        "data.workers") from None
                 if isinstance(error, RuntimeError) and not detail.startswith("DataLoader worker"):
                     raise
             raise InputError(f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers") from None

@@ -1,12 +1,15 @@
 """What prepared samples and packs were made from: a record beside each, and what has changed since.
 
-    samples/prepared.json       source, its places as they were named, every option, and digests of what was read and of what was made
+    samples/prepared.json       source, its places as they were named, every option, and digests of what was read and of
+                                what was made
     samples/prepared.arrow      the files read and made; .stats.npy: how they were (`vltrain.files.record`)
-    packed/*/made_from.json     digest of the samples file, of the prepared set that it belongs to, the chat template as rendered
+    packed/*/made_from.json     digest of the samples file, of the prepared set that it belongs to, the chat template as
+                                rendered
     packed/*/made_from.arrow    the samples file and the images that were packed; .stats.npy
 
-The record of packs stands beside their manifest and not in it: the manifest's checksum is of what was packed, by which runs know their packs, and
-the same packs may be made from samples that lie elsewhere or differ in what is not trained on.
+The record of packs stands beside their manifest and not in it: the manifest's checksum is of what was packed, by which
+runs know their packs, and the same packs may be made from samples that lie elsewhere or differ in what is not trained
+on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vltrain.data.tokenizer import Tokenizer
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.record import FileRecord, digest_of, read_record
 from vltrain.files.strict_json import expect, read_object
@@ -133,7 +136,8 @@ def tokenizer_changes(made: MadeFrom, tokenizer: Tokenizer, template: str) -> li
     """What of the tokenizer has changed since packs were made with it, that its fingerprint does not tell."""
     found, now = [], tokenizer.state()
     if any(now.get(library, digest) != digest for library, digest in made.tokenizer.items()):
-        found.append("the tokenizer's files say otherwise by now how a text is split (normalizer, pre-tokenizer, model), though its vocabulary is the same")
+        found.append("the tokenizer's files say otherwise by now how a text is split (normalizer, pre-tokenizer, model), "
+            "though its vocabulary is the same")
     if made.rendered is not None and rendered_digest(tokenizer, template) != made.rendered:
         found.append("the tokenizer's chat template writes another text")
     return found
@@ -148,7 +152,8 @@ def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
         return None
     rendered = {json.dumps([_rendered(tokenizer, roles) for roles in _ROLES]) for _ in range(8)}
     if len(rendered) > 1:
-        raise InputError("the tokenizer's chat template writes something else each time; take one that does not, or data.template: mmt")
+        raise InputError("the tokenizer's chat template writes something else each time; take one that does not, or "
+            "data.template: mmt")
     return digest_of(rendered.pop().encode()).hex()
 
 
@@ -166,7 +171,8 @@ def _rendered(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
 def changes_since(folder: Path, made: Prepared | MadeFrom, roots: Mapping[str, Path | None], *, verify: bool = False) -> list[str]:
     """What has changed of the files that samples or packs in `folder` were made from, see `FileRecord.changes`.
 
-    What is found unchanged in another place is recorded anew, so that the next time costs a stat. Raises InputError for a damaged record.
+    What is found unchanged in another place is recorded anew, so that the next time costs a stat. Raises InputError for
+    a damaged record.
     """
     path = folder / (SAMPLES_RECORD if isinstance(made, Prepared) else PACKS_RECORD)
     record = read_record(path, made.files)
@@ -189,7 +195,8 @@ def _keep_stats(path: Path, record: FileRecord) -> None:
 
 
 def require_whole_record(folder: Path) -> None:
-    """Raises InputError if packs have a damaged record of what they were made from; those of older versions have none."""
+    """Raises InputError if packs have a damaged record of what they were made from; those of older versions have
+    none."""
     made = read_made_from(folder)
     if made is not None:
         read_record(folder / PACKS_RECORD, made.files)

@@ -1,7 +1,7 @@
 """Which samples share a pack: few wasted tokens, and packs that stay a fair mixture of the data.
 
-Classic best-fit-decreasing fills well but sorts by length; length goes with the kind of question, so every pack would hold one
-kind, which makes bad gradient steps. Here length decides only where it must:
+Classic best-fit-decreasing fills well but sorts by length; length goes with the kind of question, so every pack would
+hold one kind, which makes bad gradient steps. Here length decides only where it must:
 
 1. Long samples, if any, are placed by best fit, longest first.
 2. The others are dealt in random order into the room that is left and into new packs, as many as come nearest to full.
@@ -9,13 +9,14 @@ kind, which makes bad gradient steps. Here length decides only where it must:
    get there are undone and their samples dealt again, until too few come out full.
 4. What remains goes by best fit.
 
-Fewer than FEW samples leave no reserve worth swapping with, and best fit alone would sort them: they are scattered over as many packs as best
-fit needs, longest first, each into a random pack with room for it, some times, and of those in which everything has a place the most even is taken.
+Fewer than FEW samples leave no reserve worth swapping with, and best fit alone would sort them: they are scattered over
+as many packs as best fit needs, longest first, each into a random pack with room for it, some times, and of those in
+which everything has a place the most even is taken.
 
-What counts as long is tried out on a part of the samples: nothing, if that fills the packs; everything (plain best fit), where few
-samples go into a pack and only the right ones fit together. Swaps keep the number of images, so a bound on images per pack holds
-throughout. All of it is O(n log n) and works on whole arrays or whole length classes. What this gives up: up to
-FILL_FOR_MIXING of the room, and every notion of which samples would go well together.
+What counts as long is tried out on a part of the samples: nothing, if that fills the packs; everything (plain best
+fit), where few samples go into a pack and only the right ones fit together. Swaps keep the number of images, so a bound
+on images per pack holds throughout. All of it is O(n log n) and works on whole arrays or whole length classes. What
+this gives up: up to FILL_FOR_MIXING of the room, and every notion of which samples would go well together.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def pack_lengths(
         seed: the same arguments and seed give the same packs.
 
     Returns:
-        order int64 [n], sample numbers, pack after pack; row_starts int64 [rows + 1]: pack r is order[row_starts[r]:row_starts[r + 1]].
+        order int64 [n], sample numbers, pack after pack; row_starts int64 [rows + 1]: pack r is
+        order[row_starts[r]:row_starts[r + 1]].
     """
     lengths = np.asarray(lengths, np.int64)
     assert lengths.ndim == 1 and (len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= capacity), "lengths must be in [1, capacity]"
@@ -81,7 +83,8 @@ def _scattered(lengths: np.ndarray, capacity: int, images: np.ndarray, max_image
 
 
 class _Packer:
-    """Rows (packs) being filled: `row_of` [n] gives each sample's row, `room` and `image_room` what each row has left."""
+    """Rows (packs) being filled: `row_of` [n] gives each sample's row, `room` and `image_room` what each row has
+    left."""
 
     def __init__(self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int | list[int]) -> None:
         self.lengths, self.capacity, self.images, self.max_images = lengths, capacity, images, max_images
@@ -106,8 +109,9 @@ class _Packer:
         return self
 
     def scatter(self, long_share: float, num_rows: int) -> bool:
-        """Places every sample into one of so many rows: those over `long_share` of the capacity by best fit, the others at random, where there is
-        more room the likelier. Returns whether there was room for all, and something for each row."""
+        """Places every sample into one of so many rows: those over `long_share` of the capacity by best fit, the others
+        at random, where there is more room the likelier. Returns whether there was room for all, and something for each
+        row."""
         self._new_rows(num_rows)
         is_long = self.lengths > self.capacity * long_share
         self._best_fit(np.flatnonzero(is_long))
@@ -141,8 +145,8 @@ class _Packer:
     def _best_fit(self, samples: np.ndarray) -> None:
         """Best-fit-decreasing over length classes: each sample goes where it leaves the least room, longest first.
 
-        All samples of one length and image count, and all rows of one remaining room, are handled at once: m = room // length
-        samples into each row, which is what best fit does one by one.
+        All samples of one length and image count, and all rows of one remaining room, are handled at once: m = room //
+        length samples into each row, which is what best fit does one by one.
         """
         samples = self.rng.permutation(samples)
         samples = samples[np.lexsort((-self.images[samples], -self.lengths[samples]))]
@@ -185,7 +189,8 @@ class _Packer:
         return np.arange(first, first + count)
 
     def _deal(self, pending: np.ndarray, begun: np.ndarray, largest_gap: int) -> tuple[np.ndarray, np.ndarray]:
-        """Deals samples in the given order to the rows `begun` and to new rows, then mends each row by swaps with a reserve.
+        """Deals samples in the given order to the rows `begun` and to new rows, then mends each row by swaps with a
+        reserve.
 
         Rows left with a gap of at most `largest_gap` tokens are kept, the others are undone.
 
@@ -216,7 +221,8 @@ class _Packer:
         return self.rng.permutation(np.concatenate(unplaced)), np.concatenate([begun[~kept[: len(begun)]], waiting])
 
     def _cut(self, dealt: np.ndarray, begun: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cuts `dealt` into consecutive runs, one per row (those `begun` first), each as near to the row's room as can be.
+        """Cuts `dealt` into consecutive runs, one per row (those `begun` first), each as near to the row's room as can
+        be.
 
         Returns starts and ends of the runs; a run may be empty, or over its row's room by less than half a sample.
         """
@@ -237,10 +243,11 @@ class _Packer:
             bounds.append(min(end, end_by_images))
 
     def _swap(self, dealt: np.ndarray, starts: np.ndarray, ends: np.ndarray, gaps: np.ndarray, reserve: np.ndarray) -> None:
-        """Swaps samples of rows whose gap is not zero for samples of the reserve that close it. Changes all but starts and ends in place.
+        """Swaps samples of rows whose gap is not zero for samples of the reserve that close it. Changes all but starts
+        and ends in place.
 
-        In a round each such row offers one random sample and wants one with as many images that is longer by the gap, or
-        the longest below that. A swap is made if the gap gets smaller.
+        In a round each such row offers one random sample and wants one with as many images that is longer by the gap,
+        or the longest below that. A swap is made if the gap gets smaller.
         """
         width = self.capacity + 1
         for _ in range(SWAP_ROUNDS):

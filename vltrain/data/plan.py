@@ -1,10 +1,11 @@
 """Which packs a step trains on, and which rank takes which: a pure function of (seed, epochs, step).
 
-Packs form one endless stream: position p is pack permute(p mod n) of epoch p // n, and step k takes positions [kB, (k + 1)B). So
-the global batch is the same at any number of ranks, resuming is a step number, and nothing is stored per pack: the permutation is
-computed at the positions asked for. The costs in the index decide who takes what: packs of similar cost meet in one micro-step, since
-ranks wait for each other there, and the ranks' totals are evened out. What this gives up: perfect balance (costs are a model's
-estimate), and equal micro-steps where the number of packs is no multiple of the ranks.
+Packs form one endless stream: position p is pack permute(p mod n) of epoch p // n, and step k takes positions [kB, (k +
+1)B). So the global batch is the same at any number of ranks, resuming is a step number, and nothing is stored per pack:
+the permutation is computed at the positions asked for. The costs in the index decide who takes what: packs of similar
+cost meet in one micro-step, since ranks wait for each other there, and the ranks' totals are evened out. What this
+gives up: perfect balance (costs are a model's estimate), and equal micro-steps where the number of packs is no multiple
+of the ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """A pseudo-random permutation of range(n), evaluated at `positions` only.
 
-    A Feistel network permutes the smallest range of 2^(2b) >= n numbers; a result outside range(n) goes through it again
-    until it falls inside (cycle walking: Black and Rogaway, 2002), fewer than four times on average.
+    A Feistel network permutes the smallest range of 2^(2b) >= n numbers; a result outside range(n) goes through it
+    again until it falls inside (cycle walking: Black and Rogaway, 2002), fewer than four times on average.
 
     Args:
         positions: int [m], each in [0, n).
@@ -119,8 +120,10 @@ class Plan:
         """Args:
         epochs: passes over the packs, not necessarily whole ones.
         max_steps: ends the run earlier.
-        images_always: let every micro-step reach the ViT, with a blank image where there is none. Optimizer offload needs
-            that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one reaches.
+        images_always: let every micro-step reach the ViT, with a blank image where there is none. Optimizer offload
+        needs
+            that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one
+            reaches.
 
         Raises: InputError for a set without packs.
         """
@@ -167,7 +170,8 @@ class Plan:
         return cost.per_token * index.num_tokens[packs] + cost.per_pair * index.sum_squares[packs] + cost.per_image * index.num_images[packs]
 
     def _deal(self, packs: np.ndarray) -> np.ndarray:
-        """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened out."""
+        """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened
+        out."""
         world_size = self._world_size
         costs, has_image = self.costs(packs), self._index.num_images[packs] > 0
         by_cost = np.lexsort((packs, -costs, ~has_image))

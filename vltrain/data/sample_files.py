@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vltrain.config import OWN, Config
+from vltrain.config.schema import OWN, Config
 from vltrain.errors import InputError
 
 
@@ -18,7 +18,8 @@ def samples_folder(config: Config) -> Path:
 
 
 def samples_file(config: Config, split: str) -> Path:
-    """Where a split's samples are, for whoever has had them made and checked: while a run goes on, its raw data may become the next one's.
+    """Where a split's samples are, for whoever has had them made and checked: while a run goes on, its raw data may
+    become the next one's.
 
     Raises: InputError for a split of own samples that the recipe does not say the file of.
     """
@@ -35,6 +36,8 @@ def samples_file(config: Config, split: str) -> Path:
     if place.is_dir():
         return place / f"{split}.jsonl"
     if split != data.train_split:
-        ways = f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without evaluation (eval.scorer: null)"
-        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; {ways}")
+        ways = (f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without "
+            "evaluation (eval.scorer: null)")
+        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; "
+            f"{ways}")
     return place

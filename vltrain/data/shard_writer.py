@@ -1,4 +1,5 @@
-"""Writes a folder of packed shards (layout: `vltrain.data.shards`), row by row, and gives it its name only when it is whole."""
+"""Writes a folder of packed shards (layout: `vltrain.data.shards`), row by row, and gives it its name only when it is
+whole."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ FILE_BYTES = 256 << 20  # a new file is begun when one has grown to this
 
 @contextmanager
 def write_shards(output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = False) -> Iterator[ShardWriter]:
-    """Gives a writer; the folder `output` exists once the block has ended without an error and the writer was finished, with `replace` in the
-    place of an older one.
+    """Gives a writer; the folder `output` exists once the block has ended without an error and the writer was finished,
+    with `replace` in the place of an older one.
 
     Raises:
         InputError: `output` exists or cannot be written.
@@ -72,7 +73,8 @@ class ShardWriter:
             facts: the fields of Manifest that the writer cannot know.
         """
         index = {name: np.frombuffer(column, np.int64) for name, column in self._index.items()}
-        with pa.ipc.new_file(str(self.folder / INDEX), INDEX_SCHEMA) as file:  # one batch, so that each column maps as one array
+        # one batch, so that each column maps as one array
+        with pa.ipc.new_file(str(self.folder / INDEX), INDEX_SCHEMA) as file:
             file.write_batch(pa.record_batch([pa.array(index[field.name], field.type) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA))
         num_packs = len(index["num_tokens"])
         totals = {name: int(index[name].sum()) for name in ("num_samples", "num_tokens", "num_label_tokens")}

@@ -1,13 +1,15 @@
 """Packed shards: a folder of memory-mapped Arrow files with random access to every pack, and its proof of wholeness.
 
-    manifest.json        what was packed with what, and rows, bytes and SHA-256 of every other file; carries its own checksum
+    manifest.json        what was packed with what, and rows, bytes and SHA-256 of every other file; carries its own
+                         checksum
     index.arrow          per pack: tokens, label tokens, images, samples, sum of squared segment lengths
     packs-NNNNN.arrow    the packs
     images-NNNNN.arrow   each distinct image once, as the bytes of its file; packs refer to it by number
 
-Opening reads the manifest and maps files when they are first needed: nothing is kept in memory per pack, so a set of 1e8 packs opens like
-a small one. Two sizes are fixed so that a row's place is arithmetic: rows of a record batch, and (but for the last) rows
-of a file. What this gives up: adding to a set, and compression. `vltrain.data.shard_writer` writes such a folder.
+Opening reads the manifest and maps files when they are first needed: nothing is kept in memory per pack, so a set of
+1e8 packs opens like a small one. Two sizes are fixed so that a row's place is arithmetic: rows of a record batch, and
+(but for the last) rows of a file. What this gives up: adding to a set, and compression. `vltrain.data.shard_writer`
+writes such a folder.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ class Manifest:
     """What a set of shards holds and what it was made with.
 
     tokenizer_fingerprint, template, visual_tokens and pack_length must agree with the model that trains on it.
-    `lost` is what the vocabulary loses of the samples' texts (`vltrain.data.spelling`), None and not written where that is nothing.
+    `lost` is what the vocabulary loses of the samples' texts (`vltrain.data.text.spelling`), None and not written where
+    that is nothing.
     `over_long` counts the samples left out because they do not fit into a pack; over_long.jsonl lists them.
     """
 
@@ -135,7 +138,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{error}; {_REMAKE}") from None
     found = fields.pop("checksum", None) if isinstance(fields, dict) else None
     if found is None or found != _checksum(fields):
-        raise InputError(f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}")
+        raise InputError(f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; "
+            f"{_REMAKE}")
     if fields.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path}: format version {fields.get('format_version')}, this program reads {FORMAT_VERSION}; {_REMAKE}")
     try:
@@ -165,7 +169,8 @@ def require_match(manifest: Manifest, tokenizer_fingerprint: str, visual_tokens:
         if getattr(manifest, name) != value
     ]
     if differences:
-        raise InputError(f"the shards were packed for another model: {'; '.join(differences)}. {_REMAKE[0].upper() + _REMAKE[1:]}")
+        raise InputError(f"the shards were packed for another model: {'; '.join(differences)}. "
+            f"{_REMAKE[0].upper() + _REMAKE[1:]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +194,8 @@ def read_index(path: Path) -> Index:
 
 
 class PackedDataset:
-    """A folder of packed shards. Picklable: a worker process that gets one maps the files anew, if they are still those that were opened."""
+    """A folder of packed shards. Picklable: a worker process that gets one maps the files anew, if they are still those
+    that were opened."""
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
         """Opens `folder`.
@@ -222,7 +228,8 @@ class PackedDataset:
             if verify:
                 found = sha256_of(path)
                 if found != file.sha256:
-                    raise InputError(f"{path}: SHA-256 is {found}, the manifest says {file.sha256}: the file is damaged; {_REMAKE}")
+                    raise InputError(f"{path}: SHA-256 is {found}, the manifest says {file.sha256}: the file is damaged; "
+                        f"{_REMAKE}")
             return stamp
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}), the manifest lists it; {_REMAKE}") from None

@@ -1,1 +1,2 @@
-"""`vltrain doctor`: what this machine, and every rank on it, has for training, each thing tried and not only looked for."""
+"""`vltrain doctor`: what this machine, and every rank on it, has for training, each thing tried and not only looked
+for."""

@@ -1,7 +1,7 @@
 """What a check found, checks that can neither crash nor hang the program, and the findings of many ranks as one list.
 
-Measured numbers are kept apart from the text that shows them (`found` names them in braces), so that ranks which differ in nothing but
-what they measured share a line, with the smallest and the largest.
+Measured numbers are kept apart from the text that shows them (`found` names them in braces), so that ranks which differ
+in nothing but what they measured share a line, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ class Merged:
 
 
 class Examination:
-    """Collects findings. `hung` tells whether a check that ran out of time still runs on a thread, so that the process cannot end by itself."""
+    """Collects findings. `hung` tells whether a check that ran out of time still runs on a thread, so that the process
+    cannot end by itself."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.hung = False
 
     def run(self, what: str, check: Callable[[], Finding | Sequence[Finding]], timeout_seconds: float = 60.0) -> None:
-        """Runs a check. Whatever it raises, and that it does not end in time, is a finding with the status `problem`."""
+        """Runs a check. Whatever it raises, and that it does not end in time, is a finding with the status
+        `problem`."""
         outcome: list[Finding] = []
 
         def examine() -> None:
@@ -105,15 +107,22 @@ def to_json(merged: Sequence[Merged], hosts: Sequence[str]) -> dict[str, Any]:
     """The report as data: the worst status, each rank's host, and the findings."""
     worst = max((entry.finding.status for entry in merged), key=STATUSES.index, default=OK)
     return {
-        "status": worst, "ranks": len(hosts), "hosts": list(hosts),
+        "status": worst,
+        "ranks": len(hosts),
+        "hosts": list(hosts),
         "findings": [
             {
-                "status": entry.finding.status, "what": entry.finding.what, "found": _shown(entry), "needed": entry.finding.needed,
-                "do": entry.finding.do, "numbers": entry.numbers, "ranks": entry.ranks,
+                "status": entry.finding.status,
+                "what": entry.finding.what,
+                "found": _shown(entry),
+                "needed": entry.finding.needed,
+                "do": entry.finding.do,
+                "numbers": entry.numbers,
+                "ranks": entry.ranks,
             }
             for entry in merged
         ],
-    }  # fmt: skip
+    }
 
 
 def to_text(merged: Sequence[Merged], hosts: Sequence[str]) -> str:

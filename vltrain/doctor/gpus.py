@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vltrain.distributed.hardware import cpu_has_fast_bf16, data_sheet_flops, measured_gemm_flops
 from vltrain.doctor.findings import OK, PROBLEM, WARNING, Finding
-from vltrain.train.hardware import cpu_has_fast_bf16, data_sheet_flops, measured_gemm_flops
 
 GIB = 2**30
 PRODUCT_SIZE = 8192
@@ -20,16 +20,31 @@ def examine_gpu(index: int, what: str = "GPU") -> Finding:
     numbers = {"free_gib": free / GIB, "total_gib": total / GIB}
     found = f"{name}, compute capability {major}.{minor}, {{free_gib}} of {{total_gib}} GiB free"
     if free < 3 * PRODUCT_SIZE**2 * 2 + GIB:
-        return Finding(status=PROBLEM, what=what, found=f"{found}, too little to try it", do="end the processes that use it (nvidia-smi)", numbers=numbers)
+        return Finding(
+            status=PROBLEM,
+            what=what,
+            found=f"{found}, too little to try it",
+            do="end the processes that use it (nvidia-smi)",
+            numbers=numbers,
+        )
     speed = measured_gemm_flops(torch.bfloat16, PRODUCT_SIZE, place=torch.device("cuda", index))
     torch.cuda.empty_cache()
     numbers["bf16_tflops"] = speed / 1e12
     sheet = data_sheet_flops(name)
     found += ", bf16 {bf16_tflops} TFLOP/s" + (f" (data sheet {sheet / 1e12:.0f})" if sheet else "")
     if major < 8:
-        return Finding(status=WARNING, what=what, found=found, needed="8.0 for bf16 and flash-attn", do="train.precision fp32 is right here", numbers=numbers)
+        return Finding(
+            status=WARNING,
+            what=what,
+            found=found,
+            needed="8.0 for bf16 and flash-attn",
+            do="train.precision fp32 is right here",
+            numbers=numbers,
+        )
     if free < LEAST_FREE * total:
-        return Finding(status=WARNING, what=what, found=found, do="other processes hold memory (nvidia-smi)", numbers=numbers)
+        return Finding(
+            status=WARNING, what=what, found=found, do="other processes hold memory (nvidia-smi)", numbers=numbers
+        )
     if sheet and speed < LEAST_SPEED * sheet:
         return Finding(
             status=WARNING, what=what, found=found, needed=f"{LEAST_SPEED * sheet / 1e12:.0f} TFLOP/s", numbers=numbers,
@@ -40,7 +55,9 @@ def examine_gpu(index: int, what: str = "GPU") -> Finding:
 
 def examine_cpu() -> Finding:
     """Products on the CPU, for ranks without a GPU."""
-    fp32, bf16 = (measured_gemm_flops(dtype, 512, place=torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = (
+        measured_gemm_flops(dtype, 512, place=torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)
+    )
     chosen = "bf16" if cpu_has_fast_bf16() else "fp32"
     slow = chosen == "bf16" and bf16 < fp32 / 2
     return Finding(

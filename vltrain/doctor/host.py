@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from vltrain.distributed.machine import LEAST_SHARED_BYTES, SHARED_MEMORY
 from vltrain.doctor.findings import ABSENT, OK, PROBLEM, WARNING, Finding
-from vltrain.train.machine import LEAST_SHARED_BYTES, SHARED_MEMORY
 
 MIB, GIB = 2**20, 2**30
 TRIAL_BYTES = 32 * MIB
@@ -29,28 +29,38 @@ def shared_memory(local_size: int, folder: str = SHARED_MEMORY) -> Finding:
         return Finding(status=ABSENT, what="shared memory", found=f"no {folder}")
     usage = shutil.disk_usage(folder)
     numbers = {"free_gib": usage.free / GIB, "total_gib": usage.total / GIB}
-    found, do = f"{folder}: {{free_gib}} of {{total_gib}} GiB free", "remove what ended runs left there; in a container docker run --shm-size 8g"
+    found, do = (
+        f"{folder}: {{free_gib}} of {{total_gib}} GiB free",
+        "remove what ended runs left there; in a container docker run --shm-size 8g",
+    )
     if usage.free < local_size * LEAST_SHARED_BYTES:
         needed = f"{local_size * LEAST_SHARED_BYTES / MIB:.0f} MiB"
         return Finding(status=PROBLEM, what="shared memory", found=found, needed=needed, do=do, numbers=numbers)
     if usage.free < AMPLE_SHARED_BYTES:
-        return Finding(status=WARNING, what="shared memory", found=found, needed="1 GiB to be safe", do=do, numbers=numbers)
+        return Finding(
+            status=WARNING, what="shared memory", found=found, needed="1 GiB to be safe", do=do, numbers=numbers
+        )
     return Finding(status=OK, what="shared memory", found=found, numbers=numbers)
 
 
 def open_files() -> Finding:
     """The limit of open files: each worker's tensors and each rank's connections take some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reachable = hard == resource.RLIM_INFINITY or hard >= OPEN_FILES
     shown = ["unlimited" if limit == resource.RLIM_INFINITY else str(limit) for limit in (soft, hard)]
     enough = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
     return Finding(
-        status=OK if enough else WARNING, what="open files", found=f"limit {shown[0]} (may be raised to {shown[1]})", needed=f"{OPEN_FILES}",
-        do="" if enough else f"ulimit -n {OPEN_FILES if hard == resource.RLIM_INFINITY or hard >= OPEN_FILES else 'more, by root: /etc/security/limits.conf'}",
-    )  # fmt: skip
+        status=OK if enough else WARNING,
+        what="open files",
+        found=f"limit {shown[0]} (may be raised to {shown[1]})",
+        needed=f"{OPEN_FILES}",
+        do="" if enough else f"ulimit -n {OPEN_FILES if reachable else 'more, by root: /etc/security/limits.conf'}",
+    )
 
 
 def cores_per_rank(own: Sequence[int], others: Sequence[Sequence[int]]) -> float:
-    """How many cores a rank has: those that it may run on, each shared with the ranks of this machine that may run there too.
+    """How many cores a rank has: those that it may run on, each shared with the ranks of this machine that may run
+    there too.
 
     Args:
         own: numbers of the cores that this rank may run on.
@@ -64,10 +74,13 @@ def cores(own: Sequence[int], others: Sequence[Sequence[int]], workers: int) -> 
     count, needed = cores_per_rank(own, others), 1 + workers
     enough = count >= needed
     return Finding(
-        status=OK if enough else WARNING, what="cores per rank", needed=f"{needed} (itself and {workers} that decode images)", numbers={"cores": count},
+        status=OK if enough else WARNING,
+        what="cores per rank",
+        needed=f"{needed} (itself and {workers} that decode images)",
+        numbers={"cores": count},
         found=f"{{cores}} ({len(own)} may be used, of {os.cpu_count()} on the machine)",
         do="" if enough else "fewer ranks, --data.workers 0, or more cores (srun --cpus-per-task)",
-    )  # fmt: skip
+    )
 
 
 def folder_speed(folder: Path, purpose: str) -> Finding:
@@ -77,16 +90,41 @@ def folder_speed(folder: Path, purpose: str) -> Finding:
     try:
         usage = shutil.disk_usage(place)
         if usage.free < TRIAL_BYTES + MIB:
-            return Finding(status=PROBLEM, what=what, found=f"{purpose}{shown}: {usage.free / MIB:.1f} MiB free", needed="room to write", do="free some, or take another disk")
+            return Finding(
+                status=PROBLEM,
+                what=what,
+                found=f"{purpose}{shown}: {usage.free / MIB:.1f} MiB free",
+                needed="room to write",
+                do="free some, or take another disk",
+            )
         written, read = _transfer(place)
     except OSError as error:
-        return Finding(status=PROBLEM, what=what, found=f"{purpose}{shown}: {error.strerror or error}", needed="to be writable", do="mend its rights, or take another folder")
+        return Finding(
+            status=PROBLEM,
+            what=what,
+            found=f"{purpose}{shown}: {error.strerror or error}",
+            needed="to be writable",
+            do="mend its rights, or take another folder",
+        )
     numbers = {"write_mb_per_s": written, "read_mb_per_s": read, "free_gib": usage.free / GIB}
     found = f"{purpose}{shown}: writes {{write_mb_per_s}} and reads {{read_mb_per_s}} MB/s, {{free_gib}} GiB free"
     if min(written, read) < SLOW_MB_PER_SECOND:
-        return Finding(status=WARNING, what=what, found=found, needed=f"{SLOW_MB_PER_SECOND} MB/s", do="take a faster file system", numbers=numbers)
+        return Finding(
+            status=WARNING,
+            what=what,
+            found=found,
+            needed=f"{SLOW_MB_PER_SECOND} MB/s",
+            do="take a faster file system",
+            numbers=numbers,
+        )
     if usage.free < LEAST_DISK_BYTES:
-        return Finding(status=WARNING, what=what, found=found, needed="room for checkpoints (vltrain plan says how much)", numbers=numbers)
+        return Finding(
+            status=WARNING,
+            what=what,
+            found=found,
+            needed="room for checkpoints (vltrain plan says how much)",
+            numbers=numbers,
+        )
     return Finding(status=OK, what=what, found=found, numbers=numbers)
 
 
@@ -119,13 +157,33 @@ def compiler() -> Finding:
     used_for, name = "only for optimizer offload", os.environ.get("CXX", "c++")
     path, ninja = shutil.which(name), shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None
     if path is None or not ninja:
-        missing = " and ".join(word for word, there in ((f"the C++ compiler '{name}'", path), ("ninja", ninja)) if not there)
-        return Finding(status=ABSENT, what="compiler", found=f"no {missing}", needed=used_for, do="install g++ (or set CXX) and ninja")
+        missing = " and ".join(
+            word for word, there in ((f"the C++ compiler '{name}'", path), ("ninja", ninja)) if not there
+        )
+        return Finding(
+            status=ABSENT,
+            what="compiler",
+            found=f"no {missing}",
+            needed=used_for,
+            do="install g++ (or set CXX) and ninja",
+        )
     command = [path, "-fopenmp", "-x", "c++", "-fsyntax-only", "-"]
-    done = subprocess.run(command, input="#include <omp.h>\n#include <vector>\nint main() { return 0; }\n", capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        command,
+        input="#include <omp.h>\n#include <vector>\nint main() { return 0; }\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     if done.returncode:
         words = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
-        return Finding(status=WARNING, what="compiler", found=f"{path} cannot compile with OpenMP: {words[:200]}", needed=used_for, do="install g++ and libgomp")
+        return Finding(
+            status=WARNING,
+            what="compiler",
+            found=f"{path} cannot compile with OpenMP: {words[:200]}",
+            needed=used_for,
+            do="install g++ and libgomp",
+        )
     return Finding(status=OK, what="compiler", found=f"{path} and ninja", needed=used_for)
 
 
@@ -135,12 +193,29 @@ def hub_cache() -> Finding:
 
     folder = Path(constants.HF_HUB_CACHE).absolute()
     place = _nearest_existing(folder)
-    flags = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")]
+    flags = [
+        name
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        if os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
+    ]
     offline = f"offline ({', '.join(flags)}): only what is there" if flags else "downloads allowed"
     free = shutil.disk_usage(place).free
     found, numbers = f"{folder}, {{free_gib}} GiB free, {offline}", {"free_gib": free / GIB}
     if not flags and not os.access(place, os.W_OK):
-        return Finding(status=WARNING, what="hub cache", found=f"{found}; {place} is not writable", do="set HF_HOME to a folder that is", numbers=numbers)
+        return Finding(
+            status=WARNING,
+            what="hub cache",
+            found=f"{found}; {place} is not writable",
+            do="set HF_HOME to a folder that is",
+            numbers=numbers,
+        )
     if not flags and free < LEAST_DISK_BYTES:
-        return Finding(status=WARNING, what="hub cache", found=found, needed="room for weights", do="set HF_HOME to a larger disk", numbers=numbers)
+        return Finding(
+            status=WARNING,
+            what="hub cache",
+            found=found,
+            needed="room for weights",
+            do="set HF_HOME to a larger disk",
+            numbers=numbers,
+        )
     return Finding(status=OK, what="hub cache", found=found, numbers=numbers)

@@ -1,8 +1,11 @@
-"""The kernels' cases in a process beside this one: a kernel that ends its process, hangs, or leaves the GPU's context broken costs one line.
+"""The kernels' cases in a process beside this one: a kernel that ends its process, hangs, or leaves the GPU's context
+broken costs one line.
 
-Where there is no GPU that process has TRITON_INTERPRET=1, so that Triton and the fused adapter kernel run there all the same.
+Where there is no GPU that process has TRITON_INTERPRET=1, so that Triton and the fused adapter kernel run there all the
+same.
 
-    python -m vltrain.doctor.isolated FILE CASE ...     (the child: appends to FILE, a line of JSON for each case begun and each finding)
+    python -m vltrain.doctor.isolated FILE CASE ...     (the child: appends to FILE, a line of JSON for each case begun
+                                                        and each finding)
 """
 
 from __future__ import annotations
@@ -47,12 +50,17 @@ def examine_kernels(names: Sequence[str], threads: int, case_seconds: float = CA
                 return [*findings, Finding(status=PROBLEM, what="kernels", found=f"could not be tried: {reason}")]
             if reason is not None and left:
                 case = CASES[left.pop(0)]
-                findings.append(Finding(status=PROBLEM, what=case.what, found=reason, do=f"needed only for {case.used_for}"))
+                findings.append(
+                    Finding(status=PROBLEM, what=case.what, found=reason, do=f"needed only for {case.used_for}")
+                )
     return findings
 
 
-def _run_child(names: Sequence[str], report: Path, threads: int, case_seconds: float) -> tuple[list[Finding], str | None, bool]:
-    """What a process found before it ended, why it ended early if it did, and whether it got as far as to begin a case."""
+def _run_child(
+    names: Sequence[str], report: Path, threads: int, case_seconds: float
+) -> tuple[list[Finding], str | None, bool]:
+    """What a process found before it ended, why it ended early if it did, and whether it got as far as to begin a
+    case."""
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **launched_by_me()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     if not torch.cuda.is_available():
@@ -75,7 +83,11 @@ def _run_child(names: Sequence[str], report: Path, threads: int, case_seconds: f
         return found, "did not end in time, and was stopped", begun
     if child.returncode == 0:
         return found, None, begun
-    how = f"killed by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"ended with exit code {child.returncode}"
+    how = (
+        f"killed by {signal.Signals(-child.returncode).name}"
+        if child.returncode < 0
+        else f"ended with exit code {child.returncode}"
+    )
     words = [line.strip() for line in errors.read_text(errors="replace").split("\n") if line.strip()]
     return found, f"its process was {how}" + (f": {words[-1][:300]}" if words else ""), begun
 
@@ -107,7 +119,12 @@ def main(argv: Sequence[str]) -> int:
             try:
                 finding = examine(CASES[name])
             except Exception as error:
-                finding = Finding(status=PROBLEM, what=CASES[name].what, found=one_line(error), do=f"needed only for {CASES[name].used_for}")
+                finding = Finding(
+                    status=PROBLEM,
+                    what=CASES[name].what,
+                    found=one_line(error),
+                    do=f"needed only for {CASES[name].used_for}",
+                )
                 write(asdict(finding))
                 if "CUDA" in str(error):
                     return 0  # its context may be broken: the rest gets a new process

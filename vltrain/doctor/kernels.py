@@ -1,10 +1,11 @@
 """Small cases of the kernels that training may use, each against plain operations in float64 on the same device.
 
-A case gives its largest error, as a share of the largest true value, over results and gradients. What cannot run here by its nature (no
-package, no GPU, an older GPU) raises `NotHere`. Run by `vltrain.doctor.isolated` in a process of its own.
+A case gives its largest error, as a share of the largest true value, over results and gradients. What cannot run here
+by its nature (no package, no GPU, an older GPU) raises `NotHere`. Run by `vltrain.doctor.isolated` in a process of its
+own.
 
-Attention is called here as `vltrain.ops.attention` and `vltrain.ops.attention_choice` do, and not through them: they import transformers, which
-imports much else, so that one broken package would keep all cases from being tried.
+Attention is called here as `vltrain.ops.attention` and `vltrain.ops.attention_choice` do, and not through them: they
+import transformers, which imports much else, so that one broken package would keep all cases from being tried.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vltrain.distributed.hardware import device
 from vltrain.doctor.findings import ABSENT, OK, PROBLEM, Finding
 from vltrain.models.quantise import FrozenLinear, quantise_linears
 from vltrain.ops import reference
 from vltrain.ops.fused import fused_adapter
-from vltrain.train.hardware import device
 
 SEGMENTS = (37, 64, 27)
 HEADS, HEAD_DIM = 4, 64
@@ -53,14 +54,31 @@ def examine(case: Case) -> Finding:
     try:
         error = case.measure()
     except NotHere as missing:
-        return Finding(status=ABSENT, what=case.what, found=str(missing), needed=f"only for {case.used_for}", do=missing.do)
-    by = "on this GPU" if torch.cuda.is_available() else "on the CPU" if case.what.startswith("bitsandbytes") else "in Triton's interpreter"
+        return Finding(
+            status=ABSENT, what=case.what, found=str(missing), needed=f"only for {case.used_for}", do=missing.do
+        )
+    by = (
+        "on this GPU"
+        if torch.cuda.is_available()
+        else "on the CPU"
+        if case.what.startswith("bitsandbytes")
+        else "in Triton's interpreter"
+    )
     if not error <= case.allowed:  # a NaN is not
         return Finding(
-            status=PROBLEM, what=case.what, found=f"wrong results {by}: off by {{error}} of the largest value", needed=f"{case.allowed:g} at most",
-            do=f"reinstall the package for this torch and GPU, or do without it ({case.used_for})", numbers={"error": error},
+            status=PROBLEM,
+            what=case.what,
+            found=f"wrong results {by}: off by {{error}} of the largest value",
+            needed=f"{case.allowed:g} at most",
+            do=f"reinstall the package for this torch and GPU, or do without it ({case.used_for})",
+            numbers={"error": error},
         )
-    return Finding(status=OK, what=case.what, found=f"right {by}: off by {{error}} ({case.allowed:g} allowed)", numbers={"error": error})
+    return Finding(
+        status=OK,
+        what=case.what,
+        found=f"right {by}: off by {{error}} ({case.allowed:g} allowed)",
+        numbers={"error": error},
+    )
 
 
 def _require_package(module: str, distribution: str, do: str) -> None:
@@ -87,7 +105,8 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def largest_error(function: Callable[..., Tensor], truth: Callable[..., Tensor], inputs: Sequence[Tensor]) -> float:
-    """The largest difference between a function and its truth in float64, over the result and the gradients of all inputs that have one."""
+    """The largest difference between a function and its truth in float64, over the result and the gradients of all
+    inputs that have one."""
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     found, expected = function(*inputs), truth(*exact)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected.device, found.dtype)
@@ -115,7 +134,13 @@ def _adapter() -> float:
         z = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * norm_weight.double()
         return reference.bottleneck_adapter(z, down[None], down_bias, up[None], up_bias)
 
-    inputs = [_random(rows, width, dtype=_dtype()), _random(dim, width), _random(dim), _random(width, dim), _random(width)]
+    inputs = [
+        _random(rows, width, dtype=_dtype()),
+        _random(dim, width),
+        _random(dim),
+        _random(width, dim),
+        _random(width),
+    ]
     return largest_error(lambda *given: fused_adapter(*given, norm_weight=norm_weight), truth, inputs)
 
 
@@ -131,7 +156,11 @@ def _liger() -> float:
     def truth(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         return F.silu(gate) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 
-    inputs = [_random(24, 128, dtype=_dtype()), _random(24, 128, dtype=_dtype(), seed=1), _random(128, dtype=_dtype(), seed=2).detach()]
+    inputs = [
+        _random(24, 128, dtype=_dtype()),
+        _random(24, 128, dtype=_dtype(), seed=1),
+        _random(128, dtype=_dtype(), seed=2).detach(),
+    ]
     return largest_error(ours, truth, inputs)
 
 
@@ -147,7 +176,9 @@ def _quantised(bits: int, most_lost: float) -> float:
     kept = quantised.dequantised(torch.float32).double()
     lost = ((kept - original).norm() / original.norm()).item()
     if not lost <= most_lost:
-        raise ArithmeticError(f"dequantised weights are off by {lost:.3g} of the original ones' norm, {most_lost} at most was expected")
+        raise ArithmeticError(
+            f"dequantised weights are off by {lost:.3g} of the original ones' norm, {most_lost} at most was expected"
+        )
     bias = quantised.bias.double()
     return largest_error(quantised, lambda x: F.linear(x, kept, bias), [_random(40, 256, dtype=_dtype())])
 
@@ -164,7 +195,9 @@ def _attention(function: Callable[..., Tensor | tuple[Tensor, ...]]) -> float:
     def truth(*states: Tensor) -> Tensor:
         return reference.packed_attention(*(one.transpose(0, 1)[None] for one in states), lengths)[0]
 
-    return largest_error(ours, truth, [_random(tokens, HEADS, HEAD_DIM, dtype=torch.bfloat16, seed=seed) for seed in range(3)])
+    return largest_error(
+        ours, truth, [_random(tokens, HEADS, HEAD_DIM, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
+    )
 
 
 def _flash(module: str, distribution: str, capability: tuple[int, int], do: str) -> float:
@@ -198,9 +231,15 @@ CASES: dict[str, Case] = {
     "triton": Case("Triton", _triton, 1e-5, "the kernels below"),
     "adapter": Case("fused adapter kernel", _adapter, ROUNDING, "model.adapter.impl: triton"),
     "liger": Case("Liger", _liger, ROUNDING, "model.llm.kernels: liger"),
-    "flash2": Case("flash-attn 2", lambda: _flash("flash_attn", "flash-attn", (8, 0), FLASH), ROUNDING, "fast attention"),
-    "flash3": Case("flash-attn 3", lambda: _flash("flash_attn_interface", "flash-attn-3", (9, 0), ""), ROUNDING, "fast attention"),
-    "flash4": Case("flash-attn 4", lambda: _flash("flash_attn.cute", "flash-attn-4", (9, 0), ""), ROUNDING, "fast attention"),
+    "flash2": Case(
+        "flash-attn 2", lambda: _flash("flash_attn", "flash-attn", (8, 0), FLASH), ROUNDING, "fast attention"
+    ),
+    "flash3": Case(
+        "flash-attn 3", lambda: _flash("flash_attn_interface", "flash-attn-3", (9, 0), ""), ROUNDING, "fast attention"
+    ),
+    "flash4": Case(
+        "flash-attn 4", lambda: _flash("flash_attn.cute", "flash-attn-4", (9, 0), ""), ROUNDING, "fast attention"
+    ),
     "varlen": Case("torch varlen_attn", _varlen, ROUNDING, "fast attention"),
     "bits4": Case("bitsandbytes, 4 bits", lambda: _quantised(4, 0.15), ROUNDING, "model.bits: 4"),
     "bits8": Case("bitsandbytes, 8 bits", lambda: _quantised(8, 0.02), 5e-2, "model.bits: 8"),

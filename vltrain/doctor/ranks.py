@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vltrain.distributed.ranks import join_process_group
 from vltrain.doctor.findings import OK, PROBLEM, Finding
-from vltrain.train.ranks import join_process_group
 
 GROUP_TIMEOUT = datetime.timedelta(seconds=120)
 NCCL_TIMEOUT = datetime.timedelta(seconds=45)
@@ -40,7 +40,8 @@ def own_fact(gpu: str | None) -> Fact:
 
 
 def join() -> tuple[int, int]:
-    """Joins the group of the launcher's environment over gloo; alone makes one of one rank. Returns (rank, world size)."""
+    """Joins the group of the launcher's environment over gloo; alone makes one of one rank. Returns (rank, world
+    size)."""
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a NCCL that hangs shall raise, not end the process
     join_process_group("gloo", GROUP_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
@@ -63,13 +64,18 @@ def one_model(facts: Sequence[Fact]) -> list[Finding]:
     models = sorted({fact.gpu or "no GPU of its own" for fact in facts})
     if len(models) == 1:
         return []
-    told = "; ".join(f"{model}: ranks {', '.join(str(rank) for rank, fact in enumerate(facts) if (fact.gpu or 'no GPU of its own') == model)}" for model in models)
+    told = "; ".join(
+        f"{model}: ranks "
+        f"{', '.join(str(rank) for rank, fact in enumerate(facts) if (fact.gpu or 'no GPU of its own') == model)}"
+        for model in models
+    )
     do = "choose GPUs of one model (CUDA_VISIBLE_DEVICES, deepspeed --include, sbatch --constraint), as many as ranks"
     return [Finding(status=PROBLEM, what="GPU models", found=told, needed="one model", do=do)]
 
 
 def all_reduce(backend: str, index: int | None = None) -> Finding:
-    """Sums a buffer over all ranks, checks the sum and measures the bus bandwidth: bytes moved by each rank per second, 2 (n - 1) / n of the buffer.
+    """Sums a buffer over all ranks, checks the sum and measures the bus bandwidth: bytes moved by each rank per second,
+    2 (n - 1) / n of the buffer.
 
     Args:
         index: this rank's GPU, for nccl.
@@ -91,12 +97,27 @@ def all_reduce(backend: str, index: int | None = None) -> Finding:
     what, expected = f"all-reduce ({backend})", world_size * (world_size + 1) / 2
     wrong = int((buffer != expected).sum())
     if wrong:
-        return Finding(status=PROBLEM, what=what, found=f"{wrong} of {buffer.numel()} sums over {world_size} ranks are wrong", needed="none", do="try NCCL_P2P_DISABLE=1; look at the hardware's log (dmesg)")
+        return Finding(
+            status=PROBLEM,
+            what=what,
+            found=f"{wrong} of {buffer.numel()} sums over {world_size} ranks are wrong",
+            needed="none",
+            do="try NCCL_P2P_DISABLE=1; look at the hardware's log (dmesg)",
+        )
     if world_size == 1:
-        return Finding(status=OK, what=what, found="works in a group of one rank; between ranks: deepspeed launch/doctor.py, or srun")
+        return Finding(
+            status=OK,
+            what=what,
+            found="works in a group of one rank; between ranks: deepspeed launch/doctor.py, or srun",
+        )
     bandwidth = 2 * (world_size - 1) / world_size * buffer.nbytes / best / 1e9
     mib = buffer.nbytes >> 20
-    return Finding(status=OK, what=what, found=f"{{gb_per_s}} GB/s bus bandwidth over {world_size} ranks ({mib} MiB)", numbers={"gb_per_s": bandwidth})
+    return Finding(
+        status=OK,
+        what=what,
+        found=f"{{gb_per_s}} GB/s bus bandwidth over {world_size} ranks ({mib} MiB)",
+        numbers={"gb_per_s": bandwidth},
+    )
 
 
 def _finish(place: torch.device) -> None:

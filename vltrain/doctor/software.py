@@ -12,11 +12,12 @@ import sys
 import torch
 from packaging.requirements import Requirement
 
+from vltrain.distributed.machine import cpu_is_asked_for, driver_error, signs_of_gpu
 from vltrain.doctor.findings import ABSENT, OK, PROBLEM, WARNING, Finding
-from vltrain.train.machine import cpu_is_asked_for, driver_error, signs_of_gpu
 
 DRIVER_FILE = "/proc/driver/nvidia/version"
-BUILD_EXTRA = 'extra == "flash"'  # what only flash-attn's build needs, such as setuptools, whose older versions do no harm otherwise
+# what only flash-attn's build needs, such as setuptools, whose older versions do no harm otherwise
+BUILD_EXTRA = 'extra == "flash"'
 
 
 def python() -> Finding:
@@ -25,27 +26,62 @@ def python() -> Finding:
     try:
         needed = importlib.metadata.metadata("vltrain")["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:
-        return Finding(status=WARNING, what="Python", found=f"{found}; vltrain is not installed", do="pip install -e . in the checkout")
+        return Finding(
+            status=WARNING,
+            what="Python",
+            found=f"{found}; vltrain is not installed",
+            do="pip install -e . in the checkout",
+        )
     fits = Requirement(f"python{needed}").specifier.contains(found, prereleases=True)
-    return Finding(status=OK if fits else PROBLEM, what="Python", found=found, needed=needed, do="" if fits else "make an environment with a Python that fits")
+    return Finding(
+        status=OK if fits else PROBLEM,
+        what="Python",
+        found=found,
+        needed=needed,
+        do="" if fits else "make an environment with a Python that fits",
+    )
 
 
 def torch_and_driver() -> Finding:
     """torch's build against the driver and the GPUs' architectures."""
-    build = f"torch {torch.__version__}, " + (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA")
+    build = f"torch {torch.__version__}, " + (
+        f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    )
     signs = signs_of_gpu()
     if torch.version.cuda is None:
         if signs is None or cpu_is_asked_for():
-            return Finding(status=OK, what="torch and driver", found=f"{build}; no GPU here", needed="a CUDA build where there is a GPU")
-        return Finding(status=PROBLEM, what="torch and driver", found=f"{build}, but {signs}", needed="a CUDA build", do="install torch's CUDA build")
+            return Finding(
+                status=OK,
+                what="torch and driver",
+                found=f"{build}; no GPU here",
+                needed="a CUDA build where there is a GPU",
+            )
+        return Finding(
+            status=PROBLEM,
+            what="torch and driver",
+            found=f"{build}, but {signs}",
+            needed="a CUDA build",
+            do="install torch's CUDA build",
+        )
     if not torch.cuda.is_available():
         if cpu_is_asked_for():
-            return Finding(status=OK, what="torch and driver", found=f"{build}; the CPU is asked for (CUDA_VISIBLE_DEVICES or DS_ACCELERATOR)")
+            return Finding(
+                status=OK,
+                what="torch and driver",
+                found=f"{build}; the CPU is asked for (CUDA_VISIBLE_DEVICES or DS_ACCELERATOR)",
+            )
         if signs is None:
-            return Finding(status=OK, what="torch and driver", found=f"{build}; no driver and no sign of a GPU, so that runs take the CPU")
+            return Finding(
+                status=OK,
+                what="torch and driver",
+                found=f"{build}; no driver and no sign of a GPU, so that runs take the CPU",
+            )
         return Finding(
-            status=PROBLEM, what="torch and driver", found=f"{build}, but the driver does not work ({driver_error()}), although {signs}",
-            needed=f"a driver for CUDA {torch.version.cuda}", do="mend or update the driver, or install a torch built for an older CUDA",
+            status=PROBLEM,
+            what="torch and driver",
+            found=f"{build}, but the driver does not work ({driver_error()}), although {signs}",
+            needed=f"a driver for CUDA {torch.version.cuda}",
+            do="mend or update the driver, or install a torch built for an older CUDA",
         )
     return _driver_fit(build)
 
@@ -57,7 +93,10 @@ def _driver_fit(build: str) -> Finding:
     found = f"{build}; driver{_driver_version()} knows CUDA {driver[0]}.{driver[1]}"
     if driver[0] < built[0]:
         return Finding(
-            status=PROBLEM, what="torch and driver", found=found, needed=f"a driver for CUDA {built[0]}",
+            status=PROBLEM,
+            what="torch and driver",
+            found=found,
+            needed=f"a driver for CUDA {built[0]}",
             do="update the driver, or install a torch built for an older CUDA",
         )
     architectures = torch.cuda.get_arch_list()
@@ -65,21 +104,27 @@ def _driver_fit(build: str) -> Finding:
         capability = torch.cuda.get_device_capability(index)
         if not runs_on(capability, architectures):
             return Finding(
-                status=PROBLEM, what="torch and driver", needed="a torch built for this GPU", do="install another torch build",
-                found=f"{found}; torch has no code for GPU {index} (compute capability {capability[0]}.{capability[1]}), only {' '.join(architectures)}",
+                status=PROBLEM,
+                what="torch and driver",
+                needed="a torch built for this GPU",
+                do="install another torch build",
+                found=f"{found}; torch has no code for GPU {index} (compute capability "
+                f"{capability[0]}.{capability[1]}), only {' '.join(architectures)}",
             )
     return Finding(status=OK, what="torch and driver", found=found, needed=f"a driver for CUDA {built[0]}")
 
 
 def cuda_of_driver() -> int:
-    """The newest CUDA that the driver knows, as it says itself: 13000 is 13.0. Raises OSError where its library cannot be loaded."""
+    """The newest CUDA that the driver knows, as it says itself: 13000 is 13.0. Raises OSError where its library cannot
+    be loaded."""
     number = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
     return number.value
 
 
 def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for `architectures` (`sm_90`, `compute_90`) runs: binaries within their major version, PTX from its version on."""
+    """Whether code for `architectures` (`sm_90`, `compute_90`) runs: binaries within their major version, PTX from its
+    version on."""
     for name in architectures:
         kind, _, digits = name.partition("_")
         digits = digits.rstrip("af")  # sm_90a: of exactly that chip
@@ -109,11 +154,19 @@ def _driver_version() -> str:
 
 
 def packages() -> list[Finding]:
-    """Each package against the bounds in vltrain's metadata; those of extras only where they are installed, and those of flash-attn's build never."""
+    """Each package against the bounds in vltrain's metadata; those of extras only where they are installed, and those
+    of flash-attn's build never."""
     try:
         requirements = [Requirement(text) for text in importlib.metadata.requires("vltrain") or []]
     except importlib.metadata.PackageNotFoundError:
-        return [Finding(status=WARNING, what="packages", found="vltrain is not installed, so that nothing says what it needs", do="pip install -e .")]
+        return [
+            Finding(
+                status=WARNING,
+                what="packages",
+                found="vltrain is not installed, so that nothing says what it needs",
+                do="pip install -e .",
+            )
+        ]
     checked: dict[str, str] = {}
     wrong: dict[tuple[str, str], Finding] = {}
     for one in requirements:
@@ -133,7 +186,10 @@ def packages() -> list[Finding]:
             wrong[one.name, str(one.specifier)] = _misfit(one, version)
     heads = ", ".join(f"{name} {checked[name]}" for name in ("transformers", "deepspeed", "peft") if name in checked)
     fitting = len(checked) - len({name for name, _ in wrong if name in checked})
-    return [*wrong.values(), Finding(status=OK, what="packages", found=f"{fitting} within the bounds of setup.cfg ({heads})")]
+    return [
+        *wrong.values(),
+        Finding(status=OK, what="packages", found=f"{fitting} within the bounds of setup.cfg ({heads})"),
+    ]
 
 
 def _misfit(requirement: Requirement, found: str) -> Finding:
@@ -145,7 +201,10 @@ def _misfit(requirement: Requirement, found: str) -> Finding:
 def what_a_gpu_changes() -> Finding:
     """Without a GPU: what would run differently with one, by what is installed here."""
     found = "products in bf16 (Ampere or newer), the fused adapter kernel, NCCL in place of gloo, torch's fused AdamW"
-    found += f"; Liger's kernels ({_installed('liger-kernel')}); attention by flash-attn ({_installed('flash-attn')}) or torch's varlen_attn in place of packed SDPA"
+    found += (
+        f"; Liger's kernels ({_installed('liger-kernel')}); attention by flash-attn ({_installed('flash-attn')}) or "
+        "torch's varlen_attn in place of packed SDPA"
+    )
     return Finding(status=ABSENT, what="GPU", found=f"none; one would change: {found}")
 
 

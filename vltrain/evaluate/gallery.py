@@ -1,7 +1,8 @@
-"""Answered questions as pictures for TensorBoard: the images, enlarged, above the question, the prediction and the answer.
+"""Answered questions as pictures for TensorBoard: the images, enlarged, above the question, the prediction and the
+answer.
 
-Pillow's built-in font draws them, so nothing is installed for it; letters that it lacks (most beyond ASCII) become boxes here, while
-`predictions.jsonl` has every text as it is.
+Pillow's built-in font draws them, so nothing is installed for it; letters that it lacks (most beyond ASCII) become
+boxes here, while `predictions.jsonl` has every text as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vltrain.evaluate.scoring import Answer
+from vltrain.evaluate.scorers.scoring import Answer
 from vltrain.schema import IMAGE_MARKER
 
 WIDTH = 384
@@ -29,8 +30,11 @@ class ImageWriter(Protocol):
     def add_image(self, tag: str, img_tensor: np.ndarray, global_step: int, dataformats: str) -> None: ...
 
 
-def write_gallery(writer: ImageWriter, tag: str, answered: Sequence[tuple[Answer, Sequence[Image.Image]]], step: int) -> None:
-    """One picture for each answered question under `tag`/NUMBER, so that TensorBoard's slider shows one question over the steps."""
+def write_gallery(
+    writer: ImageWriter, tag: str, answered: Sequence[tuple[Answer, Sequence[Image.Image]]], step: int
+) -> None:
+    """One picture for each answered question under `tag`/NUMBER, so that TensorBoard's slider shows one question over
+    the steps."""
     for number, (answer, images) in enumerate(answered):
         writer.add_image(f"{tag}/{number:02d}", np.asarray(draw_card(answer, images)), step, dataformats="HWC")
 
@@ -79,7 +83,11 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
                 lines.append(line)
             line = word
             while font.getlength(line) > width:
-                fitting = next(length for length in range(len(line) - 1, 0, -1) if length == 1 or font.getlength(line[:length]) <= width)
+                fitting = next(
+                    length
+                    for length in range(len(line) - 1, 0, -1)
+                    if length == 1 or font.getlength(line[:length]) <= width
+                )
                 lines.append(line[:fitting])
                 line = line[fitting:]
         lines.append(line)

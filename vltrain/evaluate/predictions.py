@@ -1,8 +1,8 @@
 """Scores a file of answers, ours or anybody's (`vltrain.evaluate.prediction_files`), by any scorer, without a model.
 
-The questions are ScienceQA's, as published, or those of a file of samples. A score is only comparable if every question of the split was
-answered, so missing ids are an error and not a smaller denominator, unless that is asked for, and told. Ids that the split does not have are an error,
-since they mean that the wrong split was named.
+The questions are ScienceQA's, as published, or those of a file of samples. A score is only comparable if every question
+of the split was answered, so missing ids are an error and not a smaller denominator, unless that is asked for, and
+told. Ids that the split does not have are an error, since they mean that the wrong split was named.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vltrain.errors import InputError, nearest
-from vltrain.evaluate.choices import candidates_of
-from vltrain.evaluate.exact import normalise
 from vltrain.evaluate.prediction_files import CHAMELEON, MMCOT, PredictionFile, read_prediction_file
 from vltrain.evaluate.report import find_scorer, prompt_text, question_of
 from vltrain.evaluate.samples import read_samples
-from vltrain.evaluate.scoring import Question, Report, score
+from vltrain.evaluate.scorers.choices import candidates_of
+from vltrain.evaluate.scorers.exact import normalise
+from vltrain.evaluate.scorers.scoring import Question, Report, score
 from vltrain.files.strict_json import expect, field, id_text, read_object, texts
 
 MAX_NAMED = 3
@@ -37,19 +37,27 @@ class Asked:
 
 
 def score_predictions(
-    predictions: Path, data: Path, split: str, scorer: str | None = None, *, letters: bool = False, allow_missing: bool = False
+    predictions: Path,
+    data: Path,
+    split: str,
+    scorer: str | None = None,
+    *,
+    letters: bool = False,
+    allow_missing: bool = False,
 ) -> Report:
     """The report on a file of answers.
 
     Args:
         predictions: see `vltrain.evaluate.prediction_files`.
-        data: ScienceQA's folder, with problems.json and pid_splits.json; a folder of prepared samples; or a file of samples.
+        data: ScienceQA's folder, with problems.json and pid_splits.json; a folder of prepared samples; or a file of
+        samples.
         split: a name in pid_splits.json, or of the folder's SPLIT.jsonl.
         scorer: None: scienceqa, for ScienceQA's folder.
         letters: an answer may be a letter, see `choice_of`; how many were read so is told.
         allow_missing: leave questions out that have no answer; how many is told.
 
-    Raises: InputError for unreadable files, missing fields (file, id and key are named), and ids that do not match the split.
+    Raises: InputError for unreadable files, missing fields (file, id and key are named), and ids that do not match the
+    split.
     """
     asked = _questions(data, split, scorer)
     scorer = scorer or SCIENCEQA
@@ -57,7 +65,10 @@ def score_predictions(
     file = read_prediction_file(predictions, [one.question.id for one in asked])
     known = {one.question.id for one in asked}
     missing = known - file.texts.keys()
-    for problem, ids in (("has no answer to", set() if allow_missing else missing), ("answers unknown", file.texts.keys() - known)):
+    for problem, ids in (
+        ("has no answer to", set() if allow_missing else missing),
+        ("answers unknown", file.texts.keys() - known),
+    ):
         if ids:
             found = f"{problem} {len(ids)} question(s) of split '{split}' ({name_some(ids)})"
             hint = "; --allow-missing scores the others" if ids is missing else ""
@@ -71,7 +82,9 @@ def score_predictions(
     if letters and not any({"choices", "candidates"} & one.question.metadata.keys() for one in answered):
         raise InputError("--letters: has no effect: these questions have no choices; leave it out")
     if letters or file.kind in (CHAMELEON, MMCOT):
-        chosen = {one.question.id: _choice(file.texts[one.question.id], one.question, file.kind, letters) for one in answered}
+        chosen = {
+            one.question.id: _choice(file.texts[one.question.id], one.question, file.kind, letters) for one in answered
+        }
         said |= {name: text for name, text in chosen.items() if text is not None}
         what = "choices' texts" if file.kind == CHAMELEON and not letters else "letters"
         told["read as"] = f"{what}: {sum(text is not None for text in chosen.values())} of {len(answered)}"
@@ -82,7 +95,10 @@ def score_predictions(
 def _questions(data: Path, split: str, scorer: str | None) -> list[Asked]:
     if data.is_dir() and (data / "problems.json").exists():
         if scorer not in (None, SCIENCEQA):
-            raise InputError(f"--eval.scorer {scorer}: ScienceQA's own files are judged by {SCIENCEQA}; prepare them, and give the samples, for another")
+            raise InputError(
+                f"--eval.scorer {scorer}: ScienceQA's own files are judged by {SCIENCEQA}; prepare them, and "
+                "give the samples, for another"
+            )
         return [Asked(question=question, prompt=question.reference) for question in read_questions(data, split)]
     file = data / f"{split}.jsonl" if data.is_dir() else data
     if data.is_dir() and not file.exists():
@@ -110,7 +126,9 @@ def read_questions(data: Path, split: str) -> list[Question]:
     for pid in (id_text(one, f"{data / 'pid_splits.json'}: {split}[{number}]") for number, one in enumerate(listed)):
         where = f"{data / 'problems.json'}: problem '{pid}'"
         if pid in seen:
-            raise InputError(f"{data / 'pid_splits.json'}: {split}: names problem '{pid}' twice, which would count twice")
+            raise InputError(
+                f"{data / 'pid_splits.json'}: {split}: names problem '{pid}' twice, which would count twice"
+            )
         seen.add(pid)
         if pid not in problems:
             raise InputError(f"{where}: missing, though pid_splits.json lists it in '{split}'")
@@ -129,8 +147,8 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 
 def choice_of(text: str, num_choices: int) -> int | None:
-    """The number of the choice that an answer names by its letter, or None: `B`, `(b)`, `B.`; `B. text`, `(b) text`; else the first
-    "answer is B", "answer is (b)" or "Answer: B" in it.
+    """The number of the choice that an answer names by its letter, or None: `B`, `(b)`, `B.`; `B. text`, `(b) text`;
+    else the first "answer is B", "answer is (b)" or "Answer: B" in it.
 
     A single small letter counts by itself or in brackets only: in a sentence, "a" is an article.
     """
@@ -160,7 +178,8 @@ def _choice(text: str, question: Question, kind: str, letters: bool) -> str | No
 
 
 def _require_same_order(file: PredictionFile, asked: list[Asked]) -> None:
-    """A file without ids tells the right answers, too: where they are letters, they must be these questions' own. Raises InputError."""
+    """A file without ids tells the right answers, too: where they are letters, they must be these questions' own.
+    Raises InputError."""
     for one in asked:
         label, right = file.labels.get(one.question.id, ""), one.question.metadata.get("answer")
         if type(right) is not int or (found := _IN_SENTENCE.search(label)) is None:

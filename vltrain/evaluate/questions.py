@@ -1,9 +1,9 @@
-"""The questions of an evaluation, looked at as a whole before the first is answered: do they fit into the LLM's context, and can its answers
-say what the references say.
+"""The questions of an evaluation, looked at as a whole before the first is answered: do they fit into the LLM's
+context, and can its answers say what the references say.
 
-A text answer may have `eval.max_new_tokens` tokens. Left open, that is the longest reference of the split and some more, so that no right
-answer is cut for its length. What cannot come out right whatever the model learned is counted: references that the vocabulary does not spell, and
-candidates that are the same tokens.
+A text answer may have `eval.max_new_tokens` tokens. Left open, that is the longest reference of the split and some
+more, so that no right answer is cut for its length. What cannot come out right whatever the model learned is counted:
+references that the vocabulary does not spell, and candidates that are the same tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vltrain.config import Config
-from vltrain.data.conversation import encode_candidate, encode_prompt
-from vltrain.data.tokenizer import Tokenizer
+from vltrain.config.schema import Config
+from vltrain.data.text.conversation import encode_candidate, encode_prompt
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
-from vltrain.evaluate.ranking import to_item
+from vltrain.evaluate.answering.ranking import to_item
 from vltrain.evaluate.report import find_scorer, question_of
 from vltrain.models.build import AnyModel
 from vltrain.models.positions import max_positions
@@ -36,7 +36,14 @@ class Questions:
     max_new_tokens: int
 
 
-def ask(samples: Sequence[Sample], every: Sequence[Sample], tokenizer: Tokenizer, config: Config, model: AnyModel, where: str) -> Questions:
+def ask(
+    samples: Sequence[Sample],
+    every: Sequence[Sample],
+    tokenizer: Tokenizer,
+    config: Config,
+    model: AnyModel,
+    where: str,
+) -> Questions:
     """The questions about `samples`, the same on every rank.
 
     Args:
@@ -44,13 +51,19 @@ def ask(samples: Sequence[Sample], every: Sequence[Sample], tokenizer: Tokenizer
         model: or an outline.
         where: the samples' file, for errors.
 
-    Raises: InputError for a sample that cannot be asked, naming it, and where one does not fit into the LLM's positions, naming the longest.
+    Raises: InputError for a sample that cannot be asked, naming it, and where one does not fit into the LLM's
+    positions, naming the longest.
     """
     bound, template, visual = max_positions(model.llm.config), config.data.template, model.visual_tokens
     if config.eval.method == "rank":
         # Of the candidates the one of most tokens stands for all.
-        longest = (max(to_item(sample, where).candidates, key=lambda text: len(tokenizer.encode(text))) for sample in samples)
-        rows = (encode_candidate(sample, text, True, tokenizer, template, visual) for sample, text in zip(samples, longest, strict=True))
+        longest = (
+            max(to_item(sample, where).candidates, key=lambda text: len(tokenizer.encode(text))) for sample in samples
+        )
+        rows = (
+            encode_candidate(sample, text, True, tokenizer, template, visual)
+            for sample, text in zip(samples, longest, strict=True)
+        )
         _require_context([(len(row.input_ids), row.sample_id) for row in rows], 0, bound, where, "")
         return Questions(prompts=[], max_new_tokens=0)
     prompts = [encode_prompt(sample, tokenizer, template, visual) for sample in samples]
@@ -59,12 +72,15 @@ def ask(samples: Sequence[Sample], every: Sequence[Sample], tokenizer: Tokenizer
         logger.info("eval.max_new_tokens: %d, by the longest reference of %s", new_tokens, where)
     # The last new token is not read any more.
     more = f" and eval.max_new_tokens = {new_tokens}" + ("" if config.eval.max_new_tokens else " (from the references)")
-    _require_context([(len(prompt.input_ids), prompt.sample_id) for prompt in prompts], new_tokens - 1, bound, where, more)
+    _require_context(
+        [(len(prompt.input_ids), prompt.sample_id) for prompt in prompts], new_tokens - 1, bound, where, more
+    )
     return Questions(prompts=prompts, max_new_tokens=new_tokens)
 
 
 def derived_max_new_tokens(samples: Sequence[Sample], tokenizer: Tokenizer) -> int:
-    """What an answer may have where a recipe leaves it open: the tokens of the longest reference and `MORE_TOKENS`, or `MORE_SHARE` of them."""
+    """What an answer may have where a recipe leaves it open: the tokens of the longest reference and `MORE_TOKENS`, or
+    `MORE_SHARE` of them."""
     longest = max(len(tokenizer.encode(text)) for text in {sample.turns[-1].text for sample in samples})
     return longest + max(MORE_TOKENS, int(longest * MORE_SHARE))
 
@@ -74,7 +90,8 @@ def _require_context(lengths: list[tuple[int, str]], new_tokens: int, bound: int
     if over:
         length, name = max(over)
         raise InputError(
-            f"{where}: {len(over)} question(s) do not fit into the LLM's context of {bound} positions, the longest '{name}' with {length} tokens{more}; "
+            f"{where}: {len(over)} question(s) do not fit into the LLM's context of {bound} positions, the "
+            f"longest '{name}' with {length} tokens{more}; "
             "shorten or leave them out, or take an LLM with a longer context"
         )
 

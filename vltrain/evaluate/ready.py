@@ -1,8 +1,9 @@
-"""Whether a split can be answered and scored, found out before anything is: before a training run's first step, and before an evaluation.
+"""Whether a split can be answered and scored, found out before anything is: before a training run's first step, and
+before an evaluation.
 
-Every sample of the file is read, and looked at as its scorer would: metadata, candidates, contradictions. Of those that will be answered the
-images must be there, with a header that is read. It takes some 30 microseconds a sample and 100 an image, on every rank: all refuse the
-same, and none waits for another.
+Every sample of the file is read, and looked at as its scorer would: metadata, candidates, contradictions. Of those that
+will be answered the images must be there, with a header that is read. It takes some 30 microseconds a sample and 100 an
+image, on every rank: all refuse the same, and none waits for another.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vltrain.config import Config
+from vltrain.config.schema import Config
 from vltrain.data.images import require_image
 from vltrain.errors import InputError
-from vltrain.evaluate.ranking import to_item
+from vltrain.evaluate.answering.ranking import to_item
 from vltrain.evaluate.report import find_scorer, question_of
 from vltrain.evaluate.samples import read_samples, thin_out
 from vltrain.schema import Sample
@@ -22,7 +23,10 @@ from vltrain.schema import Sample
 def require_scorer(config: Config) -> None:
     """Raises InputError unless `eval.scorer` names a scorer whose packages are installed."""
     if config.eval.scorer is None:
-        raise InputError("eval.scorer: found null, which leaves evaluation out; name the scorer of these samples (--eval.scorer exact)")
+        raise InputError(
+            "eval.scorer: found null, which leaves evaluation out; name the scorer of these samples "
+            "(--eval.scorer exact)"
+        )
     find_scorer(config.eval.scorer).require_installed()
 
 
@@ -37,14 +41,19 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
     """A split of which at most `max_samples` are answered, evenly spaced over the file; None: all.
 
     Raises:
-        InputError: no such split, an unknown scorer or one that is not installed, a malformed sample, an id that comes twice, one that lacks what the
-            scorer or ranking needs or contradicts itself, fewer than the scorer takes, an image that is missing or no image.
+        InputError: no such split, an unknown scorer or one that is not installed, a malformed sample, an id that comes
+        twice, one that lacks what the
+            scorer or ranking needs or contradicts itself, fewer than the scorer takes, an image that is missing or no
+            image.
     """
     require_scorer(config)
     assert config.eval.scorer is not None
     scorer = find_scorer(config.eval.scorer)
     if not samples_file.exists():
-        ways = "name one that is there (data.eval_split while training, --split), prepare the data anew with another val_fraction or test_fraction"
+        ways = (
+            "name one that is there (data.eval_split while training, --split), prepare the data anew with another "
+            "val_fraction or test_fraction"
+        )
         raise InputError(f"{missing_split(samples_file)}; {ways}, or train without evaluation (eval.scorer: null)")
     samples = read_samples(samples_file)
     for sample in samples:
@@ -56,12 +65,19 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
     answered = thin_out(samples, max_samples)
     if len(answered) < scorer.fewest:
         bound = f", of which eval.max_samples takes {max_samples}" if len(answered) < len(samples) else ""
-        found = f"found {len(samples)} sample(s){bound}; eval.scorer {config.eval.scorer} expects {scorer.fewest} or more"
+        found = (
+            f"found {len(samples)} sample(s){bound}; eval.scorer {config.eval.scorer} expects {scorer.fewest} or more"
+        )
         raise InputError(f"{samples_file}: {found}")
     folder = samples_file.parent
     first_user = {name: sample.id for sample in reversed(answered) for name in sample.images}
     for name, sample_id in first_user.items():
-        require_image(folder / name, config.data.max_image_pixels, f"{samples_file}: sample '{sample_id}': {folder / name}", inside=folder)
+        require_image(
+            folder / name,
+            config.data.max_image_pixels,
+            f"{samples_file}: sample '{sample_id}': {folder / name}",
+            inside=folder,
+        )
     return Split(samples, answered)
 
 

@@ -1,4 +1,5 @@
-"""The table of scorers, and a report on disk: `predictions.jsonl`, `metrics.json` and `table.md`, each whole or not there."""
+"""The table of scorers, and a report on disk: `predictions.jsonl`, `metrics.json` and `table.md`, each whole or not
+there."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError, nearest
-from vltrain.evaluate import caption, exact, iconqa, rouge, scienceqa, vqa
-from vltrain.evaluate.scoring import Question, Report, Scorer, score
+from vltrain.evaluate.scorers import caption, exact, iconqa, rouge, scienceqa, vqa
+from vltrain.evaluate.scorers.scoring import Question, Report, Scorer, score
+from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.lock import one_writer
-from vltrain.files.whole import write_json, write_whole
 from vltrain.schema import Sample, unescape_markers
 
 WRITE_SECONDS = 300.0  # that another process may take to write its report
@@ -36,7 +37,8 @@ def find_scorer(name: str) -> Scorer:
 def score_samples(scorer: str, samples: Sequence[Sample], predictions: Sequence[str], where: str) -> Report:
     """The report on `predictions`, one for each sample. `where` (the samples' file) is named in errors."""
     answered = (
-        (question_of(sample, where), prompt_text(sample), prediction) for sample, prediction in zip(samples, predictions, strict=True)
+        (question_of(sample, where), prompt_text(sample), prediction)
+        for sample, prediction in zip(samples, predictions, strict=True)
     )
     return score(scorer, find_scorer(scorer), answered)
 
@@ -58,7 +60,8 @@ def prompt_text(sample: Sample) -> str:
 
 
 def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
-    """Writes `folder`/predictions.jsonl, metrics.json (the counts and `facts`) and table.md. Raises InputError if that is not possible."""
+    """Writes `folder`/predictions.jsonl, metrics.json (the counts and `facts`) and table.md. Raises InputError if that
+    is not possible."""
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in report.answers)
     # A training and an evaluation of its run may come to this at once: the files of a folder are of one of them.
     with one_writer(folder / ".writing", folder, remedy="evaluate again", wait_seconds=WRITE_SECONDS):

@@ -18,23 +18,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
-from vltrain.config import Config
+
+from vltrain.config.schema import Config
 from vltrain.console import Progress
-from vltrain.data.conversation import stop_ids
 from vltrain.data.images import open_rgb, read_image
-from vltrain.data.tokenizer import Tokenizer
-from vltrain.evaluate.candidates import BlipCandidates, MultimodalCandidates
+from vltrain.data.text.conversation import stop_ids
+from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.evaluate.answering.candidates import BlipCandidates, MultimodalCandidates
+from vltrain.evaluate.answering.generate import Sampling, Sync, alone, generate
+from vltrain.evaluate.answering.precision import products_in_fp32
+from vltrain.evaluate.answering.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.gallery import write_gallery
-from vltrain.evaluate.generate import Sampling, Sync, alone, generate
 from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
-from vltrain.evaluate.precision import products_in_fp32
-from vltrain.evaluate.ranking import CandidateModel, rank, to_item
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
 from vltrain.evaluate.samples import deal, image_loader, thin_out
-from vltrain.evaluate.scoring import Remark, Report
+from vltrain.evaluate.scorers.scoring import Remark, Report
 from vltrain.models.build import AnyModel
-from vltrain.models.qformer import InstructBlip
+from vltrain.models.instructblip.model import InstructBlip
 from vltrain.schema import Sample
 
 
@@ -65,24 +66,35 @@ def evaluate_split(
     Args:
         model: in evaluation mode, plain or under DeepSpeed at any ZeRO stage; the caller's autocast context holds.
         samples_file: JSONL; images are found beside it.
-        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there. None: nowhere.
+        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there. None:
+        nowhere.
         step: optimizer steps that the model has behind it, for the files and TensorBoard.
         max_samples: None: all.
-        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
+        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the
+        columns, further
             figures, and some questions with their images.
         on_progress: called after every batch.
         facts: which weights answer: plain JSON for metrics.json, beside the split and the step.
 
     Returns: the report on rank 0, None elsewhere.
 
-    Raises: InputError as `answerable_samples`, before anything is answered; and for an image that is damaged behind its header, and a folder
+    Raises: InputError as `answerable_samples`, before anything is answered; and for an image that is damaged behind its
+    header, and a folder
         that cannot be written to.
     """
     every, samples = answerable_samples(samples_file, config, max_samples)
     assert config.eval.scorer is not None
     questions = ask(samples, every, tokenizer, config, model, str(samples_file))
     answered = predict(
-        model, samples, questions, tokenizer, config, samples_file=samples_file, device=device, title=f"evaluate {split}", on_progress=on_progress
+        model,
+        samples,
+        questions,
+        tokenizer,
+        config,
+        samples_file=samples_file,
+        device=device,
+        title=f"evaluate {split}",
+        on_progress=on_progress,
     )
     if answered is None:
         return None
@@ -114,10 +126,18 @@ def predict(
     with precision, Progress(total=len(samples), title=title, unit="question", shown=rank_number == 0) as progress:
         answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
         answers = answer(
-            model, [samples[number] for number in own], tokenizer, config, samples_file, device,
+            model,
+            [samples[number] for number in own],
+            tokenizer,
+            config,
+            samples_file,
+            device,
             sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
-            on_answered=lambda count: (on_progress(), progress.update(min(count * world_size, len(samples) - progress.done))),
-        )  # fmt: skip
+            on_answered=lambda count: (
+                on_progress(),
+                progress.update(min(count * world_size, len(samples) - progress.done)),
+            ),
+        )
     texts = list(zip(own, answers, strict=True))
     if world_size == 1:
         return [text for _, text in sorted(texts)]
@@ -127,9 +147,18 @@ def predict(
 
 
 def _generate(
-    model: AnyModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
-    *, questions: Questions, own: list[int], sync: Sync, on_answered: Callable[[int], None],
-) -> list[Said]:  # fmt: skip
+    model: AnyModel,
+    samples: list[Sample],
+    tokenizer: Tokenizer,
+    config: Config,
+    samples_file: Path,
+    device: torch.device | str,
+    *,
+    questions: Questions,
+    own: list[int],
+    sync: Sync,
+    on_answered: Callable[[int], None],
+) -> list[Said]:
     """The text that the model writes in answer to each sample, the `own` ones of all that are asked."""
     chosen = config.eval
     answers = generate(
@@ -137,7 +166,10 @@ def _generate(
         [questions.prompts[number] for number in own],
         image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing),
         sampling=Sampling(
-            max_new_tokens=questions.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, seed=config.train.seed
+            max_new_tokens=questions.max_new_tokens,
+            temperature=chosen.temperature,
+            top_p=chosen.top_p,
+            seed=config.train.seed,
         ),
         stop_ids=stop_ids(tokenizer, config.data.template),
         vocab_size=tokenizer.vocab_size,
@@ -151,9 +183,16 @@ def _generate(
 
 
 def _rank(
-    model: AnyModel, samples: list[Sample], tokenizer: Tokenizer, config: Config, samples_file: Path, device: torch.device | str,
-    *, sync: Sync, on_answered: Callable[[int], None],
-) -> list[Said]:  # fmt: skip
+    model: AnyModel,
+    samples: list[Sample],
+    tokenizer: Tokenizer,
+    config: Config,
+    samples_file: Path,
+    device: torch.device | str,
+    *,
+    sync: Sync,
+    on_answered: Callable[[int], None],
+) -> list[Said]:
     """The likeliest candidate of each sample."""
     load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
     place = {"tokenizer": tokenizer, "load_image": load_image, "device": device}
@@ -173,15 +212,24 @@ def _remarks(
     """What the figures do not say by themselves."""
     if config.eval.method == "rank":
         alike = indistinguishable(samples, tokenizer, where)
-        text = f"{len(alike)} question(s) have candidates that are the same tokens for this vocabulary, so that the first one is taken: {', '.join(alike[:3])}"
+        text = (
+            f"{len(alike)} question(s) have candidates that are the same tokens for this vocabulary, so that the "
+            f"first one is taken: {', '.join(alike[:3])}"
+        )
         return {"indistinguishable": Remark(len(alike), text)}
     cut = [sample.id for sample, answer in zip(samples, answered, strict=True) if answer.cut]
     lost = unspellable(samples, tokenizer, config.eval.scorer, where)
     example = f"; '{lost[0][0]}': {lost[0][1]!r:.80} is {lost[0][2]!r:.80} in its tokens" if lost else ""
-    limit = f"{len(cut)} answer(s) were cut at eval.max_new_tokens = {questions.max_new_tokens} and judged as they are: {', '.join(cut[:3])}"
+    limit = (
+        f"{len(cut)} answer(s) were cut at eval.max_new_tokens = {questions.max_new_tokens} and judged as they are: "
+        f"{', '.join(cut[:3])}"
+    )
     return {
         "cut": Remark(len(cut), limit),
-        "unspellable": Remark(len(lost), f"{len(lost)} reference(s) cannot be spelled by this vocabulary, so no answer equals them{example}"),
+        "unspellable": Remark(
+            len(lost),
+            f"{len(lost)} reference(s) cannot be spelled by this vocabulary, so no answer equals them{example}",
+        ),
     }
 
 
@@ -201,7 +249,15 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
     return largest
 
 
-def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: Config, split: str, image_folder: Path, step: int) -> None:
+def _show(
+    writer: SummaryWriter,
+    report: Report,
+    samples: list[Sample],
+    config: Config,
+    split: str,
+    image_folder: Path,
+    step: int,
+) -> None:
     """Accuracies and a fixed, evenly spaced choice of answered questions."""
     writer.add_scalar(f"eval/{split}/{report.measure}", report.accuracy, step)
     writer.add_scalar(f"eval/{split}/failed_share", report.failed / max(report.overall.total, 1), step)
@@ -213,7 +269,10 @@ def _show(writer: SummaryWriter, report: Report, samples: list[Sample], config: 
     cards, limit = [], config.data.max_image_pixels
     for number in shown:
         names = samples[number].images
-        images = [open_rgb(read_image(path, limit, str(path), inside=image_folder), limit, str(path)) for path in (image_folder / name for name in names)]
+        images = [
+            open_rgb(read_image(path, limit, str(path), inside=image_folder), limit, str(path))
+            for path in (image_folder / name for name in names)
+        ]
         cards.append((report.answers[number], images))
     write_gallery(writer, f"eval/{split}", cards, step)
     for name, value in report.figures.items():

@@ -17,8 +17,11 @@ T = TypeVar("T")
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a JSONL file. Raises InputError naming file and line for anything malformed, and for repeated ids."""
-    samples = [Sample.from_json(record, where) for where, record in read_lines(path, "prepared samples (vltrain prepare)")]
+    """The samples of a JSONL file. Raises InputError naming file and line for anything malformed, and for repeated
+    ids."""
+    samples = [
+        Sample.from_json(record, where) for where, record in read_lines(path, "prepared samples (vltrain prepare)")
+    ]
     if not samples:
         raise InputError(f"{path}: no samples in it, expected one JSON object per line")
     seen: set[str] = set()
@@ -30,7 +33,8 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def thin_out(samples: list[T], max_samples: int | None) -> list[T]:
-    """At most `max_samples`, evenly spaced over the file: the same ones each time, and not the first few images only."""
+    """At most `max_samples`, evenly spaced over the file: the same ones each time, and not the first few images
+    only."""
     if max_samples is None or len(samples) <= max_samples:
         return samples
     return [samples[number * len(samples) // max_samples] for number in range(max_samples)]
@@ -38,15 +42,21 @@ def thin_out(samples: list[T], max_samples: int | None) -> list[T]:
 
 def deal(samples: list[Sample], rank: int, world_size: int) -> list[int]:
     """Numbers of the samples that a rank answers: every `world_size`-th in the order of their texts' lengths."""
-    by_length = sorted(range(len(samples)), key=lambda number: sum(len(turn.text) for turn in samples[number].turns[:-1]))
+    by_length = sorted(
+        range(len(samples)), key=lambda number: sum(len(turn.text) for turn in samples[number].turns[:-1])
+    )
     return by_length[rank::world_size]
 
 
-def image_loader(folder: Path, image_size: int, max_pixels: int, framing: Framing = SQUARE) -> Callable[[str], np.ndarray]:
+def image_loader(
+    folder: Path, image_size: int, max_pixels: int, framing: Framing = SQUARE
+) -> Callable[[str], np.ndarray]:
     """name -> uint8 [3, image_size, image_size] of the image file of that name in `folder`."""
 
     def load(name: str) -> np.ndarray:
         where = str(folder / name)
-        return decode_image(read_image(folder / name, max_pixels, where, inside=folder), image_size, max_pixels, where, framing)
+        return decode_image(
+            read_image(folder / name, max_pixels, where, inside=folder), image_size, max_pixels, where, framing
+        )
 
     return load

@@ -1,1 +1,2 @@
-"""Trained models for others to load: one table of what can be written of which architecture, and the files that write it."""
+"""Trained models for others to load: one table of what can be written of which architecture, and the files that write
+it."""

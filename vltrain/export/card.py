@@ -1,6 +1,8 @@
-"""The model card of an exported folder: how it is loaded (by the very lines that its proof ran), what it was made of, and what is known of it.
+"""The model card of an exported folder: how it is loaded (by the very lines that its proof ran), what it was made of,
+and what is known of it.
 
-Nothing is made up: licences are not the run's to give, and results are those that the run's own evaluations left (`eval/SPLIT/metrics.json`).
+Nothing is made up: licences are not the run's to give, and results are those that the run's own evaluations left
+(`eval/SPLIT/metrics.json`).
 """
 
 from __future__ import annotations
@@ -13,18 +15,27 @@ from typing import Any
 
 import yaml
 
-from vltrain.config import Config
+from vltrain.config.recipe import dump_config
+from vltrain.config.schema import Config
 from vltrain.errors import InputError
 from vltrain.export.format import Choices, Format, Source, Written
+from vltrain.files.atomic import write_whole
 from vltrain.files.strict_json import read_object
-from vltrain.files.whole import write_whole
-from vltrain.recipe import dump_config
-from vltrain.train.provenance import RUN
+from vltrain.train.run.provenance import RUN
 
 CARD = "README.md"
 
 
-def write_card(folder: Path, name: str, form: str, chosen: Format, source: Source, choices: Choices, written: Written, proof: dict[str, Any] | None) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    form: str,
+    chosen: Format,
+    source: Source,
+    choices: Choices,
+    written: Written,
+    proof: dict[str, Any] | None,
+) -> None:
     """Writes README.md.
 
     Args:
@@ -32,9 +43,16 @@ def write_card(folder: Path, name: str, form: str, chosen: Format, source: Sourc
         proof: of proof.json; None: unproven.
     """
     parts = [
-        _front_matter(source, chosen), f"# {name}", _summary(source, form, chosen, choices), _loading(chosen, name, source),
-        *([] if not written.notes else ["\n".join(f"- {note}" for note in written.notes)]), _proof(proof), _results(source), _data(source),
-        "## Licence\n\nThis card states none: what holds are the licences of the base weights, of the data that it was tuned on, and of whoever tuned it. Fill in "
+        _front_matter(source, chosen),
+        f"# {name}",
+        _summary(source, form, chosen, choices),
+        _loading(chosen, name, source),
+        *([] if not written.notes else ["\n".join(f"- {note}" for note in written.notes)]),
+        _proof(proof),
+        _results(source),
+        _data(source),
+        "## Licence\n\nThis card states none: what holds are the licences of the base weights, of the data that "
+        "it was tuned on, and of whoever tuned it. Fill in "
         "`license` above before handing it on.",
         f"## Recipe\n\n```yaml\n{dump_config(source.config).strip()}\n```",
     ]
@@ -49,11 +67,18 @@ def _bases(config: Config) -> dict[str, str | None]:
 
 
 def _front_matter(source: Source, chosen: Format) -> str:
-    hub = [place for place in _bases(source.config).values() if place is not None and place.count("/") == 1 and "://" not in place and not Path(place).exists()]
+    hub = [
+        place
+        for place in _bases(source.config).values()
+        if place is not None and place.count("/") == 1 and "://" not in place and not Path(place).exists()
+    ]
     facts = {
-        "license": "unknown", "library_name": chosen.library, "pipeline_tag": "image-text-to-text", "tags": ["vltrain", source.config.model.architecture],
+        "license": "unknown",
+        "library_name": chosen.library,
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vltrain", source.config.model.architecture],
         **({"base_model": hub} if hub else {}),
-    }  # fmt: skip
+    }
     return f"---\n{yaml.safe_dump(facts, sort_keys=False).strip()}\n---"
 
 
@@ -61,7 +86,10 @@ def _summary(source: Source, form: str, chosen: Format, choices: Choices) -> str
     bases = ", ".join(f"{part}: {place or 'random weights'}" for part, place in _bases(source.config).items())
     step = f"step {source.checkpoint.step}" if source.checkpoint is not None else "before tuning"
     dtype = f", {choices.dtype}" if "dtype" in chosen.options else ""
-    return f"Format `{form}`{dtype}: {chosen.summary}. Tuned with vltrain {version('vltrain')}, {step}; architecture {source.config.model.architecture} ({bases})."
+    return (
+        f"Format `{form}`{dtype}: {chosen.summary}. Tuned with vltrain {version('vltrain')}, {step}; architecture "
+        f"{source.config.model.architecture} ({bases})."
+    )
 
 
 def _loading(chosen: Format, name: str, source: Source) -> str:
@@ -69,19 +97,32 @@ def _loading(chosen: Format, name: str, source: Source) -> str:
     if lines is None:
         proof, asks = chosen.proof, "case[" not in chosen.proof.ask
         question = "what is in the picture?" if source.asked is None else source.asked.phrase("what is in the picture?")
-        names = 'folder = "FOLDER"\n' + ('base = "BASE"  # the frozen weights that were tuned\n' if "base" in proof.load else "")
-        asked = f'image, question = Image.open("picture.png"), {json.dumps(question, ensure_ascii=False)}\n{proof.ask}print(answer)\n' if asks else ""
-        lines = f"```python\n{proof.load.partition(chr(10) * 2)[0]}\n\n{names}{proof.load.partition(chr(10) * 2)[2]}{asked}```"
+        names = 'folder = "FOLDER"\n' + (
+            'base = "BASE"  # the frozen weights that were tuned\n' if "base" in proof.load else ""
+        )
+        asked = (
+            'image, question = Image.open("picture.png"), '
+            f"{json.dumps(question, ensure_ascii=False)}\n{proof.ask}print(answer)\n"
+            if asks
+            else ""
+        )
+        imports, _, rest = proof.load.partition("\n\n")
+        lines = f"```python\n{imports}\n\n{names}{rest}{asked}```"
     return f"## How to load it\n\n{lines.replace('FOLDER', name).rstrip()}"
 
 
 def _proof(proof: dict[str, Any] | None) -> str:
     if proof is None:
-        return "## Proof\n\nNone: it was exported with `--proof none`, and nobody has compared what it computes with the run."
+        return (
+            "## Proof\n\nNone: it was exported with `--proof none`, and nobody has compared what it computes with "
+            "the run."
+        )
     packages = ", ".join(f"{package} {number}" for package, number in proof["versions"].items())
     return (
-        f"## Proof\n\nRead by {proof['read_by']} ({packages}), and asked {len(proof['samples'])} samples of the run's evaluation data: "
-        f"{proof['answers_equal']} answers are those of the run's own model in fp32, logits are within {proof['max_relative_error']:.1e} of its largest "
+        f"## Proof\n\nRead by {proof['read_by']} ({packages}), and asked {len(proof['samples'])} samples of the "
+        "run's evaluation data: "
+        f"{proof['answers_equal']} answers are those of the run's own model in fp32, logits are within "
+        f"{proof['max_relative_error']:.1e} of its largest "
         f"(allowed {proof['bound_of_relative_error']:g}). `proof.json` has each one."
     )
 
@@ -94,16 +135,38 @@ def _results(source: Source) -> str:
             found = read_object(path)
         except InputError:
             continue
-        if source.checkpoint is not None and found.get("step") == source.checkpoint.step and isinstance(found.get("accuracy"), (int, float)):
-            count = f"{found.get('correct')} of {found.get('total')}" if found.get("measure") == "accuracy" else f"{found.get('total')} questions"
-            rows.append(f"| {found.get('split', path.parent.name)} | {found.get('scorer')} | {found.get('measure')} | {found['accuracy']:.4f} | {count} |")
+        if (
+            source.checkpoint is not None
+            and found.get("step") == source.checkpoint.step
+            and isinstance(found.get("accuracy"), (int, float))
+        ):
+            count = (
+                f"{found.get('correct')} of {found.get('total')}"
+                if found.get("measure") == "accuracy"
+                else f"{found.get('total')} questions"
+            )
+            rows.append(
+                f"| {found.get('split', path.parent.name)} | {found.get('scorer')} | {found.get('measure')} | "
+                f"{found['accuracy']:.4f} | {count} |"
+            )
     table = "| split | scorer | measure | value | |\n|---|---|---|---|---|\n" + "\n".join(rows)
     return f"## Results\n\n{table}" if rows else "## Results\n\nThe run holds no evaluation of these weights."
 
 
 def _data(source: Source) -> str:
-    lines = [*_trained_on(source.run), *(f"- base `{key}`: {name} {digest}" for key, files in source.facts.get("made_of", {}).items() for name, digest in files.items())]
-    return "## Made of\n\nSHA-256, or the digest that vltrain gives a set of samples:\n\n" + "\n".join(lines) if lines else ""
+    lines = [
+        *_trained_on(source.run),
+        *(
+            f"- base `{key}`: {name} {digest}"
+            for key, files in source.facts.get("made_of", {}).items()
+            for name, digest in files.items()
+        ),
+    ]
+    return (
+        "## Made of\n\nSHA-256, or the digest that vltrain gives a set of samples:\n\n" + "\n".join(lines)
+        if lines
+        else ""
+    )
 
 
 def _trained_on(run: Path) -> Iterator[str]:

@@ -1,9 +1,11 @@
-"""Reads an exported folder as its users will: in a process of its own, by the lines of its model card, where `vltrain` cannot be imported.
+"""Reads an exported folder as its users will: in a process of its own, by the lines of its model card, where `vltrain`
+cannot be imported.
 
     python -P clean_process.py JOB
 
-JOB is a folder: job.json says which lines to run and what to ask, cases.safetensors what goes with that; answers.json and logits.safetensors are left
-in it. Nothing of vltrain is imported here, so that this file runs wherever the stock libraries do.
+JOB is a folder: job.json says which lines to run and what to ask, cases.safetensors what goes with that; answers.json
+and logits.safetensors are left in it. Nothing of vltrain is imported here, so that this file runs wherever the stock
+libraries do.
 """
 
 from __future__ import annotations
@@ -44,7 +46,12 @@ def main(job: Path) -> None:
         exec(compile(told["load"], "<load>", "exec"), space)
         for number, case in enumerate(told["cases"]):
             given = {name.partition(".")[2]: value for name, value in cases.items() if name.startswith(f"{number}.")}
-            space |= {"image": _open(case["images"], case["draft"]), "question": case["question"], "max_new_tokens": case["max_new_tokens"], "case": given}
+            space |= {
+                "image": _open(case["images"], case["draft"]),
+                "question": case["question"],
+                "max_new_tokens": case["max_new_tokens"],
+                "case": given,
+            }
             space["answer_ids"] = given["answer_ids"][None]
             exec(compile(told["ask"], "<ask>", "exec"), space)
             answers.append({"text": space["answer"], "tokens": space["new"].tolist() if "new" in space else None})
@@ -52,13 +59,17 @@ def main(job: Path) -> None:
             logits[str(number)] = space["logits"].float().contiguous()
     save_file(logits, job / "logits.safetensors")
     loaded = sorted(name for name in sys.modules if name.partition(".")[0] == "vltrain")
-    versions = {"python": platform.python_version(), **{name: version for name in PACKAGES if (version := _version(name)) is not None}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: version for name in PACKAGES if (version := _version(name)) is not None},
+    }
     result = {"answers": answers, "versions": versions, "loaded": loaded[:1]}
     (job / "answers.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _open(images: list[str], draft: int | None) -> Any:
-    """None, one image, or a list of several: as users hand them over. `draft`: of JPEGs, pixels that either edge keeps."""
+    """None, one image, or a list of several: as users hand them over. `draft`: of JPEGs, pixels that either edge
+    keeps."""
     from PIL import Image
 
     opened = [Image.open(path) for path in images]

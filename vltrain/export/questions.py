@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vltrain.data.pieces import MARKER, split_front_images, system_in_question
+from vltrain.data.text.pieces import MARKER, split_front_images, system_in_question
 from vltrain.schema import IMAGE_MARKER, Sample, unescape_markers
 
 
 def as_asked(sample: Sample) -> Any:
-    """A text where one is enough (its images then stand in front), else a conversation: [{"role", "content"}], with `<image>` places."""
+    """A text where one is enough (its images then stand in front), else a conversation: [{"role", "content"}], with
+    `<image>` places."""
     turns = sample.turns[:-1]
     if len(turns) == 1:
         front, text = split_front_images(turns[0].text)

@@ -1,6 +1,7 @@
-"""What the run's own model says to some of its evaluation samples, by the very path of an evaluation: what an exported folder is measured against.
+"""What the run's own model says to some of its evaluation samples, by the very path of an evaluation: what an exported
+folder is measured against.
 
-Everything is computed in fp32 (`vltrain.evaluate.precision`) on the CPU, one sample at a time, greedily.
+Everything is computed in fp32 (`vltrain.evaluate.answering.precision`) on the CPU, one sample at a time, greedily.
 """
 
 from __future__ import annotations
@@ -14,29 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vltrain.config import Config
-from vltrain.data.conversation import encode_prompt, find_template, stop_ids
+from vltrain.config.schema import Config
 from vltrain.data.images import REDUCING_GAP
-from vltrain.data.tokenizer import load_tokenizer
-from vltrain.data.tokenizer_sources import tokenizer_sources
+from vltrain.data.text.conversation import encode_prompt, find_template, stop_ids
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
-from vltrain.evaluate.generate import Sampling, generate
-from vltrain.evaluate.precision import products_in_fp32
+from vltrain.evaluate.answering.generate import Sampling, generate
+from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.questions import derived_max_new_tokens
 from vltrain.evaluate.samples import image_loader, read_samples, thin_out
 from vltrain.inference.build import anywhere
 from vltrain.models.build import AnyModel, build_model
-from vltrain.models.qformer import InstructBlip
+from vltrain.models.instructblip.model import InstructBlip
 from vltrain.schema import Sample, Segment
-from vltrain.train.adapters_folder import open_adapters
-from vltrain.train.checkpoint import Checkpoint, load_trainable
+from vltrain.train.checkpoints.adapters_folder import open_adapters
+from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
 
 MOST_NEW_TOKENS = 64  # of an answer that is compared, however long the run's may be
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProofData:
-    """`samples` of the run's evaluation data, whose images lie beside `file`; `max_new_tokens`: that an answer may have."""
+    """`samples` of the run's evaluation data, whose images lie beside `file`; `max_new_tokens`: that an answer may
+    have."""
 
     file: Path
     samples: Sequence[Sample]
@@ -49,7 +51,8 @@ class Spoken:
 
     ids     int64 [A], its answer without the token that ended it
     text    the same as text, stripped
-    logits  fp32 [S, vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's tokens, and before the one that ended it
+    logits  fp32 [S, vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's tokens, and
+            before the one that ended it
     prompt  int64 [L], placeholders below zero
     read    int64 [I], what a Q-Former reads; empty where there is none
     draft   pixels that either edge of a JPEG keeps where it is decoded at a fraction of its size
@@ -67,15 +70,22 @@ class Spoken:
 
 
 def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sample], bool]) -> ProofData:
-    """Evenly spaced samples of a file, of those that `takes` says can be asked. Raises InputError for a malformed file, and where there is none."""
+    """Evenly spaced samples of a file, of those that `takes` says can be asked. Raises InputError for a malformed file,
+    and where there is none."""
     every = read_samples(file)
     template = find_template(config.data.template)
     askable = [
-        sample for sample in every
-        if takes(sample) and (template.multi_turn or _num_questions(sample) == 1) and (sample.images or not template.needs_image)
+        sample
+        for sample in every
+        if takes(sample)
+        and (template.multi_turn or _num_questions(sample) == 1)
+        and (sample.images or not template.needs_image)
     ]
     if not askable:
-        raise InputError(f"{file}: none of its {len(every)} samples can be asked of the exported model alone (one question about one image); export it unproven: --proof none")
+        raise InputError(
+            f"{file}: none of its {len(every)} samples can be asked of the exported model alone (one question "
+            "about one image); export it unproven: --proof none"
+        )
     most = config.eval.max_new_tokens or derived_max_new_tokens(every, load_tokenizer(*tokenizer_sources(config)))
     return ProofData(file=file, samples=thin_out(askable, num_samples), max_new_tokens=most)
 
@@ -85,7 +95,8 @@ def _num_questions(sample: Sample) -> int:
 
 
 def model_of(config: Config, weights: Checkpoint | None) -> AnyModel:
-    """The model of a recipe with its trained weights, on the CPU, in evaluation mode. Raises InputError as `build_model`."""
+    """The model of a recipe with its trained weights, on the CPU, in evaluation mode. Raises InputError as
+    `build_model`."""
     model = build_model(anywhere(config).model, dtype=torch.float32)
     if weights is not None:
         load_trainable(model, weights)
@@ -108,11 +119,15 @@ class Speaker:
     def __init__(self, config: Config, weights: Checkpoint | None, source: tuple[str, Any]) -> None:
         self.model, self.tokenizer = model_of(config, weights), load_tokenizer(*source)
         self.settings = {
-            "stop_ids": stop_ids(self.tokenizer, config.data.template), "vocab_size": self.tokenizer.vocab_size, "batch_size": 1, "device": "cpu",
-        }  # fmt: skip
+            "stop_ids": stop_ids(self.tokenizer, config.data.template),
+            "vocab_size": self.tokenizer.vocab_size,
+            "batch_size": 1,
+            "device": "cpu",
+        }
 
     def say(self, prompt: Segment, images: Mapping[str, np.ndarray], max_new_tokens: int) -> Spoken:
-        """`images`: uint8 [3, H, W] by the names in the prompt. Raises InputError, from `generate`, for logits that are not finite."""
+        """`images`: uint8 [3, H, W] by the names in the prompt. Raises InputError, from `generate`, for logits that are
+        not finite."""
         steps: list[Tensor] = []
         sampling = Sampling(max_new_tokens=min(max_new_tokens, MOST_NEW_TOKENS))
         with products_in_fp32(self.model, "cpu"), _listening(self.model.llm.lm_head, steps):
@@ -122,15 +137,20 @@ class Speaker:
         pixels = torch.stack(shown) if shown else torch.empty(0, 3, size, size, dtype=torch.uint8)
         owner = self.model if isinstance(self.model, InstructBlip) else self.model.vision
         return Spoken(
-            ids=torch.tensor(ids, dtype=torch.int64), text=self.tokenizer.decode(ids).strip(), logits=torch.cat(steps).float(),
-            prompt=torch.from_numpy(prompt.input_ids).long(), read=torch.from_numpy(prompt.instruction_ids).long(),
-            pixels=pixels, pixel_values=(pixels.float() / 255 - owner.mean) / owner.std,
+            ids=torch.tensor(ids, dtype=torch.int64),
+            text=self.tokenizer.decode(ids).strip(),
+            logits=torch.cat(steps).float(),
+            prompt=torch.from_numpy(prompt.input_ids).long(),
+            read=torch.from_numpy(prompt.instruction_ids).long(),
+            pixels=pixels,
+            pixel_values=(pixels.float() / 255 - owner.mean) / owner.std,
             draft=REDUCING_GAP * (self.model.framing.shorter_edge or size),
-        )  # fmt: skip
+        )
 
 
 class AdaptersReader(Speaker):
-    """The model of an exported folder of adapters, read anew by whoever proves the folder: `vltrain.train.adapters_folder`."""
+    """The model of an exported folder of adapters, read anew by whoever proves the folder:
+    `vltrain.train.checkpoints.adapters_folder`."""
 
     def __init__(self, folder: str) -> None:
         config, checkpoint = open_adapters(Path(folder))
@@ -141,7 +161,13 @@ class AdaptersReader(Speaker):
         images = {str(number): one.numpy() for number, one in enumerate(case["pixels"])}
         ids = case["prompt"].numpy().astype(np.int32)
         read = case["read"].numpy().astype(np.int32)
-        prompt = Segment(sample_id="proof", input_ids=ids, loss_mask=np.zeros(len(ids), bool), images=tuple(images), instruction_ids=read)
+        prompt = Segment(
+            sample_id="proof",
+            input_ids=ids,
+            loss_mask=np.zeros(len(ids), bool),
+            images=tuple(images),
+            instruction_ids=read,
+        )
         return self.say(prompt, images, max_new_tokens)
 
 
@@ -152,7 +178,9 @@ class _listening:
         self.head, self.steps = head, steps
 
     def __enter__(self) -> None:
-        self.handle = self.head.register_forward_hook(lambda module, given, result: self.steps.append(result.detach().clone()))
+        self.handle = self.head.register_forward_hook(
+            lambda module, given, result: self.steps.append(result.detach().clone())
+        )
 
     def __exit__(self, *error: object) -> None:
         self.handle.remove()

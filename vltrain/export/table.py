@@ -1,14 +1,15 @@
-"""The table of export formats: architecture -> name -> `Format`. A new one is a file and a line here; an architecture's first is its default."""
+"""The table of export formats: architecture -> name -> `Format`. A new one is a file and a line here; an architecture's
+first is its default."""
 
 from __future__ import annotations
 
 from vltrain.errors import InputError
-from vltrain.export.adapters import ADAPTERS
-from vltrain.export.blip import PEFT, WHOLE
 from vltrain.export.format import Format
-from vltrain.export.lora import LORA
-from vltrain.export.merged import MERGED
-from vltrain.export.mmt import MMT
+from vltrain.export.formats.adapters import ADAPTERS
+from vltrain.export.formats.instructblip import PEFT, WHOLE
+from vltrain.export.formats.lora import LORA
+from vltrain.export.formats.merged import MERGED
+from vltrain.export.formats.mmt import MMT
 
 FORMATS: dict[str, dict[str, Format]] = {
     "mmt": {"mmt": MMT, "lora": LORA, "merged": MERGED, "adapters": ADAPTERS},

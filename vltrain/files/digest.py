@@ -1,21 +1,25 @@
 """Digests of files and folders: what something was made from, whatever it is called and wherever it lies.
 
-SHA-256, or for images by the million XXH3 of 128 bits: it finds every edit at a twentieth of the cost, but no forger who makes two files for it.
+SHA-256, or for images by the million XXH3 of 128 bits: it finds every edit at a twentieth of the cost, but no forger
+who makes two files for it.
 
-A digest is remembered under size, modification and change time and inode of its file, so that asking a second time costs a stat. The change
-time is what no program can set: an edit that puts the modification time back is seen too. The device is left out, since network
-file systems give another one on every node and after every mount; in its place entries are kept by the path of the file's folder. What
-changed less than 2 s ago is not remembered: a clock's tick could hide a second change.
+A digest is remembered under size, modification and change time and inode of its file, so that asking a second time
+costs a stat. The change time is what no program can set: an edit that puts the modification time back is seen too. The
+device is left out, since network file systems give another one on every node and after every mount; in its place
+entries are kept by the path of the file's folder. What changed less than 2 s ago is not remembered: a clock's tick
+could hide a second change.
 
-Entries are in `$XDG_CACHE_HOME/vltrain/digests` (else `~/.cache`), a file per folder, replaced in one rename: no locks, which network file
-systems hold badly. Of two processes that write at once one's entries are lost, which costs reading those files again. Where the cache can't be
-read or written there is none; of a few small files there is none either, since they are read as fast.
+Entries are in `$XDG_CACHE_HOME/vltrain/digests` (else `~/.cache`), a file per folder, replaced in one rename: no locks,
+which network file systems hold badly. Of two processes that write at once one's entries are lost, which costs reading
+those files again. Where the cache can't be read or written there is none; of a few small files there is none either,
+since they are read as fast.
 
 Trade-off: moving a folder keeps its digest, but it is read in full once more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import os
@@ -47,7 +51,8 @@ Known = dict[tuple[int, int, int, int], bytes]
 
 
 def file_digest(path: Path | str, *, verify: bool = False) -> str:
-    """SHA-256 (hex) of a file's bytes; `verify` reads them even if the digest is known. Raises InputError if it cannot be read."""
+    """SHA-256 (hex) of a file's bytes; `verify` reads them even if the digest is known. Raises InputError if it cannot
+    be read."""
     return file_digests([path], verify=verify)[0]
 
 
@@ -71,7 +76,9 @@ def file_digests(paths: Sequence[Path | str], *, verify: bool = False, algorithm
         by_folder[os.path.dirname(path)].append(number)
     found = [""] * len(paths)
     for folder, numbers in by_folder.items():
-        for number, digest in zip(numbers, _digests_in(folder, [paths[number] for number in numbers], verify, algorithm), strict=True):
+        for number, digest in zip(
+            numbers, _digests_in(folder, [paths[number] for number in numbers], verify, algorithm), strict=True
+        ):
             found[number] = digest.hex()
     return found
 
@@ -101,7 +108,8 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 
 
 def files_below(folder: Path | str) -> list[str]:
-    """Relative names (with /) of all that is no folder below `folder`, sorted; links to folders are followed, each folder once."""
+    """Relative names (with /) of all that is no folder below `folder`, sorted; links to folders are followed, each
+    folder once."""
     names, seen = [], set()
 
     def refuse(error: OSError) -> None:
@@ -126,7 +134,9 @@ def _digests_in(folder: str, paths: Sequence[Path | str], verify: bool, algorith
     if not missing:
         return [known[identity] for identity in identities]
     with ThreadPoolExecutor(_THREADS) as pool:
-        taken = dict(zip(missing, pool.map(partial(_read_digest, algorithm), [paths[number] for number in missing]), strict=True))
+        taken = dict(
+            zip(missing, pool.map(partial(_read_digest, algorithm), [paths[number] for number in missing]), strict=True)
+        )
     found = [taken[number][1] if number in taken else known[identity] for number, identity in enumerate(identities)]
     _add(entries, algorithm, {_identity(before): digest for before, digest in taken.values() if _is_settled(before)})
     return found
@@ -199,7 +209,5 @@ def _write(entries: str, known: Known) -> None:
             np.save(stream, np.array(list(latest.values()), _ENTRY), allow_pickle=False)
         os.replace(temporary, entries)
     except OSError:
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
-        except OSError:
-            pass

@@ -1,4 +1,5 @@
-"""TensorBoard's event files, whose writer has a thread: on a full disk the folder is named in one line, and no thread prints a traceback."""
+"""TensorBoard's event files, whose writer has a thread: on a full disk the folder is named in one line, and no thread
+prints a traceback."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class EventWriter(SummaryWriter):
         try:
             return call()
         except OSError as error:
-            raise InputError(f"{self._folder}: cannot be written ({error.strerror or error}); make room or give permission") from None
+            raise InputError(
+                f"{self._folder}: cannot be written ({error.strerror or error}); make room or give permission"
+            ) from None
 
 
 def _keep_thread_quiet() -> None:

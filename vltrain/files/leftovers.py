@@ -1,4 +1,5 @@
-"""Temporary files and folders beside what they will become: `.NAME.PID.tmp` beside NAME. A killed process leaves its own behind; the next one removes it."""
+"""Temporary files and folders beside what they will become: `.NAME.PID.tmp` beside NAME. A killed process leaves its
+own behind; the next one removes it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def temporary_beside(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what processes of this machine that have ended left beside `path`; for whoever holds its lock, or writes it in one go."""
+    """Removes what processes of this machine that have ended left beside `path`; for whoever holds its lock, or writes
+    it in one go."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
@@ -27,7 +29,8 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def renamed_when_written(path: Path) -> Iterator[Path]:
-    """Gives a temporary name, which becomes `path` if the block ends without an error, and is gone else. Raises OSError."""
+    """Gives a temporary name, which becomes `path` if the block ends without an error, and is gone else. Raises
+    OSError."""
     temporary = temporary_beside(path)
     remove_leftovers(path)
     try:

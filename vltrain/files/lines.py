@@ -10,7 +10,8 @@ from vltrain.errors import InputError
 
 
 class LineFile:
-    """Appends to the file at `path`; each line reaches the operating system at once. Raises InputError where that fails."""
+    """Appends to the file at `path`; each line reaches the operating system at once. Raises InputError where that
+    fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,4 +40,7 @@ class LineFile:
             self._file.close()
 
     def _told(self, error: OSError) -> InputError:
-        return InputError(f"{self._path}: cannot be written ({error.strerror or error}); make room or give permission, and go on with --resume auto")
+        return InputError(
+            f"{self._path}: cannot be written ({error.strerror or error}); make room or give permission, and go "
+            "on with --resume auto"
+        )

@@ -1,9 +1,10 @@
 """One writer of a folder, on one machine or over a network file system.
 
-The writer holds `flock` on a small file, which the kernel lets go of when the process ends, however it ends; over NFS the server knows of it
-too. The file says who writes (host, pid, since when, command). Its time is renewed every few seconds: where locks do not reach other
-machines (NFS mounted with `nolock`, file systems without locks), and where one that has crashed still holds the server's lock, that is what
-tells the living from the dead. The file is removed at the end.
+The writer holds `flock` on a small file, which the kernel lets go of when the process ends, however it ends; over NFS
+the server knows of it too. The file says who writes (host, pid, since when, command). Its time is renewed every few
+seconds: where locks do not reach other machines (NFS mounted with `nolock`, file systems without locks), and where one
+that has crashed still holds the server's lock, that is what tells the living from the dead. The file is removed at the
+end.
 
     the writer is a dead process of this machine -> taken over
     it is of another machine, lock free and STALE_SECONDS without a sign of life -> taken over
@@ -42,12 +43,15 @@ SIGN_SECONDS = 2.0  # that a holder may take to write its name
 TELL_SECONDS = 60.0  # between two lines about what is waited for
 COMMAND_CHARACTERS = 120
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
-_held: dict[tuple[str, int], Writer] = {}  # of this process, by file and thread: whoever writes a folder may call what writes it
+_held: dict[
+    tuple[str, int], Writer
+] = {}  # of this process, by file and thread: whoever writes a folder may call what writes it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Writer:
-    """Who writes a folder. `place`: machine, boot and process namespace in which `pid` and its `start` mean something."""
+    """Who writes a folder. `place`: machine, boot and process namespace in which `pid` and its `start` mean
+    something."""
 
     host: str
     place: str
@@ -73,8 +77,11 @@ def lock_beside(folder: Path) -> Path:
 
 
 @contextmanager
-def one_writer(lock: Path, folder: Path, *, remedy: str = "choose another --output", wait_seconds: float = 0.0) -> Iterator[bool]:
-    """Holds `folder` by its `lock` inside the block; gives whether another one was waited for. The same thread may hold it again.
+def one_writer(
+    lock: Path, folder: Path, *, remedy: str = "choose another --output", wait_seconds: float = 0.0
+) -> Iterator[bool]:
+    """Holds `folder` by its `lock` inside the block; gives whether another one was waited for. The same thread may hold
+    it again.
 
     Args:
         remedy: what else the second writer can do but wait.
@@ -91,7 +98,9 @@ def one_writer(lock: Path, folder: Path, *, remedy: str = "choose another --outp
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle, me, waited = _acquire(lock, folder, remedy, wait_seconds)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}: {error.filename or lock}); {remedy}") from None
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}: {error.filename or lock}); {remedy}"
+        ) from None
     stop = threading.Event()
     threading.Thread(target=_beat, args=(lock, folder, me, stop), name="lock", daemon=True).start()
     _held[key] = me
@@ -107,12 +116,15 @@ def one_writer(lock: Path, folder: Path, *, remedy: str = "choose another --outp
 
 
 def writer_of(lock: Path) -> Writer | None:
-    """Who says in `lock` that he writes, if he may be alive: its time is fresh, or it is a living process of this machine."""
+    """Who says in `lock` that he writes, if he may be alive: its time is fresh, or it is a living process of this
+    machine."""
     writer = _read(lock)
     if writer is None:
         return None
     with suppress(OSError):
-        alive = is_alive(writer.pid, writer.start) if writer.place == _place() else _seconds_silent(lock) < STALE_SECONDS
+        alive = (
+            is_alive(writer.pid, writer.start) if writer.place == _place() else _seconds_silent(lock) < STALE_SECONDS
+        )
         return writer if alive else None
     return None
 
@@ -130,7 +142,9 @@ def _acquire(lock: Path, folder: Path, remedy: str, wait_seconds: float) -> tupl
         watches = found.place != _place() and first_beat in (None, beat) and now - began < STALE_SECONDS + BEAT_SECONDS
         if not waits and not watches:
             silent = f", silent for {now - began:.0f} s" if found.place != _place() and first_beat == beat else ""
-            raise InputError(f"{folder}: {found} writes there{silent}; wait for it, or {remedy} (if it has ended: remove {lock})")
+            raise InputError(
+                f"{folder}: {found} writes there{silent}; wait for it, or {remedy} (if it has ended: remove {lock})"
+            )
         if first_beat is None or now - told > TELL_SECONDS:
             told = now
             logger.warning("%s: waiting for %s, which writes there (%.0f s so far)", folder, found, now - began)
@@ -192,7 +206,8 @@ def _flock(handle: int) -> bool | None:
 
 @contextmanager
 def _guarded(lock: Path, needed: bool) -> Iterator[None]:
-    """Without locks of the file system: one process at a time looks and signs. What a killed one leaves behind goes after STALE_SECONDS."""
+    """Without locks of the file system: one process at a time looks and signs. What a killed one leaves behind goes
+    after STALE_SECONDS."""
     guard = lock.with_name(f"{lock.name}.guard")
     while needed:
         try:
@@ -211,18 +226,22 @@ def _guarded(lock: Path, needed: bool) -> Iterator[None]:
 
 
 def _may_live(writer: Writer, lock: Path, locked: bool) -> bool:
-    """Whether the writer named in a file may still be there, though we have its lock (`locked`) or there are no locks."""
+    """Whether the writer named in a file may still be there, though we have its lock (`locked`) or there are no
+    locks."""
     if writer.place == _place():
         return not locked and is_alive(writer.pid, writer.start)
     return not locked or _seconds_silent(lock) < STALE_SECONDS
 
 
 def _beat(lock: Path, folder: Path, me: Writer, stop: threading.Event) -> None:
-    """In a thread: renews the file's time. Ends the process if another one has taken the folder (this one was stopped for long)."""
+    """In a thread: renews the file's time. Ends the process if another one has taken the folder (this one was stopped
+    for long)."""
     while not stop.wait(BEAT_SECONDS):
         other = _read(lock)
         if other is not None and other != me and not stop.is_set():
-            end_at_once(f"{folder}: {other} has taken it over from this process, which was silent too long", EXIT_USER_ERROR)
+            end_at_once(
+                f"{folder}: {other} has taken it over from this process, which was silent too long", EXIT_USER_ERROR
+            )
         with suppress(OSError):
             os.utime(lock)
 
@@ -265,9 +284,14 @@ def _me() -> Writer:
     short = command if len(command) <= COMMAND_CHARACTERS else f"{command[:COMMAND_CHARACTERS]}..."
     pid = os.getpid()
     return Writer(
-        host=socket.gethostname(), place=_place(), pid=pid, start=stat_of(pid)[1], since=round(time.time(), 3), command=short,
+        host=socket.gethostname(),
+        place=_place(),
+        pid=pid,
+        start=stat_of(pid)[1],
+        since=round(time.time(), 3),
+        command=short,
         token=uuid.uuid4().hex,
-    )  # fmt: skip
+    )
 
 
 def _unsigned(lock: Path) -> Writer:

@@ -3,9 +3,10 @@
     record.arrow        per file: the place it is in, its name there, its XXH3 digest (128 bits)
     record.stats.npy    size, times and inode when that was taken; written anew on another disk
 
-A file whose size, times and inode are the recorded ones has not changed; of any other the digest is compared, so that a copy on another
-disk is the same, and its stat is recorded for the next time. Names are relative to places (a name in the record, a path for whoever asks), so that neither matters. A
-folder counts by the names in it, and a file that was looked for in vain by its absence, where either decided what was made.
+A file whose size, times and inode are the recorded ones has not changed; of any other the digest is compared, so that a
+copy on another disk is the same, and its stat is recorded for the next time. Names are relative to places (a name in
+the record, a path for whoever asks), so that neither matters. A folder counts by the names in it, and a file that was
+looked for in vain by its absence, where either decided what was made.
 
 Trade-off: a file's digest is no longer than accident needs, see `vltrain.files.digest`.
 """
@@ -43,13 +44,17 @@ _STATS_SUFFIX = ".stats.npy"
 _STATS = ("size", "mtime_ns", "ctime_ns", "inode")
 _SCHEMA = pa.schema(
     {
-        "place": pa.dictionary(pa.int16(), pa.string()), "name": pa.string(), "kind": pa.int8(), "digest": pa.binary(16),
+        "place": pa.dictionary(pa.int16(), pa.string()),
+        "name": pa.string(),
+        "kind": pa.int8(),
+        "digest": pa.binary(16),
     }  # fmt: skip
 )
 
 
 class Seen(NamedTuple):
-    """A file, folder or absent one as it was looked at. `stat`: size, mtime_ns, ctime_ns, inode; -1 where it says nothing."""
+    """A file, folder or absent one as it was looked at. `stat`: size, mtime_ns, ctime_ns, inode; -1 where it says
+    nothing."""
 
     kind: int
     digest: bytes
@@ -76,7 +81,8 @@ def stat_in(found: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def _stats_of(paths: Sequence[Path | str]) -> array:
-    """`stat_of` of each. Many are asked by several threads: where files come over a network, all of the time is waiting."""
+    """`stat_of` of each. Many are asked by several threads: where files come over a network, all of the time is
+    waiting."""
     if len(paths) <= _CHUNK:
         return _stats_one_by_one(paths)
     chunks = [paths[first : first + _CHUNK] for first in range(0, len(paths), _CHUNK)]
@@ -133,8 +139,8 @@ class FileRecord:
         return len(self.names)
 
     def add(self, place: str, name: str, seen: Seen) -> None:
-        """Takes a file. One that changed since the record was begun, or just before, is not trusted by its times: the clock's tick could hide a
-        second change."""
+        """Takes a file. One that changed since the record was begun, or just before, is not trusted by its times: the
+        clock's tick could hide a second change."""
         kind, digest, stat = seen
         self.places.append(place)
         self.names.append(name)
@@ -145,7 +151,9 @@ class FileRecord:
     def rows(self) -> Iterator[tuple[str, str, Seen]]:
         """(place, name, what was seen) of each file."""
         width = len(_STATS)
-        for number, (place, name, kind, digest) in enumerate(zip(self.places, self.names, self.kinds, self.digests, strict=True)):
+        for number, (place, name, kind, digest) in enumerate(
+            zip(self.places, self.names, self.kinds, self.digests, strict=True)
+        ):
             yield place, name, Seen(kind, digest, tuple(self.stats[width * number : width * (number + 1)]))
 
     def extend(self, other: FileRecord) -> None:
@@ -157,21 +165,29 @@ class FileRecord:
             self.add(place, name, seen)
 
     def digest(self, *places: str) -> str:
-        """XXH3 (hex) over names and digests of the files in some places, in order of their names: what they hold, wherever they are."""
-        rows = sorted((name, digest) for place, name, digest in zip(self.places, self.names, self.digests, strict=True) if place in places)
+        """XXH3 (hex) over names and digests of the files in some places, in order of their names: what they hold,
+        wherever they are."""
+        rows = sorted(
+            (name, digest)
+            for place, name, digest in zip(self.places, self.names, self.digests, strict=True)
+            if place in places
+        )
         whole = xxhash.xxh3_128()
         for name, digest in rows:
             whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest)
         return whole.hexdigest()
 
     def write(self, path: Path) -> str:
-        """Writes the record, whole or not at all, and the stats beside it. Returns its digest (hex), for `read_record`."""
+        """Writes the record, whole or not at all, and the stats beside it. Returns its digest (hex), for
+        `read_record`."""
         known = {place: number for number, place in enumerate(dict.fromkeys(self.places))}
         places = np.fromiter((known[place] for place in self.places), np.int16, len(self))
         columns = [
-            pa.DictionaryArray.from_arrays(_column(pa.int16(), len(self), places), _texts(list(known))), _texts([_plain(name) for name in self.names]),
-            _column(pa.int8(), len(self), self.kinds), _column(pa.binary(16), len(self), b"".join(self.digests)),
-        ]  # fmt: skip
+            pa.DictionaryArray.from_arrays(_column(pa.int16(), len(self), places), _texts(list(known))),
+            _texts([_plain(name) for name in self.names]),
+            _column(pa.int8(), len(self), self.kinds),
+            _column(pa.binary(16), len(self), b"".join(self.digests)),
+        ]
 
         def write_table(file: BinaryIO) -> None:
             with pa.ipc.new_file(file, _SCHEMA) as writer:
@@ -228,7 +244,9 @@ class FileRecord:
         paths = [f"{root}/{name}" if name[0] != "." else path_of(root, name) for root, name in pairs]
         return paths, np.array(numbers, np.int64)
 
-    def _look_closely(self, suspects: Sequence[int], paths: Sequence[str], numbers: np.ndarray, now: np.ndarray, verify: bool):
+    def _look_closely(
+        self, suspects: Sequence[int], paths: Sequence[str], numbers: np.ndarray, now: np.ndarray, verify: bool
+    ):
         """(place in `paths`, what is wrong with it) of those that differ."""
         files = []
         for one in suspects:
@@ -268,14 +286,17 @@ def read_record(path: Path, digest: str | None = None) -> FileRecord:
 
 
 def is_recorded(path: Path, place: str, name: str, digest: str | None = None) -> bool:
-    """Whether the record at `path` holds a file: looked up where it lies on disk: of a million files in 11 ms, where reading them all takes 0.7 s.
+    """Whether the record at `path` holds a file: looked up where it lies on disk: of a million files in 11 ms, where
+    reading them all takes 0.7 s.
 
     Raises: InputError as `read_record`.
     """
     import pyarrow.compute as pc
 
     table = _read_table(path, digest)
-    return bool(pc.any(pc.and_(pc.equal(table["place"].cast(pa.string()), place), pc.equal(table["name"], name))).as_py())
+    return bool(
+        pc.any(pc.and_(pc.equal(table["place"].cast(pa.string()), place), pc.equal(table["name"], name))).as_py()
+    )
 
 
 def _read_table(path: Path, digest: str | None) -> pa.Table:
@@ -287,7 +308,10 @@ def _read_table(path: Path, digest: str | None) -> pa.Table:
         if table.schema != _SCHEMA:
             raise ValueError("other columns")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is not the record of files that it was ({str(error).splitlines()[0]}); make what is beside it anew with --rebuild") from None
+        raise InputError(
+            f"{path}: is not the record of files that it was ({str(error).splitlines()[0]}); make what is "
+            "beside it anew with --rebuild"
+        ) from None
     return table
 
 
@@ -306,7 +330,8 @@ def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _column(kind: pa.DataType, count: int, *buffers: Any) -> pa.Array:
-    """An array without nulls of those buffers. `pa.array` would import pandas, which takes as long as preparing some thousands of samples."""
+    """An array without nulls of those buffers. `pa.array` would import pandas, which takes as long as preparing some
+    thousands of samples."""
     return pa.Array.from_buffers(kind, count, [None, *map(pa.py_buffer, buffers)])
 
 
@@ -314,7 +339,10 @@ def _texts(texts: Sequence[str]) -> pa.Array:
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     if ends[-1] > np.iinfo(np.int32).max:  # 2 GiB of names, which one array of this kind does not hold
-        raise InputError(f"found {len(texts):,} files whose names take {ends[-1]:,} bytes, expected at most 2 GiB of names; prepare the data in several sets")
+        raise InputError(
+            f"found {len(texts):,} files whose names take {ends[-1]:,} bytes, expected at most 2 GiB of names; "
+            "prepare the data in several sets"
+        )
     return _column(pa.string(), len(texts), ends.astype(np.int32), b"".join(encoded))
 
 

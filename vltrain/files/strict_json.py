@@ -1,9 +1,12 @@
-"""The one reader of JSON and JSONL, for data sets, samples, answers, settings and our own files: what one command takes, every command takes.
+"""The one reader of JSON and JSONL, for data sets, samples, answers, settings and our own files: what one command
+takes, every command takes.
 
-Read: UTF-8, with or without a byte order mark in front; JSON Lines end in `\\n` only (U+2028 and the like are text), blank ones are skipped.
-Refused, naming file:line:column: a key that stands twice in an object, NaN and Infinity, numbers beyond a double's range or of more than
-`MAX_DIGITS` digits, halves of characters (lone surrogates), nesting deeper than `MAX_DEPTH`, anything behind the end, a mark in the middle,
-what is no plain file. Values are never converted: a text is a JSON string, `true` is no number.
+Read: UTF-8, with or without a byte order mark in front; JSON Lines end in `\\n` only (U+2028 and the like are text),
+blank ones are skipped.
+Refused, naming file:line:column: a key that stands twice in an object, NaN and Infinity, numbers beyond a double's
+range or of more than `MAX_DIGITS` digits, halves of characters (lone surrogates), nesting deeper than `MAX_DEPTH`,
+anything behind the end, a mark in the middle, what is no plain file. Values are never converted: a text is a JSON
+string, `true` is no number.
 
 Parsing is the C scanner's; a fault is looked for by a slow second reading that knows places.
 """
@@ -59,11 +62,14 @@ def _finite(digits: str) -> float:
     return value
 
 
-_scan = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite).scan_once
+_scan = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite
+).scan_once
 
 
 def read_json(path: Path, expected: str = "a JSON file", *, max_bytes: int | None = None) -> Any:
-    """The value that a JSON file holds. Raises InputError naming file, line and column; for a missing file, what was `expected`."""
+    """The value that a JSON file holds. Raises InputError naming file, line and column; for a missing file, what was
+    `expected`."""
     return parse_json(_read(path, expected, max_bytes), str(path))
 
 
@@ -104,7 +110,8 @@ def parse_line(line: bytes, file: str, number: int) -> Any:
 
 
 def read_records(path: Path, expected: str = "a JSON list or JSON Lines") -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of each element of a file that is one JSON list, or JSON Lines; which one, its first character says.
+    """(file:line, value) of each element of a file that is one JSON list, or JSON Lines; which one, its first character
+    says.
 
     Elements of a list are parsed one by one, so that a large file's are never all in memory beside its text.
     """
@@ -137,7 +144,9 @@ def require_plain_file(path: Path, expected: str) -> None:
     except FileNotFoundError:
         raise InputError(f"{path}: cannot be read (no such file); expected {expected}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected {expected}") from None
+        raise InputError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); expected {expected}"
+        ) from None
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: cannot be read (it is a folder); expected {expected}")
     if not stat.S_ISREG(mode):
@@ -168,13 +177,21 @@ def _decode(data: bytes, file: str, first_line: int) -> str:
         line = first_line + data.count(b"\n", 0, error.start)
         column = error.start - data.rfind(b"\n", 0, error.start)
         hint = "; is it UTF-16?" if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4] else ""
-        raise InputError(f"{file}:{line}:{column}: not UTF-8 text (byte 0x{data[error.start]:02x}); save it as UTF-8{hint}") from None
+        raise InputError(
+            f"{file}:{line}:{column}: not UTF-8 text (byte 0x{data[error.start]:02x}); save it as UTF-8{hint}"
+        ) from None
 
 
 def _parse(text: str, file: str, first_line: int) -> Any:
     value, end = _value_at(text, _skip(text, 0), file, first_line)
     if len(text) != end and (end := _skip(text, end)) != len(text):
-        raise _error(text, end, f"found {text[end : end + 20]!r} behind the end of the JSON value, expected nothing", file, first_line)
+        raise _error(
+            text,
+            end,
+            f"found {text[end : end + 20]!r} behind the end of the JSON value, expected nothing",
+            file,
+            first_line,
+        )
     return value
 
 
@@ -199,7 +216,15 @@ def _elements(text: str, file: str, expected: str) -> Iterator[tuple[str, Any]]:
         if mark == "]":
             break
         if mark != ",":
-            raise _error(text, place, f"found {text[place : place + 20]!r}, expected ',' or ']'" if mark else "ends in the middle of the list", file, 1)
+            raise _error(
+                text,
+                place,
+                f"found {text[place : place + 20]!r}, expected ',' or ']'"
+                if mark
+                else "ends in the middle of the list",
+                file,
+                1,
+            )
         place = _skip(text, place + 1)
     if (end := _skip(text, place + 1)) != len(text):
         raise _error(text, end, f"found {text[end : end + 20]!r} behind the end of the list, expected nothing", file, 1)
@@ -234,7 +259,9 @@ def _is_deep(value: Any) -> bool:
     """Level by level, so that it needs no stack."""
     level = [value] if type(value) in (dict, list) else []
     for _ in range(MAX_DEPTH):
-        level = [item for one in level for item in (one.values() if type(one) is dict else one) if type(item) in (dict, list)]
+        level = [
+            item for one in level for item in (one.values() if type(one) is dict else one) if type(item) in (dict, list)
+        ]
         if not level:
             return False
     return True
@@ -268,19 +295,45 @@ def _explained(text: str, start: int, file: str, first_line: int) -> InputError:
         elif word[0] == '"':
             content = json.loads(word, strict=False) if "\\" in word else word[1:-1]
             if "\\" in word and _holds_halves(content):
-                return _error(text, place, f"found half of a character (a lone surrogate) in {word:.60}, expected text", file, first_line)
+                return _error(
+                    text,
+                    place,
+                    f"found half of a character (a lone surrogate) in {word:.60}, expected text",
+                    file,
+                    first_line,
+                )
             if awaits_key and keys[-1] is not None:
                 if content in keys[-1]:
-                    return _error(text, place, f"found the key {content!r:.80} a second time in its object, expected it once", file, first_line)
+                    return _error(
+                        text,
+                        place,
+                        f"found the key {content!r:.80} a second time in its object, expected it once",
+                        file,
+                        first_line,
+                    )
                 keys[-1].add(content)
                 awaits_key = False
         elif "NaN" in word or "Infinity" in word:
-            return _error(text, place, f"found {word:.20}, which JSON does not have, expected a number", file, first_line)
+            return _error(
+                text, place, f"found {word:.20}, which JSON does not have, expected a number", file, first_line
+            )
         elif word not in (":", "true", "false", "null"):
             if len(word) > MAX_DIGITS and word.lstrip("-").isdigit():
-                return _error(text, place, f"found a number of {len(word)} digits, expected {MAX_DIGITS} at most", file, first_line)
+                return _error(
+                    text,
+                    place,
+                    f"found a number of {len(word)} digits, expected {MAX_DIGITS} at most",
+                    file,
+                    first_line,
+                )
             if math.isinf(float(word)):
-                return _error(text, place, f"found {word:.20}, which is too large, expected a number below 1.8e308", file, first_line)
+                return _error(
+                    text,
+                    place,
+                    f"found {word:.20}, which is too large, expected a number below 1.8e308",
+                    file,
+                    first_line,
+                )
     return _error(text, start, "not JSON that can be read", file, first_line)
 
 
@@ -289,7 +342,14 @@ def _error(text: str, place: int, what: str, file: str, first_line: int) -> Inpu
     return InputError(f"{file}:{line}:{place - text.rfind(chr(10), 0, place)}: {what}")
 
 
-_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+_KINDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def shown(value: Any) -> str:
@@ -299,25 +359,30 @@ def shown(value: Any) -> str:
 
 
 def expect(value: Any, kind: type, where: str) -> Any:
-    """`value`, if it is of that JSON type: exactly, but that a whole number is a number too. Raises InputError naming `where`, its whole path."""
+    """`value`, if it is of that JSON type: exactly, but that a whole number is a number too. Raises InputError naming
+    `where`, its whole path."""
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise InputError(f"{where}: found {shown(value)}, expected {_KINDS[kind]}")
 
 
 def field(record: Any, key: str, kind: type, where: str) -> Any:
-    """`record[key]`, a text that is not blank where `kind` is str. Raises InputError naming `where` (file and item) and the key."""
+    """`record[key]`, a text that is not blank where `kind` is str. Raises InputError naming `where` (file and item) and
+    the key."""
     if type(record) is not dict:
         raise InputError(f"{where}: found {shown(record)}, expected an object")
     value = record.get(key)
     if type(value) is kind and (kind is not str or not value.isspace() and value):
         return value
     found = shown(value) if key in record else "nothing"
-    raise InputError(f"{where}: {key}: found {found}, expected {_KINDS[kind]}{' that is not empty' if kind is str else ''}")
+    raise InputError(
+        f"{where}: {key}: found {found}, expected {_KINDS[kind]}{' that is not empty' if kind is str else ''}"
+    )
 
 
 def id_text(value: Any, where: str) -> str:
-    """An id as a text: files of others write whole numbers, too. Raises InputError for anything else, and for a blank text."""
+    """An id as a text: files of others write whole numbers, too. Raises InputError for anything else, and for a blank
+    text."""
     if type(value) is int:
         return str(value)
     if type(value) is not str or not value.strip():

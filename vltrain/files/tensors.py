@@ -1,7 +1,7 @@
 """Writing safetensors with the mode that every other file of a run has.
 
-safetensors writes into a private temporary file and renames it, so that its files are readable to their owner alone whatever the umask says: a
-colleague could then read a run's log but none of its weights.
+safetensors writes into a private temporary file and renames it, so that its files are readable to their owner alone
+whatever the umask says: a colleague could then read a run's log but none of its weights.
 """
 
 from __future__ import annotations

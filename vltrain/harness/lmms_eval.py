@@ -1,7 +1,9 @@
-"""`lmms-eval --model vltrain --model_args run=RUN[,checkpoint=best][,adapters=FOLDER][,bits=4] --tasks ...`: a tuned run among its models.
+"""`lmms-eval --model vltrain --model_args run=RUN[,checkpoint=best][,adapters=FOLDER][,bits=4] --tasks ...`: a tuned
+run among its models.
 
-Messages become turns: text as it is, `<image>` where an image stands; a model whose template holds one question alone refuses longer
-conversations, and any model refuses videos and sounds. Answers are those of `vltrain.load(RUN)`, in batches of `--batch_size`.
+Messages become turns: text as it is, `<image>` where an image stands; a model whose template holds one question alone
+refuses longer conversations, and any model refuses videos and sounds. Answers are those of `vltrain.load(RUN)`, in
+batches of `--batch_size`.
 Settings of a task that would change answers and are not known here are an error, not left out.
 """
 
@@ -22,7 +24,18 @@ from vltrain.inference.model import Question
 from vltrain.schema import IMAGE_MARKER, Turn, escape_markers
 
 # What tasks write. `image_aspect_ratio` is LLaVA's: of no other model does it say anything.
-_KNOWN = ("until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams", "num_return_sequences", "image_aspect_ratio")
+_KNOWN = (
+    "until",
+    "max_new_tokens",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "num_return_sequences",
+    "image_aspect_ratio",
+)
 
 
 class VLTrain(lmms):
@@ -31,9 +44,16 @@ class VLTrain(lmms):
     is_simple = False
 
     def __init__(
-        self, run: str, checkpoint: str | None = None, adapters: str | None = None, bits: int | None = None, device: str | None = None,
-        batch_size: int | str = 1, max_batch_size: int | None = None, **unknown: Any,
-    ) -> None:  # fmt: skip
+        self,
+        run: str,
+        checkpoint: str | None = None,
+        adapters: str | None = None,
+        bits: int | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
         super().__init__()
         if unknown:
             expected = ("run", "checkpoint", "adapters", "bits")
@@ -55,7 +75,9 @@ class VLTrain(lmms):
         with tqdm(total=len(requests), desc="vltrain", disable=self.rank != 0) as bar:
             for settings, numbers in by_settings.items():
                 asked = (self._asked(requests[number]) for number in numbers)
-                for number, answer in zip(numbers, self.model.answer_all(asked, self.batch_size, **dict(settings)), strict=True):
+                for number, answer in zip(
+                    numbers, self.model.answer_all(asked, self.batch_size, **dict(settings)), strict=True
+                ):
                     answers[number] = _cut(answer, requests[number].args[2].get("until") or ())
                     bar.update()
         return answers
@@ -65,7 +87,9 @@ class VLTrain(lmms):
         return as_turns(doc_to_messages(self.task_dict[task][split][number]), f"{task}, question {number}")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("vltrain answers in words: take a task of output_type generate_until, as lmms-eval has them for chat models")
+        raise NotImplementedError(
+            "vltrain answers in words: take a task of output_type generate_until, as lmms-eval has them for chat models"
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("vltrain answers in one round: take a task of output_type generate_until")
@@ -96,10 +120,15 @@ def _settings(told: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
             raise InputError(f"generation_kwargs: unknown '{name}', {nearest(name, _KNOWN)}")
     for name, only in (("num_beams", 1), ("num_return_sequences", 1)):
         if told.get(name) not in (None, only):
-            raise InputError(f"generation_kwargs: {name} = {told[name]!r}, and vltrain decodes greedily or by sampling: expected {only}")
+            raise InputError(
+                f"generation_kwargs: {name} = {told[name]!r}, and vltrain decodes greedily or by sampling: "
+                f"expected {only}"
+            )
     greedy = not told.get("do_sample", bool(told.get("temperature")))
     if not greedy and told.get("top_k"):
-        raise InputError(f"generation_kwargs: top_k = {told['top_k']!r}, and vltrain samples by temperature and top_p; leave it out")
+        raise InputError(
+            f"generation_kwargs: top_k = {told['top_k']!r}, and vltrain samples by temperature and top_p; leave it out"
+        )
     found = {
         "max_new_tokens": told.get("max_new_tokens", told.get("max_gen_toks")),
         "temperature": 0.0 if greedy else float(told.get("temperature") or 1.0),
@@ -115,4 +144,6 @@ def _given(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _cut(answer: str, until: str | Sequence[str]) -> str:
     """The answer up to the first of some texts."""
     ends = [until] if isinstance(until, str) else until
-    return answer[: min((place for end in ends if end and (place := answer.find(end)) >= 0), default=len(answer))].strip()
+    return answer[
+        : min((place for end in ends if end and (place := answer.find(end)) >= 0), default=len(answer))
+    ].strip()

@@ -1,4 +1,5 @@
-"""What lmms-eval finds by the entry point `lmms_eval.models`: that there is a model called `vltrain`, and where its class is.
+"""What lmms-eval finds by the entry point `lmms_eval.models`: that there is a model called `vltrain`, and where its
+class is.
 
 Apart from the class, since lmms-eval loads entry points while its own modules are only half loaded.
 """

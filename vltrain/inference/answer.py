@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from vltrain.evaluate.generate import Token
+from vltrain.evaluate.answering.generate import Token
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no whole character, or not yet
 OnToken = Callable[[int, float], None]
@@ -19,7 +19,8 @@ class Answer:
     text       without surrounding space, as `vltrain evaluate` judges it
     token_ids  the new tokens, without the one that ended them
     tokens     the text that each of them made certain: "" where a character is not whole yet; joined, they are `text`
-    logprobs   the natural logarithm of each token's probability at temperature 1, among all rows of the LLM's head, in fp32
+    logprobs   the natural logarithm of each token's probability at temperature 1, among all rows of the LLM's head, in
+               fp32
     finished   False where `max_new_tokens` or the caller ended it
     """
 
@@ -34,10 +35,11 @@ class Answer:
 
 
 class TextPieces:
-    """Tokens to text, piece by piece: what was given never changes, and the pieces joined are the text of all tokens, stripped.
+    """Tokens to text, piece by piece: what was given never changes, and the pieces joined are the text of all tokens,
+    stripped.
 
-    Held back: characters of which only some bytes are there, and space, which may be the last. Each token reads the whole answer again: some
-    microseconds for each of its tokens, far from what a forward takes.
+    Held back: characters of which only some bytes are there, and space, which may be the last. Each token reads the
+    whole answer again: some microseconds for each of its tokens, far from what a forward takes.
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -63,15 +65,22 @@ class TextPieces:
 
 
 class AnswerStream(Iterator[str]):
-    """The pieces of an answer's text, as they come; `answer()` is what has come so far. `num_prompt_tokens`: that the question has, with its images'.
+    """The pieces of an answer's text, as they come; `answer()` is what has come so far. `num_prompt_tokens`: that the
+    question has, with its images'.
 
-    Closing it, leaving its `with` block or dropping it ends the model's work; so does `cancel`, from any thread, before the next token.
+    Closing it, leaving its `with` block or dropping it ends the model's work; so does `cancel`, from any thread, before
+    the next token.
     """
 
     def __init__(
-        self, tokens: Iterator[Token], decode: Callable[[list[int]], str], *, num_prompt_tokens: int, on_token: OnToken | None = None,
+        self,
+        tokens: Iterator[Token],
+        decode: Callable[[list[int]], str],
+        *,
+        num_prompt_tokens: int,
+        on_token: OnToken | None = None,
         cancel: threading.Event | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self._tokens, self._on_token, self._cancel = tokens, on_token, cancel
         self._pieces = TextPieces(decode)
@@ -108,7 +117,11 @@ class AnswerStream(Iterator[str]):
     def answer(self) -> Answer:
         """What has come so far; the whole answer once the stream has ended."""
         return Answer(
-            text="".join(self._texts), token_ids=list(self._ids), tokens=list(self._texts), logprobs=list(self._logprobs), finished=self._finished
+            text="".join(self._texts),
+            token_ids=list(self._ids),
+            tokens=list(self._texts),
+            logprobs=list(self._logprobs),
+            finished=self._finished,
         )
 
     def close(self) -> None:

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 
-from vltrain.config import Config, ModelConfig
-from vltrain.data.tokenizer import Tokenizer
+from vltrain.config.schema import Config, ModelConfig
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.models.build import AnyModel, build_model
-from vltrain.train.checkpoint import Checkpoint, load_trainable
-from vltrain.train.fits import require_qformer_positions, require_tokenizer_fits
+from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
+from vltrain.train.run.fits import require_qformer_positions, require_tokenizer_fits
 
 logger = logging.getLogger(__name__)
 
-# What computes, by architecture: it changes an answer no more than rounding, so that a run asked for kernels that another machine lacks hinders nobody.
-KERNELS = {"mmt": ("llm.attention", "llm.kernels", "adapter.impl"), "instructblip": ("instructblip.attention", "instructblip.kernels")}
+# What computes, by architecture: it changes an answer no more than rounding, so that a run asked for kernels that
+# another machine lacks hinders nobody.
+KERNELS = {
+    "mmt": ("llm.attention", "llm.kernels", "adapter.impl"),
+    "instructblip": ("instructblip.attention", "instructblip.kernels"),
+}
 ANYWHERE = ("auto", "torch", "eager", "sdpa")
 
 
@@ -37,7 +41,9 @@ def _with(model: ModelConfig, section: str, name: str, value: Any) -> ModelConfi
     return dataclasses.replace(model, **{section: dataclasses.replace(getattr(model, section), **{name: value})})
 
 
-def answering_model(config: Config, tokenizer: Tokenizer, weights: Checkpoint | None, *, dtype: torch.dtype, place: torch.device) -> AnyModel:
+def answering_model(
+    config: Config, tokenizer: Tokenizer, weights: Checkpoint | None, *, dtype: torch.dtype, place: torch.device
+) -> AnyModel:
     """The model of a recipe on `place`, in evaluation mode.
 
     Args:

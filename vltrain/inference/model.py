@@ -1,6 +1,7 @@
 """A model that answers questions about images: one face for every architecture.
 
-Prompts, pixels, stop ids and decoding are those of evaluation, so answers are the same as `vltrain evaluate` gives. Several threads may ask at once:
+Prompts, pixels, stop ids and decoding are those of evaluation, so answers are the same as `vltrain evaluate` gives.
+Several threads may ask at once:
 a lock lets one of them at a time make a forward, so that their answers advance by turns.
 """
 
@@ -17,23 +18,24 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from vltrain.config import Config, EvalConfig
-from vltrain.data.asked import Asked
-from vltrain.data.conversation import encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.config.keys import checked_value
+from vltrain.config.schema import Config, EvalConfig
 from vltrain.data.loader import batch_of
-from vltrain.data.tokenizer import Tokenizer
+from vltrain.data.text.asked import Asked
+from vltrain.data.text.conversation import encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, require
-from vltrain.evaluate.generate import Sampling, Token, generate, generate_tokens
-from vltrain.evaluate.precision import widened
+from vltrain.evaluate.answering.generate import Sampling, Token, generate, generate_tokens
+from vltrain.evaluate.answering.precision import widened
 from vltrain.evaluate.samples import image_loader, read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken
 from vltrain.inference.pictures import ImageLike, squares
-from vltrain.keys import checked_value
 from vltrain.models.build import AnyModel
 from vltrain.models.positions import max_positions
 from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
 
-NEW_TOKENS = 256  # that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer
+# that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer
+NEW_TOKENS = 256
 Question: TypeAlias = tuple[Sequence[Turn], Sequence[ImageLike]]
 """The turns of a question and the images that they show."""
 QUESTION = "question"  # the id of samples that are made here
@@ -51,9 +53,18 @@ class LoadedModel:
     """
 
     def __init__(
-        self, model: AnyModel, tokenizer: Tokenizer, config: Config, *, run: Path, facts: Mapping[str, Any], device: torch.device, dtype: torch.dtype,
-        asked: Asked | None = None, untuned: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: AnyModel,
+        tokenizer: Tokenizer,
+        config: Config,
+        *,
+        run: Path,
+        facts: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        asked: Asked | None = None,
+        untuned: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.run, self.config, self.facts, self.device, self.asked = run, config, dict(facts), device, asked
         self.dtype = torch.float32 if config.eval.precision == "fp32" else dtype
         self._model, self._tokenizer = model, tokenizer
@@ -82,17 +93,28 @@ class LoadedModel:
         return max_positions(self._model.llm.config)
 
     def ask(
-        self, images: Sequence[ImageLike], question: str, *, max_new_tokens: int | None = None, temperature: float | None = None,
-        top_p: float | None = None, seed: int | None = None, as_is: bool = False,
-    ) -> Answer:  # fmt: skip
+        self,
+        images: Sequence[ImageLike],
+        question: str,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        as_is: bool = False,
+    ) -> Answer:
         """Answers one question.
 
         Args:
-            images: paths, bytes of image files, PIL images or uint8 arrays [height, width, 3]; [] for a question about none.
-            question: put as the training questions were. Its own `<image>` are the places of the images, and then it stays as it is; without any
+            images: paths, bytes of image files, PIL images or uint8 arrays [height, width, 3]; [] for a question about
+            none.
+            question: put as the training questions were. Its own `<image>` are the places of the images, and then it
+            stays as it is; without any
                 they stand in front, as in most training data.
-            max_new_tokens: tokens that the answer may have; None: the recipe's `eval.max_new_tokens`, or 256, and never more than the LLM has room for.
-            temperature, top_p, seed: None: the recipe's `eval.temperature` (0: greedy), `eval.top_p` and `train.seed`. The same seed and
+            max_new_tokens: tokens that the answer may have; None: the recipe's `eval.max_new_tokens`, or 256, and never
+            more than the LLM has room for.
+            temperature, top_p, seed: None: the recipe's `eval.temperature` (0: greedy), `eval.top_p` and `train.seed`.
+            The same seed and
                 question give the same answer.
             as_is: ask the question as it stands, and not as the training questions were put (`phrase`).
 
@@ -102,8 +124,8 @@ class LoadedModel:
         >>> model = vltrain.load("runs/quickstart")
         >>> model.phrase("what color is the shape?")
         'Question: what color is the shape?\\nAnswer:'
-        >>> model.ask(["shape.png"], "what color is the shape?") == model.ask(["shape.png"], model.phrase("what color is the shape?"), as_is=True)
-        True
+        >>> model.ask(["shape.png"], "what color is the shape?") == model.ask(["shape.png"], model.phrase("what color is
+        the shape?"), as_is=True) True
         """
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         return self.chat([self.question(question, len(images), as_is=as_is)], images, **settings)
@@ -113,14 +135,16 @@ class LoadedModel:
         return question if self.asked is None else self.asked.phrase(question)
 
     def question(self, text: str, num_images: int, *, as_is: bool = False) -> Turn:
-        """The turn that asks: phrased, and with the places of so many images in front, unless it is to stand as it is or says where they are."""
+        """The turn that asks: phrased, and with the places of so many images in front, unless it is to stand as it is
+        or says where they are."""
         if IMAGE_MARKER not in text:
             text = f"{IMAGE_MARKER}\n" * num_images + (text if as_is else self.phrase(text))
         return Turn(role="user", text=text)
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
-        """Inside the block the model before its tuning answers. Other threads wait; of a model that was loaded with `keep_untuned`."""
+        """Inside the block the model before its tuning answers. Other threads wait; of a model that was loaded with
+        `keep_untuned`."""
         assert self._untuned is not None, "load(..., keep_untuned=True)"
         with self._lock:
             self._swap(self._untuned)
@@ -140,9 +164,15 @@ class LoadedModel:
             self._model.decide_routing()
 
     def chat(
-        self, turns: Sequence[Turn], images: Sequence[ImageLike] = (), *, max_new_tokens: int | None = None, temperature: float | None = None,
-        top_p: float | None = None, seed: int | None = None,
-    ) -> Answer:  # fmt: skip
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLike] = (),
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Answer:
         """Answers the last of several turns.
 
         Args:
@@ -159,9 +189,17 @@ class LoadedModel:
             return stream.answer()
 
     def stream(
-        self, turns: Sequence[Turn], images: Sequence[ImageLike] = (), *, max_new_tokens: int | None = None, temperature: float | None = None,
-        top_p: float | None = None, seed: int | None = None, on_token: OnToken | None = None, cancel: threading.Event | None = None,
-    ) -> AnswerStream:  # fmt: skip
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[ImageLike] = (),
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_token: OnToken | None = None,
+        cancel: threading.Event | None = None,
+    ) -> AnswerStream:
         """The pieces of `chat`'s answer as they come; they join to its text, and each is whole characters.
 
         Args:
@@ -174,18 +212,34 @@ class LoadedModel:
         prompt = self._encode(turns, len(pixels))
         sampling = self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
         tokens = generate_tokens(
-            self._model, prompt, dict(zip(prompt.images, pixels)), sampling=sampling, stop_ids=self._stop_ids, vocab_size=self._tokenizer.vocab_size,
+            self._model,
+            prompt,
+            dict(zip(prompt.images, pixels)),
+            sampling=sampling,
+            stop_ids=self._stop_ids,
+            vocab_size=self._tokenizer.vocab_size,
             device=self.device,
         )
         return AnswerStream(
-            self._by_turns(tokens), self._tokenizer.decode, num_prompt_tokens=len(prompt.input_ids), on_token=on_token, cancel=cancel
+            self._by_turns(tokens),
+            self._tokenizer.decode,
+            num_prompt_tokens=len(prompt.input_ids),
+            on_token=on_token,
+            cancel=cancel,
         )
 
     def answer_all(
-        self, questions: Iterable[Question], batch_size: int = 8, *, max_new_tokens: int | None = None, temperature: float | None = None,
-        top_p: float | None = None, seed: int | None = None,
-    ) -> Iterator[str]:  # fmt: skip
-        """The text of `chat`'s answer to each question, in their order, so many at once. In bf16 near-ties may fall otherwise than one by one.
+        self,
+        questions: Iterable[Question],
+        batch_size: int = 8,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The text of `chat`'s answer to each question, in their order, so many at once. In bf16 near-ties may fall
+        otherwise than one by one.
 
         Args:
             questions: (turns, images) of each; read as they are needed.
@@ -194,31 +248,46 @@ class LoadedModel:
         Raises: InputError as `chat`.
         """
         remaining = iter(questions)
-        while batch := [(turns, squares(images, self._model, self.config.data.max_image_pixels)) for turns, images in islice(remaining, batch_size)]:
+        while batch := [
+            (turns, squares(images, self._model, self.config.data.max_image_pixels))
+            for turns, images in islice(remaining, batch_size)
+        ]:
             prompts, pixels = [], {}
             for number, (turns, shown) in enumerate(batch):
                 segment = self._encode(turns, len(shown))
                 names = tuple(f"{number}/{name}" for name in segment.images)
                 prompts.append(replace(segment, images=names))
                 pixels.update(zip(names, shown))
-            samplings = [self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed) for prompt in prompts]
+            samplings = [
+                self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed) for prompt in prompts
+            ]
             yield from self._answer_batch(prompts, pixels, samplings)
 
-    def _answer_batch(self, prompts: list[Segment], pixels: Mapping[str, np.ndarray], samplings: list[Sampling]) -> list[str]:
+    def _answer_batch(
+        self, prompts: list[Segment], pixels: Mapping[str, np.ndarray], samplings: list[Sampling]
+    ) -> list[str]:
         """Of one length of answers at a time: where an LLM has little room left, answers are shorter."""
         answers = [""] * len(prompts)
         for sampling in dict.fromkeys(samplings):
             numbers = [number for number, one in enumerate(samplings) if one == sampling]
             with self._lock, self._computing():
                 found = generate(
-                    self._model, [prompts[number] for number in numbers], pixels.__getitem__, sampling=sampling, stop_ids=self._stop_ids,
-                    vocab_size=self._tokenizer.vocab_size, batch_size=len(numbers), device=self.device,
-                )  # fmt: skip
+                    self._model,
+                    [prompts[number] for number in numbers],
+                    pixels.__getitem__,
+                    sampling=sampling,
+                    stop_ids=self._stop_ids,
+                    vocab_size=self._tokenizer.vocab_size,
+                    batch_size=len(numbers),
+                    device=self.device,
+                )
             for number, token_ids in zip(numbers, found, strict=True):
                 answers[number] = self._tokenizer.decode(token_ids).strip()
         return answers
 
-    def loss(self, samples: str | Path | Sequence[Sample | Mapping[str, Any]], *, folder: str | Path | None = None) -> list[float]:
+    def loss(
+        self, samples: str | Path | Sequence[Sample | Mapping[str, Any]], *, folder: str | Path | None = None
+    ) -> list[float]:
         """The mean loss per answer token of each sample, in fp32: what training would see of it, without dropout.
 
         Args:
@@ -230,11 +299,21 @@ class LoadedModel:
         if isinstance(samples, (str, Path)):
             file = Path(samples).expanduser()
             samples, folder = read_samples(file), file.parent if folder is None else folder
-        checked = [one if isinstance(one, Sample) else Sample.from_json(one, f"sample {number + 1}") for number, one in enumerate(samples)]
-        segments = [encode_sample(one, self._tokenizer, self.config.data.template, self._model.visual_tokens) for one in checked]
+        checked = [
+            one if isinstance(one, Sample) else Sample.from_json(one, f"sample {number + 1}")
+            for number, one in enumerate(samples)
+        ]
+        segments = [
+            encode_sample(one, self._tokenizer, self.config.data.template, self._model.visual_tokens) for one in checked
+        ]
         for segment in segments:
             self._require_room(len(segment.input_ids), f"sample '{segment.sample_id}'")
-        load = image_loader(Path(folder or ".").expanduser(), self._model.image_size, self.config.data.max_image_pixels, self._model.framing)
+        load = image_loader(
+            Path(folder or ".").expanduser(),
+            self._model.image_size,
+            self.config.data.max_image_pixels,
+            self._model.framing,
+        )
         losses: list[float] = []
         for part in self._rows(segments):
             images = {name: load(name) for name in dict.fromkeys(name for segment in part for name in segment.images)}
@@ -259,37 +338,67 @@ class LoadedModel:
     def _encode(self, turns: Sequence[Turn], num_images: int) -> Segment:
         turns = tuple(turns)
         if not turns or turns[-1].role != "user":
-            raise InputError(f"turns: found {f'a last turn by {turns[-1].role!r}' if turns else 'none'}, expected a question, a user's turn, as the last")
+            raise InputError(
+                f"turns: found {f'a last turn by {turns[-1].role!r}' if turns else 'none'}, expected a "
+                "question, a user's turn, as the last"
+            )
         template = self.config.data.template
         if self.needs_image and num_images == 0:
-            raise InputError(f"the run's template {template!r} asks about images, and there is none: name one (--image FILE, or images=[...])")
+            raise InputError(
+                f"the run's template {template!r} asks about images, and there is none: name one (--image FILE, "
+                "or images=[...])"
+            )
         if not self.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
-            raise InputError(f"the run's template {template!r} holds no conversation: ask one question at a time, found {len(turns)} turns")
+            raise InputError(
+                f"the run's template {template!r} holds no conversation: ask one question at a time, found "
+                f"{len(turns)} turns"
+            )
         names = tuple(f"image {number + 1}" for number in range(num_images))
         try:
-            asked = Sample(id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names)  # the answer is not read
+            asked = Sample(
+                id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names
+            )  # the answer is not read
             return encode_prompt(asked, self._tokenizer, template, self._model.visual_tokens)
         except InputError as error:
             raise InputError(str(error).replace(f"sample '{QUESTION}'", "the question", 1)) from None
 
-    def _sampling(self, length: int, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None) -> Sampling:
-        given = {"eval.max_new_tokens": max_new_tokens, "eval.temperature": temperature, "eval.top_p": top_p, "train.seed": seed}
+    def _sampling(
+        self, length: int, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None
+    ) -> Sampling:
+        given = {
+            "eval.max_new_tokens": max_new_tokens,
+            "eval.temperature": temperature,
+            "eval.top_p": top_p,
+            "train.seed": seed,
+        }
         given = {key: checked_value(key, value, "question") for key, value in given.items() if value is not None}
         chosen: EvalConfig = self.config.eval
         most = given.get("eval.max_new_tokens") or chosen.max_new_tokens or NEW_TOKENS
         self._require_room(length, "the question")
-        if self.max_length is not None and length + most - 1 > self.max_length:  # the last new token is not read any more
+        if (
+            self.max_length is not None and length + most - 1 > self.max_length
+        ):  # the last new token is not read any more
             room = self.max_length - length + 1
-            require(max_new_tokens is None, "max_new_tokens", max_new_tokens, f"at most {room}: the question has {length} tokens, and the LLM {self.max_length} positions")
+            require(
+                max_new_tokens is None,
+                "max_new_tokens",
+                max_new_tokens,
+                f"at most {room}: the question has {length} tokens, and the LLM {self.max_length} positions",
+            )
             most = room
         return Sampling(
-            max_new_tokens=most, temperature=given.get("eval.temperature", chosen.temperature), top_p=given.get("eval.top_p", chosen.top_p),
+            max_new_tokens=most,
+            temperature=given.get("eval.temperature", chosen.temperature),
+            top_p=given.get("eval.top_p", chosen.top_p),
             seed=given.get("train.seed", self.config.train.seed),
         )
 
     def _require_room(self, length: int, what: str) -> None:
         if self.max_length is not None and length > self.max_length:
-            raise InputError(f"{what}: has {length} tokens, and the LLM has {self.max_length} positions; shorten it, or leave earlier turns out")
+            raise InputError(
+                f"{what}: has {length} tokens, and the LLM has {self.max_length} positions; shorten it, or "
+                "leave earlier turns out"
+            )
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -297,7 +406,8 @@ class LoadedModel:
             yield
 
     def _by_turns(self, tokens: Iterator[Token]) -> Iterator[Token]:
-        """`tokens`, each step alone with the model and in its precision, and not the caller's work between two of them."""
+        """`tokens`, each step alone with the model and in its precision, and not the caller's work between two of
+        them."""
         try:
             while True:
                 with self._lock, self._computing():
@@ -307,4 +417,3 @@ class LoadedModel:
                 yield token
         finally:
             tokens.close()
-

@@ -22,7 +22,8 @@ def squares(images: Sequence[ImageLike], model: AnyModel, max_pixels: int) -> li
     """uint8 [3, H, W] of the model's image size for each image, as training and evaluation make it of the same file.
 
     Args:
-        images: see EXPECTED; of a PIL image and an array the pixels are taken as they are, where a large JPEG file is decoded at a fraction of its size.
+        images: see EXPECTED; of a PIL image and an array the pixels are taken as they are, where a large JPEG file is
+        decoded at a fraction of its size.
         max_pixels: a larger image is refused before it is decoded.
 
     Raises: InputError naming the image: cannot be read, is none, is too large.
@@ -40,7 +41,11 @@ def _square(image: Any, model: AnyModel, max_pixels: int, where: str) -> np.ndar
     if isinstance(image, (bytes, bytearray)):
         return decode_image(bytes(image), size, max_pixels, where, framing)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
+        if (
+            image.dtype != np.uint8
+            or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
+            or 0 in image.shape
+        ):
             raise InputError(f"{where}: found an array of {image.dtype} {list(image.shape)}, expected {EXPECTED}")
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):

@@ -1,4 +1,5 @@
-"""A finished run: its recipe, the checkpoint that is asked for, and whether it belongs to the weights that are there now."""
+"""A finished run: its recipe, the checkpoint that is asked for, and whether it belongs to the weights that are there
+now."""
 
 from __future__ import annotations
 
@@ -7,22 +8,21 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vltrain.check.manifest import BEST, MANIFEST, pointed
-from vltrain.config import Config
-from vltrain.data.asked import Asked, how_asked
+from vltrain.config.older_runs import ADDED, complete
+from vltrain.config.recipe import RECIPE, build_config, read_recipe
+from vltrain.config.schema import Config
+from vltrain.config.stages import stage_folders
 from vltrain.data.sample_files import samples_file
+from vltrain.data.text.asked import Asked, how_asked
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
-from vltrain.older_runs import ADDED, complete
-from vltrain.recipe import RECIPE, build_config, read_recipe
-from vltrain.stages import stage_folders
-from vltrain.train.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.train.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
-from vltrain.train.origin import open_origin
-from vltrain.train.provenance import RUN
+from vltrain.receipts.manifest import BEST, MANIFEST, pointed
+from vltrain.train.checkpoints.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from vltrain.train.run.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
+from vltrain.train.run.origin import open_origin
+from vltrain.train.run.provenance import RUN
 
 logger = logging.getLogger(__name__)
-
 
 
 def require_run(run: Path, *others: str) -> None:
@@ -41,12 +41,14 @@ def recipe_of(run: Path, *others: str) -> Config:
 
 
 def recorded_identity(run: Path) -> dict[str, Any]:
-    """What the run says of itself (`run.json`), see `vltrain.train.identity`; {} where its version kept nothing. Raises InputError."""
+    """What the run says of itself (`run.json`), see `vltrain.train.run.identity`; {} where its version kept nothing.
+    Raises InputError."""
     return _recorded(run, "identity")
 
 
 def how_run_was_asked(run: Path, config: Config) -> Asked | None:
-    """How its training questions were put: as it recorded, else as its samples say where they still are; None where nobody knows.
+    """How its training questions were put: as it recorded, else as its samples say where they still are; None where
+    nobody knows.
 
     Raises: InputError for a record that cannot be read.
     """
@@ -69,7 +71,8 @@ def _recorded(run: Path, name: str) -> dict[str, Any]:
 
 
 def tell_edits(run: Path) -> None:
-    """Warns of settings that were edited in the run's recipe since the run wrote it. Raises InputError where one of both cannot be read."""
+    """Warns of settings that were edited in the run's recipe since the run wrote it. Raises InputError where one of
+    both cannot be read."""
     wrote = _recorded(run, "settings")
     if not wrote:
         return
@@ -85,29 +88,40 @@ def tell_edits(run: Path) -> None:
 
 
 def weights_before(run: Path, config: Config) -> Checkpoint | None:
-    """The trained weights that a run began with, of `train.init_from`; None for fresh ones. Raises InputError where they are not there any more."""
+    """The trained weights that a run began with, of `train.init_from`; None for fresh ones. Raises InputError where
+    they are not there any more."""
     if config.train.init_from is None:
         return None
     found = open_origin(Path(config.train.init_from).expanduser(), run)
     began = recorded_identity(run).get(ORIGIN, {})
     if isinstance(began, dict) and began.get("digest", found.digest) != found.digest:
-        told = f"it began with step {began.get('step')} of {began.get('path')}, and {found.path} is of step {found.step}, or of another run"
-        raise InputError(f"{run}: the weights before its tuning are not to be found: {told}; restore them, or name a checkpoint")
+        told = (
+            f"it began with step {began.get('step')} of {began.get('path')}, and {found.path} is of step "
+            f"{found.step}, or of another run"
+        )
+        raise InputError(
+            f"{run}: the weights before its tuning are not to be found: {told}; restore them, or name a checkpoint"
+        )
     return found
 
 
 def weights_used(
-    run: Path, config: Config, checkpoint: Checkpoint | None, files: FilesOf | None, changed_on_purpose: Collection[str] = ()
+    run: Path,
+    config: Config,
+    checkpoint: Checkpoint | None,
+    files: FilesOf | None,
+    changed_on_purpose: Collection[str] = (),
 ) -> dict[str, Any]:
     """Which weights a program uses, as plain JSON, after it was checked that they belong together.
 
     Args:
         run: whose recipe `config` is.
         checkpoint: the tuned weights; None: the model before tuning.
-        files: digests of what the others are read from, see `vltrain.train.made_of`; None where they are not read.
+        files: digests of what the others are read from, see `vltrain.train.run.made_of`; None where they are not read.
         changed_on_purpose: the settings of the command line, by dotted name.
 
-    Raises: InputError if the recipe in the run's folder, or a file of its weights, is not what the weights were trained with.
+    Raises: InputError if the recipe in the run's folder, or a file of its weights, is not what the weights were trained
+    with.
     """
     tell_edits(run)
     identity = checkpoint.belongs_to if checkpoint is not None else recorded_identity(run)
@@ -115,15 +129,24 @@ def weights_used(
     require_same_model(identity, config, files, where, changed_on_purpose)
     if files is not None:
         tell_unknown_files(identity, where)
-    tuned = None if checkpoint is None else {"path": str(checkpoint.path), "step": checkpoint.step, "digest": checkpoint.digest}
+    tuned = (
+        None
+        if checkpoint is None
+        else {"path": str(checkpoint.path), "step": checkpoint.step, "digest": checkpoint.digest}
+    )
     changed = sorted(key for key in changed_on_purpose if key.startswith("model."))
     began = {ORIGIN: identity[ORIGIN]} if ORIGIN in identity else {}
-    return {"checkpoint": tuned, **began, MADE_OF: files if files is not None else identity.get(MADE_OF, {}), "changed_settings": changed}
+    return {
+        "checkpoint": tuned,
+        **began,
+        MADE_OF: files if files is not None else identity.get(MADE_OF, {}),
+        "changed_settings": changed,
+    }
 
 
 def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
-    """The checkpoint to use: the run's newest whole one, its best, the one that is named, or None for `none`; of a folder that `vltrain export
-    --format adapters` wrote, itself.
+    """The checkpoint to use: the run's newest whole one, its best, the one that is named, or None for `none`; of a
+    folder that `vltrain export --format adapters` wrote, itself.
 
     Raises: InputError if the run has none, or the named one is damaged.
     """
@@ -133,7 +156,10 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
         best = pointed(folder / "checkpoints", BEST)
         if best is None:
             root = folder / "checkpoints"
-            raise InputError(f"{root}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for the newest")
+            raise InputError(
+                f"{root}: no best checkpoint in it; train with train.keep_best, or leave --checkpoint out for "
+                "the newest"
+            )
         return open_checkpoint(best)
     if named is not None:
         return open_checkpoint(Path(named))
@@ -142,6 +168,8 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
     newest = newest_checkpoint(folder / "checkpoints")
     if newest is None:
         root = folder / "checkpoints"
-        raise InputError(f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with --checkpoint none")
+        raise InputError(
+            f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with "
+            "--checkpoint none"
+        )
     return newest
-

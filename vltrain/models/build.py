@@ -1,7 +1,7 @@
 """From a recipe's `ModelConfig` to a model whose trained parameters are exactly those the recipe means.
 
-Trained parameters are fp32, frozen ones have the dtype asked for; the trainable set is asserted, part by part, before the
-model is handed out.
+Trained parameters are fp32, frozen ones have the dtype asked for; the trainable set is asserted, part by part, before
+the model is handed out.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vltrain.config import ModelConfig, PeftConfig
-from vltrain.locate import locate
-from vltrain.models.build_blip import blip_part_of, blip_weight_files, build_blip, check_blip_sources
+from vltrain.config.schema import ModelConfig, PeftConfig
+from vltrain.files.locate import locate
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
-from vltrain.models.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
-from vltrain.models.lora import insert_peft, is_peft_parameter, peft_parameters
+from vltrain.models.backbones.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
+from vltrain.models.backbones.vision import VISION_NORMS, ClipTaps, vision_units
+from vltrain.models.instructblip.build import blip_part_of, blip_weight_files, build_blip, check_blip_sources
+from vltrain.models.instructblip.model import InstructBlip
 from vltrain.models.materialise import RandomWeights, Weights, assert_materialised, empty_model
-from vltrain.models.multimodal import MultimodalModel
-from vltrain.models.neck import make_neck
-from vltrain.models.preprocessor import CLIP_KINDS, Preprocessing, read_preprocessing
-from vltrain.models.qformer import InstructBlip
+from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.mmt.neck import make_neck
+from vltrain.models.peft.lora import insert_peft, is_peft_parameter, peft_parameters
+from vltrain.models.pretrained.preprocessor import CLIP_KINDS, Preprocessing, read_preprocessing
+from vltrain.models.pretrained.readers import clip_config, llama_config, open_clip, open_llama
 from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights, quantise_linears
 from vltrain.models.random import seeded
-from vltrain.models.vision import VISION_NORMS, ClipTaps, vision_units
-from vltrain.models.weights import clip_config, llama_config, open_clip, open_llama
 from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.liger import choose_kernels
 
@@ -52,29 +52,39 @@ def build_model(
 ) -> AnyModel:
     """The model of a recipe, in training mode.
 
-    Each unit of the networks (embeddings, a block, the head) gets its weights, is quantised, gets its adapters and is placed, in this
-    order, before the next one has weights.
+    Each unit of the networks (embeddings, a block, the head) gets its weights, is quantised, gets its adapters and is
+    placed, in this order, before the next one has weights.
 
     Args:
-        dtype: of matrix products and, where `model.bits` leaves it open, of frozen weights; trained ones are always fp32.
+        dtype: of matrix products and, where `model.bits` leaves it open, of frozen weights; trained ones are always
+        fp32.
         activation_checkpointing: recompute each block in the backward pass.
         device: where it is put; "meta" builds shapes only, to count with, and nothing is quantised.
-        runs_on: the device of its forwards, which decides how attention is computed; left out: `device`. What is decided is logged, except
+        runs_on: the device of its forwards, which decides how attention is computed; left out: `device`. What is
+        decided is logged, except
             on "meta": the model that such an outline stands for says it again.
         place: called with each unit that is finished, instead of putting it on `device`; ZeRO-3 cuts it up there.
 
-    Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not divide.
+    Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not
+    divide.
     """
     runs_on = device if runs_on is None else runs_on
     model = as_placed(model)
     if model.architecture == "instructblip":
         return build_blip(
-            model, dtype=dtype, activation_checkpointing=activation_checkpointing, device=device, runs_on=runs_on, place=place
+            model,
+            dtype=dtype,
+            activation_checkpointing=activation_checkpointing,
+            device=device,
+            runs_on=runs_on,
+            place=place,
         )
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         clip = _empty_clip(model)
-        vision = ClipTaps(clip, model.vision.tap_every, activation_checkpointing, _preprocessing(model, clip.config.image_size))
+        vision = ClipTaps(
+            clip, model.vision.tap_every, activation_checkpointing, _preprocessing(model, clip.config.image_size)
+        )
         llm = _empty_llm(model, runs_on, dtype, log=not on_meta)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
@@ -107,10 +117,14 @@ def as_placed(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, adapter=adapter, llm=dataclasses.replace(model.llm, peft=PeftConfig()))
 
 
-def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> AnyModel:
-    """The model on the meta device, after everything was checked that shows without reading weights: settings, files, names, shapes.
+def outline_model(
+    model: ModelConfig, runs_on: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> AnyModel:
+    """The model on the meta device, after everything was checked that shows without reading weights: settings, files,
+    names, shapes.
 
-    `runs_on` and `dtype` are those of the model that it stands for, see `build_model`: which kernels can run depends on both.
+    `runs_on` and `dtype` are those of the model that it stands for, see `build_model`: which kernels can run depends on
+    both.
 
     Raises: what `build_model` raises.
     """
@@ -124,13 +138,16 @@ def outline_model(model: ModelConfig, runs_on: torch.device | str = "cpu", dtype
 
 
 def weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
-    """The files that a recipe's weights are read from, by the setting that names their source and by their name in it; none for random weights.
+    """The files that a recipe's weights are read from, by the setting that names their source and by their name in it;
+    none for random weights.
 
     Raises: InputError as `outline_model`, for sources that are missing or do not fit.
     """
     if model.architecture == "instructblip":
         return blip_weight_files(model)
-    weights = _open_weights(model, _empty_clip(model), _empty_llm(model, "meta", torch.float32, log=False), torch.float32)
+    weights = _open_weights(
+        model, _empty_clip(model), _empty_llm(model, "meta", torch.float32, log=False), torch.float32
+    )
     named = zip(("model.vision.source", "model.llm.source"), weights)
     return {key: one.files for key, one in named if one.files}
 
@@ -147,18 +164,26 @@ def _preprocessing(model: ModelConfig, image_size: int) -> Preprocessing:
     return read_preprocessing("model.vision", source, locate(source), image_size, CLIP_KINDS)
 
 
-def _empty_llm(model: ModelConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True) -> LlamaForCausalLM:
+def _empty_llm(
+    model: ModelConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True
+) -> LlamaForCausalLM:
     config = llama_config("model.llm", model.llm.source, model.llm.config)
     return empty_llama(config, choose_attention(model.llm.attention, config, device, dtype, log=log))
 
 
-def _open_weights(model: ModelConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype) -> tuple[Weights, Weights]:
+def _open_weights(
+    model: ModelConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype
+) -> tuple[Weights, Weights]:
     """Where the weights of ViT and LLM come from, checked against the empty networks."""
     parts = trained_parts(model)
-    vision_dtype, llm_dtype = (torch.float32 if part in parts else _frozen_dtype(model, dtype) for part in ("vision", "llm"))
+    vision_dtype, llm_dtype = (
+        torch.float32 if part in parts else _frozen_dtype(model, dtype) for part in ("vision", "llm")
+    )
     vision_source, llm_source = model.vision.source, model.llm.source
     return (
-        open_clip("model.vision", vision_source, clip, vision_dtype) if vision_source else RandomWeights(clip, model.seed, "vision"),
+        open_clip("model.vision", vision_source, clip, vision_dtype)
+        if vision_source
+        else RandomWeights(clip, model.seed, "vision"),
         open_llama("model.llm", llm_source, llm, llm_dtype) if llm_source else RandomWeights(llm, model.seed, "llm"),
     )
 
@@ -167,7 +192,9 @@ def _frozen_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
     return {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
 
 
-def _finish_vision(vision: ClipTaps, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place) -> None:
+def _finish_vision(
+    vision: ClipTaps, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place
+) -> None:
     live = vision.live_blocks
     blocks = list(vision.clip.encoder.layers)
     unused = vision.unused_parameters()
@@ -175,13 +202,26 @@ def _finish_vision(vision: ClipTaps, model: ModelConfig, weights: Weights | None
         trained = "vision" in trained_parts(model) and not unused.issuperset(unit.parameters())
         _load(name, unit, weights, trained, unit in blocks, model, dtype)
         if unit in live:
-            insert_adapters(unit, live.index(unit), VISION_NORMS, model.adapter.vision, model.adapter, seed=model.seed, part="vision")
+            insert_adapters(
+                unit,
+                live.index(unit),
+                VISION_NORMS,
+                model.adapter.vision,
+                model.adapter,
+                seed=model.seed,
+                part="vision",
+            )
         if place is not None:
             place(unit)
 
 
 def _finish_llm(
-    llm: LlamaForCausalLM, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place, routing: Routing | None
+    llm: LlamaForCausalLM,
+    model: ModelConfig,
+    weights: Weights | None,
+    dtype: torch.dtype,
+    place: Place,
+    routing: Routing | None,
 ) -> None:
     blocks = llm_blocks(llm)
     for name, unit in llm_units(llm):
@@ -189,7 +229,9 @@ def _finish_llm(
         tie_head(llm)
         if unit in blocks:
             number = blocks.index(unit)
-            insert_adapters(unit, number, LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing)
+            insert_adapters(
+                unit, number, LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing
+            )
             insert_peft(unit, number, len(blocks), model.llm.peft, model.seed)
             for parameter in peft_parameters(unit):  # peft takes over the dtype of what it wraps
                 parameter.data = parameter.data.float()
@@ -198,7 +240,13 @@ def _finish_llm(
 
 
 def _load(
-    name: str, unit: nn.Module, weights: Weights | None, trained: bool, is_block: bool, model: ModelConfig, dtype: torch.dtype
+    name: str,
+    unit: nn.Module,
+    weights: Weights | None,
+    trained: bool,
+    is_block: bool,
+    model: ModelConfig,
+    dtype: torch.dtype,
 ) -> None:
     """Gives a unit its weights, in the dtype and bits that they will have."""
     if weights is not None:
@@ -226,15 +274,20 @@ def trained_parts(model: ModelConfig) -> set[str]:
     """The parts of `PARTS` whose parameters a recipe trains."""
     parts = {"neck", "modality"} | ({"adapter", "peft"} if model.tune != "neck" else set())
     full = model.tune == "full"
-    return parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
+    return (
+        parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
+    )
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """By part: (parameters, trained parameters). A tied weight is counted once."""
-    counts = {part: (0, 0) for part in PARTS}
+    counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         total, trained = counts[part_of(name)]
-        counts[part_of(name)] = (total + num_weights(parameter), trained + num_weights(parameter) * parameter.requires_grad)
+        counts[part_of(name)] = (
+            total + num_weights(parameter),
+            trained + num_weights(parameter) * parameter.requires_grad,
+        )
     return counts
 
 
@@ -244,14 +297,22 @@ def count_trained(model: nn.Module) -> int:
 
 
 def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
-    """By module and by name: what is trained are whole adapters, peft's factors and prompts, neck and modality embedding, and a part's own
-    weights if it is."""
-    adapters = {parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()}
-    expected = adapters | peft_parameters(model.llm) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
+    """By module and by name: what is trained are whole adapters, peft's factors and prompts, neck and modality
+    embedding, and a part's own weights if it is."""
+    adapters = {
+        parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()
+    }
+    expected = (
+        adapters | peft_parameters(model.llm) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
+    )
     for part, module in (("vision", model.vision), ("llm", model.llm)):
         expected |= set(module.parameters()) if part in parts else set()
     unused = model.vision.unused_parameters()
     expected -= unused
     by_name = {parameter for name, parameter in model.named_parameters() if part_of(name) in parts} - unused
-    wrong = [name for name, parameter in model.named_parameters() if len({parameter.requires_grad, parameter in expected, parameter in by_name}) > 1]
+    wrong = [
+        name
+        for name, parameter in model.named_parameters()
+        if len({parameter.requires_grad, parameter in expected, parameter in by_name}) > 1
+    ]
     assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong}"

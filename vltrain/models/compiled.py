@@ -1,7 +1,9 @@
 """torch.compile for the transformer blocks of ViT and LLM.
 
-Blocks are compiled, not the model: all of a network's share one graph, whose sizes are symbols, so that packs of any length go through it.
-Attention stays out (its calls follow a row's segments), and so do embeddings, neck and the head's loss, whose shapes differ from pack to pack.
+Blocks are compiled, not the model: all of a network's share one graph, whose sizes are symbols, so that packs of any
+length go through it.
+Attention stays out (its calls follow a row's segments), and so do embeddings, neck and the head's loss, whose shapes
+differ from pack to pack.
 Evaluation, where lengths grow by a token at a time, runs as it is written.
 """
 
@@ -15,14 +17,16 @@ from transformers import AttentionInterface
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vltrain.config import Config
+from vltrain.config.schema import Config
 from vltrain.errors import InputError
 from vltrain.models.adapters import is_routed
-from vltrain.models.llm import llm_blocks
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.backbones.llm import llm_blocks
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, packed_sdpa_forward, packed_varlen_forward
 
-GRAPHS = 32  # of one piece of a block: with and without gradients, one image or several, one segment or several, each once
+GRAPHS = (
+    32  # of one piece of a block: with and without gradients, one image or several, one segment or several, each once
+)
 
 
 def require_compilable(config: Config, zero_stage: int) -> None:
@@ -33,7 +37,9 @@ def require_compilable(config: Config, zero_stage: int) -> None:
     reasons = {
         "ZeRO 3, which cuts the weights up that a graph would hold": zero_stage == 3,
         f"the architecture {model.architecture}": model.architecture != "mmt",
-        "train.activation_checkpointing, under which the LLM's blocks would stay as they are": config.train.activation_checkpointing,
+        "train.activation_checkpointing, under which the LLM's blocks would stay as they are": (
+            config.train.activation_checkpointing
+        ),
         f"model.bits {model.bits}": model.bits in (4, 8),
         f"model.adapter.kind {model.adapter.kind}, which decides anew in every row": is_routed(model.adapter),
     }

@@ -2,8 +2,8 @@
 
 Counted are the multiplications and additions of matrix products that the mathematics needs: forward, gradients of the
 weights that are trained, gradients of the states that something trained lies before. Not counted: norms, activations,
-softmax, and what is done twice or for nothing (recomputed blocks, padding, the zeros of block-diagonal matrices). So the
-figures belong to the model and the recipe, not to the implementation.
+softmax, and what is done twice or for nothing (recomputed blocks, padding, the zeros of block-diagonal matrices). So
+the figures belong to the model and the recipe, not to the implementation.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from vltrain.models.lora import low_rank_factors, plain_attention
+from vltrain.models.backbones.vision import ClipTaps
+from vltrain.models.peft.lora import low_rank_factors, plain_attention
 from vltrain.models.quantise import num_weights
-from vltrain.models.vision import ClipTaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,12 @@ class Flops:
 
     def of(self, *, num_tokens: float, num_pairs: float, num_images: float, num_label_tokens: float) -> float:
         """Of so many of each together."""
-        return self.per_token * num_tokens + self.per_pair * num_pairs + self.per_image * num_images + self.per_label * num_label_tokens
+        return (
+            self.per_token * num_tokens
+            + self.per_pair * num_pairs
+            + self.per_image * num_images
+            + self.per_label * num_label_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class _Layers:
 
 @dataclass(frozen=True)
 class _Count:
-    """Operations so far: per row that asks (`query`), per row that is only looked at (`key`), per pair of them; and whether
-    the states that leave need a gradient."""
+    """Operations so far: per row that asks (`query`), per row that is only looked at (`key`), per pair of them; and
+    whether the states that leave need a gradient."""
 
     query: float = 0.0
     key: float = 0.0
@@ -71,7 +76,11 @@ def vision_flops(vision: ClipTaps, neck: nn.Module) -> tuple[float, bool]:
     num_rows = embeddings.num_positions
     patch = embeddings.patch_embedding
     total = (num_rows - 1) * _matrix(patch.weight, needs_grad=False)
-    grad = any(parameter.requires_grad for module in (embeddings, vision.clip.pre_layrnorm) for parameter in module.parameters())
+    grad = any(
+        parameter.requires_grad
+        for module in (embeddings, vision.clip.pre_layrnorm)
+        for parameter in module.parameters()
+    )
     *blocks, last = (_clip_layers(block) for block in vision.live_blocks)
     for layers in blocks:
         count = _block(layers, grad)
@@ -112,7 +121,8 @@ def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
 
 
 def linear_flops(linear: nn.Linear, *, needs_grad: bool) -> float:
-    """A row through a linear layer and, where it has LoRA or AdaLoRA, through A and B, between which there is always a gradient."""
+    """A row through a linear layer and, where it has LoRA or AdaLoRA, through A and B, between which there is always a
+    gradient."""
     total = _matrix(linear.weight, needs_grad=needs_grad)
     for factor, factor_needs_grad in zip(low_rank_factors(linear), (needs_grad, True)):
         total += _matrix(factor, needs_grad=factor_needs_grad)

@@ -1,8 +1,9 @@
-"""Networks that get their weights unit by unit: built without memory, each unit (embeddings, one block, head) then made and written.
+"""Networks that get their weights unit by unit: built without memory, each unit (embeddings, one block, head) then made
+and written.
 
-A unit that has its weights can be packed into fewer bits or cut up among ranks before the next one is made, so a load holds what
-becomes of the network and one unit more, whatever the layout and dtype of the files. What it gives up: files are opened once
-for every unit, so that what was read for the last one leaves memory.
+A unit that has its weights can be packed into fewer bits or cut up among ranks before the next one is made, so a load
+holds what becomes of the network and one unit more, whatever the layout and dtype of the files. What it gives up: files
+are opened once for every unit, so that what was read for the last one leaves memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ Write = Callable[[str, Tensor], None]
 class Weights(Protocol):
     """Where a network's weights come from. Making one checks names and shapes, as far as files tell without being read.
 
-    files: everything that is read for them, sizes included, by its name in the source; a single file is called `file`, whatever it is called.
+    files: everything that is read for them, sizes included, by its name in the source; a single file is called `file`,
+    whatever it is called.
     """
 
     files: dict[str, Path]
@@ -46,7 +48,10 @@ def empty_model(model_class: type[Model], config: PreTrainedConfig, attention: s
     Args:
         attention: transformers' name of it; of a network of several, by the name of each one's config.
     """
-    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):  # constructors draw what is thrown away here
+    with (
+        init_empty_weights(include_buffers=False),
+        torch.random.fork_rng(devices=[]),
+    ):  # constructors draw what is thrown away here
         return model_class._from_config(config, attn_implementation=attention).eval()
 
 
@@ -68,7 +73,8 @@ def materialise(module: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
 
 
 class RandomWeights:
-    """transformers' own initialisation, each unit's numbers drawn by themselves: whoever draws them, alone or after others."""
+    """transformers' own initialisation, each unit's numbers drawn by themselves: whoever draws them, alone or after
+    others."""
 
     def __init__(self, network: PreTrainedModel, seed: int, part: str) -> None:
         self.network, self.seed, self.part = network, seed, part

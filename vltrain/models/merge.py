@@ -1,9 +1,10 @@
-"""Linear adapters and LoRA folded into the linear layers that they belong to: a plain Hugging Face network that computes the same.
+"""Linear adapters and LoRA folded into the linear layers that they belong to: a plain Hugging Face network that
+computes the same.
 
-An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one of z with
-W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. What it gives up: the merged weights are
-whole matrices again, rounded to their own dtype, and LLaMA's projections get biases, which its config has a switch for
-(`attention_bias`, `mlp_bias`), unless adapters have none (`model.adapter.bias: false`).
+An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one
+of z with W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. What it gives up: the
+merged weights are whole matrices again, rounded to their own dtype, and LLaMA's projections get biases, which its
+config has a switch for (`attention_bias`, `mlp_bias`), unless adapters have none (`model.adapter.bias: false`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from torch import Tensor, nn
 
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
-from vltrain.models.llm import LLM_NORMS, llm_blocks
-from vltrain.models.lora import require_no_prompts
-from vltrain.models.low_rank import merge_updates
-from vltrain.models.multimodal import MultimodalModel
+from vltrain.models.backbones.llm import LLM_NORMS, llm_blocks
+from vltrain.models.backbones.vision import VISION_NORMS
+from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.peft.lora import require_no_prompts
+from vltrain.models.peft.low_rank import merge_updates
 from vltrain.models.quantise import dequantise_linears
-from vltrain.models.vision import VISION_NORMS
 
-# Which linear layers of a block read the norm of a sublayer, and which else belong to it (they need a bias where the others have one).
+# Which linear layers of a block read the norm of a sublayer, and which else belong to it (they need a bias where the
+# others have one).
 VISION_READERS = {"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "ffn": ("mlp.fc1",)}
-LLM_READERS = {"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "ffn": ("mlp.gate_proj", "mlp.up_proj")}
+LLM_READERS = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "ffn": ("mlp.gate_proj", "mlp.up_proj"),
+}
 LLM_WRITERS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
 LLM_BIAS_SWITCH = {"attention": "attention_bias", "ffn": "mlp_bias"}
 
@@ -62,13 +67,14 @@ class Rounding:
 def merge_adapters(model: MultimodalModel) -> Rounding:
     """Folds every adapter into its readers, in place: the ViT and the LLM are plain transformers models afterwards.
 
-    Quantised layers become fp32 ones of the same function first, so what was tuned around them is kept exactly. Products are taken in
-    float64. `model.llm.config` says so where projections got biases. LoRA is folded in first, since what an
-    adapter is folded into is the layer with it.
+    Quantised layers become fp32 ones of the same function first, so what was tuned around them is kept exactly.
+    Products are taken in float64. `model.llm.config` says so where projections got biases. LoRA is folded in first,
+    since what an adapter is folded into is the layer with it.
 
     Returns: what rounding the products to the weights' dtypes changed.
 
-    Raises: InputError, before anything is changed, if the adapters are of a kind that is no linear map, or the LLM has learned prompts.
+    Raises: InputError, before anything is changed, if the adapters are of a kind that is no linear map, or the LLM has
+    learned prompts.
     """
     require_no_prompts(model.llm)
     for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
@@ -89,7 +95,8 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
 
 
 def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...], rounding: Rounding) -> bool:
-    """Folds the adapter behind that norm of `block`, if there is one. Returns whether the readers need a bias for it."""
+    """Folds the adapter behind that norm of `block`, if there is one. Returns whether the readers need a bias for
+    it."""
     place = getattr(block, norm_name)
     if not isinstance(place, nn.Sequential):
         return False
@@ -108,10 +115,13 @@ def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...], rounding:
 def _require_linear(adapter: Adapter) -> None:
     if not hasattr(adapter, "linear_map"):
         raise InputError(
-            f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep the adapters apart"
+            f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep "
+            "the adapters apart"
         )
 
 
 def _with_zero_bias(linear: nn.Linear) -> None:
     if linear.bias is None:
-        linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=linear.weight.requires_grad)
+        linear.bias = nn.Parameter(
+            linear.weight.new_zeros(len(linear.weight)), requires_grad=linear.weight.requires_grad
+        )

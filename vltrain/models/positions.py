@@ -8,10 +8,12 @@ _STRETCHED = ("linear", "dynamic")  # their max_position_embeddings are those fr
 
 
 def max_positions(config: Any) -> int | None:
-    """The longest sequence, in tokens, that a LLaMA of that config was made for, scaled rotary positions included; None: no bound.
+    """The longest sequence, in tokens, that a LLaMA of that config was made for, scaled rotary positions included;
+    None: no bound.
 
-    A T5's positions are relative and have none. Of scaled ones, `linear` and `dynamic` stretch `max_position_embeddings` by their factor, and
-    `yarn` what it calls original; `llama3` and `longrope` state the whole length already. As vLLM reads them (`_get_and_verify_max_len`).
+    A T5's positions are relative and have none. Of scaled ones, `linear` and `dynamic` stretch
+    `max_position_embeddings` by their factor, and `yarn` what it calls original; `llama3` and `longrope` state the
+    whole length already. As vLLM reads them (`_get_and_verify_max_len`).
     """
     longest = getattr(config, "max_position_embeddings", None)
     if longest is None:

@@ -1,14 +1,17 @@
 """Frozen linear layers in 4 or 8 bits, by bitsandbytes: NF4 with double quantisation, and LLM.int8.
 
-nf4   Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314): blocks of 64 weights share a scale, 256 scales one of their own; about 4.13
+nf4   Dettmers et al. 2023 (https://arxiv.org/abs/2305.14314): blocks of 64 weights share a scale, 256 scales one of
+their own; about 4.13
       bits a weight. A product is that of the dequantised weights in autocast's dtype, forward and backward.
-int8  Dettmers et al. 2022 (https://arxiv.org/abs/2208.07339): one scale a row; on a GPU inputs are quantised too, row by row, except
-      for columns with an entry beyond 6, which stay 16-bit. On a CPU inputs are left as they are. Backward is that of the
-      dequantised weights.
+int8  Dettmers et al. 2022 (https://arxiv.org/abs/2208.07339): one scale a row; on a GPU inputs are quantised too, row
+by row, except
+      for columns with an entry beyond 6, which stay 16-bit. On a CPU inputs are left as they are. Backward is that of
+      the dequantised weights.
 
-Only the linear layers of transformer blocks are quantised: not embeddings, norms and head. Gradients pass through to what is trained
-around them. What it gives up: which columns count as outliers depends on all rows of a product, so on GPUs 8-bit answers may
-change with what shares a batch; and ZeRO-3, which cannot cut up packed weights that belong to scales elsewhere.
+Only the linear layers of transformer blocks are quantised: not embeddings, norms and head. Gradients pass through to
+what is trained around them. What it gives up: which columns count as outliers depends on all rows of a product, so on
+GPUs 8-bit answers may change with what shares a batch; and ZeRO-3, which cannot cut up packed weights that belong to
+scales elsewhere.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ def bitsandbytes() -> ModuleType:
     except ImportError as error:
         raise InputError(f"model.bits: 4 and 8 need bitsandbytes ({error}); {INSTALL}") from None
     if tuple(int(part) for part in module.__version__.split(".")[:2]) < OLDEST:
-        expected = f"expected {'.'.join(map(str, OLDEST))} or newer: on GPUs older ones multiply by square 4-bit matrices wrongly"
+        expected = (
+            f"expected {'.'.join(map(str, OLDEST))} or newer: on GPUs older ones multiply by square 4-bit matrices "
+            "wrongly"
+        )
         raise InputError(f"model.bits: found bitsandbytes {module.__version__}, {expected}; {INSTALL}")
     return module
 
@@ -49,9 +55,9 @@ def bitsandbytes() -> ModuleType:
 class FrozenLinear(nn.Linear):
     """A linear layer of packed weights, whose numbers are a parameter without gradient and buffers.
 
-    bitsandbytes' own layers have the same kernels and formats, but keep scales that do not follow a model to its device, activations
-    that checkpointing meant to drop, and on some CPUs dequantise rows wrongly that are no multiple of 64 long, or pack weights anew
-    in an evaluation for a kernel that has no backward.
+    bitsandbytes' own layers have the same kernels and formats, but keep scales that do not follow a model to its
+    device, activations that checkpointing meant to drop, and on some CPUs dequantise rows wrongly that are no multiple
+    of 64 long, or pack weights anew in an evaluation for a kernel that has no backward.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -79,7 +85,9 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
         ctx.linear = linear
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        return F.linear(x, linear.dequantised(x.dtype), bias) if x.device.type == "cpu" else linear.packed_product(x, bias)
+        return (
+            F.linear(x, linear.dequantised(x.dtype), bias) if x.device.type == "cpu" else linear.packed_product(x, bias)
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -109,7 +117,8 @@ class Int8Linear(FrozenLinear):
 
 
 class Nf4Linear(FrozenLinear):
-    """Two weights a byte: codes of 64 consecutive ones are times their block's scale, which is an 8-bit code times a scale, plus `offset`."""
+    """Two weights a byte: codes of 64 consecutive ones are times their block's scale, which is an 8-bit code times a
+    scale, plus `offset`."""
 
     absmax: Tensor  # uint8 [blocks]
     code: Tensor  # fp32 [16]
@@ -125,24 +134,41 @@ class Nf4Linear(FrozenLinear):
         # As int8: transformers' T5 casts states to the dtype of its last matrix, whatever it is but int8.
         self.weight = nn.Parameter(weight.view(torch.int8), requires_grad=False)
         self.weight.num_packed = linear.weight.numel()
-        for name, value in (("absmax", state.absmax), ("code", state.code), ("offset", state.offset),
-                            ("nested_absmax", state.state2.absmax), ("nested_code", state.state2.code)):  # fmt: skip
+        for name, value in (
+            ("absmax", state.absmax),
+            ("code", state.code),
+            ("offset", state.offset),
+            ("nested_absmax", state.state2.absmax),
+            ("nested_code", state.state2.code),
+        ):
             self.register_buffer(name, value)
         self._nested_block = state.state2.blocksize
 
     def _state(self, shape: tuple[int, int], dtype: torch.dtype) -> Any:
         """`dtype`: what the weights are expanded to, at once and not by way of fp32."""
         state = bitsandbytes().functional.QuantState
-        nested = state(absmax=self.nested_absmax, code=self.nested_code, blocksize=self._nested_block, dtype=torch.float32)
+        nested = state(
+            absmax=self.nested_absmax, code=self.nested_code, blocksize=self._nested_block, dtype=torch.float32
+        )
         return state(
-            absmax=self.absmax, shape=torch.Size(shape), code=self.code, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype,
-            offset=self.offset, state2=nested,
-        )  # fmt: skip
+            absmax=self.absmax,
+            shape=torch.Size(shape),
+            code=self.code,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.offset,
+            state2=nested,
+        )
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         # As one row: a kernel for CPUs takes rows that no whole number of blocks fills for others' scales.
         state = self._state((1, self.out_features * self.in_features), dtype)
-        return bitsandbytes().functional.dequantize_4bit(self.weight.view(torch.uint8), state).view(self.out_features, self.in_features)
+        return (
+            bitsandbytes()
+            .functional.dequantize_4bit(self.weight.view(torch.uint8), state)
+            .view(self.out_features, self.in_features)
+        )
 
     def packed_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         state = self._state((self.out_features, self.in_features), x.dtype)
@@ -151,7 +177,8 @@ class Nf4Linear(FrozenLinear):
 
 @torch.no_grad()
 def quantise_linears(block: nn.Module, bits: int) -> None:
-    """Replaces every linear layer of a transformer block that nothing is put into yet, in place; each one's old weights go at once.
+    """Replaces every linear layer of a transformer block that nothing is put into yet, in place; each one's old weights
+    go at once.
 
     Args:
         bits: 4 or 8. The dtype of products is autocast's, else that of the input.
@@ -176,5 +203,6 @@ def dequantise_linears(root: nn.Module) -> None:
 
 
 def num_weights(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for: two 4-bit ones share a byte, and what ZeRO-3 has cut up remembers its size."""
+    """How many numbers a parameter stands for: two 4-bit ones share a byte, and what ZeRO-3 has cut up remembers its
+    size."""
     return getattr(parameter, "num_packed", getattr(parameter, "ds_numel", parameter.numel()))

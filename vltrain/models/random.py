@@ -1,7 +1,7 @@
 """Random weights that depend on nothing but the recipe's seed and the weight's own name.
 
-Every rank, every ZeRO stage and every later call (a resumed run, an evaluation) draws the same numbers, whatever was drawn
-before and whichever other parts the model has.
+Every rank, every ZeRO stage and every later call (a resumed run, an evaluation) draws the same numbers, whatever was
+drawn before and whichever other parts the model has.
 """
 
 from __future__ import annotations

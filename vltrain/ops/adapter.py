@@ -1,8 +1,8 @@
 """Adapters as functions of tensors, so that fused kernels can take their place.
 
 The grouped up projection is laid out as a block-diagonal matrix and run as one dense product: with a bottleneck of some
-16 numbers the step is bound by reading Z and writing the result, and a batched product per group would add a transposing
-copy of it. What it gives up: (k - 1) times the multiplications of the grouped form, too few to be seen.
+16 numbers the step is bound by reading Z and writing the result, and a batched product per group would add a
+transposing copy of it. What it gives up: (k - 1) times the multiplications of the grouped form, too few to be seen.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def routed_adapter(
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
     weights = weights.expand(*z.shape[:-1], len(up_weight)).flatten(0, -2).to(hidden.dtype)
-    weighted, experts = (weights[:, :, None] * hidden[:, None, :]).flatten(1), up_weight.transpose(1, 2).flatten(0, 1)  # [rows, E * h], [E * h, d]
+    weighted, experts = (
+        (weights[:, :, None] * hidden[:, None, :]).flatten(1),
+        up_weight.transpose(1, 2).flatten(0, 1),
+    )  # [rows, E * h], [E * h, d]
     if up_bias is not None:
         weighted, experts = torch.cat([weighted, weights], dim=1), torch.cat([experts, up_bias])  # E more of each
     return torch.addmm(flat, weighted, experts, alpha=scale).view_as(z)

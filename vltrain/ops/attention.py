@@ -1,15 +1,16 @@
-"""Attention over a packed row, which is S segments one after another that must not see each other. Which way it is computed is chosen in
-`vltrain.ops.attention_choice`. All are exact:
+"""Attention over a packed row, which is S segments one after another that must not see each other. Which way it is
+computed is chosen in `vltrain.ops.attention_choice`. All are exact:
 
 `flash_attention_N`  flash-attn's variable-length kernel, as transformers calls it; told where segments begin.
 `varlen`             torch's own variable-length kernel (from 2.10, on CUDA, in 16 bits), told the same.
-`sdpa`               segments of similar length are laid out as a padded batch [S, H, L, D] and go through torch's causal
+`sdpa`               segments of similar length are laid out as a padded batch [S, H, L, D] and go through torch's
+                     causal
                      attention. Padding stands at the end, so causality alone hides it and no mask exists. A mask
                      of T x T would cost T / L times the work, and would keep CUDA from its flash kernel.
 `eager`              softmax over T x T scores with a mask, in plain operations; to look at, not to train with.
 
-`sdpa` and `varlen` are registered in transformers' own table of attention functions; a call that says nothing of segments (generation with
-a key-value cache) goes to transformers' SDPA untouched.
+`sdpa` and `varlen` are registered in transformers' own table of attention functions; a call that says nothing of
+segments (generation with a key-value cache) goes to transformers' SDPA untouched.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Packing:
     is_pad: Tensor
 
 
-def packing_arguments(implementation: str, segment_lengths: Tensor, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def packing_arguments(
+    implementation: str, segment_lengths: Tensor, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Keyword arguments that make a transformers decoder keep the segments of one packed row apart.
 
     Args:
@@ -65,14 +68,21 @@ def packing_arguments(implementation: str, segment_lengths: Tensor, device: torc
         allowed = block_causal_mask(segment_lengths).to(device)
         # transformers' eager attention adds its mask to the scores.
         return {"attention_mask": torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)}
-    # transformers takes a mask of four dimensions as it is; left out, it would build one of T x T for the functions that are ours.
+    # transformers takes a mask of four dimensions as it is; left out, it would build one of T x T for the functions
+    # that are ours.
     is_ours = implementation in (PACKED_SDPA, PACKED_VARLEN)
     no_mask = {"attention_mask": torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)} if is_ours else {}
     if implementation == PACKED_SDPA:
         return {"packing": pack_segments(segment_lengths, device), **no_mask}
     starts = to_device(F.pad(segment_lengths.cumsum(0), (1, 0)).to(torch.int32), device)
     longest = int(segment_lengths.max())
-    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest, **no_mask}
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        **no_mask,
+    }
 
 
 def block_causal_mask(segment_lengths: Tensor) -> Tensor:
@@ -105,12 +115,16 @@ def pack_segments(segment_lengths: Tensor, device: torch.device | str = "cpu") -
         first = last
     is_pad = torch.ones(place, 1, 1, dtype=torch.bool).index_fill_(0, unpad, False)
     return Packing(
-        groups=tuple(groups), pad=to_device(torch.cat(pad), device), unpad=to_device(unpad, device), is_pad=to_device(is_pad, device)
-    )  # fmt: skip
+        groups=tuple(groups),
+        pad=to_device(torch.cat(pad), device),
+        unpad=to_device(unpad, device),
+        is_pad=to_device(is_pad, device),
+    )
 
 
 class _Padded(torch.autograd.Function):
-    """Tokens [T, H, D] -> padded places [P, H, D]. Both ways are gathers: the gradient of torch's own would add with atomics, or wait for the device.
+    """Tokens [T, H, D] -> padded places [P, H, D]. Both ways are gathers: the gradient of torch's own would add with
+    atomics, or wait for the device.
 
     What stands in padding gets no gradient: causality hides it from every token before it, and what it sees is dropped.
     """
@@ -154,9 +168,13 @@ def packed_sdpa_forward(
     Returns: ([1, T, H, D], None).
     """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
-    query, key, value = (_Padded.apply(states[0].transpose(0, 1), packing) for states in (query, key, value))  # [P, H, D]
+    query, key, value = (
+        _Padded.apply(states[0].transpose(0, 1), packing) for states in (query, key, value)
+    )  # [P, H, D]
     outputs = []
     start = 0
     for num_segments, length in packing.groups:
@@ -189,7 +207,9 @@ def packed_varlen_forward(
     Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
     """
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
     assert not dropout, "varlen_attn has no dropout"
     # Autocast does not reach into custom operations, and a rotary embedding in fp32 leaves queries and keys in it.
@@ -199,7 +219,9 @@ def packed_varlen_forward(
     return causal_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
 
 
-def causal_varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None) -> Tensor:
+def causal_varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None
+) -> Tensor:
     """`varlen_attn` as torch 2.10, 2.11 or 2.12 and later have it.
 
     `query` [T, H, D], `key` and `value` [T, H_kv, D], `starts` int32 [S + 1].
@@ -212,7 +234,9 @@ def causal_varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, lon
     if "scale" in offers:
         options["scale"] = scaling
     else:
-        assert scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5), "torch 2.10's varlen_attn knows one scale"
+        assert scaling is None or math.isclose(scaling, query.shape[-1] ** -0.5), (
+            "torch 2.10's varlen_attn knows one scale"
+        )
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and "enable_gqa" in offers:
         options["enable_gqa"] = True

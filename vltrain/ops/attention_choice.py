@@ -1,14 +1,16 @@
-"""Which attention a LLaMA's packed rows take: decided here alone, by device, dtype of products, compute capability, sizes and packages.
+"""Which attention a LLaMA's packed rows take: decided here alone, by device, dtype of products, compute capability,
+sizes and packages.
 
 `auto` takes the first that can run of
 
     flash_attention_3  flash_attention_4  flash_attention_2   flash-attn's kernels, where a package of them is installed
     varlen                                                    torch's own build of such a kernel, from torch 2.10
-    sdpa                                                      torch's attention over segments as a padded batch, anywhere
+    sdpa                                                      torch's attention over segments as a padded batch,
+                                                              anywhere
 
-and says in the log why not those before it. Compute capability sorts the first three out: 3 is Hopper's, 4 Hopper's and Blackwell's, 2 runs
-from Ampere on. A package counts once the functions that are needed have been imported from it: flash-attn 2 and 4 share an import name, and
-either may have been built for another torch.
+and says in the log why not those before it. Compute capability sorts the first three out: 3 is Hopper's, 4 Hopper's and
+Blackwell's, 2 runs from Ampere on. A package counts once the functions that are needed have been imported from it:
+flash-attn 2 and 4 share an import name, and either may have been built for another torch.
 """
 
 from __future__ import annotations
@@ -69,9 +71,16 @@ IMPLEMENTATIONS = {"sdpa": PACKED_SDPA, "varlen": PACKED_VARLEN}
 
 
 def choose_attention(
-    requested: str, config: LlamaConfig, device: torch.device | str, dtype: torch.dtype, key: str = "model.llm.attention", *, log: bool = True
+    requested: str,
+    config: LlamaConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    key: str = "model.llm.attention",
+    *,
+    log: bool = True,
 ) -> str:
-    """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging (`log`) the choice and its reason.
+    """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging (`log`) the
+    choice and its reason.
 
     An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`.
 
@@ -85,9 +94,8 @@ def choose_attention(
     device = torch.device(device)
     if device.type == "meta":
         return "eager" if requested == "eager" else PACKED_SDPA
-    if requested in KERNELS:
-        if reason := why_not(requested, config, device, dtype):
-            raise InputError(f"{key}: found '{requested}', but {reason}. Use 'auto' or 'sdpa'")
+    if requested in KERNELS and (reason := why_not(requested, config, device, dtype)):
+        raise InputError(f"{key}: found '{requested}', but {reason}. Use 'auto' or 'sdpa'")
     chosen, because = requested, f"{key} asks for it"
     if requested == "auto":
         chosen, reasons = "sdpa", {}
@@ -109,7 +117,10 @@ def why_not(name: str, config: LlamaConfig, device: torch.device, dtype: torch.d
     if device.type != "cuda":
         return f"the model runs on '{device}', and it needs a CUDA device"
     if dtype not in HALF:
-        return f"matrix products are in {str(dtype).removeprefix('torch.')} (train.precision), and it computes in bf16 or fp16 only"
+        return (
+            f"matrix products are in {str(dtype).removeprefix('torch.')} (train.precision), and it computes in bf16 "
+            "or fp16 only"
+        )
     major, minor = torch.cuda.get_device_capability(device)
     if major < kernel.oldest or (kernel.newest is not None and major > kernel.newest):
         wanted = f"{kernel.oldest}.0 or newer" if kernel.newest is None else f"{kernel.oldest}.0 to {kernel.newest}.x"
@@ -121,29 +132,44 @@ def why_not(name: str, config: LlamaConfig, device: torch.device, dtype: torch.d
     if config.attention_dropout and not kernel.dropout:
         return f"this LLM has an attention_dropout of {config.attention_dropout}, and it has none"
     if name == "varlen":
-        return None if varlen_is_there() else f"torch {torch.__version__} has no varlen_attn, and 2.10 is the first that does"
+        return (
+            None
+            if varlen_is_there()
+            else f"torch {torch.__version__} has no varlen_attn, and 2.10 is the first that does"
+        )
     return _why_no_package(name)
 
 
 def _why_no_package(name: str) -> str | None:
-    """Why transformers cannot use the flash-attn that `name` stands for, or None. Imports its functions if it is installed."""
+    """Why transformers cannot use the flash-attn that `name` stands for, or None. Imports its functions if it is
+    installed."""
     package = PACKAGES[name]
     version = _installed(package.distribution)
     others = [other for other in PACKAGES.values() if other != package and _root(other) == _root(package)]
     twins = [other.distribution for other in others if _installed(other.distribution)]
     twin = f"{twins[0]}, which has the same import name {_root(package)}," if twins else ""
     if version is None:
-        return f"the package {package.distribution} is not installed" + (f" ({twin} is)" if twin else "") + f": {package.install}"
+        return (
+            f"the package {package.distribution} is not installed"
+            + (f" ({twin} is)" if twin else "")
+            + f": {package.install}"
+        )
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return f"transformers {transformers.__version__} does not know it"
     try:
         module = importlib.import_module(package.module)
-        missing = [function for function in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(module, function)]
+        missing = [
+            function for function in ("flash_attn_func", "flash_attn_varlen_func") if not hasattr(module, function)
+        ]
         failure = f"{package.module} has no {missing[0]}" if missing else None
     except Exception as error:  # a binary made for another torch or CUDA fails in any way
         failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     if failure:
-        mend = f"{twin} is installed too: keep one of the two" if twin else f"install it again for torch {torch.__version__}"
+        mend = (
+            f"{twin} is installed too: keep one of the two"
+            if twin
+            else f"install it again for torch {torch.__version__}"
+        )
         return f"{package.distribution} {version} is installed, but its import fails ({failure}); {mend}"
     if not getattr(transformers.utils, f"is_flash_attn_{name[-1]}_available")():
         return f"transformers {transformers.__version__} does not accept {package.distribution} {version}"

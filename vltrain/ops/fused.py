@@ -1,7 +1,8 @@
-"""Where the fused adapter kernel runs: the one place that decides between `vltrain.ops.triton_adapter` and plain operations.
+"""Where the fused adapter kernel runs: the one place that decides between `vltrain.ops.triton_adapter` and plain
+operations.
 
-Triton is imported when it is first needed, since machines without CUDA may lack it. Its interpreter (TRITON_INTERPRET=1) runs the kernel on
-a CPU too: to test with, thousands of times slower.
+Triton is imported when it is first needed, since machines without CUDA may lack it. Its interpreter
+(TRITON_INTERPRET=1) runs the kernel on a CPU too: to test with, thousands of times slower.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def runs_fused(impl: str, states: Tensor, dim: int, dropout: float) -> bool:
     has_kernel = states.dtype in DTYPES and _out_dtype(states) in DTYPES
     if impl == "triton" and not has_kernel:
         raise InputError(
-            f"model.adapter.impl: found 'triton', but its kernel does bf16 and fp32, not states in {states.dtype} with results in {_out_dtype(states)}; "
+            "model.adapter.impl: found 'triton', but its kernel does bf16 and fp32, not states in "
+            f"{states.dtype} with results in {_out_dtype(states)}; "
             "take auto or torch"
         )
     return impl == "triton" or (states.is_cuda and has_kernel and dim <= MAX_DIM and dropout == 0)
@@ -51,12 +53,15 @@ def _out_dtype(states: Tensor) -> torch.dtype:
 def require_fused(dim: int, dropout: float) -> None:
     """Raises InputError if the kernel was asked for and this machine or adapter cannot have it."""
     if importlib.util.find_spec("triton") is None:
-        raise InputError("model.adapter.impl: found 'triton', but the package triton is not installed; take auto or torch")
+        raise InputError(
+            "model.adapter.impl: found 'triton', but the package triton is not installed; take auto or torch"
+        )
     if not torch.cuda.is_available() and not interpreted():
         raise InputError("model.adapter.impl: found 'triton', but there is no CUDA device here; take auto or torch")
     if dim > MAX_DIM or dropout > 0:
         raise InputError(
-            f"model.adapter.impl: found 'triton', but its kernel does bottlenecks of {MAX_DIM} at most (model.adapter.dim = {dim}) without "
+            f"model.adapter.impl: found 'triton', but its kernel does bottlenecks of {MAX_DIM} at most "
+            f"(model.adapter.dim = {dim}) without "
             f"dropout (model.adapter.dropout = {dropout}); take auto or torch"
         )
 
@@ -73,7 +78,8 @@ def fused_adapter(
         up, up_bias: U [d, h] and b [d]; both biases are None in an adapter without.
         norm_weight: [d], of an RMSNorm that is not trained; `eps` is its.
 
-    Returns: [..., d], in the dtype of autocast where that is on, else in `x`'s; the products are done in this dtype, summed in fp32.
+    Returns: [..., d], in the dtype of autocast where that is on, else in `x`'s; the products are done in this dtype,
+    summed in fp32.
     """
     from vltrain.ops.triton_adapter import EagerAdapter, bottleneck_adapter
 

@@ -1,11 +1,13 @@
-"""Liger's Triton kernels in a LLaMA: RMSNorm, rotary embedding and SwiGLU. The one place that chooses and installs them.
+"""Liger's Triton kernels in a LLaMA: RMSNorm, rotary embedding and SwiGLU. The one place that chooses and installs
+them.
 
-They save memory traffic: what plain operations write and read several times goes through a kernel once. Norms that an adapter's kernel takes in
-(`vltrain.ops.fused`) never call theirs. Only the instances at hand are changed, except for transformers' one function of the rotary embedding,
-which is given a dispatcher: layers of other models go on to the original.
+They save memory traffic: what plain operations write and read several times goes through a kernel once. Norms that an
+adapter's kernel takes in (`vltrain.ops.fused`) never call theirs. Only the instances at hand are changed, except for
+transformers' one function of the rotary embedding, which is given a dispatcher: layers of other models go on to the
+original.
 
-Liger's fused head and loss is left out: for a loss per token, which faulty samples are found by, it makes all logits twice; `vltrain.ops.loss`
-makes them once.
+Liger's fused head and loss is left out: for a loss per token, which faulty samples are found by, it makes all logits
+twice; `vltrain.ops.loss` makes them once.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ logger = logging.getLogger(__name__)
 _plain_rotary = modeling_llama.apply_rotary_pos_emb
 
 
-def choose_kernels(requested: str, device: torch.device | str, activation: str, key: str = "model.llm.kernels", *, log: bool = True) -> str:
+def choose_kernels(
+    requested: str, device: torch.device | str, activation: str, key: str = "model.llm.kernels", *, log: bool = True
+) -> str:
     """Settles `auto` of the setting `key` and returns `liger` or `torch`, logging (`log`) the choice.
 
     Args:
@@ -44,7 +48,11 @@ def choose_kernels(requested: str, device: torch.device | str, activation: str, 
         raise InputError(f"{key}: found 'liger', but {missing}; take auto or torch")
     chosen = "torch" if requested == "torch" or missing or (requested == "auto" and interpreted()) else "liger"
     if log:
-        logger.info("norms, rotary embedding and SwiGLU of the LLM: %s%s", chosen, f" ({missing})" if requested == "auto" and missing else "")
+        logger.info(
+            "norms, rotary embedding and SwiGLU of the LLM: %s%s",
+            chosen,
+            f" ({missing})" if requested == "auto" and missing else "",
+        )
     return chosen
 
 
@@ -57,7 +65,8 @@ def _what_is_missing(on_cuda: bool, activation: str) -> str | None:
 
 
 def install_liger(llm: LlamaForCausalLM) -> None:
-    """Gives norms, rotary embedding and MLPs of this LLM Liger's kernels, in place; its modules and parameters stay what they are."""
+    """Gives norms, rotary embedding and MLPs of this LLM Liger's kernels, in place; its modules and parameters stay
+    what they are."""
     for module in llm.modules():
         if isinstance(module, modeling_llama.LlamaRMSNorm):
             module.forward = MethodType(_rms_norm, module)
@@ -81,10 +90,13 @@ def _swiglu(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def _attention(self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any) -> Any:
+def _attention(
+    self: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **options: Any
+) -> Any:
     """The layer's own forward, with a note on the cosines that tells `_rotary` whose they are.
 
-    Made here, in each layer and again in each recomputation: hooks on modules, ZeRO-3's among them, replace the tensors that pass through.
+    Made here, in each layer and again in each recomputation: hooks on modules, ZeRO-3's among them, replace the tensors
+    that pass through.
     """
     position_embeddings[0].by_liger = True
     return type(self).forward(self, hidden_states, position_embeddings, **options)

@@ -1,11 +1,11 @@
 """The language-model head and its cross-entropy in one, for label positions only.
 
-Logits are the largest tensor of a small-batch step (tokens x vocabulary, in fp32). Here they live only in chunks: a chunk's
-loss and its gradient with respect to the hidden states (and the head's weight, where that is trained) are computed at once
-in the forward pass, the logits' gradient in the logits' own place, and the next chunk takes that place. Under ZeRO-3 the
-weight is thereby needed only while the head's own forward runs. What it gives up: the gradient is computed even when no
-backward follows, unless gradients are disabled, and a weight gradient the size of the head is kept between forward and
-backward.
+Logits are the largest tensor of a small-batch step (tokens x vocabulary, in fp32). Here they live only in chunks: a
+chunk's loss and its gradient with respect to the hidden states (and the head's weight, where that is trained) are
+computed at once in the forward pass, the logits' gradient in the logits' own place, and the next chunk takes that
+place. Under ZeRO-3 the weight is thereby needed only while the head's own forward runs. What it gives up: the gradient
+is computed even when no backward follows, unless gradients are disabled, and a weight gradient the size of the head is
+kept between forward and backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
-# Of a chunk, what is put through the softmax at once: its passes then read a cache (a CPU core's, a GPU's) instead of memory.
+# Of a chunk, what is put through the softmax at once: its passes then read a cache (a CPU core's, a GPU's) instead of
+# memory.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
 
 
@@ -44,7 +45,9 @@ class LossHead(nn.Linear):
         return linear_cross_entropy(hidden, self.weight, labels, self.chunk_elements)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_elements: int = CHUNK_ELEMENTS
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `hidden @ weight.T` against `labels`, without ever holding all logits.
 
     Products run in autocast's dtype where that is on, else in `hidden`'s; softmax and sums run in fp32 at least.
@@ -80,7 +83,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             chunk = hidden[part]
             logits = torch.mm(chunk, matrix.t(), out=buffer[: len(chunk)])
-            losses[part] = _losses(logits, labels[part], wide, to_gradients=hidden_grad is not None or weight_grad is not None)
+            losses[part] = _losses(
+                logits, labels[part], wide, to_gradients=hidden_grad is not None or weight_grad is not None
+            )
             if hidden_grad is not None:
                 torch.mm(logits, matrix, out=hidden_grad[part])
             if weight_grad is not None:
@@ -101,8 +106,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _losses(logits: Tensor, labels: Tensor, wide: torch.dtype, *, to_gradients: bool) -> Tensor:
-    """Cross-entropy of each row of `logits` [n, vocabulary] against `labels` [n], in the dtype `wide`; with `to_gradients`, `logits` hold
-    their own gradients afterwards."""
+    """Cross-entropy of each row of `logits` [n, vocabulary] against `labels` [n], in the dtype `wide`; with
+    `to_gradients`, `logits` hold their own gradients afterwards."""
     losses = torch.empty(len(logits), dtype=wide, device=logits.device)
     rows = max(1, BLOCK_ELEMENTS.get(logits.device.type, CHUNK_ELEMENTS) // logits.shape[1])
     for start in range(0, len(logits), rows):
@@ -112,7 +117,8 @@ def _losses(logits: Tensor, labels: Tensor, wide: torch.dtype, *, to_gradients: 
         log_normaliser = block.logsumexp(-1, keepdim=True)
         losses[part] = (log_normaliser - block.gather(-1, target)).squeeze(-1)
         if to_gradients:
-            # Of a number, not of a tensor: for that CUDA needs no deterministic way, which would make the host wait. One entry a row.
+            # Of a number, not of a tensor: for that CUDA needs no deterministic way, which would make the host wait.
+            # One entry a row.
             block.sub_(log_normaliser).exp_().scatter_(-1, target, -1.0, reduce="add")
             logits[part] = block
     return losses

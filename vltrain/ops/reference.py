@@ -1,7 +1,7 @@
 """The truth that the hot path is tested against: the same functions, written as the equations read, in float64.
 
-Slow on purpose: one group, one segment, one token after another, and no trick that a faster version shares. Each has the
-signature of what it is the truth of.
+Slow on purpose: one group, one segment, one token after another, and no trick that a faster version shares. Each has
+the signature of what it is the truth of.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 def grouped_linear(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Eq. 2: [Z_1 W_1, ..., Z_k W_k] + b. `z` [..., in], `weight` [k, out / k, in / k], `bias` [out] -> [..., out]."""
     pieces = z.double().chunk(len(weight), dim=-1)
-    return torch.cat([piece @ matrix.double().t() for piece, matrix in zip(pieces, weight, strict=True)], dim=-1) + _bias(bias)
+    return torch.cat(
+        [piece @ matrix.double().t() for piece, matrix in zip(pieces, weight, strict=True)], dim=-1
+    ) + _bias(bias)
 
 
 def _bias(bias: Tensor | None) -> Tensor | float:
@@ -23,7 +25,14 @@ def _bias(bias: Tensor | None) -> Tensor | float:
 
 
 def bottleneck_adapter(
-    z: Tensor, down_weight: Tensor, down_bias: Tensor | None, up_weight: Tensor, up_bias: Tensor | None, *, scale: float = 1.0, dropout: float = 0.0
+    z: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    scale: float = 1.0,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Eq. 1: Z + s psi_u(psi_d(Z)); see `vltrain.ops.adapter.bottleneck_adapter`. Without dropout only."""
     assert dropout == 0.0, "dropout has no truth to compare with"
@@ -41,7 +50,8 @@ def routed_adapter(
     scale: float = 1.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Z + s sum_e w_e (U_e (D Z + c) + b_e), a row and an expert at a time; see `vltrain.ops.adapter.routed_adapter`."""
+    """Z + s sum_e w_e (U_e (D Z + c) + b_e), a row and an expert at a time; see
+    `vltrain.ops.adapter.routed_adapter`."""
     assert dropout == 0.0, "dropout has no truth to compare with"
     shape = z.shape
     z, weights = z.double().flatten(0, -2), weights.double().expand(*shape[:-1], len(up_weight)).flatten(0, -2)
@@ -61,22 +71,29 @@ def loha_matrix(x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax(hidden @ weight.T)[label], summed, and each by itself; see `vltrain.ops.loss.linear_cross_entropy`."""
+    """-log softmax(hidden @ weight.T)[label], summed, and each by itself; see
+    `vltrain.ops.loss.linear_cross_entropy`."""
     logits = hidden.double() @ weight.double().t()
     losses = (
-        torch.stack([-row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True)]) if len(labels) else logits.sum(-1)
+        torch.stack([-row.log_softmax(-1)[label] for row, label in zip(logits, labels, strict=True)])
+        if len(labels)
+        else logits.sum(-1)
     )
     return losses.sum(), losses.detach()
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, segment_lengths: Tensor, scaling: float | None = None) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, segment_lengths: Tensor, scaling: float | None = None
+) -> Tensor:
     """Causal attention within each segment of a row, one segment and one head at a time.
 
     `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D] -> [1, T, H, D].
     """
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     share = query.shape[1] // key.shape[1]
-    segments = zip(*(states[0].double().split(segment_lengths.tolist(), dim=1) for states in (query, key, value)), strict=True)
+    segments = zip(
+        *(states[0].double().split(segment_lengths.tolist(), dim=1) for states in (query, key, value)), strict=True
+    )
     rows = []
     for q_HLD, k_HLD, v_HLD in segments:
         length = q_HLD.shape[1]

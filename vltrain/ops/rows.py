@@ -1,8 +1,10 @@
-"""Rows taken, placed and summed by index, forward and backward the same bits every time and without a wait for the device.
+"""Rows taken, placed and summed by index, forward and backward the same bits every time and without a wait for the
+device.
 
-torch's own ways (`index_select` and its gradient, `index_copy`, `index_add`, `scatter_add`) either add with atomics on CUDA, in whatever order
-threads come, or, under `torch.use_deterministic_algorithms`, look for the largest index first, for which the host waits. What stands here uses
-gathers alone, and the gradient of an embedding, which sums equal indices in a fixed order on every device, switch or no switch.
+torch's own ways (`index_select` and its gradient, `index_copy`, `index_add`, `scatter_add`) either add with atomics on
+CUDA, in whatever order threads come, or, under `torch.use_deterministic_algorithms`, look for the largest index first,
+for which the host waits. What stands here uses gathers alone, and the gradient of an embedding, which sums equal
+indices in a fixed order on every device, switch or no switch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ def take_rows(rows: Tensor, index: Tensor) -> Tensor:
         rows: [N, ...], floating point.
         index: int64 [K], each below N.
 
-    Returns: [K, ...]. A row's gradient is the sum over its places in `index`, in their order on a CPU; zero where it has none.
+    Returns: [K, ...]. A row's gradient is the sum over its places in `index`, in their order on a CPU; zero where it
+    has none.
     """
     return F.embedding(index, rows.flatten(1)).view(len(index), *rows.shape[1:])
 
@@ -31,14 +34,16 @@ def place_rows(states: Tensor, rows: Tensor, holds: Tensor) -> Tensor:
 
     Args:
         states: [T, d].
-        rows: [K, d] of the dtype of `states`; K is the number of places. With none of them the result still depends on `rows`.
+        rows: [K, d] of the dtype of `states`; K is the number of places. With none of them the result still depends on
+        `rows`.
         holds: bool [T].
     """
     return _PlacedRows.apply(states, rows, holds)
 
 
 def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Sums of `values` [L], floating point, by their `owner` int64 [L]: [count], without gradient. Each sums its values in their order."""
+    """Sums of `values` [L], floating point, by their `owner` int64 [L]: [count], without gradient. Each sums its values
+    in their order."""
     # The gradient of an embedding of one column: it adds up what comes to each row.
     return torch.ops.aten.embedding_dense_backward(values.detach()[:, None], owner, count, -1, False).squeeze(1)
 
@@ -62,7 +67,8 @@ class _PlacedRows(torch.autograd.Function):
 
 
 def places(holds: Tensor, count: int) -> Tensor:
-    """Where `holds` (bool [T]) is true, int64 [count]. That it is `count` times is known: the device need not be asked."""
+    """Where `holds` (bool [T]) is true, int64 [count]. That it is `count` times is known: the device need not be
+    asked."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=holds.device)
     return torch.nonzero_static(holds, size=count).squeeze(1)

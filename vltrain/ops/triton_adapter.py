@@ -1,24 +1,28 @@
 """The Bottleneck Adapter in one pass over its input, alone or together with the RMSNorm before it, in Triton.
 
     forward        z = x, or x / rms(x) * w;   hidden = D z + c;   y = z + s (U hidden + b)
-    backward       dhidden = s U^T dy;   dz = dy + D^T dhidden;   dU = s dy^T hidden,  db = s sum dy,  dD = dhidden^T z,  dc = sum dhidden
+    backward       dhidden = s U^T dy;   dz = dy + D^T dhidden;   dU = s dy^T hidden,  db = s sum dy,  dD = dhidden^T z,
+                   dc = sum dhidden
 
-Memory-bound: 4 h d operations a row beside 2 d numbers moved, so what counts is how often states are fetched, and that fetches never wait for
-each other: every loop has chunks on their way while it computes. Forward: a program owns a block of rows. Its first sweep over the width makes
-`hidden` and the norm's sum of squares; the second, whose reads hit the cache, writes y. Backward: a kernel by rows makes dhidden and what the
-norm's gradient needs of a whole row; one by columns makes dx and the weights' gradients, for one share of the rows a program; one adds the
-shares up, in a fixed order and never by atomic additions, so that a run can be repeated bit for bit.
+Memory-bound: 4 h d operations a row beside 2 d numbers moved, so what counts is how often states are fetched, and that
+fetches never wait for each other: every loop has chunks on their way while it computes. Forward: a program owns a block
+of rows. Its first sweep over the width makes `hidden` and the norm's sum of squares; the second, whose reads hit the
+cache, writes y. Backward: a kernel by rows makes dhidden and what the norm's gradient needs of a whole row; one by
+columns makes dx and the weights' gradients, for one share of the rows a program; one adds the shares up, in a fixed
+order and never by atomic additions, so that a run can be repeated bit for bit.
 
-The products are of raw states, as they lie in memory: w is multiplied into D and s into U beforehand (`packed`, once a call), and 1 / rms comes
-after the sum. They are in the dtype of the result, which is what autocast gives torch's own products: bf16 states or fp32 states under bf16
-autocast are multiplied as bf16 (`hidden` and dhidden are rounded to it too), fp32 states without autocast as fp32. Sums are fp32 throughout.
+The products are of raw states, as they lie in memory: w is multiplied into D and s into U beforehand (`packed`, once a
+call), and 1 / rms comes after the sum. They are in the dtype of the result, which is what autocast gives torch's own
+products: bf16 states or fp32 states under bf16 autocast are multiplied as bf16 (`hidden` and dhidden are rounded to it
+too), fp32 states without autocast as fp32. Sums are fp32 throughout.
 Kept for backward are x, `packed`, `hidden` (h numbers a row, padded to 16 or 32) and 1 / rms (one).
 
-Grouped projections come as the dense matrices that `vltrain.ops.adapter.grouped_matrix` makes of them; of an adapter without
-biases c and b are neither read nor written. What it gives up: dropout, fp16, and norms
+Grouped projections come as the dense matrices that `vltrain.ops.adapter.grouped_matrix` makes of them; of an adapter
+without biases c and b are neither read nor written. What it gives up: dropout, fp16, and norms
 whose own weight is trained.
 
-Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of two, 16 at least.
+Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of
+two, 16 at least.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ PACK_COLUMNS, FINISH_COLUMNS, FINISH_PARTS = 64, 32, 32
 
 @triton.jit
 def _dot(a, b, total, WIDEN: tl.constexpr):
-    """total + a b, summed in fp32. Triton's interpreter, which would multiply the bits of bf16 as integers, gets the same numbers as fp32."""
+    """total + a b, summed in fp32. Triton's interpreter, which would multiply the bits of bf16 as integers, gets the
+    same numbers as fp32."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
@@ -62,10 +67,29 @@ def _pack_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "h"])
 def _forward_kernel(
-    x, norm_weight, packed, down_bias, up_bias, y, hidden, inverse_rms,
-    num_rows, d, h, stride_row, stride_column, scale, eps,
-    NORM: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    x,
+    norm_weight,
+    packed,
+    down_bias,
+    up_bias,
+    y,
+    hidden,
+    inverse_rms,
+    num_rows,
+    d,
+    h,
+    stride_row,
+    stride_column,
+    scale,
+    eps,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     rows = tl.program_id(0) * B + tl.arange(0, B)
     in_rows = rows < num_rows
     bottleneck = tl.arange(0, H)
@@ -95,7 +119,9 @@ def _forward_kernel(
         in_columns = columns < d
         inside = in_rows[:, None] & in_columns[None, :]
         z = tl.load(x_rows + columns[None, :] * stride_column, mask=inside, other=0.0).to(tl.float32)
-        weights = tl.load(packed + H * d + bottleneck[:, None] * d + columns[None, :], mask=in_columns[None, :], other=0.0)
+        weights = tl.load(
+            packed + H * d + bottleneck[:, None] * d + columns[None, :], mask=in_columns[None, :], other=0.0
+        )
         added = _dot(inner, weights, tl.zeros((B, C), tl.float32), WIDEN)
         if NORM:
             z *= inverse[:, None] * tl.load(norm_weight + columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
@@ -106,12 +132,33 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "h"])
 def _backward_rows_kernel(
-    dy, x, norm_weight, inverse_rms, hidden, down_bias, packed, dhidden, shared, d_down_bias,
-    num_rows, d, h, dy_stride_row, dy_stride_column, stride_row, stride_column,
-    NORM: tl.constexpr, BIAS: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """dhidden = s U^T dy, divided by rms under the norm; `shared` = sum(z dz) / (d rms^2), of which dx takes x times that; and each block's
-    share of d_down_bias [blocks, H]."""
+    dy,
+    x,
+    norm_weight,
+    inverse_rms,
+    hidden,
+    down_bias,
+    packed,
+    dhidden,
+    shared,
+    d_down_bias,
+    num_rows,
+    d,
+    h,
+    dy_stride_row,
+    dy_stride_column,
+    stride_row,
+    stride_column,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dhidden = s U^T dy, divided by rms under the norm; `shared` = sum(z dz) / (d rms^2), of which dx takes x times
+    that; and each block's share of d_down_bias [blocks, H]."""
     block = tl.program_id(0)
     rows = block * B + tl.arange(0, B)
     in_rows = rows < num_rows
@@ -125,7 +172,9 @@ def _backward_rows_kernel(
         in_columns = columns < d
         inside = in_rows[:, None] & in_columns[None, :]
         dy_chunk = tl.load(dy_rows + columns[None, :] * dy_stride_column, mask=inside, other=0.0)
-        weights = tl.load(packed + H * d + columns[:, None] + bottleneck[None, :] * d, mask=in_columns[:, None], other=0.0)
+        weights = tl.load(
+            packed + H * d + columns[:, None] + bottleneck[None, :] * d, mask=in_columns[:, None], other=0.0
+        )
         accumulated = _dot(dy_chunk.to(weights.dtype), weights, accumulated, WIDEN)
         if NORM:
             x_chunk = tl.load(x_rows + columns[None, :] * stride_column, mask=inside, other=0.0)
@@ -148,12 +197,36 @@ def _backward_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "share_rows"])
 def _backward_columns_kernel(
-    dy, x, norm_weight, inverse_rms, hidden, dhidden, shared, packed, dx, d_down, d_up, d_up_bias,
-    num_rows, share_rows, d, dy_stride_row, dy_stride_column, stride_row, stride_column,
-    NORM: tl.constexpr, BIAS: tl.constexpr, NEEDS_DX: tl.constexpr, WIDEN: tl.constexpr, B: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+    dy,
+    x,
+    norm_weight,
+    inverse_rms,
+    hidden,
+    dhidden,
+    shared,
+    packed,
+    dx,
+    d_down,
+    d_up,
+    d_up_bias,
+    num_rows,
+    share_rows,
+    d,
+    dy_stride_row,
+    dy_stride_column,
+    stride_row,
+    stride_column,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    WIDEN: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    H: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
-    """C columns of one share of the rows: dx, and that share's part of d_down and d_up [shares, H, d] and d_up_bias [shares, d].
+):
+    """C columns of one share of the rows: dx, and that share's part of d_down and d_up [shares, H, d] and d_up_bias
+    [shares, d].
 
     The last rows come first, since what the kernel by rows read last is still in the cache.
     """
@@ -205,13 +278,16 @@ def _finish_kernel(
     shares, blocks, d, h, scale,
     NORM: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts up, always in the same order. With biases one more program does so for d_down_bias, each other one for its columns."""
+    """Adds the parts up, always in the same order. With biases one more program does so for d_down_bias, each other one
+    for its columns."""
     bottleneck = tl.arange(0, H)
     if tl.program_id(0) == tl.cdiv(d, C):
         total = tl.zeros((PARTS, H), tl.float32)
         for start in tl.range(0, blocks, PARTS, num_stages=4):
             part = start + tl.arange(0, PARTS)
-            total += tl.load(down_bias_parts + part[:, None] * H + bottleneck[None, :], mask=part[:, None] < blocks, other=0.0)
+            total += tl.load(
+                down_bias_parts + part[:, None] * H + bottleneck[None, :], mask=part[:, None] < blocks, other=0.0
+            )
         tl.store(d_down_bias + bottleneck, tl.sum(total, axis=0), mask=bottleneck < h)
     else:
         columns = tl.program_id(0) * C + tl.arange(0, C)
@@ -239,10 +315,18 @@ INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
 
 
 def run_forward(
-    x: Tensor, norm_weight: Tensor | None, down: Tensor, down_bias: Tensor | None, up: Tensor, up_bias: Tensor | None, scale: float, eps: float,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: float,
+    eps: float,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y [N, d], hidden [N, H], 1 / rms [N] fp32, empty without a norm, packed [2, H, d]); all but 1 / rms in `out_dtype`, bf16 or fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [N, d], hidden [N, H], 1 / rms [N] fp32, empty without a norm, packed [2, H, d]); all but 1 / rms in
+    `out_dtype`, bf16 or fp32.
     Both biases are given, or none."""
     assert (down_bias is None) == (up_bias is None), "the kernel knows an adapter with both biases, and one without"
     num_rows, width = x.shape
@@ -253,12 +337,38 @@ def run_forward(
     if num_rows:
         with torch.cuda.device_of(x):
             _pack_kernel[(triton.cdiv(width, PACK_COLUMNS),)](
-                down.contiguous(), up.contiguous(), weight, packed, width, dim, scale, NORM=norm, C=PACK_COLUMNS, H=packed.shape[1]
-            )  # fmt: skip
+                down.contiguous(),
+                up.contiguous(),
+                weight,
+                packed,
+                width,
+                dim,
+                scale,
+                NORM=norm,
+                C=PACK_COLUMNS,
+                H=packed.shape[1],
+            )
             _forward_kernel[(triton.cdiv(num_rows, launch.rows),)](
-                x, weight, packed, _or_any(down_bias, packed), _or_any(up_bias, packed), y, hidden, inverse_rms, num_rows, width, dim, *x.stride(),
-                scale, eps, NORM=norm, BIAS=down_bias is not None, WIDEN=INTERPRETED, H=packed.shape[1], **launch.constants,
-            )  # fmt: skip
+                x,
+                weight,
+                packed,
+                _or_any(down_bias, packed),
+                _or_any(up_bias, packed),
+                y,
+                hidden,
+                inverse_rms,
+                num_rows,
+                width,
+                dim,
+                *x.stride(),
+                scale,
+                eps,
+                NORM=norm,
+                BIAS=down_bias is not None,
+                WIDEN=INTERPRETED,
+                H=packed.shape[1],
+                **launch.constants,
+            )
     return outputs
 
 
@@ -267,7 +377,9 @@ def _or_any(bias: Tensor | None, other: Tensor) -> Tensor:
     return other if bias is None else bias.contiguous()
 
 
-def _empty_outputs(x: Tensor, norm_weight: Tensor | None, dim: int, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(
+    x: Tensor, norm_weight: Tensor | None, dim: int, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, width = x.shape
     height = padded_dim(dim)
     shapes = (x.shape, (num_rows, height), (num_rows if norm_weight is not None else 0,), (2, height, width))
@@ -284,10 +396,19 @@ def _(x, norm_weight, down, down_bias, up, up_bias, scale, eps, out_dtype):
 
 
 def run_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor | None, inverse_rms: Tensor, hidden: Tensor, packed: Tensor, down_bias: Tensor | None,
-    dim: int, scale: float, needs_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx [N, d] in x's dtype, or empty; dD [h, d], dc [h], dU [d, h], db [d] in fp32; dc and db empty without biases)."""
+    dy: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    inverse_rms: Tensor,
+    hidden: Tensor,
+    packed: Tensor,
+    down_bias: Tensor | None,
+    dim: int,
+    scale: float,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx [N, d] in x's dtype, or empty; dD [h, d], dc [h], dU [d, h], db [d] in fp32; dc and db empty without
+    biases)."""
     (num_rows, width), height, bias = x.shape, packed.shape[1], down_bias is not None
     dx, *gradients = _empty_gradients(x, dim, bias, needs_dx)
     if not num_rows:
@@ -297,31 +418,80 @@ def run_backward(
     blocks, (shares, share_rows) = triton.cdiv(num_rows, by_rows.rows), row_shares(num_rows, width, by_columns)
     norm, weight = norm_weight is not None, norm_weight.contiguous() if norm_weight is not None else x
     dhidden, shared = torch.empty_like(hidden), torch.empty_like(inverse_rms)
-    parts = [x.new_empty(shape, dtype=torch.float32) for shape in ((shares, height, width), (shares, height, width), (shares, width), (blocks, height))]
+    parts = [
+        x.new_empty(shape, dtype=torch.float32)
+        for shape in ((shares, height, width), (shares, height, width), (shares, width), (blocks, height))
+    ]
     strides = (*dy.stride(), *x.stride())
     constants = {"NORM": norm, "BIAS": bias, "WIDEN": INTERPRETED, "H": height}
     with torch.cuda.device_of(x):
         _backward_rows_kernel[(blocks,)](
-            dy, x, weight, inverse_rms, hidden, _or_any(down_bias, packed), packed, dhidden, shared, parts[3], num_rows, width, dim, *strides,
-            **constants, **by_rows.constants,
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            inverse_rms,
+            hidden,
+            _or_any(down_bias, packed),
+            packed,
+            dhidden,
+            shared,
+            parts[3],
+            num_rows,
+            width,
+            dim,
+            *strides,
+            **constants,
+            **by_rows.constants,
+        )
         _backward_columns_kernel[(triton.cdiv(width, by_columns.columns), shares)](
-            dy, x, weight, inverse_rms, hidden, dhidden, shared, packed, dx, *parts[:3], num_rows, share_rows, width, *strides,
-            NEEDS_DX=needs_dx, **constants, **by_columns.constants,
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            inverse_rms,
+            hidden,
+            dhidden,
+            shared,
+            packed,
+            dx,
+            *parts[:3],
+            num_rows,
+            share_rows,
+            width,
+            *strides,
+            NEEDS_DX=needs_dx,
+            **constants,
+            **by_columns.constants,
+        )
         _finish_kernel[(triton.cdiv(width, FINISH_COLUMNS) + bias,)](
-            *parts, weight, *gradients, shares, blocks, width, dim, scale, NORM=norm, BIAS=bias, C=FINISH_COLUMNS, H=height, PARTS=FINISH_PARTS
-        )  # fmt: skip
+            *parts,
+            weight,
+            *gradients,
+            shares,
+            blocks,
+            width,
+            dim,
+            scale,
+            NORM=norm,
+            BIAS=bias,
+            C=FINISH_COLUMNS,
+            H=height,
+            PARTS=FINISH_PARTS,
+        )
     return dx, *gradients
 
 
 def _empty_gradients(x: Tensor, dim: int, bias: bool, needs_dx: bool) -> tuple[Tensor, ...]:
     width = x.shape[1]
     dx = x.new_empty(x.shape if needs_dx else (0, width))
-    return dx, *(x.new_empty(shape, dtype=torch.float32) for shape in ((dim, width), (dim * bias,), (width, dim), (width * bias,)))
+    return dx, *(
+        x.new_empty(shape, dtype=torch.float32)
+        for shape in ((dim, width), (dim * bias,), (width, dim), (width * bias,))
+    )
 
 
-bottleneck_adapter_backward = torch.library.custom_op("vltrain::bottleneck_adapter_backward", run_backward, mutates_args=())
+bottleneck_adapter_backward = torch.library.custom_op(
+    "vltrain::bottleneck_adapter_backward", run_backward, mutates_args=()
+)
 
 
 @bottleneck_adapter_backward.register_fake
@@ -335,7 +505,11 @@ def _keep_for_backward(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(hidden, inverse_rms, packed)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, norm_weight, inverse_rms, hidden, packed, down_bias)
-    ctx.dim, ctx.scale, ctx.dtypes = len(down), scale, [None if weight is None else weight.dtype for weight in (down, down_bias, up, up_bias)]
+    ctx.dim, ctx.scale, ctx.dtypes = (
+        len(down),
+        scale,
+        [None if weight is None else weight.dtype for weight in (down, down_bias, up, up_bias)],
+    )
 
 
 def _backward(ctx, dy, run):
@@ -344,15 +518,20 @@ def _backward(ctx, dy, run):
     assert not ctx.needs_input_grad[1], "a norm whose weight is trained has no fused kernel"
     needs_dx = ctx.needs_input_grad[0]
     dx, *weights = run(dy, *ctx.saved_tensors, ctx.dim, ctx.scale, needs_dx)
-    gradients = (None if dtype is None else gradient.to(dtype) for gradient, dtype in zip(weights, ctx.dtypes, strict=True))
+    gradients = (
+        None if dtype is None else gradient.to(dtype) for gradient, dtype in zip(weights, ctx.dtypes, strict=True)
+    )
     return (dx if needs_dx else None, None, *gradients, None, None, None)
 
 
-bottleneck_adapter.register_autograd(lambda ctx, dy, *_: _backward(ctx, dy, bottleneck_adapter_backward), setup_context=_keep_for_backward)
+bottleneck_adapter.register_autograd(
+    lambda ctx, dy, *_: _backward(ctx, dy, bottleneck_adapter_backward), setup_context=_keep_for_backward
+)
 
 
 class EagerAdapter(torch.autograd.Function):
-    """The operator `bottleneck_adapter` for tensors that are real: torch's way to an operator of Python takes the host longer than its kernels do."""
+    """The operator `bottleneck_adapter` for tensors that are real: torch's way to an operator of Python takes the host
+    longer than its kernels do."""
 
     @staticmethod
     def forward(ctx, *inputs):

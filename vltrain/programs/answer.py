@@ -1,4 +1,5 @@
-"""`vltrain answer RUN --questions DATASET.tsv --output FOLDER`: answers VLMEvalKit's questions and writes its result file.
+"""`vltrain answer RUN --questions DATASET.tsv --output FOLDER`: answers VLMEvalKit's questions and writes its result
+file.
 
     --questions FILE     a data set as VLMEvalKit has it: index, image or image_path, question, hint, A, B, C, ...
     --output FOLDER      gets MODEL_DATASET.tsv: put it into VLMEvalKit's outputs/MODEL, and score it there with
@@ -6,7 +7,8 @@
     --format FORM        tsv (default), json, or xlsx (needs xlsxwriter)
     --name NAME          what the model is called; left out: the run's folder
     --images FOLDER      of the files that image_path names
-    --prompt TEXT        how it is asked, with {question}, {hint} and {options}; left out: as VLMEvalKit asks. A tuned model knows its own prompt best
+    --prompt TEXT        how it is asked, with {question}, {hint} and {options}; left out: as VLMEvalKit asks. A tuned
+                         model knows its own prompt best
     --checkpoint         a checkpoint's folder, best, or none; left out: the run's newest
     --max-new-tokens N   left out: the recipe's
     --batch-size N       questions at once (8)
@@ -19,12 +21,12 @@ from __future__ import annotations
 from itertools import tee
 from pathlib import Path
 
+from vltrain.config.command_line import COMMAND_LINE, Arguments
 from vltrain.console import watched
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.harness.vlmevalkit import open_questions, require_prompt, result_file, write_results
 from vltrain.inference import load
-from vltrain.programs.run_folder import read_command
-from vltrain.settings import COMMAND_LINE, Arguments
+from vltrain.launching.run_folder import read_command
 
 OPTIONS = ("questions", "format", "name", "images", "prompt", "checkpoint", "max-new-tokens", "batch-size")
 
@@ -48,7 +50,9 @@ def answer(run: Path, questions: Path, output: Path, arguments: Arguments) -> Pa
 
     Raises: InputError for a run that is none, a file that is no table of questions, a result that is there already.
     """
-    result = result_file(output, arguments.last("name") or run.resolve().name, questions.stem, arguments.last("format") or "tsv")
+    result = result_file(
+        output, arguments.last("name") or run.resolve().name, questions.stem, arguments.last("format") or "tsv"
+    )
     if result.exists():
         raise InputError(f"{result}: is there already; remove it, or name another --output or --name")
     prompt, images = arguments.last("prompt"), arguments.last("images")

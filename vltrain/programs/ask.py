@@ -1,23 +1,30 @@
-"""`vltrain ask RUN [--image FILE ...] ["question"]`: a tuned model answers; without a question, a conversation in the terminal.
+"""`vltrain ask RUN [--image FILE ...] ["question"]`: a tuned model answers; without a question, a conversation in the
+terminal.
 
     vltrain ask runs/quickstart --image shape.png "what color is the shape?"
     vltrain ask runs/quickstart --image a.png --image b.png "which is larger?" --json
     vltrain ask runs/quickstart                        /image FILE, /clear, /quit; Ctrl-D ends it, Ctrl-C an answer
 
-    RUN                  a run's folder (of one in stages the last answers), or one that `vltrain export --format adapters` wrote
-    --image FILE         an image that the question is about; may be given several times, in the order of the question's <image>, or in front of it
+    RUN                  a run's folder (of one in stages the last answers), or one that
+    `vltrain export --format adapters` wrote
+    --image FILE         an image that the question is about; may be given several times, in the order of the question's
+    <image>, or in front of it
     --checkpoint X       a checkpoint's folder, best, or none for the model before tuning; left out: the run's newest
     --adapters FOLDER    the weights of an export of adapters, in place of a checkpoint's
     --bits 4|8|16|32     of the frozen weights; left out: the recipe's
     --device D           cpu, cuda or cuda:N; left out: the GPU where there is one
     --compare            ask the model before tuning, too
-    --json               print one JSON object: text, token_ids, tokens, logprobs, finished, and what was asked of which weights
-    --as-is              ask the question as it stands; else it is put as the training questions were ("Question: ...\\nAnswer:"), where they have that
+    --json               print one JSON object: text, token_ids, tokens, logprobs, finished, and what was asked of which
+                         weights
+    --as-is              ask the question as it stands; else it is put as the training questions were ("Question:
+    ...\\nAnswer:"), where they have that
                          in common
     --max-new-tokens N   tokens that an answer may have; left out: the recipe's eval.max_new_tokens, or 256
-    --temperature T, --top-p P, --seed S    left out: the recipe's eval.temperature (0: greedy), eval.top_p and train.seed
+    --temperature T, --top-p P, --seed S    left out: the recipe's eval.temperature (0: greedy), eval.top_p and
+                                            train.seed
 
-The answer is that of `vltrain evaluate` to the same question, and stands alone on stdout. Exit code: 0, or 2 for a mistake in the input.
+The answer is that of `vltrain evaluate` to the same question, and stands alone on stdout. Exit code: 0, or 2 for a
+mistake in the input.
 """
 
 from __future__ import annotations
@@ -30,9 +37,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vltrain.config.command_line import COMMAND_LINE, SHORT_NAMES, Arguments, split_arguments
 from vltrain.console import logged_from, start_logging
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.settings import COMMAND_LINE, SHORT_NAMES, Arguments, split_arguments
 
 if TYPE_CHECKING:
     from vltrain.inference import Answer, LoadedModel
@@ -45,7 +52,8 @@ OPTIONS = ("image", "checkpoint", "adapters", "bits", "device", *SAMPLING, *FLAG
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the command line asks for. `question` None: a conversation. `settings`: how to sample, as of `LoadedModel.ask`."""
+    """What the command line asks for. `question` None: a conversation. `settings`: how to sample, as of
+    `LoadedModel.ask`."""
 
     run: Path
     question: str | None
@@ -82,7 +90,12 @@ def main(argv: list[str], *, program: str = "vltrain ask") -> int:
 
 def _arguments(argv: list[str]) -> Arguments:
     """Options may be spelled with - or _."""
-    words = [f"--{word[2:].partition('=')[0].replace('_', '-')}{''.join(word.partition('=')[1:])}" if word.startswith("--") else word for word in argv]
+    words = [
+        f"--{word[2:].partition('=')[0].replace('_', '-')}{''.join(word.partition('=')[1:])}"
+        if word.startswith("--")
+        else word
+        for word in argv
+    ]
     found = split_arguments(words, flags=FLAGS)
     short = {setting: name for name, setting in SHORT_NAMES.items()}
     return Arguments(tuple((short.get(name, name), value) for name, value in found.options), found.positionals)
@@ -93,43 +106,72 @@ def _read(arguments: Arguments, program: str) -> Request:
     words = arguments.positionals
     if not 1 <= len(words) <= 2:
         more = "; put the question in quotes" if len(words) > 2 else ""
-        raise InputError(f"{COMMAND_LINE}: found {list(words)}, expected {program} RUN \"question\"{more}")
+        raise InputError(f'{COMMAND_LINE}: found {list(words)}, expected {program} RUN "question"{more}')
     given = dict(arguments.options)
     question = words[1] if len(words) == 2 else None
     if "json" in given and question is None:
-        raise InputError(f"{COMMAND_LINE}: --json: is of one question, and there is none: {program} RUN --json \"question\"")
+        raise InputError(
+            f'{COMMAND_LINE}: --json: is of one question, and there is none: {program} RUN --json "question"'
+        )
     if "compare" in given and given.get("checkpoint") == "none":
-        raise InputError(f"{COMMAND_LINE}: --compare: has no effect: --checkpoint none is the model before tuning; leave one out")
+        raise InputError(
+            f"{COMMAND_LINE}: --compare: has no effect: --checkpoint none is the model before tuning; leave one out"
+        )
     if "adapters" in given and "checkpoint" in given:
-        raise InputError(f"{COMMAND_LINE}: --adapters: found beside --checkpoint, and both say which weights answer; leave one out")
-    images = tuple(Path(value).expanduser() for name, value in arguments.options if name == "image" and value is not None)
+        raise InputError(
+            f"{COMMAND_LINE}: --adapters: found beside --checkpoint, and both say which weights answer; leave one out"
+        )
+    images = tuple(
+        Path(value).expanduser() for name, value in arguments.options if name == "image" and value is not None
+    )
     for image in images:
         if not image.is_file():
-            raise InputError(f"{COMMAND_LINE}: --image {image}: {'found something else than a file' if image.exists() else 'no such file'}, expected an image")
-    settings = {name.replace("-", "_"): _number(name, given[name], kind) for name, kind in SAMPLING.items() if name in given}
+            raise InputError(
+                f"{COMMAND_LINE}: --image {image}: "
+                f"{'found something else than a file' if image.exists() else 'no such file'}, expected an image"
+            )
+    settings = {
+        name.replace("-", "_"): _number(name, given[name], kind) for name, kind in SAMPLING.items() if name in given
+    }
     bits = _number("bits", given["bits"], int) if "bits" in given else None
     return Request(
-        run=Path(words[0]).expanduser(), question=question, images=images, checkpoint=given.get("checkpoint"), adapters=given.get("adapters"), bits=bits,
-        device=given.get("device"), settings=settings, json="json" in given, compare="compare" in given, as_is="as-is" in given,
-    )  # fmt: skip
+        run=Path(words[0]).expanduser(),
+        question=question,
+        images=images,
+        checkpoint=given.get("checkpoint"),
+        adapters=given.get("adapters"),
+        bits=bits,
+        device=given.get("device"),
+        settings=settings,
+        json="json" in given,
+        compare="compare" in given,
+        as_is="as-is" in given,
+    )
 
 
 def _number(name: str, text: str | None, kind: type) -> Any:
     try:
         return kind(text)
     except (TypeError, ValueError):
-        raise InputError(f"{COMMAND_LINE}: --{name}: found {text!r}, expected {'a whole number' if kind is int else 'a number'}") from None
+        raise InputError(
+            f"{COMMAND_LINE}: --{name}: found {text!r}, expected {'a whole number' if kind is int else 'a number'}"
+        ) from None
 
 
 def _load(request: Request) -> LoadedModel:
+    from vltrain.config.stages import last_stage
     from vltrain.inference import load
     from vltrain.inference.run import recipe_of
-    from vltrain.stages import last_stage
     from vltrain.train.determinism import set_determinism
 
     set_determinism(recipe_of(last_stage(request.run)).train.deterministic)
     return load(
-        request.run, checkpoint=request.checkpoint, adapters=request.adapters, bits=request.bits, device=request.device, keep_untuned=request.compare  # type: ignore[arg-type]
+        request.run,
+        checkpoint=request.checkpoint,
+        adapters=request.adapters,
+        bits=request.bits,
+        device=request.device,
+        keep_untuned=request.compare,  # type: ignore[arg-type]
     )
 
 
@@ -145,12 +187,18 @@ def _answer(model: LoadedModel, request: Request, question: str) -> None:
     if request.compare:
         with model.untuned():
             found["untuned"] = asdict(model.chat([turn], request.images, **request.settings))
-    asked = {"question": turn.text, "images": [str(image) for image in request.images], "run": str(request.run), "checkpoint": model.facts["checkpoint"]}
+    asked = {
+        "question": turn.text,
+        "images": [str(image) for image in request.images],
+        "run": str(request.run),
+        "checkpoint": model.facts["checkpoint"],
+    }
     print(json.dumps({**found, **asked}, ensure_ascii=False))
 
 
 def say_all(model: LoadedModel, request: Request, turns: Sequence[Turn], images: Sequence[Path]) -> Answer:
-    """Shows the answer as it comes, and with `--compare` that of the model before tuning below it. Returns the first."""
+    """Shows the answer as it comes, and with `--compare` that of the model before tuning below it. Returns the
+    first."""
     answer = _say(model, request, turns, images, "tuned:   " if request.compare else "")
     if request.compare:
         with model.untuned():
@@ -180,7 +228,10 @@ def _shown(piece: str) -> str:
     """As a terminal may have it, which obeys control characters; elsewhere as it is."""
     if not sys.stdout.isatty():
         return piece
-    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape", "surrogatepass").decode() for one in piece)
+    return "".join(
+        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape", "surrogatepass").decode()
+        for one in piece
+    )
 
 
 def _tell_missing_image(model: LoadedModel) -> None:

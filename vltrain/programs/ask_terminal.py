@@ -1,8 +1,8 @@
 """The conversation of `vltrain ask`: questions by line, answers as they come.
 
-Where the run's template holds conversations and its training had some, earlier questions and answers are read with each new one, images with the
-question that they came with. Else each question stands alone, about the images named last. Lines that come through a pipe are asked the same way,
-and the first mistake ends it.
+Where the run's template holds conversations and its training had some, earlier questions and answers are read with each
+new one, images with the question that they came with. Else each question stands alone, about the images named last.
+Lines that come through a pipe are asked the same way, and the first mistake ends it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from vltrain.schema import Turn, escape_markers
 if TYPE_CHECKING:
     from vltrain.inference import LoadedModel
 
-COMMANDS = {"/image": "FILE: an image for the next question", "/clear": "forget images and conversation", "/quit": "end", "/help": "this"}
+COMMANDS = {
+    "/image": "FILE: an image for the next question",
+    "/clear": "forget images and conversation",
+    "/quit": "end",
+    "/help": "this",
+}
 
 
 class _Talk:
@@ -35,7 +40,8 @@ class _Talk:
         self.images: list[Path] = []
 
     def show(self, name: str) -> None:
-        """Takes an image for the next question. Where questions stand alone, the first of them takes the place of those before."""
+        """Takes an image for the next question. Where questions stand alone, the first of them takes the place of those
+        before."""
         if not name:
             raise InputError("/image: found no file, expected /image FILE")
         path = Path(name).expanduser()

@@ -2,30 +2,35 @@
 
     vltrain check resume RUN [OTHER] [--packs FOLDER] [--tolerance 1e-5]
 
-proves from the run's receipt that every step was done once and in order, that every sample was seen once a pass, and that the newest
-checkpoint, read whole, is where the receipt says (one that was cut short, or put back, fails); and that OTHER, a run that was interrupted or not, on as many ranks or others, had the same samples in the same steps and the same losses (bit for bit, or
-to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what first; 2: a mistake in the input, such as a folder
-without a receipt. Of a run in stages, here and with `weights`, each stage is checked.
+proves from the run's receipt that every step was done once and in order, that every sample was seen once a pass, and
+that the newest checkpoint, read whole, is where the receipt says (one that was cut short, or put back, fails); and that
+OTHER, a run that was interrupted or not, on as many ranks or others, had the same samples in the same steps and the
+same losses (bit for bit, or to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what
+first; 2: a mistake in the input, such as a folder without a receipt. Of a run in stages, here and with `weights`, each
+stage is checked.
 
     vltrain check weights RUN [--KEY VALUE ...]
 
-reads every file of the run's checkpoints, of its frozen weights and of its tokenizer anew, and compares each digest with the one that the run
-keeps. A folder that has moved is named by its new path (--model.llm.source FOLDER). Exit code as above.
+reads every file of the run's checkpoints, of its frozen weights and of its tokenizer anew, and compares each digest
+with the one that the run keeps. A folder that has moved is named by its new path (--model.llm.source FOLDER). Exit code
+as above.
 
     vltrain check data FOLDER
 
-reads every file of prepared samples and packs (a data.root, or a folder of one of them) anew, and the raw data where it still is, and compares each
-digest with the one kept beside them; a run's start trusts size, times and inode. Exit code as above.
+reads every file of prepared samples and packs (a data.root, or a folder of one of them) anew, and the raw data where it
+still is, and compares each digest with the one kept beside them; a run's start trusts size, times and inode. Exit code
+as above.
 
     vltrain check export FOLDER [--run RUN] [--proof-samples N]
 
-proves a folder of `vltrain export` anew: a clean process reads it by stock libraries alone, and what it says is compared with the run that the folder was
-made of (--run where that has moved). Exit code as above.
+proves a folder of `vltrain export` anew: a clean process reads it by stock libraries alone, and what it says is
+compared with the run that the folder was made of (--run where that has moved). Exit code as above.
 
     vltrain check replay RUN --step K [--packs FOLDER]
 
-does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of its samples, those
-that are no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is. See `vltrain.programs.replay`.
+does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of
+its samples, those that are no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is.
+See `vltrain.programs.checks.replay`.
 
 examples:
     vltrain check resume runs/quickstart
@@ -41,11 +46,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from vltrain.check.resume import Proof, prove
+from vltrain.config.command_line import COMMAND_LINE, Arguments, split_arguments
+from vltrain.config.stages import stage_folders
 from vltrain.console import start_logging
 from vltrain.errors import InputError, exits_cleanly, nearest
-from vltrain.settings import COMMAND_LINE, Arguments, split_arguments
-from vltrain.stages import stage_folders
+from vltrain.receipts.verify import Proof, prove
 
 EXIT_DIFFERS = 1
 
@@ -74,11 +79,19 @@ def _resume(arguments: Arguments) -> int:
     tolerance = _tolerance(arguments.last("tolerance") or "0")
     stages, others = stage_folders(run), stage_folders(other[0]) if other else []
     if other and [stage.name for stage in stages] != [stage.name for stage in others]:
-        raise InputError(f"{COMMAND_LINE}: {run} and {other[0]} have not the same stages; compare the folders of single stages")
+        raise InputError(
+            f"{COMMAND_LINE}: {run} and {other[0]} have not the same stages; compare the folders of single stages"
+        )
     if stages and packs is not None:
-        raise InputError(f"{COMMAND_LINE}: --packs: each stage of {run} may have its own; check a stage's folder, such as {stages[0]}")
+        raise InputError(
+            f"{COMMAND_LINE}: --packs: each stage of {run} may have its own; check a stage's folder, such as "
+            f"{stages[0]}"
+        )
     pairs = zip(stages, others or [None] * len(stages), strict=True) if stages else [(run, other[0] if other else None)]
-    return max(_show(prove(one, Path(packs) if packs else None, another, tolerance), one.name if stages else "") for one, another in pairs)
+    return max(
+        _show(prove(one, Path(packs) if packs else None, another, tolerance), one.name if stages else "")
+        for one, another in pairs
+    )
 
 
 def _show(proof: Proof, stage: str = "") -> int:
@@ -91,7 +104,7 @@ def _show(proof: Proof, stage: str = "") -> int:
 
 
 def _weights(arguments: Arguments) -> int:
-    from vltrain.programs.weights_check import check_weights
+    from vltrain.programs.checks.weights import check_weights
 
     if len(arguments.positionals) != 1:
         raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
@@ -102,7 +115,7 @@ def _weights(arguments: Arguments) -> int:
 
 
 def _data(arguments: Arguments) -> int:
-    from vltrain.programs.data_check import check_data
+    from vltrain.programs.checks.data import check_data
 
     _require_known(arguments, ())
     if len(arguments.positionals) != 1:
@@ -112,7 +125,7 @@ def _data(arguments: Arguments) -> int:
 
 
 def _export(arguments: Arguments) -> int:
-    from vltrain.programs.export_check import check_export
+    from vltrain.programs.checks.export import check_export
 
     _require_known(arguments, ("run", "proof-samples"))
     if len(arguments.positionals) != 1:
@@ -123,17 +136,21 @@ def _export(arguments: Arguments) -> int:
 
 
 def _replay(arguments: Arguments) -> int:
-    from vltrain.programs.replay import replay  # with torch and DeepSpeed, which a proof does without
+    from vltrain.programs.checks.replay import replay  # with torch and DeepSpeed, which a proof does without
 
     _require_known(arguments, ("step", "packs"))
     step, packs = arguments.last("step"), arguments.last("packs")
     if len(arguments.positionals) != 1:
         raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected RUN")
     if step is None or not step.isdecimal():
-        raise InputError(f"{COMMAND_LINE}: --step: found {step or 'nothing'}, expected the number of a step, counted from 0")
+        raise InputError(
+            f"{COMMAND_LINE}: --step: found {step or 'nothing'}, expected the number of a step, counted from 0"
+        )
     start_logging()
     if stages := stage_folders(Path(arguments.positionals[0])):
-        raise InputError(f"{arguments.positionals[0]}: a run in stages, expected one of them: {', '.join(map(str, stages))}")
+        raise InputError(
+            f"{arguments.positionals[0]}: a run in stages, expected one of them: {', '.join(map(str, stages))}"
+        )
     losses = replay(Path(arguments.positionals[0]), int(step), Path(packs) if packs else None)
     print("        loss  label tokens  sample")
     for name, loss, count in losses:
@@ -159,4 +176,10 @@ def _require_known(arguments: Arguments, known: tuple[str, ...]) -> None:
             raise InputError(f"{COMMAND_LINE}: unknown option '--{name}', {nearest(name, known)}")
 
 
-CHECKS: dict[str, Callable[[Arguments], int]] = {"resume": _resume, "weights": _weights, "data": _data, "export": _export, "replay": _replay}
+CHECKS: dict[str, Callable[[Arguments], int]] = {
+    "resume": _resume,
+    "weights": _weights,
+    "data": _data,
+    "export": _export,
+    "replay": _replay,
+}

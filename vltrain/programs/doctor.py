@@ -1,15 +1,18 @@
-"""`vltrain doctor` and launch/doctor.py: can this machine train, and with what? Each thing is tried, and told on one line.
+"""`vltrain doctor` and launch/doctor.py: can this machine train, and with what? Each thing is tried, and told on one
+line.
 
-    vltrain doctor [FOLDER ...] [--recipe RECIPE] [--json FILE|-]       one process, which looks at all GPUs that it sees; --ranks N: as many
-    deepspeed launch/doctor.py ..., srun python launch/doctor.py ...    every rank looks at its own; a line names its ranks unless it is all
+    vltrain doctor [FOLDER ...] [--recipe RECIPE] [--json FILE|-]
+        one process, which looks at all GPUs that it sees; --ranks N: as many
+    deepspeed launch/doctor.py ..., srun python launch/doctor.py ...
+        every rank looks at its own; a line names its ranks unless it is all
 
 examples:
     vltrain doctor
     vltrain doctor /data /scratch/runs --recipe llama2_7b_diht_scienceqa --json -
 
-Takes less than a minute. FOLDERs are tried for speed; without any the recipe's data.root and output (left out: the quickstart's). --json
-writes the same as data to a file, or with - prints it in place of the lines. Exit code 0; 1 where there is a problem; 2 for a mistake on
-the command line. Needs no GPU: without one it says what one would change.
+Takes less than a minute. FOLDERs are tried for speed; without any the recipe's data.root and output (left out: the
+quickstart's). --json writes the same as data to a file, or with - prints it in place of the lines. Exit code 0; 1 where
+there is a problem; 2 for a mistake on the command line. Needs no GPU: without one it says what one would change.
 """
 
 from __future__ import annotations
@@ -23,16 +26,16 @@ from pathlib import Path
 
 import torch
 
-from vltrain.config import Config
+from vltrain.config.command_line import COMMAND_LINE, split_arguments
+from vltrain.config.schema import Config
+from vltrain.config.stages import load_stages
+from vltrain.distributed.machine import local_world_size, require_own_gpu
+from vltrain.distributed.ranks import adopt_ranks
 from vltrain.doctor import gpus, host, ranks, software
 from vltrain.doctor.findings import PROBLEM, Examination, Finding, merge, one_line, to_json, to_text
 from vltrain.doctor.isolated import examine_kernels
 from vltrain.doctor.kernels import CASES
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.settings import COMMAND_LINE, split_arguments
-from vltrain.stages import load_stages
-from vltrain.train.machine import local_world_size, require_own_gpu
-from vltrain.train.ranks import adopt_ranks
 
 KERNELS_TIMEOUT = 300.0  # each has its own, much shorter; this one bounds their sum
 
@@ -49,7 +52,10 @@ def main(argv: list[str], *, program: str = "vltrain doctor") -> int:
     if report not in (None, "-") and not Path(report).absolute().parent.is_dir():
         raise InputError(f"{COMMAND_LINE}: --json: found '{report}', expected a file in a folder that exists, or -")
     config = _config(arguments.last("recipe"))
-    folders = [(Path(name), "given") for name in arguments.positionals] or [(Path(config.data.root), "data"), (Path(config.output), "output")]
+    folders = [(Path(name), "given") for name in arguments.positionals] or [
+        (Path(config.data.root), "data"),
+        (Path(config.output), "output"),
+    ]
 
     examination = Examination()
     code = _examine_and_report(examination, folders, config.data.workers, report)
@@ -65,7 +71,9 @@ def _config(recipe: str | None) -> Config:
     return load_stages(["--recipe", recipe], options={}, program="vltrain doctor").parts[0].config
 
 
-def _examine_and_report(examination: Examination, folders: list[tuple[Path, str]], workers: int, report: str | None) -> int:
+def _examine_and_report(
+    examination: Examination, folders: list[tuple[Path, str]], workers: int, report: str | None
+) -> int:
     names: list[str] = []
     joined: list[tuple[int, list[ranks.Fact]]] = []
 
@@ -87,8 +95,12 @@ def _examine_and_report(examination: Examination, folders: list[tuple[Path, str]
     if joined:
         rank, facts = joined[0]
     local = [other for other, fact in enumerate(facts) if fact.host == facts[rank].host]
-    _examine_software_and_devices(examination, index, len(facts) == 1, [facts[other].cores for other in local], facts[rank].cores)
-    _examine_host(examination, facts[rank], [facts[other] for other in local], folders if rank == local[0] else None, workers)
+    _examine_software_and_devices(
+        examination, index, len(facts) == 1, [facts[other].cores for other in local], facts[rank].cores
+    )
+    _examine_host(
+        examination, facts[rank], [facts[other] for other in local], folders if rank == local[0] else None, workers
+    )
     if joined:
         _examine_group(examination, facts, index)
         code = _report_together(examination, rank, facts, report)
@@ -103,7 +115,11 @@ def _local_rank() -> int:
 
 
 def _examine_software_and_devices(
-    examination: Examination, index: int | None, alone: bool, cores_of_local_ranks: list[tuple[int, ...]], own_cores: tuple[int, ...]
+    examination: Examination,
+    index: int | None,
+    alone: bool,
+    cores_of_local_ranks: list[tuple[int, ...]],
+    own_cores: tuple[int, ...],
 ) -> None:
     examination.run("Python", software.python)
     examination.run("torch and driver", software.torch_and_driver)
@@ -125,7 +141,11 @@ def _examine_software_and_devices(
 
 
 def _examine_host(
-    examination: Examination, own: ranks.Fact, local: list[ranks.Fact], folders: list[tuple[Path, str]] | None, workers: int
+    examination: Examination,
+    own: ranks.Fact,
+    local: list[ranks.Fact],
+    folders: list[tuple[Path, str]] | None,
+    workers: int,
 ) -> None:
     """`folders`: None on all but the first rank of a machine, which looks at what the ranks share."""
     examination.run("open files", host.open_files)
@@ -145,7 +165,9 @@ def _examine_group(examination: Examination, facts: list[ranks.Fact], index: int
     examination.run("GPU models", partial(ranks.one_model, facts))
     examination.run("all-reduce (gloo)", partial(ranks.all_reduce, "gloo"))
     if all(fact.gpu is not None for fact in facts):
-        examination.run("all-reduce (nccl)", partial(ranks.all_reduce, "nccl", index), 2 * ranks.NCCL_TIMEOUT.total_seconds())
+        examination.run(
+            "all-reduce (nccl)", partial(ranks.all_reduce, "nccl", index), 2 * ranks.NCCL_TIMEOUT.total_seconds()
+        )
 
 
 def _report_together(examination: Examination, rank: int, facts: list[ranks.Fact], report: str | None) -> int:
@@ -157,10 +179,16 @@ def _report_together(examination: Examination, rank: int, facts: list[ranks.Fact
             code = _report(merged, [fact.host for fact in facts], report)
         else:
             code = int(any(entry.finding.status == PROBLEM for entry in merged))
-        ranks.gather(None)  # a launcher ends all ranks as soon as one ends with 1, so nobody goes before rank 0 has told
+        ranks.gather(
+            None
+        )  # a launcher ends all ranks as soon as one ends with 1, so nobody goes before rank 0 has told
         return code
     except RuntimeError as error:
-        lost = Finding(status=PROBLEM, what="ranks", found=f"the findings of the others did not arrive ({one_line(error)}); these are rank {rank}'s")
+        lost = Finding(
+            status=PROBLEM,
+            what="ranks",
+            found=f"the findings of the others did not arrive ({one_line(error)}); these are rank {rank}'s",
+        )
         return _report(merge([[*examination.findings, lost]]), [facts[rank].host], report if rank == 0 else None)
 
 

@@ -1,13 +1,15 @@
 """`vltrain evaluate` and launch/evaluate.py.
 
     vltrain evaluate RUN [--split test] [--checkpoint FOLDER|best|none] [--json OUT] [--eval.batch_size 64 ...]
-    vltrain evaluate --predictions FILE --data FOLDER|SAMPLES [--split test] [--eval.scorer NAME] [--letters] [--allow-missing] [--json OUT]
+    vltrain evaluate --predictions FILE --data FOLDER|SAMPLES [--split test] [--eval.scorer NAME] [--letters]
+                     [--allow-missing] [--json OUT]
 
-The first answers a split with a trained run, in one process or on several ranks (`--ranks N`, `deepspeed launch/evaluate.py RUN`), each with a
-whole copy of the model. The second scores a file of answers without any model: to ScienceQA's questions (--data: its official folder), or by any scorer
-to those of a file or folder of samples. --letters reads "B", "(B)" and "The answer is (B)." as choices; --allow-missing leaves questions without
-an answer out. Both print a table and end with the accuracy. A run's predictions and figures go into RUN/eval/SPLIT; where that cannot be
-written they are printed alone, and --json writes the figures elsewhere.
+The first answers a split with a trained run, in one process or on several ranks (`--ranks N`,
+`deepspeed launch/evaluate.py RUN`), each with a whole copy of the model. The second scores a file of answers without
+any model: to ScienceQA's questions (--data: its official folder), or by any scorer to those of a file or folder of
+samples. --letters reads "B", "(B)" and "The answer is (B)." as choices; --allow-missing leaves questions without an
+answer out. Both print a table and end with the accuracy. A run's predictions and figures go into RUN/eval/SPLIT; where
+that cannot be written they are printed alone, and --json writes the figures elsewhere.
 """
 
 from __future__ import annotations
@@ -22,34 +24,47 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vltrain.config.command_line import (
+    COMMAND_LINE,
+    FLAGS,
+    LAUNCHER_OPTIONS,
+    QUIET,
+    QUIETLY,
+    RANKS,
+    Arguments,
+    Option,
+    Settings,
+    load_settings,
+    refuse_ranks,
+    split_arguments,
+)
+from vltrain.config.recipe import RECIPE
+from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
-from vltrain.data.tokenizer_sources import tokenizer_sources
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.distributed.hardware import choose_dtype, device, limit_threads
+from vltrain.distributed.machine import local_world_size, require_machine, require_one_model
+from vltrain.distributed.preemption import Preemption
+from vltrain.distributed.ranks import adopt_ranks, join_process_group, names_lost_ranks
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.report import write_report
 from vltrain.evaluate.run import evaluate_split
-from vltrain.evaluate.scoring import Report
+from vltrain.evaluate.scorers.scoring import Report
+from vltrain.files.atomic import write_json
+from vltrain.files.digest import file_digest
 from vltrain.files.events import EventWriter
 from vltrain.files.lock import lock_inside, one_writer
-from vltrain.files.whole import write_json
 from vltrain.inference.build import answering_model
 from vltrain.inference.run import choose_checkpoint, require_run, weights_before, weights_used
-from vltrain.files.digest import file_digest
-from vltrain.programs.data_ready import ready_samples
-from vltrain.programs.origins import require_trained_set
-from vltrain.programs.run_folder import why_not_writable
-from vltrain.recipe import RECIPE
-from vltrain.settings import COMMAND_LINE, FLAGS, LAUNCHER_OPTIONS, QUIET, QUIETLY, RANKS, Arguments, Option, Settings, load_settings, refuse_ranks, split_arguments
-from vltrain.stages import last_stage
-from vltrain.train.checkpoint import Checkpoint
+from vltrain.launching.run_folder import why_not_writable
+from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.origins import require_trained_set
+from vltrain.train.checkpoints.checkpoint import Checkpoint
 from vltrain.train.determinism import set_determinism
-from vltrain.train.hardware import choose_dtype, device, limit_threads
-from vltrain.train.machine import local_world_size, require_machine, require_one_model
-from vltrain.train.made_of import made_of
-from vltrain.train.preemption import Preemption
-from vltrain.train.ranks import adopt_ranks, join_process_group, names_lost_ranks
+from vltrain.train.run.made_of import made_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +78,17 @@ RUN_OPTIONS: dict[str, Option] = {
     QUIET: QUIETLY,
     "split": Option("which split to answer; left out: the recipe's data.test_split", metavar="NAME"),
     "checkpoint": Option(
-        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the model before tuning (with "
-        "train.init_from: as it began); left out: the run's newest", metavar="{FOLDER,best,none}",
+        "a checkpoint's folder, best for the one with the best evaluation (train.keep_best), or none for the "
+        "model before tuning (with "
+        "train.init_from: as it began); left out: the run's newest",
+        metavar="{FOLDER,best,none}",
     ),
     "json": Option("also write the figures to this file", metavar="FILE"),
     "predictions": Option(
-        "instead of a run: score this file of answers to the questions in --data (ScienceQA's folder, or samples and --eval.scorer); with --letters, "
-        '"B" or "(B)" is a choice; with --allow-missing, questions without an answer are left out', metavar="FILE",
+        "instead of a run: score this file of answers to the questions in --data (ScienceQA's folder, or "
+        "samples and --eval.scorer); with --letters, "
+        '"B" or "(B)" is a choice; with --allow-missing, questions without an answer are left out',
+        metavar="FILE",
     ),
 }
 JOIN_TIMEOUT = datetime.timedelta(minutes=30)
@@ -91,12 +110,21 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
     if folder is not None:
         require_run(folder)
     settings = load_settings(
-        argv, program=program, examples=EXAMPLES, description="Answers a split with a trained run (of one in stages the last) and scores the answers.", options=RUN_OPTIONS,
-        positionals=("run",), default_recipe=folder / RECIPE if folder else None, default_is_checked=True,
+        argv,
+        program=program,
+        examples=EXAMPLES,
+        description="Answers a split with a trained run (of one in stages the last) and scores the answers.",
+        options=RUN_OPTIONS,
+        positionals=("run",),
+        default_recipe=folder / RECIPE if folder else None,
+        default_is_checked=True,
     )
     assert folder is not None, "load_settings asks for the run"
     refuse_ranks(settings.options)
-    with Preemption().listening(), names_lost_ranks():  # there is nothing to save: a signal ends it at once, also in a collective
+    with (
+        Preemption().listening(),
+        names_lost_ranks(),
+    ):  # there is nothing to save: a signal ends it at once, also in a collective
         try:
             evaluate_run(folder, settings)
             return 0
@@ -105,13 +133,19 @@ def main(argv: list[str], *, program: str = "vltrain evaluate") -> int:
                 dist.destroy_process_group()
 
 
-def _finish(report: Report, json_file: str | None, folder: Path | None = None, facts: dict[str, Any] | None = None) -> None:
-    """Shows a report, and then writes it, with `facts` (which weights answered): what took hours is on the screen, whatever the disk says."""
+def _finish(
+    report: Report, json_file: str | None, folder: Path | None = None, facts: dict[str, Any] | None = None
+) -> None:
+    """Shows a report, and then writes it, with `facts` (which weights answered): what took hours is on the screen,
+    whatever the disk says."""
     if not is_quiet():
         for what, how in report.told.items():
             print(f"{what}: {how}")
         if report.missing:
-            print(f"left out: {report.missing} question(s) that the file does not answer; figures are not comparable with those of the whole split")
+            print(
+                f"left out: {report.missing} question(s) that the file does not answer; figures are not "
+                "comparable with those of the whole split"
+            )
         print(report.to_markdown())
         for line in report.lines():
             print(line)
@@ -126,7 +160,9 @@ def _require_place(json_file: str | None) -> None:
     """Raises InputError if the file of --json could not be written, before hours of answering."""
     if json_file is None:
         return
-    reason = why_not_writable(Path(json_file).absolute().parent) or ("it is a folder" if Path(json_file).is_dir() else None)
+    reason = why_not_writable(Path(json_file).absolute().parent) or (
+        "it is a folder" if Path(json_file).is_dir() else None
+    )
     if reason is not None:
         raise InputError(f"{COMMAND_LINE}: --json {json_file}: cannot be written ({reason}); name another file")
 
@@ -136,18 +172,30 @@ def _evaluate_file(arguments: Arguments) -> Report:
         if name not in (*FILE_OPTIONS, *LAUNCHER_OPTIONS):
             raise InputError(f"{COMMAND_LINE}: --{name} does not go with --predictions, {nearest(name, FILE_OPTIONS)}")
     if arguments.positionals:
-        raise InputError(f"{COMMAND_LINE}: found '{arguments.positionals[0]}' beside --predictions, expected one of the two")
+        raise InputError(
+            f"{COMMAND_LINE}: found '{arguments.positionals[0]}' beside --predictions, expected one of the two"
+        )
     predictions, data = arguments.last("predictions"), arguments.last("data")
     assert predictions is not None
     if data is None:
-        raise InputError(f"{COMMAND_LINE}: --predictions needs --data FOLDER, of problems.json and pid_splits.json or of prepared samples, or a file of samples")
+        raise InputError(
+            f"{COMMAND_LINE}: --predictions needs --data FOLDER, of problems.json and pid_splits.json or of "
+            "prepared samples, or a file of samples"
+        )
     given = dict(arguments.options)
     if Path(data).is_file() and "split" in given:
-        raise InputError(f"{COMMAND_LINE}: --split {given['split']}: has no effect: --data names a file; leave it out, or name the file's folder")
+        raise InputError(
+            f"{COMMAND_LINE}: --split {given['split']}: has no effect: --data names a file; leave it out, or "
+            "name the file's folder"
+        )
     return score_predictions(
-        Path(predictions), Path(data), arguments.last("split") or "test", arguments.last("eval.scorer"), letters="letters" in given,
+        Path(predictions),
+        Path(data),
+        arguments.last("split") or "test",
+        arguments.last("eval.scorer"),
+        letters="letters" in given,
         allow_missing="allow-missing" in given,
-    )  # fmt: skip
+    )
 
 
 def evaluate_run(folder: Path, settings: Settings) -> None:
@@ -165,7 +213,11 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
     facts = weights_used(folder, config, checkpoint, made_of(config), settings.overrides) if rank == 0 else {}
     if rank == 0:
-        told = "the model before tuning" if checkpoint is None else f"{checkpoint.path} (step {checkpoint.step}, {checkpoint.digest[:12]})"
+        told = (
+            "the model before tuning"
+            if checkpoint is None
+            else f"{checkpoint.path} (step {checkpoint.step}, {checkpoint.digest[:12]})"
+        )
         logger.info("weights: %s", told)
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
@@ -187,9 +239,17 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
 
 
 def _answer(
-    folder: Path, settings: Settings, tokenizer: Tokenizer, checkpoint: Checkpoint | None, samples_file: Path, split: str, max_samples: int | None,
-    facts: dict[str, Any], *, keeps: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    checkpoint: Checkpoint | None,
+    samples_file: Path,
+    split: str,
+    max_samples: int | None,
+    facts: dict[str, Any],
+    *,
+    keeps: bool,
+) -> None:
     """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
     config, rank, world_size = settings.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
@@ -203,10 +263,23 @@ def _answer(
     writer = EventWriter(folder / "tensorboard") if rank == 0 and keeps else None
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
-            model, samples_file, tokenizer, config, split=split, folder=None, step=step, max_samples=max_samples, device=place,
+            model,
+            samples_file,
+            tokenizer,
+            config,
+            split=split,
+            folder=None,
+            step=step,
+            max_samples=max_samples,
+            device=place,
             writer=writer,
         )
     if writer is not None:
         writer.close()
     if report is not None:
-        _finish(report, settings.options["json"], folder / "eval" / split if keeps else None, {"split": split, "step": step, **facts})
+        _finish(
+            report,
+            settings.options["json"],
+            folder / "eval" / split if keeps else None,
+            {"split": split, "step": step, **facts},
+        )

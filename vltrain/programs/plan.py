@@ -2,8 +2,9 @@
 
     vltrain plan RECIPE [--ds ds_configs/zero2.json] [--gpus N] [--gpu-memory GIB] [--json OUT] [--KEY VALUE ...]
 
-RECIPE is a file or a name of launch/recipes, as `--recipe` is everywhere, which does as well; of one in stages each is planned. Runs anywhere, in less than a minute: networks are outlines without weights,
-and where weights are not on this machine their sizes go by the network's name (`vltrain.check.sizes`), which the output says.
+RECIPE is a file or a name of launch/recipes, as `--recipe` is everywhere, which does as well; of one in stages each is
+planned. Runs anywhere, in less than a minute: networks are outlines without weights, and where weights are not on this
+machine their sizes go by the network's name (`vltrain.memory.sizes`), which the output says.
 """
 
 from __future__ import annotations
@@ -16,50 +17,76 @@ from typing import Any
 import torch
 from torch import nn
 
-from vltrain.check.memory_plan import (
-    CARDS_GIB, GIB, MemoryPlan, adalora_size, checkpoint_bytes, largest_pack, parameters_by_part, plan_memory, step_flops,
-)  # fmt: skip
-from vltrain.check.sizes import assume_sizes, is_here
-from vltrain.config import Config
+from vltrain.config.command_line import COMMAND_LINE, Option, Settings, split_arguments
+from vltrain.config.schema import Config
+from vltrain.config.stages import load_stages
+from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
 from vltrain.data.shards import PackedDataset
-from vltrain.data.tokenizer import Tokenizer, load_tokenizer
-from vltrain.data.tokenizer_sources import tokenizer_sources
-from vltrain.console import logged_from
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.files.whole import write_json
+from vltrain.files.atomic import write_json
+from vltrain.memory.plan import (
+    CARDS_GIB,
+    GIB,
+    MemoryPlan,
+    adalora_size,
+    checkpoint_bytes,
+    largest_pack,
+    parameters_by_part,
+    plan_memory,
+    step_flops,
+)  # fmt: skip
+from vltrain.memory.sizes import assume_sizes, is_here
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, part_of
-from vltrain.models.build_blip import full_qformer_size
-from vltrain.models.qformer import InstructBlip
-from vltrain.programs.data_ready import packed_folder
-from vltrain.programs.origins import packs_differ, samples_file
-from vltrain.settings import COMMAND_LINE, Option, Settings, split_arguments
-from vltrain.stages import load_stages
-from vltrain.train.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
-from vltrain.train.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.models.instructblip.build import full_qformer_size
+from vltrain.models.instructblip.model import InstructBlip
+from vltrain.prepared.ensure_data import packed_folder
+from vltrain.prepared.origins import packs_differ, samples_file
 from vltrain.train.optim import parameter_groups
+from vltrain.train.run.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.train.zero.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = ("vltrain plan quickstart", "vltrain plan llama2_7b_diht_scienceqa --gpus 8 --ds zero3 --gpu-memory 40", "vltrain plan table2#ba_8_2 --llm-size llama-2-7b")
+EXAMPLES = (
+    "vltrain plan quickstart",
+    "vltrain plan llama2_7b_diht_scienceqa --gpus 8 --ds zero3 --gpu-memory 40",
+    "vltrain plan table2#ba_8_2 --llm-size llama-2-7b",
+)
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
     "gpu-memory": Option("memory of one GPU in GiB; left out: common cards are compared", metavar="GIB"),
     "json": Option("also write all figures to this file", metavar="FILE"),
-    "llm-size": Option("plan with a published LLaMA's sizes, such as llama-2-7b, whatever the recipe names", metavar="NAME"),
-    "vision-size": Option("plan with a published ViT's sizes, such as vit-l/14-336, whatever the recipe names", metavar="NAME"),
-    "instructblip-size": Option("plan with a published InstructBLIP's sizes, such as instructblip-flan-t5-xl, whatever the recipe names", metavar="NAME"),
+    "llm-size": Option(
+        "plan with a published LLaMA's sizes, such as llama-2-7b, whatever the recipe names", metavar="NAME"
+    ),
+    "vision-size": Option(
+        "plan with a published ViT's sizes, such as vit-l/14-336, whatever the recipe names", metavar="NAME"
+    ),
+    "instructblip-size": Option(
+        "plan with a published InstructBLIP's sizes, such as instructblip-flan-t5-xl, whatever the recipe names",
+        metavar="NAME",
+    ),
 }
 
 
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain plan") -> int:
-    """Plans what the command line names. Returns the exit code: 0, also where nothing fits, or 2 for a mistake in the input."""
+    """Plans what the command line names. Returns the exit code: 0, also where nothing fits, or 2 for a mistake in the
+    input."""
     words = split_arguments(argv).positionals
     if len(words) == 1:
         argv = [word for word in argv if word is not words[0]] + ["--recipe", words[0]]
-    whole = load_stages(argv, program=program, description="Plans parameters and memory of a recipe.", options=OPTIONS, examples=EXAMPLES)
+    whole = load_stages(
+        argv,
+        program=program,
+        description="Plans parameters and memory of a recipe.",
+        options=OPTIONS,
+        examples=EXAMPLES,
+    )
     if whole.parts[0].recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no recipe, expected a file or a name of launch/recipes")
     with logged_from(logging.WARNING, "vltrain"):
@@ -67,20 +94,27 @@ def main(argv: list[str], *, program: str = "vltrain plan") -> int:
     json_file = whole.parts[0].options["json"]
     if json_file is not None:
         write_json(Path(json_file), {"stages": dict(zip(whole.names, plans, strict=True))} if whole.names else plans[0])
-    titles = [f"stage {number} of {len(whole.names)}: {name}\n" for number, name in enumerate(whole.names, start=1)] or [""]
+    titles = [
+        f"stage {number} of {len(whole.names)}: {name}\n" for number, name in enumerate(whole.names, start=1)
+    ] or [""]
     print("\n\n".join(title + describe(plan) for title, plan in zip(titles, plans, strict=True)), flush=True)
     return 0
 
 
 def plan_recipe(settings: Settings) -> dict[str, Any]:
-    """All figures, ready for JSON. Raises InputError for contradictions between recipe, DeepSpeed's JSON and options."""
+    """All figures, ready for JSON. Raises InputError for contradictions between recipe, DeepSpeed's JSON and
+    options."""
     options, config = settings.options, settings.config
     num_gpus = _number(options, "gpus", int)
     memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
     ds_json = load_ds_json(options["ds"])
-    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16  # auto is bf16 on all GPUs worth planning for
+    dtype = (
+        torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    )  # auto is bf16 on all GPUs worth planning for
     bits = config.model.bits
-    model_config, assumed = assume_sizes(config.model, options["llm-size"], options["vision-size"], options["instructblip-size"])
+    model_config, assumed = assume_sizes(
+        config.model, options["llm-size"], options["vision-size"], options["instructblip-size"]
+    )
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
     ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model))
@@ -105,24 +139,43 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     per_checkpoint = checkpoint_bytes(parameters["all"]["trainable"], adalora_size(model))
     cards = CARDS_GIB if memory_gib is None else {f"{memory_gib:g} GiB": memory_gib}
     return {
-        "recipe": str(settings.recipe), "gpus": num_gpus, "zero_stage": zero_stage(ds_config),
-        "micro_steps_per_step": micro_steps_per_step(config.train.packs_per_step, num_gpus), "bits": bits,
-        "products": str(dtype).removeprefix("torch."), "activation_checkpointing": config.train.activation_checkpointing,
-        "assumed": assumed, "pack": asdict(pack), "parameters": parameters, "full_qformer_tuning": _share(model), "memory_per_rank": _memory_to_json(memory),
+        "recipe": str(settings.recipe),
+        "gpus": num_gpus,
+        "zero_stage": zero_stage(ds_config),
+        "micro_steps_per_step": micro_steps_per_step(config.train.packs_per_step, num_gpus),
+        "bits": bits,
+        "products": str(dtype).removeprefix("torch."),
+        "activation_checkpointing": config.train.activation_checkpointing,
+        "assumed": assumed,
+        "pack": asdict(pack),
+        "parameters": parameters,
+        "full_qformer_tuning": _share(model),
+        "memory_per_rank": _memory_to_json(memory),
         "cards": {name: {"gib": gib, "verdict": memory.verdict(gib)} for name, gib in cards.items()},
-        "disk": {"checkpoint_bytes": per_checkpoint, "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1)},
-        "steps_per_epoch": None if index is None else len(index) / config.train.packs_per_step, "packs": no_packs,
+        "disk": {
+            "checkpoint_bytes": per_checkpoint,
+            "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1),
+        },
+        "steps_per_epoch": None if index is None else len(index) / config.train.packs_per_step,
+        "packs": no_packs,
         "flops_per_step": step_flops(config, model, pack, index),
-    }  # fmt: skip
+    }
 
 
 def _share(model: AnyModel) -> dict[str, float] | None:
-    """What is trained of an InstructBLIP, beside full tuning of its Q-Former, the paper's 100%; None of other networks."""
+    """What is trained of an InstructBLIP, beside full tuning of its Q-Former, the paper's 100%; None of other
+    networks."""
     if not isinstance(model, InstructBlip):
         return None
     full, counts = full_qformer_size(model), count_parameters(model)
     updates, trained = counts["peft"][1], sum(trained for _, trained in counts.values())
-    return {"parameters": full, "updates": updates, "updates_percent": 100 * updates / full, "trained": trained, "trained_percent": 100 * trained / full}
+    return {
+        "parameters": full,
+        "updates": updates,
+        "updates_percent": 100 * updates / full,
+        "trained": trained,
+        "trained_percent": 100 * trained / full,
+    }
 
 
 def _number(options: dict[str, str | None], name: str, kind: type[int] | type[float]) -> Any:
@@ -132,7 +185,9 @@ def _number(options: dict[str, str | None], name: str, kind: type[int] | type[fl
     except ValueError:
         value = 0
     if not 0 < value < 1e6:
-        raise InputError(f"{COMMAND_LINE}: --{name}: found '{text}', expected a positive {'whole ' if kind is int else ''}number")
+        raise InputError(
+            f"{COMMAND_LINE}: --{name}: found '{text}', expected a positive {'whole ' if kind is int else ''}number"
+        )
     return value
 
 
@@ -147,7 +202,9 @@ def _tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
         return None, f"not looked for: {error}"
 
 
-def _packs(config: Config, tokenizer: Tokenizer | None, no_tokenizer: str, visual_tokens: int) -> tuple[PackedDataset | None, str]:
+def _packs(
+    config: Config, tokenizer: Tokenizer | None, no_tokenizer: str, visual_tokens: int
+) -> tuple[PackedDataset | None, str]:
     """The packs to train on, if they are on this machine, and where they are or why there are none."""
     if config.data.train_packs is not None:
         folder = Path(config.data.train_packs)
@@ -160,7 +217,10 @@ def _packs(config: Config, tokenizer: Tokenizer | None, no_tokenizer: str, visua
     if config.data.train_packs is None and tokenizer is not None and read_made_from(folder) is not None:
         samples = samples_file(config, config.data.train_split)
         if samples.is_file() and (differences := packs_differ(config, folder, samples, tokenizer)):
-            return None, f"not looked at: {folder} was packed from something else than {samples}: {'; '.join(differences)}"
+            return (
+                None,
+                f"not looked at: {folder} was packed from something else than {samples}: {'; '.join(differences)}",
+            )
     return PackedDataset(folder, verify=False), str(folder)
 
 
@@ -169,39 +229,69 @@ def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:
         name: {**asdict(entry), "kept": entry.kept, "peak": entry.peak} for name, entry in memory.activations.items()
     }
     return {
-        "held_bytes": memory.held, "at_work_bytes": memory.at_work, "in_step_bytes": memory.in_step, "host_bytes": memory.host,
-        "peak_bytes": memory.peak, "peak_gib": round(memory.peak / GIB, 3),
-        "activations_bytes": {"without_checkpointing": activations["kept"], "with_checkpointing": activations["recomputed"]},
-    }  # fmt: skip
+        "held_bytes": memory.held,
+        "at_work_bytes": memory.at_work,
+        "in_step_bytes": memory.in_step,
+        "host_bytes": memory.host,
+        "peak_bytes": memory.peak,
+        "peak_gib": round(memory.peak / GIB, 3),
+        "activations_bytes": {
+            "without_checkpointing": activations["kept"],
+            "with_checkpointing": activations["recomputed"],
+        },
+    }
 
 
 def describe(plan: dict[str, Any]) -> str:
     """The figures as tables to read."""
     pack, memory = plan["pack"], plan["memory_per_rank"]
-    lines = [f"{plan['recipe']}: {plan['gpus']} GPU(s), ZeRO stage {plan['zero_stage']}, products in {plan['products']}"]
+    lines = [
+        f"{plan['recipe']}: {plan['gpus']} GPU(s), ZeRO stage {plan['zero_stage']}, products in {plan['products']}"
+    ]
     lines += [f"assumed: {assumption}" for assumption in plan["assumed"]]
     lines += ["", f"{'parameters':44}{'total':>18}{'trained':>18}"]
-    lines += [f"  {part:42}{count['total']:18,}{count['trainable']:18,}" for part, count in plan["parameters"].items() if count["total"]]
+    lines += [
+        f"  {part:42}{count['total']:18,}{count['trainable']:18,}"
+        for part, count in plan["parameters"].items()
+        if count["total"]
+    ]
     share = plan["full_qformer_tuning"]
     if share is not None:
-        lines += [f"of full Q-Former tuning ({share['parameters']:,}): low-rank updates {share['updates']:,} ({share['updates_percent']:.2f}%), "
-                  f"everything trained {share['trained']:,} ({share['trained_percent']:.2f}%)"]  # fmt: skip
-    for key, title in (("held", "held all the time"), ("at_work", "and in forward and backward"), ("in_step", "or in the step instead"),
-                       ("host", "in CPU memory, of each rank")):  # fmt: skip
+        lines += [
+            f"of full Q-Former tuning ({share['parameters']:,}): low-rank updates {share['updates']:,} "
+            f"({share['updates_percent']:.2f}%), "
+            f"everything trained {share['trained']:,} ({share['trained_percent']:.2f}%)"
+        ]
+    for key, title in (
+        ("held", "held all the time"),
+        ("at_work", "and in forward and backward"),
+        ("in_step", "or in the step instead"),
+        ("host", "in CPU memory, of each rank"),
+    ):
         kinds = memory[f"{key}_bytes"]
         lines += ["", f"{title:44}{sum(kinds.values()) / GIB:14.2f} GiB"] if kinds else []
         lines += [f"  {kind:42}{num_bytes / GIB:14.2f} GiB{num_bytes:18,}" for kind, num_bytes in kinds.items()]
     lines += ["", f"{'peak on each GPU':44}{memory['peak_gib']:14.2f} GiB"]
     lines += [f"  on {name:39}{card['gib']:14.1f} GiB: {card['verdict']}" for name, card in plan["cards"].items()]
     both = memory["activations_bytes"]
-    lines += ["", f"activations and working memory {'with' if plan['activation_checkpointing'] else 'without'} checkpointing, as above; "
-              f"with: {both['with_checkpointing']['peak'] / GIB:.2f} GiB, without: "
-              f"{both['without_checkpointing']['peak'] / GIB:.2f} GiB"]  # fmt: skip
+    lines += [
+        "",
+        f"activations and working memory {'with' if plan['activation_checkpointing'] else 'without'} checkpointing, "
+        "as above; "
+        f"with: {both['with_checkpointing']['peak'] / GIB:.2f} GiB, without: "
+        f"{both['without_checkpointing']['peak'] / GIB:.2f} GiB",
+    ]
     sizes = f"{pack['num_tokens']} tokens, {pack['num_images']} image(s), {pack['num_label_tokens']} labels"
     lines += [f"of a pack of {sizes} ({pack['origin']})"]
     lines += [f"a step: {plan['flops_per_step']:.3g} FLOPs, {plan['micro_steps_per_step']} micro-step(s) on each GPU"]
     epoch = plan["steps_per_epoch"]
-    lines += [f"an epoch: {epoch:,.1f} steps ({plan['packs']})" if epoch else f"an epoch: unknown, no packs here ({plan['packs']})"]
+    lines += [
+        f"an epoch: {epoch:,.1f} steps ({plan['packs']})"
+        if epoch
+        else f"an epoch: unknown, no packs here ({plan['packs']})"
+    ]
     disk = plan["disk"]
-    lines += [f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"]
+    lines += [
+        f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"
+    ]
     return "\n".join(lines)

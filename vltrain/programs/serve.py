@@ -1,16 +1,20 @@
-"""`vltrain serve RUN [--port 8000]`: a tuned run answers over HTTP, as OpenAI's chat completions, and on a local web page.
+"""`vltrain serve RUN [--port 8000]`: a tuned run answers over HTTP, as OpenAI's chat completions, and on a local web
+page.
 
     vltrain serve runs/quickstart
     vltrain serve runs/quickstart --port 0 --checkpoint best --images data/easyvqa/samples --no-page
 
-    --host 127.0.0.1        where it listens; any other than this machine's own is open to everybody who reaches it: see --api-key-env
+    --host 127.0.0.1        where it listens; any other than this machine's own is open to everybody who reaches it: see
+    --api-key-env
     --port 8000             0: a free one, which is told
     --checkpoint {FOLDER,best,none}   as of `vltrain evaluate`; left out: the run's newest
     --adapters FOLDER       the weights of an export of adapters, in place of a checkpoint's
     --bits {4,8,16,32}, --device D    as of `vltrain ask`
     --as-is                 ask questions as they stand; else they are put as the training's were, as by `vltrain ask`
-    --only                  offer this checkpoint alone; else the run's others too, of which one at a time takes memory for a second model
-    --images FOLDER         requests may name files below this folder (images/a.png, file:///FOLDER/images/a.png); left out: data URLs alone
+    --only                  offer this checkpoint alone; else the run's others too, of which one at a time takes memory
+                            for a second model
+    --images FOLDER         requests may name files below this folder (images/a.png, file:///FOLDER/images/a.png); left
+                            out: data URLs alone
     --max-waiting 256       requests beside the one that is answered; more are told to come again (429, Retry-After)
     --max-request-bytes 33554432, --max-images 16, --timeout 300    of one request; seconds
     --api-key-env NAME      the variable of the environment that holds the key that requests must have
@@ -20,8 +24,9 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "quickstart", "messages": [{"role": "user", "content": "What is red?"}]}'
 
-Routes: /v1/chat/completions (with stream), /v1/models, /health, and the page at /. Needs `pip install 'vltrain[serve]'`. SIGTERM and Ctrl-C end it after the
-running answer; exit codes are those of `vltrain evaluate`.
+Routes: /v1/chat/completions (with stream), /v1/models, /health, and the page at /. Needs
+`pip install 'vltrain[serve]'`. SIGTERM and Ctrl-C end it after the running answer; exit codes are those of
+`vltrain evaluate`.
 """
 
 from __future__ import annotations
@@ -33,16 +38,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vltrain.config import Config
+from vltrain.config.command_line import COMMAND_LINE, FLAGS, Arguments, split_arguments
+from vltrain.config.schema import Config
 from vltrain.console import start_logging
+from vltrain.distributed.hardware import limit_threads
+from vltrain.distributed.preemption import Preempted, Preemption
 from vltrain.errors import InputError, end_at_once, exits_cleanly
 from vltrain.inference.load import load
 from vltrain.inference.run import recipe_of, require_run
-from vltrain.programs.origins import samples_file
-from vltrain.settings import COMMAND_LINE, FLAGS, Arguments, split_arguments
+from vltrain.prepared.origins import samples_file
 from vltrain.train.determinism import set_determinism
-from vltrain.train.hardware import limit_threads
-from vltrain.train.preemption import Preempted, Preemption
 
 if TYPE_CHECKING:
     from vltrain.serve.app import Limits
@@ -52,9 +57,21 @@ logger = logging.getLogger(__name__)
 
 ALONE = ("only", "as-is", "no-page")
 OPTIONS = (
-    "host", "port", "checkpoint", "adapters", "model.bits", "device", "images", "max-waiting", "max-request-bytes", "max-images", "timeout",
-    "api-key-env", "allow-hosts", *ALONE,
-)  # fmt: skip
+    "host",
+    "port",
+    "checkpoint",
+    "adapters",
+    "model.bits",
+    "device",
+    "images",
+    "max-waiting",
+    "max-request-bytes",
+    "max-images",
+    "timeout",
+    "api-key-env",
+    "allow-hosts",
+    *ALONE,
+)
 MAX_PORT = 65_535
 UNTUNED = "none"
 LOWEST = {"max-waiting": 1, "max-request-bytes": 1024, "max-images": 1, "timeout": 1}
@@ -69,7 +86,9 @@ def main(argv: list[str], *, program: str = "vltrain serve") -> int:
         return 0
     arguments.require_known([name.removeprefix("model.") for name in OPTIONS] + ["model.bits"])
     if len(arguments.positionals) != 1:
-        raise InputError(f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN, the folder of a run")
+        raise InputError(
+            f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN, the folder of a run"
+        )
     start_logging()
     run = Path(arguments.positionals[0]).expanduser()
     require_run(run)
@@ -109,8 +128,8 @@ def _serve(run: Path, arguments: Arguments, with_page: bool) -> None:
         worker = Worker(shelf, as_is=("as-is", None) in arguments.options)
         app = build_app(shelf, worker, images=images, limits=limits)
         if with_page:
-            from vltrain.serve.gallery import Gallery
-            from vltrain.serve.page import mount_page
+            from vltrain.serve.page.answers import Gallery
+            from vltrain.serve.page.page import mount_page
 
             mount_page(app, shelf, worker, limits, Gallery(_answered_splits(run, config), config.data.max_image_pixels))
         gates = Gates(app, names=[host, *names], key=key, max_body_bytes=limits.max_request_bytes)
@@ -119,8 +138,12 @@ def _serve(run: Path, arguments: Arguments, with_page: bool) -> None:
         try:
             server.make_server(gates, worker, max_waiting=limits.max_waiting, greeting=greeting).run(sockets=[listener])
         except Preempted as left:
-            if not worker.end(timeout_seconds=1.0):  # at the interpreter's end a thread within a forward may crash it, and hide the exit code
-                end_at_once(f"{left.reason}: a forward, or a checkpoint's loading, was not waited for", int(left.code or 0))
+            if not worker.end(
+                timeout_seconds=1.0
+            ):  # at the interpreter's end a thread within a forward may crash it, and hide the exit code
+                end_at_once(
+                    f"{left.reason}: a forward, or a checkpoint's loading, was not waited for", int(left.code or 0)
+                )
             raise
     finally:
         listener.close()
@@ -131,7 +154,13 @@ def _shelf(run: Path, arguments: Arguments) -> Shelf:
 
     settings: dict[str, Any] = {"bits": arguments.whole("model.bits", 1, 64), "device": arguments.last("device")}
     only, checkpoint = ("only", None) in arguments.options, arguments.last("checkpoint")
-    served = load(run, checkpoint=checkpoint, adapters=arguments.last("adapters"), keep_untuned=not only and checkpoint != UNTUNED, **settings)
+    served = load(
+        run,
+        checkpoint=checkpoint,
+        adapters=arguments.last("adapters"),
+        keep_untuned=not only and checkpoint != UNTUNED,
+        **settings,
+    )
     used = served.facts["checkpoint"]
     name = run.resolve().name
     others = [] if only else other_checkpoints(run, name, None if used is None else Path(used["path"]))
@@ -156,12 +185,16 @@ def _limits(arguments: Arguments) -> Limits:
     numbers = {
         name: arguments.whole(name, LOWEST[name], 10**9) or int(value)
         for name, value in (
-            ("max-waiting", default.max_waiting), ("max-request-bytes", default.max_request_bytes), ("max-images", default.max_images),
+            ("max-waiting", default.max_waiting),
+            ("max-request-bytes", default.max_request_bytes),
+            ("max-images", default.max_images),
             ("timeout", default.timeout_seconds),
         )
-    }  # fmt: skip
+    }
     return Limits(
-        max_waiting=numbers["max-waiting"], max_request_bytes=numbers["max-request-bytes"], max_images=numbers["max-images"],
+        max_waiting=numbers["max-waiting"],
+        max_request_bytes=numbers["max-request-bytes"],
+        max_images=numbers["max-images"],
         timeout_seconds=float(numbers["timeout"]),
     )
 
@@ -173,7 +206,9 @@ def _folder(arguments: Arguments) -> Path | None:
     folder = Path(named).expanduser()
     if not folder.is_dir():
         found = "is no folder" if folder.exists() else "no such folder"
-        raise InputError(f"{COMMAND_LINE}: --images {named}: {found}, expected one below which requests may name images")
+        raise InputError(
+            f"{COMMAND_LINE}: --images {named}: {found}, expected one below which requests may name images"
+        )
     return folder
 
 

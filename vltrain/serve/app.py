@@ -2,8 +2,9 @@
 
     body (bounded) -> request (checked, images to bytes) -> worker's line -> whole answer, or server-sent events
 
-A request is in the lobby from its first byte on; when its client goes away it leaves the line, or its answer ends before the next token. What
-is wrong before the first piece of text becomes a status of 4xx or 5xx, in streams too, and later an event `error`.
+A request is in the lobby from its first byte on; when its client goes away it leaves the line, or its answer ends
+before the next token. What is wrong before the first piece of text becomes a status of 4xx or 5xx, in streams too, and
+later an event `error`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ PARSED_AT_ONCE = 2  # bodies, each of which takes some times its size meanwhile
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """max_waiting requests beside the one that is answered; timeout_seconds from a request's arrival to its end; the rest of one request."""
+    """max_waiting requests beside the one that is answered; timeout_seconds from a request's arrival to its end; the
+    rest of one request."""
 
     max_waiting: int = 256
     max_request_bytes: int = 32 * 1024**2
@@ -91,11 +93,17 @@ class ChatCompletions:
         headers = Headers(scope=scope)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page of another site may send others without asking
-            raise ApiError(415, f"Content-Type: found {kind[:60]!r}, expected application/json", code="unsupported_media_type")
+            raise ApiError(
+                415, f"Content-Type: found {kind[:60]!r}, expected application/json", code="unsupported_media_type"
+            )
         if headers.get("content-encoding", "identity").lower() != "identity":
-            raise ApiError(415, "Content-Encoding: expected a body that is not compressed", code="unsupported_media_type")
+            raise ApiError(
+                415, "Content-Encoding: expected a body that is not compressed", code="unsupported_media_type"
+            )
         declared = headers.get("content-length")
-        reserved = await self.lobby.reserve(self._limits.max_request_bytes if declared is None else int(declared))  # the gates have looked at it
+        reserved = await self.lobby.reserve(
+            self._limits.max_request_bytes if declared is None else int(declared)
+        )  # the gates have looked at it
         held.callback(reserved.shrink, 0)
         return await self._parse(receive, reserved)
 
@@ -111,7 +119,9 @@ class ChatCompletions:
                     if not message.get("more_body", False):
                         break
         except TimeoutError:
-            raise ApiError(408, f"the request's body did not arrive within {READ_SECONDS:g} seconds", code="timeout") from None
+            raise ApiError(
+                408, f"the request's body did not arrive within {READ_SECONDS:g} seconds", code="timeout"
+            ) from None
 
         def parse() -> ChatRequest:
             try:
@@ -135,7 +145,14 @@ class ChatCompletions:
         finally:
             watch.cancel()
             self._worker.withdraw(job)
-        logger.info("%s: %d + %d tokens, %s, %.2f s", request.model, done.prompt_tokens, done.completion_tokens, done.reason, time.monotonic() - started)
+        logger.info(
+            "%s: %d + %d tokens, %s, %.2f s",
+            request.model,
+            done.prompt_tokens,
+            done.completion_tokens,
+            done.reason,
+            time.monotonic() - started,
+        )
 
 
 async def _cancel_when_gone(receive: Receive, job: Job) -> None:
@@ -200,7 +217,11 @@ class _Reply:
 
     async def _start(self, completion: Completion) -> None:
         self._has_started = True
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._event(event(completion.first()))
 
@@ -227,14 +248,23 @@ def build_app(shelf: Shelf, worker: Worker, *, images: Path | None, limits: Limi
 
     async def health(request: Request) -> Response:
         status = "shutting down" if worker.is_draining else "ok" if worker.is_healthy else "failing"
-        told = {"status": status, "model": shelf.entries[0].id, "running": int(worker.is_running), "waiting": worker.waiting}
+        told = {
+            "status": status,
+            "model": shelf.entries[0].id,
+            "running": int(worker.is_running),
+            "waiting": worker.waiting,
+        }
         return JSONResponse(told, status_code=200 if status == "ok" else 503)
 
     async def nothing_here(request: Request) -> Response:
         path = request.url.path
         if path in METHODS:
-            raise ApiError(405, f"{path}: found the method {request.method}, expected {METHODS[path]}", code="method_not_allowed")
-        raise ApiError(404, f"{path[:200]}: no such route; there are {', '.join(METHODS)} and /health", code="not_found")
+            raise ApiError(
+                405, f"{path}: found the method {request.method}, expected {METHODS[path]}", code="method_not_allowed"
+            )
+        raise ApiError(
+            404, f"{path[:200]}: no such route; there are {', '.join(METHODS)} and /health", code="not_found"
+        )
 
     routes = [
         Route("/v1/chat/completions", completions, methods=["POST"]),
@@ -260,4 +290,6 @@ async def _told(request: Request, error: Exception) -> Response:
 async def _told_by_starlette(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = "not_found" if error.status_code == 404 else None
-    return ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", code=code).response()
+    return ApiError(
+        error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}", code=code
+    ).response()

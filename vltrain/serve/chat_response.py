@@ -35,7 +35,10 @@ class Completion:
         return self._chunk({"role": "assistant", "content": ""})
 
     def part(self, piece: Piece, *, logprobs: bool) -> dict[str, Any]:
-        return self._chunk({"content": piece.text} if piece.text else {}, _logprobs(list(piece.tokens)) if logprobs and piece.tokens else None)
+        return self._chunk(
+            {"content": piece.text} if piece.text else {},
+            _logprobs(list(piece.tokens)) if logprobs and piece.tokens else None,
+        )
 
     def last(self, done: Done) -> dict[str, Any]:
         return self._chunk({}, None, done.reason)
@@ -44,16 +47,25 @@ class Completion:
         """The chunk behind the last, for who asked for it."""
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(done)}
 
-    def _chunk(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
 
 def usage(done: Done) -> dict[str, int]:
     """Counts of tokens; an image counts as those that the language model reads of it."""
-    return {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens, "total_tokens": done.prompt_tokens + done.completion_tokens}
+    return {
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": done.completion_tokens,
+        "total_tokens": done.prompt_tokens + done.completion_tokens,
+    }
 
 
 def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:
-    content = [{"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode()), "top_logprobs": []} for one in tokens]
+    content = [
+        {"token": one.text, "logprob": one.logprob, "bytes": list(one.text.encode()), "top_logprobs": []}
+        for one in tokens
+    ]
     return {"content": content, "refusal": None}

@@ -1,4 +1,5 @@
-"""What a client is told when a request is not answered: OpenAI's error object, and nothing of ours beside the message."""
+"""What a client is told when a request is not answered: OpenAI's error object, and nothing of ours beside the
+message."""
 
 from __future__ import annotations
 
@@ -19,10 +20,23 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, kind: str = INVALID, retry_after_seconds: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = INVALID,
+        retry_after_seconds: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code, self.kind, self.retry_after_seconds = status, param, code, kind, retry_after_seconds
+        self.status, self.param, self.code, self.kind, self.retry_after_seconds = (
+            status,
+            param,
+            code,
+            kind,
+            retry_after_seconds,
+        )
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -34,7 +48,9 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         headers = {} if self.retry_after_seconds is None else {"retry-after": str(self.retry_after_seconds)}
         if self.status == 401:
-            headers["www-authenticate"] = 'Basic realm="vltrain", charset="UTF-8"'  # lets a browser ask for the key of the page
+            headers["www-authenticate"] = (
+                'Basic realm="vltrain", charset="UTF-8"'  # lets a browser ask for the key of the page
+            )
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 

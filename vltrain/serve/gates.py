@@ -1,7 +1,8 @@
 """What every request passes before anything of it is done, for HTTP and web sockets alike.
 
-A page that somebody opens in a browser can send requests to this machine. So the Host must be one that is meant (a name of a foreign site that was
-made to lead here is refused, an address is none that a site can own), the Origin must be the same, and nothing is allowed to be read across origins.
+A page that somebody opens in a browser can send requests to this machine. So the Host must be one that is meant (a name
+of a foreign site that was made to lead here is refused, an address is none that a site can own), the Origin must be the
+same, and nothing is allowed to be read across origins.
 Starlette's TrustedHostMiddleware knows no addresses of version 6, and none of a whole class.
 """
 
@@ -23,18 +24,29 @@ from vltrain.serve.errors import ApiError, internal
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health",)  # need no key
-# Nothing is loaded from elsewhere, by nobody's page is ours framed. The page's library writes inline scripts and styles, and compiles templates.
+# Nothing is loaded from elsewhere, by nobody's page is ours framed. The page's library writes inline scripts and
+# styles, and compiles templates.
 HEADERS = {
-    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'",
-    "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin",
-}  # fmt: skip
+    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
 
 
 class Gates:
-    """Args: `names` are hosts beside localhost and addresses; `key` is asked for where it is not None; `max_body_bytes` of any request."""
+    """Args: `names` are hosts beside localhost and addresses; `key` is asked for where it is not None; `max_body_bytes`
+    of any request."""
 
     def __init__(self, app: ASGIApp, *, names: Collection[str], key: str | None, max_body_bytes: int) -> None:
-        self.app, self._names, self._key, self._max_body_bytes = app, {name.lower().rstrip(".") for name in names}, key, max_body_bytes
+        self.app, self._names, self._key, self._max_body_bytes = (
+            app,
+            {name.lower().rstrip(".") for name in names},
+            key,
+            max_body_bytes,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -71,9 +83,21 @@ class Gates:
             raise ApiError(403, f"Host: found {host[:100]!r}, {told}", code="host_not_allowed")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            raise ApiError(403, f"Origin: found {origin[:100]!r}: pages of other sites may not send requests here", code="origin_not_allowed")
-        if self._key is not None and scope["path"] not in OPEN_PATHS and not _holds_key(headers.get("authorization", ""), self._key):
-            raise ApiError(401, "no valid API key: expected 'Authorization: Bearer KEY' (from a browser: the key as the password)", code="invalid_api_key")
+            raise ApiError(
+                403,
+                f"Origin: found {origin[:100]!r}: pages of other sites may not send requests here",
+                code="origin_not_allowed",
+            )
+        if (
+            self._key is not None
+            and scope["path"] not in OPEN_PATHS
+            and not _holds_key(headers.get("authorization", ""), self._key)
+        ):
+            raise ApiError(
+                401,
+                "no valid API key: expected 'Authorization: Bearer KEY' (from a browser: the key as the password)",
+                code="invalid_api_key",
+            )
         declared = headers.get("content-length", "0")
         if not declared.isascii() or not declared.isdigit() or int(declared[:20]) > self._max_body_bytes:
             raise self._too_large(f"{declared[:20]} bytes")
@@ -105,7 +129,10 @@ class Gates:
         return counted
 
     def _too_large(self, found: str) -> ApiError:
-        told = f"the request's body: found {found}, expected {self._max_body_bytes:,} bytes at most (--max-request-bytes); send fewer or smaller images"
+        told = (
+            f"the request's body: found {found}, expected {self._max_body_bytes:,} bytes at most "
+            "(--max-request-bytes); send fewer or smaller images"
+        )
         return ApiError(413, told, code="request_too_large")
 
 
@@ -115,7 +142,7 @@ def _name_of(host: str) -> str | None:
         return None
     try:
         parts = urlsplit(f"//{host}")
-        parts.port  # raises for one that is none
+        _ = parts.port  # raises for one that is none
         return parts.hostname.rstrip(".") if parts.hostname else None
     except ValueError:
         return None

@@ -1,4 +1,5 @@
-"""How much may be inside the server at once: requests, and bytes of their bodies. Both are counted before a byte of a body is read.
+"""How much may be inside the server at once: requests, and bytes of their bodies. Both are counted before a byte of a
+body is read.
 
 One event loop's; not for threads.
 """
@@ -33,7 +34,10 @@ class Lobby:
     def entered(self) -> Iterator[None]:
         """A place inside, for the block. Raises ApiError, 429, where there is none."""
         if self.inside >= self._max_inside:
-            raise busy(f"{self.inside} requests are here already, as many as may be (--max-waiting {self._max_inside - 1}); try again later")
+            raise busy(
+                f"{self.inside} requests are here already, as many as may be (--max-waiting "
+                f"{self._max_inside - 1}); try again later"
+            )
         self.inside += 1
         try:
             yield

@@ -1,4 +1,5 @@
-"""The socket, and the way from the first request to the last: uvicorn, with a line that is sent home when the server is asked to end."""
+"""The socket, and the way from the first request to the last: uvicorn, with a line that is sent home when the server is
+asked to end."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ MAX_PAGE_MESSAGE_BYTES = 1 << 20  # of a web socket
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before hours of loading: clients that come early wait in it. Port 0: a free one. Raises InputError."""
+    """A listening socket, before hours of loading: clients that come early wait in it. Port 0: a free one. Raises
+    InputError."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
     except (OSError, UnicodeError) as error:
         raise InputError(f"--host {host}: no such host ({getattr(error, 'strerror', None) or error})") from None
     listener = socket.socket(family, kind)
@@ -31,7 +35,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen()
     except OSError as error:
         listener.close()
-        raise InputError(f"--port {port}: cannot listen on {host}:{port} ({error.strerror}); end what listens there, or choose another --port") from None
+        raise InputError(
+            f"--port {port}: cannot listen on {host}:{port} ({error.strerror}); end what listens there, or "
+            "choose another --port"
+        ) from None
     return listener
 
 
@@ -65,10 +72,20 @@ class _Server(uvicorn.Server):
 
 
 def make_server(app: ASGIApp, worker: Worker, *, max_waiting: int, greeting: str) -> uvicorn.Server:
-    """A server whose `run(sockets=[...])` serves until SIGTERM or SIGINT, raised again at its end, or `should_exit`; `greeting` is printed once it serves."""
+    """A server whose `run(sockets=[...])` serves until SIGTERM or SIGINT, raised again at its end, or `should_exit`;
+    `greeting` is printed once it serves."""
     config = uvicorn.Config(
-        app, http="h11", loop="asyncio", lifespan="on", log_config=None, log_level="warning", access_log=False, server_header=False,
-        proxy_headers=False, limit_concurrency=2 * max_waiting + MORE_CONNECTIONS, timeout_graceful_shutdown=GRACE_SECONDS,
+        app,
+        http="h11",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=2 * max_waiting + MORE_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
         ws_max_size=MAX_PAGE_MESSAGE_BYTES,
-    )  # fmt: skip
+    )
     return _Server(config, worker, greeting)

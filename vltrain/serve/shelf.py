@@ -1,11 +1,12 @@
-"""The models that can be asked, by name: the served one, and beside it the run's other checkpoints, of which one at a time is in memory.
+"""The models that can be asked, by name: the served one, and beside it the run's other checkpoints, of which one at a
+time is in memory.
 
     quickstart                    what the server was started with
     quickstart@step-00000225      another checkpoint of the run
     quickstart@none               the model before tuning
 
-Another checkpoint is loaded at its first question, by the thread that answers, and takes the place of the other before it. Before tuning, the
-served model itself has other trained weights, of which a copy is kept.
+Another checkpoint is loaded at its first question, by the thread that answers, and takes the place of the other before
+it. Before tuning, the served model itself has other trained weights, of which a copy is kept.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vltrain.check.manifest import BEST, checkpoints_in, pointed
 from vltrain.errors import InputError, nearest
 from vltrain.inference.model import LoadedModel
+from vltrain.receipts.manifest import BEST, checkpoints_in, pointed
 from vltrain.serve.errors import ApiError, unavailable
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ UNTUNED = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One model that may be named. `id`: as clients name it; `title`: as a page shows it; `checkpoint`: of `vltrain.load`, None for the served one."""
+    """One model that may be named. `id`: as clients name it; `title`: as a page shows it; `checkpoint`: of
+    `vltrain.load`, None for the served one."""
 
     id: str
     title: str
@@ -38,7 +40,8 @@ class Entry:
 
 
 class Shelf:
-    """Args: `served` is in memory for good, with its weights before tuning where `others` offer them; the rest of these is loaded by `load(checkpoint)`."""
+    """Args: `served` is in memory for good, with its weights before tuning where `others` offer them; the rest of these
+    is loaded by `load(checkpoint)`."""
 
     def __init__(self, name: str, title: str, served: LoadedModel, others: list[Entry], load: Loader) -> None:
         self.entries = (Entry(id=name, title=title, checkpoint=None), *others)
@@ -53,12 +56,18 @@ class Shelf:
         """Raises ApiError, 404, for a name that is none."""
         found = next((entry for entry in self.entries if entry.id == name), None)
         if found is None:
-            raise ApiError(404, f"model: found {name[:100]!r}; {nearest(name[:100], self.ids)}", param="model", code="model_not_found")
+            raise ApiError(
+                404,
+                f"model: found {name[:100]!r}; {nearest(name[:100], self.ids)}",
+                param="model",
+                code="model_not_found",
+            )
         return found
 
     @contextmanager
     def asked(self, name: str) -> Iterator[LoadedModel]:
-        """The model for the block, in the answering thread. Raises ApiError for a name that is none, and a checkpoint that cannot be loaded any more."""
+        """The model for the block, in the answering thread. Raises ApiError for a name that is none, and a checkpoint
+        that cannot be loaded any more."""
         entry = self.entry(name)
         if entry.checkpoint is None:
             yield self.served
@@ -81,7 +90,8 @@ class Shelf:
 
 
 def other_checkpoints(run: Path, name: str, served: Path | None) -> list[Entry]:
-    """The run's checkpoints but the served one, the newest first, and the model before tuning unless that is served (None)."""
+    """The run's checkpoints but the served one, the newest first, and the model before tuning unless that is served
+    (None)."""
     root = run / "checkpoints"
     best = pointed(root, BEST)
     entries = []
@@ -89,5 +99,11 @@ def other_checkpoints(run: Path, name: str, served: Path | None) -> list[Entry]:
         if served is None or path.resolve() != served.resolve():
             title = f"step {int(path.name[5:]):,}" if path.name[5:].isdigit() else path.name
             is_best = best is not None and path.resolve() == best.resolve()
-            entries.append(Entry(id=f"{name}@{path.name}", title=f"{title}, the best" if is_best else title, checkpoint=str(path)))
-    return entries if served is None else [*entries, Entry(id=f"{name}@{UNTUNED}", title="before tuning", checkpoint=UNTUNED)]
+            entries.append(
+                Entry(id=f"{name}@{path.name}", title=f"{title}, the best" if is_best else title, checkpoint=str(path))
+            )
+    return (
+        entries
+        if served is None
+        else [*entries, Entry(id=f"{name}@{UNTUNED}", title="before tuning", checkpoint=UNTUNED)]
+    )

@@ -21,7 +21,10 @@ class StopTexts:
         if places:
             self.has_stopped, self._held = True, ""
             return text[: min(places)]
-        held = max((length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length])), default=0)
+        held = max(
+            (length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length])),
+            default=0,
+        )
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

@@ -1,7 +1,8 @@
-"""The one thread that asks models: requests wait in a line, answers go back piece by piece to the event loop that asked.
+"""The one thread that asks models: requests wait in a line, answers go back piece by piece to the event loop that
+asked.
 
-Requests are answered one after the other, in the order they came; a model's forwards would only slow each other down. Trade-off: no continuous
-batching, which engines that a merged model is exported for have.
+Requests are answered one after the other, in the order they came; a model's forwards would only slow each other down.
+Trade-off: no continuous batching, which engines that a merged model is exported for have.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Protocol
 
 import torch
 
-from vltrain.data.pieces import split_front_images
+from vltrain.data.text.pieces import split_front_images
 from vltrain.errors import InputError, one_line
 from vltrain.inference.answer import AnswerStream
 from vltrain.inference.model import LoadedModel
@@ -99,8 +100,8 @@ class Job:
 class Worker:
     """Answers jobs one by one.
 
-    `as_is`: questions are not put as the training's were. `waiting`: how many stand in line; `is_running`: whether one is answered; `is_healthy`: it is not
-    failing again and again.
+    `as_is`: questions are not put as the training's were. `waiting`: how many stand in line; `is_running`: whether one
+    is answered; `is_healthy`: it is not failing again and again.
     """
 
     def __init__(self, models: Models, *, as_is: bool = False) -> None:
@@ -170,7 +171,11 @@ class Worker:
 
     def _answer(self, job: Job) -> Iterator[Event]:
         with self._models.asked(job.request.model) as model:
-            request = job.request if self._as_is else replace(job.request, turns=tuple(phrased(model, turn) for turn in job.request.turns))
+            request = (
+                job.request
+                if self._as_is
+                else replace(job.request, turns=tuple(phrased(model, turn) for turn in job.request.turns))
+            )
             yield from answer(model, request, job.cancelled)
 
     def _work(self) -> None:
@@ -188,7 +193,12 @@ class Worker:
                 job.emit(error)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 logger.error("out of memory on a request: %s", one_line(str(error)))
-                job.emit(unavailable("out of memory for this request; send smaller or fewer images, or a shorter conversation", "out_of_memory"))
+                job.emit(
+                    unavailable(
+                        "out of memory for this request; send smaller or fewer images, or a shorter conversation",
+                        "out_of_memory",
+                    )
+                )
             except Exception:
                 self._failures += 1
                 logger.exception("an answer failed")
@@ -208,7 +218,11 @@ def answer(model: LoadedModel, request: ChatRequest, cancelled: threading.Event)
     temperature = model.config.eval.temperature if request.temperature is None else request.temperature
     seed = request.seed
     if temperature == 0 and request.top_p not in (None, 1.0):
-        raise bad_request(f"top_p: found {request.top_p:g}: has no effect, since a temperature of 0 is greedy; leave it out, or give a temperature", "top_p")
+        raise bad_request(
+            f"top_p: found {request.top_p:g}: has no effect, since a temperature of 0 is greedy; leave it out, "
+            "or give a temperature",
+            "top_p",
+        )
     if temperature > 0:
         # Asked again without a seed, a client expects another answer.
         seed = secrets.randbits(31) if seed is None else seed % 2**63
@@ -216,13 +230,17 @@ def answer(model: LoadedModel, request: ChatRequest, cancelled: threading.Event)
         stream = model.stream(request.turns, request.images, **settings, seed=seed, cancel=cancelled)
     except InputError as error:
         message, is_length = str(error).removeprefix("sample 'question': "), str(error).startswith(_LENGTH)
-        raise bad_request(message.replace(_LENGTH, "max_tokens", 1) if is_length else message, "max_tokens" if is_length else "messages") from None
+        raise bad_request(
+            message.replace(_LENGTH, "max_tokens", 1) if is_length else message,
+            "max_tokens" if is_length else "messages",
+        ) from None
     with stream:
         yield from _events(stream, request, cancelled)
 
 
 def phrased(model: LoadedModel, turn: Turn) -> Turn:
-    """A question as `vltrain ask` puts it: as the training's were, behind its images; one with images between its words stays as it is."""
+    """A question as `vltrain ask` puts it: as the training's were, behind its images; one with images between its words
+    stays as it is."""
     front, text = split_front_images(turn.text)
     if turn.role != "user" or IMAGE_MARKER in text or not text.strip():
         return turn
@@ -253,7 +271,8 @@ def _events(stream: AnswerStream, request: ChatRequest, cancelled: threading.Eve
 
 
 def _tokens(stream: AnswerStream, num_characters: int, *, is_end: bool) -> tuple[TokenText, ...]:
-    """The tokens that begin in the first so many characters; before the end without the last one, to which what was held back may be added."""
+    """The tokens that begin in the first so many characters; before the end without the last one, to which what was
+    held back may be added."""
     answer, found, end = stream.answer(), [], 0
     for text, logprob in zip(answer.tokens, answer.logprobs):
         if end >= num_characters and text:

@@ -1,6 +1,7 @@
 """Training: the loop, its optimizer, checkpoints and monitoring. Only `engine` imports deepspeed.
 
-The package is callable, since `vltrain.train(recipe)` and `import vltrain.train.checkpoint` want the same name: see `vltrain.api.train`.
+The package is callable, since `vltrain.train(recipe)` and `import vltrain.train.checkpoints.checkpoint` want the same
+name: see `vltrain.api.train`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 
 class _Train(ModuleType):
-    def __call__(self, recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str | None = None, **settings: Any) -> Path:
+    def __call__(
+        self, recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str | None = None, **settings: Any
+    ) -> Path:
         return importlib.import_module("vltrain.api").train(recipe, ds=ds, ranks=ranks, **settings)
 
 

@@ -1,21 +1,28 @@
-"""AdaLoRA's budget: which directions of the low-rank updates are kept, decided alike under every ZeRO stage and number of ranks.
+"""AdaLoRA's budget: which directions of the low-rank updates are kept, decided alike under every ZeRO stage and number
+of ranks.
 
-Paper: Zhang et al. 2023, https://arxiv.org/abs/2303.10512. An update is B (E * A) with A [r, in], E [r, 1], B [out, r]; direction i of a layer is
-the i-th row of A, entry of E and column of B. For each weight w with gradient g, over the optimizer's steps t,
+Paper: Zhang et al. 2023, https://arxiv.org/abs/2303.10512. An update is B (E * A) with A [r, in], E [r, 1], B [out, r];
+direction i of a layer is the i-th row of A, entry of E and column of B. For each weight w with gradient g, over the
+optimizer's steps t,
 
-    I = |w g|;   mean = beta1 mean + (1 - beta1) I;   deviation = beta2 deviation + (1 - beta2) |I - mean|;   s = mean * deviation    (Eq. 8-11)
-    score of a direction = s of its entry of E + the mean of s over its row of A + the mean of s over its column of B                 (Eq. 7)
+    I = |w g|;   mean = beta1 mean + (1 - beta1) I;   deviation = beta2 deviation + (1 - beta2) |I - mean|    (Eq. 8-10)
+    s = mean * deviation                                                                                       (Eq. 11)
+    score of a direction = s of its entry of E + mean of s over its row of A + mean of s over its column of B   (Eq. 7)
 
-and of all directions of all layers only the b(t) with the highest scores keep their entry of E; b falls from all to target_rank per layer by a
-cubic (Eq. 12). Defaults and the order of things are peft's, but for what goes wrong there outside of one plain process:
+and of all directions of all layers only the b(t) with the highest scores keep their entry of E; b falls from all to
+target_rank per layer by a cubic (Eq. 12). Defaults and the order of things are peft's, but for what goes wrong there
+outside of one plain process:
 
-- Gradients are the whole step's: all ranks', all micro-steps', in fp32, before clipping. A step that the optimizer did not take leaves no trace.
-- Importance is measured before the optimizer's step, on the weights that the gradient belongs to; entries are zeroed after it, in each copy
-  that ZeRO keeps of them.
-- Exactly b directions are kept. peft drops everything that is not above a threshold: all of it after the first step, where all scores are zero.
+- Gradients are the whole step's: all ranks', all micro-steps', in fp32, before clipping. A step that the optimizer did
+  not take leaves no trace.
+- Importance is measured before the optimizer's step, on the weights that the gradient belongs to; entries are zeroed
+  after it, in each copy that ZeRO keeps of them.
+- Exactly b directions are kept. peft drops everything that is not above a threshold: all of it after the first step,
+  where all scores are zero.
 - Rank 0 decides, so that ranks cannot differ. Averages and decision are in the checkpoint.
 
-What it gives up: every rank holds the averages whole (two fp32 copies of the updates), and each step gathers the updates' gradients.
+What it gives up: every rank holds the averages whole (two fp32 copies of the updates), and each step gathers the
+updates' gradients.
 """
 
 from __future__ import annotations
@@ -23,10 +30,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vltrain.config.instructblip import AdaLoraSchedule
 from vltrain.errors import InputError
-from vltrain.instructblip_config import AdaLoraSchedule
-from vltrain.models.low_rank import sublayer_of
-from vltrain.train.engine import Engine, from_rank_0
+from vltrain.models.peft.low_rank import sublayer_of
+from vltrain.train.zero.engine import Engine, from_rank_0
 
 _A, _E, _B = "lora_A", "lora_E", "lora_B"
 
@@ -45,7 +52,8 @@ class RankAllocator:
         self.last_pruning = num_steps - schedule.tfinal
         if self.last_pruning <= max(schedule.tinit, 1):
             raise InputError(
-                f"model.instructblip.adalora: tinit {schedule.tinit} and tfinal {schedule.tfinal} leave none of the run's {num_steps} steps to prune "
+                f"model.instructblip.adalora: tinit {schedule.tinit} and tfinal {schedule.tfinal} leave none of "
+                f"the run's {num_steps} steps to prune "
                 "in (the first step has no importance yet); shorten them or train longer"
             )
         self.layers = [name.partition(f".{_E}.")[0] for name in engine.trainable if f".{_E}." in name]
@@ -73,7 +81,8 @@ class RankAllocator:
         return int((self.num_directions - target) * left**3 + target)
 
     def regularised(self, loss: Tensor, penalty: Tensor) -> Tensor:
-        """A rank's share of the step's loss with its share of the orthogonality term, which a step has once: all ranks add theirs."""
+        """A rank's share of the step's loss with its share of the orthogonality term, which a step has once: all ranks
+        add theirs."""
         self.penalty = penalty.detach()
         return loss + self._schedule.orth_reg_weight * penalty / self._engine.world_size
 
@@ -87,10 +96,13 @@ class RankAllocator:
         }
 
     def take(self, importance: dict[str, Tensor], steps_done: int) -> None:
-        """Takes `measure`'s result of a step that the optimizer has taken, and prunes where the schedule says so. A collective."""
+        """Takes `measure`'s result of a step that the optimizer has taken, and prunes where the schedule says so. A
+        collective."""
         if steps_done <= self.last_pruning:
             self._average(importance)
-        forced = steps_done >= self.last_pruning and self._kept_total() != self.budget(steps_done)  # the step for it may have been skipped
+        forced = steps_done >= self.last_pruning and self._kept_total() != self.budget(
+            steps_done
+        )  # the step for it may have been skipped
         regular = self._schedule.tinit < steps_done < self.last_pruning and steps_done % self._schedule.delta_t == 0
         if steps_done > 1 and (forced or regular or steps_done == self.last_pruning):
             self.kept = self._chosen(self.budget(steps_done))
@@ -126,7 +138,8 @@ class RankAllocator:
         return sum(int(mask.sum()) for mask in self.kept.values()) if self.kept else self.num_directions
 
     def figures(self) -> dict[str, float]:
-        """For TensorBoard: directions kept in all, their mean per layer of each kind, the orthogonality term. Waits for the device."""
+        """For TensorBoard: directions kept in all, their mean per layer of each kind, the orthogonality term. Waits for
+        the device."""
         by_kind: dict[str, list[int]] = {}
         for layer in self.layers:
             count = int(self.kept[layer].sum()) if self.kept else self._schedule.init_rank
@@ -137,7 +150,11 @@ class RankAllocator:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it, copied to the CPU."""
         averages = {"mean": self._mean, "deviation": self._deviation, "kept": self.kept}
-        return {f"adalora/{kind}/{name}": value.detach().to("cpu", copy=True) for kind, values in averages.items() for name, value in values.items()}
+        return {
+            f"adalora/{kind}/{name}": value.detach().to("cpu", copy=True)
+            for kind, values in averages.items()
+            for name, value in values.items()
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Puts `state` back."""

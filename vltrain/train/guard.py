@@ -1,13 +1,14 @@
-"""Judges the loss of every step, and names the samples behind a bad one: one that is no number, or far above those before.
+"""Judges the loss of every step, and names the samples behind a bad one: one that is no number, or far above those
+before.
 
-`stop` ends the run before anything of a bad step is saved. The check is one step late: loss and gradient norm of step k are summed over the
-ranks and copied to the host without waiting, and read when step k+1 has been queued, so neither the device nor the host waits. A
-checkpoint reads what is pending first, so none holds a poisoned weight.
+`stop` ends the run before anything of a bad step is saved. The check is one step late: loss and gradient norm of step k
+are summed over the ranks and copied to the host without waiting, and read when step k+1 has been queued, so neither the
+device nor the host waits. A checkpoint reads what is pending first, so none holds a poisoned weight.
 
-`skip` drops the update of a bad step, writes its samples into the run's quarantine.jsonl and goes on. To know in time, it reads each loss
-before the optimizer's step: the host waits for the device once a step. Every rank reads the same sum, so all decide alike; what the
-decision depends on is in the checkpoint, so a resumed run decides alike too. The samples stay in the packs: where they come again, they
-are judged again.
+`skip` drops the update of a bad step, writes its samples into the run's quarantine.jsonl and goes on. To know in time,
+it reads each loss before the optimizer's step: the host waits for the device once a step. Every rank reads the same
+sum, so all decide alike; what the decision depends on is in the checkpoint, so a resumed run decides alike too. The
+samples stay in the packs: where they come again, they are judged again.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vltrain.check.receipt import samples_text
+from vltrain.distributed.readback import HostCopy
 from vltrain.errors import InputError
 from vltrain.files.lines import LineFile
+from vltrain.metrics.step_log import plain_number
 from vltrain.ops.transfer import to_device
-from vltrain.train.lines import plain_number
-from vltrain.train.readback import HostCopy
+from vltrain.receipts.receipt import samples_text
 
 QUARANTINE = "quarantine.jsonl"
 WINDOW_STEPS, LEAST_STEPS = 50, 10  # a spike stands out from the mean of the last losses, of so many at least
@@ -44,7 +45,7 @@ class StepResult:
     losses: per micro-step the summed loss [fp32 scalars]; segment_losses: per micro-step [S] of the batch's samples.
     segment_labels: per micro-step int64 [S], label tokens of the batch's samples.
     num_label_tokens: of the whole step; own_label_tokens: of this rank's batches.
-    samples: fingerprint of this rank's samples, see `vltrain.check.receipt.fingerprint`.
+    samples: fingerprint of this rank's samples, see `vltrain.receipts.receipt.fingerprint`.
     applied: whether the optimizer took the step.
     """
 
@@ -65,7 +66,8 @@ class StepResult:
 class StepReading:
     """What all ranks together know of a step, read on the host.
 
-    loss: mean per label token; label_tokens, samples: counted by the ranks in what they trained on, `samples` as a receipt writes it.
+    loss: mean per label token; label_tokens, samples: counted by the ranks in what they trained on, `samples` as a
+    receipt writes it.
     skipped: its update was not applied.
     """
 
@@ -84,13 +86,19 @@ class LossGuard:
     Args:
         report: called with each step's reading, in order of steps.
         policy: `stop` or `skip`, see the module.
-        spike_factor: a loss of more than so many times the mean of the last steps' is bad; None: only one that is not finite.
+        spike_factor: a loss of more than so many times the mean of the last steps' is bad; None: only one that is not
+        finite.
         folder: where rank 0 writes the quarantine; None: nowhere.
         state: of `state()`, from a checkpoint.
     """
 
     def __init__(
-        self, report: Callable[[StepReading], None], *, policy: str = "stop", spike_factor: float | None = None, folder: Path | None = None,
+        self,
+        report: Callable[[StepReading], None],
+        *,
+        policy: str = "stop",
+        spike_factor: float | None = None,
+        folder: Path | None = None,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.skips = policy == "skip"
@@ -109,7 +117,8 @@ class LossGuard:
         return {"recent": recent, "num_skipped": self.num_skipped, "skipped_in_a_row": self._skipped_in_a_row}
 
     def allows(self, result: StepResult) -> bool:
-        """Whether the optimizer may take a step, before it does. Under `stop` always, and without waiting. A collective."""
+        """Whether the optimizer may take a step, before it does. Under `stop` always, and without waiting. A
+        collective."""
         if not self.skips:
             return True
         assert self._pending is None, "a step's loss was never taken note of"
@@ -143,12 +152,17 @@ class LossGuard:
         if self._spike_factor is None or len(self._recent) < LEAST_STEPS:
             return None
         mean = sum(self._recent) / len(self._recent)
-        return f"is {loss / mean:.1f} times the mean of the last {len(self._recent)} steps" if loss > self._spike_factor * mean else None
+        return (
+            f"is {loss / mean:.1f} times the mean of the last {len(self._recent)} steps"
+            if loss > self._spike_factor * mean
+            else None
+        )
 
     def flush(self) -> None:
         """Reads the pending result.
 
-        Raises: InputError on every rank if its loss or gradient is bad: under `skip` only where that is so step after step.
+        Raises: InputError on every rank if its loss or gradient is bad: under `skip` only where that is so step after
+        step.
         """
         if self._pending is None:
             return
@@ -179,17 +193,27 @@ class LossGuard:
         replay = f"vltrain check replay {self._folder or 'RUN'} --step {result.step}"
         if not self.skips:
             raise InputError(
-                f"{what}. Nothing was saved since; look at these samples ({replay}), lower optim.lr, set optim.clip, train in fp32 "
+                f"{what}. Nothing was saved since; look at these samples ({replay}), lower optim.lr, set "
+                "optim.clip, train in fp32 "
                 "(train.precision), or go past them (train.on_bad_loss skip), then go on with --resume auto"
             )
         assert not result.applied
         self.num_skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise InputError(f"{what}. Step after step: {self._skipped_in_a_row} in a row were skipped; lower optim.lr or set optim.clip")
+            raise InputError(
+                f"{what}. Step after step: {self._skipped_in_a_row} in a row were skipped; lower optim.lr or "
+                "set optim.clip"
+            )
         if dist.get_rank() == 0 and self._folder is not None:
             losses = [{"id": name, "loss": plain_number(value)} for name, value in suspects]
-            line = {"step": result.step, "loss": plain_number(loss), "reason": f"the loss {fault}", "replay": replay, "samples": losses}
+            line = {
+                "step": result.step,
+                "loss": plain_number(loss),
+                "reason": f"the loss {fault}",
+                "replay": replay,
+                "samples": losses,
+            }
             with closing(LineFile(self._folder / QUARANTINE)) as file:
                 file.write(json.dumps(line) + "\n")
 

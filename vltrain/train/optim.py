@@ -10,10 +10,12 @@ from collections.abc import Iterable
 
 import torch
 
-from vltrain.config import OptimConfig
+from vltrain.config.schema import OptimConfig
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: OptimConfig, part_of) -> list[dict]:
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: OptimConfig, part_of
+) -> list[dict]:
     """Sorts trainable parameters into groups by peak learning rate and weight decay.
 
     Weight decay is for matrices; biases and other 1-D parameters have none (as the paper's code).
@@ -26,7 +28,9 @@ def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     Returns:
         torch-style groups, each with `peak_lr` beside `lr`; in a fixed order.
     """
-    peaks = {part: optim.lr if own is None else own for part, own in (("vision", optim.vision_lr), ("llm", optim.llm_lr))}
+    peaks = {
+        part: optim.lr if own is None else own for part, own in (("vision", optim.vision_lr), ("llm", optim.llm_lr))
+    }
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
@@ -42,14 +46,20 @@ def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
 
 
 def lr_factor(
-    step: int, num_steps: int, warmup_steps: float, min_ratio: float, schedule: str = "cosine", steps_per_epoch: float = 1.0
+    step: int,
+    num_steps: int,
+    warmup_steps: float,
+    min_ratio: float,
+    schedule: str = "cosine",
+    steps_per_epoch: float = 1.0,
 ) -> float:
     """Share of the peak learning rate at `step` (0-based): a linear warm-up, then down to `min_ratio` at the end.
 
     The first step of a warm-up of w steps has 1 / (w + 1) of the peak, never zero.
 
     Args:
-        schedule: `cosine` or `linear`, both by steps; `linear_epochs`: linear in the number of epochs (of `steps_per_epoch`) that are over, so
+        schedule: `cosine` or `linear`, both by steps; `linear_epochs`: linear in the number of epochs (of
+        `steps_per_epoch`) that are over, so
             constant within one.
     """
     if step < warmup_steps:

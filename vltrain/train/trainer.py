@@ -15,33 +15,33 @@ from typing import Any, NoReturn
 
 import torch
 
-from vltrain.check.receipt import Header, ReceiptWriter, fingerprint
-from vltrain.check.resume import RUN_ID
-from vltrain.config import Config
+from vltrain.config.schema import Config
 from vltrain.data.loader import LoadedStep, StepLoader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
+from vltrain.distributed.hardware import peak_flops
+from vltrain.distributed.preemption import Preemption
+from vltrain.distributed.stragglers import WorkTimes, slowness, straggler
+from vltrain.distributed.watchdog import Watchdog
 from vltrain.errors import InputError
+from vltrain.memory.out_of_memory import names_pack
+from vltrain.metrics.monitor import Monitor
+from vltrain.metrics.step_log import cut_lines
 from vltrain.models.build import AnyModel, count_trained, part_of
 from vltrain.models.compiled import uncompiled
+from vltrain.receipts.receipt import Header, ReceiptWriter, fingerprint
+from vltrain.receipts.verify import RUN_ID
 from vltrain.train.adalora import RankAllocator
-from vltrain.train.background import BackgroundTask
-from vltrain.train.checkpoint import Checkpoint, load_trainable, save_checkpoint
+from vltrain.train.checkpoints.background import BackgroundTask
+from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable, save_checkpoint
+from vltrain.train.checkpoints.selection import Selection, measured_by, name_best
 from vltrain.train.determinism import step_seed
-from vltrain.train.ds_config import offloads_optimizer, resolve_ds_config
-from vltrain.train.engine import Engine, from_rank_0, whole
 from vltrain.train.guard import QUARANTINE, LossGuard, StepReading, StepResult
-from vltrain.train.hardware import peak_flops
-from vltrain.train.identity import FilesOf, require_same_run, run_id, run_identity
-from vltrain.train.lines import cut_lines
-from vltrain.train.monitor import Monitor
-from vltrain.train.origin import Origin
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
-from vltrain.train.out_of_memory import names_pack
-from vltrain.train.preemption import Preemption
-from vltrain.train.selection import Selection, measured_by, name_best
-from vltrain.train.stragglers import WorkTimes, slowness, straggler
-from vltrain.train.watchdog import Watchdog
+from vltrain.train.run.identity import FilesOf, require_same_run, run_id, run_identity
+from vltrain.train.run.origin import Origin
+from vltrain.train.zero.ds_config import offloads_optimizer, resolve_ds_config
+from vltrain.train.zero.engine import Engine, from_rank_0, whole
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +72,20 @@ class Trainer:
         self.done = self.saved = self.first_step  # steps, and those of them that a checkpoint holds
         train = self.config.train
         self.guard = LossGuard(
-            self._read, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=self.folder, state=self.guard_state
+            self._read,
+            policy=train.on_bad_loss,
+            spike_factor=train.spike_factor,
+            folder=self.folder,
+            state=self.guard_state,
         )
         self.engine.only_finite = self.guard.skips
         self.work = WorkTimes(device=self.engine.device)
         minutes = train.hang_timeout_minutes
         self.watchdog = Watchdog(
-            self.folder, rank=self.rank, world_size=self.engine.world_size, timeout_seconds=60 * minutes if minutes else None
+            self.folder,
+            rank=self.rank,
+            world_size=self.engine.world_size,
+            timeout_seconds=60 * minutes if minutes else None,
         )
 
     def train(self) -> None:
@@ -120,8 +127,8 @@ class Trainer:
             done = self.done = result.step + 1
             leaves = self.preemption.agreed(self.engine.device)
             evaluates = self.evaluates_after(done)
-            # Before an evaluation, too: what that decides is decided again by a run that goes on from here. And it may take as long as many
-            # steps: a run that is asked to leave then has nothing to lose.
+            # Before an evaluation, too: what that decides is decided again by a run that goes on from here. And it may
+            # take as long as many steps: a run that is asked to leave then has nothing to lose.
             if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates or leaves:
                 guard.flush()
                 self.save(done)
@@ -136,7 +143,8 @@ class Trainer:
             fetched_from = time.perf_counter()
 
     def _leave_while_waiting(self) -> None:
-        """A rank alone that waits for data stands at a step boundary, and leaves from there; others have to come to one together."""
+        """A rank alone that waits for data stands at a step boundary, and leaves from there; others have to come to one
+        together."""
         if self.engine.world_size == 1 and self.preemption.is_asked:
             self.guard.flush()
             if self.done > self.saved:
@@ -159,7 +167,8 @@ class Trainer:
             logger.warning("step %d: %s", step, found)
 
     def evaluates_after(self, steps_done: int) -> bool:
-        """Whether an evaluation follows so many steps: every `train.eval_every_steps` or `eval_every_epochs`, and at the end; never without a scorer."""
+        """Whether an evaluation follows so many steps: every `train.eval_every_steps` or `eval_every_epochs`, and at
+        the end; never without a scorer."""
         if self.config.eval.scorer is None:
             return False
         every = self.config.train.eval_every_steps or self.config.train.eval_every_epochs * self.plan.steps_per_epoch
@@ -173,10 +182,13 @@ class Trainer:
     def step(self, loaded: LoadedStep) -> StepResult:
         """One optimizer step on the batches that this rank was dealt."""
         number = loaded.step
-        # Dropout of a step depends on the step and the rank alone, so that a resumed run draws what an undisturbed one would.
+        # Dropout of a step depends on the step and the rank alone, so that a resumed run draws what an undisturbed one
+        # would.
         torch.manual_seed(step_seed(self.config.train.seed, number, self.rank))
         optim, plan = self.config.optim, self.plan
-        factor = lr_factor(number, plan.num_steps, self.warmup_steps, optim.min_lr_ratio, optim.schedule, plan.steps_per_epoch)
+        factor = lr_factor(
+            number, plan.num_steps, self.warmup_steps, optim.min_lr_ratio, optim.schedule, plan.steps_per_epoch
+        )
         lr = set_learning_rates(self.engine.optimizer, factor)
         losses, segment_losses = [], []
         for position, batch in enumerate(loaded.batches):
@@ -195,9 +207,15 @@ class Trainer:
             segment_losses.append(output.segment_losses)
         seen = [batch for batch in loaded.batches if not batch.is_filler]
         result = StepResult(
-            step=number, losses=losses, segment_losses=segment_losses, segment_labels=[batch.segment_labels() for batch in loaded.batches],
-            sample_ids=[batch.sample_ids for batch in loaded.batches], num_label_tokens=loaded.plan.num_label_tokens,
-            own_label_tokens=sum(batch.num_label_tokens for batch in seen), samples=fingerprint(batch.sample_ids for batch in seen), lr=lr,
+            step=number,
+            losses=losses,
+            segment_losses=segment_losses,
+            segment_labels=[batch.segment_labels() for batch in loaded.batches],
+            sample_ids=[batch.sample_ids for batch in loaded.batches],
+            num_label_tokens=loaded.plan.num_label_tokens,
+            own_label_tokens=sum(batch.num_label_tokens for batch in seen),
+            samples=fingerprint(batch.sample_ids for batch in seen),
+            lr=lr,
         )
         self.watchdog.at(number, "update", len(loaded.batches))
         self._update(result)
@@ -218,20 +236,30 @@ class Trainer:
         return self.config.optim.warmup_epochs * self.plan.steps_per_epoch
 
     def save(self, steps_done: int) -> None:
-        """Saves the state after `steps_done` steps, or with `train.async_save` takes a copy that is written meanwhile. A collective."""
+        """Saves the state after `steps_done` steps, or with `train.async_save` takes a copy that is written meanwhile.
+        A collective."""
         self.monitor.pause()
         self.watchdog.at(steps_done, "save")
         self.background.wait()
         self.receipt.sync()
         is_writer, state = self.rank == 0, self.engine.full_state()
         write = partial(
-            save_checkpoint, root=self.folder / "checkpoints", step=steps_done, belongs_to=self.belongs_to, is_writer=is_writer,
-            keep=self.config.train.keep_checkpoints, keep_best=self.config.train.keep_best, run_state=self.run_state(),
+            save_checkpoint,
+            root=self.folder / "checkpoints",
+            step=steps_done,
+            belongs_to=self.belongs_to,
+            is_writer=is_writer,
+            keep=self.config.train.keep_checkpoints,
+            keep_best=self.config.train.keep_best,
+            run_state=self.run_state(),
             extra=self.allocator.state() if self.allocator is not None and is_writer else None,
         )
         with self.preemption.saving():
             if self.config.train.async_save and is_writer:
-                copy = [(name, weight.clone(), {key: value.clone() for key, value in states.items()}) for name, weight, states in state]
+                copy = [
+                    (name, weight.clone(), {key: value.clone() for key, value in states.items()})
+                    for name, weight, states in state
+                ]
                 self.background.start(partial(write, iter(copy)))
             else:
                 write(state)
@@ -240,7 +268,12 @@ class Trainer:
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: plain JSON."""
-        kept = {RUN_ID: self.receipt.run, "receipt": self.receipt.head, "selection": self.selection.state(), "guard": self.guard.state()}
+        kept = {
+            RUN_ID: self.receipt.run,
+            "receipt": self.receipt.head,
+            "selection": self.selection.state(),
+            "guard": self.guard.state(),
+        }
         return {**kept, "precision": self.engine.precision}
 
     def run_evaluation(self, steps_done: int) -> None:
@@ -259,7 +292,9 @@ class Trainer:
             if self.selection.exhausted:
                 selection = self.selection
                 told = (steps_done, selection.stale, selection.best_step)
-                logger.info("stopped after %d steps: %d evaluations in a row were not better than that of step %s", *told)
+                logger.info(
+                    "stopped after %d steps: %d evaluations in a row were not better than that of step %s", *told
+                )
         self.monitor.pause()
 
 
@@ -275,9 +310,19 @@ def pack_cost(model: AnyModel) -> PackCost:
 
 
 def make_trainer(
-    config: Config, ds_json: dict[str, Any], *, model: AnyModel, dataset: PackedDataset, checkpoint: Checkpoint | None,
-    rank: int, world_size: int, dtype: torch.dtype, evaluate: Callable[[int], float | None], preemption: Preemption | None = None,
-    made_of: FilesOf | None = None, origin: Origin | None = None,
+    config: Config,
+    ds_json: dict[str, Any],
+    *,
+    model: AnyModel,
+    dataset: PackedDataset,
+    checkpoint: Checkpoint | None,
+    rank: int,
+    world_size: int,
+    dtype: torch.dtype,
+    evaluate: Callable[[int], float | None],
+    preemption: Preemption | None = None,
+    made_of: FilesOf | None = None,
+    origin: Origin | None = None,
 ) -> Trainer:
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
 
@@ -294,13 +339,23 @@ def make_trainer(
     ds_config = resolve_ds_config(ds_json, config, world_size, count_trained(model))
     first_step = _load_start(model, checkpoint, origin, belongs_to, f"rank {rank}", folder)
     plan = Plan(
-        dataset.index, seed=config.train.seed, epochs=config.train.epochs, packs_per_step=config.train.packs_per_step,
-        world_size=world_size, cost=pack_cost(model), max_steps=config.train.max_steps, images_always=offloads_optimizer(ds_config),
+        dataset.index,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+        packs_per_step=config.train.packs_per_step,
+        world_size=world_size,
+        cost=pack_cost(model),
+        max_steps=config.train.max_steps,
+        images_always=offloads_optimizer(ds_config),
     )
     image_size, framing, flops = model.image_size, model.framing, model.flops()
     engine = Engine(
-        model, parameter_groups(model.named_parameters(), config.optim, part_of), ds_config,
-        betas=config.optim.betas, eps=config.optim.eps, autocast_dtype=dtype,
+        model,
+        parameter_groups(model.named_parameters(), config.optim, part_of),
+        ds_config,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        autocast_dtype=dtype,
     )
     if checkpoint is not None:
         # AdamW's own count of steps, for its bias correction, has no skipped ones.
@@ -308,12 +363,24 @@ def make_trainer(
         engine.load_optimizer_state(checkpoint.optimizer_states(), checkpoint.step - skipped)
     allocator = make_allocator(config, engine, plan, checkpoint)
     loader = StepLoader(
-        dataset, plan, rank, image_size=image_size, max_image_pixels=config.data.max_image_pixels,
-        workers=config.data.workers, start_step=first_step, pin_memory=engine.device.type == "cuda", framing=framing,
+        dataset,
+        plan,
+        rank,
+        image_size=image_size,
+        max_image_pixels=config.data.max_image_pixels,
+        workers=config.data.workers,
+        start_step=first_step,
+        pin_memory=engine.device.type == "cuda",
+        framing=framing,
     )
     monitor = Monitor(
-        folder, active=rank == 0, first_step=first_step, num_steps=plan.num_steps, log_every_steps=config.train.log_every_steps,
-        flops=flops, peak_flops=peak_flops(dtype) * world_size,
+        folder,
+        active=rank == 0,
+        first_step=first_step,
+        num_steps=plan.num_steps,
+        log_every_steps=config.train.log_every_steps,
+        flops=flops,
+        peak_flops=peak_flops(dtype) * world_size,
     )
     selection = Selection(patience=config.train.early_stopping_patience, measured_by=measured_by(config))
     run_state = checkpoint.run_state if checkpoint is not None else {}
@@ -322,23 +389,49 @@ def make_trainer(
     if rank == 0 and (folder / QUARANTINE).exists():
         cut_lines(folder / QUARANTINE, first_step)
     receipt = ReceiptWriter(
-        folder, receipt_header(config, plan, dataset, run_id(belongs_to, checkpoint)), active=rank == 0, first_step=first_step, head=run_state.get("receipt")
+        folder,
+        receipt_header(config, plan, dataset, run_id(belongs_to, checkpoint)),
+        active=rank == 0,
+        first_step=first_step,
+        head=run_state.get("receipt"),
     )
     return Trainer(
-        config=config, folder=folder, rank=rank, engine=engine, plan=plan, loader=loader, monitor=monitor, receipt=receipt,
-        selection=selection, belongs_to=belongs_to, evaluate=evaluate, first_step=first_step, guard_state=run_state.get("guard"), allocator=allocator,
+        config=config,
+        folder=folder,
+        rank=rank,
+        engine=engine,
+        plan=plan,
+        loader=loader,
+        monitor=monitor,
+        receipt=receipt,
+        selection=selection,
+        belongs_to=belongs_to,
+        evaluate=evaluate,
+        first_step=first_step,
+        guard_state=run_state.get("guard"),
+        allocator=allocator,
         preemption=preemption or Preemption(),
     )
 
 
-def _load_start(model: AnyModel, checkpoint: Checkpoint | None, origin: Origin | None, belongs_to: dict[str, Any], rank: str, folder: Path) -> int:
+def _load_start(
+    model: AnyModel,
+    checkpoint: Checkpoint | None,
+    origin: Origin | None,
+    belongs_to: dict[str, Any],
+    rank: str,
+    folder: Path,
+) -> int:
     """Gives the model the weights that it starts with now. Returns the steps behind it. A collective."""
     if checkpoint is not None:
         require_same_run(checkpoint, belongs_to)
     first_step, digest = checkpoint.step if checkpoint else 0, origin.facts["digest"] if origin else None
     if from_rank_0((first_step, digest)) != (first_step, digest):
         found = f"{rank} goes on from step {first_step}" + (f" with the weights {digest[:12]}" if digest else "")
-        raise InputError(f"{found}, rank 0 does not: they see different checkpoints in {folder}; start again, or name one with --resume")
+        raise InputError(
+            f"{found}, rank 0 does not: they see different checkpoints in {folder}; start again, or name one "
+            "with --resume"
+        )
     start = checkpoint or (origin.checkpoint if origin else None)
     if start is not None:
         load_trainable(model, start, whole)
@@ -346,7 +439,8 @@ def _load_start(model: AnyModel, checkpoint: Checkpoint | None, origin: Origin |
 
 
 def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:
-    """AdaLoRA's, where the recipe has it, as it was at the checkpoint. Raises InputError if its schedule is longer than the run."""
+    """AdaLoRA's, where the recipe has it, as it was at the checkpoint. Raises InputError if its schedule is longer than
+    the run."""
     blip = config.model.instructblip
     if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
         return None
@@ -357,9 +451,14 @@ def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Check
 
 
 def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, run: str) -> Header:
-    """What a run's receipt begins with. `run`: see `vltrain.train.identity.run_id`."""
+    """What a run's receipt begins with. `run`: see `vltrain.train.run.identity.run_id`."""
     train = config.train
     return Header(
-        run=run, data=dataset.manifest.checksum, packs=str(dataset.folder), seed=train.seed, epochs=train.epochs,
-        packs_per_step=train.packs_per_step, num_steps=plan.num_steps,
+        run=run,
+        data=dataset.manifest.checksum,
+        packs=str(dataset.folder),
+        seed=train.seed,
+        epochs=train.epochs,
+        packs_per_step=train.packs_per_step,
+        num_steps=plan.num_steps,
     )

@@ -1,7 +1,8 @@
 """Adapters: small trained modules behind the norms of a frozen network.
 
-`table` holds the dict of kinds and puts adapters into a network; `bottleneck`, `router` and `loha` hold the kinds themselves; `routing`
-tells routed adapters which modality a position belongs to. A new adapter is a class and a line in the table.
+`table` holds the dict of kinds and puts adapters into a network; `bottleneck`, `router` and `loha` hold the kinds
+themselves; `routing` tells routed adapters which modality a position belongs to. A new adapter is a class and a line in
+the table.
 """
 
 from vltrain.models.adapters.base import Adapter

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.routing import Routing
 
@@ -15,7 +15,8 @@ from vltrain.models.adapters.routing import Routing
 class Adapter(nn.Module):
     """Maps states [..., d] to [..., d], at the start each to itself. All of its parameters are trained.
 
-    A subclass lists in `settings` the fields of `AdapterConfig` that it reads, so that one which has no effect can be refused.
+    A subclass lists in `settings` the fields of `AdapterConfig` that it reads, so that one which has no effect can be
+    refused.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
@@ -58,14 +59,16 @@ class Adapter(nn.Module):
 
 
 def require_divisible(width: int, config: AdapterConfig, name: str, parts: int = 1) -> int:
-    """The number of groups that `config` names, after checking that each of `parts` equal pieces of `width` divides into them.
+    """The number of groups that `config` names, after checking that each of `parts` equal pieces of `width` divides
+    into them.
 
     Raises: InputError.
     """
     groups = getattr(config, name)
     if width % (groups * parts):
         raise InputError(
-            f"model.adapter.{name}: found {groups}, expected a divisor of the width {width // parts if width % parts == 0 else width} "
+            f"model.adapter.{name}: found {groups}, expected a divisor of the width "
+            f"{width // parts if width % parts == 0 else width} "
             "of the layers that get an adapter"
         )
     return groups

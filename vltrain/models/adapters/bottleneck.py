@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Routing
@@ -16,16 +16,17 @@ from vltrain.ops.fused import fused_adapter, require_fused, runs_fused
 
 
 def _is_frozen_rms_norm(norm: nn.Module) -> bool:
-    """Whether the kernel can take in this norm. One that ZeRO-3 has partitioned and not gathered is empty (see `NormThenAdapter`), and is called."""
+    """Whether the kernel can take in this norm. One that ZeRO-3 has partitioned and not gathered is empty (see
+    `NormThenAdapter`), and is called."""
     return hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad and norm.weight.numel() > 0
 
 
 class BottleneckAdapter(Adapter):
     """The paper's Bottleneck Adapter, Eq. 1-2: g(Z) = Z + psi_u(psi_d(Z)), with no non-linearity.
 
-    psi_d: Linear d -> h in `down_groups` groups (1: dense, as in Eq. 2); psi_u: Linear h -> d in `groups` groups. Each of k
-    groups maps its own 1/k of the inputs to its own 1/k of the outputs. Parameters: d h / k_d + h + h d / k_u + d; without `bias`
-    h + d fewer.
+    psi_d: Linear d -> h in `down_groups` groups (1: dense, as in Eq. 2); psi_u: Linear h -> d in `groups` groups. Each
+    of k groups maps its own 1/k of the inputs to its own 1/k of the outputs. Parameters: d h / k_d + h + h d / k_u + d;
+    without `bias` h + d fewer.
     Only the down weight starts non-zero (Xavier-uniform per group), so g starts as the identity.
     """
 
@@ -55,7 +56,9 @@ class BottleneckAdapter(Adapter):
         fused = runs_fused(self.impl, z, self.dim, self.dropout)
         if norm is not None:
             if fused and _is_frozen_rms_norm(norm):
-                return fused_adapter(z, *self._dense(), scale=self.scale, norm_weight=norm.weight, eps=norm.variance_epsilon)
+                return fused_adapter(
+                    z, *self._dense(), scale=self.scale, norm_weight=norm.weight, eps=norm.variance_epsilon
+                )
             z = norm(z)
         if fused:
             return fused_adapter(z, *self._dense(), scale=self.scale)
@@ -91,17 +94,21 @@ class BottleneckAdapter(Adapter):
         return down, up, self.scale * (up @ self.down_bias.double() + self.up_bias.double())
 
     def extra_repr(self) -> str:
-        return f"{self.width}, dim={self.dim}, groups={self.groups}, down_groups={self.down_groups}, bias={self.has_bias}, scale={self.scale}"
+        return (
+            f"{self.width}, dim={self.dim}, groups={self.groups}, down_groups={self.down_groups}, "
+            f"bias={self.has_bias}, scale={self.scale}"
+        )
 
 
 class RepAdapter(BottleneckAdapter):
-    """RepAdapter (Luo et al. 2023, https://arxiv.org/abs/2302.08106): f(Z) = Z + s psi_u(psi_d(Z)), half of Table 3's row 10.
+    """RepAdapter (Luo et al. 2023, https://arxiv.org/abs/2302.08106): f(Z) = Z + s psi_u(psi_d(Z)), half of Table 3's
+    row 10.
 
-    The same parameters as the Bottleneck Adapter; what it has more is the fixed factor `scale`. Row 10 puts LoRA in the LLM
-    and this into the ViT: `llm: none` gives its ViT half.
+    The same parameters as the Bottleneck Adapter; what it has more is the fixed factor `scale`. Row 10 puts LoRA in the
+    LLM and this into the ViT: `llm: none` gives its ViT half.
 
-    Without `residual`, f(Z) = s psi_u(psi_d(Z)): what LaVIN's code (`lavin/mm_adapter.py`) puts into the ViT as its `normal` adapter. It starts
-    at zero, not as the identity, so that a sublayer behind it begins with its biases alone.
+    Without `residual`, f(Z) = s psi_u(psi_d(Z)): what LaVIN's code (`lavin/mm_adapter.py`) puts into the ViT as its
+    `normal` adapter. It starts at zero, not as the identity, so that a sublayer behind it begins with its biases alone.
     """
 
     settings = BottleneckAdapter.settings | {"scale", "residual"}
@@ -110,7 +117,10 @@ class RepAdapter(BottleneckAdapter):
         super().__init__(width, config)
         self.residual = config.residual
         if not self.residual and self.impl == "triton":
-            raise InputError("model.adapter.impl: found 'triton', but its kernel adds what goes in, and model.adapter.residual is false; take auto or torch")
+            raise InputError(
+                "model.adapter.impl: found 'triton', but its kernel adds what goes in, and "
+                "model.adapter.residual is false; take auto or torch"
+            )
 
     def forward(self, z: Tensor, norm: nn.Module | None = None) -> Tensor:
         """`z` [..., d] -> [..., d]: f(z), or f(norm(z))."""
@@ -125,7 +135,8 @@ class RepAdapter(BottleneckAdapter):
     def low_rank_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.residual:
             raise InputError(
-                "model.adapter.residual: found False: a repadapter that does not add what goes in changes the layer behind it by a matrix of full rank, "
+                "model.adapter.residual: found False: a repadapter that does not add what goes in changes the "
+                "layer behind it by a matrix of full rank, "
                 "which no LoRA holds"
             )
         return super().low_rank_map()
@@ -133,4 +144,6 @@ class RepAdapter(BottleneckAdapter):
     @torch.no_grad()
     def linear_map(self) -> tuple[Tensor, Tensor | None]:
         matrix, offset = super().linear_map()
-        return (matrix if self.residual else matrix - torch.eye(self.width, dtype=matrix.dtype, device=matrix.device)), offset
+        return (
+            matrix if self.residual else matrix - torch.eye(self.width, dtype=matrix.dtype, device=matrix.device)
+        ), offset

@@ -1,8 +1,9 @@
 """Adapters of low-rank Hadamard products (LoHa), Table 3's rows 7-9.
 
-LoHa (FedPara, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098): W = (X1 Y1^T) o (X2 Y2^T), of rank up to r^2 from four factors of
-rank r. A d x d matrix W is never formed: the Hadamard product of two rank-r products is (X1 * X2)(Y1 * Y2)^T, where * takes all r^2
-products of a row's entries (the face-splitting product), so that W z costs as much as a bottleneck of r^2.
+LoHa (FedPara, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098): W = (X1 Y1^T) o (X2 Y2^T), of rank up to r^2
+from four factors of rank r. A d x d matrix W is never formed: the Hadamard product of two rank-r products is (X1 *
+X2)(Y1 * Y2)^T, where * takes all r^2 products of a row's entries (the face-splitting product), so that W z costs as
+much as a bottleneck of r^2.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Router, Routing
 from vltrain.ops.adapter import face_split, grouped_matrix, routed_adapter
@@ -30,7 +31,8 @@ class LohaMatrix(nn.Module):
         self.y1, self.y2 = (nn.Parameter(torch.empty(inputs, rank)) for _ in range(2))
 
     def reset_parameters(self, zero: bool) -> None:
-        # An entry of W is a product of two sums of r products each: its deviation is r times the factors' to the fourth.
+        # An entry of W is a product of two sums of r products each: its deviation is r times the factors' to the
+        # fourth.
         out, inputs, rank = self.out, self.inputs, self.rank
         xavier = (2 / (out + inputs)) ** 0.5
         for parameter in self.parameters():
@@ -53,7 +55,8 @@ class LohaMatrix(nn.Module):
 
 
 class LohaAdapter(Adapter):
-    """Row 7, Eq. 6: g(Z) = Z + s (w_1 (W_1 Z + b_1) + w_2 (W_2 Z + b_2)), two d x d LoHa maps under LaVIN's routing weights.
+    """Row 7, Eq. 6: g(Z) = Z + s (w_1 (W_1 Z + b_1) + w_2 (W_2 Z + b_2)), two d x d LoHa maps under LaVIN's routing
+    weights.
 
     There is no down projection; `rank` is LoHa's r. Eq. 6 leaves out the residual; without it the pretrained network's
     function would be lost at the first step. Parameters: 8 r d + 2 d + 2 d + 2.
@@ -90,8 +93,8 @@ class LohaAdapter(Adapter):
 
 
 class LohaRouterAdapter(Adapter):
-    """Row 8: LaVIN's router adapter whose three projections are LoHa matrices. g as in `RouterAdapter`, W_A, W_B, W_D each
-    (X1 Y1^T) o (X2 Y2^T); the grouped ones of shape d x h / k.
+    """Row 8: LaVIN's router adapter whose three projections are LoHa matrices. g as in `RouterAdapter`, W_A, W_B, W_D
+    each (X1 Y1^T) o (X2 Y2^T); the grouped ones of shape d x h / k.
 
     Parameters: 2 r (h + d) + h + 2 (2 r (d + h / k) + d) + 2 d + 2.
     """
@@ -120,7 +123,9 @@ class LohaRouterAdapter(Adapter):
         """`z` [..., L, d] -> [..., L, d]."""
         matrices = torch.stack([grouped_matrix(expert.matrix().unflatten(0, (self.groups, -1))) for expert in self.ups])
         down = (self.down.matrix(), self.down_bias)
-        return routed_adapter(z, self.router(z), *down, matrices, self.up_bias, scale=self.scale, dropout=self.active_dropout)
+        return routed_adapter(
+            z, self.router(z), *down, matrices, self.up_bias, scale=self.scale, dropout=self.active_dropout
+        )
 
     def flops_per_row(self, input_needs_grad: bool) -> float:
         up = 2 * self.width * self.dim // self.groups

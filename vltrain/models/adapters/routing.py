@@ -1,14 +1,17 @@
 """Which modality a position is routed by.
 
-LaVIN's mixture of modality adapters (Luo et al. 2023, https://arxiv.org/abs/2305.15023) weighs its experts by the hidden state of a
-decision token: the modality embedding u_m in front of a sample, which no other token may attend to. So u_m is a sequence of its own, of
-one token, and its states depend on the modality and the weights alone. Two uses follow, both exact:
+LaVIN's mixture of modality adapters (Luo et al. 2023, https://arxiv.org/abs/2305.15023) weighs its experts by the
+hidden state of a decision token: the modality embedding u_m in front of a sample, which no other token may attend to.
+So u_m is a sequence of its own, of one token, and its states depend on the modality and the weights alone. Two uses
+follow, both exact:
 
-packed    in a packed row each segment's u_m becomes a segment of its own, and its state at a layer routes the rest of its segment;
+packed    in a packed row each segment's u_m becomes a segment of its own, and its state at a layer routes the rest of
+          its segment;
 decided   for generation the two possible u_m run through the LLM once; what each router then says is kept by modality.
 
 A block calls its norm with the states and nothing else, so what a router must know besides reaches it through the one
-`Routing` that all routers of an LLM share. The price is a state that outlives a call; recomputed blocks get the one of their own forward.
+`Routing` that all routers of an LLM share. The price is a state that outlives a call; recomputed blocks get the one of
+their own forward.
 """
 
 from __future__ import annotations
@@ -77,12 +80,15 @@ class Routing:
 class Router(nn.Module):
     """w = softmax(Linear(d, n)(x) / t), of the decision token's state x, or of each token's own.
 
-    Without a `Routing` (in the ViT, which has no decision token) every token is routed by its own state. LaVIN's public code
-    reads batch item 0 there, which routes an image by its neighbour in the batch; with a batch of one it is the same. `bias`: the linear's.
+    Without a `Routing` (in the ViT, which has no decision token) every token is routed by its own state. LaVIN's public
+    code reads batch item 0 there, which routes an image by its neighbour in the batch; with a batch of one it is the
+    same. `bias`: the linear's.
     The linear starts as torch's own do, small: at zero, experts that start alike would get the same gradient for ever.
     """
 
-    def __init__(self, width: int, num_weights: int, temperature: float, routing: Routing | None, bias: bool = True) -> None:
+    def __init__(
+        self, width: int, num_weights: int, temperature: float, routing: Routing | None, bias: bool = True
+    ) -> None:
         super().__init__()
         self.linear = nn.Linear(width, num_weights, bias=bias)
         self.temperature = temperature

@@ -1,8 +1,8 @@
 """The kinds of adapters by name, and how they get into a network.
 
-An adapter is put in by replacement: a block's norm becomes a `Sequential` of norm and adapter, so that no forward is patched and
-checkpointing, compilation and ZeRO's hooks see ordinary modules. Every adapter starts as the identity, so that training starts
-from the pretrained network's function.
+An adapter is put in by replacement: a block's norm becomes a `Sequential` of norm and adapter, so that no forward is
+patched and checkpointing, compilation and ZeRO's hooks see ordinary modules. Every adapter starts as the identity, so
+that training starts from the pretrained network's function.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from vltrain.config import AdapterConfig
+from vltrain.config.schema import AdapterConfig
 from vltrain.errors import InputError, nearest
 from vltrain.models.adapters.base import Adapter
 from vltrain.models.adapters.bottleneck import BottleneckAdapter, RepAdapter
@@ -36,10 +36,12 @@ NOT_OF_A_KIND = {"kind", "vision_kind", "vision", "llm"}  # fields of AdapterCon
 
 
 class NormThenAdapter(nn.Sequential):
-    """A block's norm and the adapter behind it: by turns, or in one kernel where the adapter has one that takes in the norm."""
+    """A block's norm and the adapter behind it: by turns, or in one kernel where the adapter has one that takes in the
+    norm."""
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
-        """Parameters of modules below that the forward reads without calling them, which ZeRO-3 therefore has to gather for this module."""
+        """Parameters of modules below that the forward reads without calling them, which ZeRO-3 therefore has to gather
+        for this module."""
         return list(self.norm.parameters()) if self.adapter.takes_norm else []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = No
         if entry.name not in known | NOT_OF_A_KIND and getattr(config, entry.name) != getattr(defaults, entry.name):
             named = " or ".join(f"'{name}'" for name in dict.fromkeys((config.kind, config.vision_kind or config.kind)))
             raise InputError(
-                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind {named} has no such "
+                f"model.adapter.{entry.name}: found {getattr(config, entry.name)}, but an adapter of kind "
+                f"{named} has no such "
                 f"setting (it has {', '.join(sorted(known))}); leave it out"
             )
     return kinds[part](width, config, routing)
@@ -100,7 +103,11 @@ def insert_adapters(
 
 def adapter_kind(config: AdapterConfig, part: str) -> type[Adapter]:
     """The class of the adapters in a network, `llm` or `vision`. Raises InputError for an unknown name."""
-    key, kind = ("vision_kind", config.vision_kind) if part == "vision" and config.vision_kind is not None else ("kind", config.kind)
+    key, kind = (
+        ("vision_kind", config.vision_kind)
+        if part == "vision" and config.vision_kind is not None
+        else ("kind", config.kind)
+    )
     if kind not in ADAPTERS:
         raise InputError(f"model.adapter.{key}: found '{kind}'; {nearest(kind, ADAPTERS)}")
     return ADAPTERS[kind]

@@ -1,1 +1,0 @@
-"""What a user runs before paying for GPUs: will a recipe fit?"""

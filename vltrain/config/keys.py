@@ -1,0 +1,147 @@
+"""The settings that a recipe may make, by dotted name: type, default, range and choices of each, read off the
+dataclasses of `vltrain.config.schema`."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vltrain.config.ranges import Range, Registry, range_of, registry_of
+from vltrain.config.schema import Config
+from vltrain.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Key:
+    """One declared setting: its type annotation, the value it has when nobody sets it, and of numbers the range."""
+
+    annotation: Any
+    default: Any
+    range: Range | None = None
+    registry: Registry | None = None
+
+    def choices(self) -> tuple[str, ...]:
+        """What the setting, or each of its list, may be, as a recipe spells it; () where that cannot be listed."""
+        if self.registry is not None:
+            return (*self.registry.names(), *(("null",) if check_type(None, self.annotation)[0] else ()))
+        return tuple(_choices(self.annotation))
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """Every setting by its dotted name (`model.adapter.dim`), in the order of declaration."""
+    return dict(_walk(Config(), ""))
+
+
+@cache
+def known_sections() -> frozenset[str]:
+    """Every dotted name that holds settings and is none itself (`model`, `model.adapter`, ...)."""
+    return frozenset(key[:dot] for key in known_keys() for dot in range(len(key)) if key[dot] == ".")
+
+
+def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Key]]:
+    annotations = get_type_hints(type(section))
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{entry.name}.")
+        else:
+            yield f"{prefix}{entry.name}", Key(annotations[entry.name], value, range_of(entry), registry_of(entry))
+
+
+def suggest(name: str) -> str:
+    """A hint for the unknown dotted `name`: the same last word elsewhere, or the most similar known name."""
+    section, _, word = name.rpartition(".")
+    same_word = [key for key in known_keys() if key.rpartition(".")[2] == word]
+    if same_word:
+        hint = nearest(name, same_word)
+        return hint if hint.startswith("did you mean") else f"did you mean {' or '.join(map(repr, same_word))}?"
+    siblings = [key for key in known_keys() if key.rpartition(".")[0] == section]
+    hint = nearest(name, [*known_keys(), *known_sections()])
+    return hint if hint.startswith("did you mean") or not siblings else f"known: {', '.join(siblings)}"
+
+
+def describe_type(annotation: Any) -> str:
+    """An annotation in a user's words: `int or null`, `one of none, attention, ffn, both`."""
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(str, get_args(annotation)))}"
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        if get_args(annotation)[-1] is ...:
+            return f"a list, each of it {describe_type(get_args(annotation)[0])}"
+        return f"a list of {len(get_args(annotation))} numbers"
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a finite number",
+        str: "a text that is not empty",
+    }
+    return names.get(
+        annotation, "a mapping of names to plain values (texts, finite numbers, true, false, null, lists and mappings)"
+    )
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return list(map(str, get_args(annotation)))
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is tuple and get_args(annotation)[-1] is ...:
+        return _choices(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = {part: _choices(part) for part in get_args(annotation) if part is not type(None)}
+        listed = [choice for part in parts.values() for choice in part]
+        return [*listed, "null"] if all(parts.values()) else []
+    return []
+
+
+def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
+    """Whether `value` is of the type, and the value as the dataclass holds it (lists as tuples, whole numbers as
+    floats)."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return any(type(value) is type(known) and value == known for known in get_args(annotation)), value
+    if origin in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := check_type(value, part))[0]), (False, value))
+    if origin is tuple:
+        parts = get_args(annotation)
+        if parts[-1] is ... and isinstance(value, (list, tuple)):
+            parts = parts[:1] * len(value)
+        if not isinstance(value, (list, tuple)) or len(value) != len(parts):
+            return False, value
+        checked = [check_type(item, part) for item, part in zip(value, parts)]
+        return all(fits for fits, _ in checked), tuple(item for _, item in checked)
+    if origin is dict:
+        return isinstance(value, dict) and _is_plain(value), value
+    if annotation is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+        return fits, float(value) if fits else value
+    return type(value) is annotation and (annotation is not str or bool(value.strip())), value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+
+
+def checked_value(key: str, value: Any, where: str) -> Any:
+    """`value` as the setting `key` holds it. Raises InputError naming `where`, key, found and expected."""
+    annotation = known_keys()[key].annotation
+    fits, value = check_type(value, annotation)
+    if not fits:
+        raise InputError(
+            f"{where}: {key}: found {'null' if value is None else repr(value)}, expected {describe_type(annotation)}"
+        )
+    allowed = known_keys()[key].range
+    if allowed is not None:
+        allowed.require(f"{where}: {key}", value)
+    return value

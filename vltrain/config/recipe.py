@@ -1,0 +1,332 @@
+"""Recipes: strict YAML files of the keys that `vltrain.config.schema` declares, read into dotted keys and written back
+whole.
+
+Strict means that a recipe can only say what it seems to say: unknown keys fail, types are those of the dataclasses with
+no conversion, and the YAML itself is read strictly (`vltrain.config.strict_yaml`). Recipes that have much in common are
+written once: a recipe may stand on another, and a table holds several:
+
+    base: OTHER.yaml      (seen from this file's folder; or a name of launch/recipes) its settings hold where this file
+                          is silent; keys of a mapping join its mapping
+    output: runs/NAME     with a base, always this file's own
+    rows:                 makes the file a table: a row's settings stand on those of the file. `FILE#ROW` names a row
+                          wherever a recipe is
+      NAME: {...}         named; its run goes into the table's output, below its own name. Or a file of only `rows`,
+                          which tables share
+    stages:               makes the file a run in stages, one after another, each beginning with the weights of the one
+                          before (LLaVA's way: neck first).
+      NAME: {...}         a stage's settings stand on those of the file. Its run goes into the output, as 1-NAME,
+                          2-NAME, ...; `FILE#NAME` names it alone
+    ablation: {...}       how `vltrain ablate` runs the rows, see `Ablation`
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from vltrain.config.keys import check_type, checked_value, describe_type, known_keys, known_sections, suggest
+from vltrain.config.ranges import MOST_STEPS, check_ranges, number
+from vltrain.config.schema import Config
+from vltrain.config.strict_yaml import dump_text, load_yaml
+from vltrain.errors import InputError, nearest
+from vltrain.shipped import find_recipe
+
+BASE, ROWS, STAGES, ABLATION = "base", "rows", "stages", "ablation"  # keys of a recipe's file beside the settings
+INIT_FROM = "train.init_from"
+RECIPE = "config.yaml"  # in a run's folder: the resolved one, which every run writes
+ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
+
+
+@dataclass(kw_only=True)
+class Ablation:
+    """How the rows of a table are run: the keys of its section `ablation`."""
+
+    program: str = "train_mmt"
+    """Which program of launch/ trains a row."""
+    evaluate: str = "evaluate"
+    """Which program of launch/ evaluates it."""
+    split: str | None = None
+    """The split that is answered; null: each row's data.test_split."""
+    max_samples: int | None = number(None, 1, MOST_STEPS)
+    """Questions that are answered, evenly spaced over the split; null: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A recipe with rows. `rows`: what each row sets itself, by dotted name; `settings`: what holds for all of them."""
+
+    path: Path
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    ablation: Ablation
+
+    def recipe_of(self, row: str) -> Path:
+        """What `--recipe` takes for a row."""
+        return Path(f"{self.path}#{row}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """A recipe in stages. `stages`: what each stage sets itself, by dotted name; `settings`: what holds for all of
+    them."""
+
+    path: Path
+    settings: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+
+    def recipe_of(self, stage: str) -> Path:
+        """What `--recipe` takes for a stage."""
+        return Path(f"{self.path}#{stage}")
+
+    def folder_of(self, stage: str, output: str | None = None) -> str:
+        """Where its run goes. `output`: of the whole, where it is not the recipe's."""
+        return str(Path(output or self.settings["output"]) / f"{list(self.stages).index(stage) + 1}-{stage}")
+
+    def before(self, stage: str) -> str | None:
+        """The stage that it begins with the weights of; None for the first."""
+        names = list(self.stages)
+        return names[names.index(stage) - 1] if stage != names[0] else None
+
+    def whole(self, stage: str) -> dict[str, Any]:
+        """All settings of a stage, by dotted name."""
+        before = self.before(stage)
+        begins = {INIT_FROM: self.folder_of(before)} if before is not None else {}
+        return _overlay(self.settings, {**self.stages[stage], "output": self.folder_of(stage), **begins})
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of the recipe at `path` (or of the row `FILE#ROW`) by dotted name, types checked, its bases'
+    included.
+
+    Raises: InputError naming the file, the row and the key; for bases that lead back to themselves; for a table without
+    a row's name.
+    """
+    return _read(path, ())
+
+
+def read_table(path: Path) -> Table:
+    """The table at `path`. Raises InputError as `read_recipe`, and for a recipe that has no rows."""
+    content = _open(path)
+    if not isinstance(content, dict) or ROWS not in content:
+        raise InputError(
+            f"{path}: no '{ROWS}' in it, expected a table: a recipe with {ROWS}: {{NAME: {{settings}}, ...}}"
+        )
+    return _table(path, content, ())
+
+
+def read_stages(path: Path) -> Stages | None:
+    """The recipe in stages at `path`; None for another one, and for one stage alone (`FILE#STAGE`). Raises InputError
+    as `read_recipe`."""
+    file, part = _split_row(path)
+    content = _open(file) if part is None else None
+    return _stages(file, content, ()) if isinstance(content, dict) and STAGES in content else None
+
+
+def own_settings(path: Path) -> dict[str, Any] | None:
+    """Of `FILE#STAGE` what the stage itself sets; None for another recipe. Raises InputError as `read_recipe`."""
+    file, part = _split_row(path)
+    stages = read_stages(file) if part is not None else None
+    return None if stages is None else stages.stages.get(part or "")
+
+
+def _open(path: Path) -> Any:
+    content = load_yaml(path)
+    return {} if content is None else content  # an empty file changes nothing
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """`above`: the recipes that stand on this one, the first that was named first."""
+    file, row = _split_row(path)
+    here = Path(f"{file.resolve()}#{row}") if row is not None else file.resolve()
+    if here in above:
+        chain = " -> ".join(place.name for place in (*above[above.index(here) :], here))
+        raise InputError(
+            f"{above[-1]}: {BASE}: leads back to itself ({chain}); expected a recipe that stands on its own "
+            "feet in the end"
+        )
+    content = _open(file)
+    if isinstance(content, dict) and STAGES in content:
+        return _stage(path, row, _stages(file, content, (*above, here)))
+    is_table = isinstance(content, dict) and ROWS in content
+    if row is None and not is_table:
+        return _settings(file, content, str(file), (*above, here))
+    if not is_table:
+        raise InputError(f"{path}: {file} has no '{ROWS}' or '{STAGES}', so no '{row}'; name the file alone")
+    table = _table(file, content, (*above, here))
+    if row is None:
+        raise InputError(
+            f"{file}: found a table, expected {file}#ROW for one of its rows: {', '.join(table.rows)} (all: "
+            "vltrain ablate)"
+        )
+    if row not in table.rows:
+        raise InputError(f"{path}: no row '{row}' in {file}, {nearest(row, table.rows)}")
+    return _overlay(table.settings, {**table.rows[row], "output": str(Path(table.settings["output"]) / row)})
+
+
+def _stage(path: Path, name: str | None, stages: Stages) -> dict[str, Any]:
+    if name is None:
+        named = ", ".join(f"{stages.path}#{one}" for one in stages.stages)
+        raise InputError(
+            f"{path}: found a recipe in stages, expected one of them: {named} (all, one after another: vltrain train)"
+        )
+    if name not in stages.stages:
+        raise InputError(f"{path}: no stage '{name}' in {stages.path}, {nearest(name, stages.stages)}")
+    return stages.whole(name)
+
+
+def _stages(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Stages:
+    where = str(path)
+    if ROWS in content or ABLATION in content:
+        raise InputError(
+            f"{where}: found '{STAGES}' beside '{ROWS if ROWS in content else ABLATION}', expected one of the two"
+        )
+    settings = _settings(path, {name: value for name, value in content.items() if name != STAGES}, where, above)
+    if "output" not in settings:
+        raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all stages")
+    own = _parts(content[STAGES], where, STAGES, "stage", f"{settings['output']}/NUMBER-NAME")
+    if len(own) < 2:
+        raise InputError(f"{where}: {STAGES}: found {len(own)}, expected two or more")
+    for name in list(own)[1:]:
+        if INIT_FROM in own[name]:
+            raise InputError(
+                f"{where}: stage '{name}': {INIT_FROM}: found {own[name][INIT_FROM]!r}, but it begins with the "
+                "stage before; leave it out"
+            )
+    return Stages(path=path, settings=settings, stages=own)
+
+
+def _parts(found: Any, where: str, section: str, kind: str, goes_into: str) -> dict[str, dict[str, Any]]:
+    """The settings of each row or stage, by dotted name."""
+    if not isinstance(found, dict) or not found:
+        raise InputError(
+            f"{where}: {section}: found {'null' if found is None else repr(found)}, expected a mapping of "
+            f"{kind} names to settings"
+        )
+    parts: dict[str, dict[str, Any]] = {}
+    for name, part in found.items():
+        if not isinstance(name, str) or not ROW_NAME.fullmatch(name):
+            raise InputError(
+                f"{where}: {section}: found the name {name!r}, expected a folder's name of letters, digits, "
+                "'_', '-' and '.'"
+            )
+        parts[name] = {}
+        _collect(part, "", f"{where}: {kind} '{name}'", parts[name])
+        if "output" in parts[name]:
+            raise InputError(
+                f"{where}: {kind} '{name}': output: found a folder, expected none: its run goes into "
+                f"{goes_into.replace('NAME', name)}"
+            )
+    return parts
+
+
+def _split_row(path: Path) -> tuple[Path, str | None]:
+    file, mark, row = str(path).rpartition("#")
+    return (path, None) if not mark or path.exists() else (Path(file), row)
+
+
+def _settings(path: Path, content: Any, where: str, above: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file's content says over what its base says."""
+    own: dict[str, Any] = {}
+    if not isinstance(content, dict) or BASE not in content:
+        _collect(content, "", where, own)
+        return own
+    base = content[BASE]
+    if not isinstance(base, str):
+        raise InputError(
+            f"{where}: {BASE}: found {'null' if base is None else repr(base)}, expected another recipe's file"
+        )
+    _collect({name: value for name, value in content.items() if name != BASE}, "", where, own)
+    if "output" not in own:
+        raise InputError(
+            f"{where}: output: found nothing, expected this recipe's own folder; a base's holds the base's run"
+        )
+    return _overlay(_read(find_recipe(base, f"{where}: {BASE}", path.parent), above), own)
+
+
+def _overlay(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`; a mapping's keys join the base's mapping."""
+    return {
+        **base,
+        **{key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in own.items()},
+    }
+
+
+def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Table:
+    found, where = content[ROWS], str(path)
+    if isinstance(found, str):
+        where = str(path.parent / found)
+        listed = _open(path.parent / found)
+        if not isinstance(listed, dict) or listed.keys() != {ROWS}:
+            told = f"keys {', '.join(map(str, listed))}" if isinstance(listed, dict) else repr(listed)
+            raise InputError(f"{where}: found {told}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
+        found = listed[ROWS]
+    settings = _settings(
+        path, {name: value for name, value in content.items() if name not in (ROWS, ABLATION)}, where, above
+    )
+    if "output" not in settings:
+        raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all rows")
+    rows = _parts(found, where, ROWS, "row", f"{settings['output']}/NAME")
+    return Table(path=path, settings=settings, rows=rows, ablation=_ablation(content.get(ABLATION, {}), where))
+
+
+def _ablation(content: Any, where: str) -> Ablation:
+    declared = get_type_hints(Ablation)
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: {ABLATION}: found {content!r}, expected a section with keys of its own")
+    for name, value in content.items():
+        if name not in declared:
+            raise InputError(f"{where}: unknown key '{ABLATION}.{name}', {nearest(str(name), declared)}")
+        if not check_type(value, declared[name])[0]:
+            found = "null" if value is None else repr(value)
+            raise InputError(f"{where}: {ABLATION}.{name}: found {found}, expected {describe_type(declared[name])}")
+    ablation = Ablation(**content)
+    check_ranges(ablation, f"{where}: {ABLATION}")
+    return ablation
+
+
+def _collect(content: Any, prefix: str, where: str, given: dict[str, Any]) -> None:
+    if not isinstance(content, dict):
+        place = prefix.rstrip(".") or "the whole file"
+        raise InputError(
+            f"{where}: {place}: found {'null' if content is None else repr(content)}, expected a section with "
+            "keys of its own"
+        )
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if "." in str(name) and (key in known_keys() or key in known_sections()):
+            raise InputError(
+                f"{where}: found the dotted key '{key}', expected nested sections ({key.replace('.', ': {')}: ...)"
+            )
+        if key in known_sections():
+            _collect(value, f"{key}.", where, given)
+        elif key in known_keys():
+            given[key] = checked_value(key, value, where)
+        else:
+            raise InputError(f"{where}: unknown key '{key}', {suggest(key)}")
+
+
+def build_config(given: dict[str, Any]) -> Config:
+    """The defaults of `Config` with the settings in `given` (dotted name -> checked value) put over them."""
+    return _build(Config(), given, "")
+
+
+def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
+    values = {}
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        key = f"{prefix}{entry.name}"
+        values[entry.name] = _build(value, given, f"{key}.") if is_dataclass(value) else given.get(key, value)
+    return type(section)(**values)
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML that `read_recipe` reads back to an equal one."""
+    return dump_text(_plain(asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

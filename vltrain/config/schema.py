@@ -1,0 +1,452 @@
+"""What a recipe may say: every key is declared, documented and checked here.
+
+A recipe is a YAML file of these keys; the command line overrides it (`--model.adapter.dim 8`). Keys that are not
+declared fail with the nearest match. Each value has one owner: DeepSpeed's JSON holds memory and communication knobs
+only and says "auto" where this file decides (see `vltrain.train.zero.engine`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vltrain.config.instructblip import InstructBlipConfig
+from vltrain.config.ranges import (
+    MOST_PIXELS,
+    MOST_SEED,
+    MOST_SIZE,
+    MOST_STEPS,
+    MOST_TOKENS,
+    MOST_WORKERS,
+    check_ranges,
+    named,
+    number,
+)
+from vltrain.errors import InputError
+from vltrain.errors import require as _require
+
+OWN = "samples"  # the source that prepares nothing
+EASYVQA_ROOT = "data/easyvqa"
+Placement = Literal["none", "attention", "ffn", "both"]
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """The adapter put behind a block's norms, in the ViT and in the LLM."""
+
+    kind: str = named("vltrain.models.adapters.ADAPTERS", "bottleneck")
+    """Which adapter."""
+    vision_kind: str | None = named("vltrain.models.adapters.ADAPTERS", None)
+    """The same of the ViT, where it has another kind than the LLM; null: `kind`. All other settings are both's."""
+    dim: int = number(16, 1, MOST_SIZE)
+    """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
+    groups: int = number(2, 1, MOST_SIZE)
+    """Groups k of the up projection, Eq. 2 (Table 2: 2, 4)."""
+    down_groups: int = number(1, 1, MOST_SIZE)
+    """Groups of the down projection; 1 is dense, as in Eq. 2."""
+    bias: bool = True
+    """Whether it has biases; without them a linear adapter is a plain LoRA, which every engine loads
+    (`vltrain export --format lora`)."""
+    dropout: float = number(0.0, 0, 1, open_high=True)
+    """Dropout on the bottleneck's activations; 0 keeps the adapter linear and mergeable."""
+    rank: int = number(4, 1, MOST_SIZE)
+    """Rank of the factors of LoHa kinds."""
+    scale: float = number(1.0, 0, 1e6, open_low=True)
+    """Fixed factor s on what the adapter adds, of kinds other than `bottleneck`."""
+    residual: bool = True
+    """repadapter: add what goes in; false: f(Z) = s psi_u(psi_d(Z)) alone, as the visual adapters that LaVIN's code
+    calls `normal`."""
+    temperature: float = number(10.0, 1e-3, 1e6)
+    """Temperature t of the routing weights of routed kinds (LaVIN: 10 for 7B, 5 for 13B)."""
+    vision: Placement = "attention"
+    """Before which sublayers of each ViT block an adapter stands."""
+    llm: Placement = "attention"
+    """Before which sublayers of each LLM block an adapter stands."""
+    impl: Literal["auto", "torch", "triton"] = "auto"
+    """What computes it. triton: one fused kernel, in the LLM together with the RMSNorm before it where that is frozen
+    and whole; torch: plain operations; auto: triton on CUDA where the kernel can do it, else torch."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.adapter")
+        for name in ("groups", "down_groups"):
+            groups = getattr(self, name)
+            _require(
+                self.dim % groups == 0, f"model.adapter.{name}", groups, f"a divisor of model.adapter.dim = {self.dim}"
+            )
+
+
+@dataclass(kw_only=True)
+class VisionConfig:
+    """The image encoder: a CLIP-style ViT whose [cls] states after every `tap_every`-th block are the visual tokens."""
+
+    source: str | None = None
+    """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors)
+    with OpenAI-CLIP's names; null: random weights of the size in `config`."""
+    kind: Literal["clip", "diht", "alip"] | None = None
+    """Whose ViT a state dict is, which tells its activation (diht: exact GELU; clip, alip: x sigmoid(1.702 x)); Hugging
+    Face folders say it."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """For random weights: keys of transformers' CLIPVisionConfig."""
+    preprocessing: Literal["checkpoint", "square"] = "checkpoint"
+    """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop,
+    filter, mean, deviation), and as with `square` where there is none; square: resized straight to the square, bicubic,
+    CLIP's mean and deviation."""
+    tap_every: int = number(4, 1, MOST_SIZE)
+    """A [cls] state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
+    train: bool = False
+    """Also tune the ViT's own weights."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.vision")
+        _require(
+            (self.source is None) == bool(self.config),
+            "model.vision",
+            {"source": self.source, "config": self.config},
+            "either `source` (weights to load) or `config` (sizes of a random ViT)",
+        )
+        _require(
+            self.kind is None or self.source is not None,
+            "model.vision.kind",
+            self.kind,
+            "null, since random weights are nobody's",
+        )
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """What peft puts into the LLM's blocks, beside the adapters behind their norms or in their stead; always
+    trained."""
+
+    kind: Literal["lora", "adaption_prompt"] | None = None
+    """lora: low-rank updates of linear layers; adaption_prompt: LLaMA-Adapter's gated prompts; null: neither."""
+    rank: int = number(8, 1, MOST_SIZE)
+    """lora: rank r of the updates."""
+    alpha: float = number(16.0, 0, 1e6, open_low=True)
+    """lora: the updates are scaled by alpha / rank."""
+    dropout: float = number(0.0, 0, 1, open_high=True)
+    """lora: dropout on what the updates read."""
+    targets: tuple[str, ...] = named("vltrain.models.peft.lora.TARGETS", ("q_proj", "v_proj"))
+    """lora: which linear layers of every block."""
+    adapter_len: int = number(10, 1, MOST_SIZE)
+    """adaption_prompt: learned prompts in each adapted block."""
+    adapter_layers: int | None = number(None, 1, MOST_SIZE)
+    """adaption_prompt: how many of the topmost blocks are adapted; null: all."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.llm.peft")
+        distinct = 0 < len(self.targets) == len(set(self.targets))
+        _require(distinct, "model.llm.peft.targets", list(self.targets), "one or more layers, each once")
+
+
+@dataclass(kw_only=True)
+class LLMConfig:
+    """The language model: a LLaMA."""
+
+    source: str | None = None
+    """Folder (Hugging Face's or Meta's layout), hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`;
+    null: random weights of the size in `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """For random weights: keys of transformers' LlamaConfig."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if not beside the weights; required with random weights."""
+    attention: Literal[
+        "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = "auto"
+    """Attention of packed rows; auto: where products are in bf16 on CUDA a flash-attn that is installed and fits the
+    GPU, else torch's own variable-length kernel (torch 2.10), else SDPA over segments as a padded batch."""
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    """What computes norms, rotary embedding and SwiGLU; auto: Liger's kernels on CUDA where they are installed (extra
+    `gpu`), else torch."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    train: bool = False
+    """Also tune the LLM's own weights."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.source is None) == bool(self.config),
+            "model.llm",
+            {"source": self.source, "config": self.config},
+            "either `source` (weights to load) or `config` (sizes of a random LLaMA)",
+        )
+        named = self.source is not None or self.tokenizer is not None
+        _require(named, "model.llm.tokenizer", self.tokenizer, "a tokenizer's place, since random weights bring none")
+
+
+@dataclass(kw_only=True)
+class NeckConfig:
+    """The visual neck, Eq. 3: visual features to the LLM's width."""
+
+    kind: Literal["bottleneck", "linear"] = "bottleneck"
+    """`bottleneck`: Eq. 3; `linear`: one matrix, as LLaVA's."""
+    dim: int = number(128, 1, MOST_SIZE)
+    """Hidden width d_v of Eq. 3; not used by `linear`."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.neck")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """ViT, adapters, neck and LLM; or an InstructBLIP."""
+
+    architecture: Literal["mmt", "instructblip"] = "mmt"
+    """mmt: ViT, adapters, neck and LLaMA of Multimodal Model Tuning, from the sections vision, llm, adapter and neck;
+    instructblip: ViT, Q-Former and LLM, from the section instructblip."""
+    instructblip: InstructBlipConfig = field(default_factory=InstructBlipConfig)
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig(source="asset://tiny_vit", tap_every=1))
+    llm: LLMConfig = field(default_factory=lambda: LLMConfig(source="asset://tiny_llama"))
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    neck: NeckConfig = field(default_factory=NeckConfig)
+    tune: Literal["adapters", "neck", "full"] = "adapters"
+    """adapters: adapters, peft's layers, neck and modality embedding; neck: the latter two alone, without adapters and
+    peft's layers (a first stage, see `stages`); both with what `vision.train` and `llm.train` add; full: everything
+    that carries gradient."""
+    bits: Literal[4, 8, 16, 32] | None = None
+    """Bits of the frozen weights of ViT and LLM; also `--bits`. 4: NF4 with double quantisation, 8: LLM.int8 with
+    threshold 6, both of the blocks' linear layers by bitsandbytes (extra `quant`), the rest as with null; 16: bf16; 32:
+    fp32; null: as `train.precision` says. Where one of both networks is tuned itself, it is fp32 and the bits are the
+    other's."""
+    seed: int = number(0, 0, MOST_SEED)
+    """Seed of every weight that is not loaded."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model")
+        if self.architecture == "instructblip":
+            self.instructblip.require_source()
+        if self.bits in (4, 8) and self.trains_all:
+            raise InputError(
+                f"model.bits: found {self.bits}, but only frozen weights can be quantised, and here ViT and LLM "
+                "are both tuned themselves; "
+                "leave the bits out, or tune adapters"
+            )
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the own weights of both networks are tuned."""
+        if self.architecture == "instructblip":
+            return self.instructblip.vision == self.instructblip.llm.mode == "full"
+        return self.tune == "full" or (self.vision.train and self.llm.train)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Raw data, its prepared samples and its packed shards."""
+
+    source: str | None = named("data_prep.sources.SOURCES", None, beside=(OWN,))
+    """Which reader of `data_prep.sources` prepares the raw data; `samples`: none, they are samples in JSONL already and
+    are read where they are; null: easyvqa for its own root, and for any other root the samples that are prepared there,
+    whatever they were made from."""
+    input: str | None = None
+    """Where the raw data is; null where the source finds it by itself (easyvqa: the installed package). Of `samples`: a
+    folder of SPLIT.jsonl, or the file of `train_split`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of that reader, e.g. `prompt_format: QCM-ALE` of scienceqa. Of `samples`: the files of further splits,
+    `val: FILE`."""
+    root: str = EASYVQA_ROOT
+    """Where prepared samples (`samples/SPLIT.jsonl`) and packs (`packed/SPLIT-FINGERPRINT/`) are kept; made if missing.
+    The default is kept for easyvqa; what is there is used only if it was made from what the recipe says."""
+    train_split: str = "train"
+    eval_split: str = "val"
+    """The split that is evaluated while training."""
+    test_split: str = "test"
+    """The split that `vltrain evaluate` answers unless told otherwise."""
+    train_packs: str | None = None
+    """A folder of packed shards to train on, instead of the one under `root`."""
+    template: str = named("vltrain.data.text.conversation.TEMPLATES", "mmt")
+    """How turns become tokens."""
+    pack_length: int = number(1024, 8, MOST_TOKENS)
+    """Tokens a pack may hold: what a micro-step of one rank trains on."""
+    max_images: int | None = number(None, 1, MOST_SIZE)
+    """Images a pack may hold, to bound the ViT's memory; null: no bound."""
+    over_long: Literal["error", "drop"] = "error"
+    """What becomes of samples that do not fit into a pack. `error`: nothing is packed, and they are named; `drop`: they
+    are left out and listed in the packs' `over_long.jsonl`. None is ever cut."""
+    workers: int = number(1, 0, MOST_WORKERS)
+    """Processes per rank that decode images; 0: in the training process."""
+    max_image_pixels: int = number(50_000_000, 1, MOST_PIXELS)
+    """Larger images are refused (decompression bombs)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data")
+
+    @property
+    def is_easyvqa(self) -> bool:
+        """Whether it is the installed easy-VQA, by its name or by its root."""
+        return self.input is None and (self.source == "easyvqa" or (self.source is None and self.root == EASYVQA_ROOT))
+
+    @property
+    def reader(self) -> str | None:
+        """Which reader prepares the samples; None where they must be there."""
+        return "easyvqa" if self.is_easyvqa else None if self.source == OWN else self.source
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a warm-up and a decay."""
+
+    lr: float = number(1.125e-3, 0, 10, open_low=True)
+    """Peak learning rate, absolute. The paper's 0.009 is a base rate: lr = 0.009 * samples per step / 256."""
+    vision_lr: float | None = number(
+        None, 0, 10, open_low=True, hint=", or null; to keep the ViT as it is, do not tune it (model.vision.train)"
+    )
+    """Peak learning rate of the ViT's own weights where they are tuned; null: `lr`."""
+    llm_lr: float | None = number(
+        None, 0, 10, open_low=True, hint=", or null; to keep the LLM as it is, do not tune it (model.llm.train)"
+    )
+    """Peak learning rate of the LLM's own weights where they are tuned; null: `lr`."""
+    schedule: Literal["cosine", "linear", "linear_epochs"] = "cosine"
+    """How the learning rate falls after the warm-up. cosine, linear: step by step; linear_epochs: by the same amount
+    after every epoch (the Q-Former paper's)."""
+    min_lr_ratio: float = number(0.0, 0, 1)
+    """What it falls to, as a share of the peak."""
+    betas: tuple[float, float] = number((0.9, 0.95), 0, 1, open_high=True)
+    eps: float = number(1e-8, 1e-30, 1)
+    weight_decay: float = number(0.02, 0, 10)
+    """On matrices only: biases and other 1-D parameters have none."""
+    warmup_epochs: float = number(0.1, 0, 1e6)
+    """Length of the linear warm-up."""
+    clip: float = number(0.0, 0, 1e9)
+    """Largest norm of the whole gradient; 0: no clipping (the paper's)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "optim")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: float = number(1.0, 0, 1e6, open_low=True)
+    """Passes over the packs, not necessarily whole ones: 0.3 trains on three tenths of them. Half a pack at least."""
+    max_steps: int | None = number(None, 1, MOST_STEPS)
+    """Stop after this many steps; the schedule is then this long too. It only ever shortens a run: more steps than
+    `epochs` has are refused."""
+    packs_per_step: int = number(2, 1, MOST_SIZE)
+    """Packs of one optimizer step over all ranks: the global batch, the same for any number of ranks; what they do not
+    take at once they accumulate."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products and, unless `model.bits` says otherwise, of frozen weights. auto: bf16 where the hardware is
+    fast at it or `model.bits` is 16, else fp32."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes). With ZeRO 0 to 2, networks in
+    16 or 32 bits, and without activation checkpointing."""
+    deterministic: bool = True
+    """The same run on the same machine gives the same bits, on a GPU too; evaluation and replay obey it as well. false:
+    faster gradients of attention, whose sums then come in any order. On a CPU it changes nothing."""
+    seed: int = number(0, 0, MOST_SEED)
+    """Seed of the order of packs and of dropout."""
+    log_every_steps: int = number(10, 1, MOST_STEPS)
+    save_every_steps: int = number(200, 1, MOST_STEPS)
+    keep_checkpoints: int = number(2, 1, MOST_SIZE)
+    """How many of the newest checkpoints are kept."""
+    init_from: str | None = None
+    """Begin a new run with the trained weights of another: a run's folder (its best checkpoint where `train.keep_best`
+    kept one, else its newest), a checkpoint's, or one of `vltrain export` (adapters; lora where LoRA is all that was
+    put in; an InstructBLIP's peft, or peft's own). Same shapes, or none there yet, over the same frozen weights;
+    optimizer, schedule and data are this run's: more epochs, another learning rate, other data. null: fresh weights."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are
+    named; skip: its update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the
+    run goes on (the host waits for each step's loss)."""
+    spike_factor: float | None = number(None, 1, 1e9, open_low=True)
+    """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
+    hang_timeout_minutes: float | None = number(20.0, 0, 1e6, open_low=True)
+    """When training has not moved for so long, the rank that hangs is named and the run ends; null: never. A save, and
+    a batch of an evaluation, may take six times as long."""
+    async_save: bool = False
+    """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
+    eval_every_steps: int = number(0, 0, MOST_STEPS)
+    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end. Each evaluated step is saved
+    first."""
+    eval_every_epochs: float = number(0.0, 0, 1e6)
+    """The same, in passes over the packs; one of both may be set."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best evaluation, beside the newest; `checkpoints/best` names it."""
+    early_stopping_patience: int | None = number(None, 1, MOST_STEPS)
+    """Stop after so many evaluations in a row that are not better than the best one before them; null: never."""
+    time_limit_minutes: float | None = number(None, 0, 1e7, open_low=True)
+    """Minutes after its start by which the run must be gone: before that it saves and ends with exit code 85, to be
+    started again. Slurm's limit (SLURM_JOB_END_TIME) is kept without it, whichever is earlier; null: no limit of its
+    own."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "train")
+        alone = self.eval_every_epochs == 0 or self.eval_every_steps == 0
+        _require(alone, "train.eval_every_epochs", self.eval_every_epochs, "0 beside train.eval_every_steps")
+        patience = self.early_stopping_patience
+        if self.eval_every_steps == self.eval_every_epochs == 0 and (self.keep_best or patience is not None):
+            name = "keep_best" if self.keep_best else "early_stopping_patience"
+            raise InputError(
+                f"train.{name}: has no effect: train.eval_every_steps = 0 evaluates at the end only; set it or "
+                "leave this out"
+            )
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """How questions are answered, and how answers are scored."""
+
+    scorer: str | None = named("vltrain.evaluate.report.SCORERS", "exact")
+    """null: nothing is evaluated while training; `exact` (the answer, word for word), `scienceqa`, `iconqa`, `vqa` (VQA
+    accuracy against ten answers), `caption` (CIDEr and BLEU), or `rouge` (how much of a longer text, such as a
+    rationale, is the reference's)."""
+    method: Literal["generate", "rank"] = "generate"
+    """generate: the model writes an answer; rank: of a question's candidate answers the likeliest is taken (multiple
+    choice)."""
+    normalise_length: bool = False
+    """rank: compare losses per token instead of their sums."""
+    batch_size: int = number(64, 1, MOST_SIZE)
+    """Questions (rank: candidates) answered at once by a rank; changes speed and memory. Where products are in fp32
+    (`eval.precision`, `train.precision`) it changes no answer, unless two are equally likely to the last digits; in
+    bf16 a near-tie may fall either way."""
+    precision: Literal["train", "fp32"] = "train"
+    """Of matrix products while answering. train: as `train.precision`; fp32: no batch size and no number of ranks
+    changes an answer, at the price of fp32's speed and of widened copies of weights in bf16."""
+    max_new_tokens: int | None = number(None, 1, MOST_SIZE)
+    """Tokens that a generated answer may have; null: those of the split's longest reference, and a quarter or 8 more.
+    Answers that reach it without an end are counted."""
+    temperature: float = number(0.0, 1e-3, 1e3, or_zero=True)
+    """0: greedy."""
+    top_p: float = number(1.0, 0, 1, open_low=True)
+    max_samples: int | None = number(512, 1, MOST_STEPS)
+    """Questions of an evaluation while training; `vltrain evaluate` takes all."""
+    tensorboard_samples: int = number(16, 0, MOST_SIZE)
+    """Answered questions written to TensorBoard with their images."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "eval")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: str = "runs/quickstart"
+    """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""
+
+    def __post_init__(self) -> None:
+        adapters = self.model.instructblip.adapters if self.model.architecture == "instructblip" else None
+        if self.train.init_from is not None and adapters is not None:
+            raise InputError(
+                f"train.init_from: found {self.train.init_from!r} beside model.instructblip.adapters "
+                f"{adapters!r}: both say what the tuned parameters "
+                "start from; leave one out"
+            )
+        if self.model.bits == 8 and self.eval.precision == "fp32":
+            raise InputError(
+                "eval.precision: found 'fp32', but products of 8-bit weights (model.bits) are LLM.int8's, in "
+                "which what is answered together decides what is "
+                "rounded; take model.bits 4 or 16, or eval.precision train"
+            )
+        if self.model.bits == 16 and self.train.precision == "fp32":
+            raise InputError(
+                "model.bits: found 16, but bf16 weights make bf16 products and train.precision says fp32; "
+                "take model.bits 32, or train.precision auto or bf16"
+            )

@@ -1,0 +1,1 @@
+"""Texts to tokens: tokenizers, templates and what a tokenizer loses."""

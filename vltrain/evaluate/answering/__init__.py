@@ -1,0 +1,1 @@
+"""Answers of a model: generated token by token, or ranked among candidates."""

@@ -1,0 +1,123 @@
+"""Candidate answers under a model of ours: its LLM's loss on each, for `vltrain.evaluate.answering.ranking`.
+
+Of an `InstructBlip` the candidates are segments of one batch, and their losses those of the training's forward. Of a
+`MultimodalModel` each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the
+answer's place. Rows are padded on the right, where causality hides the padding, and only the candidates' positions go
+through the head. Given up: sharing a prompt's keys and values among its candidates, which would save computing and cost
+the plain forward that training, too, goes through. Images are encoded once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vltrain.data.loader import batch_of, filler
+from vltrain.data.text.conversation import encode_candidate
+from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.evaluate.answering.generate import DECODING_THREADS, LoadImage, Sync, encode_together, gather_pixels
+from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem
+from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.mmt.model import MultimodalModel
+from vltrain.ops.rows import segment_sums
+from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
+
+
+@dataclass(kw_only=True)
+class MultimodalCandidates:
+    """A `CandidateModel`. Making one is a collective under ZeRO-3: routed adapters decide then.
+
+    model       in evaluation mode, plain or under DeepSpeed at any stage
+    load_image  name -> uint8 [3, H, W] of the model's image size
+    """
+
+    model: MultimodalModel
+    tokenizer: Tokenizer
+    template: str
+    load_image: LoadImage
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        assert not self.model.training, "ranking with a model in training mode"
+        self.model.decide_routing()
+
+    @torch.no_grad()
+    def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
+        """See `CandidateModel`."""
+        rows = _rows_of(items, self.tokenizer, self.template, self.model.visual_tokens)
+        images = _images_of(items, self.load_image)
+        pixels, slots = gather_pixels(self.model, rows, images)
+        visual, slots = encode_together(self.model, pixels.to(self.device), slots.to(self.device), rows, sync)
+        input_ids, labelled, modality, left_out = self._pad(rows)
+        num_rows, width = input_ids.shape
+        embeds = self.model.embed(input_ids.flatten(), visual, slots).unflatten(0, (num_rows, width))
+        positions = (left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
+        hidden = self.model.language_model(embeds, modality, position_ids=positions, use_cache=False).last_hidden_state
+        row, place = labelled.nonzero(as_tuple=True)  # place - 1 predicts the token at place
+        _, token_losses = self.model.llm.lm_head(hidden[row, place - 1], input_ids[row, place])
+        sums = segment_sums(token_losses, row, num_rows)
+        return CandidateLosses(sums[: len(rows)], labelled.sum(dim=1)[: len(rows)])
+
+    def _pad(self, rows: list[Segment]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """(input_ids int64 [B, L], labelled bool [B, L], modality int64 [B], tokens left out in front); one empty row
+        where there are none.
+
+        Where adapters are routed, the modality token has decided already and is left out of its row.
+        """
+        left_out = 0 if self.model.routing is None else 1
+        ids = [torch.from_numpy(row.input_ids).long() for row in rows] or [torch.tensor([TEXT_MODALITY_TOKEN, 0])]
+        masks = [torch.from_numpy(row.loss_mask) for row in rows] or [torch.zeros(2, dtype=torch.bool)]
+        modality = torch.tensor([int(row[0] == IMAGE_MODALITY_TOKEN) for row in ids])
+        padded = [
+            torch.nn.utils.rnn.pad_sequence([row[left_out:] for row in part], batch_first=True) for part in (ids, masks)
+        ]
+        input_ids, labelled, modality = (tensor.to(self.device) for tensor in (*padded, modality))
+        return input_ids, labelled, modality, left_out
+
+
+@dataclass(kw_only=True)
+class BlipCandidates:
+    """A `CandidateModel` for InstructBLIPs.
+
+    model       in evaluation mode, plain or under DeepSpeed at any stage
+    load_image  name -> uint8 [3, H, W] of the model's image size
+    """
+
+    model: InstructBlip
+    tokenizer: Tokenizer
+    load_image: LoadImage
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        assert not self.model.training, "ranking with a model in training mode"
+
+    @torch.no_grad()
+    def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
+        """See `CandidateModel`."""
+        rows = _rows_of(items, self.tokenizer, self.model.template, self.model.visual_tokens)
+        images = _images_of(items, self.load_image)
+        anyone_has_images = bool(sync(int(len(images) > 0)))
+        size = self.model.image_size
+        batch = batch_of(rows, images, size, blank=anyone_has_images) if rows else filler(anyone_has_images, size)
+        losses = self.model(batch.to(self.device)).segment_losses
+        return CandidateLosses(losses[: len(rows)], batch.label_lengths[: len(rows)])
+
+
+def _rows_of(items: Sequence[RankingItem], tokenizer: Tokenizer, template: str, visual_tokens: int) -> list[Segment]:
+    """A row per candidate, item after item."""
+    return [
+        encode_candidate(item.sample, text, item.whole, tokenizer, template, visual_tokens)
+        for item in items
+        for text in item.candidates
+    ]
+
+
+def _images_of(items: Sequence[RankingItem], load_image: LoadImage) -> dict[str, np.ndarray]:
+    """Each image that the items show, once, by name."""
+    names = dict.fromkeys(name for item in items for name in item.sample.images)
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        return dict(zip(names, pool.map(load_image, names)))

@@ -1,0 +1,392 @@
+"""Free generation: prompts with images in, answer tokens out, in fp32 the same whatever the batch size and the number
+of ranks.
+
+An answer depends on its own prompt, its own images and (when sampling) random numbers drawn from (seed, sample id);
+nothing of its neighbours reaches it. Prompts of a batch are padded on the right, where causality hides the padding
+during prefill, and the padding's keys are masked while decoding; rotary positions count real tokens only. What remains
+is the rounding of matrix products of different shapes. In fp32, about 1e-6 of a logit, only a tie of two tokens can
+fall either way; in bf16, about 1e-2, near-ties can too:
+`--eval.precision fp32` gives figures that are exact at any batch size, see `vltrain.evaluate.answering.precision`.
+
+Under ZeRO-3 every forward is a collective. With `sync` all ranks make the same forwards in the same order: those with
+nothing left to do answer an empty prompt. Given up: continuous batching; a batch lasts as long as its longest answer,
+but finished rows leave it as soon as they are half of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, LlamaModel
+
+from vltrain.errors import InputError
+from vltrain.models.build import AnyModel
+from vltrain.models.instructblip.model import InstructBlip
+from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
+
+LoadImage = Callable[[str], np.ndarray]
+Sync = Callable[[int], int]
+DECODING_THREADS = 2
+UNIT = (
+    2**53
+)  # what a probability of 1 is as a whole number: as fine as doubles near 1, and a sum of them has room in an int64
+# What transformers calls the cache that a LLaMA is given: another word since 5.24, where the old one warns at every
+# call.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. `temperature` 0 is greedy; else from the smallest set of tokens whose probability reaches
+    `top_p`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Token(NamedTuple):
+    """One token that a model wrote.
+
+    prompt: which of the prompts it answers; logprob: the natural logarithm of its probability among all rows of the
+    LLM's head, at temperature 1, fp32; NaN where it was not asked for; ends: it is a stop id, and no part of the
+    answer.
+    """
+
+    prompt: int
+    id: int
+    logprob: float
+    ends: bool
+
+
+def alone(value: int) -> int:
+    """The `sync` of ranks that need not keep step with each other."""
+    return value
+
+
+# inference_mode is no faster here, and would leave its tensors in what ZeRO-3 gathers for the training to come
+@torch.no_grad()
+def generate(
+    model: AnyModel,
+    prompts: Sequence[Segment],
+    load_image: LoadImage,
+    *,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    vocab_size: int,
+    batch_size: int,
+    device: torch.device | str,
+    sync: Sync = alone,
+    on_answered: Callable[[int], None] = lambda count: None,
+) -> list[list[int]]:
+    """Answers `prompts`; runs in the caller's autocast context, on a model in evaluation mode.
+
+    Args:
+        prompts: from `vltrain.data.text.conversation.encode_prompt`; their `images` name what stands at their image
+        runs.
+        stop_ids: tokens that end an answer.
+        vocab_size: the tokenizer's; the LLM's further rows mean nothing and are never chosen.
+        load_image: name -> uint8 [3, H, W] of the model's image size. Called in threads, once for each distinct image
+        of a batch.
+        sync: the largest of a whole number over all ranks (an all-reduce); under ZeRO-3 every rank must call `generate`
+        with it.
+        on_answered: told how many prompts each finished batch held.
+
+    Returns: for each prompt, in its order, the new token ids without the token that ended them.
+
+    Raises: InputError if the model's outputs are not finite, naming the sample, and whatever `load_image` raises.
+    """
+    assert not model.training, "generation with a model in training mode"
+    # Similar lengths together, so that padding is small; questions about one image together, so that it is encoded
+    # once.
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].input_ids), prompts[index].images))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches += [[]] * (sync(len(batches)) - len(batches))
+    model.decide_routing()
+    answers: list[list[int]] = [[] for _ in prompts]
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        images = _start_loading(pool, load_image, [prompts[index] for index in batches[0]]) if batches else {}
+        for number, indices in enumerate(batches):
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            images, loading = _start_loading(pool, load_image, [prompts[index] for index in following]), images
+            asked = [prompts[index] for index in indices]
+            pixels, slots = gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
+            visual, slots = encode_together(model, pixels.to(device), slots.to(device), asked, sync)
+            decoder = _decoder_of(model)(
+                model, asked, visual, slots, sampling, stop_ids, vocab_size, torch.device(device)
+            )
+            for made in decoder.tokens(sync):
+                for token in made:
+                    if not token.ends:
+                        answers[indices[token.prompt]].append(token.id)
+            on_answered(len(indices))
+    return answers
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: AnyModel,
+    prompt: Segment,
+    images: Mapping[str, np.ndarray],
+    *,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    vocab_size: int,
+    device: torch.device | str,
+) -> Iterator[Token]:
+    """Answers one prompt, token by token as they come, with their log-probabilities: the tokens that `generate` gives.
+
+    Args: as of `generate`. The model's `decide_routing` was called since its weights changed. Each step runs in the
+    autocast context of the
+        `next` that asks for it.
+        images: by name, uint8 [3, H, W] of the model's image size, those that the prompt shows.
+
+    Raises: InputError if the model's outputs are not finite.
+    """
+    assert not model.training, "generation with a model in training mode"
+    pixels, slots = gather_pixels(model, [prompt], {name: images[name] for name in dict.fromkeys(prompt.images)})
+    visual, slots = encode_together(model, pixels.to(device), slots.to(device), [prompt], alone)
+    decoder = _decoder_of(model)(
+        model, [prompt], visual, slots, sampling, stop_ids, vocab_size, torch.device(device), with_logprobs=True
+    )
+    for made in decoder.tokens(alone):
+        yield from made
+
+
+def _decoder_of(model: AnyModel) -> type[_Decoder]:
+    return T5Decoder if isinstance(model, InstructBlip) and model.is_encoder_decoder else _Decoder
+
+
+def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: list[Segment]) -> dict:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.images)
+    return {name: pool.submit(load_image, name) for name in names}
+
+
+def gather_pixels(model: AnyModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Each distinct image once: (uint8 [N, 3, H, W], int64 [K] which of them stands at each image run of the batch)."""
+    places = {name: place for place, name in enumerate(images)}
+    slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
+    if not images:
+        return torch.empty(0, 3, model.image_size, model.image_size, dtype=torch.uint8), slots
+    return torch.from_numpy(np.stack(list(images.values()))), slots
+
+
+def encode_together(
+    model: AnyModel, pixels: Tensor, slots: Tensor, prompts: Sequence[Segment], sync: Sync
+) -> tuple[Tensor, Tensor]:
+    """Visual tokens of a batch's images; a blank image is encoded where only other ranks have images.
+
+    Args: `pixels` and `slots` as of `gather_pixels`, of these prompts.
+
+    Returns: ([M, V, d], int64 [K] which of them stands at each image run). A Q-Former looks at an image anew for every
+    prompt.
+    """
+    blank = bool(sync(int(len(pixels) > 0))) and len(pixels) == 0
+    states = model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]) if blank else pixels)
+    if not isinstance(model, InstructBlip):
+        return (states[:0] if blank else states), slots
+    asked = [torch.from_numpy(prompt.instruction_ids).long() for prompt in prompts for _ in prompt.images]
+    instruction = (
+        torch.nn.utils.rnn.pad_sequence(asked, batch_first=True, padding_value=-1)
+        if asked
+        else torch.empty(0, 2, dtype=torch.int64)
+    )
+    visual = model.ask_images(states, slots, instruction.to(slots.device))
+    return visual, torch.arange(len(visual), device=slots.device)
+
+
+class _Decoder:
+    """One batch from prefill to its last token. B rows of the cache, L the longest prompt; rows leave as they finish.
+
+    Where adapters are routed, a prompt's modality token has decided already (`decide_routing`) and is left out of its
+    row.
+
+    rows       for each row of the cache, which prompt it answers
+    modality   int64 [B], 0 text or 1 image
+    positions  int64 [B], the position of the row's next token: real tokens so far, the one left out included
+    mask       int64 [B, L + max_new_tokens], which columns of the cache hold real tokens
+    """
+
+    def __init__(
+        self,
+        model: AnyModel,
+        prompts: list[Segment],
+        visual: Tensor,
+        slots: Tensor,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        vocab_size: int,
+        device: torch.device,
+        *,
+        with_logprobs: bool = False,
+    ) -> None:
+        self.with_logprobs = with_logprobs
+        self.model, self.sampling, self.stop_ids, self.vocab_size, self.device = (
+            model,
+            sampling,
+            stop_ids,
+            vocab_size,
+            device,
+        )
+        self.sample_ids = [prompt.sample_id for prompt in prompts]
+        self.visual, self.slots = visual, slots
+        self.cache = DynamicCache(config=model.llm.config)
+        ids = [prompt.input_ids for prompt in prompts] or [np.array([TEXT_MODALITY_TOKEN, 0])]
+        self.modality = torch.tensor([int(row[0] == IMAGE_MODALITY_TOKEN) for row in ids], device=device)
+        self.num_left_out = 0 if model.routing is None else 1
+        ids = [row[self.num_left_out :] for row in ids]
+        lengths = torch.tensor([len(row) for row in ids])
+        width = int(lengths.max())
+        self.input_ids = torch.zeros(len(ids), width, dtype=torch.int64)
+        for row, tokens in enumerate(ids):
+            self.input_ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        self.rows = list(range(len(prompts)))
+        self.last = (lengths - 1).to(device)
+        self.positions = (lengths + self.num_left_out).to(device)
+        mask = torch.ones(len(ids), width + sampling.max_new_tokens, dtype=torch.int64)
+        mask[:, :width] = torch.arange(width) < lengths[:, None]
+        self.mask = mask.to(device)
+        if sampling.temperature > 0:
+            self.uniforms = torch.tensor([_uniforms(sampling, name) for name in self.sample_ids], dtype=torch.float64)
+
+    def tokens(self, sync: Sync) -> Iterator[list[Token]]:
+        """Step by step, the next token of each prompt whose answer has not ended. All ranks make the same forwards if
+        `sync` speaks for all of them."""
+        live = set(self.rows)
+        logits = self._prefill()
+        for step in range(self.sampling.max_new_tokens):
+            tokens = self._choose(logits[:, : self.vocab_size], step)
+            logprobs = _logprobs(logits, tokens) if self.with_logprobs else [math.nan] * len(tokens)
+            made = [
+                Token(prompt, token, logprob, token in self.stop_ids)
+                for prompt, token, logprob in zip(self.rows, tokens.tolist(), logprobs) if prompt in live
+            ]  # fmt: skip
+            live -= {token.prompt for token in made if token.ends}
+            yield made
+            if step + 1 == self.sampling.max_new_tokens or not sync(len(live)):
+                return
+            logits = self._decode(self._keep(live, tokens))
+
+    def _prefill(self) -> Tensor:
+        """Runs the whole prompts. Returns the logits [B, rows of the head] that follow each prompt's last token."""
+        num_rows, width = self.input_ids.shape
+        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(
+            0, (num_rows, width)
+        )
+        positions = (self.num_left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
+        outputs = self.model.language_model(
+            embeds, self.modality, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: self.cache}
+        )
+        last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.last]
+        return self.model.llm.lm_head(last)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Runs one more token per row, int64 [B]. Returns the logits [B, rows of the head] that follow it."""
+        embeds = self.model.embed(tokens, self.visual[:0], self.slots[:0])[:, None]
+        outputs = self.model.language_model(
+            embeds,
+            self.modality,
+            position_ids=self.positions[:, None],
+            attention_mask=self.mask[:, : self.cache.get_seq_length() + 1],
+            use_cache=True,
+            **{CACHE_ARGUMENT: self.cache},
+        )
+        self.positions = self.positions + 1
+        return self.model.llm.lm_head(outputs.last_hidden_state[:, 0])
+
+    def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
+        """Drops finished rows once they are half of the batch. One row stays for the forwards that other ranks still
+        need."""
+        if 2 * len(live) > len(self.rows) or len(tokens) == 1:
+            return tokens
+        kept = [row for row, prompt in enumerate(self.rows) if prompt in live] or [0]
+        self.rows = [self.rows[row] for row in kept]
+        places = torch.tensor(kept, device=self.device)
+        self.cache.batch_select_indices(places)
+        self.mask, self.positions, self.modality = self.mask[places], self.positions[places], self.modality[places]
+        return tokens[places]
+
+    def _choose(self, logits: Tensor, step: int) -> Tensor:
+        """The next token of every row, int64 [B]."""
+        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        for prompt, is_finite in zip(self.rows, finite):
+            if not is_finite:
+                name = self.sample_ids[prompt]
+                raise InputError(
+                    f"sample '{name}': the model's outputs are not finite; the weights have diverged or do not "
+                    "fit the dtype"
+                )
+        if self.sampling.temperature == 0 or not self.rows:
+            return logits.argmax(dim=-1)
+        uniforms = self.uniforms[self.rows, step].to(self.device)
+        return sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
+
+
+class T5Decoder(_Decoder):
+    """One batch under an encoder-decoder: the encoder reads the prompts, the cache holds what the decoder wrote and
+    what it sees of them."""
+
+    def _prefill(self) -> Tensor:
+        num_rows, width = self.input_ids.shape
+        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(
+            0, (num_rows, width)
+        )
+        self.is_read = self.mask[:, :width]
+        self.encoded = self.model.llm.encoder(inputs_embeds=embeds, attention_mask=self.is_read).last_hidden_state
+        self.cache = EncoderDecoderCache(
+            DynamicCache(config=self.model.llm.config), DynamicCache(config=self.model.llm.config)
+        )
+        return self._decode(self.model.shifted(torch.zeros(num_rows, 1, dtype=torch.int64, device=self.device))[:, 0])
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        arguments = {"use_cache": True, CACHE_ARGUMENT: self.cache}
+        states = self.model.decoder_states(tokens[:, None], self.encoded, self.is_read, **arguments)
+        return self.model.llm.lm_head(states[:, 0])
+
+    def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
+        return tokens  # all rows stay: answers are short beside the prompts, which are read once
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    """Of the token int64 [B] in each row of `logits` [B, rows of the head]."""
+    wide = logits.float()
+    return (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(dim=-1)).tolist()
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751) by inverting the cumulative
+    distribution.
+
+    Args:
+        logits: [B, vocabulary].
+        uniforms: float64 [B] in [0, 1), the randomness.
+        temperature: positive.
+        top_p: the kept tokens are the fewest most probable ones whose probabilities sum to at least this.
+
+    Returns: int64 [B].
+    """
+    probabilities, tokens = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    # Summed as whole numbers of UNIT, exact in any order: on CUDA a cumulative sum of floats differs from call to call.
+    shares = (probabilities * UNIT).round().long()
+    cumulative = shares.cumsum(dim=-1)
+    kept = cumulative - shares < math.ceil(top_p * UNIT)  # the first token always is
+    total = (shares * kept).sum(dim=-1, keepdim=True)
+    chosen = torch.searchsorted(cumulative, (uniforms[:, None] * total).floor().long(), right=True)
+    chosen = chosen.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)  # a product rounded up to the total itself
+    return tokens.gather(-1, chosen).squeeze(-1)
+
+
+def _uniforms(sampling: Sampling, sample_id: str) -> list[float]:
+    """One uniform number per new token, from (seed, sample id) alone."""
+    digest = hashlib.sha256(f"{sampling.seed}:{sample_id}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little")).random(sampling.max_new_tokens).tolist()

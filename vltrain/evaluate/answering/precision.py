@@ -1,0 +1,57 @@
+"""Answers in fp32 from a model that trains in bf16: `eval.precision: fp32`.
+
+A product of matrices sums in an order that depends on how many rows it has. In bf16 that shows in the third digit of a
+logit, so that of two nearly equal tokens either may win, depending on how many questions are answered at once; in fp32
+it shows in the seventh. Here frozen weights that are kept in bf16 are widened while answers are made, which loses
+nothing, autocast is off, and attention that knows no fp32 gives way to SDPA.
+
+Trade-off: twice as many bytes for each weight in bf16 besides those that are kept, and the speed of fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vltrain.models.build import AnyModel
+from vltrain.models.instructblip.model import InstructBlip
+from vltrain.ops.attention import PACKED_SDPA
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def products_in_fp32(model: AnyModel, device: torch.device | str) -> Iterator[None]:
+    """Inside the block the model computes in fp32 with the numbers that its weights have; afterwards it is as it was,
+    its tensors the same ones."""
+    with widened(model), torch.autocast(torch.device(device).type, enabled=False):
+        yield
+
+
+@contextmanager
+def widened(model: AnyModel) -> Iterator[None]:
+    """`products_in_fp32` but for autocast, which is a thread's and may be on."""
+    halves: list[tuple[Tensor, Tensor]] = [(one, one.data) for one in _floats(model) if one.dtype in HALVES]
+    assert not any(hasattr(one, "ds_tensor") for one, _ in halves), (
+        "weights that ranks share cannot be widened; vltrain train refuses it"
+    )
+    settings = model.llm.config
+    attention = settings._attn_implementation
+    try:
+        for one, data in halves:
+            one.data = data.float()
+        if not (isinstance(model, InstructBlip) and model.is_encoder_decoder):  # a T5's is transformers' own
+            settings._attn_implementation = "eager" if attention == "eager" else PACKED_SDPA
+        yield
+    finally:
+        settings._attn_implementation = attention
+        for one, data in halves:
+            one.data = data
+
+
+def _floats(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

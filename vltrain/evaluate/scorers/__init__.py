@@ -1,0 +1,1 @@
+"""What answers are worth: one file a measure."""

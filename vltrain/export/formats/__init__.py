@@ -1,0 +1,1 @@
+"""One file a format: how a tuned model is written for other software."""

@@ -1,0 +1,97 @@
+"""The [cls]-tap model as two plain networks, adapters and LoRA folded in, that any server loads; with what stands
+beside them.
+
+    llm/        LlamaForCausalLM (with `attention_bias`, `mlp_bias` where adapters have biases), tokenizer, generation
+                config
+    vision/     CLIPVisionModel, preprocessor_config.json
+    neck.safetensors, multimodal.json      see `vltrain.export.formats.parts`
+
+Products are taken in float64 and rounded to the dtype asked for; what that changed is told. llama.cpp's own converter
+makes a GGUF file of llm/.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vltrain.errors import InputError
+from vltrain.export.format import Choices, Format, Proof, Source, Written
+from vltrain.export.formats.mmt import refuse_unmergeable
+from vltrain.export.formats.parts import (
+    ASK,
+    EMBED,
+    LOGITS,
+    generation_config,
+    tuned_model,
+    write_beside,
+    write_image_processor,
+    write_tokenizer,
+)
+from vltrain.models.merge import Rounding, merge_adapters
+
+CONVERT = "llama.cpp makes a GGUF of it: python convert_hf_to_gguf.py FOLDER/llm --outtype q8_0"
+
+
+@torch.no_grad()
+def _write(folder: Path, source: Source, choices: Choices) -> Written:
+    built = tuned_model(source)
+    rounding = merge_adapters(built)
+    if choices.dtype != "fp32":
+        rounding = Rounding()
+        for network in (built.llm, built.vision.clip):
+            _round(network, choices, rounding)
+    tokenizer = write_tokenizer(folder / "llm", source)
+    llm = built.llm
+    llm.config.bos_token_id, llm.config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+    llm.generation_config = generation_config(source, tokenizer, llm.config.vocab_size)
+    llm.save_pretrained(folder / "llm")
+    built.vision.clip.save_pretrained(folder / "vision")
+    write_image_processor(folder / "vision", built)
+    write_beside(folder, built, source)
+    biases = [switch for switch in ("attention_bias", "mlp_bias") if getattr(llm.config, switch)]
+    told = {"largest": rounding.largest, "relative": rounding.relative}
+    notes = (
+        f"rounding to {choices.dtype} changed a weight by {rounding.largest:.2g} at most, all together by "
+        f"{rounding.relative:.2g} of their norm",
+        f"llm: LlamaForCausalLM {'with ' + ' and '.join(biases) if biases else 'without biases'}; {CONVERT}",
+        "vision: CLIPVisionModel; neck.safetensors and multimodal.json say what lies between",
+    )
+    return Written(notes=notes, facts={"rounding": told})
+
+
+def _round(network: nn.Module, choices: Choices, rounding: Rounding) -> None:
+    """Rounds every parameter, in place. Raises InputError for a weight that the dtype cannot hold."""
+    for name, parameter in network.named_parameters():
+        written = parameter.data.to(choices.torch_dtype)
+        if not written.isfinite().all():
+            largest = float(parameter.abs().max())
+            raise InputError(
+                f"{name}: has a weight of {largest:.3g}, which {choices.dtype} cannot hold; take --dtype bf16 or fp32"
+            )
+        rounding.add(parameter.data, written)
+        parameter.data = written
+
+
+LOAD = (
+    """\
+import json
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPVisionModel, LlamaForCausalLM
+
+llm = LlamaForCausalLM.from_pretrained(f"{folder}/llm").eval()
+vision = CLIPVisionModel.from_pretrained(f"{folder}/vision").eval()
+"""
+    + EMBED
+)
+
+MERGED = Format(
+    summary="LLM and ViT with everything folded in, as two plain folders of transformers, with the neck beside them",
+    loads="LlamaForCausalLM.from_pretrained(FOLDER/llm), CLIPVisionModel.from_pretrained(FOLDER/vision), any server",
+    write=_write, refuse=refuse_unmergeable, options=frozenset({"dtype"}), needs_tuned=False,
+    proof=Proof(load=LOAD, ask=ASK, logits=LOGITS),
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Starting several ranks of a program on this machine."""

@@ -1,0 +1,1 @@
+"""How much memory a run needs: planned before it starts, measured while it runs, explained when it is not enough."""

@@ -1,0 +1,196 @@
+"""The memory plan of a recipe: what each rank holds, by kind, and whether a card has room for it.
+
+    recipe, DeepSpeed's JSON, ranks -> outline of the model -> weights (`weights`), ZeRO (`zero`), one pack (`rehearse`)
+    -> peak
+
+The peak is what is held all the time and the larger of two phases that never meet: forward and backward, or the
+optimizer's step. What it gives up: everything is taken to be largest at once within a phase, so real peaks are lower
+rather than higher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vltrain.config.schema import Config
+from vltrain.data.shards import Index
+from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_pack, rehearse
+from vltrain.memory.weights import WeightPlan
+from vltrain.memory.zero import FP32, ZeroMemory, zero_memory
+from vltrain.models.build import AnyModel, build_model, count_parameters
+from vltrain.models.instructblip.model import InstructBlip
+
+GIB = 2**30
+# Allowances, not measured here: CUDA's context with its kernels and workspaces; NCCL's channels where there are several
+# ranks.
+CUDA_CONTEXT_BYTES, NCCL_BYTES = int(0.75 * GIB), int(0.5 * GIB)
+# What torch sees of common cards.
+CARDS_GIB = {"24 GB": 23.6, "40 GB": 39.4, "80 GB": 79.1, "141 GB": 139.8}
+TIGHT_SHARE = 0.9
+AVERAGES = 2  # that AdaLoRA keeps of each number: of its importance, and of how that varies
+# Where nothing says how a pack will look: an image in every so many tokens, and half of its text to be predicted.
+TOKENS_PER_IMAGE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of one rank; `held`, `at_work`, `in_step` and `host` as in `ZeroMemory`, with all else that a rank
+    needs."""
+
+    held: dict[str, int]
+    at_work: dict[str, int]
+    in_step: dict[str, int]
+    host: dict[str, int]
+    activations: dict[str, Activations] = field(default_factory=dict)
+    """Both ways: "kept" without and "recomputed" with activation checkpointing."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.held.values()) + max(sum(self.at_work.values()), sum(self.in_step.values()))
+
+    def verdict(self, gib: float) -> str:
+        """`fits`, `tight` (less than a tenth left, which fragmentation may need) or `too small`, for a card of that
+        much memory."""
+        share = self.peak / (gib * GIB)
+        return "fits" if share <= TIGHT_SHARE else "tight" if share <= 1 else "too small"
+
+
+def plan_memory(
+    config: Config,
+    ds_config: dict[str, Any],
+    world_size: int,
+    *,
+    groups: Callable[[AnyModel], list[list[nn.Parameter]]],
+    pack: PackSize,
+    bits: int | None,
+    dtype: torch.dtype,
+) -> MemoryPlan:
+    """What one rank needs to train a recipe whose model can be built on the meta device.
+
+    Args:
+        ds_config: with its "auto"s filled in.
+        groups: the optimizer's groups of a model's trained parameters.
+        pack: the largest.
+        bits, dtype: of frozen weights (None: dtype), of matrix products.
+
+    Raises: InputError for settings of ZeRO that are not planned for, and for bits without effect.
+    """
+    model = build_model(config.model, device="meta")
+    weights = WeightPlan(model, bits, dtype)
+    zero = zero_memory(
+        ds_config,
+        world_size,
+        frozen=weights.frozen_by_kind(),
+        largest_module=_largest_module(model),
+        groups=[[weights.as_kept(parameter) for parameter in group] for group in groups(model)],
+    )
+    unpacked = weights.unpacked_bytes
+    activations = {
+        name: _rehearse(config, pack, bits, dtype, checkpointing=name == "recomputed")
+        for name in ("kept", "recomputed")
+    }
+    return _put_together(config, zero, activations, AVERAGES * FP32 * adalora_size(model), unpacked, world_size)
+
+
+def _rehearse(
+    config: Config, pack: PackSize, bits: int | None, dtype: torch.dtype, *, checkpointing: bool
+) -> Activations:
+    model = build_model(config.model, device="meta", activation_checkpointing=checkpointing)
+    weights = WeightPlan(model, bits, dtype)
+    if isinstance(model, InstructBlip):
+        batch = make_blip_pack(pack, model.visual_tokens, model.image_size, config.model.instructblip.qformer_tokens)
+    else:
+        batch = make_pack(pack, model.visual_tokens, model.image_size)
+    return rehearse(model, batch, dtype, weights.computed_dtype)
+
+
+def _put_together(
+    config: Config, zero: ZeroMemory, activations: dict[str, Activations], averages: int, unpacked: int, world_size: int
+) -> MemoryPlan:
+    now = activations["recomputed" if config.train.activation_checkpointing else "kept"]
+    between = "neck" if config.model.architecture == "mmt" else "Q-Former"
+    at_work = {
+        **zero.at_work, "activations, ViT": now.vision, f"activations, {between}, LLM and loss": now.rest,
+        "working memory of forward and backward": now.working, "a packed weight, unpacked": unpacked,
+    }  # fmt: skip
+    context = CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+    return MemoryPlan(
+        held=_sizeable({**zero.held, "AdaLoRA's averages": averages, "CUDA and NCCL (allowance)": context}),
+        at_work=_sizeable(at_work),
+        in_step=_sizeable(zero.in_step),
+        host=_sizeable(zero.host),
+        activations=activations,
+    )
+
+
+def _sizeable(kinds: dict[str, int]) -> dict[str, int]:
+    return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
+
+
+def _largest_module(model: AnyModel) -> int:
+    """Numbers in the largest set of parameters that one module owns itself, which ZeRO-3 gathers at once."""
+    return max(sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules())
+
+
+def largest_pack(config: Config, visual_tokens: int, index: Index | None) -> PackSize:
+    """The pack to plan for: the largest numbers of the packs there are, else what the recipe allows, else an
+    estimate."""
+    num_tokens = config.data.pack_length
+    if index is not None:
+        most = {name: int(getattr(index, name)[:].max()) for name in ("num_tokens", "num_images", "num_label_tokens")}
+        return PackSize(
+            **most,
+            num_segments=max(1, round(float(index.num_samples[:].mean()))),
+            origin="the largest of the packs found",
+        )
+    num_images = config.data.max_images
+    estimate = f"an estimate, one in {TOKENS_PER_IMAGE} tokens (--data.max_images says otherwise)"
+    origin = estimate if num_images is None else "data.max_images"
+    num_images = min(
+        -(-num_tokens // TOKENS_PER_IMAGE) if num_images is None else num_images, (num_tokens - 2) // visual_tokens
+    )
+    num_labels = (num_tokens - num_images * visual_tokens) // 2
+    return PackSize(
+        num_tokens=num_tokens, num_images=num_images, num_label_tokens=num_labels, num_segments=max(1, num_images),
+        origin=f"tokens: data.pack_length; images: {origin}; labels: an estimate, half of the text",
+    )  # fmt: skip
+
+
+def adalora_size(model: nn.Module) -> int:
+    """Numbers in the updates whose importance AdaLoRA averages; 0 without AdaLoRA."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name}
+    layers = {name.partition(".lora_E.")[0] for name in sizes if ".lora_E." in name}
+    return sum(size for name, size in sizes.items() if name.partition(".lora_")[0] in layers)
+
+
+def parameters_by_part(model: AnyModel) -> dict[str, dict[str, int]]:
+    """{part: {"total", "trainable"}} of the parts of such a model, and their sums as "all"."""
+    others = ("adapter", "neck", "modality") if isinstance(model, InstructBlip) else ("bridge", "qformer")
+    counts = {part: count for part, count in count_parameters(model).items() if part not in others}
+    counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
+    return {part: {"total": total, "trainable": trained} for part, (total, trained) in counts.items()}
+
+
+def checkpoint_bytes(num_trained: int, num_averaged: int = 0) -> int:
+    """Disk space of one checkpoint: weight and both of AdamW's averages, and both of AdaLoRA's of `num_averaged`
+    numbers, fp32."""
+    return 3 * FP32 * num_trained + AVERAGES * FP32 * num_averaged
+
+
+def step_flops(config: Config, model: AnyModel, pack: PackSize, index: Index | None) -> float:
+    """Operations of an optimizer step over all ranks: of an average step of the packs there are, else of as many full
+    packs."""
+    if index is None:
+        mean = {"num_tokens": pack.num_tokens, "num_images": pack.num_images, "num_label_tokens": pack.num_label_tokens}
+        mean["num_pairs"] = pack.num_tokens**2 / pack.num_segments
+    else:
+        mean = {
+            name: float(getattr(index, name)[:].mean()) for name in ("num_tokens", "num_images", "num_label_tokens")
+        }
+        mean["num_pairs"] = float(index.sum_squares[:].mean())
+    return config.train.packs_per_step * model.flops().of(**mean)

@@ -1,0 +1,1 @@
+"""What a run reports while it runs: scalars, texts and images to loggers, and a line a step."""

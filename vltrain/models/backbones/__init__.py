@@ -1,0 +1,1 @@
+"""The networks that architectures are made of: LLMs and vision towers, one file a family."""

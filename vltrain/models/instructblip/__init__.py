@@ -1,0 +1,1 @@
+"""InstructBLIP: ViT, Q-Former and LLM (the second paper's)."""

@@ -1,0 +1,259 @@
+"""InstructBLIP: a batch of questions with images in, the sum of their label losses out.
+
+    pixels --ViT, norm--> [N, P, d_v]
+    queries [V, d_q] + the prompt's tokens --Q-Former, looks at an image--> [K, V, d_q] --projection--> [K, V, d]
+    LLaMA:  a packed row, V visual tokens in front of each prompt, segments isolated --head at label positions--> loss
+    T5:     padded rows of visual tokens and prompt --encoder--> ... --decoder over the answers, head--> loss
+
+transformers' modules do the computing (ViT, Q-Former, LLM); what is between them is ours, so that an image that several
+questions show is encoded once, that placeholders are counted, and that losses are exact sums. Every batch with pixels
+runs ViT and Q-Former even if no question shows an image, so that ranks never differ in which parameters a backward
+reaches. What it gives up: transformers' generate(), since answers come from `vltrain.evaluate`; and a wait for the
+device per attention mask, since transformers looks whether any text is padded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerModel,
+    InstructBlipVisionModel,
+    LlamaForCausalLM,
+)
+
+from vltrain.batch import Batch
+from vltrain.models.backbones.llm import packed_hidden_states
+from vltrain.models.flops import Flops
+from vltrain.models.instructblip.flops import count_flops
+from vltrain.models.mmt.model import LossOutput
+from vltrain.models.peft.low_rank import orthogonality
+from vltrain.models.pretrained.preprocessor import Preprocessing
+from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.transfer import to_device
+from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
+
+
+class QueryTokens(nn.Module):
+    """The learned queries, in a module of their own so that ZeRO-3 gathers them: [1, V, d_q] -> [num, V, d_q]."""
+
+    def __init__(self, tokens: nn.Parameter) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, num: int) -> Tensor:
+        return self.tokens.expand(num, -1, -1)
+
+
+class InstructBlip(nn.Module):
+    """The parts of transformers' `InstructBlipForConditionalGeneration`, under shorter names (`THEIR_NAMES`)."""
+
+    THEIR_NAMES = {
+        "vision": "vision_model",
+        "queries.tokens": "query_tokens",
+        "qformer": "qformer",
+        "projection": "language_projection",
+        "llm": "language_model",
+    }
+    routing = None  # as of a `MultimodalModel` without routed adapters
+
+    def __init__(
+        self,
+        network: InstructBlipForConditionalGeneration,
+        preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        self.framing = preprocessing.framing
+        self.config = network.config
+        self.vision: InstructBlipVisionModel = network.vision_model
+        self.queries = QueryTokens(network.query_tokens)
+        self.qformer: InstructBlipQFormerModel = network.qformer
+        self.projection: nn.Linear = network.language_projection
+        self.llm: Any = network.language_model
+        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def their_name(cls, name: str) -> str:
+        """The name in transformers' model of a parameter of that name here."""
+        for ours, theirs in cls.THEIR_NAMES.items():
+            if name == ours or name.startswith(f"{ours}."):
+                return theirs + name.removeprefix(ours)
+        raise AssertionError(f"'{name}' is no parameter of an InstructBLIP")
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image: the queries."""
+        return self.config.num_query_tokens
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the ViT reads, in pixels."""
+        return self.config.vision_config.image_size
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the LLM is a T5."""
+        return not isinstance(self.llm, LlamaForCausalLM)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of ViT and LLM, whose linear layers are quantised where they are frozen."""
+        stacks = (
+            (self.llm.encoder.block, self.llm.decoder.block) if self.is_encoder_decoder else (self.llm.model.layers,)
+        )
+        return [*self.vision.encoder.layers, *(block for stack in stacks for block in stack)]
+
+    @property
+    def template(self) -> str:
+        """The name of the template (`vltrain.data.text.conversation`) that this LLM reads."""
+        return "instructblip_t5" if self.is_encoder_decoder else "instructblip"
+
+    def flops(self) -> Flops:
+        """What a training step costs, given which parameters are trained now. To be asked before ZeRO-3 cuts them
+        up."""
+        return count_flops(self)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> the ViT's normed states [N, P, d_v]. Without images no ViT pass happens."""
+        if len(pixels) == 0:
+            return self.projection.weight.new_empty(0, 0, self.config.vision_config.hidden_size)
+        return self.vision(pixel_values=(pixels.float() / 255 - self.mean) / self.std).last_hidden_state
+
+    def ask_images(self, states: Tensor, slots: Tensor, instruction_ids: Tensor) -> Tensor:
+        """The visual tokens of K (image, prompt) pairs.
+
+        Args:
+            states: [N, P, d_v] from `encode_images`.
+            slots: int64 [K], which image is asked.
+            instruction_ids: int64 [K, I], what it is asked, -1 where padded.
+
+        Returns: [K, V, d]. With no pair at all but an image, the Q-Former runs for nothing, and the result (still
+        empty) depends on it.
+        """
+        if len(states) == 0:
+            return states.new_empty(0, self.visual_tokens, self.projection.out_features)
+        idle = len(slots) == 0
+        if idle:
+            slots, instruction_ids = slots.new_zeros(1), instruction_ids.new_zeros(1, 2)
+        is_text = instruction_ids >= 0
+        mask = torch.cat([is_text.new_ones(len(slots), self.visual_tokens), is_text], dim=1).long()
+        found = self.qformer(
+            input_ids=instruction_ids.clamp(min=0),
+            attention_mask=mask,
+            query_embeds=self.queries(len(slots)),
+            encoder_hidden_states=take_rows(states, slots),
+        ).last_hidden_state[:, : self.visual_tokens]
+        visual = self.projection(found)
+        return visual[:0] if idle else visual
+
+    def token_embeddings(self, input_ids: Tensor) -> Tensor:
+        """[..., d]; what is below zero gets some vector, to be replaced."""
+        table = self.llm.shared if self.is_encoder_decoder else self.llm.model.embed_tokens
+        return table(input_ids.clamp(min=0))
+
+    def embed(self, input_ids: Tensor, visual: Tensor, image_slots: Tensor) -> Tensor:
+        """The LLM's input [T, d]: token embeddings, with `visual` [K, V, d] in the places of its image runs, run `k`
+        showing `image_slots[k]`."""
+        embeds = self.token_embeddings(input_ids)
+        if len(image_slots) == 0:
+            return embeds
+        shown = take_rows(visual, image_slots).flatten(0, 1).to(embeds.dtype)
+        return place_rows(embeds, shown, input_ids == IMAGE_TOKEN)
+
+    def forward(self, batch: Batch, *, penalise: bool = False) -> LossOutput:
+        """Losses of one packed row, or of the padded rows made of one. Under bf16 the caller runs it inside
+        `torch.autocast`.
+
+        penalise: also AdaLoRA's orthogonality term, which needs all of its factors at once.
+        """
+        if batch.input_ids.device.type == "cpu":
+            self._check(batch)
+        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
+        owner = to_device(owner, batch.input_ids.device)
+        runs = places(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[
+            :: self.visual_tokens
+        ]
+        visual = self.ask_images(
+            self.encode_images(batch.pixels), batch.image_slots, batch.instruction_ids[owner[runs]]
+        )
+        embeds = self.embed(batch.input_ids, visual, torch.arange(len(visual), device=visual.device))
+        if self.is_encoder_decoder:
+            hidden, labels, owner = self._decode(batch, embeds)
+        else:
+            states = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
+            labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+            hidden, labels, owner = states[labelled], batch.labels[labelled], owner[labelled]
+        loss_sum, token_losses = self.llm.lm_head(hidden, labels)
+        if batch.is_filler:
+            loss_sum = loss_sum * 0.0
+        if len(batch.pixels) and not len(visual):
+            loss_sum = loss_sum + visual.sum() * 0.0  # the graph of what ran for nothing
+        segment_losses = segment_sums(token_losses, owner, len(batch.segment_lengths))
+        return LossOutput(loss_sum, segment_losses, orthogonality(self) if penalise else None)
+
+    def _decode(self, batch: Batch, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """T5 on the rows of a batch: (final states of the L label positions [L, d], labels int64 [L], their rows int64
+        [L])."""
+        device = embeds.device
+        answers = batch.label_lengths
+        starts = batch.segment_lengths.cumsum(0) - batch.segment_lengths
+        prompts = batch.segment_lengths - answers
+        read, is_read = (to_device(part, device) for part in padded_rows(starts, prompts))
+        said, is_said = padded_rows(starts + prompts, answers)
+        rows, columns = (to_device(part, device) for part in is_said.nonzero(as_tuple=True))
+        targets = batch.input_ids[to_device(said, device)].clamp(min=0)
+        encoded = self.llm.encoder(inputs_embeds=embeds[read], attention_mask=is_read.long()).last_hidden_state
+        states = self.decoder_states(self.shifted(targets), encoded, is_read.long())
+        return states[rows, columns], targets[rows, columns], rows
+
+    def shifted(self, targets: Tensor) -> Tensor:
+        """What T5's decoder reads to predict `targets` int64 [S, L]: its start token, then all but the last."""
+        first = getattr(self.llm.config, "decoder_start_token_id", None)
+        start = targets.new_full((len(targets), 1), self.llm.config.pad_token_id if first is None else first)
+        return torch.cat([start, targets[:, :-1]], dim=1)
+
+    def decoder_states(self, input_ids: Tensor, encoded: Tensor, mask: Tensor, **arguments: Any) -> Tensor:
+        """T5's decoder on int64 [S, L] -> states [S, L, d] ready for the head. `arguments`: of transformers'
+        T5Stack."""
+        arguments.setdefault("use_cache", False)
+        states = self.llm.decoder(
+            input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, **arguments
+        ).last_hidden_state
+        return states * self.llm.config.d_model**-0.5 if self.llm.config.scale_decoder_outputs else states
+
+    def decide_routing(self) -> None:
+        """Nothing here is routed; see `MultimodalModel.decide_routing`."""
+
+    def language_model(self, embeds: Tensor, modality: Tensor, **arguments: Any) -> Any:
+        """The LLaMA's blocks on a batch, for generation: see `MultimodalModel.language_model`."""
+        return self.llm.model(inputs_embeds=embeds, **arguments)
+
+    def _check(self, batch: Batch) -> None:
+        """The loader's promises that the forward relies on. On a device the checks would wait for it."""
+        num_labels, num_tokens = int((batch.labels != IGNORE_INDEX).sum()), len(batch.input_ids)
+        assert num_labels == batch.num_label_tokens == int(batch.label_lengths.sum()), (
+            f"{num_labels} labels, the batch says {batch.num_label_tokens}"
+        )
+        assert int(batch.segment_lengths.sum()) == num_tokens, (
+            f"segments of {batch.segment_lengths.tolist()} in a row of {num_tokens}"
+        )
+        shown, due = int((batch.input_ids == IMAGE_TOKEN).sum()), len(batch.image_slots) * self.visual_tokens
+        assert shown == due, f"{shown} visual places for {len(batch.image_slots)} images of {self.visual_tokens} tokens"
+        assert batch.instruction_ids.shape[0] == len(batch.segment_lengths) and batch.instruction_ids.shape[1] > 0, (
+            "segments without instruction"
+        )
+
+
+def padded_rows(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Spans of a row as rows of their own: (int64 [S, L], which place of the row each one is, 0 where padded; bool [S,
+    L], where it is not).
+
+    L is the longest of `lengths` int64 [S], at least 1.
+    """
+    columns = torch.arange(max(int(lengths.max()), 1))
+    is_real = columns < lengths[:, None]
+    return torch.where(is_real, starts[:, None] + columns, 0), is_real

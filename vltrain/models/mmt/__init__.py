@@ -1,0 +1,1 @@
+"""Multimodal Model Tuning: ViT, adapters, visual neck and LLM (the first paper's)."""

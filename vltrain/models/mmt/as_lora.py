@@ -1,0 +1,161 @@
+"""Adapters in front of linear layers, written as low-rank updates of these layers, which is what they are.
+
+Behind an adapter g(z) = z + s U D z + b a linear layer (W, c) computes W g(z) + c = (W z + c) + B A z + W b: LoRA's
+update with A = D, B = s W U, and a constant W b, which adapters without biases (`model.adapter.bias: false`) do not
+have. LoRA by peft inside of the layer, W' = W + t B' A', is part of the W that the adapter's output meets, and an
+update of its own besides: A = [D; A'], B = [s W' U, t B'], constant W' b.
+
+Products are taken in float64, of the weights that are served: dequantised where the frozen ones are in 4 or 8 bits. An
+adapter that several layers read is written for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vltrain.config.schema import AdapterConfig, ModelConfig
+from vltrain.errors import InputError
+from vltrain.models.adapters.bottleneck import RepAdapter
+from vltrain.models.adapters.table import adapter_kind
+from vltrain.models.backbones.llm import LLM_NORMS, llm_blocks
+from vltrain.models.backbones.vision import VISION_NORMS
+from vltrain.models.merge import LLM_READERS, VISION_READERS
+from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.peft.layers import NAME, has_lora
+from vltrain.models.peft.lora import lora_factors, outer_linears, require_no_prompts
+from vltrain.models.quantise import FrozenLinear
+
+PARTS = ("llm", "vision")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to a linear layer's output: `up` (`down` x) + `constant`; float64 [r, in], [out, r], and [out] or
+    None."""
+
+    down: Tensor
+    up: Tensor
+    constant: Tensor | None
+
+
+def has_adapters(config: AdapterConfig, part: str) -> bool:
+    """Whether adapters stand in a network, `llm` or `vision`."""
+    return getattr(config, part) != "none"
+
+
+def require_low_rank(model: ModelConfig) -> None:
+    """Raises InputError, by the recipe alone, if what is tuned is no low-rank update of linear layers, naming what is
+    not."""
+    whole, apart = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
+    for part in PARTS:
+        kind = adapter_kind(model.adapter, part)
+        if not has_adapters(model.adapter, part):
+            continue
+        if not hasattr(kind, "low_rank_map"):
+            key = "vision_kind" if part == "vision" and model.adapter.vision_kind is not None else "kind"
+            raise InputError(
+                f"model.adapter.{key}: found '{getattr(model.adapter, key)}': a {kind.__name__} is no linear "
+                f"map, which LoRA is; {apart}"
+            )
+        if issubclass(kind, RepAdapter) and not model.adapter.residual:
+            raise InputError(
+                "model.adapter.residual: found False: without what goes in, an update of the layer behind has "
+                f"the full rank; {whole}"
+            )
+    if model.llm.peft.kind == "adaption_prompt":
+        raise InputError(
+            "model.llm.peft.kind: found 'adaption_prompt': its prompts depend on the states, which no LoRA "
+            f"does; {apart}"
+        )
+    if model.tune == "full" or model.vision.train or model.llm.train:
+        key = (
+            "model.tune: found 'full'"
+            if model.tune == "full"
+            else f"model.{'vision' if model.vision.train else 'llm'}.train: found True"
+        )
+        raise InputError(f"{key}: the networks' own weights are tuned too, and a LoRA belongs to those before; {whole}")
+    if not any(lora_rank(model, part) for part in PARTS):
+        raise InputError(
+            "model.adapter.vision and model.adapter.llm are none, and model.llm.peft.kind is null: there is no "
+            f"LoRA to export; {whole}"
+        )
+
+
+def has_constant(model: ModelConfig, part: str) -> bool:
+    """Whether updates of `llm` or `vision` have a constant."""
+    return has_adapters(model.adapter, part) and model.adapter.bias
+
+
+def lora_rank(model: ModelConfig, part: str) -> int:
+    """The largest rank of the updates of `llm` or `vision`; 0 where it has none."""
+    own = model.llm.peft if part == "llm" and model.llm.peft.kind == "lora" else None
+    if not has_adapters(model.adapter, part):
+        return own.rank if own is not None else 0
+    placement = getattr(model.adapter, part)
+    sublayers = ("attention", "ffn") if placement == "both" else (placement,)
+    behind = {
+        layer.rpartition(".")[2]
+        for sublayer in sublayers
+        for layer in (LLM_READERS if part == "llm" else VISION_READERS)[sublayer]
+    }
+    targets = set(own.targets) if own is not None else set()
+    return max(
+        model.adapter.dim + (own.rank if own is not None and behind & targets else 0),
+        own.rank if own is not None else 0,
+    )
+
+
+@torch.no_grad()
+def lora_updates(model: MultimodalModel, part: str) -> Iterator[tuple[str, Update]]:
+    """Name, in transformers' `LlamaForCausalLM` or `CLIPVisionModel`, and update of each linear layer of `llm` or
+    `vision` that has one.
+
+    Raises: InputError for adapters that are no linear map, or that do not hand on what goes in, and for prompts.
+    """
+    if part == "llm":
+        require_no_prompts(model.llm)
+        blocks = [(f"model.layers.{number}", block) for number, block in enumerate(llm_blocks(model.llm))]
+        norms, readers = LLM_NORMS, LLM_READERS
+    else:
+        blocks = [(f"encoder.layers.{number}", block) for number, block in enumerate(model.vision.live_blocks)]
+        norms, readers = VISION_NORMS, VISION_READERS
+    for prefix, block in blocks:
+        before = {layer: getattr(block, norms[sublayer]) for sublayer, layers in readers.items() for layer in layers}
+        for name, linear in outer_linears(block):
+            place = before.get(name)
+            adapter = place.adapter if isinstance(place, nn.Sequential) else None
+            if adapter is not None or has_lora(linear):
+                yield f"{prefix}.{name}", _update(linear, adapter)
+
+
+def _update(linear: nn.Module, adapter: nn.Module | None) -> Update:
+    own = lora_factors(linear)
+    weight = _weight(linear.get_base_layer() if own else linear)
+    downs, ups, constant = [], [], None
+    if own:
+        first, second = (factor.weight.double() for factor in own)
+        downs.append(first)
+        ups.append(linear.scaling[NAME] * second)
+        weight = weight + ups[0] @ first
+    if adapter is not None:
+        down, up, offset = _low_rank(adapter)
+        downs.insert(0, down)
+        ups.insert(0, weight @ up)
+        constant = None if offset is None else weight @ offset
+    return Update(torch.cat(downs), torch.cat(ups, dim=1), constant)
+
+
+def _low_rank(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not hasattr(adapter, "low_rank_map"):
+        raise InputError(
+            f"a {type(adapter).__name__} is no linear map and cannot be written as LoRA of the layer behind it"
+        )
+    return adapter.low_rank_map()
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return (linear.dequantised(torch.float32) if isinstance(linear, FrozenLinear) else linear.weight).double()

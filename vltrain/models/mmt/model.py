@@ -1,0 +1,182 @@
+"""The whole model: a packed row of text and images in, the sum of its label losses out.
+
+    pixels --ClipTaps--> [N, V, d_vision] --neck--> visual tokens [N, V, d]
+    input_ids --embed, placeholders replaced--> [T, d] --LLM, segments isolated--> [T, d] --head at label positions-->
+    loss
+
+One forward serves every kind of row, so that ranks never differ in which parameters a backward reaches: a row with
+pixels runs the ViT even if no token shows an image, and a filler without labels still has a graph through every trained
+parameter. Their gradients are exact zeros, not missing.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from vltrain.batch import Batch
+from vltrain.models.adapters import Routing
+from vltrain.models.backbones.llm import packed_hidden_states
+from vltrain.models.backbones.vision import ClipTaps
+from vltrain.models.flops import Flops, count_flops
+from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.transfer import to_device
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Framing
+
+
+class LossOutput(NamedTuple):
+    """loss_sum: fp32 scalar, summed over label positions; segment_losses: fp32 [S], the same by segment, detached.
+
+    penalty: fp32 scalar, a term of the weights alone, where it was asked for.
+    """
+
+    loss_sum: Tensor
+    segment_losses: Tensor
+    penalty: Tensor | None = None
+
+
+class MultimodalModel(nn.Module):
+    """ViT with taps, neck, modality embedding and LLM (Eq. 3-5).
+
+    `routing` is there if the LLM has routed adapters. Then a segment's modality token decides for its segment and no
+    other token may attend to it: see `vltrain.models.adapters.routing`.
+    """
+
+    def __init__(
+        self,
+        vision: ClipTaps,
+        neck: nn.Module,
+        modality_embedding: nn.Embedding,
+        llm: LlamaForCausalLM,
+        routing: Routing | None = None,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.neck = neck
+        self.modality_embedding = modality_embedding  # row 0: text, row 1: image
+        self.llm = llm
+        self.routing = routing
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image."""
+        return self.vision.num_taps
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of ViT and LLM, whose linear layers are quantised where they are frozen."""
+        return [*self.vision.clip.encoder.layers, *self.llm.model.layers]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images the ViT reads, in pixels."""
+        return self.vision.image_size
+
+    @property
+    def framing(self) -> Framing:
+        """How an image becomes that square."""
+        return self.vision.framing
+
+    def flops(self) -> Flops:
+        """What a training step costs, given which parameters are trained now. To be asked before ZeRO-3 cuts them
+        up."""
+        return count_flops(self.vision, self.neck, self.modality_embedding, self.llm)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> visual tokens [N, V, d]. Without images no ViT pass happens."""
+        if len(pixels) == 0:
+            return self.llm.model.embed_tokens.weight.new_empty(0, self.visual_tokens, self.llm.config.hidden_size)
+        return self.neck(self.vision(pixels))
+
+    def embed(self, input_ids: Tensor, visual: Tensor, image_slots: Tensor) -> Tensor:
+        """The LLM's input: token embeddings, with the vectors that belong there in the placeholders' places.
+
+        Args:
+            input_ids: int64 [T], placeholders below zero.
+            visual: [N, V, d] from `encode_images`; an image that no slot refers to gets a gradient of zero.
+            image_slots: int64 [K], which image stands at the k-th image run.
+
+        Returns: [T, d].
+        """
+        embeds = self.llm.model.embed_tokens(input_ids.clamp(min=0))
+        text_modality, image_modality = self.modality_embedding(torch.arange(2, device=input_ids.device)).to(
+            embeds.dtype
+        )
+        embeds = torch.where((input_ids == TEXT_MODALITY_TOKEN)[:, None], text_modality, embeds)
+        embeds = torch.where((input_ids == IMAGE_MODALITY_TOKEN)[:, None], image_modality, embeds)
+        if len(visual) == 0:
+            return embeds
+        shown = take_rows(visual, image_slots).flatten(0, 1).to(embeds.dtype)  # [K * V, d]
+        return place_rows(embeds, shown, input_ids == IMAGE_TOKEN)
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
+        if batch.input_ids.device.type == "cpu":
+            self._check(batch)
+        embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
+        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
+        owner = to_device(owner, embeds.device)
+        hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)
+        labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+        loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
+        if batch.is_filler:
+            loss_sum = loss_sum * 0.0
+        segment_losses = segment_sums(token_losses, owner[labelled], len(batch.segment_lengths))
+        return LossOutput(loss_sum, segment_losses)
+
+    def _hidden_states(self, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor, owner: Tensor) -> Tensor:
+        if self.routing is None:
+            return packed_hidden_states(self.llm, embeds, position_ids, segment_lengths)
+        starts = segment_lengths.cumsum(0) - segment_lengths
+        # The decision token and the rest of its segment, isolated from each other.
+        split = torch.stack([torch.ones_like(segment_lengths), segment_lengths - 1], dim=1).flatten()
+        with self.routing.packed(to_device(starts, embeds.device), owner):
+            return packed_hidden_states(self.llm, embeds, position_ids, split[split > 0])
+
+    @torch.no_grad()
+    def decide_routing(self) -> None:
+        """Lets routed adapters decide for both modalities, for `language_model` calls to come. Once after each change
+        of weights.
+
+        Runs the LLM on two tokens: under ZeRO-3 a collective. Without routed adapters it does nothing.
+        """
+        if self.routing is not None:
+            device = self.modality_embedding.weight.device
+            embeds = self.modality_embedding(torch.arange(2, device=device))[:, None]
+            with self.routing.deciding():
+                self.llm.model(inputs_embeds=embeds.to(self.llm.model.embed_tokens.weight.dtype), use_cache=False)
+
+    def language_model(self, embeds: Tensor, modality: Tensor, **arguments: Any) -> Any:
+        """The LLM's blocks on a batch, for generation: transformers' `llm.model`, routed where there are routed
+        adapters.
+
+        Args:
+            embeds: [B, L, d]. With `routing` they hold no modality token: it decides (`decide_routing`) but is not
+            seen.
+            modality: int64 [B], of each row: 0 text, 1 image.
+            arguments: of transformers' `LlamaModel.forward`.
+        """
+        with nullcontext() if self.routing is None else self.routing.decided(modality):
+            return self.llm.model(inputs_embeds=embeds, **arguments)
+
+    def _check(self, batch: Batch) -> None:
+        """The loader's promises that the forward relies on. On a device the checks would wait for it."""
+        num_labels, num_tokens = int((batch.labels != IGNORE_INDEX).sum()), len(batch.input_ids)
+        assert num_labels == batch.num_label_tokens, f"{num_labels} labels, the batch says {batch.num_label_tokens}"
+        assert int(batch.segment_lengths.sum()) == num_tokens, (
+            f"segments of {batch.segment_lengths.tolist()} in a row of {num_tokens}"
+        )
+        starts = batch.segment_lengths.cumsum(0) - batch.segment_lengths
+        if self.routing is not None:
+            first = batch.input_ids[starts]
+            assert ((first == TEXT_MODALITY_TOKEN) | (first == IMAGE_MODALITY_TOKEN)).all(), (
+                "a segment that starts with no modality token"
+            )
+        places, shown = int((batch.input_ids == IMAGE_TOKEN).sum()), len(batch.image_slots) * self.visual_tokens
+        assert places == shown, (
+            f"{places} visual places for {len(batch.image_slots)} images of {self.visual_tokens} tokens"
+        )

@@ -1,0 +1,1 @@
+"""peft's layers in our models, and folders in peft's layout."""

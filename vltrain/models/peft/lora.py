@@ -1,0 +1,136 @@
+"""LoRA and LLaMA-Adapter inside the LLM, both peft's: rivals of the adapters behind its norms, partners of those in the
+ViT.
+
+lora             W x + (alpha / r) B A x for chosen linear layers of every block (Hu et al. 2021,
+                 https://arxiv.org/abs/2106.09685). B
+                 starts at zero. Merges into W.
+adaption_prompt  LLaMA-Adapter (Zhang et al. 2023, https://arxiv.org/abs/2303.16199): in the topmost blocks every token
+also attends to
+                 learned prompts, by a softmax of their own that a gate scales, which starts at zero. The gate is one
+                 number a block, without the tanh of the authors' code. Prompts belong to no segment and every token
+                 sees all of them, so packing and caches change nothing. They depend on the states: no linear layer can
+                 take them in.
+
+Both leave the network's function as it was at the start. peft's layers are put in one by one, not by its model
+wrappers: names of parameters keep their beginnings, and a layer needs no weight of its own to be wrapped, so quantised
+ones fit. All linear layers keep their place; what wraps one keeps it as `base_layer` (LoRA), what wraps an attention as
+`model` (prompts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from vltrain.config.schema import PeftConfig
+from vltrain.errors import InputError, nearest
+from vltrain.models.peft.layers import NAME, attention_with_prompts, has_adalora, has_lora, has_prompts, lora_linear
+from vltrain.models.random import seeded
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def insert_peft(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
+    """Puts what `model.llm.peft` asks for into a block, in place; nothing where its kind is null.
+
+    Args:
+        number: the block's, from the first of `num_blocks`.
+
+    Raises: InputError for targets that no LLaMA has, more blocks than there are, and heads that peft's prompts cannot
+    serve.
+    """
+    if config.kind == "lora":
+        _insert_lora(block, number, config, seed)
+    elif config.kind == "adaption_prompt":
+        _insert_prompts(block, number, num_blocks, config, seed)
+
+
+def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int) -> None:
+    for target in config.targets:
+        if target not in TARGETS:
+            raise InputError(
+                f"model.llm.peft.targets: a LLaMA's blocks have no linear layer '{target}', {nearest(target, TARGETS)}"
+            )
+    for name, linear in list(block.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if leaf in config.targets:
+            with seeded(seed, f"peft/{number}/{leaf}"):
+                layer = lora_linear(linear, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+            setattr(block.get_submodule(parent), leaf, layer)
+
+
+def _insert_prompts(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
+    num_adapted = num_blocks if config.adapter_layers is None else config.adapter_layers
+    if num_adapted > num_blocks:
+        raise InputError(
+            f"model.llm.peft.adapter_layers: found {num_adapted}, expected at most the LLM's {num_blocks} blocks"
+        )
+    attention = block.self_attn
+    if attention.head_dim * attention.config.num_attention_heads != attention.config.hidden_size:
+        raise InputError(
+            f"model.llm.peft.kind: adaption_prompt wants heads of hidden_size / num_attention_heads; this LLM has "
+            f"{attention.config.num_attention_heads} heads of {attention.head_dim} for a width of "
+            f"{attention.config.hidden_size}; take lora"
+        )
+    if number >= num_blocks - num_adapted:
+        with seeded(seed, f"peft/{number}/adaption_prompt"):
+            block.self_attn = attention_with_prompts(attention, config.adapter_len)
+
+
+def is_peft_parameter(name: str) -> bool:
+    """Whether a parameter of that full name is one that this module put in."""
+    return ".lora_" in name or ".adaption_" in name
+
+
+def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
+    """What is trained of the layers that this module put in, found by module."""
+    parameters: set[nn.Parameter] = set()
+    for module in llm.modules():
+        if has_lora(module):
+            parameters |= {*module.lora_A.parameters(), *module.lora_B.parameters()}
+        elif has_prompts(module):
+            parameters |= {module.adaption_prompt, module.adaption_gate}
+    return parameters
+
+
+def lora_factors(linear: nn.Module) -> tuple[nn.Linear, ...]:
+    """(A, B) of a linear layer with LoRA, () of a plain one."""
+    return (linear.lora_A[NAME], linear.lora_B[NAME]) if has_lora(linear) else ()
+
+
+def low_rank_factors(linear: nn.Module) -> tuple[Tensor, ...]:
+    """The matrices (A, B) of a linear layer with LoRA or AdaLoRA, () of a plain one."""
+    if has_adalora(linear):
+        return linear.lora_A[NAME], linear.lora_B[NAME]
+    return tuple(factor.weight for factor in lora_factors(linear))
+
+
+def outer_linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear layer under `root`, in order; of one with LoRA or AdaLoRA what wraps it, and not
+    the layer inside."""
+    inside = None
+    for name, module in root.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if has_lora(module) or has_adalora(module):
+            inside = f"{name}."
+            yield name, module
+        elif isinstance(module, nn.Linear):
+            yield name, module
+
+
+def plain_attention(attention: nn.Module) -> tuple[nn.Module, int]:
+    """(the LLaMA attention itself, how many prompts every token attends to) of a block's `self_attn`."""
+    return (attention.model, attention.adapter_len) if has_prompts(attention) else (attention, 0)
+
+
+def require_no_prompts(llm: LlamaForCausalLM) -> None:
+    """Raises InputError if the LLM has prompts, which no weight of it can take in."""
+    if any(has_prompts(module) for module in llm.modules()):
+        raise InputError(
+            "model.llm.peft.kind: the prompts of adaption_prompt depend on the states and cannot be merged into "
+            "the LLM's weights; "
+            "keep the adapters apart"
+        )

@@ -1,0 +1,1 @@
+"""What `vltrain check` can check, one file each."""

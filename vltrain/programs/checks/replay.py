@@ -1,0 +1,115 @@
+"""`vltrain check replay RUN --step K [--packs FOLDER]`: a step of a run once more, in one process, to see each sample's
+loss.
+
+The run's newest checkpoint that is not after step K is loaded, the steps from there to K are trained again on the same
+global batches, and the losses of step K's samples are shown, largest first. Nothing in the run's folder is changed.
+Losses are those of the run to rounding; with dropout they are other draws where the run had several ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import tempfile
+from pathlib import Path
+
+from vltrain.console import logged_from
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.distributed.hardware import choose_dtype, device, limit_threads
+from vltrain.distributed.machine import require_machine
+from vltrain.errors import InputError
+from vltrain.inference.run import recipe_of, weights_before, weights_used
+from vltrain.models.build import build_model, outline_model
+from vltrain.prepared.ensure_data import packed_folder
+from vltrain.programs.train import open_packs
+from vltrain.train.checkpoints.checkpoint import newest_checkpoint
+from vltrain.train.determinism import set_determinism
+from vltrain.train.guard import own_losses
+from vltrain.train.run.made_of import made_of
+from vltrain.train.run.origin import find_origin
+from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
+from vltrain.train.zero.engine import init_distributed, partitioner, shutdown_distributed
+
+logger = logging.getLogger(__name__)
+
+
+def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, float, int]]:
+    """(id, mean loss per label token, label tokens) of each sample of a step, not finite ones first, then by size.
+
+    Raises: InputError where the run's folder lacks what is needed, or has no such step.
+    """
+    config = recipe_of(run, "ds_config.json")
+    require_machine(workers=0)
+    set_determinism(config.train.deterministic)
+    changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
+    ds_json = load_ds_json(run / "ds_config.json")
+    checkpoint = newest_checkpoint(run / "checkpoints", until=step)
+    files = made_of(config)
+    weights_used(run, config, checkpoint, files)
+    if checkpoint is None:
+        weights_before(run, config)
+    origin = find_origin(config, checkpoint)
+    limit_threads(1)
+    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    dtype = choose_dtype(
+        config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None
+    )
+    visual_tokens = outline_model(config.model, device(), dtype).visual_tokens
+    if config.data.train_packs is None:  # those that it was trained on, whatever became of the samples; none are made
+        own_packs = str(packed_folder(config, tokenizer, visual_tokens))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_packs=own_packs))
+    dataset = open_packs(config, tokenizer, visual_tokens)
+    rank, world_size = init_distributed()
+    try:
+        model = build_model(
+            config.model,
+            dtype=dtype,
+            activation_checkpointing=config.train.activation_checkpointing,
+            runs_on=device(),
+            place=partitioner(resolve_ds_config(ds_json, config, world_size)),
+        )
+        # A replay's own receipt is thrown away, and so is what it says of itself.
+        with tempfile.TemporaryDirectory() as elsewhere, logged_from(logging.ERROR, "vltrain.receipts.receipt"):
+            trainer = make_trainer(
+                dataclasses.replace(config, output=elsewhere),
+                ds_json,
+                model=model,
+                dataset=dataset,
+                checkpoint=checkpoint,
+                rank=rank,
+                world_size=world_size,
+                dtype=dtype,
+                evaluate=lambda steps_done: None,
+                made_of=files,
+                origin=origin,
+            )
+            return replay_steps(trainer, step)
+    finally:
+        shutdown_distributed()
+
+
+def replay_steps(trainer: Trainer, step: int) -> list[tuple[str, float, int]]:
+    """Trains up to `step` and through it. Its samples' losses, see `replay`."""
+    if not trainer.first_step <= step < trainer.plan.num_steps:
+        raise InputError(
+            f"--step: found {step}, expected one of the run's {trainer.plan.num_steps} steps, counted from 0"
+        )
+    logger.info("replaying steps %d to %d", trainer.first_step, step)
+    trainer.engine.model.train()
+    try:
+        for loaded in trainer.loader:
+            result = trainer.step(loaded)
+            if loaded.step == step:
+                counts = [count for counts in result.segment_labels for count in counts.tolist() if count]
+                losses = [(name, loss, count) for (name, loss), count in zip(own_losses(result), counts, strict=True)]
+                return sorted(losses, key=lambda one: -one[1] if math.isfinite(one[1]) else -math.inf)
+            trainer.guard.push(result)
+    finally:
+        trainer.loader.close()
+        trainer.monitor.close()
+        trainer.receipt.close()
+    raise AssertionError("the loader ends with the plan")

@@ -1,0 +1,1 @@
+"""What helps at the command line: the list of recipes, and completion."""

@@ -1,0 +1,1 @@
+"""Studies of the papers: tables of ablations, and the importance of sublayers."""

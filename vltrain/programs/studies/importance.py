@@ -1,0 +1,227 @@
+"""`vltrain importance RUN --output FOLDER [--checkpoint best|FOLDER]`: where AdaLoRA has left how much of its rank.
+
+    vltrain importance runs/qformer_easyvqa/adalora --output ranks --checkpoint best
+
+Paper: "Parameter-Efficient Fine-tuning of InstructBLIP for Visual Reasoning Tasks", the study of sublayers. The rank
+that a layer keeps of its first one is a measure of its importance to the task. Written into the new folder:
+
+    ranks.csv      network, block, sublayer, matrix, kept, initial, gradient ("none" where no gradient can reach)
+    ranks.png      heat map: a row per block, a column per matrix
+    summary.txt    mean rank by sublayer, blocks with the most and the least; also printed
+
+The picture and the summary go into the run's TensorBoard, too, where that can be written. A Q-Former hands on the
+states of its queries alone, so nothing behind the last block's text FFN reaches the loss: its rank is an artefact and
+is left out of every mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from vltrain.data.folder import new_folder
+from vltrain.errors import InputError, exits_cleanly
+from vltrain.inference.run import choose_checkpoint, recipe_of, weights_used
+from vltrain.launching.run_folder import read_command, why_not_writable
+from vltrain.models.peft.low_rank import sublayer_of
+from vltrain.train.checkpoints.checkpoint import kept_by_adalora
+
+logger = logging.getLogger(__name__)
+
+TEXT_FFN = ("intermediate.dense", "output.dense")
+LISTED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRank:
+    """One matrix. `stack`: qformer, llm, or of a T5 llm.encoder and llm.decoder; `block`: its number in it; `kept` of
+    `initial` directions;
+    `reached`: whether a gradient can reach it."""
+
+    stack: str
+    block: int
+    sublayer: str
+    matrix: str
+    kept: int
+    initial: int
+    reached: bool
+
+
+@exits_cleanly
+def main(argv: list[str], *, program: str = "vltrain importance") -> int:
+    """Writes what the command line names. Returns the exit code."""
+    told = read_command(argv, program=program, help_text=__doc__, options=("checkpoint",))
+    if told is None:
+        return 0
+    run, output, arguments = told
+    ranks, step = read_ranks(run, arguments.last("checkpoint"))
+    summary, figure = summarise(ranks), draw(ranks)
+    with new_folder(output) as folder:
+        write_csv(ranks, folder / "ranks.csv")
+        figure.savefig(folder / "ranks.png", dpi=150)
+        (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    reason = why_not_writable(run / "tensorboard")
+    if reason is not None:
+        logger.warning("%s: cannot be written (%s): the picture is in %s alone", run / "tensorboard", reason, output)
+    else:
+        with SummaryWriter(str(run / "tensorboard")) as writer:
+            writer.add_figure("adalora/ranks", figure, step)
+            writer.add_text("adalora/ranks", "```\n" + summary + "\n```", step)
+    print(summary)
+    return 0
+
+
+def read_ranks(run: Path, named: str | None) -> tuple[list[LayerRank], int]:
+    """The ranks that AdaLoRA left in a run's checkpoint (see `choose_checkpoint`), and the checkpoint's step.
+
+    Raises: InputError for a run without AdaLoRA, or before its first pruning.
+    """
+    config = recipe_of(run)
+    blip = config.model.instructblip
+    if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
+        raise InputError(
+            f"{run}: its recipe tunes nothing by AdaLoRA, expected model.instructblip.qformer.mode or llm.mode adalora"
+        )
+    checkpoint = choose_checkpoint(run, named)
+    weights_used(run, config, checkpoint, None)
+    kept = kept_by_adalora(checkpoint) if checkpoint is not None else {}
+    if checkpoint is None or not kept:
+        raise InputError(
+            f"{run}: AdaLoRA had pruned nothing yet at {checkpoint.path if checkpoint else 'the start'}; choose "
+            "a later checkpoint"
+        )
+    places = {layer: _place(layer) for layer in kept}
+    last = max((block for stack, block, _ in places.values() if stack == "qformer"), default=-1)
+    ranks = []
+    for layer, mask in kept.items():
+        stack, block, matrix = places[layer]
+        reached = not (stack == "qformer" and block == last and matrix in TEXT_FFN)
+        _, sublayer = sublayer_of(layer)
+        ranks.append(
+            LayerRank(
+                stack=stack,
+                block=block,
+                sublayer=sublayer,
+                matrix=matrix,
+                kept=int(mask.sum()),
+                initial=len(mask),
+                reached=reached,
+            )
+        )
+    return ranks, checkpoint.step
+
+
+def _place(layer: str) -> tuple[str, int, str]:
+    """(stack, block, matrix) of a layer's full name."""
+    found = re.fullmatch(
+        r"(qformer|llm)\.(?:encoder\.layer|model\.layers|(encoder|decoder)\.block)\.(\d+)\.(.+)", layer
+    )
+    assert found is not None, layer
+    root, side, block, matrix = found.groups()
+    return (f"{root}.{side}" if side else root), int(block), matrix
+
+
+def write_csv(ranks: Sequence[LayerRank], path: Path) -> None:
+    """A line per matrix."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["network", "block", "sublayer", "matrix", "kept", "initial", "gradient"])
+        for one in ranks:
+            writer.writerow(
+                [
+                    one.stack,
+                    one.block,
+                    one.sublayer,
+                    one.matrix,
+                    one.kept,
+                    one.initial,
+                    "yes" if one.reached else "none",
+                ]
+            )
+
+
+def _mean(ranks: Sequence[LayerRank]) -> float:
+    return sum(one.kept for one in ranks) / len(ranks)
+
+
+def summarise(ranks: Sequence[LayerRank]) -> str:
+    """Mean rank by network and sublayer, and where the most and the least is left; without what no gradient reaches."""
+    counted = [one for one in ranks if one.reached]
+    lines = [
+        f"{sum(one.kept for one in ranks)} of {sum(one.initial for one in ranks)} directions are left; mean "
+        "rank of a matrix by sublayer:"
+    ]
+    groups: dict[tuple[str, str], list[LayerRank]] = {}
+    for one in counted:
+        groups.setdefault((one.stack, one.sublayer), []).append(one)
+    for (stack, sublayer), members in sorted(groups.items(), key=lambda item: -_mean(item[1])):
+        lines.append(
+            f"  {stack:12} {sublayer:6} {_mean(members):6.2f} of {members[0].initial}  ({len(members)} matrices)"
+        )
+    blocks: dict[tuple[str, int, str], list[LayerRank]] = {}
+    for one in counted:
+        blocks.setdefault((one.stack, one.block, one.sublayer), []).append(one)
+    ordered = sorted(blocks.items(), key=lambda item: -_mean(item[1]))
+    for title, chosen in (("most", ordered[:LISTED]), ("least", ordered[::-1][:LISTED])):
+        told = ", ".join(
+            f"{stack} {block} {sublayer} {_mean(members):.2f}" for (stack, block, sublayer), members in chosen
+        )
+        lines.append(f"{title}: {told}")
+    dead = [one for one in ranks if not one.reached]
+    if dead:
+        names = ", ".join(one.matrix for one in dead)
+        why = "no gradient reaches the last text FFN, since only queries are handed on"
+        lines.append(f"not counted: {names} of qformer block {dead[0].block}; {why}")
+    return "\n".join(lines)
+
+
+def draw(ranks: Sequence[LayerRank]) -> Figure:
+    """The heat map: per stack a row for each block and a column for each matrix; grey where there is none, crossed out
+    where no gradient comes."""
+    stacks = list(dict.fromkeys(one.stack for one in ranks))
+    columns = {stack: _columns([one for one in ranks if one.stack == stack]) for stack in stacks}
+    num_blocks = {stack: 1 + max(one.block for one in ranks if one.stack == stack) for stack in stacks}
+    widths = [len(columns[stack]) for stack in stacks]
+    figure = Figure(figsize=(2.5 + 0.6 * sum(widths), 3.4 + 0.32 * max(num_blocks.values())), layout="constrained")
+    axes = figure.subplots(1, len(stacks), squeeze=False, width_ratios=widths)[0]
+    highest = max(one.initial for one in ranks)
+    for place, stack in zip(axes, stacks, strict=True):
+        values = [[float("nan")] * len(columns[stack]) for _ in range(num_blocks[stack])]
+        for one in ranks:
+            if one.stack == stack:
+                values[one.block][columns[stack].index((one.sublayer, one.matrix))] = one.kept
+        picture = place.imshow(values, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
+        place.set_facecolor("lightgrey")
+        place.set_title(stack)
+        place.set_ylabel("block")
+        place.set_yticks(range(num_blocks[stack]))
+        labels = [f"{sublayer}: {matrix}" for sublayer, matrix in columns[stack]]
+        place.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+        for one in ranks:
+            if one.stack == stack:
+                told = str(one.kept) if one.reached else "×"
+                ink = "white" if one.kept < highest / 2 else "black"
+                place.text(
+                    columns[stack].index((one.sublayer, one.matrix)),
+                    one.block,
+                    told,
+                    ha="center",
+                    va="center",
+                    color=ink,
+                    fontsize=7,
+                )
+    figure.colorbar(picture, ax=axes, label="rank kept (×: no gradient reaches it)")
+    return figure
+
+
+def _columns(ranks: Sequence[LayerRank]) -> list[tuple[str, str]]:
+    """Sublayers in the order of a block, and the matrices of each."""
+    order = ["self", "attn", "cross", "ffn"]
+    return sorted({(one.sublayer, one.matrix) for one in ranks}, key=lambda column: (order.index(column[0]), column[1]))

@@ -1,0 +1,1 @@
+"""Saving and restoring the trainable state, which checkpoints stay, and folders of trained weights alone."""

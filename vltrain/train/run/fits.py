@@ -1,0 +1,87 @@
+"""Whether tokenizers, template, packs and questions belong to a model: asked by everything that trains, evaluates or
+plans, before it starts."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from vltrain.config.schema import Config
+from vltrain.data.shards import PackedDataset
+from vltrain.data.text.conversation import TEMPLATES
+from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.errors import InputError
+from vltrain.models.build import AnyModel
+from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.positions import max_positions
+
+logger = logging.getLogger(__name__)
+
+
+def require_tokenizer_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) -> None:
+    """Every id has a row in the model's tables, and the template is one that it reads. `model` may be an outline.
+    Raises: InputError."""
+    is_blip = isinstance(model, InstructBlip)
+    rows = model.llm.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        key = "model.instructblip.tokenizer" if is_blip else "model.llm.tokenizer"
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens (ids up to {tokenizer.vocab_size - 1}) but the "
+            f"LLM embeds {rows}: they do not belong together ({key})"
+        )
+    wanted = (
+        (model.template,) if is_blip else [name for name, template in TEMPLATES.items() if not template.instruction]
+    )
+    if config.data.template not in wanted:
+        raise InputError(
+            f"data.template: found '{config.data.template}', expected {' or '.join(wanted)}, which this model reads"
+        )
+    if not is_blip:
+        return
+    sizes, read = model.config.qformer_config, tokenizer.instruction
+    if read is None or read.vocab_size > sizes.vocab_size:
+        found = (
+            f"the Q-Former's tokenizer has {read and read.vocab_size} tokens but the Q-Former embeds {sizes.vocab_size}"
+        )
+        raise InputError(f"{found}: they do not belong together (model.instructblip.qformer_tokenizer)")
+
+
+def require_qformer_positions(config: Config, model: AnyModel) -> None:
+    """The Q-Former has positions for what it is to read. Raises: InputError."""
+    if (
+        isinstance(model, InstructBlip)
+        and config.model.instructblip.qformer_tokens > model.config.qformer_config.max_position_embeddings
+    ):
+        bound = model.config.qformer_config.max_position_embeddings
+        raise InputError(
+            f"model.instructblip.qformer_tokens: found {config.model.instructblip.qformer_tokens}, but the "
+            f"Q-Former has positions for {bound}"
+        )
+
+
+def require_positions(dataset: PackedDataset, model: AnyModel) -> None:
+    """The LLM has a position for every token of every sample. Positions begin anew with each sample of a pack, so packs
+    may be longer.
+
+    Raises: InputError naming the longest sample.
+    """
+    bound = max_positions(model.llm.config)
+    if bound is None or dataset.manifest.pack_length <= bound:
+        return
+    # A sample of more than so many tokens makes the sum of squared lengths larger than their square.
+    suspects = np.flatnonzero(dataset.index.sum_squares > bound**2)
+    over, longest, name = 0, bound, ""
+    for number in suspects.tolist():
+        row = dataset.row(number)
+        over += int(np.count_nonzero(row.segment_lengths > bound))
+        place = int(row.segment_lengths.argmax())
+        if row.segment_lengths[place] > longest:
+            longest, name = int(row.segment_lengths[place]), row.sample_ids[place]
+    if over:
+        raise InputError(
+            f"{dataset.folder}: {over} sample(s) are longer than the LLM's context of {bound} positions, the "
+            f"longest '{name}' with {longest} tokens; "
+            f"shorten them, leave them out (data.pack_length at most {bound} with data.over_long: drop), or "
+            "take an LLM with a longer context"
+        )

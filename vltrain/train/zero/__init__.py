@@ -1,0 +1,1 @@
+"""DeepSpeed: its JSON, and the one module that imports it."""
