@@ -12,7 +12,11 @@ from vltrain.data.text.asked import Asked, how_asked
 def write(path, texts, images=True, more=()):
     front = "<image>\n" if images else ""
     lines = [
-        {"id": str(number), "images": ["a.png"] if images else [], "turns": [{"role": "user", "text": front + text}, {"role": "assistant", "text": "a"}, *more]}
+        {
+            "id": str(number),
+            "images": ["a.png"] if images else [],
+            "turns": [{"role": "user", "text": front + text}, {"role": "assistant", "text": "a"}, *more],
+        }
         for number, text in enumerate(texts)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -37,12 +41,18 @@ def test_labels_and_lines_are_common_and_words_are_not(form, begin, end, tmp_pat
     assert found == Asked(begin=begin, end=end, multi_turn=False, images=True)
     bare = f"where is the {NOUNS[0]}?"
     if begin.endswith("Question: ") or not begin:
-        assert found.phrase(bare).startswith(begin) and found.phrase(bare).endswith(end) and found.phrase(found.phrase(bare)) == found.phrase(bare)
+        assert (
+            found.phrase(bare).startswith(begin)
+            and found.phrase(bare).endswith(end)
+            and found.phrase(found.phrase(bare)) == found.phrase(bare)
+        )
 
 
 def test_one_that_differs_leaves_nothing_in_common(tmp_path):
     texts = [f"Question: where is the {noun}?\nAnswer:" for noun in NOUNS]
-    assert how_asked(write(tmp_path / "a.jsonl", [*texts, "Describe it."], images=False)) == Asked(multi_turn=False, images=False)
+    assert how_asked(write(tmp_path / "a.jsonl", [*texts, "Describe it."], images=False)) == Asked(
+        multi_turn=False, images=False
+    )
     assert how_asked(write(tmp_path / "b.jsonl", texts[:1] * 40)).begin == "", "one question is no form of many"
 
 
@@ -50,8 +60,12 @@ def test_conversations_are_seen_and_long_files_looked_at_all_over(tmp_path):
     more = [{"role": "user", "text": "and?"}, {"role": "assistant", "text": "b"}]
     assert how_asked(write(tmp_path / "a.jsonl", NOUNS, more=more)).multi_turn
     texts = [f"Q: {number}\nA:" for number in range(5000)]
-    assert how_asked(write(tmp_path / "b.jsonl", texts)) == Asked(begin="Q: ", end="\nA:", multi_turn=False, images=True)
-    assert how_asked(write(tmp_path / "c.jsonl", [*texts[:3000], *[f"{number}?" for number in range(2000)]])).begin == ""
+    assert how_asked(write(tmp_path / "b.jsonl", texts)) == Asked(
+        begin="Q: ", end="\nA:", multi_turn=False, images=True
+    )
+    assert (
+        how_asked(write(tmp_path / "c.jsonl", [*texts[:3000], *[f"{number}?" for number in range(2000)]])).begin == ""
+    )
 
 
 def test_what_cannot_be_read_says_nothing(tmp_path):

@@ -13,7 +13,16 @@ from vltrain.data.text.conversation import encode_candidate, encode_prompt, enco
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError
-from vltrain.schema import IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Turn, escape_markers, unescape_markers
+from vltrain.schema import (
+    IMAGE_MARKER,
+    IMAGE_MODALITY_TOKEN,
+    IMAGE_TOKEN,
+    TEXT_MODALITY_TOKEN,
+    Sample,
+    Turn,
+    escape_markers,
+    unescape_markers,
+)
 
 V = 3
 IMAGE = [IMAGE_TOKEN] * V
@@ -63,7 +72,10 @@ def test_mmt_with_an_image(tokenizers):
     check(
         found,
         [
-            ([IMAGE_MODALITY_TOKEN, t.bos_id], False), (t.encode("Image: "), False), (IMAGE, False), (t.encode("\nred?\nAnswer:"), False),
+            ([IMAGE_MODALITY_TOKEN, t.bos_id], False),
+            (t.encode("Image: "), False),
+            (IMAGE, False),
+            (t.encode("\nred?\nAnswer:"), False),
             ([*t.encode("yes"), t.eos_id], True),
         ],
     )
@@ -73,20 +85,37 @@ def test_mmt_with_an_image(tokenizers):
 def test_mmt_without_an_image_says_so(tokenizers):
     t = tokenizers["sentencepiece"]
     found = encode_sample(sample("red?\n", "no"), t, "mmt", V)
-    check(found, [([TEXT_MODALITY_TOKEN, t.bos_id], False), (t.encode("Image: N/A\nred?\n"), False), ([*t.encode("no"), t.eos_id], True)])
+    check(
+        found,
+        [
+            ([TEXT_MODALITY_TOKEN, t.bos_id], False),
+            (t.encode("Image: N/A\nred?\n"), False),
+            ([*t.encode("no"), t.eos_id], True),
+        ],
+    )
 
 
 def test_mmt_with_several_turns_and_images(tokenizers):
     """The answer's first word is tokenised as running text would be: behind a word with one space, behind a line end
     with none."""
     t = tokenizers["transformers"]
-    found = encode_sample(sample("<image>\nand <image> red?", "yes", "green?\n", "no, blue", "sure?", " no"), t, "mmt", V)
+    found = encode_sample(
+        sample("<image>\nand <image> red?", "yes", "green?\n", "no, blue", "sure?", " no"), t, "mmt", V
+    )
     check(
         found,
         [
-            ([IMAGE_MODALITY_TOKEN, t.bos_id], False), (t.encode("Image: "), False), (IMAGE, False), (t.encode("\nand Image: "), False), (IMAGE, False),
-            (t.encode("\n red?"), False), ([*t.encode(" yes"), t.eos_id], True), (t.encode("green?\n"), False), ([*t.encode("no, blue"), t.eos_id], True),
-            (t.encode("sure?"), False), ([*t.encode(" no"), t.eos_id], True),
+            ([IMAGE_MODALITY_TOKEN, t.bos_id], False),
+            (t.encode("Image: "), False),
+            (IMAGE, False),
+            (t.encode("\nand Image: "), False),
+            (IMAGE, False),
+            (t.encode("\n red?"), False),
+            ([*t.encode(" yes"), t.eos_id], True),
+            (t.encode("green?\n"), False),
+            ([*t.encode("no, blue"), t.eos_id], True),
+            (t.encode("sure?"), False),
+            ([*t.encode(" no"), t.eos_id], True),
         ],
     )
 
@@ -98,10 +127,18 @@ def test_chat_is_the_tokenizers_own_template_with_loss_on_answers_and_their_ends
     check(
         found,
         [
-            ([IMAGE_MODALITY_TOKEN], False), ([*start, *t.encode("user\n")], False), (t.encode("Image: "), False), (IMAGE, False), (t.encode("\n red?"), False),
-            ([*end, *t.encode("\n"), *start, *t.encode("assistant\n")], False), ([*t.encode("yes"), *end], True),
-            ([*t.encode("\n"), *start, *t.encode("user\n")], False), (t.encode("green?"), False),
-            ([*end, *t.encode("\n"), *start, *t.encode("assistant\n")], False), ([*t.encode("no"), *end], True), (t.encode("\n"), False),
+            ([IMAGE_MODALITY_TOKEN], False),
+            ([*start, *t.encode("user\n")], False),
+            (t.encode("Image: "), False),
+            (IMAGE, False),
+            (t.encode("\n red?"), False),
+            ([*end, *t.encode("\n"), *start, *t.encode("assistant\n")], False),
+            ([*t.encode("yes"), *end], True),
+            ([*t.encode("\n"), *start, *t.encode("user\n")], False),
+            (t.encode("green?"), False),
+            ([*end, *t.encode("\n"), *start, *t.encode("assistant\n")], False),
+            ([*t.encode("no"), *end], True),
+            (t.encode("\n"), False),
         ],
     )
 
@@ -130,16 +167,42 @@ def test_generation_stops_at_what_training_ends_answers_with(tokenizers, name, t
 
 
 FRAGMENTS = [
-    "red", " ", "\n", "Image: ", "</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "<0x0A>", "é", "你好", "🙂", "42",
+    "red",
+    " ",
+    "\n",
+    "Image: ",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+    "<|endoftext|>",
+    "<0x0A>",
+    "é",
+    "你好",
+    "🙂",
+    "42",
 ]
-text = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text("abXY09 .,:?'\"<>|/[]{}_éü½你🙂\n\t", max_size=4)), min_size=1, max_size=5).map("".join).filter(lambda one: IMAGE_MARKER not in one)
+text = (
+    st.lists(
+        st.one_of(st.sampled_from(FRAGMENTS), st.text("abXY09 .,:?'\"<>|/[]{}_éü½你🙂\n\t", max_size=4)),
+        min_size=1,
+        max_size=5,
+    )
+    .map("".join)
+    .filter(lambda one: IMAGE_MARKER not in one)
+)
 question = st.lists(text, min_size=1, max_size=3).map(IMAGE_MARKER.join).filter(str.strip)
 answer = text.filter(lambda one: one.strip())
-rounds = st.lists(st.tuples(question, answer), min_size=1, max_size=3).map(lambda pairs: [part for pair in pairs for part in pair])
+rounds = st.lists(st.tuples(question, answer), min_size=1, max_size=3).map(
+    lambda pairs: [part for pair in pairs for part in pair]
+)
 
 
 @pytest.mark.parametrize(("name", "template"), KINDS)
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(texts=rounds)
 def test_whatever_the_turns_say(tokenizers, name, template, texts):
     t, one = pick(tokenizers, name), sample(*texts)
@@ -159,7 +222,9 @@ def test_whatever_the_turns_say(tokenizers, name, template, texts):
     if name != "sentencepiece":  # byte for byte; sentencepiece has no byte for its own word mark
         assert [t.decode(run[:-1]).lstrip(" ") for run in found] == [part.lstrip(" ") for part in expected]
     assert not any(set(run[:-1]) & t.special_ids for run in found)
-    plain = encode_sample(sample(*["red?" + IMAGE_MARKER * part.count(IMAGE_MARKER) for part in texts]), t, template, V).input_ids.tolist()
+    plain = encode_sample(
+        sample(*["red?" + IMAGE_MARKER * part.count(IMAGE_MARKER) for part in texts]), t, template, V
+    ).input_ids.tolist()
     specials = [token for token in ids if token in t.special_ids]
     assert specials == [token for token in plain if token in t.special_ids]
 
@@ -167,7 +232,10 @@ def test_whatever_the_turns_say(tokenizers, name, template, texts):
 @pytest.mark.parametrize(
     ("chat_template", "named"),
     [
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", "drops or reorders"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+            "drops or reorders",
+        ),
         ("{% for m in messages|reverse %}{{ m.content }}<|im_end|>{% endfor %}", "drops or reorders"),
         ("{% for m in messages %}{{ m.content|upper|replace('0', '') }}<|im_end|>{% endfor %}", "drops or reorders"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no special token"),
@@ -194,9 +262,14 @@ def test_a_candidate_stands_where_the_answer_does_and_alone_carries_loss(tokeniz
     t = pick(tokenizers, name)
     prompt = encode_prompt(sample(*asked, "no"), t, template, V).input_ids.tolist()
     trained = encode_sample(sample(*asked, "(b) blue"), t, template, V)
-    whole, beginning = (encode_candidate(sample(*asked, "no"), "(b) blue", complete, t, template, V) for complete in (True, False))
+    whole, beginning = (
+        encode_candidate(sample(*asked, "no"), "(b) blue", complete, t, template, V) for complete in (True, False)
+    )
     assert whole.images == trained.images and whole.input_ids[: len(prompt)].tolist() == prompt
-    assert answers_of(whole) == answers_of(trained)[-1:] and trained.input_ids.tolist()[: len(whole.input_ids)] == whole.input_ids.tolist()
+    assert (
+        answers_of(whole) == answers_of(trained)[-1:]
+        and trained.input_ids.tolist()[: len(whole.input_ids)] == whole.input_ids.tolist()
+    )
     (complete,), (opening,) = answers_of(whole), answers_of(beginning)
     assert complete[: len(opening)] == opening and t.decode(opening).strip() == "(b) blue"
     assert complete[-1] in stop_ids(t, template) and len(opening) < len(complete)
@@ -208,7 +281,11 @@ def test_an_unknown_template_names_the_nearest():
 
 
 def ids_of(t: Tokenizer, template: str, *turns: tuple[str, str]) -> list[int]:
-    one = Sample(id="s", turns=tuple(Turn(role=role, text=text) for role, text in turns), images=tuple("a.png" for _, text in turns for _ in range(text.count(IMAGE_MARKER))))
+    one = Sample(
+        id="s",
+        turns=tuple(Turn(role=role, text=text) for role, text in turns),
+        images=tuple("a.png" for _, text in turns for _ in range(text.count(IMAGE_MARKER))),
+    )
     return encode_sample(one, t, template, V).input_ids.tolist()
 
 
@@ -221,9 +298,17 @@ def test_a_system_turn_is_the_chat_templates_own_or_a_line_before_the_question(t
         assert found == ids_of(t, template, ("user", f"{image}Be brief.\nred?"), ("assistant", "yes"))
     else:
         asked = "Image: N/A\nred?" if not image else f"Image: {chr(0)}\nred?"
-        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": "yes"},
+        ]
         before, _, behind = t.render_chat(messages).partition(chr(0))
-        assert found[1:] == [*t.encode_markup(before), *([IMAGE_TOKEN] * V if image else []), *(t.encode_markup(behind) if behind else [])]
+        assert found[1:] == [
+            *t.encode_markup(before),
+            *([IMAGE_TOKEN] * V if image else []),
+            *(t.encode_markup(behind) if behind else []),
+        ]
 
 
 @pytest.mark.parametrize(("name", "template"), KINDS)
@@ -234,7 +319,9 @@ def test_the_text_of_a_marker_is_written_with_a_backslash(tokenizers, name, temp
     assert ids.count(IMAGE_TOKEN) == V
     (answer,) = answers_of(found)
     assert t.decode(answer[:-1]).strip() == "<image> and <\\image>"
-    assert "What is <image>, beside Image:" in t.decode([number for number in ids[: ids.index(IMAGE_TOKEN)] if number >= 0])
+    assert "What is <image>, beside Image:" in t.decode(
+        [number for number in ids[: ids.index(IMAGE_TOKEN)] if number >= 0]
+    )
 
 
 @given(text=st.text("<\\image> \n", max_size=40))
@@ -247,11 +334,19 @@ def test_a_q_former_reads_system_turns_and_typed_markers_as_the_llm_does(templat
     t = load_tokenizer("asset://tiny_llama", InstructionSource(source="asset://tiny_bert", max_tokens=64))
 
     def encoded(*turns: tuple[str, str]):
-        return encode_sample(Sample(id="s", turns=tuple(Turn(role=role, text=text) for role, text in turns), images=("a.png",)), t, template, V)
+        return encode_sample(
+            Sample(id="s", turns=tuple(Turn(role=role, text=text) for role, text in turns), images=("a.png",)),
+            t,
+            template,
+            V,
+        )
 
     one = encoded(("system", "Be brief."), ("user", "<image>\nWhat is <\\image>?"), ("assistant", "<\\image>"))
     other = encoded(("user", "<image>\nBe brief.\nWhat is <\\image>?"), ("assistant", "<\\image>"))
     assert np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.instruction_ids, other.instruction_ids)
     assert np.array_equal(one.instruction_ids, t.instruction.encode("Be brief.\nWhat is <image>?")[0])
     prompt = one.input_ids[(one.input_ids >= 0) & ~one.loss_mask].tolist()
-    assert "Be brief.\nWhat is <image>?" in t.decode(prompt) and t.decode(one.input_ids[one.loss_mask].tolist()[:-1]).strip() == "<image>"
+    assert (
+        "Be brief.\nWhat is <image>?" in t.decode(prompt)
+        and t.decode(one.input_ids[one.loss_mask].tolist()[:-1]).strip() == "<image>"
+    )

@@ -39,7 +39,9 @@ def png16(color_type: int, width: int, values: list[int], more: bytes = b"") -> 
     alpha."""
     header = struct.pack(">IIBBBBB", width, 1, 16, color_type, 0, 0, 0)
     row = b"\0" + struct.pack(f">{len(values)}H", *values)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    )
 
 
 def refused(data: bytes, limit: int = LIMIT) -> str:
@@ -56,12 +58,16 @@ def test_a_resize_is_pillows_bicubic_without_crop():
 
 
 def test_an_image_of_the_right_size_is_left_as_it_is():
-    assert np.array_equal(decode_image(encoded(Image.fromarray(NOISE[:, :30])), 30, LIMIT, WHERE), np.moveaxis(NOISE[:, :30], 2, 0))
+    assert np.array_equal(
+        decode_image(encoded(Image.fromarray(NOISE[:, :30])), 30, LIMIT, WHERE), np.moveaxis(NOISE[:, :30], 2, 0)
+    )
 
 
 def test_a_single_pixel_fills_the_square():
     found = decode_image(encoded(Image.new("RGB", (1, 1), (10, 20, 30))), 8, LIMIT, WHERE)
-    assert found.shape == (3, 8, 8) and all((found[channel] == value).all() for channel, value in enumerate((10, 20, 30)))
+    assert found.shape == (3, 8, 8) and all(
+        (found[channel] == value).all() for channel, value in enumerate((10, 20, 30))
+    )
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped_to_white():
@@ -73,7 +79,11 @@ def test_16_bit_grey_is_scaled_and_not_clipped_to_white():
 
 
 def test_16_bit_grey_with_a_transparent_value_is_white_there():
-    assert opened(png16(0, 3, [1000, 1001, 40_000], chunk(b"tRNS", struct.pack(">H", 1000))))[0, :, 0].tolist() == [255, 4, 156]
+    assert opened(png16(0, 3, [1000, 1001, 40_000], chunk(b"tRNS", struct.pack(">H", 1000))))[0, :, 0].tolist() == [
+        255,
+        4,
+        156,
+    ]
 
 
 def test_16_bit_colour_keeps_its_high_bytes():
@@ -82,8 +92,16 @@ def test_16_bit_colour_keeps_its_high_bytes():
 
 
 def test_32_bit_grey_and_floats():
-    assert opened(encoded(Image.fromarray(np.array([[0, 25_700, 65_535]], np.int32)), "TIFF"))[0, :, 0].tolist() == [0, 100, 255]
-    assert opened(encoded(Image.fromarray(np.array([[-1, 99.6, 300]], np.float32)), "TIFF"))[0, :, 0].tolist() == [0, 100, 255]
+    assert opened(encoded(Image.fromarray(np.array([[0, 25_700, 65_535]], np.int32)), "TIFF"))[0, :, 0].tolist() == [
+        0,
+        100,
+        255,
+    ]
+    assert opened(encoded(Image.fromarray(np.array([[-1, 99.6, 300]], np.float32)), "TIFF"))[0, :, 0].tolist() == [
+        0,
+        100,
+        255,
+    ]
 
 
 def test_grey_black_and_white_and_palette():
@@ -104,8 +122,12 @@ def test_cmyk_becomes_rgb():
 @pytest.mark.parametrize(
     ("mode", "color", "format", "expected"),
     [
-        ("RGBA", (0, 0, 255, 0), "PNG", (255, 255, 255)), ("RGBA", (0, 0, 255, 255), "PNG", (0, 0, 255)), ("RGBA", (0, 0, 0, 128), "PNG", (127, 127, 127)),
-        ("LA", (0, 0), "PNG", (255, 255, 255)), ("LA", (0, 128), "PNG", (127, 127, 127)), ("RGBA", (255, 0, 0, 0), "WEBP", (255, 255, 255)),
+        ("RGBA", (0, 0, 255, 0), "PNG", (255, 255, 255)),
+        ("RGBA", (0, 0, 255, 255), "PNG", (0, 0, 255)),
+        ("RGBA", (0, 0, 0, 128), "PNG", (127, 127, 127)),
+        ("LA", (0, 0), "PNG", (255, 255, 255)),
+        ("LA", (0, 128), "PNG", (127, 127, 127)),
+        ("RGBA", (255, 0, 0, 0), "WEBP", (255, 255, 255)),
     ],
 )
 def test_transparency_is_laid_over_white(mode, color, format, expected):
@@ -118,7 +140,12 @@ def test_a_palettes_transparent_entry_is_white(format):
     image = Image.new("P", (4, 1))
     image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])
     image.putdata([0, 1, 2, 0])
-    assert opened(encoded(image, format, transparency=0))[0].tolist() == [[255] * 3, [200, 0, 0], [0, 200, 0], [255] * 3]
+    assert opened(encoded(image, format, transparency=0))[0].tolist() == [
+        [255] * 3,
+        [200, 0, 0],
+        [0, 200, 0],
+        [255] * 3,
+    ]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -126,7 +153,13 @@ def test_photographs_are_turned_upright(orientation):
     """What each EXIF orientation does to a stored picture, by the standard's table and not by Pillow."""
     upright = np.repeat(np.repeat(np.arange(0, 240, 40, dtype=np.uint8).reshape(2, 3), 16, axis=0), 16, axis=1)
     to_stored = {
-        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: np.transpose, 6: np.rot90, 7: lambda a: np.rot90(a, 2).T,
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: np.rot90,
+        7: lambda a: np.rot90(a, 2).T,
         8: lambda a: np.rot90(a, -1),
     }
     exif = Image.Exif()
@@ -170,7 +203,10 @@ def test_flipped_bytes_never_end_in_another_error():
                 assert WHERE in str(error)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x89PNG", b"Question: what is shown?\n" * 40, b"<svg xmlns='http://www.w3.org/2000/svg'/>", bytes(5000)])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x89PNG", b"Question: what is shown?\n" * 40, b"<svg xmlns='http://www.w3.org/2000/svg'/>", bytes(5000)],
+)
 def test_what_is_no_image_is_refused_whatever_its_name(data):
     said = refused(data)
     assert "not a readable image" in said and f"{len(data)} bytes" in said

@@ -47,7 +47,9 @@ def reference_pixels() -> dict[str, np.ndarray]:
     """Each image name's picture, drawn again as `write_packs` draws it, and resized by Pillow alone. uint8 [3, H, W]"""
     generator, pixels = np.random.default_rng(0), {}
     for name in dict.fromkeys(image for segments in PACKS for segment in segments for image in segment.images):
-        picture = Image.open(io.BytesIO(tiny.random_png(generator))).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        picture = Image.open(io.BytesIO(tiny.random_png(generator))).resize(
+            (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC
+        )
         pixels[name] = np.moveaxis(np.asarray(picture), 2, 0)
     return pixels
 
@@ -62,13 +64,19 @@ def assert_is_pack(batch, segments, pixels) -> None:
             input_ids.append(token)
             labels.append(ids[place + 1] if follows else IGNORE_INDEX)
             positions.append(place)
-    assert batch.input_ids.tolist() == input_ids and batch.labels.tolist() == labels and batch.position_ids.tolist() == positions
+    assert (
+        batch.input_ids.tolist() == input_ids
+        and batch.labels.tolist() == labels
+        and batch.position_ids.tolist() == positions
+    )
     assert batch.segment_lengths.tolist() == [len(segment.input_ids) for segment in segments]
     assert batch.sample_ids == tuple(segment.sample_id for segment in segments)
     assert batch.num_label_tokens == sum(label != IGNORE_INDEX for label in labels) > 0 and not batch.is_filler
     shown = [image for segment in segments for image in segment.images]
     assert len(shown) == len(batch.image_slots) == input_ids.count(IMAGE_TOKEN) / VISUAL_TOKENS
-    assert len(batch.pixels) == max(len(set(shown)), min(1, len(batch.pixels))), "each distinct picture once, or one blank"
+    assert len(batch.pixels) == max(len(set(shown)), min(1, len(batch.pixels))), (
+        "each distinct picture once, or one blank"
+    )
     for name, slot in zip(shown, batch.image_slots.tolist(), strict=True):
         assert np.array_equal(batch.pixels[slot].numpy(), pixels[name]), name
 
@@ -76,7 +84,9 @@ def assert_is_pack(batch, segments, pixels) -> None:
 def same(one, other) -> bool:
     tensors = ("input_ids", "labels", "position_ids", "segment_lengths", "pixels", "image_slots")
     rest = ("sample_ids", "num_label_tokens", "is_filler")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(getattr(one, name) == getattr(other, name) for name in rest)
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors) and all(
+        getattr(one, name) == getattr(other, name) for name in rest
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -97,7 +107,9 @@ def test_the_ranks_together_load_the_plans_packs_each_as_the_plain_loop_has_it(d
                 assert_is_pack(batch, PACKS[by_ids[batch.sample_ids]], pixels)
         for position, has_images in enumerate(steps[0].plan.has_images.tolist()):
             together = [loaded.batches[position] for loaded in steps]
-            assert all((len(batch.pixels) > 0) == has_images for batch in together), "either every rank runs the ViT or none"
+            assert all((len(batch.pixels) > 0) == has_images for batch in together), (
+                "either every rank runs the ViT or none"
+            )
             assert all(not batch.pixels.any() for batch in together if len(batch.image_slots) == 0)
 
 
@@ -110,7 +122,11 @@ def test_a_filler_has_no_label_and_matches_the_others_collectives(dataset):
     assert batch.is_filler and batch.num_label_tokens == 0 and (batch.labels == IGNORE_INDEX).all()
     for image in (True, False):
         made = filler(image, IMAGE_SIZE)
-        assert made.is_filler and made.pixels.shape == (int(image), 3, IMAGE_SIZE, IMAGE_SIZE) and len(made.image_slots) == 0
+        assert (
+            made.is_filler
+            and made.pixels.shape == (int(image), 3, IMAGE_SIZE, IMAGE_SIZE)
+            and len(made.image_slots) == 0
+        )
         assert made.segment_lengths.sum() == len(made.input_ids) == len(made.position_ids)
 
 
@@ -228,7 +244,13 @@ def no_files(tensor):
     raise OSError(24, "Too many open files")
 
 
-@pytest.mark.parametrize(("share", "parts"), [(no_room, ["No space left on device", "/dev/shm", "data.workers 0"]), (no_files, ["Too many open files", "ulimit -n"])])
+@pytest.mark.parametrize(
+    ("share", "parts"),
+    [
+        (no_room, ["No space left on device", "/dev/shm", "data.workers 0"]),
+        (no_files, ["Too many open files", "ulimit -n"]),
+    ],
+)
 def test_a_worker_that_cannot_share_hands_over_why(dataset, monkeypatch, share, parts):
     fetcher = loader_module._Fetcher(dataset, IMAGE_SIZE, 10**6)
     number = next(number for number in range(len(dataset)) if len(dataset.row(number).image_ids))
@@ -246,7 +268,9 @@ class Unreadable(PackedDataset):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "packs-00000.arrow"), MemoryError("Unable to allocate 9 GiB")])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error", "packs-00000.arrow"), MemoryError("Unable to allocate 9 GiB")]
+)
 def test_a_pack_that_cannot_be_read_is_one_line(dataset, error):
     unreadable = Unreadable(dataset.folder)
     unreadable.error = error
@@ -290,7 +314,9 @@ def test_workers_end_with_a_trainer_that_is_killed(dataset, tmp_path):
         "    time.sleep(600)\n"
     )
     (tmp_path / "program.py").write_text(program)
-    with subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as trainer:
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as trainer:
         worker = psutil.Process(int(trainer.stdout.readline()))
         time.sleep(2.5)  # until it is at work
         assert worker.is_running()

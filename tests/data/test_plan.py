@@ -12,8 +12,11 @@ from vltrain.data.shards import Index
 def index_of(num_packs: int, seed: int = 0) -> Index:
     generator = np.random.default_rng(seed)
     return Index(
-        num_tokens=generator.integers(10, 100, num_packs), num_label_tokens=generator.integers(1, 10, num_packs),
-        num_images=generator.integers(0, 3, num_packs), num_samples=generator.integers(1, 5, num_packs), sum_squares=generator.integers(100, 9999, num_packs),
+        num_tokens=generator.integers(10, 100, num_packs),
+        num_label_tokens=generator.integers(1, 10, num_packs),
+        num_images=generator.integers(0, 3, num_packs),
+        num_samples=generator.integers(1, 5, num_packs),
+        sum_squares=generator.integers(100, 9999, num_packs),
     )
 
 
@@ -74,7 +77,9 @@ def packs_of_two_kinds(num_samples: int, long: int, capacity: int) -> np.ndarray
     lengths = np.where(np.arange(num_samples) % 2, long, 10)
     order, starts = pack_lengths(lengths, capacity, None, None, 0)
     assert sorted(order.tolist()) == list(range(num_samples))
-    return np.array([np.mean(lengths[order[first:last]] == long) for first, last in zip(starts, starts[1:]) if last - first > 2])
+    return np.array(
+        [np.mean(lengths[order[first:last]] == long) for first, last in zip(starts, starts[1:]) if last - first > 2]
+    )
 
 
 @pytest.mark.parametrize(("num_samples", "long"), [(40, 30), (100, 30), (126, 30), (60, 25), (127, 17)])

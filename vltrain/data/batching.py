@@ -14,7 +14,12 @@ WINDOW = 4096  # samples that are sorted by length together
 
 
 def batch_lengths(
-    prompts: np.ndarray, answers: np.ndarray, budget: int, images: np.ndarray | None = None, max_images: int | None = None, seed: int = 0
+    prompts: np.ndarray,
+    answers: np.ndarray,
+    budget: int,
+    images: np.ndarray | None = None,
+    max_images: int | None = None,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Deals samples to batches whose rows, times the longest prompt plus the longest answer of them, stay within the
     budget.
@@ -33,11 +38,16 @@ def batch_lengths(
     bound = np.iinfo(np.int64).max if max_images is None else max_images
     shown = np.zeros(len(prompts), np.int64) if images is None else np.asarray(images, np.int64)
     shuffled = np.random.default_rng(seed).permutation(len(prompts))
-    order = np.concatenate([window[np.lexsort((answers[window], prompts[window]))] for window in _windows(shuffled)] or [shuffled])
+    order = np.concatenate(
+        [window[np.lexsort((answers[window], prompts[window]))] for window in _windows(shuffled)] or [shuffled]
+    )
     starts = [0]
     longest_prompt = longest_answer = num_images = 0
     for place, sample in enumerate(order.tolist()):
-        longest_prompt, longest_answer = max(longest_prompt, int(prompts[sample])), max(longest_answer, int(answers[sample]))
+        longest_prompt, longest_answer = (
+            max(longest_prompt, int(prompts[sample])),
+            max(longest_answer, int(answers[sample])),
+        )
         num_images += int(shown[sample])
         rows = place - starts[-1] + 1
         if rows > 1 and (rows * (longest_prompt + longest_answer) > budget or num_images > bound):

@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vltrain.errors import InputError
+from vltrain.files.atomic import sync
 from vltrain.files.leftovers import remove, remove_leftovers, temporary_beside
 from vltrain.files.lock import lock_beside, one_writer
 from vltrain.files.mode import umask_mode
-from vltrain.files.atomic import sync
 
 _MANY = 256  # files, from which on all of their file system is flushed at once
 

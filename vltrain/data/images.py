@@ -61,17 +61,27 @@ def decode_image(data: bytes, image_size: int, max_pixels: int, where: str, fram
     return frame_image(image, image_size, max_pixels, where, framing)
 
 
-def frame_image(image: Image.Image, image_size: int, max_pixels: int, where: str, framing: Framing = SQUARE) -> np.ndarray:
+def frame_image(
+    image: Image.Image, image_size: int, max_pixels: int, where: str, framing: Framing = SQUARE
+) -> np.ndarray:
     """The square of an upright image in RGB, uint8 [3, image_size, image_size]. Arguments and errors as of
     `decode_image`."""
     edge = framing.shorter_edge
     width, height = image.size
     # Rounded down, as transformers does.
-    scaled = (image_size, image_size) if edge is None else (edge, edge * height // width) if width <= height else (edge * width // height, edge)
+    scaled = (
+        (image_size, image_size)
+        if edge is None
+        else (edge, edge * height // width)
+        if width <= height
+        else (edge * width // height, edge)
+    )
     if image.size != scaled:
         if scaled[0] * scaled[1] > max_pixels:
-            raise InputError(f"{where}: {width} x {height} pixels, which become {scaled[0]} x {scaled[1]} with a shorter edge of "
-                f"{edge}: more than the allowed {max_pixels}")
+            raise InputError(
+                f"{where}: {width} x {height} pixels, which become {scaled[0]} x {scaled[1]} with a shorter edge of "
+                f"{edge}: more than the allowed {max_pixels}"
+            )
         image = image.resize(scaled, framing.resample)
     if edge is not None:
         left, top = (scaled[0] - image_size) // 2, (scaled[1] - image_size) // 2
@@ -97,8 +107,10 @@ def upright_rgb(image: Image.Image, max_pixels: int, where: str) -> Image.Image:
     """An image that a program has opened, upright and in RGB; it stays as it is. Raises InputError if it is too large
     or cannot be decoded."""
     if image.width * image.height > max_pixels:
-        raise InputError(f"{where}: {image.width} x {image.height} pixels, more than the allowed {max_pixels}; shrink it or "
-            "raise the limit (max_image_pixels)")
+        raise InputError(
+            f"{where}: {image.width} x {image.height} pixels, more than the allowed {max_pixels}; shrink it or "
+            "raise the limit (max_image_pixels)"
+        )
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # as of a file, see `_opened`
@@ -118,17 +130,23 @@ def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> It
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(stream, formats=FORMATS)
             if image.width * image.height > max_pixels:  # Pillow's warning may be another thread's to hear
-                raise Image.DecompressionBombError(f"Image size ({image.width * image.height} pixels) exceeds the limit")
+                raise Image.DecompressionBombError(
+                    f"Image size ({image.width * image.height} pixels) exceeds the limit"
+                )
             yield image
     except _TOO_LARGE as error:
         found = str(error).partition(" exceeds")[0]  # "Image size (N pixels)"
-        raise InputError(f"{where}: {found}, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)") from None
+        raise InputError(
+            f"{where}: {found}, more than the allowed {max_pixels}; shrink it or raise the limit (max_image_pixels)"
+        ) from None
     except UnidentifiedImageError:
         stream.seek(0)
         told = f"{num_bytes} bytes, the first {stream.read(8)!r}; expected {', '.join(FORMATS)}"
         raise InputError(f"{where}: not a readable image ({told})") from None
     except Exception as error:  # on damaged files Pillow's readers raise whatever their arithmetic happens to run into
-        raise InputError(f"{where}: not a readable image ({num_bytes} bytes; {str(error) or type(error).__name__})") from None
+        raise InputError(
+            f"{where}: not a readable image ({num_bytes} bytes; {str(error) or type(error).__name__})"
+        ) from None
 
 
 def require_size(data: bytes, max_pixels: int, where: str) -> None:
@@ -199,7 +217,9 @@ def read_image(path: Path, max_pixels: int, where: str, *, inside: Path | None) 
     return read_image_and_status(path, max_pixels, where, inside=inside)[0]
 
 
-def read_image_and_status(path: Path, max_pixels: int, where: str, *, inside: Path | None) -> tuple[bytes, os.stat_result]:
+def read_image_and_status(
+    path: Path, max_pixels: int, where: str, *, inside: Path | None
+) -> tuple[bytes, os.stat_result]:
     """As `read_image`, with the file's status from before it was read."""
     try:
         file, status = _plain_file(path, max_pixels, where, inside)
@@ -209,8 +229,10 @@ def read_image_and_status(path: Path, max_pixels: int, where: str, *, inside: Pa
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
     found, expected = len(data), status.st_size
     if found != expected:
-        raise InputError(f"{where}: changed while it was read ({expected:,} bytes, then "
-            f"{found:,}{' or more' if found > expected else ''})")
+        raise InputError(
+            f"{where}: changed while it was read ({expected:,} bytes, then "
+            f"{found:,}{' or more' if found > expected else ''})"
+        )
     return data, status
 
 
@@ -268,8 +290,10 @@ def _require_inside(path: Path, folder: Path, where: str) -> None:
         place = os.path.realpath(place)
     root = _real(str(folder))
     if place != root and not place.startswith(root.rstrip("/") + "/"):
-        raise InputError(f"{where}: a link leads out of {folder}, to {place}; put the file itself there (cp -L), or name a "
-            "folder that holds both")
+        raise InputError(
+            f"{where}: a link leads out of {folder}, to {place}; put the file itself there (cp -L), or name a "
+            "folder that holds both"
+        )
 
 
 @functools.lru_cache(maxsize=1 << 12)  # of many images' one

@@ -60,7 +60,9 @@ def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
     return _assemble(row, torch.from_numpy(pixels))
 
 
-def batch_of(segments: Sequence[Segment], images: Mapping[str, np.ndarray], image_size: int, blank: bool = False) -> Batch:
+def batch_of(
+    segments: Sequence[Segment], images: Mapping[str, np.ndarray], image_size: int, blank: bool = False
+) -> Batch:
     """A batch of tokenised samples that come from no shard.
 
     Args:
@@ -140,8 +142,15 @@ class _Fetcher(Dataset):
     """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's
     text."""
 
-    def __init__(self, dataset: PackedDataset, image_size: int, max_image_pixels: int, framing: Framing = SQUARE) -> None:
-        self._dataset, self._image_size, self._max_image_pixels, self._framing = dataset, image_size, max_image_pixels, framing
+    def __init__(
+        self, dataset: PackedDataset, image_size: int, max_image_pixels: int, framing: Framing = SQUARE
+    ) -> None:
+        self._dataset, self._image_size, self._max_image_pixels, self._framing = (
+            dataset,
+            image_size,
+            max_image_pixels,
+            framing,
+        )
 
     def __getitem__(self, item: tuple[int, bool]) -> tuple[PackedRow, torch.Tensor] | str:
         # An exception would come out of the DataLoader with the worker's traceback in its message.
@@ -150,8 +159,10 @@ class _Fetcher(Dataset):
         except InputError as error:
             return str(error)
         except (OSError, MemoryError) as error:
-            return (f"{self._dataset.folder}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at "
-                "this file system and at the host's memory")
+            return (
+                f"{self._dataset.folder}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at "
+                "this file system and at the host's memory"
+            )
 
     def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, torch.Tensor]:
         row = self._dataset.row(number)
@@ -159,9 +170,13 @@ class _Fetcher(Dataset):
         blank = has_images and len(row.image_ids) == 0
         pixels = _shared_pixels(1 if blank else len(row.image_ids), size)
         for place, image_id in enumerate(row.image_ids.tolist()):
-            where = (f"{self._dataset.folder}: image {image_id} of pack {number} (samples "
-                f"{', '.join(row.sample_ids[:3])} ...)")
-            pixels[place] = torch.from_numpy(decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing))
+            where = (
+                f"{self._dataset.folder}: image {image_id} of pack {number} (samples "
+                f"{', '.join(row.sample_ids[:3])} ...)"
+            )
+            pixels[place] = torch.from_numpy(
+                decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing)
+            )
         return row, pixels
 
 
@@ -182,9 +197,9 @@ def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
         detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise InputError(
             f"a process that decodes images could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer "
-                f"({detail}); give the machine or container a "
+            f"({detail}); give the machine or container a "
             "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the "
-                "trainer with data.workers 0"
+            "trainer with data.workers 0"
         ) from None
 
 
@@ -300,12 +315,18 @@ class StepLoader:
                 if isinstance(error, RuntimeError) and detail.startswith("DataLoader timed out"):
                     self.while_waiting()
                     continue
-                if isinstance(error, RuntimeError) and detail.startswith(("Too many open files", "received 0 items of ancdata")):
-                    raise InputError(f"a process that decodes images could not hand over ({detail}); raise ulimit -n, or lower "
-                        "data.workers") from None
+                if isinstance(error, RuntimeError) and detail.startswith(
+                    ("Too many open files", "received 0 items of ancdata")
+                ):
+                    raise InputError(
+                        f"a process that decodes images could not hand over ({detail}); raise ulimit -n, or lower "
+                        "data.workers"
+                    ) from None
                 if isinstance(error, RuntimeError) and not detail.startswith("DataLoader worker"):
                     raise
-            raise InputError(f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers") from None
+            raise InputError(
+                f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers"
+            ) from None
         if isinstance(found, str):
             raise InputError(found)
         return _assemble(*found)

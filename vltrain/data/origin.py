@@ -136,8 +136,10 @@ def tokenizer_changes(made: MadeFrom, tokenizer: Tokenizer, template: str) -> li
     """What of the tokenizer has changed since packs were made with it, that its fingerprint does not tell."""
     found, now = [], tokenizer.state()
     if any(now.get(library, digest) != digest for library, digest in made.tokenizer.items()):
-        found.append("the tokenizer's files say otherwise by now how a text is split (normalizer, pre-tokenizer, model), "
-            "though its vocabulary is the same")
+        found.append(
+            "the tokenizer's files say otherwise by now how a text is split (normalizer, pre-tokenizer, model), "
+            "though its vocabulary is the same"
+        )
     if made.rendered is not None and rendered_digest(tokenizer, template) != made.rendered:
         found.append("the tokenizer's chat template writes another text")
     return found
@@ -152,8 +154,10 @@ def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
         return None
     rendered = {json.dumps([_rendered(tokenizer, roles) for roles in _ROLES]) for _ in range(8)}
     if len(rendered) > 1:
-        raise InputError("the tokenizer's chat template writes something else each time; take one that does not, or "
-            "data.template: mmt")
+        raise InputError(
+            "the tokenizer's chat template writes something else each time; take one that does not, or "
+            "data.template: mmt"
+        )
     return digest_of(rendered.pop().encode()).hex()
 
 
@@ -168,7 +172,9 @@ def _rendered(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
         return str(error)
 
 
-def changes_since(folder: Path, made: Prepared | MadeFrom, roots: Mapping[str, Path | None], *, verify: bool = False) -> list[str]:
+def changes_since(
+    folder: Path, made: Prepared | MadeFrom, roots: Mapping[str, Path | None], *, verify: bool = False
+) -> list[str]:
     """What has changed of the files that samples or packs in `folder` were made from, see `FileRecord.changes`.
 
     What is found unchanged in another place is recorded anew, so that the next time costs a stat. Raises InputError for

@@ -54,7 +54,9 @@ def pack_lengths(
         order[row_starts[r]:row_starts[r + 1]].
     """
     lengths = np.asarray(lengths, np.int64)
-    assert lengths.ndim == 1 and (len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= capacity), "lengths must be in [1, capacity]"
+    assert lengths.ndim == 1 and (len(lengths) == 0 or 1 <= lengths.min() <= lengths.max() <= capacity), (
+        "lengths must be in [1, capacity]"
+    )
     if max_images is None:
         images, max_images = np.zeros(len(lengths), np.int64), 0
     else:
@@ -64,13 +66,21 @@ def pack_lengths(
     if len(lengths) < FEW:
         return _scattered(lengths, capacity, images, max_images, seed)
     tried = np.random.default_rng(seed).permutation(len(lengths))[:TRIED_SAMPLES]
-    trials = [_Packer(lengths[tried], capacity, images[tried], max_images, seed).place_all(share) for share in LONG_SHARES]
+    trials = [
+        _Packer(lengths[tried], capacity, images[tried], max_images, seed).place_all(share) for share in LONG_SHARES
+    ]
     fewest = min(len(trial.room) for trial in trials)
-    good = next(share for share, trial in zip(LONG_SHARES, trials, strict=True) if fewest >= (1 - FILL_FOR_MIXING) * len(trial.room))
+    good = next(
+        share
+        for share, trial in zip(LONG_SHARES, trials, strict=True)
+        if fewest >= (1 - FILL_FOR_MIXING) * len(trial.room)
+    )
     return _Packer(lengths, capacity, images, max_images, seed).place_all(good).result()
 
 
-def _scattered(lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _scattered(
+    lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """`pack_lengths` of a few samples."""
     best = _Packer(lengths, capacity, images, max_images, seed).place_all(0.0)
     if len(best.room) > 1:
@@ -86,7 +96,9 @@ class _Packer:
     """Rows (packs) being filled: `row_of` [n] gives each sample's row, `room` and `image_room` what each row has
     left."""
 
-    def __init__(self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int | list[int]) -> None:
+    def __init__(
+        self, lengths: np.ndarray, capacity: int, images: np.ndarray, max_images: int, seed: int | list[int]
+    ) -> None:
         self.lengths, self.capacity, self.images, self.max_images = lengths, capacity, images, max_images
         self.rng = np.random.default_rng(seed)
         self.row_of = np.full(len(lengths), -1, np.int64)
@@ -242,7 +254,9 @@ class _Packer:
                 end += 1
             bounds.append(min(end, end_by_images))
 
-    def _swap(self, dealt: np.ndarray, starts: np.ndarray, ends: np.ndarray, gaps: np.ndarray, reserve: np.ndarray) -> None:
+    def _swap(
+        self, dealt: np.ndarray, starts: np.ndarray, ends: np.ndarray, gaps: np.ndarray, reserve: np.ndarray
+    ) -> None:
         """Swaps samples of rows whose gap is not zero for samples of the reserve that close it. Changes all but starts
         and ends in place.
 
@@ -279,7 +293,9 @@ class _OpenRows:
         self._rows: dict[tuple[int, int], list[int]] = {}
         self._kinds: list[tuple[int, int]] = []
         by_kind = np.lexsort((image_room, room))
-        bounds = np.flatnonzero(np.any(np.diff(np.stack([room[by_kind], image_room[by_kind]]), prepend=-1, append=-1), axis=0))
+        bounds = np.flatnonzero(
+            np.any(np.diff(np.stack([room[by_kind], image_room[by_kind]]), prepend=-1, append=-1), axis=0)
+        )
         for first, last in zip(bounds[:-1], bounds[1:], strict=True):
             self.add(int(room[by_kind[first]]), int(image_room[by_kind[first]]), rows[by_kind[first:last]])
 

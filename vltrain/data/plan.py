@@ -167,7 +167,11 @@ class Plan:
     def costs(self, packs: np.ndarray) -> np.ndarray:
         """float64 [m], the cost of each pack."""
         cost, index = self._cost, self._index
-        return cost.per_token * index.num_tokens[packs] + cost.per_pair * index.sum_squares[packs] + cost.per_image * index.num_images[packs]
+        return (
+            cost.per_token * index.num_tokens[packs]
+            + cost.per_pair * index.sum_squares[packs]
+            + cost.per_image * index.num_images[packs]
+        )
 
     def _deal(self, packs: np.ndarray) -> np.ndarray:
         """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened

@@ -24,7 +24,9 @@ def samples_file(config: Config, split: str) -> Path:
     Raises: InputError for a split of own samples that the recipe does not say the file of.
     """
     if Path(split).name != split:
-        raise InputError(f"split {split!r}: expected a plain name, such as 'val', which is a file below {samples_folder(config)}")
+        raise InputError(
+            f"split {split!r}: expected a plain name, such as 'val', which is a file below {samples_folder(config)}"
+        )
     data, folder = config.data, samples_folder(config)
     if data.source != OWN:
         return folder / f"{split}.jsonl"
@@ -36,8 +38,11 @@ def samples_file(config: Config, split: str) -> Path:
     if place.is_dir():
         return place / f"{split}.jsonl"
     if split != data.train_split:
-        ways = (f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without "
-            "evaluation (eval.scorer: null)")
-        raise InputError(f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; "
-            f"{ways}")
+        ways = (
+            f"say where they are: data.options.{split} FILE; or name a folder of SPLIT.jsonl; or train without "
+            "evaluation (eval.scorer: null)"
+        )
+        raise InputError(
+            f"data.input: {place} is the file of '{data.train_split}', and there are no samples of '{split}'; {ways}"
+        )
     return place

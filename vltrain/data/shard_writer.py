@@ -14,7 +14,16 @@ import numpy as np
 import pyarrow as pa
 
 from vltrain.data.folder import new_folder
-from vltrain.data.shards import IMAGE_SCHEMA, INDEX, INDEX_SCHEMA, MANIFEST, PACK_SCHEMA, ROWS_PER_BATCH, Manifest, ShardFile
+from vltrain.data.shards import (
+    IMAGE_SCHEMA,
+    INDEX,
+    INDEX_SCHEMA,
+    MANIFEST,
+    PACK_SCHEMA,
+    ROWS_PER_BATCH,
+    Manifest,
+    ShardFile,
+)
 from vltrain.files.digest import sha256_of
 from vltrain.schema import PackedRow
 
@@ -75,7 +84,11 @@ class ShardWriter:
         index = {name: np.frombuffer(column, np.int64) for name, column in self._index.items()}
         # one batch, so that each column maps as one array
         with pa.ipc.new_file(str(self.folder / INDEX), INDEX_SCHEMA) as file:
-            file.write_batch(pa.record_batch([pa.array(index[field.name], field.type) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA))
+            file.write_batch(
+                pa.record_batch(
+                    [pa.array(index[field.name], field.type) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA
+                )
+            )
         num_packs = len(index["num_tokens"])
         totals = {name: int(index[name].sum()) for name in ("num_samples", "num_tokens", "num_label_tokens")}
         files = (describe(self.folder / INDEX, num_packs), *self._packs.close(), *self._images.close(), *extra_files)
@@ -115,7 +128,10 @@ class _Files:
         return tuple(self._done)
 
     def _flush(self) -> None:
-        columns = [_column(values, field.type) for values, field in zip(zip(*self._pending, strict=True), self._schema, strict=True)]
+        columns = [
+            _column(values, field.type)
+            for values, field in zip(zip(*self._pending, strict=True), self._schema, strict=True)
+        ]
         if self._writer is None:
             self._path = self._folder / f"{self._prefix}-{len(self._done):05d}.arrow"
             self._writer = pa.ipc.new_file(str(self._path), self._schema)

@@ -138,10 +138,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{error}; {_REMAKE}") from None
     found = fields.pop("checksum", None) if isinstance(fields, dict) else None
     if found is None or found != _checksum(fields):
-        raise InputError(f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; "
-            f"{_REMAKE}")
+        raise InputError(
+            f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}"
+        )
     if fields.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path}: format version {fields.get('format_version')}, this program reads {FORMAT_VERSION}; {_REMAKE}")
+        raise InputError(
+            f"{path}: format version {fields.get('format_version')}, this program reads {FORMAT_VERSION}; {_REMAKE}"
+        )
     try:
         fields["files"] = tuple(ShardFile(**file) for file in fields["files"])
         manifest = Manifest(**fields)
@@ -155,7 +158,9 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def require_match(manifest: Manifest, tokenizer_fingerprint: str, visual_tokens: int, template: str, pack_length: int) -> None:
+def require_match(
+    manifest: Manifest, tokenizer_fingerprint: str, visual_tokens: int, template: str, pack_length: int
+) -> None:
     """InputError, with every difference, if the shards were packed for another model or recipe than the one given."""
     expected = {
         "tokenizer_fingerprint": tokenizer_fingerprint,
@@ -169,8 +174,9 @@ def require_match(manifest: Manifest, tokenizer_fingerprint: str, visual_tokens:
         if getattr(manifest, name) != value
     ]
     if differences:
-        raise InputError(f"the shards were packed for another model: {'; '.join(differences)}. "
-            f"{_REMAKE[0].upper() + _REMAKE[1:]}")
+        raise InputError(
+            f"the shards were packed for another model: {'; '.join(differences)}. {_REMAKE[0].upper() + _REMAKE[1:]}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +220,9 @@ class PackedDataset:
         self._make_tables()
 
     def _make_tables(self) -> None:
-        self._packs, self._images = (_Table(self.folder, self._files(prefix), self._stamps) for prefix in ("packs-", "images-"))
+        self._packs, self._images = (
+            _Table(self.folder, self._files(prefix), self._stamps) for prefix in ("packs-", "images-")
+        )
 
     def _files(self, prefix: str) -> list[ShardFile]:
         return [file for file in self.manifest.files if file.name.startswith(prefix)]
@@ -228,8 +236,9 @@ class PackedDataset:
             if verify:
                 found = sha256_of(path)
                 if found != file.sha256:
-                    raise InputError(f"{path}: SHA-256 is {found}, the manifest says {file.sha256}: the file is damaged; "
-                        f"{_REMAKE}")
+                    raise InputError(
+                        f"{path}: SHA-256 is {found}, the manifest says {file.sha256}: the file is damaged; {_REMAKE}"
+                    )
             return stamp
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}), the manifest lists it; {_REMAKE}") from None

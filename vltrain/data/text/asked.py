@@ -46,7 +46,11 @@ class Asked:
     def from_json(cls, record: Any) -> Asked | None:
         """What `run.json` says; None where it says nothing of the kind."""
         kinds = {"begin": str, "end": str, "multi_turn": bool, "images": bool}
-        sound = isinstance(record, dict) and record.keys() == kinds.keys() and all(type(record[name]) is kind for name, kind in kinds.items())
+        sound = (
+            isinstance(record, dict)
+            and record.keys() == kinds.keys()
+            and all(type(record[name]) is kind for name, kind in kinds.items())
+        )
         return cls(**record) if sound else None
 
 
@@ -61,7 +65,9 @@ def how_asked(file: Path) -> Asked | None:
     first = [next(turn.text for turn in sample.turns if turn.role == "user") for sample in samples]
     begin, end = _in_common(sorted({"".join(MARKER.split(text)).strip() for text in first}))
     return Asked(
-        begin=begin, end=end, images=all(sample.images for sample in samples),
+        begin=begin,
+        end=end,
+        images=all(sample.images for sample in samples),
         multi_turn=any(sum(turn.role == "user" for turn in sample.turns) > 1 for sample in samples),
     )
 

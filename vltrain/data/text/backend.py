@@ -40,13 +40,21 @@ def reset_backend(outer: Any, where: str) -> None:
     if dropout is not None:
         backend.model.dropout = None
     if getattr(backend.model, "alpha", None) or getattr(backend.model, "nbest_size", None):
-        raise InputError(f"{where}: its Unigram model samples its pieces (alpha, nbest_size), so the same text has other tokens "
-            "each time; save it without")
+        raise InputError(
+            f"{where}: its Unigram model samples its pieces (alpha, nbest_size), so the same text has other tokens "
+            "each time; save it without"
+        )
     left = json.loads(backend.to_str())
     if left.get("truncation") or left.get("padding") or left["model"].get("dropout"):
-        raise InputError(f"{where}: was saved with {' and '.join(found)}, which cannot be switched off; save it without")
+        raise InputError(
+            f"{where}: was saved with {' and '.join(found)}, which cannot be switched off; save it without"
+        )
     if found:
-        logger.warning("%s: was saved with %s, which is left out: texts are tokenised whole, and the same each time", where, " and ".join(found))
+        logger.warning(
+            "%s: was saved with %s, which is left out: texts are tokenised whole, and the same each time",
+            where,
+            " and ".join(found),
+        )
 
 
 def state_of(backend: tokenizers.Tokenizer) -> tuple[str, bytes]:
@@ -60,7 +68,10 @@ def make_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None
     plain = [added[content] for content in contents if content in added and not added[content].special]
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     backend.add_special_tokens(
-        [tokenizers.AddedToken(token.content, special=True, **{flag: getattr(token, flag) for flag in flags}) for token in plain]
+        [
+            tokenizers.AddedToken(token.content, special=True, **{flag: getattr(token, flag) for flag in flags})
+            for token in plain
+        ]
     )
 
 

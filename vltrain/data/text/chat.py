@@ -42,9 +42,16 @@ from vltrain.schema import IMAGE_TOKEN, Turn, unescape_markers
 # and from the last on the special tokens that the template wrote.
 _BEGIN, _END, _IMAGE, _FIRST_SPECIAL = (chr(0xFFF00), chr(0xFFF01), chr(0xFFF02), 0xFF000)
 _MARKS = re.compile(f"[{chr(_FIRST_SPECIAL)}-{chr(0xFFFFD)}]")
-_PROBE = (Turn(role="user", text="Image: N/A\nred?"), Turn(role="assistant", text="yes"), Turn(role="user", text="blue?"), Turn(role="assistant", text="no"))
-_SPANS = ("the prompt by itself has other tokens than in front of its answer, where its end is tokenised with the "
-    "beginning of that; use template 'mmt'")
+_PROBE = (
+    Turn(role="user", text="Image: N/A\nred?"),
+    Turn(role="assistant", text="yes"),
+    Turn(role="user", text="blue?"),
+    Turn(role="assistant", text="no"),
+)
+_SPANS = (
+    "the prompt by itself has other tokens than in front of its answer, where its end is tokenised with the "
+    "beginning of that; use template 'mmt'"
+)
 _METHOD = "turns tokenised at once"
 
 
@@ -114,9 +121,13 @@ def chat_fingerprint(tokenizer: Tokenizer) -> str:
 
 def _content(turn: Turn) -> str:
     if found := _MARKS.search(turn.text):
-        raise InputError(f"a turn holds the private-use character U+{ord(found[0]):X}, which stands for something else here; "
-            "leave it out")
-    text = MARKER.sub(f"{IMAGE_PREFIX}{_IMAGE}\n", turn.text.strip()).strip() if turn.role == "user" else turn.text.strip()
+        raise InputError(
+            f"a turn holds the private-use character U+{ord(found[0]):X}, which stands for something else here; "
+            "leave it out"
+        )
+    text = (
+        MARKER.sub(f"{IMAGE_PREFIX}{_IMAGE}\n", turn.text.strip()).strip() if turn.role == "user" else turn.text.strip()
+    )
     return unescape_markers(text)
 
 
@@ -140,7 +151,11 @@ class _ChatEncoder:
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend)
         added = self._backend.get_added_tokens_decoder()
         # What the template writes is control, also where the tokenizer does not call it special.
-        written = {number for number, token in added.items() if token.content in (tokenizer.chat_template or "") and not token.content.isspace()}
+        written = {
+            number
+            for number, token in added.items()
+            if token.content in (tokenizer.chat_template or "") and not token.content.isspace()
+        }
         special = {number: token for number, token in sorted(added.items()) if token.special or number in written}
         make_special(self._backend, [token.content for token in special.values()])
         self._ends = tokenizer.special_ids | special.keys()
@@ -148,12 +163,15 @@ class _ChatEncoder:
         flags = ("single_word", "lstrip", "rstrip", "normalized")
         self._backend.add_tokens(
             [
-                tokenizers.AddedToken(marks[number], special=False, **{flag: getattr(token, flag) for flag in flags}) for number, token in special.items()
+                tokenizers.AddedToken(marks[number], special=False, **{flag: getattr(token, flag) for flag in flags})
+                for number, token in special.items()
             ]
             + [tokenizers.AddedToken(_IMAGE, special=False, normalized=False)]
         )
         self._backend.encode_special_tokens = True
-        self._meant = {self._backend.token_to_id(mark): number for number, mark in marks.items()} | {self._backend.token_to_id(_IMAGE): IMAGE_TOKEN}
+        self._meant = {self._backend.token_to_id(mark): number for number, mark in marks.items()} | {
+            self._backend.token_to_id(_IMAGE): IMAGE_TOKEN
+        }
         self._mark_of = {token.content: marks[number] for number, token in special.items()}
         self._unmarked = {ord(mark): content for content, mark in self._mark_of.items()}
         self._spelled = re.compile("|".join(map(re.escape, sorted(self._mark_of, key=len, reverse=True))) or r"(?!)")
@@ -170,8 +188,10 @@ class _ChatEncoder:
             markup, begun, rest = rendered.partition(_BEGIN)
             content, ended, rendered = rest.partition(_END)
             if not begun or not ended or content != message["content"] or _END in markup:
-                raise InputError("the tokenizer's chat template drops or reorders turns, or writes only a part of one "
-                    f"({content[:40]!r}); use template 'mmt'")
+                raise InputError(
+                    "the tokenizer's chat template drops or reorders turns, or writes only a part of one "
+                    f"({content[:40]!r}); use template 'mmt'"
+                )
             text += self._mark(markup)
             contents.append((len(text), len(text) + len(content)))
             text += content
@@ -188,8 +208,10 @@ class _ChatEncoder:
         """The tokenizer by itself renders and tokenises these messages to the same. Raises InputError."""
         own = self.tokenizer.render_chat(messages)
         if self.unmarked(rendered.text) != own:
-            raise InputError("the tokenizer's chat template changes what turns say, or writes it another way than it stands "
-                "there; use template 'mmt'")
+            raise InputError(
+                "the tokenizer's chat template changes what turns say, or writes it another way than it stands "
+                "there; use template 'mmt'"
+            )
         if any(self._spelled.search(message["content"]) for message in messages):
             return  # text here, control tokens there
         if _IMAGE in own:
@@ -198,7 +220,9 @@ class _ChatEncoder:
             own = own.replace(_IMAGE, self._stand_in[0])
             ids = [self._stand_in[1] if number == IMAGE_TOKEN else number for number in ids]
         if self.tokenizer.encode_markup(own) != ids:
-            raise InputError("tokenised at once, these turns are other tokens than the tokenizer's own; use template 'mmt'")
+            raise InputError(
+                "tokenised at once, these turns are other tokens than the tokenizer's own; use template 'mmt'"
+            )
 
     def prompt_end(self, messages: list[dict[str, str]], whole: _Rendered, ids: list[int]) -> tuple[int | None, str]:
         """(tokens of the prompt by itself, or None where they are no prefix of `ids`; the space between its text and
@@ -209,11 +233,14 @@ class _ChatEncoder:
         begin = whole.contents[-1][0]
         prompt = self.render(messages[:-1], True).text
         if not whole.text.startswith(prompt) or len(prompt) > begin:
-            raise InputError("the chat template's generation prompt is not what it writes before an answer; use template 'mmt'")
+            raise InputError(
+                "the chat template's generation prompt is not what it writes before an answer; use template 'mmt'"
+            )
         gap = whole.text[len(prompt) : begin]
         if gap.strip() and self.opens_answers:
-            raise InputError(f"between its generation prompt and an answer the chat template writes {gap[:40]!r}; use template "
-                "'mmt'")
+            raise InputError(
+                f"between its generation prompt and an answer the chat template writes {gap[:40]!r}; use template 'mmt'"
+            )
         # A template without a generation prompt: the model is asked with all that stands before an answer when it is
         # trained.
         ends = [len(prompt)] if not gap.strip() else [begin, len(whole.text[:begin].rstrip(" "))]
@@ -230,8 +257,10 @@ class _ChatEncoder:
                 return place + 1
             if offsets[place][0] >= bound:
                 break
-        raise InputError("the tokenizer's chat template ends an assistant turn with no special token, so generation could not "
-            "stop; use 'mmt'")
+        raise InputError(
+            "the tokenizer's chat template ends an assistant turn with no special token, so generation could not "
+            "stop; use 'mmt'"
+        )
 
     def unmarked(self, text: str) -> str:
         """A rendered text as the template wrote it."""

@@ -40,7 +40,15 @@ from vltrain.data.text.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_i
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, nearest
 from vltrain.schema import (
-    IMAGE_MARKER, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Sample, Segment, Turn, escape_markers, unescape_markers,
+    IMAGE_MARKER,
+    IMAGE_MODALITY_TOKEN,
+    IMAGE_TOKEN,
+    TEXT_MODALITY_TOKEN,
+    Sample,
+    Segment,
+    Turn,
+    escape_markers,
+    unescape_markers,
 )
 
 
@@ -54,7 +62,8 @@ class Template:
                  refused
     multi_turn   whether a conversation may have several questions
     needs_image  whether a question must show an image, as all of those do that the template's models are made for
-    padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is predicted, the decoder predicts
+    padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is predicted, the
+                 decoder predicts
     """
 
     pieces: Callable[[tuple[Turn, ...], Tokenizer, int], Iterator[Piece]]
@@ -90,7 +99,12 @@ def _mmt_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: in
         else:
             apart = not before or before[-1].isspace() or turn.text[:1].isspace()
             prefix = "" if apart else tokenizer.word_prefix
-            yield Piece([*tokenizer.encode(prefix + unescape_markers(turn.text)), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
+            yield Piece(
+                [*tokenizer.encode(prefix + unescape_markers(turn.text)), tokenizer.eos_id],
+                predicted=True,
+                opens_answer=True,
+                num_closing=1,
+            )
         before = turn.text
 
 
@@ -99,14 +113,23 @@ def _prompt_text(turns: tuple[Turn, ...]) -> str:
     return "".join(map(unescape_markers, MARKER.split(system_in_question(turns)[0].text))).strip()
 
 
-def _instructblip_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int, *, ends_prompt: bool) -> Iterator[Piece]:
+def _instructblip_pieces(
+    turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int, *, ends_prompt: bool
+) -> Iterator[Piece]:
     turns = system_in_question(turns)
     if len(turns) != 2:
-        raise InputError(f"found {len(turns)} turns, expected one question and one answer: an InstructBLIP holds no conversation")
+        raise InputError(
+            f"found {len(turns)} turns, expected one question and one answer: an InstructBLIP holds no conversation"
+        )
     yield from (Piece([IMAGE_TOKEN] * visual_tokens) for _ in range(turns[0].text.count(IMAGE_MARKER)))
     opening = [] if tokenizer.bos_id is None or ends_prompt else [tokenizer.bos_id]
     yield Piece([*opening, *tokenizer.encode(_prompt_text(turns)), *([tokenizer.eos_id] if ends_prompt else [])])
-    yield Piece([*tokenizer.encode(unescape_markers(turns[1].text)), tokenizer.eos_id], predicted=True, opens_answer=True, num_closing=1)
+    yield Piece(
+        [*tokenizer.encode(unescape_markers(turns[1].text)), tokenizer.eos_id],
+        predicted=True,
+        opens_answer=True,
+        num_closing=1,
+    )
 
 
 def _only_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -117,12 +140,21 @@ TEMPLATES: dict[str, Template] = {
     "mmt": Template(pieces=_mmt_pieces, stop_ids=_only_eos),
     "chat": Template(pieces=chat_pieces, stop_ids=chat_stop_ids, fingerprint=chat_fingerprint),
     "instructblip": Template(
-        pieces=functools.partial(_instructblip_pieces, ends_prompt=False), stop_ids=_only_eos, modality=False, instruction=True, multi_turn=False,
+        pieces=functools.partial(_instructblip_pieces, ends_prompt=False),
+        stop_ids=_only_eos,
+        modality=False,
+        instruction=True,
+        multi_turn=False,
         needs_image=True,
     ),
     "instructblip_t5": Template(
-        pieces=functools.partial(_instructblip_pieces, ends_prompt=True), stop_ids=_only_eos, modality=False, instruction=True, multi_turn=False,
-        needs_image=True, padded=True,
+        pieces=functools.partial(_instructblip_pieces, ends_prompt=True),
+        stop_ids=_only_eos,
+        modality=False,
+        instruction=True,
+        multi_turn=False,
+        needs_image=True,
+        padded=True,
     ),
 }
 
@@ -145,7 +177,9 @@ def fingerprint(tokenizer: Tokenizer, template: str) -> str:
     return find_template(template).fingerprint(tokenizer)
 
 
-def encode_sample(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int, askable: bool = False) -> Segment:
+def encode_sample(
+    sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int, askable: bool = False
+) -> Segment:
     """Tokenises a sample.
 
     Args:
@@ -173,7 +207,9 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_to
     return _join(sample, pieces[:last_answer], tokenizer, template)
 
 
-def encode_candidate(sample: Sample, text: str, whole: bool, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Segment:
+def encode_candidate(
+    sample: Sample, text: str, whole: bool, tokenizer: Tokenizer, template: str, visual_tokens: int
+) -> Segment:
     """Tokenises the sample with `text` in the place of its last answer, the only tokens that `loss_mask` marks.
 
     Args:
@@ -212,8 +248,15 @@ def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: s
     instruction: dict[str, Any] = {}
     if find_template(template).instruction:
         if tokenizer.instruction is None:
-            raise InputError(f"template '{template}' is read by a Q-Former too: it needs a tokenizer for that "
-                "(--qformer-tokenizer)")
+            raise InputError(
+                f"template '{template}' is read by a Q-Former too: it needs a tokenizer for that (--qformer-tokenizer)"
+            )
         read, cut = tokenizer.instruction.encode(_prompt_text(sample.turns))
         instruction = {"instruction_ids": np.array(read, np.int32), "instruction_cut": cut}
-    return Segment(sample_id=sample.id, input_ids=np.frombuffer(ids, np.int32), loss_mask=np.frombuffer(mask, bool), images=sample.images, **instruction)
+    return Segment(
+        sample_id=sample.id,
+        input_ids=np.frombuffer(ids, np.int32),
+        loss_mask=np.frombuffer(mask, bool),
+        images=sample.images,
+        **instruction,
+    )

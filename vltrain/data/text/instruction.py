@@ -48,8 +48,10 @@ class InstructionTokenizer:
             self._outer = AutoTokenizer.from_pretrained(place, subfolder=source.subfolder)
         except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
             detail = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{where}: no tokenizer for the Q-Former could be loaded from there ({detail[0]}); see "
-                "qformer_tokenizer") from None
+            raise InputError(
+                f"{where}: no tokenizer for the Q-Former could be loaded from there ({detail[0]}); see "
+                "qformer_tokenizer"
+            ) from None
         if not self._outer.is_fast:
             raise InputError(f"{place}: this tokenizer has no fast (Rust) backend; convert it to tokenizer.json first")
         reset_backend(self._outer, where)
@@ -57,8 +59,10 @@ class InstructionTokenizer:
         files = read_files(where, find_in(place, source.subfolder))
         require_agreement(files, vocabulary, {"eos": self._outer.eos_token, "bos": self._outer.bos_token})
         if not set(vocabulary.values()) - set(self._outer.all_special_ids):
-            raise InputError(f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch "
-                "all of the tokenizer's")
+            raise InputError(
+                f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch "
+                "all of the tokenizer's"
+            )
         self.vocab_size = rows_of(vocabulary, self._outer.added_tokens_decoder)
         self._unk_id = self._outer.unk_token_id
         self._max_tokens = source.max_tokens

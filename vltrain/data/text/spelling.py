@@ -46,10 +46,21 @@ class Spelling:
         """Counts a sample and the segment that it was tokenised to; `ends`: ids that end an answer."""
         parts: set[str] = set()
         if tokenizer.unk_id is not None and tokenizer.unk_id in segment.input_ids:
-            parts.update(part[:_PART_LENGTH] for turn in sample.turns for part in tokenizer.unknown_parts(unescape_markers(turn.text)))
+            parts.update(
+                part[:_PART_LENGTH]
+                for turn in sample.turns
+                for part in tokenizer.unknown_parts(unescape_markers(turn.text))
+            )
         elif _drops_unknown(tokenizer):
             parts.update(*(_dropped(turn.text, tokenizer) for turn in sample.turns))
-        altered = next(((said, read) for said, read in _read_back(sample, segment, tokenizer, ends) if said.strip() != read.strip()), None)
+        altered = next(
+            (
+                (said, read)
+                for said, read in _read_back(sample, segment, tokenizer, ends)
+                if said.strip() != read.strip()
+            ),
+            None,
+        )
         self.unknown += bool(parts)
         self.parts.update(parts)
         self.altered += altered is not None
@@ -60,7 +71,11 @@ class Spelling:
 
     def merge(self, other: dict[str, Any]) -> None:
         """Adds the counts of `to_json`."""
-        self.unknown, self.altered, self.prompts = self.unknown + other["unknown"], self.altered + other["altered"], self.prompts + other["prompts"]
+        self.unknown, self.altered, self.prompts = (
+            self.unknown + other["unknown"],
+            self.altered + other["altered"],
+            self.prompts + other["prompts"],
+        )
         self.parts.update(other["parts"])
         self.examples = [*self.examples, *other["examples"]][:MOST_EXAMPLES]
 
@@ -76,7 +91,9 @@ class Spelling:
         return {**vars(self), "parts": dict(most)}
 
 
-def _read_back(sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]) -> Iterator[tuple[str, str]]:
+def _read_back(
+    sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]
+) -> Iterator[tuple[str, str]]:
     """Each answer, and how it reads from the tokens that are predicted of it."""
     answers = [unescape_markers(turn.text) for turn in sample.turns if turn.role == "assistant"]
     bounds = _runs(segment.loss_mask.tobytes())
@@ -122,15 +139,19 @@ def describe_lost(lost: dict[str, Any] | None, num_samples: int) -> list[str]:
     lines = []
     if lost["unknown"]:
         parts = ", ".join(f"{part!r} in {count}" for part, count in list(lost["parts"].items())[:8])
-        lines.append(f"{lost['unknown']} of {num_samples} samples hold what the vocabulary cannot spell and reads as "
-            f"unknown: {parts}")
+        lines.append(
+            f"{lost['unknown']} of {num_samples} samples hold what the vocabulary cannot spell and reads as "
+            f"unknown: {parts}"
+        )
     if lost["altered"]:
         name, answer, read = lost["examples"][0]
         lines.append(
             f"the answers of {lost['altered']} of {num_samples} samples read otherwise from their tokens, so "
-                f"that is what is learned: '{name}': "
+            f"that is what is learned: '{name}': "
             f"{answer!r} as {read!r}"
         )
     if lost["prompts"]:
-        lines.append(f"the Q-Former's vocabulary cannot spell the prompts of {lost['prompts']} of {num_samples} samples")
+        lines.append(
+            f"the Q-Former's vocabulary cannot spell the prompts of {lost['prompts']} of {num_samples} samples"
+        )
     return lines

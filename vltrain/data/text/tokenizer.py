@@ -21,12 +21,30 @@ import sentencepiece
 
 from vltrain.data.text.backend import make_special, reset_backend, rows_of, state_of
 from vltrain.data.text.instruction import InstructionSource, InstructionTokenizer
-from vltrain.data.text.tokenizer_files import JSON, KNOWN_FILES, MODEL, TokenizerFiles, default_template, find_in, read_files, require_agreement
+from vltrain.data.text.tokenizer_files import (
+    JSON,
+    KNOWN_FILES,
+    MODEL,
+    TokenizerFiles,
+    default_template,
+    find_in,
+    read_files,
+    require_agreement,
+)
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
 
 # Spaces, line ends, digits, case, accents, CJK and an emoji: what normalisers and pre-tokenizers differ in.
-_PROBES = ("Question: Which one?\nAnswer:", "  two  spaces", "a\tb\r\nc", "1234567 3.14", "it's", "Éa ﬁ ½", "你好 🙂", "<s></s>")
+_PROBES = (
+    "Question: Which one?\nAnswer:",
+    "  two  spaces",
+    "a\tb\r\nc",
+    "1234567 3.14",
+    "it's",
+    "Éa ﬁ ½",
+    "你好 🙂",
+    "<s></s>",
+)
 # Markup, questions and one-word answers come again and again: that many short texts (in characters) are remembered with
 # their ids.
 SHORT_TEXT = 64
@@ -92,7 +110,10 @@ class Tokenizer(ABC):
         pre-tokenizers, of which a fingerprint knows only what they do to the probes. Another version of a library may
         write the same otherwise."""
         states = [self._state(), *([self.instruction.state()] if self.instruction is not None else [])]
-        return {library: hashlib.sha256(b"".join(data for name, data in states if name == library)).hexdigest() for library, _ in states}
+        return {
+            library: hashlib.sha256(b"".join(data for name, data in states if name == library)).hexdigest()
+            for library, _ in states
+        }
 
     @abstractmethod
     def unknown_parts(self, text: str) -> list[str]:
@@ -172,12 +193,20 @@ class TransformersTokenizer(Tokenizer):
         self.bos_id = self._outer.bos_token_id
         self.eos_id = self._outer.eos_token_id
         self.vocab_size = rows_of(vocabulary, added)
-        special = frozenset([*self._outer.all_special_ids, *(number for number, token in added.items() if token.special)])
+        special = frozenset(
+            [*self._outer.all_special_ids, *(number for number, token in added.items() if token.special)]
+        )
         if not set(vocabulary.values()) - special:
-            raise InputError(f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch "
-                "all of the tokenizer's")
-        self.end_ids = _checked_ends(() if files is None else files.end_ids, where, special | added.keys(), self.vocab_size)
-        make_special(self._outer.backend_tokenizer, [added[number].content for number in self.end_ids if number in added])
+            raise InputError(
+                f"{where}: no vocabulary is there, only {len(vocabulary)} special tokens: files are missing; fetch "
+                "all of the tokenizer's"
+            )
+        self.end_ids = _checked_ends(
+            () if files is None else files.end_ids, where, special | added.keys(), self.vocab_size
+        )
+        make_special(
+            self._outer.backend_tokenizer, [added[number].content for number in self.end_ids if number in added]
+        )
         self.special_ids = special | frozenset(self.end_ids)
         saved_template = self._outer.chat_template
         self.chat_template = default_template(saved_template, where)
@@ -202,13 +231,19 @@ class TransformersTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         # Not cleaned up, whatever the tokenizer was saved with: "yes ." is not "yes.".
-        return self._outer.decode([int(one) for one in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._outer.decode(
+            [int(one) for one in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def unknown_parts(self, text: str) -> list[str]:
         backend = self._outer.backend_tokenizer
         backend.encode_special_tokens = True
         found = backend.encode(text, add_special_tokens=False)
-        return [text[first:last] for number, (first, last) in zip(found.ids, found.offsets, strict=True) if number == self.unk_id]
+        return [
+            text[first:last]
+            for number, (first, last) in zip(found.ids, found.offsets, strict=True)
+            if number == self.unk_id
+        ]
 
     @property
     def backend(self) -> str:
@@ -224,22 +259,47 @@ class TransformersTokenizer(Tokenizer):
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
         if self.chat_template is None:
             return super().render_chat(messages)
-        settings = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "chat_template": self.dated_chat_template}
+        settings = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "chat_template": self.dated_chat_template,
+        }
         try:
             # Templates of thinking models open a chain of thought unless told otherwise; others know no such word.
             return self._outer.apply_chat_template(messages, **settings, enable_thinking=False)
         except Exception as error:  # a template is a program, in Jinja's sandbox, and may fail in any way a program can
-            raise InputError(f"the tokenizer's chat template refuses these turns: {str(error) or type(error).__name__}") from None
+            raise InputError(
+                f"the tokenizer's chat template refuses these turns: {str(error) or type(error).__name__}"
+            ) from None
 
 
 # A template that writes the date would train on other tokens than it is evaluated with, tomorrow: its clock stands
 # still, on the date that LLaMA-3's template takes where there is no clock.
 _DATE = {
-    "%-d": "26", "%d": "26", "%e": "26", "%b": "Jul", "%B": "July", "%-m": "7", "%m": "07", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday",
-    "%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM", "%j": "208", "%F": "2024-07-26", "%T": "12:00:00",
+    "%-d": "26",
+    "%d": "26",
+    "%e": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%-m": "7",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%a": "Fri",
+    "%A": "Friday",
+    "%H": "12",
+    "%I": "12",
+    "%M": "00",
+    "%S": "00",
+    "%p": "PM",
+    "%j": "208",
+    "%F": "2024-07-26",
+    "%T": "12:00:00",
 }
 _SAME_EVERY_DAY = (
-    "{%- macro strftime_now(format) -%}{{ format" + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items()) + " }}{%- endmacro -%}"
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
+    + " }}{%- endmacro -%}"
 )
 
 
@@ -249,8 +309,10 @@ def _checked_ends(ids: tuple[int, ...], where: str, ends: frozenset[int], rows: 
     for number in ids:
         if number not in ends:
             found = "an ordinary token" if number < rows else f"beyond the vocabulary's {rows} rows"
-            raise InputError(f"{where}: generation_config.json: eos_token_id {number} is {found} of this tokenizer: they are of "
-                "different models")
+            raise InputError(
+                f"{where}: generation_config.json: eos_token_id {number} is {found} of this tokenizer: they are of "
+                "different models"
+            )
     return ids
 
 
@@ -283,12 +345,16 @@ def _load(place: str) -> Tokenizer:
         files = read_files(str(path.parent), find_in(str(path.parent))) if path.name == MODEL else None
         model = _open_model(path)
         if files is not None and (more := files.says_more_than(model)):
-            raise InputError(f"{path}: is one file of several: {', '.join(more)} beside it says more of this tokenizer; name the "
-                f"folder, {path.parent}")
+            raise InputError(
+                f"{path}: is one file of several: {', '.join(more)} beside it says more of this tokenizer; name the "
+                f"folder, {path.parent}"
+            )
         return SentencePieceTokenizer(path, model, files.end_ids if files is not None else ())
     if path.is_file():
         if path.name not in KNOWN_FILES:
-            raise InputError(f"{path}: found a file, expected a tokenizer's folder, its {JSON}, a .model or a .gguf file")
+            raise InputError(
+                f"{path}: found a file, expected a tokenizer's folder, its {JSON}, a .model or a .gguf file"
+            )
         path = path.parent
     if not path.is_dir():
         return TransformersTokenizer(place)

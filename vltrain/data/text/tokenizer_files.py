@@ -17,7 +17,12 @@ from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object, read_text
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
-CONFIG, SPECIAL, ADDED, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"
+CONFIG, SPECIAL, ADDED, GENERATION = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 PLAIN, MERGES = ("vocab.json", "vocab.txt", "spiece.model"), "merges.txt"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 KNOWN_FILES = (MODEL, JSON, CONFIG, SPECIAL, ADDED, *TEMPLATES)
@@ -58,12 +63,20 @@ class TokenizerFiles:
     def says_more_than(self, model: Any) -> list[str]:
         """The files that say what the sentencepiece model (a SentencePieceProcessor) does not."""
         rows, more = model.get_piece_size(), []
-        more += [file for token, (number, file) in self.added.items() if number >= rows or model.id_to_piece(number) != token]
+        more += [
+            file for token, (number, file) in self.added.items() if number >= rows or model.id_to_piece(number) != token
+        ]
         for name, number in (("eos", model.eos_id()), ("bos", model.bos_id())):
             piece = model.id_to_piece(number) if number >= 0 else None
             more += [file for file, token in self.named.get(name, {}).items() if token != piece]
-        extra = [_content(token) for key in ("additional_special_tokens", "extra_special_tokens") for token in _listed(self.config.get(key))]
-        more += [CONFIG] if any(token is not None and model.piece_to_id(token) == model.unk_id() for token in extra) else []
+        extra = [
+            _content(token)
+            for key in ("additional_special_tokens", "extra_special_tokens")
+            for token in _listed(self.config.get(key))
+        ]
+        more += (
+            [CONFIG] if any(token is not None and model.piece_to_id(token) == model.unk_id() for token in extra) else []
+        )
         more += [CONFIG] if str(self.config.get("tokenizer_class") or "").lower() not in _LLAMA_CLASSES else []
         return list(dict.fromkeys([*more, *self.templates]))
 
@@ -87,26 +100,43 @@ def find_in(place: str, subfolder: str = "") -> Callable[[str], Path | None]:
 def read_files(where: str, find: Callable[[str], Path | None]) -> TokenizerFiles:
     """Reads the small files. `find`: name -> its path, or None where there is none. Raises InputError naming file and
     key."""
-    objects = {name: read_object(path) for name in (CONFIG, SPECIAL, ADDED, GENERATION) if (path := find(name)) is not None}
+    objects = {
+        name: read_object(path) for name in (CONFIG, SPECIAL, ADDED, GENERATION) if (path := find(name)) is not None
+    }
     config, generation = objects.get(CONFIG, {}), objects.get(GENERATION, {})
     added = {token: (_id(number, find(ADDED), token), ADDED) for token, number in objects.get(ADDED, {}).items()}
     decoder = config.get("added_tokens_decoder") or {}
     for number, token in decoder.items() if isinstance(decoder, dict) else ():
         content = _content(token)
         if content is None or not number.isdecimal():
-            raise InputError(f"{find(CONFIG)}: added_tokens_decoder[{number!r}]: found {token!r:.80}, expected a token with its "
-                "content")
+            raise InputError(
+                f"{find(CONFIG)}: added_tokens_decoder[{number!r}]: found {token!r:.80}, expected a token with its "
+                "content"
+            )
         if added.setdefault(content, (int(number), CONFIG))[0] != int(number):
-            raise InputError(f"{find(CONFIG)}: the token {content!r} is {number}, but {added[content][0]} in {ADDED}; "
-                f"{_ONE_OF_THEM}")
+            raise InputError(
+                f"{find(CONFIG)}: the token {content!r} is {number}, but {added[content][0]} in {ADDED}; {_ONE_OF_THEM}"
+            )
     _refuse_sampling(config, find(CONFIG))
     named = {
-        name: {file: content for file in (CONFIG, SPECIAL) if (content := _content(objects.get(file, {}).get(f"{name}_token")))}
+        name: {
+            file: content
+            for file in (CONFIG, SPECIAL)
+            if (content := _content(objects.get(file, {}).get(f"{name}_token")))
+        }
         for name in ("eos", "bos")
     }
     return TokenizerFiles(
-        where=where, model=find(MODEL), json=find(JSON), plain=tuple(path for name in PLAIN if (path := find(name)) is not None), merges=find(MERGES),
-        config=config, added=added, named=named, templates=_templates(config, find), end_ids=_end_ids(generation, find(GENERATION)),
+        where=where,
+        model=find(MODEL),
+        json=find(JSON),
+        plain=tuple(path for name in PLAIN if (path := find(name)) is not None),
+        merges=find(MERGES),
+        config=config,
+        added=added,
+        named=named,
+        templates=_templates(config, find),
+        end_ids=_end_ids(generation, find(GENERATION)),
     )
 
 
@@ -122,14 +152,16 @@ def require_agreement(files: TokenizerFiles, vocabulary: dict[str, int], named: 
     for token, (number, file) in files.added.items():
         if vocabulary.get(token) != number:
             read = vocabulary.get(token, "not there")
-            raise InputError(f"{files.where}: {file} says that the token {token!r} is {number}, but as transformers reads the "
-                f"folder it is {read}; {_ONE_OF_THEM}")
+            raise InputError(
+                f"{files.where}: {file} says that the token {token!r} is {number}, but as transformers reads the "
+                f"folder it is {read}; {_ONE_OF_THEM}"
+            )
     for name, by_file in files.named.items():
         for file, token in by_file.items():
             if token != named[name]:
                 raise InputError(
                     f"{files.where}: {file} says that the {name} token is {token!r}, but as transformers reads "
-                        f"the folder it is {named[name]!r}; {_ONE_OF_THEM}"
+                    f"the folder it is {named[name]!r}; {_ONE_OF_THEM}"
                 )
     if files.json is not None:
         _require_vocabulary(files, vocabulary)
@@ -145,7 +177,7 @@ def _require_known(files: TokenizerFiles, tokens: set[str]) -> None:
             if token not in tokens and token not in files.added:
                 raise InputError(
                     f"{files.where}: {file} names the {name} token {token!r}, which no file of the vocabulary "
-                        "holds, so that no row was learned for it; "
+                    "holds, so that no row was learned for it; "
                     "fetch all of the tokenizer's files, or name a token that is there"
                 )
 
@@ -160,7 +192,11 @@ def pieces_of(path: Path) -> dict[str, int] | None:
     except (OSError, RuntimeError):
         return None
     skipped = (model.is_byte, model.is_unused)
-    return {model.id_to_piece(number): number for number in range(model.get_piece_size()) if not any(is_one(number) for is_one in skipped)}
+    return {
+        model.id_to_piece(number): number
+        for number in range(model.get_piece_size())
+        if not any(is_one(number) for is_one in skipped)
+    }
 
 
 def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> None:
@@ -180,14 +216,23 @@ def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> No
 def _require_merges(path: Path, model: Any, vocabulary: dict[str, int]) -> None:
     """A merges.txt beside tokenizer.json has its merges, in their order; those that the vocabulary cannot make are
     nobody's."""
-    own = [tuple(one.split(" ")) if isinstance(one, str) else tuple(one) for one in (model.get("merges") or () if isinstance(model, dict) else ())]
+    own = [
+        tuple(one.split(" ")) if isinstance(one, str) else tuple(one)
+        for one in (model.get("merges") or () if isinstance(model, dict) else ())
+    ]
     lines = enumerate(read_text(path).split("\n"), start=1)
-    listed = [(number, tuple(line.rstrip("\r").split(" "))) for number, line in lines if line.strip() and not (number == 1 and line.startswith("#version"))]
+    listed = [
+        (number, tuple(line.rstrip("\r").split(" ")))
+        for number, line in lines
+        if line.strip() and not (number == 1 and line.startswith("#version"))
+    ]
     usable = [(number, pair) for number, pair in listed if all(token in vocabulary for token in (*pair, "".join(pair)))]
     for place, (number, pair) in enumerate(usable):
         if place >= len(own) or pair != own[place]:
             found = " ".join(own[place]) if place < len(own) else "none"
-            raise InputError(f"{path}:{number}: the merge {' '.join(pair)!r}, where tokenizer.json has {found!r}; {_ONE_OF_THEM}")
+            raise InputError(
+                f"{path}:{number}: the merge {' '.join(pair)!r}, where tokenizer.json has {found!r}; {_ONE_OF_THEM}"
+            )
 
 
 def _listed_in(path: Path, vocabulary: dict[str, int]) -> dict[str, int]:
@@ -196,7 +241,9 @@ def _listed_in(path: Path, vocabulary: dict[str, int]) -> dict[str, int]:
     if path.suffix == ".json":
         return read_object(path)
     if path.suffix == ".txt":
-        return {token: number for number, line in enumerate(read_text(path).split("\n")) if (token := line.rstrip("\r"))}
+        return {
+            token: number for number, line in enumerate(read_text(path).split("\n")) if (token := line.rstrip("\r"))
+        }
     return {piece: number for piece, number in (pieces_of(path) or {}).items() if piece in vocabulary}
 
 
@@ -204,8 +251,10 @@ def _require_ids(own: dict[str, int], vocabulary: dict[str, int], file: Path) ->
     wrong = next((token for token, number in own.items() if vocabulary.get(token) != number), None)
     if wrong is not None:
         read = vocabulary.get(wrong, "not there")
-        raise InputError(f"{file}: the token {wrong!r} is {own[wrong]}, but as transformers reads the folder it is {read}; "
-            f"{_ONE_OF_THEM}")
+        raise InputError(
+            f"{file}: the token {wrong!r} is {own[wrong]}, but as transformers reads the folder it is {read}; "
+            f"{_ONE_OF_THEM}"
+        )
 
 
 def _pieces(model: Any) -> list[tuple[str, int]]:
@@ -236,8 +285,9 @@ def _id(number: Any, file: Path | None, token: str) -> int:
 def _refuse_sampling(config: dict[str, Any], file: Path | None) -> None:
     settings = config.get("sp_model_kwargs") or {}
     if isinstance(settings, dict) and settings.get("enable_sampling"):
-        raise InputError(f"{file}: sp_model_kwargs.enable_sampling: the same text would have other tokens each time; leave it "
-            "out")
+        raise InputError(
+            f"{file}: sp_model_kwargs.enable_sampling: the same text would have other tokens each time; leave it out"
+        )
 
 
 def _templates(config: dict[str, Any], find: Callable[[str], Path | None]) -> dict[str, str]:
@@ -250,7 +300,11 @@ def _templates(config: dict[str, Any], find: Callable[[str], Path | None]) -> di
             raise InputError(f"{jinja}: cannot be read as a chat template ({error})") from None
     if as_json is not None:
         found[as_json.name] = read_object(as_json).get("chat_template")
-    return {file: template for file, said in found.items() if (template := default_template(said, str(find(file)))) is not None}
+    return {
+        file: template
+        for file, said in found.items()
+        if (template := default_template(said, str(find(file)))) is not None
+    }
 
 
 def default_template(said: Any, where: str) -> str | None:
@@ -259,8 +313,10 @@ def default_template(said: Any, where: str) -> str | None:
         said = {entry.get("name"): entry.get("template") for entry in said if isinstance(entry, dict)}
     if isinstance(said, dict):
         if "default" not in said:
-            raise InputError(f"{where}: chat_template: found templates {', '.join(map(str, said))}, expected one named 'default' "
-                "among them")
+            raise InputError(
+                f"{where}: chat_template: found templates {', '.join(map(str, said))}, expected one named 'default' "
+                "among them"
+            )
         said = said["default"]
     if said is not None and not isinstance(said, str):
         raise InputError(f"{where}: chat_template: found {said!r:.80}, expected a text")
