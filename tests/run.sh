@@ -10,4 +10,6 @@ bash launch/setup_env.sh --with test
 # Two cores a process group of two: more threads than cores make every rank wait for the other.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false
+# Containers like to set it: each of some hundred processes would compile the package anew.
+unset PYTHONDONTWRITEBYTECODE
 exec .venv/bin/python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder "$@"

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +14,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.processes import on_ranks
 from vltrain.config.recipe import dump_config
 from vltrain.config.schema import AdapterConfig, Config, DataConfig, EvalConfig, LLMConfig, ModelConfig, VisionConfig
 from vltrain.errors import InputError
@@ -28,7 +25,6 @@ from vltrain.programs.evaluate import main
 from vltrain.schema import Sample, Turn
 from vltrain.train.checkpoints.checkpoint import save_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = 23
 COLOURS = ("red", "green", "blue", "black")
 
@@ -221,39 +217,14 @@ def test_evaluation_that_was_turned_off_is_turned_on_by_naming_a_scorer(evaluate
     assert main([str(run), "--eval.scorer", "exact", "--eval.max_samples", "2"]) == 0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def evaluate_on_two_ranks(run: Path, *words: str) -> list[tuple[str, str]]:
     """Evaluates; returns each rank's stdout and stderr."""
-    port = str(free_port())
-    shared = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(ROOT / "launch" / "evaluate.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, f"--local_rank={rank}", str(run), *words],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
+    ranks = on_ranks("launch/evaluate.py", str(run), *words)
+    assert [done.returncode for done in ranks] == [0, 0], ranks
     # Older torch says on stdout whom a rank is connected to.
     return [
-        ("".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]")), err)
-        for out, err in outputs
+        ("".join(line for line in done.stdout.splitlines(keepends=True) if not line.startswith("[Gloo]")), done.stderr)
+        for done in ranks
     ]
 
 

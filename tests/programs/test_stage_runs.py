@@ -2,16 +2,14 @@
 done."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.finished_run import finished_run
-from tests.support.processes import ROOT, deepspeed_command
+from tests.support.processes import ROOT, deepspeed_command, on_ranks, vltrain
 from vltrain.config.stages import load_stages
 from vltrain.distributed.preemption import EXIT_REQUEUE
 from vltrain.models.build import part_of
@@ -36,18 +34,28 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place: Path, *words: str, module: tuple[str, ...] = ("vltrain", "train")) -> subprocess.Popen:
-    command = [sys.executable, "-m", *module, "--recipe", str(place / "two.yaml"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+def train(place: Path, *words: str) -> tuple[int, str]:
+    """Exit code and what was printed of `vltrain train`."""
+    done = vltrain("train", "--recipe", str(place / "two.yaml"), *words)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.returncode, done.stdout + done.stderr
+
+
+def ended_in(place: Path, stage: str, step: int, name: str, output: Path) -> tuple[int, str]:
+    """The same of one that gets a signal in a stage, before a step."""
+    (ended,) = on_ranks(
+        "tests.programs.stage_worker",
+        stage,
+        str(step),
+        name,
+        "--recipe",
+        str(place / "two.yaml"),
+        "--output",
+        str(output),
+        num_ranks=1,
     )
-
-
-def end(process: subprocess.Popen) -> tuple[int, str]:
-    out, err = process.communicate(timeout=300)
-    assert "Traceback" not in err, err[-3000:]
-    return process.returncode, out + err
+    assert "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    return ended.returncode, ended.stdout + ended.stderr
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -57,7 +65,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def whole(place):
     """A run that nothing has disturbed."""
-    code, told = end(start(place))
+    code, told = train(place)
     assert code == 0, told
     return place / "whole", told
 
@@ -82,10 +90,9 @@ def test_once_more_it_is_left_as_it_is_and_other_settings_are_refused(place, who
     before = {path: path.read_bytes() for path in run.rglob("*.safetensors")} | {
         path: path.read_bytes() for path in run.rglob("log.jsonl")
     }
-    again, changed = start(place), None
-    code, told = end(again)
+    code, told = train(place)
     assert code == 0 and "1-neck: done already, 4 steps" in told and "2-adapters: done already" in told
-    changed = end(start(place, "--optim.weight_decay", "0.5", "--quiet"))
+    changed = train(place, "--optim.weight_decay", "0.5", "--quiet")
     assert changed[0] == 2 and "optim.weight_decay was 0.02, is 0.5" in changed[1] and changed[1].count("\n") == 1
     assert {path: path.read_bytes() for path in before} == before
 
@@ -128,14 +135,12 @@ def test_a_job_of_slurm_trains_the_stages_of_the_frozen_recipe(place):
 def test_ended_in_each_stage_it_goes_on_there_bit_for_bit(place, whole, name):
     output = place / name
     for folder, step in (("1-neck", 2), ("2-adapters", 1)):
-        code, told = end(
-            start(place, "--output", str(output), module=("tests.programs.stage_worker", folder, str(step), name))
-        )
+        code, told = ended_in(place, folder, step, name, output)
         assert code == (-9 if name == "SIGKILL" else EXIT_REQUEUE), told
         if name == "SIGTERM":
             assert "to be started again with the same command" in told.rstrip().split("\n")[-1]
     assert (output / "1-neck" / "finished.json").exists() and not (output / "2-adapters" / "finished.json").exists()
-    code, told = end(start(place, "--output", str(output)))
+    code, told = train(place, "--output", str(output))
     assert code == 0 and "1-neck: done already" in told, told
     for stage in ("1-neck", "2-adapters"):
         expected, found = weights(whole[0] / stage), weights(output / stage)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,19 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 class Forked:
-    """A process that `tests.support.warm` has forked, with what of `subprocess.Popen` is asked of one. It leads a
-    session of its own."""
+    """A process that `tests.support.warm` has forked, with what of `subprocess.Popen` is asked of one; see `start`."""
 
     def __init__(
         self,
-        module: str,
+        program: str,
         arguments: list[str],
         environment: dict[str, str],
         stdout: Path,
-        stderr: Path | None = None,
-        folder: Path = ROOT,
+        stderr: Path | None,
+        folder: Path,
     ) -> None:
         places = {"folder": str(folder), "stdout": str(stdout), "stderr": str(stderr) if stderr else None}
-        self.pid: int = _ask_warm(module=module, arguments=arguments, environment=environment, **places)
+        self.pid: int = _ask_warm(program=program, arguments=arguments, environment=environment, **places)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -109,30 +108,70 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+def start(
+    program: str,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    stdout: Path,
+    stderr: Path | None = None,
+    *,
+    folder: Path = ROOT,
+    fresh: bool = False,
+) -> Process:
+    """`program WORDS` in a process that leads a session of its own.
+
+    Args:
+        program: a module's name, or a script: a path that ends with .py.
+        stdout, stderr: files that get what it prints; `stderr` None: all to `stdout`.
+        fresh: start Python anew instead of forking one that has imported all (`tests.support.warm`). With a
+            GPU always: CUDA can't be forked.
+    """
+    if not fresh and not torch.cuda.is_available():
+        return Forked(program, list(words), dict(environment), stdout, stderr, folder)
+    with open(stdout, "wb") as out, open(stderr or stdout, "ab") as err:
+        command = [sys.executable, *([program] if program.endswith(".py") else ["-m", program]), *words]
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdout=out,
+            stderr=err if stderr else subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
 def start_ranks(
     module: str, arguments: list[str], world_size: int, output: Path, *, fresh: bool = False
 ) -> list[Process]:
-    """Calls `main(*arguments)` of the module in a process per rank; stdout and stderr of rank r go to `output`.r
+    """Calls `main(*arguments)` of the module in a process per rank; what rank r prints goes to `output`.r.
 
     Args:
-        fresh: start Python anew, as launchers do, instead of forking one that has imported all. With a GPU always: CUDA
-        can't be forked.
+        fresh: see `start`.
     """
+    port, words = free_port(), [module, *arguments]
+    environments = [rank_environment(rank, world_size, port) for rank in range(world_size)]
+    return [
+        start("tests.support.rank", words, environments[rank], Path(f"{output}.{rank}"), fresh=fresh)
+        for rank in range(world_size)
+    ]
+
+
+def on_ranks(
+    program: str, *words: str, num_ranks: int = 2, timeout_seconds: float = 600
+) -> list[subprocess.CompletedProcess[str]]:
+    """`program WORDS`, a script such as launch/evaluate.py or a module, on each rank; what came of each. Where one
+    fails the others are ended, as by a launcher."""
     port = free_port()
-    processes: list[Process] = []
-    for rank in range(world_size):
-        environment, words = rank_environment(rank, world_size, port), [module, *arguments]
-        if fresh or torch.cuda.is_available():
-            with open(f"{output}.{rank}", "wb") as log:
-                command = [sys.executable, "-m", "tests.support.rank", *words]
-                processes.append(
-                    subprocess.Popen(
-                        command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                )
-        else:
-            processes.append(Forked("tests.support.rank", words, environment, Path(f"{output}.{rank}")))
-    return processes
+    with tempfile.TemporaryDirectory() as place:
+        outputs = [(Path(place, f"out.{rank}"), Path(place, f"err.{rank}")) for rank in range(num_ranks)]
+        ranks = [
+            start(program, words, rank_environment(rank, num_ranks, port), *outputs[rank]) for rank in range(num_ranks)
+        ]
+        codes = wait_for_ranks(ranks, Path(place), timeout_seconds)
+        return [
+            subprocess.CompletedProcess([program, *words], code, *(file.read_text(errors="replace") for file in pair))
+            for code, pair in zip(codes, outputs)
+        ]
 
 
 def vltrain(*words: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -145,7 +184,7 @@ def vltrain(*words: str, folder: Path = ROOT, **variables: str) -> subprocess.Co
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **variables}
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        code = Forked("vltrain", list(words), environment, out, err, folder).wait(900)
+        code = start("vltrain", words, environment, out, err, folder=folder).wait(900)
         return subprocess.CompletedProcess(
             words, code, out.read_text(errors="replace"), err.read_text(errors="replace")
         )

@@ -5,9 +5,9 @@ fork has it done already. What comes of one is a process like any other: a group
 to be signalled and killed, which ends as Python does. What it is not: freshly imported. Tests of imports, of memory and
 of launchers start theirs from nothing.
 
-Orders come as lines of JSON on stdin: {"module": ..., "arguments": [...], "environment": {...}, "folder": ...,
-"stdout": FILE, "stderr": FILE or null} is answered by a pid, and {"pid": ...} by its exit code, null while it runs. It
-ends with stdin.
+Orders come as lines of JSON on stdin: {"program": MODULE or SCRIPT.py, "arguments": [...], "environment": {...},
+"folder": ..., "stdout": FILE, "stderr": FILE or null} is answered by a pid, and {"pid": ...} by its exit code, null
+while it runs. It ends with stdin.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import runpy
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("train", "evaluate", "check", "export", "plan")
@@ -60,7 +61,7 @@ def become(order: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
-    sys.argv = [order["module"], *order["arguments"]]
+    sys.argv = [order["program"], *order["arguments"]]
 
 
 if __name__ == "__main__":
@@ -74,4 +75,8 @@ if __name__ == "__main__":
     told = serve()
     if told is not None:
         become(told)
-        runpy.run_module(told["module"], run_name="__main__", alter_sys=True)
+        if told["program"].endswith(".py"):
+            sys.path[0] = str(Path(told["program"]).parent.absolute())
+            runpy.run_path(told["program"], run_name="__main__")
+        else:
+            runpy.run_module(told["program"], run_name="__main__", alter_sys=True)
