@@ -89,9 +89,9 @@ def _choose(words: list[str]) -> int:
         print(usage())
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
+        from vltrain.shipped import own_version
 
-        print(f"vltrain {version('vltrain')}")
+        print(f"vltrain {own_version()}")
         return 0
     if words[0] not in COMMANDS:
         raise InputError(f"unknown command '{words[0]}', {nearest(words[0], COMMANDS)}")

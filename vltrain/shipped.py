@@ -7,6 +7,8 @@ it.
 
 from __future__ import annotations
 
+import configparser
+import importlib.metadata
 from pathlib import Path
 
 from vltrain.errors import InputError, nearest
@@ -15,6 +17,16 @@ PACKAGE = Path(__file__).resolve().parent
 HOME = PACKAGE.parent if (PACKAGE.parent / "launch" / "recipes").is_dir() else PACKAGE
 LAUNCH, DS_CONFIGS = HOME / "launch", HOME / "ds_configs"
 RECIPES = LAUNCH / "recipes"
+
+
+def own_version() -> str:
+    """vltrain's version, also of a checkout that is run without having been installed."""
+    try:
+        return importlib.metadata.version("vltrain")
+    except importlib.metadata.PackageNotFoundError:
+        setup = configparser.ConfigParser()
+        setup.read(HOME / "setup.cfg")
+        return setup.get("metadata", "version", fallback="unknown")
 
 
 def find_recipe(name: str, where: str = "recipe", near: Path = Path()) -> Path:

@@ -42,6 +42,10 @@ class Findings:
     def device(self) -> torch.device:
         return torch.device("cpu" if self.emulate else "cuda")
 
+    @property
+    def result(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")  # a name may hold a dot
+
     def row(self, table: str, **values: Any) -> None:
         """A row of a table; rows of one table have equal keys."""
         self.tables.setdefault(table, []).append(values)
@@ -69,9 +73,9 @@ class Findings:
             "tables": self.tables,
             "failures": self.failures,
         }
-        beside = self.folder.with_suffix(".json.partial")
+        beside = self.folder.with_name(f"{self.folder.name}.json.partial")
         beside.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(beside, self.folder.with_suffix(".json"))
+        os.replace(beside, self.result)
 
     def attempt(self, what: str, call: Callable[[], Any]) -> Any:
         """What `call` returns; a failure and None where it raises: one thing that breaks must not hide the rest."""
@@ -123,7 +127,7 @@ def _parse(documentation: str | None) -> argparse.Namespace:
 def _findings(name: str, given: argparse.Namespace) -> Findings:
     findings = Findings(emulate=given.emulate, folder=given.output / name)
     findings.folder.mkdir(parents=True, exist_ok=True)
-    findings.folder.with_suffix(".json").unlink(missing_ok=True)
+    findings.result.unlink(missing_ok=True)
     return findings
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from vltrain.errors import InputError
 from vltrain.export.format import Choices, Format, Source, Written
 from vltrain.files.atomic import write_whole
 from vltrain.files.strict_json import read_object
+from vltrain.shipped import own_version
 from vltrain.train.run.provenance import RUN
 
 CARD = "README.md"
@@ -87,7 +87,7 @@ def _summary(source: Source, form: str, chosen: Format, choices: Choices) -> str
     step = f"step {source.checkpoint.step}" if source.checkpoint is not None else "before tuning"
     dtype = f", {choices.dtype}" if "dtype" in chosen.options else ""
     return (
-        f"Format `{form}`{dtype}: {chosen.summary}. Tuned with vltrain {version('vltrain')}, {step}; architecture "
+        f"Format `{form}`{dtype}: {chosen.summary}. Tuned with vltrain {own_version()}, {step}; architecture "
         f"{source.config.model.architecture} ({bases})."
     )
 

@@ -483,9 +483,10 @@ def run_backward(
 def _empty_gradients(x: Tensor, dim: int, bias: bool, needs_dx: bool) -> tuple[Tensor, ...]:
     width = x.shape[1]
     dx = x.new_empty(x.shape if needs_dx else (0, width))
+    # Not products with `bias`: in a traced graph sizes are symbols, which torch 2.11 does not multiply by a bool.
+    biases = (dim, width) if bias else (0, 0)
     return dx, *(
-        x.new_empty(shape, dtype=torch.float32)
-        for shape in ((dim, width), (dim * bias,), (width, dim), (width * bias,))
+        x.new_empty(shape, dtype=torch.float32) for shape in ((dim, width), (biases[0],), (width, dim), (biases[1],))
     )
 
 
