@@ -62,8 +62,8 @@ class Template:
                  refused
     multi_turn   whether a conversation may have several questions
     needs_image  whether a question must show an image, as all of those do that the template's models are made for
-    padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is predicted, the
-                 decoder predicts
+    padded       whether samples are rows of an encoder-decoder's batch instead of segments of a pack: what is
+                 predicted, the decoder predicts
     """
 
     pieces: Callable[[tuple[Turn, ...], Tokenizer, int], Iterator[Piece]]

@@ -1,0 +1,53 @@
+"""Style, lint and types: what runs before the tests and before a commit is the same, and looks at all there is."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+COMMANDS = [line for line in (ROOT / "tests" / "lint.sh").read_text().splitlines() if line.startswith(".venv/bin/")]
+
+
+def test_hooks_run_the_commands_of_ci():
+    """In the same order, over the whole tree, and with nothing to download."""
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local"
+    assert [hook["entry"] for hook in repo["hooks"]] == COMMANDS
+    assert len(COMMANDS) == 3
+    for hook in repo["hooks"]:
+        assert hook["language"] == "system"
+        assert hook["pass_filenames"] is False
+
+
+def test_all_tests_begin_with_them():
+    text = (ROOT / "tests" / "run.sh").read_text()
+    assert text.index("setup_env.sh --with test") < text.index("bash tests/lint.sh") < text.index("-m pytest")
+    assert "bash tests/run.sh" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_ruff_reads_every_file():
+    """A folder's name in `exclude` hides every folder of that name: vltrain/data, for one that was meant for ./data."""
+    ruff = Path(sys.executable).with_name("ruff")
+    shown = subprocess.run([ruff, "check", "--show-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    read = {Path(line).resolve().relative_to(ROOT.resolve()) for line in shown.splitlines()}
+    for folder in ("vltrain", "data_prep", "launch", "tests"):
+        assert {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py")} <= read
+
+
+def test_types_are_checked_everywhere():
+    folders = SETTINGS["basedpyright"]["include"]
+    assert set(folders) == {"vltrain", "data_prep", "launch"}
+    assert not {"exclude", "ignore"} & SETTINGS["basedpyright"].keys()
+
+
+@pytest.mark.parametrize("room", SETTINGS["basedpyright"]["strict"])
+def test_strict_rooms_have_no_baseline(room):
+    assert any((ROOT / room).glob("*.py"))
+    known = json.loads((ROOT / ".basedpyright" / "baseline.json").read_text())["files"]
+    assert [path for path in known if path.removeprefix("./").startswith(f"{room}/")] == []
