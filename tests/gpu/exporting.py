@@ -9,7 +9,7 @@ import sys
 from tests.gpu.part import Findings, run_part
 from tests.gpu.runs import tuned_run, vltrain
 
-FORMATS = (("mmt", "fp32"), ("mmt", "bf16"), ("lora", "fp32"), ("merged", "fp32"), ("adapters", "fp32"))
+FORMATS = (("mmt", "fp32"), ("lora", "fp32"), ("merged", "fp32"), ("adapters", "fp32"), ("mmt", "bf16"))
 
 
 def find(findings: Findings) -> None:

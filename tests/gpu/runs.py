@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.gpu.part import Findings
 from tests.support.processes import ROOT, free_port, rank_environment
 
-STEPS, SHORT_STEPS = 200, 20
+STEPS, SHORT_STEPS = 100, 20
 
 
 def start(words: list[str], log: Path, program: str = "launch/train_mmt.py") -> subprocess.Popen:
