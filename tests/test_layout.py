@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import from itself and from rooms further left.
 ROOMS = tuple(
     """
-    errors console files shipped schema batch config distributed ops data models evaluate receipts memory metrics train
+    errors console files shipped schema batch config distributed ops data models metrics evaluate receipts memory train
     inference harness export serve doctor prepared launching programs api cli __main__
     """.split()
 )

@@ -1,11 +1,11 @@
-"""Cards for TensorBoard: what they must show, in pixels."""
+"""Cards for the loggers: what they must show, in pixels."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageFont
 
-from vltrain.evaluate.gallery import FONT_SIZE, MAX_LINES, WIDTH, draw_card, wrap, write_gallery
+from vltrain.evaluate.gallery import FONT_SIZE, MAX_LINES, WIDTH, draw_card, wrap
 from vltrain.evaluate.scorers.scoring import Answer
 
 FONT = ImageFont.load_default(FONT_SIZE)
@@ -53,14 +53,3 @@ def test_odd_texts_do_not_matter():
     for text in ("", "\n\n", "你好 🙂 é", "a\tb", "\x00"):
         card = draw_card(answer(prompt=text, prediction=text), [])
         assert card.width == WIDTH and card.mode == "RGB"
-
-
-def test_the_gallery_writes_height_width_channel_arrays_under_numbered_tags():
-    written = []
-
-    class Writer:
-        def add_image(self, tag, img_tensor, global_step, dataformats):
-            written.append((tag, img_tensor.shape[1:], img_tensor.dtype, global_step, dataformats))
-
-    write_gallery(Writer(), "eval/val", [(answer(), []), (answer(), [])], 40)
-    assert written == [(f"eval/val/0{number}", (WIDTH, 3), np.uint8, 40, "HWC") for number in range(2)]

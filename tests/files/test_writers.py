@@ -4,7 +4,6 @@ import ctypes
 import os
 import shutil
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from vltrain.data import folder as folders
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_json, write_whole
-from vltrain.files.events import EventWriter
 from vltrain.files.lines import LineFile
 
 
@@ -22,20 +20,6 @@ def fill(folder):
     with suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-
-
-def test_events(small_disk, capfd):
-    writer = EventWriter(small_disk / "tensorboard")
-    writer.add_scalar("a", 1.0, 0)
-    writer.flush()
-    fill(small_disk)
-    with pytest.raises(InputError, match="tensorboard: cannot be written .No space left"):
-        for number in range(50):
-            writer.add_text("a", "x" * 10_000, number)
-            writer.flush()
-    with suppress(InputError):
-        writer.close()
-    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_lines_and_whole_files(small_disk):
@@ -57,7 +41,6 @@ def test_a_folder_in_the_place_of_a_file(tmp_path):
     for call in (
         lambda: LineFile(tmp_path / "log.jsonl"),
         lambda: write_whole(tmp_path / "log.jsonl", "x"),
-        lambda: EventWriter(Path("/dev/null/x")),
     ):
         with pytest.raises(InputError, match="written"):
             call()

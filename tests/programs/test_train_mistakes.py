@@ -9,6 +9,7 @@ import yaml
 
 from data_prep.tokenizer import train_tokenizer
 from tests.support.tiny import SETTINGS, make_segments, write_packs
+from vltrain.metrics.wandb import WandbLogger
 from vltrain.programs.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +51,12 @@ def recipe(tmp_path, tokenizer):
         return ["--recipe", str(file)]
 
     return make
+
+
+def test_a_logger_whose_package_is_missing(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(WandbLogger, "package", "no_such_package")
+    said = mistake(capsys, recipe(train__loggers=["tensorboard", "wandb"]))
+    assert "train.loggers: wandb needs the package no_such_package" in said and "pip install 'vltrain[wandb]'" in said
 
 
 def mistake(capsys, arguments: list[str]) -> str:

@@ -25,6 +25,7 @@ ADDED: dict[str, Any] = {
     "model.instructblip.preprocessing": "square",
     "model.vision.preprocessing": "square",
     "train.init_from": None,
+    "train.loggers": ("tensorboard",),
 }
 """Every setting that was added since the first runs, by dotted name, with the value that does what was done without it.
 A setting that is declared in `vltrain.config.schema` and is missing here fails a test."""

@@ -323,7 +323,12 @@ def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML that `read_recipe` reads back to an equal one."""
-    return dump_text(_plain(asdict(config)))
+    return dump_text(as_mapping(config))
+
+
+def as_mapping(config: Config) -> dict[str, Any]:
+    """The whole configuration as nested mappings and lists of plain values."""
+    return _plain(asdict(config))
 
 
 def _plain(value: Any) -> Any:

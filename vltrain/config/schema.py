@@ -338,6 +338,10 @@ class TrainConfig:
     seed: int = number(0, 0, MOST_SEED)
     """Seed of the order of packs and of dropout."""
     log_every_steps: int = number(10, 1, MOST_STEPS)
+    loggers: tuple[str, ...] = named("vltrain.metrics.table.LOGGERS", ("tensorboard",))
+    """What gets the run's metrics, beside `log.jsonl`: tensorboard, wandb (`pip install 'vltrain[wandb]'`; its
+    environment variables say where to, WANDB_MODE=offline without network), mlflow (`'vltrain[mlflow]'`,
+    MLFLOW_TRACKING_URI). One that fails is left out, the run goes on. []: none."""
     save_every_steps: int = number(200, 1, MOST_STEPS)
     keep_checkpoints: int = number(2, 1, MOST_SIZE)
     """How many of the newest checkpoints are kept."""

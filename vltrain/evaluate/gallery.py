@@ -1,4 +1,4 @@
-"""Answered questions as pictures for TensorBoard: the images, enlarged, above the question, the prediction and the
+"""Answered questions as pictures for a run's loggers: the images, enlarged, above the question, the prediction and the
 answer.
 
 Pillow's built-in font draws them, so nothing is installed for it; letters that it lacks (most beyond ASCII) become
@@ -8,9 +8,7 @@ boxes here, while `predictions.jsonl` has every text as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vltrain.evaluate.scorers.scoring import Answer
@@ -22,21 +20,6 @@ MARGIN = 12
 FONT_SIZE = 15
 MAX_LINES = 12  # of one text
 INK, RIGHT, WRONG, PAPER = "#202124", "#188038", "#c5221f", "#ffffff"
-
-
-class ImageWriter(Protocol):
-    """What of TensorBoard's SummaryWriter is used here."""
-
-    def add_image(self, tag: str, img_tensor: np.ndarray, global_step: int, dataformats: str) -> None: ...
-
-
-def write_gallery(
-    writer: ImageWriter, tag: str, answered: Sequence[tuple[Answer, Sequence[Image.Image]]], step: int
-) -> None:
-    """One picture for each answered question under `tag`/NUMBER, so that TensorBoard's slider shows one question over
-    the steps."""
-    for number, (answer, images) in enumerate(answered):
-        writer.add_image(f"{tag}/{number:02d}", np.asarray(draw_card(answer, images)), step, dataformats="HWC")
 
 
 def draw_card(answer: Answer, images: Sequence[Image.Image]) -> Image.Image:

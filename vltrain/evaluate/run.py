@@ -1,7 +1,7 @@
 """One evaluation: a split's questions answered by all ranks, scored, written and shown by rank 0.
 
     samples.jsonl -> deal to ranks -> generate or rank -> gather on rank 0 -> score
-        -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json, table.md}, TensorBoard
+        -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json, table.md}, the run's loggers
 
 Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain evaluate` with a plain one.
 """
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 from vltrain.config.schema import Config
 from vltrain.console import Progress
@@ -28,12 +27,13 @@ from vltrain.evaluate.answering.candidates import BlipCandidates, MultimodalCand
 from vltrain.evaluate.answering.generate import Sampling, Sync, alone, generate
 from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.answering.ranking import CandidateModel, rank, to_item
-from vltrain.evaluate.gallery import write_gallery
+from vltrain.evaluate.gallery import draw_card
 from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
 from vltrain.evaluate.samples import deal, image_loader, thin_out
 from vltrain.evaluate.scorers.scoring import Remark, Report
+from vltrain.metrics.base import MetricLogger
 from vltrain.models.build import AnyModel
 from vltrain.models.instructblip.model import InstructBlip
 from vltrain.schema import Sample
@@ -57,7 +57,7 @@ def evaluate_split(
     step: int,
     max_samples: int | None,
     device: torch.device | str,
-    writer: SummaryWriter | None = None,
+    loggers: MetricLogger | None = None,
     on_progress: Callable[[], object] = lambda: None,
     facts: Mapping[str, Any] | None = None,
 ) -> Report | None:
@@ -68,9 +68,9 @@ def evaluate_split(
         samples_file: JSONL; images are found beside it.
         folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there. None:
         nowhere.
-        step: optimizer steps that the model has behind it, for the files and TensorBoard.
+        step: optimizer steps that the model has behind it, for the files and loggers.
         max_samples: None: all.
-        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the
+        loggers: on rank 0: get `eval/SPLIT/accuracy` (or what the scorer calls its measure), the
         columns, further
             figures, and some questions with their images.
         on_progress: called after every batch.
@@ -102,8 +102,8 @@ def evaluate_split(
     report = replace(report, remarks=_remarks(samples, answered, questions, tokenizer, config, str(samples_file)))
     if folder is not None:
         write_report(report, folder / "eval" / split, {"split": split, "step": step, **(facts or {})})
-    if writer is not None:
-        _show(writer, report, samples, config, split, samples_file.parent, step)
+    if loggers is not None:
+        _show(loggers, report, samples, config, split, samples_file.parent, step)
     return report
 
 
@@ -250,7 +250,7 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
 
 
 def _show(
-    writer: SummaryWriter,
+    loggers: MetricLogger,
     report: Report,
     samples: list[Sample],
     config: Config,
@@ -259,12 +259,18 @@ def _show(
     step: int,
 ) -> None:
     """Accuracies and a fixed, evenly spaced choice of answered questions."""
-    writer.add_scalar(f"eval/{split}/{report.measure}", report.accuracy, step)
-    writer.add_scalar(f"eval/{split}/failed_share", report.failed / max(report.overall.total, 1), step)
-    for name, tally in report.columns.items():
-        if tally.accuracy is not None and name != "Average":
-            writer.add_scalar(f"eval/{split}/{report.measure}_by/{name}", tally.accuracy, step)
-    writer.add_text(f"eval/{split}/table", report.to_markdown(), step)
+    figures = {
+        report.measure: report.accuracy,
+        "failed_share": report.failed / max(report.overall.total, 1),
+        **{
+            f"{report.measure}_by/{name}": tally.accuracy
+            for name, tally in report.columns.items()
+            if tally.accuracy is not None and name != "Average"
+        },
+        **report.figures,
+    }
+    loggers.scalars({f"eval/{split}/{name}": value for name, value in figures.items()}, step)
+    loggers.text(f"eval/{split}/table", report.to_markdown(), step)
     shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
     cards, limit = [], config.data.max_image_pixels
     for number in shown:
@@ -273,8 +279,6 @@ def _show(
             open_rgb(read_image(path, limit, str(path), inside=image_folder), limit, str(path))
             for path in (image_folder / name for name in names)
         ]
-        cards.append((report.answers[number], images))
-    write_gallery(writer, f"eval/{split}", cards, step)
-    for name, value in report.figures.items():
-        writer.add_scalar(f"eval/{split}/{name}", value, step)
-    writer.flush()
+        cards.append(draw_card(report.answers[number], images))
+    loggers.images(f"eval/{split}", cards, step)
+    loggers.flush()

@@ -1,4 +1,4 @@
-"""What a run says while it runs: TensorBoard, a line per step in `log.jsonl`, how far it is
+"""What a run says while it runs: metrics for its loggers, a line per step in `log.jsonl`, how far it is
 (`vltrain.console.Progress`). Written by rank 0 alone.
 
 Losses and gradient norms come one step late and as plain numbers (see `vltrain.train.guard`): nothing here reads the
@@ -14,8 +14,8 @@ from pathlib import Path
 from vltrain.console import Progress
 from vltrain.data.plan import StepPlan
 from vltrain.distributed.hardware import peak_memory_bytes
-from vltrain.files.events import EventWriter
 from vltrain.files.lines import LineFile
+from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.step_log import cut_lines, plain_number
 from vltrain.models.flops import Flops
 
@@ -25,6 +25,7 @@ class Monitor:
 
     Args:
         folder: the run's folder.
+        loggers: get the metrics; closed with this.
         first_step: what earlier lives of the run wrote at or after this step is dropped, since it is done again.
         flops: model FLOPs by kind, for MFU.
         peak_flops: of all ranks together, FLOP/s.
@@ -36,6 +37,7 @@ class Monitor:
     def __init__(
         self,
         folder: Path,
+        loggers: MetricLogger,
         *,
         active: bool,
         first_step: int,
@@ -49,7 +51,7 @@ class Monitor:
             return
         self._flops, self._peak_flops = flops, peak_flops
         self._log_every_steps = log_every_steps
-        self.writer = EventWriter(folder / "tensorboard", purge_step=first_step)
+        self._loggers = loggers
         self._log = _reopen_log(folder / "log.jsonl", first_step)
         self._progress = Progress(total=num_steps, initial=first_step, title="train", unit="step")
         self.last_loss: float | None = None
@@ -86,7 +88,7 @@ class Monitor:
         """The optimizer has stepped; at logging steps the rates since the last one are written."""
         if not self.active:
             return
-        self.writer.add_scalar("train/lr", lr, step)
+        self._loggers.scalars({"train/lr": lr}, step)
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         if (step + 1) % self._log_every_steps:
@@ -100,8 +102,7 @@ class Monitor:
             "speed/mfu": self._model_flops / seconds / self._peak_flops,
             "memory/peak_gib": peak_memory_bytes() / 1024**3,
         }
-        for name, value in rates.items():
-            self.writer.add_scalar(name, value, step)
+        self._loggers.scalars(rates, step)
         self._rates = f"{rates['speed/useful_tokens_per_second']:,.0f} tokens/s, MFU {rates['speed/mfu']:.2f}"
         self._progress.update(1, self._figures(self._rates))
         self._reset(now)
@@ -113,8 +114,7 @@ class Monitor:
         """The global mean loss per label token of a step, and its gradient's norm."""
         if not self.active:
             return
-        self.writer.add_scalar("train/loss", loss, step)
-        self.writer.add_scalar("train/grad_norm", grad_norm, step)
+        self._loggers.scalars({"train/loss": loss, "train/grad_norm": grad_norm}, step)
         self._log.write(
             json.dumps({"step": step, "loss": plain_number(loss), "grad_norm": plain_number(grad_norm), "lr": lr})
             + "\n"
@@ -124,19 +124,18 @@ class Monitor:
     def pause(self) -> None:
         """Time spent on evaluation or saving is not training time: the interval's figures start anew."""
         if self.active:
-            self.writer.flush()
+            self._loggers.flush()
             self._reset(time.perf_counter())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.active:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+            self._loggers.scalars(values, step)
 
     def close(self) -> None:
         if self.active:
             self._progress.close()
             self._log.close()
-            self.writer.close()
+            self._loggers.close()
 
 
 def _reopen_log(path: Path, first_step: int) -> LineFile:

@@ -38,7 +38,7 @@ from vltrain.config.command_line import (
     refuse_ranks,
     split_arguments,
 )
-from vltrain.config.recipe import RECIPE
+from vltrain.config.recipe import RECIPE, as_mapping
 from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
 from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -55,11 +55,13 @@ from vltrain.evaluate.run import evaluate_split
 from vltrain.evaluate.scorers.scoring import Report
 from vltrain.files.atomic import write_json
 from vltrain.files.digest import file_digest
-from vltrain.files.events import EventWriter
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.inference.build import answering_model
 from vltrain.inference.run import choose_checkpoint, require_run, weights_before, weights_used
 from vltrain.launching.run_folder import why_not_writable
+from vltrain.metrics.base import RunContext
+from vltrain.metrics.loggers import open_loggers
+from vltrain.metrics.table import require_loggers
 from vltrain.prepared.ensure_data import ready_samples
 from vltrain.prepared.origins import require_trained_set
 from vltrain.train.checkpoints.checkpoint import Checkpoint
@@ -203,6 +205,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     config = settings.config
     _require_place(settings.options["json"])
     require_scorer(config)
+    require_loggers(config.train.loggers)
     set_determinism(config.train.deterministic)
     adopt_ranks()
     rank = int(os.environ.get("RANK", "0"))
@@ -260,7 +263,9 @@ def _answer(
         join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
         require_one_model()
     step = checkpoint.step if checkpoint is not None else 0
-    writer = EventWriter(folder / "tensorboard") if rank == 0 and keeps else None
+    loggers = None
+    if rank == 0 and keeps:
+        loggers = open_loggers(config.train.loggers, RunContext(folder=folder, settings=as_mapping(config)))
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         report = evaluate_split(
             model,
@@ -272,10 +277,10 @@ def _answer(
             step=step,
             max_samples=max_samples,
             device=place,
-            writer=writer,
+            loggers=loggers,
         )
-    if writer is not None:
-        writer.close()
+    if loggers is not None:
+        loggers.close()
     if report is not None:
         _finish(
             report,

@@ -82,10 +82,9 @@ def main(argv: list[str], *, program: str = "launch/submit.py") -> int:
         )
     freeze(run, whole, text)
     job = submit(run)
-    print(
-        f"job {job}: {plan}\nits log: {run}/logs/slurm-{job}.log, and a file for each rank beside "
-        f"it\ntensorboard --logdir {run}/tensorboard"
-    )
+    print(f"job {job}: {plan}\nits log: {run}/logs/slurm-{job}.log, and a file for each rank beside it")
+    if "tensorboard" in settings.config.train.loggers:
+        print(f"tensorboard --logdir {run}/tensorboard")
     return 0
 
 

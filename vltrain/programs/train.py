@@ -18,7 +18,7 @@ import torch
 
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
 from vltrain.config.older_runs import as_begun
-from vltrain.config.recipe import dump_config
+from vltrain.config.recipe import as_mapping, dump_config
 from vltrain.config.schema import Config
 from vltrain.config.stages import Run, load_stages, stage_folders, write_stages
 from vltrain.console import RUN_LOG, last_line, run_log, start_logging
@@ -40,6 +40,9 @@ from vltrain.evaluate.run import evaluate_split
 from vltrain.files.digest import file_digest
 from vltrain.files.leftovers import remove
 from vltrain.files.lock import lock_inside, one_writer
+from vltrain.metrics.base import RunContext
+from vltrain.metrics.loggers import Loggers, open_loggers
+from vltrain.metrics.table import require_loggers
 from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.instructblip.build import full_qformer_size
@@ -156,6 +159,7 @@ def _require_runnable(settings: Settings) -> dict[str, Any]:
     stage = zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1"))))
     require_compilable(config, stage)
     _require_widenable(config, stage)
+    require_loggers(config.train.loggers)
     if config.eval.scorer is not None:
         require_scorer(config)
     return ds_json
@@ -225,6 +229,11 @@ def _train(
     )
     if config.train.compile:
         compile_blocks(model)
+    loggers = Loggers()
+    if rank == 0:
+        first_step = checkpoint.step if checkpoint is not None else 0
+        context = RunContext(folder=folder, settings=as_mapping(config), first_step=first_step)
+        loggers = open_loggers(config.train.loggers, context)
     trainer = make_trainer(
         config,
         ds_json,
@@ -235,6 +244,7 @@ def _train(
         world_size=world_size,
         dtype=dtype,
         evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples, files, asked),
+        loggers=loggers,
         preemption=preemption,
         made_of=files,
         origin=origin,
@@ -427,7 +437,7 @@ def _evaluate(
         folder=trainer.folder,
         step=steps_done,
         max_samples=max_samples,
-        writer=trainer.monitor.writer if trainer.rank == 0 else None,
+        loggers=trainer.loggers,
         device=trainer.engine.device,
         on_progress=trainer.watchdog.goes_on,
         facts={MADE_OF: files, "samples": found},
@@ -504,4 +514,5 @@ def _announce(
         checkpoint.step if checkpoint else 0,
         trainer.folder,
     )
-    logger.info("watch it: tensorboard --logdir %s", trainer.folder / "tensorboard")
+    if "tensorboard" in trainer.config.train.loggers:
+        logger.info("watch it: tensorboard --logdir %s", trainer.folder / "tensorboard")

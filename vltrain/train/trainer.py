@@ -25,6 +25,8 @@ from vltrain.distributed.stragglers import WorkTimes, slowness, straggler
 from vltrain.distributed.watchdog import Watchdog
 from vltrain.errors import InputError
 from vltrain.memory.out_of_memory import names_pack
+from vltrain.metrics.base import MetricLogger
+from vltrain.metrics.loggers import Loggers
 from vltrain.metrics.monitor import Monitor
 from vltrain.metrics.step_log import cut_lines
 from vltrain.models.build import AnyModel, count_trained, part_of
@@ -56,6 +58,7 @@ class Trainer:
     engine: Engine
     plan: Plan
     loader: StepLoader
+    loggers: MetricLogger
     monitor: Monitor
     receipt: ReceiptWriter
     selection: Selection
@@ -320,6 +323,7 @@ def make_trainer(
     world_size: int,
     dtype: torch.dtype,
     evaluate: Callable[[int], float | None],
+    loggers: MetricLogger | None = None,
     preemption: Preemption | None = None,
     made_of: FilesOf | None = None,
     origin: Origin | None = None,
@@ -327,6 +331,7 @@ def make_trainer(
     """Puts a run together: plan, engine, loader, monitor; at the checkpoint's step if one is given.
 
     Args:
+        loggers: get the run's metrics; None: nobody does.
         made_of: digests of the files that weights and tokenizer come from; None: they are not known, and not compared.
         origin: of `train.init_from`: whose weights the run begins with, or began with.
 
@@ -373,8 +378,10 @@ def make_trainer(
         pin_memory=engine.device.type == "cuda",
         framing=framing,
     )
+    loggers = loggers or Loggers()
     monitor = Monitor(
         folder,
+        loggers,
         active=rank == 0,
         first_step=first_step,
         num_steps=plan.num_steps,
@@ -402,6 +409,7 @@ def make_trainer(
         engine=engine,
         plan=plan,
         loader=loader,
+        loggers=loggers,
         monitor=monitor,
         receipt=receipt,
         selection=selection,

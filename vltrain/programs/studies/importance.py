@@ -9,7 +9,7 @@ that a layer keeps of its first one is a measure of its importance to the task. 
     ranks.png      heat map: a row per block, a column per matrix
     summary.txt    mean rank by sublayer, blocks with the most and the least; also printed
 
-The picture and the summary go into the run's TensorBoard, too, where that can be written. A Q-Former hands on the
+The picture and the summary go to the run's loggers, too, where its folder can be written. A Q-Former hands on the
 states of its queries alone, so nothing behind the last block's text FFN reaches the loss: its rank is an artefact and
 is left out of every mean.
 """
@@ -24,12 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 
+from vltrain.config.recipe import as_mapping
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.inference.run import choose_checkpoint, recipe_of, weights_used
 from vltrain.launching.run_folder import read_command, why_not_writable
+from vltrain.metrics.base import RunContext
+from vltrain.metrics.loggers import open_loggers
+from vltrain.metrics.table import require_loggers
 from vltrain.models.peft.low_rank import sublayer_of
 from vltrain.train.checkpoints.checkpoint import kept_by_adalora
 
@@ -61,6 +64,8 @@ def main(argv: list[str], *, program: str = "vltrain importance") -> int:
     if told is None:
         return 0
     run, output, arguments = told
+    config = recipe_of(run)
+    require_loggers(config.train.loggers)
     ranks, step = read_ranks(run, arguments.last("checkpoint"))
     summary, figure = summarise(ranks), draw(ranks)
     with new_folder(output) as folder:
@@ -69,11 +74,12 @@ def main(argv: list[str], *, program: str = "vltrain importance") -> int:
         (folder / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     reason = why_not_writable(run / "tensorboard")
     if reason is not None:
-        logger.warning("%s: cannot be written (%s): the picture is in %s alone", run / "tensorboard", reason, output)
+        logger.warning("%s: cannot be written (%s): the picture is in %s alone", run, reason, output)
     else:
-        with SummaryWriter(str(run / "tensorboard")) as writer:
-            writer.add_figure("adalora/ranks", figure, step)
-            writer.add_text("adalora/ranks", "```\n" + summary + "\n```", step)
+        loggers = open_loggers(config.train.loggers, RunContext(folder=run, settings=as_mapping(config)))
+        loggers.figure("adalora/ranks", figure, step)
+        loggers.text("adalora/ranks", "```\n" + summary + "\n```", step)
+        loggers.close()
     print(summary)
     return 0
 
