@@ -15,7 +15,7 @@ from tests.support.tiny import make_segments, write_packs
 from tests.train.plain_loop import plain_run, relative_difference
 from vltrain.data.shards import PackedDataset
 
-NUM_STEPS = 12
+NUM_STEPS = 8
 TOLERANCE = 1e-5  # of losses and norms
 GRADIENT_TOLERANCE = (
     3e-5  # after some steps of AdamW, which divides by what was small; which CPU it is moves it by half

@@ -13,14 +13,14 @@ from vltrain.models.build import build_model, count_parameters
 LLM = {**SETTINGS["model.llm.config"], "num_hidden_layers": 12}
 
 
-def build_on_two_ranks(tmp_path, changes, warm_up=None):
+def build_on_two_ranks(tmp_path, changes, warm_up=None, *, fresh=False):
     (tmp_path / "settings.json").write_text(json.dumps({"model": changes, "warm_up": warm_up or {}}))
     run_ranks(
         "tests.train.zero3_load_worker",
         [str(tmp_path / "settings.json"), str(tmp_path / "found")],
         2,
         tmp_path / "log",
-        fresh=True,
+        fresh=fresh,
     )
     return [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(2)]
 
@@ -64,7 +64,8 @@ def test_a_ranks_memory_stays_well_below_the_model(tmp_path, monkeypatch, source
     if source == "files":
         LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path / "llama", max_shard_size="50MB")
         changes = {"model__llm__config": {}, "model__llm__source": str(tmp_path / "llama")}
-    for found in build_on_two_ranks(tmp_path, changes, {"model__llm__config": {**config, "num_hidden_layers": 1}}):
+    warm_up = {"model__llm__config": {**config, "num_hidden_layers": 1}}
+    for found in build_on_two_ranks(tmp_path, changes, warm_up, fresh=True):
         size = 4 * found["elements"]
         assert size > 390e6 and abs(found["kept_bytes"] / size - 0.5) < 0.01
         if found["grown_bytes"] is None:
