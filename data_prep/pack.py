@@ -81,9 +81,8 @@ def pack(
 
     Raises:
         InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image
-        path outside the samples'
-            folder, a sample that does not fit, an output that exists or cannot be written, parts that are missing or
-            were made of something else.
+            path outside the samples' folder, a sample that does not fit, an output that exists or cannot be written,
+            parts that are missing or were made of something else.
     """
     _require_sensible(template, instruction, visual_tokens, pack_length, max_images, over_long)
     workers = workers or usable_cores()

@@ -101,8 +101,8 @@ def prepare(
 
     Raises:
         InputError: unknown source or option, malformed or empty data, an id or image name that comes twice, an image
-        that is missing or damaged,
-            an output that exists or cannot be written, parts that are missing or were made of something else.
+            that is missing or damaged, an output that exists or cannot be written, parts that are missing or were made
+            of something else.
     """
     if source not in SOURCES:
         already = (

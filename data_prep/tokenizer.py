@@ -24,7 +24,7 @@ def train_tokenizer(text: list[Path], vocab_size: int, output: Path) -> None:
 
     Raises:
         InputError: a text file that cannot be read or is empty, a vocabulary larger than the text supports, an existing
-        output.
+            output.
     """
     lines = []
     for path in text:

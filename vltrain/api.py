@@ -21,12 +21,11 @@ def train(recipe: str | Path, *, ds: str | Path | None = None, ranks: int | str 
     Args:
         recipe: a file, or the name of one that comes with vltrain; FILE#NAME: a row of a table, or a stage.
         ds: DeepSpeed's JSON, a file or a name such as `zero2`.
-        ranks: None: this process is the only rank, and must call it in its main thread, which hears signals meanwhile;
-        a number, or `auto`: so
-            many processes of this machine, which write to this one's output.
+        ranks: None: this process is the only rank, and must call it in its main thread, which handles
+            signals meanwhile; or so many processes of this machine (`auto`: one per GPU), which write to this one's
+            output.
         settings: the recipe's settings by dotted key (`**{"optim.lr": 1e-3}`), or with `__` for the dots
-        (`optim__lr=1e-3`); also `resume` and
-            `rebuild=True`, `quiet=True`, as of `vltrain train`.
+            (`optim__lr=1e-3`); also `resume` and `rebuild=True`, `quiet=True`, as of `vltrain train`.
 
     Returns: the run's folder, which `vltrain.load` takes.
 

@@ -124,7 +124,7 @@ def start_logging(rank: int = 0, *, quiet: bool = False, keeps_log: bool = False
     Args:
         quiet: errors and the last line alone.
         keeps_log: a run's log follows (`run_log`): what libraries say below an error, Python's warnings too, goes there
-        and not to the terminal.
+            and not to the terminal.
     """
     root = logging.getLogger()
     terminal = _terminal()

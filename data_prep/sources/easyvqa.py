@@ -30,12 +30,12 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
     Args:
         input: a folder with `train/` and `test/`, each with `questions.json` and `images/N.png`; None: the installed
-        package's data.
+            package's data.
         options: `val_images` (200), 0 for none.
 
     Raises:
         InputError: files missing or not as expected, named with the question's number; `val_images` that leaves nothing
-        to train on.
+            to train on.
     """
     num_val = settle("easyvqa", options, DEFAULTS, {"val_images": Range(0, MOST_STEPS)})["val_images"]
     root = Path(locate("package://easy_vqa/data")) if input is None else input

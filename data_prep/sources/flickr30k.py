@@ -38,8 +38,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: the folder of the files above.
         options: `prompt` ("A short image description:"); `train_captions`, `all` or `first`; `val_images` (1000) and
-        `test_images` (1000),
-            see the module.
+            `test_images` (1000), see the module.
 
     Raises:
         InputError: nothing there, malformed lines or fields, an unknown split: named with file, line or image, and key.

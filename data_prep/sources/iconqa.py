@@ -52,9 +52,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: see the module.
         options: `ques_types`, a list (all three); `prompt` of questions with choices, with places {question} and
-        {options};
-            `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1), each in [0,
-            1) and together less than 1, see the module.
+            {options}; `open_prompt` of those without, with {question}; `val_fraction` (0.1) and `test_fraction` (0.1),
+            each in [0, 1) and together less than 1, see the module.
 
     Raises:
         InputError: nothing there, an unknown question type, missing or malformed fields, no choices, an answer that is

@@ -48,15 +48,14 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: the file.
         options: `val_fraction` (0.02) and `test_fraction` (0), the shares of samples held out as `val` and `test`, by
-        image (`data_prep.sources.splits`):
-            each in [0, 1), together less than 1; `images`, a folder; `unusable`: `error`, or `drop` to leave records
-            out that are no samples, the first ones named; `unmarked`: `error`, or `front`, see the module.
+            image (see `data_prep.sources.splits`), each in [0, 1), together less than 1; `images`, a folder;
+            `unusable`: `error`, or `drop` to leave out records that are no samples, the first ones named; `unmarked`:
+            `error`, or `front`, see the module.
 
     Raises:
         InputError: not such a file, a text that is none, an unknown speaker, an empty turn, speakers who do not
-        alternate, a path that leads out of
-            the image folder; markers and images that differ: named with file, line and path in the record. Fractions as
-            `data_prep.sources.splits.drawn`.
+            alternate, a path that leads out of the image folder; markers and images that differ: named with file, line
+            and path in the record. Fractions as `data_prep.sources.splits.drawn`.
     """
     defaults = {"val_fraction": 0.02, "test_fraction": 0.0, "images": None, "unusable": "error", "unmarked": "error"}
     settled = settle("llava_json", options, defaults, FRACTIONS)

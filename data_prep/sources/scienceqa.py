@@ -43,14 +43,12 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: the folder of the official files.
         options: `prompt_format` (QCM-ALE); `missing_images`: `error`, or `drop` to leave such questions out, each one
-        printed; and for
-            formats with G `rationales`, a run's folder (its `eval/SPLIT/predictions.jsonl` are read) or a file of {pid:
-            text}, and `train_rationales`: `gold` or `generated`.
+            printed; and for formats with G `rationales`, a run's folder (its `eval/SPLIT/predictions.jsonl` are read)
+            or a file of {pid: text}, and `train_rationales`: `gold` or `generated`.
 
     Raises:
         InputError: a missing file or field, an answer that is none of the choices, an unknown format, a question
-        without a rationale or a
-            rationale without a question: named with file, pid and key.
+            without a rationale or a rationale without a question: named with file, pid and key.
     """
     settled = _settled(options)
     if input is None:

@@ -29,8 +29,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: the folder with problems.json, pid_splits.json and images/{split}/{pid}/image.png.
         options: `prompt` with the places {context} (hint and lecture; "N/A" where there is neither), {question} and
-        {options};
-            `missing_images`: `error`, or `drop` to leave such questions out, each one printed.
+            {options}; `missing_images`: `error`, or `drop` to leave such questions out, each one printed.
 
     Raises:
         InputError: a missing file or field, an answer that is none of the choices: named with file, pid and key.

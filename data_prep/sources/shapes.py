@@ -111,9 +111,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: must be None.
         options: `train_images` (2000), `val_images` and `test_images` (250 each); `questions_per_image` (4), at most,
-        as many as a scene
-            allows; `image_size` (64); `seed` (0); `skills`, a list (counting, color, shape, position); `prompt` with
-            the places {question} and {options}.
+            as many as a scene allows; `image_size` (64); `seed` (0); `skills`, a list (counting, color, shape,
+            position); `prompt` with the places {question} and {options}.
 
     Raises:
         InputError: an option out of its range, or an input.

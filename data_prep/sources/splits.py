@@ -55,14 +55,13 @@ def drawn(
 
     Args:
         read: gives all samples, the same ones each time; called twice, so that none is kept in memory. Their own splits
-        are not looked at.
+            are not looked at.
         settled: the source's options, with `val_fraction` and perhaps `test_fraction`.
         given: those that the user named.
 
     Raises:
         InputError: fractions that nothing can be drawn by; no sample left to train on; a fraction that the user named
-        and that no group fell into
-            (by the default fraction, that is told).
+            and that no group fell into (by the default fraction, that is told).
     """
     check_fractions(source, settled)
     fractions = {split: settled.get(f"{split}_fraction", 0.0) for split in ("val", "test")}

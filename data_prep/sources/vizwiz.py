@@ -46,10 +46,9 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: the folder of the files above.
         options: `prompt` with the place {question}; `target`, which of the ten answers is learned: the `majority` (of
-        equals the first)
-            or the `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave questions out that are
-            marked so, in train only; `val_fraction` (0.05), the share of train.json that is held out as `val`: in [0,
-            1), 0 for none.
+            equals the first) or the `first`, as the paper's code does; `unanswerable`: `keep`, or `drop` to leave
+            questions out that are marked so, in train only; `val_fraction` (0.05), the share of train.json that is held
+            out as `val`: in [0, 1), 0 for none.
 
     Raises:
         InputError: nothing there, or a missing or malformed field: named with file, number, image and key.

@@ -14,38 +14,18 @@ import time
 
 import pytest
 
+from tests.pages.page import DATA
 from tests.support.photos import make_photos
 from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.slow
 
-DATA = "--data.source samples --data.input samples --data.root data --data.pack_length 256"
-WALK = f"""
-vltrain prepare --source llava_json --input photos/chats.json --output samples --options val_fraction=0.1 test_fraction=0.2
-vltrain pack --samples samples/train.jsonl --tokenizer asset://tiny_llama --visual-tokens 4 --pack-length 256 --output packed
-vltrain check data packed
-vltrain plan --recipe quickstart {DATA} --data.train_packs packed --train.epochs 60 --output runs/photos
-vltrain train --recipe quickstart {DATA} --data.train_packs packed --train.epochs 60 --train.save_every_steps 100 --train.eval_every_steps 100 --output runs/photos
-vltrain evaluate runs/photos
-vltrain ask runs/photos --image photos/IMG_0013.jpg "What shape is in the image?"
-vltrain export runs/photos --format merged --output merged
-vltrain export runs/photos --format mmt --output mmt
-"""
-ASK = """
-import json, sys
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-assert "vltrain" not in sys.modules
-processor = AutoProcessor.from_pretrained("mmt", trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained("mmt", trust_remote_code=True)
-for line in open("samples/test.jsonl"):
-    sample = json.loads(line)
-    question = sample["turns"][0]["text"].removeprefix("<image>\\n")
-    inputs = processor(images=Image.open("samples/" + sample["images"][0]), text=question, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=9)
-    print(json.dumps({"id": sample["id"], "text": processor.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0].strip()}))
-"""
+WALK = [command.text for command in DATA.commands()][:9]
+ASK = (
+    "import sys\n"
+    + next(text for _, text in DATA.blocks("python") if "transformers" in text)
+    + "\nassert 'vltrain' not in sys.modules\n"
+)
 
 
 def test_from_photos_to_stock_transformers(tmp_path):
@@ -57,7 +37,7 @@ def test_from_photos_to_stock_transformers(tmp_path):
         "TOKENIZERS_PARALLELISM": "false",
     }
     started, said = time.monotonic(), {}
-    for line in WALK.strip().split("\n"):
+    for line in WALK:
         words = shlex.split(line)
         before = time.monotonic()
         done = subprocess.run(

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from tests.attacks.inputs import sample, write_jsonl
+from tests.pages.page import INSIDE
 from tests.serve.fake import data_url, image_part, text_part
 from tests.support.finished_run import Places, finished_run
 from tests.support.processes import ROOT
@@ -112,8 +113,8 @@ def serving(run: Path, *words: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 @pytest.fixture(scope="module")
 def server(places) -> Iterator[tuple[subprocess.Popen, str]]:
-    """The README's command, over this run."""
-    words = next(line for line in readme().splitlines() if line.startswith("vltrain serve ")).split()[2:]
+    """The page's command, over this run."""
+    words = next(command.words for command in INSIDE.commands() if command.text.startswith("vltrain serve "))[2:]
     own = {
         "runs/quickstart": None,
         "--port": None,
@@ -124,13 +125,8 @@ def server(places) -> Iterator[tuple[subprocess.Popen, str]]:
         yield found
 
 
-def readme() -> str:
-    """Its section on serving."""
-    return (ROOT / "README.md").read_text().split("## Serving\n")[1].split("\n## ")[0]
-
-
-def test_the_readmes_program_is_answered(server, places, capsys):
-    program = readme().split("```python\n")[1].split("```")[0]
+def test_the_pages_program_is_answered(server, places, capsys):
+    program = next(text for _, text in INSIDE.blocks("python") if "openai" in text)
     own = {"http://127.0.0.1:8000": server[1], "images/test/0.png": "images/1.png", 'model="quickstart"': 'model="run"'}
     for theirs, ours in own.items():
         assert theirs in program

@@ -186,9 +186,8 @@ def load_settings(
         positionals: names of the words that must stand alone, in order.
         default_recipe: what is read where no `--recipe` is given.
         default_is_checked: it is a run's resolved configuration, checked when the run was made. The command line may
-        make a setting of
-            it idle (`--eval.method rank` that of how to generate); only the command line's own settings must have an
-            effect.
+            make a setting of it idle (`--eval.method rank` that of how to generate); only the command line's own
+            settings must have an effect.
         checks_effect: False: settings without an effect are the caller's to refuse, see `vltrain.config.stages`.
 
     `--help` and `--print_config` (the resolved configuration as YAML) print and end the program with exit code 0.

@@ -58,7 +58,7 @@ def as_begun(config: Config, identity: Mapping[str, Any], given: Collection[str]
 
     Args:
         identity: of the run, see `vltrain.train.run.identity`; checkpoints of a life in this version say the setting,
-        with the old value.
+            with the old value.
         given: the dotted keys that the recipe or the command line sets.
     """
     for key, before in ADDED.items():

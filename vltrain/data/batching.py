@@ -26,7 +26,7 @@ def batch_lengths(
 
     Args:
         prompts, answers: int [n], tokens that the encoder reads and the decoder predicts; a sample's sum is at most
-        `budget`.
+            `budget`.
         budget: tokens of a batch, padding included.
         images, max_images: as in `vltrain.data.packing.pack_lengths`.
         seed: the same arguments and seed give the same batches.

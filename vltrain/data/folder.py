@@ -38,7 +38,7 @@ def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         InputError: `output` exists, or the place cannot be written to (no permission, disk full, read-only, not a
-        folder).
+            folder).
     """
     if not replace:
         refuse_existing(output)

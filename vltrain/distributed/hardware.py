@@ -59,7 +59,7 @@ def choose_dtype(
 
     Args:
         begun: a name of `PRECISIONS` that the run computed in until now: what `auto` goes on meaning on whichever
-        machine.
+            machine.
         place: where it is computed; None: on this rank's device.
 
     fp32 is fp32 everywhere: TF32, which torch allows cuDNN's convolutions unless told otherwise, is switched off.

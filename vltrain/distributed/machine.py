@@ -34,7 +34,7 @@ def require_machine(workers: int, environment: Mapping[str, str] = os.environ) -
 
     Raises:
         InputError: torch's CUDA build meets a GPU without a working driver, there are fewer GPUs than ranks, or
-        /dev/shm is full.
+            /dev/shm is full.
     """
     require_driver(environment)
     require_own_gpu(environment)

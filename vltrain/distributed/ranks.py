@@ -68,8 +68,7 @@ def adopt_ranks(environment: MutableMapping[str, str] = os.environ, num_gpus: in
 
     Raises:
         InputError: the environment contradicts itself or lacks what several ranks need, so that each would train alone
-        or wait for ever; or a
-            task has no GPU of its own on a node with some.
+            or wait for ever; or a task has no GPU of its own on a node with some.
     """
     _require_sound(environment)
     place = _read_place(environment) if _started_by_srun(environment) else None

@@ -50,7 +50,7 @@ def score_predictions(
     Args:
         predictions: see `vltrain.evaluate.prediction_files`.
         data: ScienceQA's folder, with problems.json and pid_splits.json; a folder of prepared samples; or a file of
-        samples.
+            samples.
         split: a name in pid_splits.json, or of the folder's SPLIT.jsonl.
         scorer: None: scienceqa, for ScienceQA's folder.
         letters: an answer may be a letter, see `choice_of`; how many were read so is told.

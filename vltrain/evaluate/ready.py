@@ -42,9 +42,8 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
 
     Raises:
         InputError: no such split, an unknown scorer or one that is not installed, a malformed sample, an id that comes
-        twice, one that lacks what the
-            scorer or ranking needs or contradicts itself, fewer than the scorer takes, an image that is missing or no
-            image.
+            twice, one that lacks what the scorer or ranking needs or contradicts itself, fewer than the scorer takes,
+            an image that is missing or no image.
     """
     require_scorer(config)
     assert config.eval.scorer is not None

@@ -37,7 +37,7 @@ def load(
     Args:
         run: its folder; or one that `vltrain export --format adapters` wrote.
         checkpoint: a checkpoint's folder, `best`, or `none` for the model before tuning; None: the run's newest whole
-        one.
+            one.
         adapters: a folder of `vltrain export --format adapters`, whose weights are taken in place of a checkpoint's.
         bits: of the frozen weights, as `model.bits`; None: the recipe's.
         device: where it computes; None: the GPU where there is one, else the CPU.

@@ -107,15 +107,13 @@ class LoadedModel:
 
         Args:
             images: paths, bytes of image files, PIL images or uint8 arrays [height, width, 3]; [] for a question about
-            none.
+                none.
             question: put as the training questions were. Its own `<image>` are the places of the images, and then it
-            stays as it is; without any
-                they stand in front, as in most training data.
+                stays as it is; without any they stand in front, as in most training data.
             max_new_tokens: tokens that the answer may have; None: the recipe's `eval.max_new_tokens`, or 256, and never
-            more than the LLM has room for.
+                more than the LLM has room for.
             temperature, top_p, seed: None: the recipe's `eval.temperature` (0: greedy), `eval.top_p` and `train.seed`.
-            The same seed and
-                question give the same answer.
+                The same seed and question give the same answer.
             as_is: ask the question as it stands, and not as the training questions were put (`phrase`).
 
         Raises: InputError for what is no image, a question that the model cannot be asked, and settings out of range.
@@ -178,7 +176,7 @@ class LoadedModel:
         Args:
             turns: user and assistant by turns, the last one the user's; perhaps a system turn before.
             images: in the order of the `<image>` places in the turns.
-            others: as of `ask`.
+            max_new_tokens, temperature, top_p, seed: as of `ask`.
 
         Raises: InputError as `ask`, and where the run's template holds no conversation (`multi_turn`).
         """
@@ -243,7 +241,8 @@ class LoadedModel:
 
         Args:
             questions: (turns, images) of each; read as they are needed.
-            others: as of `chat`.
+            batch_size: questions that are answered at once.
+            max_new_tokens, temperature, top_p, seed: as of `ask`.
 
         Raises: InputError as `chat`.
         """

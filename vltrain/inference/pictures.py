@@ -14,7 +14,7 @@ from vltrain.data.images import decode_image, frame_image, read_image, upright_r
 from vltrain.errors import InputError
 from vltrain.models.build import AnyModel
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 EXPECTED = "a path, the bytes of an image file, a PIL image, or an array of uint8 [height, width, 3] or [height, width]"
 
 
@@ -23,7 +23,7 @@ def squares(images: Sequence[ImageLike], model: AnyModel, max_pixels: int) -> li
 
     Args:
         images: see EXPECTED; of a PIL image and an array the pixels are taken as they are, where a large JPEG file is
-        decoded at a fraction of its size.
+            decoded at a fraction of its size.
         max_pixels: a larger image is refused before it is decoded.
 
     Raises: InputError naming the image: cannot be read, is none, is too large.

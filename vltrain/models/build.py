@@ -57,12 +57,11 @@ def build_model(
 
     Args:
         dtype: of matrix products and, where `model.bits` leaves it open, of frozen weights; trained ones are always
-        fp32.
+            fp32.
         activation_checkpointing: recompute each block in the backward pass.
         device: where it is put; "meta" builds shapes only, to count with, and nothing is quantised.
         runs_on: the device of its forwards, which decides how attention is computed; left out: `device`. What is
-        decided is logged, except
-            on "meta": the model that such an outline stands for says it again.
+            decided is logged, except on "meta": the model that such an outline stands for says it again.
         place: called with each unit that is finished, instead of putting it on `device`; ZeRO-3 cuts it up there.
 
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not

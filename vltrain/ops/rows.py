@@ -35,7 +35,7 @@ def place_rows(states: Tensor, rows: Tensor, holds: Tensor) -> Tensor:
     Args:
         states: [T, d].
         rows: [K, d] of the dtype of `states`; K is the number of places. With none of them the result still depends on
-        `rows`.
+            `rows`.
         holds: bool [T].
     """
     return _PlacedRows.apply(states, rows, holds)

@@ -39,7 +39,7 @@ def made_once(
 
     Raises:
         InputError: whoever makes it has gone without a result, or takes longer than LONGEST_SECONDS; what `make`
-        raises.
+            raises.
     """
     is_good = is_good or result.exists
     if int(os.environ.get("RANK", "0")) > 0:

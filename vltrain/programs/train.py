@@ -376,7 +376,7 @@ def open_packs(
 
     Raises:
         InputError: damaged packs, packs made for another tokenizer, template or number of visual tokens, or from other
-        samples than the recipe's.
+            samples than the recipe's.
     """
     if config.data.train_packs is not None:
         folder = Path(config.data.train_packs)

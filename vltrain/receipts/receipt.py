@@ -194,7 +194,7 @@ class ReceiptWriter:
         folder: the run's.
         header: of this run; used where no receipt is there yet.
         first_step: steps that the run has behind it. What an earlier life of the run wrote after them is cut off: it is
-        done again.
+            done again.
         head: the chain after those steps, as the checkpoint says; None at the start, or from a checkpoint without one.
 
     Raises: InputError if the receipt that is there is broken or another run's.

@@ -87,7 +87,7 @@ class LossGuard:
         report: called with each step's reading, in order of steps.
         policy: `stop` or `skip`, see the module.
         spike_factor: a loss of more than so many times the mean of the last steps' is bad; None: only one that is not
-        finite.
+            finite.
         folder: where rank 0 writes the quarantine; None: nowhere.
         state: of `state()`, from a checkpoint.
     """

@@ -59,8 +59,7 @@ def lr_factor(
 
     Args:
         schedule: `cosine` or `linear`, both by steps; `linear_epochs`: linear in the number of epochs (of
-        `steps_per_epoch`) that are over, so
-            constant within one.
+            `steps_per_epoch`) that are over, so constant within one.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -185,7 +185,7 @@ def encode_sample(
     Args:
         visual_tokens: V, placeholders per image.
         askable: raise InputError where an answer's prompt by itself would have other tokens, so that evaluation would
-        ask something else.
+            ask something else.
 
     Returns:
         A Segment: input_ids int32 [L] with placeholders below zero, loss_mask bool [L].

@@ -326,8 +326,7 @@ def load_tokenizer(source: str, instruction: InstructionSource | None = None) ->
 
     Raises:
         InputError: nothing loadable there, files that are missing, broken or contradict each other, tokens drawn at
-        random, no
-            end-of-sequence token, or no fast backend.
+            random, no end-of-sequence token, or no fast backend.
     """
     tokenizer = _load(locate(source))
     if instruction is not None:

@@ -93,13 +93,13 @@ def generate(
 
     Args:
         prompts: from `vltrain.data.text.conversation.encode_prompt`; their `images` name what stands at their image
-        runs.
+            runs.
         stop_ids: tokens that end an answer.
         vocab_size: the tokenizer's; the LLM's further rows mean nothing and are never chosen.
         load_image: name -> uint8 [3, H, W] of the model's image size. Called in threads, once for each distinct image
-        of a batch.
+            of a batch.
         sync: the largest of a whole number over all ranks (an all-reduce); under ZeRO-3 every rank must call `generate`
-        with it.
+            with it.
         on_answered: told how many prompts each finished batch held.
 
     Returns: for each prompt, in its order, the new token ids without the token that ended them.

@@ -64,11 +64,10 @@ class CandidateModel(Protocol):
 
         Args:
             items: at most some tens of rows in all; none at all where only other ranks have something to do. Then a
-            model whose forwards
-                are collectives (ZeRO-3) makes the same ones on something empty, and R is 0.
+                model whose forwards are collectives (ZeRO-3) makes the same ones on something empty, and R is 0.
             sync: the largest of a whole number over all ranks, to agree on which forwards are made (has any rank an
-            image?). Every rank
-                calls it equally often, also with no items; where ranks need not keep step it returns its argument.
+                image?). Every rank calls it equally often, also with no items; where ranks need not keep step it
+                returns its argument.
 
         Raises: InputError for what is wrong with a sample or its images, naming it.
         """

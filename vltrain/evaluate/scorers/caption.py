@@ -133,7 +133,8 @@ def judge_all(answered: Sequence[tuple[str, Question]]) -> Judgement:
         Verdict(degree, not prediction.strip(), question.reference.strip())
         for degree, (prediction, question) in zip(degrees, answered, strict=True)
     ]
-    return Judgement(verdicts, {f"BLEU-{n}": score for n, score in enumerate(bleu(predicted, references), start=1)})
+    figures = {f"BLEU-{n}": score for n, score in enumerate(bleu(predicted, references), start=1)}
+    return Judgement(verdicts=verdicts, figures=figures)
 
 
 SCORER = Scorer(

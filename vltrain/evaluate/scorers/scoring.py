@@ -44,7 +44,8 @@ class Question:
     where: str
 
 
-class Judgement(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
     """`verdicts`: one for each answer, in order; `figures`: by name, of all answers together."""
 
     verdicts: list[Verdict]
@@ -194,8 +195,8 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
     columns = {column: Tally() for column in scorer.column_order}
     answers = []
     answered = list(answered)
-    verdicts, figures = _judge(scorer, [(prediction, question) for question, _, prediction in answered])
-    for (question, prompt, prediction), verdict in zip(answered, verdicts, strict=True):
+    judged = _judge(scorer, [(prediction, question) for question, _, prediction in answered])
+    for (question, prompt, prediction), verdict in zip(answered, judged.verdicts, strict=True):
         overall.add(verdict.correct)
         failed += verdict.failed
         for column in scorer.columns(question):
@@ -205,7 +206,7 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
     found = sorted(columns.keys() - set(scorer.column_order))
     ordered = {column: columns[column] for column in (*scorer.column_order, *found)}
     columns = {**ordered, "Average": overall}
-    told = {"columns": columns, "answers": tuple(answers), "measure": scorer.measure, "figures": figures}
+    told = {"columns": columns, "answers": tuple(answers), "measure": scorer.measure, "figures": judged.figures}
     return Report(scorer=name, overall=overall, failed=failed, **told)
 
 
@@ -213,4 +214,4 @@ def _judge(scorer: Scorer, answered: list[tuple[str, Question]]) -> Judgement:
     if scorer.judge_all is not None:
         return scorer.judge_all(answered)
     assert scorer.judge is not None
-    return Judgement([scorer.judge(prediction, question) for prediction, question in answered], {})
+    return Judgement(verdicts=[scorer.judge(prediction, question) for prediction, question in answered], figures={})

@@ -156,7 +156,7 @@ class MultimodalModel(nn.Module):
 
         Args:
             embeds: [B, L, d]. With `routing` they hold no modality token: it decides (`decide_routing`) but is not
-            seen.
+                seen.
             modality: int64 [B], of each row: 0 text, 1 image.
             arguments: of transformers' `LlamaModel.forward`.
         """

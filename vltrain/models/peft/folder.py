@@ -64,7 +64,7 @@ def describe_updates(blip: InstructBlipConfig, weights: dict[str, Tensor], base:
 
     Args:
         weights: by name in transformers' model; AdaLoRA's are cut down to the directions that are kept, see
-        `kept_directions`.
+            `kept_directions`.
 
     Raises: InputError for what one such file cannot say.
     """

@@ -77,7 +77,7 @@ def clip_config(key: str, source: str | None, values: dict[str, Any], kind: str 
 
     Args:
         kind: whose ViT it is, a name of `clip_state.ACTIVATIONS`: needed for a state dict. What brings a config must
-        agree with it.
+            agree with it.
     """
     if source is None:
         return _config_from_values(key, CLIPVisionConfig, values)

@@ -309,7 +309,7 @@ def load_trainable(
 
     Args:
         whole: a context in which a parameter that is cut up among ranks is whole and can be written; see
-        `vltrain.train.zero.engine.whole`.
+            `vltrain.train.zero.engine.whole`.
 
     Raises:
         InputError: names or shapes differ: a checkpoint of another model.

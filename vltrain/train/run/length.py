@@ -22,8 +22,7 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
 
     Raises:
         InputError: `train.epochs` of no pack, `train.max_steps` beyond `train.epochs`, evaluations that never come
-        though
-            `train.keep_best` or `train.early_stopping_patience` choose by them.
+            though `train.keep_best` or `train.early_stopping_patience` choose by them.
     """
     train = config.train
     refuse: Callable[[str], None] = logger.warning if resumed else _refuse

@@ -82,15 +82,14 @@ def resolve_ds_config(
         config: the recipe.
         world_size: number of ranks.
         num_trained: trained parameters of the model. None: there is none yet and all else is checked; buckets that say
-        "auto" go on saying so.
+            "auto" go on saying so.
 
     Returns:
         A configuration of numbers only, ready for `deepspeed.initialize`; see `num_trained`.
 
     Raises:
         InputError: an unknown key, a value of a wrong type, one that contradicts the recipe or belongs to it alone, an
-        "auto" nobody fills, and a
-            feature that is refused, see `vltrain.train.zero.ds_schema`.
+            "auto" nobody fills, and a feature that is refused, see `vltrain.train.zero.ds_schema`.
     """
     check_ds_json(raw)
     resolved = copy.deepcopy(raw) if num_trained is None else fill_buckets(raw, num_trained)

@@ -70,7 +70,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> tuple[int, int]:
 
     Raises:
         InputError: the environment contradicts itself, rank 0 cannot listen where it says, or the ranks are on GPUs of
-        several models.
+            several models.
     """
     deepspeed_logger.setLevel(logging.INFO if keeps_log() else logging.WARNING)
     # DeepSpeed calls collectives by names that torch has begun to rename: true, and nothing a user could mend.
@@ -154,7 +154,7 @@ class Engine:
 
     Args:
         model: its trainable parameters are fp32 and already hold the values to start from; cut up by `partitioner` or
-        whole.
+            whole.
         groups: parameter groups, see `vltrain.train.optim.parameter_groups`.
         ds_config: resolved, see `vltrain.train.zero.ds_config.resolve_ds_config`.
         betas, eps: AdamW's.
