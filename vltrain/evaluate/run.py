@@ -67,19 +67,11 @@ def evaluate_split(
         model: in evaluation mode, plain or under DeepSpeed at any ZeRO stage; the caller's autocast context holds.
         samples_file: JSONL; images are found beside it.
         folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there. None:
-<<<<<<< HEAD
-        nowhere.
+            nowhere.
         step: optimizer steps that the model has behind it, for the files and loggers.
         max_samples: None: all.
         loggers: on rank 0: get `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
             figures, and some questions with their images.
-=======
-            nowhere.
-        step: optimizer steps that the model has behind it, for the files and TensorBoard.
-        max_samples: None: all.
-        writer: TensorBoard's, on rank 0: gets `eval/SPLIT/accuracy` (or what the scorer calls its measure), the
-            columns, further figures, and some questions with their images.
->>>>>>> a41ba64 (One page a room: a README of 830 words, pages on training, data, the inside of vltrain and troubles, whose commands, links, tables and quoted messages are tested; an API reference by pdoc, its warnings errors)
         on_progress: called after every batch.
         facts: which weights answer: plain JSON for metrics.json, beside the split and the step.
 
