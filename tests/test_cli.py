@@ -57,3 +57,13 @@ def test_python_m_vltrain_is_the_console_script():
     done = subprocess.run([sys.executable, "-m", "vltrain", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"vltrain {importlib.metadata.version('vltrain')}\n")
     assert subprocess.run([sys.executable, "-m", "vltrain", "trian"], capture_output=True).returncode == 2
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch, capsys):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    expected = importlib.metadata.version("vltrain")
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vltrain {expected}\n"

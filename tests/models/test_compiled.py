@@ -91,6 +91,7 @@ def test_evaluation_runs_as_it_is_written():
     [
         (3, {}, "ZeRO 3"),
         (2, {"model__bits": 4}, "model.bits 4"),
+        (2, {"model__llm__kernels": "liger"}, "model.llm.kernels liger"),
         (2, {"model__adapter__kind": "router"}, "model.adapter.kind router"),
         (2, {"train__activation_checkpointing": True}, "train.activation_checkpointing"),
     ],

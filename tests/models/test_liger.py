@@ -108,6 +108,29 @@ def test_it_is_liger_that_runs(monkeypatch):
     ]
 
 
+def test_compiled_they_are_plain_operations_and_uncompiled_ligers(monkeypatch):
+    """torch.compile cannot trace Liger's kernels (seen with torch 2.11 on a GPU), and fuses plain operations itself."""
+    from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+
+    calls = []
+    for function in (LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction):
+        plain, name = function.apply, function.__name__
+        counted = staticmethod(lambda *given, plain=plain, name=name: calls.append(name) or plain(*given))
+        monkeypatch.setattr(function, "apply", counted)
+    llm = build("liger").llm
+    x = torch.randn(6, llm.config.hidden_size, device=DEVICE)
+    q, k, cos, sin = (torch.randn(1, heads, 6, 8, device=DEVICE) for heads in (4, 2, 1, 1))
+    cos, sin = cos[:, 0], sin[:, 0]
+    cos.by_liger = True
+    parts = [(llm.model.norm.forward, (x,)), (llm.model.layers[0].mlp.forward, (x,)), (liger._rotary, (q, k, cos, sin))]
+    torch._dynamo.reset()
+    compiled = [torch.compile(part, backend="eager", fullgraph=True)(*given) for part, given in parts]
+    assert not calls
+    written = [part(*given) for part, given in parts]
+    assert calls == ["LigerRMSNormFunction", "LigerSiLUMulFunction", "LigerRopeFunction"]
+    torch.testing.assert_close(compiled[:2], written[:2], rtol=2e-6, atol=1e-6)
+
+
 def test_other_models_keep_the_plain_rotary_embedding(monkeypatch):
     build("liger")
     other, calls, plain = build("torch"), [], liger._plain_rotary

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +255,23 @@ def test_it_compiles_without_a_graph_break(dynamic, bias):
     for mine, other in zip(ours, others, strict=True):
         if mine is not None:
             torch.testing.assert_close(mine.grad, other.grad)
+
+
+class Symbol(int):
+    """A size in a graph of torch 2.11, which cannot be multiplied by a bool."""
+
+    def __mul__(self, other):
+        assert type(other) is not bool
+        return int(self) * other
+
+    __rmul__ = __mul__
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_sizes_of_gradients_are_not_multiplied_by_bools(bias):
+    states = SimpleNamespace(shape=(Symbol(7), Symbol(36)), new_empty=lambda shape, dtype=None: tuple(shape))
+    shapes = triton_adapter._empty_gradients(states, Symbol(4), bias, True)
+    assert shapes == ((7, 36), (4, 36), (4 * bias,), (36, 4), (36 * bias,))
 
 
 class RmsNorm(torch.nn.Module):

@@ -4,11 +4,13 @@ Blocks are compiled, not the model: all of a network's share one graph, whose si
 length go through it.
 Attention stays out (its calls follow a row's segments), and so do embeddings, neck and the head's loss, whose shapes
 differ from pack to pack.
-Evaluation, where lengths grow by a token at a time, runs as it is written.
+Evaluation, where lengths grow by a token at a time, runs as it is written, by Liger's kernels where those are: in
+compiled blocks norms, rotary embedding and SwiGLU are plain operations, which torch.compile fuses.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +25,8 @@ from vltrain.models.adapters import is_routed
 from vltrain.models.backbones.llm import llm_blocks
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, packed_sdpa_forward, packed_varlen_forward
+
+logger = logging.getLogger(__name__)
 
 GRAPHS = (
     32  # of one piece of a block: with and without gradients, one image or several, one segment or several, each once
@@ -41,6 +45,7 @@ def require_compilable(config: Config, zero_stage: int) -> None:
             config.train.activation_checkpointing
         ),
         f"model.bits {model.bits}": model.bits in (4, 8),
+        "model.llm.kernels liger, which torch.compile cannot trace": model.llm.kernels == "liger",
         f"model.adapter.kind {model.adapter.kind}, which decides anew in every row": is_routed(model.adapter),
     }
     for reason, holds in reasons.items():
@@ -57,6 +62,7 @@ def compile_blocks(model: MultimodalModel, backend: str = "inductor") -> None:
         AttentionInterface.register(name, torch.compiler.disable(attention))
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 8 * GRAPHS
+    logger.info("blocks are compiled, norms, rotary embedding and SwiGLU with them; evaluation runs as it is written")
     for block in (*model.vision.live_blocks, *llm_blocks(model.llm)):
         block.compile(dynamic=True, backend=backend)
 

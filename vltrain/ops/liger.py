@@ -77,7 +77,12 @@ def install_liger(llm: LlamaForCausalLM) -> None:
     modeling_llama.apply_rotary_pos_emb = _rotary
 
 
+# Where torch.compile traces a block, the three are plain operations, which it fuses itself: it cannot trace Liger's.
+
+
 def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, hidden_states)
     from liger_kernel.ops import LigerRMSNormFunction
 
     # Not in place: the gradient that arrives may be held by an adapter's skip connection as well.
@@ -85,6 +90,8 @@ def _rms_norm(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def _swiglu(self: nn.Module, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, x)
     from liger_kernel.ops import LigerSiLUMulFunction
 
     return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
@@ -98,12 +105,13 @@ def _attention(
     Made here, in each layer and again in each recomputation: hooks on modules, ZeRO-3's among them, replace the tensors
     that pass through.
     """
-    position_embeddings[0].by_liger = True
+    if not torch.compiler.is_compiling():
+        position_embeddings[0].by_liger = True
     return type(self).forward(self, hidden_states, position_embeddings, **options)
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    if not getattr(cos, "by_liger", False):
+    if torch.compiler.is_compiling() or not getattr(cos, "by_liger", False):
         return _plain_rotary(q, k, cos, sin, unsqueeze_dim)
     from liger_kernel.ops import LigerRopeFunction
 
