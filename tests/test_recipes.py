@@ -19,8 +19,9 @@ from transformers import CLIPVisionConfig
 
 from data_prep.sources import SOURCES
 from vltrain.config.command_line import load_settings
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.config.recipe import dump_config, read_recipe, read_stages, read_table
-from vltrain.config.schema import AdapterConfig, Config
+from vltrain.config.schema import Config
 from vltrain.config.strict_yaml import load_yaml
 from vltrain.data.text.conversation import TEMPLATES
 from vltrain.data.text.tokenizer import load_tokenizer

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from data_prep.sources import SOURCES
 from vltrain.config.command_line import TRAIN_OPTIONS, Settings, load_settings
-from vltrain.config.keys import checked_value, known_keys
+from vltrain.config.keys import checked_value, keys_of, known_keys
 from vltrain.config.recipe import build_config, dump_config, read_recipe
 from vltrain.config.schema import Config
 from vltrain.data.text.conversation import TEMPLATES
@@ -280,7 +281,7 @@ def test_the_printed_configuration_is_the_whole_and_loads_back_equal(tmp_path, c
     printed = capsys.readouterr().out
     reloaded = load("--recipe", str(recipe(tmp_path, printed)))
     assert reloaded.config == load(*words).config
-    assert reloaded.given == set(known_keys())
+    assert reloaded.given == set(keys_of("mmt"))
 
 
 PLAIN = st.recursive(
@@ -366,3 +367,58 @@ def test_bits_in_a_recipe_are_a_number(tmp_path):
     for wrong in ("'8'", "8.0", "true", "7"):
         with pytest.raises(InputError, match="model.bits: found .*, expected one of 4, 8, 16, 32 or null"):
             load("--recipe", str(recipe(tmp_path, f"model: {{bits: {wrong}}}\n")))
+
+
+BLIP = ["--model.architecture", "instructblip", "--model.instructblip.source", "somewhere"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--model.instructblip.source", "x"],
+            "model.instructblip.source: .*of the architecture instructblip, and .*mmt",
+        ),
+        (
+            ["--model.instructblip.qformer.rank", "8"],
+            "model.instructblip.qformer.rank: .*of the architecture instructblip",
+        ),
+        ([*BLIP, "--model.neck.dim", "128"], "model.neck.dim: .*of the architecture mmt, and .* is instructblip"),
+        ([*BLIP, "--model.llm.config.hidden_size", "64"], "model.llm.config: .*of the architecture mmt"),
+        (["--model.architecture", "mtt"], "model.architecture: found 'mtt', expected one of mmt, instructblip"),
+    ],
+)
+def test_a_key_of_another_architecture_fails_and_says_whose_it_is(words, said):
+    with pytest.raises(InputError, match=said):
+        load(*words)
+
+
+def test_keys_of_one_architecture_have_no_place_in_another():
+    assert not hasattr(load().config.model, "instructblip") and not hasattr(load(*BLIP).config.model, "neck")
+    assert keys_of("mmt").keys() | keys_of("instructblip").keys() == known_keys().keys()
+    common = keys_of("mmt").keys() & keys_of("instructblip").keys()
+    assert {key for key in common if key.startswith("model.")} == {"model.architecture", "model.bits", "model.seed"}
+
+
+def test_a_recipe_that_names_every_key_of_every_architecture_loads_as_older_runs_wrote_it(tmp_path):
+    """Versions before this wrote the defaults of the architecture that a run is not of, too."""
+    old = {
+        key: list(one.default) if isinstance(one.default, tuple) else one.default for key, one in known_keys().items()
+    }
+    for words in ([], BLIP):
+        mine = load(*words).config
+        stored: dict = {}
+        for key, value in old.items():
+            *sections, name = key.split(".")
+            place = stored
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = value
+        stored["model"]["architecture"] = mine.model.architecture
+        stored["model"]["instructblip"]["source"] = "somewhere" if words else None
+        path = recipe(tmp_path, yaml.safe_dump(stored))
+        assert load("--recipe", str(path)).config == mine
+        assert load(default_recipe=path, default_is_checked=True).config == mine
+    stored["model"]["neck"]["dim"] = 64
+    with pytest.raises(InputError, match="model.neck.dim: .*of the architecture mmt"):
+        load("--recipe", str(recipe(tmp_path, yaml.safe_dump(stored))))

@@ -10,8 +10,9 @@ from tests.attacks.attack import Shown, attack, refused, refuses, right, told
 from tests.attacks.inputs import chat, pack_words, sample, write_json, write_jsonl
 from tests.attacks.tokens import LOST, fast, gap_in_ids, pair
 from tests.support.vocabularies import CHATML, make_metaspace, make_transformers, make_unigram
+from vltrain.config.model.mmt import LLMConfig, MmtConfig
 from vltrain.config.recipe import dump_config
-from vltrain.config.schema import Config, DataConfig, EvalConfig, LLMConfig, ModelConfig
+from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.data.text.conversation import encode_prompt, encode_sample, fingerprint, stop_ids
 from vltrain.data.text.spelling import Spelling
 from vltrain.data.text.tokenizer import load_tokenizer
@@ -391,7 +392,7 @@ def prompt_and_answer_beyond_the_positions(folder: Path) -> Shown:
 def untuned(folder: Path, records: list, **model) -> list:
     """The words that evaluate a run of the small models, untuned, on these samples."""
     config = Config(
-        model=ModelConfig(llm=LLMConfig(source="asset://tiny_llama", **model)),
+        model=MmtConfig(llm=LLMConfig(source="asset://tiny_llama", **model)),
         data=DataConfig(root=str(folder / "data")),
         output=str(folder / "run"),
     )

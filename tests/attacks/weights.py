@@ -33,8 +33,8 @@ from tests.attacks.checkpoints import (
     write_gguf,
     write_meta,
 )  # fmt: skip
-from vltrain.config.instructblip import InstructBlipConfig
-from vltrain.config.schema import LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.model.instructblip import BlipModelConfig, InstructBlipConfig
+from vltrain.config.model.mmt import LLMConfig, MmtConfig, VisionConfig
 from vltrain.data.images import decode_image
 from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.build import build_model
@@ -670,15 +670,13 @@ CLIP_PROCESSOR = {
 }
 
 
-def clip_with_processor(folder: Path, changed: dict[str, Any], name: str = "preprocessor_config.json") -> ModelConfig:
+def clip_with_processor(folder: Path, changed: dict[str, Any], name: str = "preprocessor_config.json") -> MmtConfig:
     """A recipe's model whose ViT's folder has such a file."""
     if not folder.exists():
         save_clip(folder)
     settings = {key: value for key, value in {**CLIP_PROCESSOR, **changed}.items() if value != "absent"}
     (folder / name).write_text(json.dumps({"image_processor": settings} if name.startswith("processor") else settings))
-    return ModelConfig(
-        vision=VisionConfig(source=str(folder), tap_every=1), llm=LLMConfig(config=LLM, tokenizer="none")
-    )
+    return MmtConfig(vision=VisionConfig(source=str(folder), tap_every=1), llm=LLMConfig(config=LLM, tokenizer="none"))
 
 
 def our_pixels(model: Any, image: Image.Image) -> torch.Tensor:
@@ -776,7 +774,7 @@ def preprocessing_that_cannot_be(folder: Path) -> Shown:
 def preprocessing_of_an_instructblip(folder: Path) -> Shown:
     """An InstructBLIP with a mean of its own; one that is cropped is refused."""
     save_blip(folder / "b", "t5")
-    config = ModelConfig(architecture="instructblip", instructblip=InstructBlipConfig(source=str(folder / "b")))
+    config = BlipModelConfig(instructblip=InstructBlipConfig(source=str(folder / "b")))
     settings: dict[str, Any] = {
         "image_processor_type": "BlipImageProcessor",
         "size": {"height": 16, "width": 16},

@@ -10,7 +10,7 @@ from torch import nn
 from tests.models.tiny_models import LLM, make_batch, tiny_config
 from tests.support.blip import IMAGE_SIZE, QUERIES, blip_config
 from vltrain.batch import Batch
-from vltrain.config.schema import ModelConfig, PeftConfig
+from vltrain.config.model.mmt import MmtConfig, PeftConfig
 from vltrain.memory.live import LiveMemory
 from vltrain.memory.rehearse import PackSize, make_blip_pack, make_pack, rehearse
 from vltrain.models.build import build_model
@@ -25,7 +25,7 @@ MID_SIZE = {
     "vocab_size": 1000,
 }
 SIZE = PackSize(num_tokens=300, num_images=4, num_label_tokens=120, num_segments=6, origin="")
-MODELS: dict[str, ModelConfig] = {
+MODELS: dict[str, MmtConfig] = {
     "adapters": tiny_config(),
     "mid-size": tiny_config(llm={"config": MID_SIZE}),
     "everything": tiny_config(llm={"config": MID_SIZE}, tune="full"),
@@ -36,7 +36,7 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def made_pack(config: ModelConfig) -> Batch:
+def made_pack(config: MmtConfig) -> Batch:
     return (
         make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16)
         if config.architecture == "instructblip"

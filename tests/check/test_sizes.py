@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models.tiny_models import tiny_config
-from vltrain.config.instructblip import InstructBlipConfig
-from vltrain.config.schema import LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.model.instructblip import BlipModelConfig, InstructBlipConfig
+from vltrain.config.model.mmt import LLMConfig, MmtConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.memory.sizes import BLIPS, LLMS, VITS, assume_sizes
 from vltrain.memory.weights import WeightPlan, quantised_bytes
@@ -35,9 +35,9 @@ PUBLISHED = {
 
 def assumed(
     llm: str = "weights/llama-2-7b", vision: str = "weights/diht_vitl14_336px.ckpt"
-) -> tuple[ModelConfig, list[str]]:
+) -> tuple[MmtConfig, list[str]]:
     return assume_sizes(
-        ModelConfig(vision=VisionConfig(source=vision, kind="diht", tap_every=1), llm=LLMConfig(source=llm))
+        MmtConfig(vision=VisionConfig(source=vision, kind="diht", tap_every=1), llm=LLMConfig(source=llm))
     )
 
 
@@ -66,7 +66,7 @@ def test_an_llm_has_its_published_number_of_parameters(name: str) -> None:
 def test_an_instructblip_has_its_published_number_of_parameters(name: str, llm: int) -> None:
     """Sizes of the LLM and of EVA's ViT-g; what is tuned, tests/models/test_qformer.py counts."""
     blip = InstructBlipConfig(source=f"Salesforce/{name}")
-    model, said = assume_sizes(ModelConfig(architecture="instructblip", instructblip=blip))
+    model, said = assume_sizes(BlipModelConfig(instructblip=blip))
     counts = count_parameters(build_model(model, device="meta"))
     assert (counts["llm"][0], counts["vision"][0], counts["qformer"][0]) == (llm, 985_949_440, 185_660_160)
     assert said == [
@@ -89,7 +89,7 @@ def test_every_instructblip_is_in_that_list() -> None:
 )
 def test_a_vit_has_its_published_number_of_parameters(name: str, published: int) -> None:
     """Of transformers' CLIPVisionModel, which leaves out the projection."""
-    model, _ = assume_sizes(ModelConfig(vision=VisionConfig(source="asset://tiny_vit", tap_every=1)), vision=name)
+    model, _ = assume_sizes(MmtConfig(vision=VisionConfig(source="asset://tiny_vit", tap_every=1)), vision=name)
     total, adapters = (count_parameters(build_model(model, device="meta"))[part][0] for part in ("vision", "adapter"))
     assert total == published and adapters > 0
 
@@ -127,7 +127,7 @@ def test_a_vit_that_is_not_here_goes_by_its_name(source: str, name: str) -> None
 
 
 def test_names_given_by_the_user_win() -> None:
-    model, said = assume_sizes(ModelConfig(), llm="llama-13b", vision="vit-b/16")
+    model, said = assume_sizes(MmtConfig(), llm="llama-13b", vision="vit-b/16")
     assert (model.llm.config, model.vision.config["hidden_size"]) == (LLMS["llama-13b"].config, 768)
     assert all("as asked for" in line for line in said)
 
@@ -139,7 +139,7 @@ def test_weights_that_are_here_are_read(tmp_path: Path) -> None:
     assert assumed(llm=str(folder))[0].llm.source is None  # a tokenizer alone says no sizes
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert assumed(llm=str(folder))[0].llm.source == str(folder)
-    assert assume_sizes(ModelConfig()) == (ModelConfig(), [])
+    assert assume_sizes(MmtConfig()) == (MmtConfig(), [])
 
 
 def test_an_unknown_name_is_an_error_with_what_is_known() -> None:
@@ -148,7 +148,7 @@ def test_an_unknown_name_is_an_error_with_what_is_known() -> None:
     ):
         assumed(llm="weights/mistral-7b")
     with pytest.raises(InputError, match="--vision-size: unknown size 'vit-l/14_336', did you mean 'vit-l/14-336'"):
-        assume_sizes(ModelConfig(), vision="vit-l/14_336")
+        assume_sizes(MmtConfig(), vision="vit-l/14_336")
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (96, 100), (11008, 512)])

@@ -13,7 +13,7 @@ from data_prep.pretrain.drawings import COLOURS, FIGURES, draw
 from data_prep.pretrain.llama import accuracy, tokenise
 from data_prep.pretrain.sentences import KINDS, Lesson, Writer
 from data_prep.pretrain.vit import VIT_CONFIG, Drawings, draw_many, states
-from vltrain.config.schema import ModelConfig
+from vltrain.config.model.mmt import MmtConfig
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.files.locate import locate
 from vltrain.models.build import build_model
@@ -51,7 +51,7 @@ def readable_share(vit: CLIPVisionModel, train: Drawings, test: Drawings, name: 
 
 
 def test_default_model_is_built_from_the_shipped_weights(tokenizer):
-    model = build_model(ModelConfig())
+    model = build_model(MmtConfig())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapter = 128 * 16 + 16 + 16 * 128 // 2 + 128
     neck = 2 * (128 * 128 + 128)

@@ -15,8 +15,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.processes import on_ranks
+from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, VisionConfig
 from vltrain.config.recipe import dump_config
-from vltrain.config.schema import AdapterConfig, Config, DataConfig, EvalConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.samples import deal, read_samples, thin_out
 from vltrain.evaluate.scorers.exact import normalise
@@ -70,7 +71,7 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
 def make_run(folder: Path) -> tuple[Path, Config]:
     """A run's folder with a checkpoint whose trained weights are far from fresh ones."""
     config = Config(
-        model=ModelConfig(
+        model=MmtConfig(
             vision=VisionConfig(
                 config=dict(
                     image_size=16,

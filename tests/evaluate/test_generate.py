@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
 from vltrain.models.build import build_model
@@ -21,7 +21,7 @@ STOP = (49, 14)
 
 
 def tiny_model(attention: str = "sdpa", **adapter) -> MultimodalModel:
-    config = ModelConfig(
+    config = MmtConfig(
         vision=VisionConfig(
             config=dict(
                 image_size=IMAGE_SIZE,

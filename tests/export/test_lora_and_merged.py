@@ -14,8 +14,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, Gen
 
 from tests.models.tiny_models import randomise_adapters
 from tests.support.finished_run import Places, finished_run
+from vltrain.config.model.mmt import PeftConfig
 from vltrain.config.recipe import build_config, dump_config
-from vltrain.config.schema import PeftConfig
 from vltrain.data.images import decode_image
 from vltrain.errors import InputError
 from vltrain.export.engines import ENGINES, require_engine, who_loads
@@ -24,7 +24,6 @@ from vltrain.models.build import build_model
 from vltrain.models.merge import merge_adapters
 from vltrain.programs.export import export
 from vltrain.train.checkpoints.checkpoint import save_checkpoint
-from vltrain.train.run.identity import model_identity
 
 PEFT = {
     "model__llm__peft__kind": "lora",
@@ -45,7 +44,7 @@ def tuned_run(folder: Path, **changes: Any) -> tuple[Places, Any]:
     (places.run / "config.yaml").write_text(dump_config(config))
     (places.run / "run.json").unlink()
     state = ((name, one.detach(), {}) for name, one in model.named_parameters() if one.requires_grad)
-    identity = json.loads(json.dumps({"model": model_identity(config)}))
+    identity = json.loads(json.dumps({"model": config.model.identity()}))
     save_checkpoint(state, places.run / "checkpoints", step=9, belongs_to=identity, keep=9, is_writer=True)
     return places, model
 
@@ -223,9 +222,9 @@ def test_a_weight_that_fp16_cannot_hold_is_refused_and_nothing_is_left(tmp_path:
     identity = json.loads(
         json.dumps(
             {
-                "model": model_identity(
-                    places.config(model__llm__train=True, model__adapter__llm="none", model__adapter__vision="none")
-                )
+                "model": places.config(
+                    model__llm__train=True, model__adapter__llm="none", model__adapter__vision="none"
+                ).model.identity()
             }
         )
     )

@@ -14,7 +14,6 @@ from vltrain.models.build import build_model
 from vltrain.programs.export import export
 from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import load_trainable, newest_checkpoint, save_checkpoint
-from vltrain.train.run.identity import model_identity
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.origin import find_origin, require_same_frozen, with_peft_folder
 
@@ -31,7 +30,7 @@ def with_identity(run):
     config, found = recipe_of(run), newest_checkpoint(run / "checkpoints")
     state = [(name, value, {}) for name, value in found.weights()]
     shutil.rmtree(run / "checkpoints")
-    identity = json.loads(json.dumps({"model": model_identity(config), "made_of": made_of(config)}))
+    identity = json.loads(json.dumps({"model": config.model.identity(), "made_of": made_of(config)}))
     save_checkpoint(iter(state), run / "checkpoints", step=9, belongs_to=identity, keep=2, is_writer=True)
     return run
 

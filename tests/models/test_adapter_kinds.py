@@ -8,7 +8,7 @@ import torch
 from tiny_models import mixed_batch, tiny_config
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters import ADAPTERS, Adapter, make_adapter
 from vltrain.models.adapters.loha import LohaMatrix
@@ -287,7 +287,7 @@ def test_lavins_counts(llm: tuple[int, int, int, int], count: int) -> None:
     sizes = dict(
         zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), llm, strict=True)
     )
-    config = ModelConfig(
+    config = MmtConfig(
         vision=VisionConfig(config=vision, tap_every=4),
         llm=LLMConfig(config=sizes, tokenizer="none"),
         adapter=AdapterConfig(kind="router", dim=8),

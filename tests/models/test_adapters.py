@@ -5,7 +5,7 @@ import torch
 from tiny_models import randomise_adapters, tiny_config
 from torch import nn
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters import BottleneckAdapter, insert_adapters, make_adapter
 from vltrain.models.build import build_model

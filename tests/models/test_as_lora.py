@@ -10,7 +10,7 @@ from tiny_models import LLM, randomise_adapters, tiny_config
 from torch import Tensor
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vltrain.config.schema import ModelConfig, PeftConfig
+from vltrain.config.model.mmt import MmtConfig, PeftConfig
 from vltrain.errors import InputError
 from vltrain.export.formats.lora import write_updates
 from vltrain.models.build import build_model
@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def built(**changes: Any) -> tuple[ModelConfig, MultimodalModel]:
+def built(**changes: Any) -> tuple[MmtConfig, MultimodalModel]:
     if changes.get("bits") in (4, 8):
         pytest.importorskip("bitsandbytes", reason="install the extra `quant`")
     config = tiny_config(**changes)
@@ -53,7 +53,7 @@ def built(**changes: Any) -> tuple[ModelConfig, MultimodalModel]:
     return config, model
 
 
-def plain(config: ModelConfig) -> MultimodalModel:
+def plain(config: MmtConfig) -> MultimodalModel:
     """The frozen networks alone."""
     changes = {"adapter": {"vision": "none", "llm": "none"}, "bits": config.bits}
     model = build_model(tiny_config(**changes)).eval()
@@ -61,7 +61,7 @@ def plain(config: ModelConfig) -> MultimodalModel:
     return model
 
 
-def settings(config: ModelConfig, part: str) -> dict[str, Any]:
+def settings(config: MmtConfig, part: str) -> dict[str, Any]:
     alone = config.adapter.llm == "none" and part == "llm"
     return {
         "lora_alpha": config.llm.peft.alpha if alone else None,
@@ -80,7 +80,7 @@ def with_peft(network: Any, folder: Path) -> Any:
         return PeftModel.from_pretrained(network, str(folder)).eval()
 
 
-def export(model: MultimodalModel, config: ModelConfig, part: str, folder: Path) -> None:
+def export(model: MultimodalModel, config: MmtConfig, part: str, folder: Path) -> None:
     folder.mkdir()
     network = model.llm if part == "llm" else model.vision.clip
     write_updates(folder, dict(lora_updates(model, part)), network, settings(config, part), torch.float32)

@@ -8,7 +8,7 @@ import torch
 from tiny_models import LLM, VISION, make_batch, mixed_batch, tiny_config
 
 from tests.support.blip import blip_config
-from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, PeftConfig, VisionConfig
+from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, NeckConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.models import build
 from vltrain.models.build import PARTS, build_model, count_parameters, part_of
@@ -31,7 +31,7 @@ LLAMA_2_7B = {
 
 
 def paper_size(adapter: AdapterConfig, neck: NeckConfig | None = None) -> dict[str, tuple[int, int]]:
-    config = ModelConfig(
+    config = MmtConfig(
         vision=VisionConfig(config=VIT_L_336, tap_every=4),
         llm=LLMConfig(config=LLAMA_2_7B, tokenizer="none"),
         adapter=adapter,
@@ -173,7 +173,7 @@ def test_a_wrong_trained_set_does_not_get_out(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("model", [tiny_config(), blip_config("llama").model], ids=["mmt", "instructblip"])
 def test_kernels_are_logged_by_the_model_and_not_by_its_outline(
-    model: ModelConfig, caplog: pytest.LogCaptureFixture
+    model: MmtConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "vltrain")
     build.outline_model(model, "cpu", torch.float32)

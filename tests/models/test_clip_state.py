@@ -12,7 +12,7 @@ from tiny_models import LLM, make_batch, tiny_config
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from vltrain.config.schema import VisionConfig
+from vltrain.config.model.mmt import VisionConfig
 from vltrain.errors import InputError
 from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.build import build_model

@@ -10,7 +10,7 @@ from tiny_models import LLM, counted_flops, make_batch, mixed_batch, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, PeftConfig, VisionConfig
+from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate
 from vltrain.models.build import build_model, count_parameters
@@ -36,8 +36,8 @@ def tiny(peft: PeftConfig, moved: bool = True, **choice) -> MultimodalModel:
     return model
 
 
-def with_peft(**settings) -> ModelConfig:
-    return ModelConfig(
+def with_peft(**settings) -> MmtConfig:
+    return MmtConfig(
         vision=VisionConfig(config=VIT_L_336, tap_every=4),
         llm=LLMConfig(config=LLAMA_2_7B, tokenizer="none", peft=PeftConfig(**settings)),
         adapter=AdapterConfig(kind="repadapter", llm="none"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vltrain.config.schema import NeckConfig
+from vltrain.config.model.mmt import NeckConfig
 from vltrain.models.mmt.neck import make_neck
 
 

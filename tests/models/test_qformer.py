@@ -8,9 +8,8 @@ import torch
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from tests.support.blip import QUERIES, blip_config, make_batch, make_samples, make_tokenizers
-from vltrain.config.instructblip import InstructBlipConfig as OurConfig
-from vltrain.config.instructblip import LanguageTuning, QFormerTuning
-from vltrain.config.schema import ModelConfig
+from vltrain.config.model.instructblip import BlipModelConfig, LanguageTuning, QFormerTuning
+from vltrain.config.model.instructblip import InstructBlipConfig as OurConfig
 from vltrain.data.loader import filler
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import load_tokenizer
@@ -199,7 +198,7 @@ def count_at_full_size(sizes, qformer=None, llm=None):
     }
     places = {"tokenizer": "none", "qformer_tokenizer": "none"}
     model = build_model(
-        ModelConfig(architecture="instructblip", instructblip=OurConfig(config=sizes, **places, **tuning)),
+        BlipModelConfig(instructblip=OurConfig(config=sizes, **places, **tuning)),
         device="meta",
     )
     counts = count_parameters(model)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from tiny_models import LLM, mixed_batch, randomise_adapters, tiny_config
 from torch import nn
 
-from vltrain.config.schema import Config, PeftConfig
+from vltrain.config.model.mmt import PeftConfig
+from vltrain.config.schema import Config
 from vltrain.distributed.hardware import choose_dtype
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, count_parameters, outline_model

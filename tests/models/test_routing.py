@@ -8,7 +8,7 @@ import torch
 from test_multimodal import alone, gradients
 from tiny_models import make_batch, mixed_batch, randomise_adapters, tiny_config
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.models.adapters import ADAPTERS, is_routed
 from vltrain.models.build import build_model
 from vltrain.models.mmt.model import MultimodalModel

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vltrain.batch import Batch
-from vltrain.config.schema import AdapterConfig, LLMConfig, ModelConfig, NeckConfig, VisionConfig
+from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, NeckConfig, VisionConfig
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 VISION = {
@@ -36,10 +36,10 @@ def tiny_config(
     llm: dict[str, Any] | None = None,
     adapter: dict[str, Any] | None = None,
     **model: Any,
-) -> ModelConfig:
+) -> MmtConfig:
     """A ViT of 5 blocks with taps after 2 and 4, and a LLaMA of 3 blocks with grouped-query attention."""
     vision, llm = vision or {}, llm or {}
-    return ModelConfig(
+    return MmtConfig(
         vision=VisionConfig(**{"config": VISION, "tap_every": 2, **vision}),
         llm=LLMConfig(**{"config": LLM, "tokenizer": "none", **llm}),
         adapter=AdapterConfig(**{"dim": 4, **(adapter or {})}),

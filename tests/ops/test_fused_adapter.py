@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters import make_adapter
 from vltrain.models.adapters.table import NormThenAdapter

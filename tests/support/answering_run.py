@@ -13,12 +13,13 @@ from PIL import Image
 
 from tests.support.blip import blip_config, make_samples, make_tokenizers
 from tests.support.vocabularies import make_transformers
+from vltrain.config.model.mmt import LLMConfig, MmtConfig, VisionConfig
 from vltrain.config.recipe import dump_config
-from vltrain.config.schema import Config, LLMConfig, ModelConfig, VisionConfig
+from vltrain.config.schema import Config
 from vltrain.models.build import build_model
 from vltrain.schema import Sample, Turn
 from vltrain.train.checkpoints.checkpoint import save_checkpoint
-from vltrain.train.run.identity import MADE_OF, model_identity
+from vltrain.train.run.identity import MADE_OF
 from vltrain.train.run.made_of import made_of
 
 KINDS = ("mmt", "chat", "llama", "t5")
@@ -85,7 +86,7 @@ def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=draw) * (0.3 if kind in MMT else 0.15))
     state = ((name, one.detach(), {"exp_avg": one * 0}) for name, one in model.named_parameters() if one.requires_grad)
-    identity = {"model": json.loads(json.dumps(model_identity(config))), MADE_OF: made_of(config)}
+    identity = {"model": json.loads(json.dumps(config.model.identity())), MADE_OF: made_of(config)}
     save_checkpoint(state, run / "checkpoints", step=3, belongs_to=identity, keep=1, is_writer=True)
     samples = [*make_samples(12), TALK] if kind in MMT else [one for one in make_samples(12) if one.images]
     samples = [replace(one, metadata={"answer": one.turns[-1].text}) for one in samples]
@@ -100,7 +101,7 @@ def answering_run(kind: str, place: Path, **changes: object) -> AnsweringRun:
 
 def _mmt_config(kind: str, place: Path, **changes: object) -> Config:
     config = Config(
-        model=ModelConfig(
+        model=MmtConfig(
             vision=VisionConfig(
                 config=dict(
                     image_size=16,

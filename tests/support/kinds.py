@@ -11,7 +11,7 @@ import torch
 from tests.models.tiny_models import make_batch, randomise_adapters, tiny_config
 from tests.support import blip
 from vltrain.batch import Batch
-from vltrain.config.schema import PeftConfig
+from vltrain.config.model.mmt import PeftConfig
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.models.adapters.table import ADAPTERS

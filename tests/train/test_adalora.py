@@ -331,4 +331,5 @@ def test_a_schedule_longer_than_the_run_is_refused(schedule):
 )
 def test_a_schedule_that_makes_no_sense_is_refused(key, value, said):
     with pytest.raises(InputError, match=said):
-        build_config({"model.instructblip.adalora." + key: value})
+        blip = {"model.architecture": "instructblip", "model.instructblip.source": "somewhere"}
+        build_config({**blip, "model.instructblip.adalora." + key: value})

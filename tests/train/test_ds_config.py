@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vltrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from vltrain.config.model.mmt import MmtConfig
+from vltrain.config.schema import Config, OptimConfig, TrainConfig
 from vltrain.errors import InputError
 from vltrain.train.zero.ds_config import LARGEST_BUCKETS, fill_buckets, load_ds_json, resolve_ds_config
 
@@ -126,8 +127,8 @@ def test_missing_file_names_itself(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero3_does_not_take_packed_weights(bits):
-    packed = Config(model=ModelConfig(bits=bits))
+    packed = Config(model=MmtConfig(bits=bits))
     with pytest.raises(InputError, match=f"stage' is 3 and model.bits is {bits}: .*take stage 2"):
         resolve_ds_config({"zero_optimization": {"stage": 3}}, packed, world_size=2)
     resolve_ds_config({"zero_optimization": {"stage": 2}}, packed, world_size=2)
-    resolve_ds_config({"zero_optimization": {"stage": 3}}, Config(model=ModelConfig(bits=16)), world_size=2)
+    resolve_ds_config({"zero_optimization": {"stage": 3}}, Config(model=MmtConfig(bits=16)), world_size=2)

@@ -22,7 +22,6 @@ from vltrain.train.run.identity import (
     MADE_OF,
     agreed_over_nodes,
     differences,
-    model_identity,
     require_same_model,
     require_same_run,
     run_id,
@@ -49,7 +48,7 @@ def config_of(places, **changes):
 
 
 def identity_of(config):
-    return json.loads(json.dumps({"model": model_identity(config), MADE_OF: made_of(config)}))
+    return json.loads(json.dumps({"model": config.model.identity(), MADE_OF: made_of(config)}))
 
 
 def other_weights(folder):

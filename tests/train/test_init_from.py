@@ -23,7 +23,7 @@ from vltrain.train.checkpoints.checkpoint import (
     require_fit,
     save_checkpoint,
 )
-from vltrain.train.run.identity import MADE_OF, model_identity
+from vltrain.train.run.identity import MADE_OF
 from vltrain.train.run.origin import find_origin, require_same_frozen
 
 KINDS = {
@@ -49,7 +49,7 @@ def save_run(folder, config, steps=(7,), made_of=None, best=None):
     """A run's folder with checkpoints of its trained weights. Returns the model."""
     model = moved(build_model(config.model))
     identity = json.loads(
-        json.dumps({"model": model_identity(config), **({MADE_OF: made_of} if made_of is not None else {})})
+        json.dumps({"model": config.model.identity(), **({MADE_OF: made_of} if made_of is not None else {})})
     )
     for step in steps:
         state = (

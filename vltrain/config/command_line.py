@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -22,11 +22,14 @@ from typing import Any, get_origin
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
+from vltrain.config.idle import refuse_without_effect
 from vltrain.config.key_help import render
 from vltrain.config.keys import checked_value, describe_type, known_keys, known_sections, suggest
-from vltrain.config.older_runs import complete, is_default
-from vltrain.config.recipe import build_config, dump_config, own_settings, read_recipe
-from vltrain.config.schema import AdapterConfig, Config
+from vltrain.config.model.architectures import ARCHITECTURES
+from vltrain.config.model.base import ModelConfig
+from vltrain.config.older_runs import complete
+from vltrain.config.recipe import build_config, dump_config, own_settings, read_recipe, require_own
+from vltrain.config.schema import Config
 from vltrain.config.strict_yaml import load_text as load_recipe_text
 from vltrain.errors import InputError, nearest
 from vltrain.shipped import find_recipe
@@ -210,29 +213,38 @@ def load_settings(
     chosen |= {
         name: "yes" for name, option in options.items() if option.metavar is None and (name, None) in arguments.options
     }
-    recipe = find_recipe(chosen["recipe"], f"{COMMAND_LINE}: --recipe") if chosen["recipe"] else None
-    from_recipe = read_recipe(recipe) if recipe else {}
+    named = chosen.pop("recipe")
+    recipe = find_recipe(named, f"{COMMAND_LINE}: --recipe") if named else None
     is_stored = default_is_checked and recipe == default_recipe
+    settings = _resolved(arguments, chosen, recipe, is_stored=is_stored, checks_effect=checks_effect)
+    if ("print_config", None) in arguments.options:
+        sys.stdout.write(dump_config(settings.config))
+        raise SystemExit(0)
+    return settings
+
+
+def _resolved(
+    arguments: Arguments, options: dict[str, str | None], recipe: Path | None, *, is_stored: bool, checks_effect: bool
+) -> Settings:
+    """What a recipe and the command line say together. `is_stored`: the recipe is a run's resolved configuration."""
+    from_recipe = read_recipe(recipe) if recipe else {}
     if is_stored:
         from_recipe = complete(from_recipe)
     from_command_line = _overrides(arguments, from_recipe)
     given = {**from_recipe, **from_command_line}
+    require_own(given, made=from_command_line)
     config = build_config(given)
     if checks_effect:  # what all stages of a recipe share may be idle in the one that is named
         own = own_settings(recipe) if recipe is not None else None
         refuse_without_effect(
             config, {} if is_stored else from_recipe if own is None else own, frozenset(from_command_line)
         )
-    if ("print_config", None) in arguments.options:
-        sys.stdout.write(dump_config(config))
-        raise SystemExit(0)
-    del chosen["recipe"]
     return Settings(
         config=config,
         recipe=recipe,
         given=frozenset(given),
         overrides=frozenset(from_command_line),
-        options=chosen,
+        options=options,
         positionals=arguments.positionals,
     )
 
@@ -287,7 +299,9 @@ def _overrides(arguments: Arguments, from_recipe: Mapping[str, Any]) -> dict[str
 
 def _read_value(name: str, key: str, text: str | None) -> Any:
     try:
-        return _values_parser().parse_args([f"--{name}={text}"], defaults=False)[key]
+        owners = known_keys()[key].architectures
+        section = ARCHITECTURES[owners[0]] if owners else ModelConfig
+        return _parser_of(section).parse_args([f"--{name}={text}"], defaults=False)[key]
     except (argparse.ArgumentError, RecursionError):
         expected = describe_type(known_keys()[key].annotation)
         raise InputError(f"{COMMAND_LINE}: --{name}: found {text!r}, expected {expected}") from None
@@ -306,154 +320,30 @@ def _help(
         ("help", "show this text and end", None),
     ]
     usage = " ".join([program, *(name.upper() for name in positionals), "[--OPTION VALUE ...] [--KEY VALUE ...]"])
-    meanings, sections = {}, {}
-    for group in _values_parser()._action_groups:
+    meanings: dict[str, str] = {}
+    sections: dict[str, str] = {}
+    for group in (group for parser in _parsers() for group in parser._action_groups):
         for action in group._group_actions:
             if action.dest in known_keys():
-                meanings[action.dest], sections[action.dest.rpartition(".")[0]] = (
-                    action.help or "",
-                    (group.title or "").rstrip(":."),
-                )
+                meanings[action.dest] = action.help or ""
+                sections.setdefault(action.dest.rpartition(".")[0], (group.title or "").rstrip(":."))
     return render(usage, description, listed, meanings, sections, examples)
 
 
-@cache
-def _values_parser() -> ArgumentParser:
+def _parsers() -> Iterator[ArgumentParser]:
     """What reads the values of the command line, and knows the meaning of each key from its docstring."""
+    yield from map(_parser_of, (ModelConfig, *ARCHITECTURES.values()))
+
+
+@cache
+def _parser_of(section: type[ModelConfig]) -> ArgumentParser:
+    """Of an architecture's own settings; of `ModelConfig` those that all have, and what is not the model's."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("recipe", load_recipe_text, exceptions=(yaml.YAMLError,))
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="recipe")
-    parser.add_class_arguments(Config, None)
+    if section is ModelConfig:
+        parser.add_class_arguments(ModelConfig, "model")
+        parser.add_class_arguments(Config, None, skip={"model"})
+    else:
+        parser.add_class_arguments(section, "model", skip={entry.name for entry in fields(ModelConfig)})
     return parser
-
-
-def _adapters_nowhere(config: Config) -> bool:
-    return config.model.adapter.vision == config.model.adapter.llm == "none"
-
-
-def _is_blip(config: Config) -> bool:
-    return config.model.architecture == "instructblip"
-
-
-def _mode(config: Config, network: str) -> str:
-    return getattr(config.model.instructblip, network).mode
-
-
-def _trains(config: Config, network: str) -> bool:
-    """Whether the own weights of `vision` or `llm` are tuned."""
-    model = config.model
-    if _is_blip(config):
-        return (model.instructblip.vision if network == "vision" else model.instructblip.llm.mode) == "full"
-    return model.tune == "full" or getattr(model, network).train
-
-
-_MMT_SECTIONS = ("model.vision.", "model.llm.", "model.adapter.", "model.neck.", "model.tune")
-_NO_EFFECT: tuple[tuple[str, Callable[[Config], bool], str], ...] = (
-    *(
-        (key, _is_blip, "model.architecture = instructblip reads the section model.instructblip instead")
-        for key in known_keys()
-        if key.startswith(_MMT_SECTIONS)
-    ),
-    *(
-        (key, lambda c: not _is_blip(c), "it is of the architecture instructblip, and model.architecture is mmt")
-        for key in known_keys()
-        if key.startswith("model.instructblip.")
-    ),
-    *(
-        (
-            f"model.instructblip.{network}.{name}",
-            lambda c, network=network, modes=modes: _mode(c, network) not in modes,
-            f"model.instructblip.{network}.mode is not {' or '.join(modes)}",
-        )
-        for network in ("qformer", "llm")
-        for name, modes in (
-            ("targets", ("lora", "adalora")),
-            ("rank", ("lora",)),
-            ("alpha", ("lora", "adalora")),
-            ("dropout", ("lora", "adalora")),
-        )
-    ),
-    *(
-        (key, lambda c: "adalora" not in (_mode(c, "qformer"), _mode(c, "llm")), "neither network's mode is adalora")
-        for key in known_keys()
-        if key.startswith("model.instructblip.adalora.")
-    ),
-    *(
-        (
-            key,
-            lambda c: c.model.architecture == "mmt" and c.model.tune == "neck",
-            "model.tune = neck puts neither adapters nor peft's layers in",
-        )
-        for key in known_keys()
-        if key.startswith(("model.adapter.", "model.llm.peft."))
-    ),
-    ("model.neck.dim", lambda c: c.model.neck.kind == "linear", "model.neck.kind = linear has no hidden width"),
-    *(
-        (f"model.adapter.{name}", _adapters_nowhere, "model.adapter.vision and model.adapter.llm are none")
-        for name in (entry.name for entry in fields(AdapterConfig) if entry.name not in ("vision", "llm"))
-    ),
-    ("model.adapter.vision_kind", lambda c: c.model.adapter.vision == "none", "model.adapter.vision is none"),
-    *(
-        (f"model.llm.peft.{name}", lambda c: c.model.llm.peft.kind != "lora", "model.llm.peft.kind is not lora")
-        for name in ("rank", "alpha", "dropout", "targets")
-    ),
-    *(
-        (
-            f"model.llm.peft.{name}",
-            lambda c: c.model.llm.peft.kind != "adaption_prompt",
-            "model.llm.peft.kind is not adaption_prompt",
-        )
-        for name in ("adapter_len", "adapter_layers")
-    ),
-    ("model.bits", lambda c: c.model.trains_all, "ViT and LLM are both tuned themselves, in fp32"),
-    ("optim.vision_lr", lambda c: not _trains(c, "vision"), "the ViT's own weights are not tuned"),
-    ("optim.llm_lr", lambda c: not _trains(c, "llm"), "the LLM's own weights are not tuned"),
-    ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
-    ("data.max_images", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
-    *(
-        (f"eval.{name}", lambda c: c.eval.method == "rank", "eval.method = rank generates nothing")
-        for name in ("max_new_tokens", "temperature", "top_p")
-    ),
-    ("eval.precision", lambda c: c.train.precision == "fp32", "train.precision = fp32 has all products in fp32"),
-    ("eval.top_p", lambda c: c.eval.temperature == 0, "eval.temperature = 0 is greedy"),
-    *(
-        (
-            f"train.{name}",
-            lambda c, name=name: c.eval.scorer is None and bool(getattr(c.train, name)),
-            f"eval.scorer = null evaluates nothing; say --train.{name} {off}",
-        )
-        for name, off in (
-            ("eval_every_steps", 0),
-            ("eval_every_epochs", 0),
-            ("keep_best", "false"),
-            ("early_stopping_patience", "null"),
-        )
-    ),
-    ("eval.normalise_length", lambda c: c.eval.method == "generate", "eval.method = generate ranks nothing"),
-)
-
-
-def refuse_without_effect(config: Config, from_recipe: Mapping[str, Any], overrides: frozenset[str]) -> None:
-    """Raises InputError for a setting that somebody made and that changes nothing beside the others.
-
-    A resolved configuration names every key, so a recipe's key with its default value does not count as made.
-    """
-    idle = idle_settings(config)
-    for key in made_settings(from_recipe, overrides):
-        if key in idle:
-            raise InputError(f"{key}: has no effect: {idle[key]}; leave it out, or change the other")
-
-
-def made_settings(from_recipe: Mapping[str, Any], overrides: frozenset[str]) -> list[str]:
-    """The settings that somebody made, in the order in which their effects are checked."""
-    order = dict.fromkeys(key for key, _, _ in _NO_EFFECT)
-    return [key for key in order if key in overrides or (key in from_recipe and not is_default(key, from_recipe[key]))]
-
-
-def idle_settings(config: Config) -> dict[str, str]:
-    """Every setting that changes nothing beside the others, and why."""
-    idle: dict[str, str] = {}
-    for key, is_idle, reason in _NO_EFFECT:
-        if is_idle(config):
-            idle.setdefault(key, reason)
-    return idle

@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from vltrain.config.model.architectures import ARCHITECTURES
+from vltrain.config.model.base import ModelConfig
 from vltrain.config.ranges import Range, Registry, range_of, registry_of
 from vltrain.config.schema import Config
 from vltrain.errors import InputError, nearest
@@ -17,12 +19,14 @@ from vltrain.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Key:
-    """One declared setting: its type annotation, the value it has when nobody sets it, and of numbers the range."""
+    """One declared setting: its type annotation, the value it has when nobody sets it, of numbers the range, and the
+    architectures that have it, () for what all have."""
 
     annotation: Any
     default: Any
     range: Range | None = None
     registry: Registry | None = None
+    architectures: tuple[str, ...] = ()
 
     def choices(self) -> tuple[str, ...]:
         """What the setting, or each of its list, may be, as a recipe spells it; () where that cannot be listed."""
@@ -31,26 +35,75 @@ class Key:
         return tuple(_choices(self.annotation))
 
 
-@cache
 def known_keys() -> dict[str, Key]:
-    """Every setting by its dotted name (`model.adapter.dim`), in the order of declaration."""
-    return dict(_walk(Config(), ""))
+    """Every setting of every architecture by its dotted name (`model.adapter.dim`), in the order of declaration."""
+    return _known_keys(tuple(ARCHITECTURES.items()))
 
 
 @cache
+def _known_keys(architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> dict[str, Key]:
+    found = dict(_walk(Config, "", architectures))
+    name_of_all = found["model.architecture"]
+    found["model.architecture"] = replace(name_of_all, annotation=Literal[tuple(name for name, _ in architectures)])
+    return found
+
+
+def keys_of(architecture: str) -> dict[str, Key]:
+    """The settings that a recipe of that architecture may make."""
+    return _keys_of(architecture, tuple(ARCHITECTURES.items()))
+
+
+@cache
+def _keys_of(architecture: str, architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> dict[str, Key]:
+    return {
+        key: known for key, known in known_keys().items() if architecture in (known.architectures or (architecture,))
+    }
+
+
 def known_sections() -> frozenset[str]:
     """Every dotted name that holds settings and is none itself (`model`, `model.adapter`, ...)."""
-    return frozenset(key[:dot] for key in known_keys() for dot in range(len(key)) if key[dot] == ".")
+    return _known_sections(tuple(ARCHITECTURES.items()))
 
 
-def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Key]]:
-    annotations = get_type_hints(type(section))
+@cache
+def _known_sections(architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> frozenset[str]:
+    return frozenset(key[:dot] for key in _known_keys(architectures) for dot in range(len(key)) if key[dot] == ".")
+
+
+def default_of(section: Any, entry: Field[Any]) -> Any:
+    """What a field of a section (a dataclass, or one of its values) holds when nobody sets it."""
+    if not isinstance(section, type):
+        return getattr(section, entry.name)
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def _walk(
+    section: Any, prefix: str, architectures: tuple[tuple[str, type[ModelConfig]], ...], own: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Key]]:
+    annotations = get_type_hints(section if isinstance(section, type) else type(section))
     for entry in fields(section):
-        value = getattr(section, entry.name)
-        if is_dataclass(value):
-            yield from _walk(value, f"{prefix}{entry.name}.")
+        value, key = default_of(section, entry), f"{prefix}{entry.name}"
+        if isinstance(value, ModelConfig):
+            yield from _walk_union(f"{key}.", architectures)
+        elif is_dataclass(value):
+            yield from _walk(value, f"{key}.", architectures, own)
         else:
-            yield f"{prefix}{entry.name}", Key(annotations[entry.name], value, range_of(entry), registry_of(entry))
+            yield key, Key(annotations[entry.name], value, range_of(entry), registry_of(entry), own)
+
+
+def _walk_union(prefix: str, architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> Iterator[tuple[str, Key]]:
+    """The keys of every architecture's section; of those that several have the first one's."""
+    common, seen = {f"{prefix}{entry.name}" for entry in fields(ModelConfig)}, set[str]()
+    owners: dict[str, tuple[str, ...]] = {}
+    walked = {name: dict(_walk(section, prefix, architectures)) for name, section in architectures}
+    for name, keys in walked.items():
+        for key in keys:
+            owners[key] = (*owners.get(key, ()), name)
+    for keys in walked.values():
+        for key, known in keys.items():
+            if key not in seen:
+                seen.add(key)
+                yield key, known if key in common else replace(known, architectures=owners[key])
 
 
 def suggest(name: str) -> str:

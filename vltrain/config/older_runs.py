@@ -12,7 +12,8 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vltrain.config.keys import known_keys
+from vltrain.config.keys import keys_of, known_keys
+from vltrain.config.model.architectures import DEFAULT, KEY
 from vltrain.config.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ for."""
 
 
 def complete(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a stored recipe (dotted name -> value), with those that its version did not know."""
-    return {**ADDED, **stored}
+    """The settings of a stored recipe (dotted name -> value) that its architecture has, with those that its version did
+    not know."""
+    own = keys_of(stored.get(KEY, DEFAULT))
+    return {key: value for key, value in {**ADDED, **stored}.items() if key in own}
 
 
 def is_default(key: str, value: Any) -> bool:

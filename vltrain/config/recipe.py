@@ -22,11 +22,25 @@ written once: a recipe may stand on another, and a table holds several:
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vltrain.config.keys import check_type, checked_value, describe_type, known_keys, known_sections, suggest
+from vltrain.config.keys import (
+    check_type,
+    checked_value,
+    default_of,
+    describe_type,
+    keys_of,
+    known_keys,
+    known_sections,
+    suggest,
+)
+from vltrain.config.model.architectures import DEFAULT, section_of
+from vltrain.config.model.architectures import KEY as ARCHITECTURE
+from vltrain.config.model.base import ModelConfig
+from vltrain.config.older_runs import is_default
 from vltrain.config.ranges import MOST_STEPS, check_ranges, number
 from vltrain.config.schema import Config
 from vltrain.config.strict_yaml import dump_text, load_yaml
@@ -307,18 +321,39 @@ def _collect(content: Any, prefix: str, where: str, given: dict[str, Any]) -> No
             raise InputError(f"{where}: unknown key '{key}', {suggest(key)}")
 
 
-def build_config(given: dict[str, Any]) -> Config:
-    """The defaults of `Config` with the settings in `given` (dotted name -> checked value) put over them."""
-    return _build(Config(), given, "")
+def build_config(given: Mapping[str, Any]) -> Config:
+    """The defaults of `Config`, and of the architecture's section, with the settings in `given` (dotted name -> checked
+    value) put over them.
+
+    Raises: InputError as `require_own`, and for settings that contradict each other.
+    """
+    require_own(given)
+    return _build(Config, given, "")
 
 
-def _build(section: Any, given: dict[str, Any], prefix: str) -> Any:
+def require_own(given: Mapping[str, Any], made: Collection[str] = ()) -> None:
+    """Raises InputError for a setting of another architecture than the one that `given` names; but a default value
+    passes, since resolved recipes of older versions name every key of every architecture. `made`: keys of which no value
+    passes."""
+    name = given.get(ARCHITECTURE, DEFAULT)
+    own = keys_of(name)
+    for key, value in given.items():
+        if key not in own and (key in made or not is_default(key, value)):
+            owners = " and ".join(known_keys()[key].architectures)
+            raise InputError(
+                f"{key}: has no effect: it is of the architecture {owners}, and {ARCHITECTURE} is {name}; leave it out, "
+                "or change the other"
+            )
+
+
+def _build(section: Any, given: Mapping[str, Any], prefix: str) -> Any:
     values = {}
     for entry in fields(section):
-        value = getattr(section, entry.name)
-        key = f"{prefix}{entry.name}"
+        value, key = default_of(section, entry), f"{prefix}{entry.name}"
+        if isinstance(value, ModelConfig):
+            value = section_of(given)
         values[entry.name] = _build(value, given, f"{key}.") if is_dataclass(value) else given.get(key, value)
-    return type(section)(**values)
+    return (section if isinstance(section, type) else type(section))(**values)
 
 
 def dump_config(config: Config) -> str:
@@ -328,7 +363,10 @@ def dump_config(config: Config) -> str:
 
 def as_mapping(config: Config) -> dict[str, Any]:
     """The whole configuration as nested mappings and lists of plain values."""
-    return _plain(asdict(config))
+    plain = _plain(asdict(config))
+    for name in ("bits", "seed"):  # behind the architecture's own
+        plain["model"][name] = plain["model"].pop(name)
+    return plain
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vltrain.config.instructblip import InstructBlipConfig
+from vltrain.config.model.base import ModelConfig
+from vltrain.config.model.mmt import MmtConfig
 from vltrain.config.ranges import (
     MOST_PIXELS,
     MOST_SEED,
@@ -27,205 +28,6 @@ from vltrain.errors import require as _require
 
 OWN = "samples"  # the source that prepares nothing
 EASYVQA_ROOT = "data/easyvqa"
-Placement = Literal["none", "attention", "ffn", "both"]
-
-
-@dataclass(kw_only=True)
-class AdapterConfig:
-    """The adapter put behind a block's norms, in the ViT and in the LLM."""
-
-    kind: str = named("vltrain.models.adapters.ADAPTERS", "bottleneck")
-    """Which adapter."""
-    vision_kind: str | None = named("vltrain.models.adapters.ADAPTERS", None)
-    """The same of the ViT, where it has another kind than the LLM; null: `kind`. All other settings are both's."""
-    dim: int = number(16, 1, MOST_SIZE)
-    """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
-    groups: int = number(2, 1, MOST_SIZE)
-    """Groups k of the up projection, Eq. 2 (Table 2: 2, 4)."""
-    down_groups: int = number(1, 1, MOST_SIZE)
-    """Groups of the down projection; 1 is dense, as in Eq. 2."""
-    bias: bool = True
-    """Whether it has biases; without them a linear adapter is a plain LoRA, which every engine loads
-    (`vltrain export --format lora`)."""
-    dropout: float = number(0.0, 0, 1, open_high=True)
-    """Dropout on the bottleneck's activations; 0 keeps the adapter linear and mergeable."""
-    rank: int = number(4, 1, MOST_SIZE)
-    """Rank of the factors of LoHa kinds."""
-    scale: float = number(1.0, 0, 1e6, open_low=True)
-    """Fixed factor s on what the adapter adds, of kinds other than `bottleneck`."""
-    residual: bool = True
-    """repadapter: add what goes in; false: f(Z) = s psi_u(psi_d(Z)) alone, as the visual adapters that LaVIN's code
-    calls `normal`."""
-    temperature: float = number(10.0, 1e-3, 1e6)
-    """Temperature t of the routing weights of routed kinds (LaVIN: 10 for 7B, 5 for 13B)."""
-    vision: Placement = "attention"
-    """Before which sublayers of each ViT block an adapter stands."""
-    llm: Placement = "attention"
-    """Before which sublayers of each LLM block an adapter stands."""
-    impl: Literal["auto", "torch", "triton"] = "auto"
-    """What computes it. triton: one fused kernel, in the LLM together with the RMSNorm before it where that is frozen
-    and whole; torch: plain operations; auto: triton on CUDA where the kernel can do it, else torch."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model.adapter")
-        for name in ("groups", "down_groups"):
-            groups = getattr(self, name)
-            _require(
-                self.dim % groups == 0, f"model.adapter.{name}", groups, f"a divisor of model.adapter.dim = {self.dim}"
-            )
-
-
-@dataclass(kw_only=True)
-class VisionConfig:
-    """The image encoder: a CLIP-style ViT whose [cls] states after every `tap_every`-th block are the visual tokens."""
-
-    source: str | None = None
-    """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors)
-    with OpenAI-CLIP's names; null: random weights of the size in `config`."""
-    kind: Literal["clip", "diht", "alip"] | None = None
-    """Whose ViT a state dict is, which tells its activation (diht: exact GELU; clip, alip: x sigmoid(1.702 x)); Hugging
-    Face folders say it."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """For random weights: keys of transformers' CLIPVisionConfig."""
-    preprocessing: Literal["checkpoint", "square"] = "checkpoint"
-    """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop,
-    filter, mean, deviation), and as with `square` where there is none; square: resized straight to the square, bicubic,
-    CLIP's mean and deviation."""
-    tap_every: int = number(4, 1, MOST_SIZE)
-    """A [cls] state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
-    train: bool = False
-    """Also tune the ViT's own weights."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model.vision")
-        _require(
-            (self.source is None) == bool(self.config),
-            "model.vision",
-            {"source": self.source, "config": self.config},
-            "either `source` (weights to load) or `config` (sizes of a random ViT)",
-        )
-        _require(
-            self.kind is None or self.source is not None,
-            "model.vision.kind",
-            self.kind,
-            "null, since random weights are nobody's",
-        )
-
-
-@dataclass(kw_only=True)
-class PeftConfig:
-    """What peft puts into the LLM's blocks, beside the adapters behind their norms or in their stead; always
-    trained."""
-
-    kind: Literal["lora", "adaption_prompt"] | None = None
-    """lora: low-rank updates of linear layers; adaption_prompt: LLaMA-Adapter's gated prompts; null: neither."""
-    rank: int = number(8, 1, MOST_SIZE)
-    """lora: rank r of the updates."""
-    alpha: float = number(16.0, 0, 1e6, open_low=True)
-    """lora: the updates are scaled by alpha / rank."""
-    dropout: float = number(0.0, 0, 1, open_high=True)
-    """lora: dropout on what the updates read."""
-    targets: tuple[str, ...] = named("vltrain.models.peft.lora.TARGETS", ("q_proj", "v_proj"))
-    """lora: which linear layers of every block."""
-    adapter_len: int = number(10, 1, MOST_SIZE)
-    """adaption_prompt: learned prompts in each adapted block."""
-    adapter_layers: int | None = number(None, 1, MOST_SIZE)
-    """adaption_prompt: how many of the topmost blocks are adapted; null: all."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model.llm.peft")
-        distinct = 0 < len(self.targets) == len(set(self.targets))
-        _require(distinct, "model.llm.peft.targets", list(self.targets), "one or more layers, each once")
-
-
-@dataclass(kw_only=True)
-class LLMConfig:
-    """The language model: a LLaMA."""
-
-    source: str | None = None
-    """Folder (Hugging Face's or Meta's layout), hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`;
-    null: random weights of the size in `config`."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """For random weights: keys of transformers' LlamaConfig."""
-    tokenizer: str | None = None
-    """Where the tokenizer is, if not beside the weights; required with random weights."""
-    attention: Literal[
-        "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
-    ] = "auto"
-    """Attention of packed rows; auto: where products are in bf16 on CUDA a flash-attn that is installed and fits the
-    GPU, else torch's own variable-length kernel (torch 2.10), else SDPA over segments as a padded batch."""
-    kernels: Literal["auto", "torch", "liger"] = "auto"
-    """What computes norms, rotary embedding and SwiGLU; auto: Liger's kernels on CUDA where they are installed (extra
-    `gpu`), else torch."""
-    peft: PeftConfig = field(default_factory=PeftConfig)
-    train: bool = False
-    """Also tune the LLM's own weights."""
-
-    def __post_init__(self) -> None:
-        _require(
-            (self.source is None) == bool(self.config),
-            "model.llm",
-            {"source": self.source, "config": self.config},
-            "either `source` (weights to load) or `config` (sizes of a random LLaMA)",
-        )
-        named = self.source is not None or self.tokenizer is not None
-        _require(named, "model.llm.tokenizer", self.tokenizer, "a tokenizer's place, since random weights bring none")
-
-
-@dataclass(kw_only=True)
-class NeckConfig:
-    """The visual neck, Eq. 3: visual features to the LLM's width."""
-
-    kind: Literal["bottleneck", "linear"] = "bottleneck"
-    """`bottleneck`: Eq. 3; `linear`: one matrix, as LLaVA's."""
-    dim: int = number(128, 1, MOST_SIZE)
-    """Hidden width d_v of Eq. 3; not used by `linear`."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model.neck")
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """ViT, adapters, neck and LLM; or an InstructBLIP."""
-
-    architecture: Literal["mmt", "instructblip"] = "mmt"
-    """mmt: ViT, adapters, neck and LLaMA of Multimodal Model Tuning, from the sections vision, llm, adapter and neck;
-    instructblip: ViT, Q-Former and LLM, from the section instructblip."""
-    instructblip: InstructBlipConfig = field(default_factory=InstructBlipConfig)
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig(source="asset://tiny_vit", tap_every=1))
-    llm: LLMConfig = field(default_factory=lambda: LLMConfig(source="asset://tiny_llama"))
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    neck: NeckConfig = field(default_factory=NeckConfig)
-    tune: Literal["adapters", "neck", "full"] = "adapters"
-    """adapters: adapters, peft's layers, neck and modality embedding; neck: the latter two alone, without adapters and
-    peft's layers (a first stage, see `stages`); both with what `vision.train` and `llm.train` add; full: everything
-    that carries gradient."""
-    bits: Literal[4, 8, 16, 32] | None = None
-    """Bits of the frozen weights of ViT and LLM; also `--bits`. 4: NF4 with double quantisation, 8: LLM.int8 with
-    threshold 6, both of the blocks' linear layers by bitsandbytes (extra `quant`), the rest as with null; 16: bf16; 32:
-    fp32; null: as `train.precision` says. Where one of both networks is tuned itself, it is fp32 and the bits are the
-    other's."""
-    seed: int = number(0, 0, MOST_SEED)
-    """Seed of every weight that is not loaded."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, "model")
-        if self.architecture == "instructblip":
-            self.instructblip.require_source()
-        if self.bits in (4, 8) and self.trains_all:
-            raise InputError(
-                f"model.bits: found {self.bits}, but only frozen weights can be quantised, and here ViT and LLM "
-                "are both tuned themselves; "
-                "leave the bits out, or tune adapters"
-            )
-
-    @property
-    def trains_all(self) -> bool:
-        """Whether the own weights of both networks are tuned."""
-        if self.architecture == "instructblip":
-            return self.instructblip.vision == self.instructblip.llm.mode == "full"
-        return self.tune == "full" or (self.vision.train and self.llm.train)
 
 
 @dataclass(kw_only=True)
@@ -428,7 +230,7 @@ class EvalConfig:
 class Config:
     """A whole recipe."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=MmtConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -437,12 +239,11 @@ class Config:
     """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""
 
     def __post_init__(self) -> None:
-        adapters = self.model.instructblip.adapters if self.model.architecture == "instructblip" else None
-        if self.train.init_from is not None and adapters is not None:
+        if self.train.init_from is not None and self.model.start is not None:
+            key, folder = self.model.start
             raise InputError(
-                f"train.init_from: found {self.train.init_from!r} beside model.instructblip.adapters "
-                f"{adapters!r}: both say what the tuned parameters "
-                "start from; leave one out"
+                f"train.init_from: found {self.train.init_from!r} beside {key} {folder!r}: both say what the tuned "
+                "parameters start from; leave one out"
             )
         if self.model.bits == 8 and self.eval.precision == "fp32":
             raise InputError(

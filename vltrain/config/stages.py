@@ -20,12 +20,12 @@ from vltrain.config.command_line import (
     FLAGS,
     Option,
     Settings,
-    idle_settings,
     load_settings,
-    made_settings,
     split_arguments,
 )
-from vltrain.config.keys import known_keys
+from vltrain.config.idle import idle_settings, made_settings
+from vltrain.config.keys import keys_of, known_keys
+from vltrain.config.model.architectures import KEY as ARCHITECTURE
 from vltrain.config.recipe import INIT_FROM, Stages, read_stages
 from vltrain.config.schema import Config
 from vltrain.config.strict_yaml import dump_text
@@ -35,17 +35,6 @@ from vltrain.files.strict_json import read_json
 from vltrain.shipped import find_recipe
 
 STAGES_FILE = "stages.json"
-# What frozen weights follow from; of random ones their sizes and seed.
-FROZEN = (
-    "model.architecture",
-    "model.vision.source",
-    "model.vision.config",
-    "model.vision.kind",
-    "model.llm.source",
-    "model.llm.config",
-    "model.instructblip.source",
-    "model.instructblip.config",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +113,7 @@ def _require_one_base(stages: Stages, parts: list[Settings]) -> None:
     """Raises InputError if stages are over different frozen weights, before the first is trained."""
     first, *others = zip(stages.stages, parts, strict=True)
     for name, part in others:
-        for key in (*FROZEN, "model.seed"):
+        for key in (ARCHITECTURE, *(f"model.{name}" for name in first[1].config.model.FROZEN), "model.seed"):
             before, now = value_of(first[1].config, key), value_of(part.config, key)
             if before != now:
                 raise InputError(
@@ -144,7 +133,9 @@ def value_of(config: Config, key: str) -> Any:
 def dump_run(run: Run) -> str:
     """The whole, resolved, as a recipe in stages that `load_stages` reads back: what all stages share first, then what
     each has for itself."""
-    values = [{key: value_of(part.config, key) for key in known_keys()} for part in run.parts]
+    values = [
+        {key: value_of(part.config, key) for key in keys_of(part.config.model.architecture)} for part in run.parts
+    ]
     shared = {
         key: value for key, value in values[0].items() if key != "output" and all(one[key] == value for one in values)
     }

@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from vltrain.config.recipe import dump_config
-from vltrain.config.schema import Config
 from vltrain.errors import InputError
 from vltrain.export.format import Choices, Format, Source, Written
 from vltrain.files.atomic import write_whole
@@ -59,17 +58,10 @@ def write_card(
     write_whole(folder / CARD, "\n\n".join(part for part in parts if part) + "\n")
 
 
-def _bases(config: Config) -> dict[str, str | None]:
-    model = config.model
-    if model.architecture == "instructblip":
-        return {"InstructBLIP": model.instructblip.source}
-    return {"ViT": model.vision.source, "LLM": model.llm.source}
-
-
 def _front_matter(source: Source, chosen: Format) -> str:
     hub = [
         place
-        for place in _bases(source.config).values()
+        for place in source.config.model.bases.values()
         if place is not None and place.count("/") == 1 and "://" not in place and not Path(place).exists()
     ]
     facts = {
@@ -83,7 +75,7 @@ def _front_matter(source: Source, chosen: Format) -> str:
 
 
 def _summary(source: Source, form: str, chosen: Format, choices: Choices) -> str:
-    bases = ", ".join(f"{part}: {place or 'random weights'}" for part, place in _bases(source.config).items())
+    bases = ", ".join(f"{part}: {place or 'random weights'}" for part, place in source.config.model.bases.items())
     step = f"step {source.checkpoint.step}" if source.checkpoint is not None else "before tuning"
     dtype = f", {choices.dtype}" if "dtype" in chosen.options else ""
     return (

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vltrain.config.command_line import COMMAND_LINE
-from vltrain.config.schema import ModelConfig
+from vltrain.config.model.mmt import MmtConfig
 from vltrain.errors import InputError, nearest
 from vltrain.models.mmt.as_lora import has_constant, lora_rank
 
@@ -50,7 +50,7 @@ ENGINES = {
 WITHOUT = "adapters trained with model.adapter.bias false have none; --format merged has it in the weights"
 
 
-def require_engine(name: str, model: ModelConfig) -> None:
+def require_engine(name: str, model: MmtConfig) -> None:
     """Raises InputError where the engine of that name would not load the LLM's part of a LoRA folder, or would misread
     it."""
     where = f"{COMMAND_LINE}: --engine"
@@ -74,7 +74,7 @@ def require_engine(name: str, model: ModelConfig) -> None:
         )
 
 
-def who_loads(model: ModelConfig) -> list[str]:
+def who_loads(model: MmtConfig) -> list[str]:
     """Which engines load the LLM's part, as lines; nothing where it has none."""
     rank = lora_rank(model, "llm")
     if rank == 0:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from vltrain.config.schema import Config, ModelConfig
+from vltrain.config.model.base import ModelConfig
+from vltrain.config.schema import Config
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.models.build import AnyModel, build_model
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
@@ -16,19 +17,14 @@ from vltrain.train.run.fits import require_qformer_positions, require_tokenizer_
 
 logger = logging.getLogger(__name__)
 
-# What computes, by architecture: it changes an answer no more than rounding, so that a run asked for kernels that
-# another machine lacks hinders nobody.
-KERNELS = {
-    "mmt": ("llm.attention", "llm.kernels", "adapter.impl"),
-    "instructblip": ("instructblip.attention", "instructblip.kernels"),
-}
 ANYWHERE = ("auto", "torch", "eager", "sdpa")
 
 
 def anywhere(config: Config) -> Config:
-    """The recipe without kernels that only some machines have; what is changed is told."""
+    """The recipe without kernels that only some machines have, which change an answer no more than rounding; what is
+    changed is told."""
     model = config.model
-    for key in KERNELS[model.architecture]:
+    for key in model.KERNELS:
         section, name = key.split(".")
         found = getattr(getattr(model, section), name)
         if found not in ANYWHERE:

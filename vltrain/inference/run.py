@@ -18,7 +18,7 @@ from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.receipts.manifest import BEST, MANIFEST, pointed
 from vltrain.train.checkpoints.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.train.run.identity import BY_DIGEST, MADE_OF, ORIGIN, FilesOf, require_same_model, tell_unknown_files
+from vltrain.train.run.identity import MADE_OF, ORIGIN, FilesOf, by_digest, require_same_model, tell_unknown_files
 from vltrain.train.run.origin import open_origin
 from vltrain.train.run.provenance import RUN
 
@@ -77,7 +77,7 @@ def tell_edits(run: Path) -> None:
     if not wrote:
         return
     for key, now in complete(read_recipe(run / RECIPE)).items():
-        if key == "output" or key in BY_DIGEST:  # folders move
+        if key == "output" or key in by_digest():  # folders move
             continue
         before: Any = wrote
         for name in key.split("."):

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from vltrain.config.schema import ModelConfig
+from vltrain.config.model.base import ModelConfig
 from vltrain.errors import InputError, nearest
 from vltrain.files.locate import locate
 from vltrain.models.pretrained.clip_state import ACTIVATIONS

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vltrain.config.schema import ModelConfig, PeftConfig
+from vltrain.config.model.base import ModelConfig
+from vltrain.config.model.mmt import PeftConfig
 from vltrain.files.locate import locate
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
 from vltrain.models.backbones.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vltrain.config.instructblip import AdaLoraSchedule
+from vltrain.config.model.adalora import AdaLoraSchedule
 from vltrain.errors import InputError
 from vltrain.models.peft.low_rank import sublayer_of
 from vltrain.train.zero.engine import Engine, from_rank_0

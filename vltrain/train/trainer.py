@@ -449,10 +449,9 @@ def _load_start(
 def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:
     """AdaLoRA's, where the recipe has it, as it was at the checkpoint. Raises InputError if its schedule is longer than
     the run."""
-    blip = config.model.instructblip
-    if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
+    if config.model.adalora is None:
         return None
-    allocator = RankAllocator(engine, blip.adalora, plan.num_steps)
+    allocator = RankAllocator(engine, config.model.adalora, plan.num_steps)
     if checkpoint is not None:
         allocator.load(checkpoint.extra())
     return allocator

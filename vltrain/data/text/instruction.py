@@ -15,7 +15,6 @@ from vltrain.data.text.tokenizer_files import find_in, read_files, require_agree
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
 
-SUBFOLDER = "qformer_tokenizer"  # where InstructBLIP's repositories have it
 _PROBES = ("Question: Which one?\nAnswer:", "  two  spaces", "1234567 3.14", "it's", "Éa ﬁ ½", "你好 🙂")
 
 

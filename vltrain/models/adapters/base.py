@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.routing import Routing
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Routing

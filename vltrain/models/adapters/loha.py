@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Router, Routing
 from vltrain.ops.adapter import face_split, grouped_matrix, routed_adapter

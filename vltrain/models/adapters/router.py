@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.models.adapters.base import Adapter, require_divisible
 from vltrain.models.adapters.routing import Router, Routing
 from vltrain.models.quantise import num_weights

@@ -12,7 +12,7 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig
+from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError, nearest
 from vltrain.models.adapters.base import Adapter
 from vltrain.models.adapters.bottleneck import BottleneckAdapter, RepAdapter

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import InstructBlipConfig, LlamaForCausalLM
 
-from vltrain.config.instructblip import InstructBlipConfig as InstructBlipSettings
-from vltrain.config.schema import ModelConfig
+from vltrain.config.model.instructblip import BlipModelConfig
+from vltrain.config.model.instructblip import InstructBlipConfig as InstructBlipSettings
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
 from vltrain.models.backbones.llm import LossHead, checkpoint_blocks
@@ -36,7 +36,7 @@ ALWAYS_TRAINED = ("bridge",)
 
 @torch.no_grad()
 def build_blip(
-    model: ModelConfig,
+    model: BlipModelConfig,
     *,
     dtype: torch.dtype,
     activation_checkpointing: bool,
@@ -96,7 +96,7 @@ def _attention(
     return "eager" if requested == "eager" else "sdpa"
 
 
-def _wants_liger(model: ModelConfig, llm: nn.Module, runs_on: torch.device | str, *, log: bool) -> bool:
+def _wants_liger(model: BlipModelConfig, llm: nn.Module, runs_on: torch.device | str, *, log: bool) -> bool:
     kernels = model.instructblip.kernels
     if isinstance(llm, LlamaForCausalLM):
         return choose_kernels(kernels, runs_on, llm.config.hidden_act, f"{KEY}.kernels", log=log) == "liger"
@@ -105,7 +105,7 @@ def _wants_liger(model: ModelConfig, llm: nn.Module, runs_on: torch.device | str
     return False
 
 
-def check_blip_sources(model: ModelConfig) -> None:
+def check_blip_sources(model: BlipModelConfig) -> None:
     """Checks names and shapes of the weights' files, without reading them. Raises InputError."""
     config = blip_config(model.instructblip.source, model.instructblip.config, None)
     open_blip(model.instructblip.source, empty_blip(config, "sdpa"), model.seed)
@@ -113,7 +113,7 @@ def check_blip_sources(model: ModelConfig) -> None:
         PeftFolder(model.instructblip.adapters, model.instructblip, config)
 
 
-def blip_weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
+def blip_weight_files(model: BlipModelConfig) -> dict[str, dict[str, Path]]:
     """`vltrain.models.build.weight_files` of an InstructBLIP."""
     blip = model.instructblip
     config = blip_config(blip.source, blip.config, None)
@@ -123,7 +123,9 @@ def blip_weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
     return {key: files for key, files in found.items() if files}
 
 
-def _finish(network: nn.Module, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place) -> None:
+def _finish(
+    network: nn.Module, model: BlipModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place
+) -> None:
     blip, llm = model.instructblip, network.language_model
     frozen = {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
     trained_parts = {
@@ -188,7 +190,7 @@ def full_qformer_size(model: InstructBlip) -> int:
     )
 
 
-def _assert_trainable(model: InstructBlip, config: ModelConfig) -> None:
+def _assert_trainable(model: InstructBlip, config: BlipModelConfig) -> None:
     """By name: the bridge, networks tuned in full, and factors exactly where the recipe's targets are."""
     blip = config.instructblip
     kind = "t5" if model.is_encoder_decoder else "llama"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vltrain.config.schema import AdapterConfig, ModelConfig
+from vltrain.config.model.mmt import AdapterConfig, MmtConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.bottleneck import RepAdapter
 from vltrain.models.adapters.table import adapter_kind
@@ -47,7 +47,7 @@ def has_adapters(config: AdapterConfig, part: str) -> bool:
     return getattr(config, part) != "none"
 
 
-def require_low_rank(model: ModelConfig) -> None:
+def require_low_rank(model: MmtConfig) -> None:
     """Raises InputError, by the recipe alone, if what is tuned is no low-rank update of linear layers, naming what is
     not."""
     whole, apart = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
@@ -85,12 +85,12 @@ def require_low_rank(model: ModelConfig) -> None:
         )
 
 
-def has_constant(model: ModelConfig, part: str) -> bool:
+def has_constant(model: MmtConfig, part: str) -> bool:
     """Whether updates of `llm` or `vision` have a constant."""
     return has_adapters(model.adapter, part) and model.adapter.bias
 
 
-def lora_rank(model: ModelConfig, part: str) -> int:
+def lora_rank(model: MmtConfig, part: str) -> int:
     """The largest rank of the updates of `llm` or `vision`; 0 where it has none."""
     own = model.llm.peft if part == "llm" and model.llm.peft.kind == "lora" else None
     if not has_adapters(model.adapter, part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vltrain.config.schema import NeckConfig
+from vltrain.config.model.mmt import NeckConfig
 
 
 class BottleneckNeck(nn.Module):

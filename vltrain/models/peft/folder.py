@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vltrain.config.instructblip import InstructBlipConfig, LanguageTuning, QFormerTuning
+from vltrain.config.model.instructblip import InstructBlipConfig, LanguageTuning, QFormerTuning
 from vltrain.errors import InputError
 from vltrain.models.peft.layout import LOW_RANK, ROOT
 from vltrain.models.peft.low_rank import NAME

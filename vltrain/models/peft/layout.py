@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from transformers import InstructBlipConfig as Sizes
 
-from vltrain.config.instructblip import InstructBlipConfig, LanguageTarget, LanguageTuning, QFormerTarget, QFormerTuning
+from vltrain.config.model.instructblip import (
+    InstructBlipConfig,
+    LanguageTarget,
+    LanguageTuning,
+    QFormerTarget,
+    QFormerTuning,
+)
 from vltrain.errors import InputError
 from vltrain.models.instructblip.weights import blip_units, empty_blip
 from vltrain.models.peft.layers import NAME, has_adalora, has_lora, load_peft

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from vltrain.config.schema import PeftConfig
+from vltrain.config.model.mmt import PeftConfig
 from vltrain.errors import InputError, nearest
 from vltrain.models.peft.layers import NAME, attention_with_prompts, has_adalora, has_lora, has_prompts, lora_linear
 from vltrain.models.random import seeded

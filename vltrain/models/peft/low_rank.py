@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vltrain.config.instructblip import LanguageTuning, QFormerTuning
+from vltrain.config.model.instructblip import LanguageTuning, QFormerTuning
 from vltrain.models.peft.layers import NAME, adalora_linear, has_adalora, has_lora, lora_linear
 from vltrain.models.random import seeded
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import InstructBlipConfig as Sizes
 
-from vltrain.config.instructblip import InstructBlipConfig
+from vltrain.config.model.instructblip import InstructBlipConfig
 from vltrain.errors import InputError
 from vltrain.models.peft.folder import layer_of, peft_key
 from vltrain.models.peft.layout import (

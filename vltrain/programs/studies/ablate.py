@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.config.command_line import COMMAND_LINE, FLAGS, REBUILD, Arguments, Option, load_settings, split_arguments
-from vltrain.config.keys import known_keys
+from vltrain.config.keys import keys_of
 from vltrain.config.older_runs import ADDED, value_before
 from vltrain.config.recipe import Table, read_table
 from vltrain.config.schema import Config
@@ -239,7 +239,7 @@ def _figures(config: Config) -> dict[str, Any]:
     """The settings by dotted name, as they come back from JSON, that a row's figures depend on."""
     values: dict[str, Any] = {}
     selects = config.train.keep_best or config.train.early_stopping_patience is not None
-    for key in known_keys().keys() - CHANGE_NOTHING - (set() if selects else CHANGE_SELECTION):
+    for key in keys_of(config.model.architecture).keys() - CHANGE_NOTHING - (set() if selects else CHANGE_SELECTION):
         values[key] = value_of(config, key)
     return json.loads(json.dumps(values))
 

@@ -90,8 +90,7 @@ def read_ranks(run: Path, named: str | None) -> tuple[list[LayerRank], int]:
     Raises: InputError for a run without AdaLoRA, or before its first pruning.
     """
     config = recipe_of(run)
-    blip = config.model.instructblip
-    if config.model.architecture != "instructblip" or "adalora" not in (blip.qformer.mode, blip.llm.mode):
+    if config.model.adalora is None:
         raise InputError(
             f"{run}: its recipe tunes nothing by AdaLoRA, expected model.instructblip.qformer.mode or llm.mode adalora"
         )

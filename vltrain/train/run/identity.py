@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from vltrain.config.model.architectures import keys_of_all
 from vltrain.config.older_runs import ADDED
 from vltrain.config.schema import Config
 from vltrain.data.shards import PackedDataset
@@ -31,12 +32,12 @@ logger = logging.getLogger(__name__)
 FilesOf = dict[str, dict[str, str]]
 """The setting that names them -> file's name -> SHA-256 (hex)."""
 MADE_OF, ORIGIN = "made_of", "origin"
-# Named by paths, which may change where the digests of what is there are known; `source` and what says how it is read.
-BY_DIGEST = (
-    "model.vision.source", "model.llm.source", "model.llm.tokenizer",
-    *(f"model.instructblip.{name}" for name in ("source", "tokenizer", "qformer_tokenizer", "adapters")),
-)  # fmt: skip
 IN_TRAIN = ("epochs", "max_steps", "packs_per_step", "precision", "seed")
+
+
+def by_digest() -> tuple[str, ...]:
+    """Keys that name paths, which may change where the digests of what is there are known."""
+    return keys_of_all("PATHS")
 
 
 def run_identity(
@@ -50,7 +51,7 @@ def run_identity(
     """
     train = {name: getattr(config.train, name) for name in IN_TRAIN}
     identity = {
-        "model": model_identity(config),
+        "model": config.model.identity(),
         "optim": dataclasses.asdict(config.optim),
         "train": train,
         "data": dataset.manifest.checksum,
@@ -60,22 +61,6 @@ def run_identity(
     if origin is not None:
         identity[ORIGIN] = origin
     return as_stored(identity)
-
-
-def model_identity(config: Config) -> dict[str, Any]:
-    """The part of it that says which network the run's weights belong to."""
-    model = dataclasses.asdict(config.model)
-    if config.model.architecture == "instructblip":
-        for kernel in ("attention", "kernels"):
-            model["instructblip"].pop(kernel)
-        for section in ("vision", "llm", "adapter", "neck", "tune"):
-            del model[section]
-    else:
-        del model["architecture"], model["instructblip"]
-        for kernel in ("attention", "kernels"):
-            model["llm"].pop(kernel)
-        model["adapter"].pop("impl")
-    return model
 
 
 def as_stored(value: Any) -> Any:
@@ -130,10 +115,10 @@ def require_same_model(
     if "model" not in belongs_to:  # older than that
         return
     saved = {name: belongs_to[name] for name in ("model", MADE_OF) if name in belongs_to}
-    now = {"model": model_identity(config), **({MADE_OF: made_of} if made_of is not None else {})}
+    now = {"model": config.model.identity(), **({MADE_OF: made_of} if made_of is not None else {})}
     # Without digests nothing tells a folder that has moved from another one: where none were kept that is warned of,
     # see `tell_unknown_files`.
-    unknown = () if MADE_OF in saved and made_of is not None else BY_DIGEST
+    unknown = () if MADE_OF in saved and made_of is not None else by_digest()
     found = list(differences(saved, as_stored(now), {*changed_on_purpose, *unknown}))
     if found:
         told = "; ".join(found)
@@ -147,7 +132,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], ignored: Collection[
     """What differs between two identities, each in words; nothing of the dotted keys `ignored`, unless they name files
     that are known to be others."""
     if MADE_OF in saved and MADE_OF in now:
-        ignored = set(ignored) - set(BY_DIGEST)
+        ignored = set(ignored) - set(by_digest())
     yield from (text for key, text in differing(saved, now) if not is_within(key, ignored))
 
 
@@ -159,7 +144,7 @@ def differing(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
         yield "train.init_from", f"train.init_from was {_origin_in_words(began)}, is {_origin_in_words(begins)}"
     were, are = saved.pop(MADE_OF, None), now.pop(MADE_OF, None)
     if isinstance(were, dict) and isinstance(are, dict):
-        for key in BY_DIGEST:
+        for key in by_digest():
             path_before, path_now = _take(saved, key), _take(now, key)
             if key in were or key in are:
                 yield from (

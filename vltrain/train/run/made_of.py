@@ -13,7 +13,6 @@ from pathlib import Path
 
 from vltrain.config.schema import Config
 from vltrain.data.text.tokenizer_files import GENERATION, KNOWN_FILES, MERGES, PLAIN, find_in
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
 from vltrain.files.digest import file_digests
 from vltrain.files.locate import locate
@@ -52,11 +51,10 @@ def _size(path: Path) -> int:
 
 
 def _tokenizer_files(config: Config) -> dict[str, dict[str, Path]]:
-    llm, instruction = tokenizer_sources(config)
-    is_blip = config.model.architecture == "instructblip"
-    found = {"model.instructblip.tokenizer" if is_blip else "model.llm.tokenizer": _in_folder(llm, "")}
-    if instruction is not None:
-        found["model.instructblip.qformer_tokenizer"] = _in_folder(instruction.source, instruction.subfolder)
+    places = config.model.tokenizers
+    found = {places.key: _in_folder(places.source, "")}
+    if places.instruction is not None:
+        found[places.instruction_key] = _in_folder(places.instruction, places.instruction_subfolder)
     return found
 
 

@@ -15,21 +15,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vltrain.config.model.architectures import KEY as ARCHITECTURE
+from vltrain.config.model.architectures import keys_of_all
 from vltrain.config.schema import Config
-from vltrain.config.stages import FROZEN, last_stage
+from vltrain.config.stages import last_stage
 from vltrain.errors import InputError
 from vltrain.receipts.manifest import BEST, MANIFEST, pointed
 from vltrain.train.checkpoints.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
 from vltrain.train.checkpoints.lora_folder import is_lora_folder, open_lora_folder
 from vltrain.train.run.identity import (
-    BY_DIGEST,
     MADE_OF,
     ORIGIN,
     FilesOf,
     as_stored,
     differing,
     is_within,
-    model_identity,
     value_at,
 )
 
@@ -39,18 +39,17 @@ KEY = "train.init_from"
 
 
 def with_peft_folder(config: Config) -> Config:
-    """The recipe with a folder of peft's in `train.init_from` in its place: what an InstructBLIP's tuned parameters
-    start from is named by `model.instructblip.adapters`, which says how such a folder is read."""
+    """The recipe with a folder of peft's in `train.init_from` in its place: that of the key of its model's section
+    (`model.instructblip.adapters`) which says how such a folder is read."""
     named = config.train.init_from
-    if named is None or config.model.architecture != "instructblip":
+    model = None if named is None else config.model.started_from(named)
+    if named is None or model is None or model.start is None:
         return config
     place = Path(named).expanduser()
     if not (place / "adapter_config.json").is_file() or (place / MANIFEST).is_file():
         return config
-    logger.info("%s: %s is a folder of peft's: read as model.instructblip.adapters", KEY, named)
-    blip = replace(config.model.instructblip, adapters=named)
-    model, train = replace(config.model, instructblip=blip), replace(config.train, init_from=None)
-    return replace(config, model=model, train=train)
+    logger.info("%s: %s is a folder of peft's: read as %s", KEY, named, model.start[0])
+    return replace(config, model=model, train=replace(config.train, init_from=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +124,22 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
     if "model" not in saved:
         logger.warning("%s: %s does not say which model it was trained in", KEY, origin.path)
         return
-    now: dict[str, Any] = as_stored({"model": model_identity(config), MADE_OF: files})
+    now: dict[str, Any] = as_stored({"model": config.model.identity(), MADE_OF: files})
     if MADE_OF not in saved:
         logger.warning(
             "%s: %s was saved before digests of frozen weights were kept: paths are compared in their place",
             KEY,
             origin.path,
         )
-    is_random = any(value_at(saved, key) is None for key in _sources(saved))
+    sources = [f"model.{key}" for key in config.model.PATHS if key.endswith("source")]
+    is_random = any(value_at(saved, key) is None for key in sources)
     for key, text in differing(saved, now):
         if key == "model.adapter.bias":
             raise InputError(
                 f"{KEY}: {origin.path}: {text}: adapters with biases and without have other parameters. Set it "
                 f"as there, or train anew without {KEY}"
             )
-        if is_within(key, FROZEN) or (key == "model.seed" and is_random):
+        if is_within(key, (ARCHITECTURE, *keys_of_all("FROZEN"))) or (key == "model.seed" and is_random):
             raise InputError(
                 f"{KEY}: {origin.path} was trained over other frozen weights: {text}. Name these, or train anew "
                 f"without {KEY}"
@@ -149,8 +149,3 @@ def require_same_frozen(origin: Checkpoint, config: Config, files: FilesOf) -> N
             "model.tune",
         ):  # where the origin itself began; what begins anew is told by itself
             logger.warning("%s: in the run of %s %s", KEY, origin.path, text)
-
-
-def _sources(identity: dict[str, Any]) -> list[str]:
-    is_blip = value_at(identity, "model.architecture") == "instructblip"
-    return [key for key in BY_DIGEST if key.endswith(".source") and ("instructblip" in key) == is_blip]

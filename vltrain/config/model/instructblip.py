@@ -7,15 +7,19 @@ Query tokens, the norm behind the ViT and the projection into the LLM are always
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
 
-from vltrain.config.ranges import MOST_SIZE, MOST_STEPS, check_ranges, number
+from vltrain.config.model.adalora import AdaLoraSchedule
+from vltrain.config.model.base import IdleKey, ModelConfig, TokenizerPlaces
+from vltrain.config.ranges import MOST_SIZE, check_ranges, number
 from vltrain.errors import InputError, require
 
 Mode = Literal["frozen", "full", "lora", "adalora"]
 QFormerTarget = Literal["self", "cross", "ffn"]
 LanguageTarget = Literal["attn", "ffn"]
+QFORMER_SUBFOLDER = "qformer_tokenizer"  # of a folder in transformers' layout
 
 
 @dataclass(kw_only=True)
@@ -61,41 +65,6 @@ def _check_low_rank(key: str, tuning: QFormerTuning | LanguageTuning) -> None:
     check_ranges(tuning, key)
     distinct = 0 < len(tuning.targets) == len(set(tuning.targets))
     require(distinct, f"{key}.targets", list(tuning.targets), "one or more sublayers, each once")
-
-
-@dataclass(kw_only=True)
-class AdaLoraSchedule:
-    """When and how far AdaLoRA prunes, both networks' layers together. Names and defaults are peft's; steps are the
-    optimizer's."""
-
-    init_rank: int = number(12, 1, MOST_SIZE)
-    """Rank of every layer's update at the start."""
-    target_rank: int = number(8, 1, MOST_SIZE)
-    """Rank that layers have on average at the end."""
-    tinit: int = number(0, 0, MOST_STEPS)
-    """Steps before the first pruning."""
-    tfinal: int = number(0, 0, MOST_STEPS)
-    """Steps after the last one, in which nothing changes but weights."""
-    delta_t: int = number(1, 1, MOST_STEPS)
-    """Steps between prunings."""
-    beta1: float = number(0.85, 0, 1, open_low=True, open_high=True)
-    """Of the running mean of importance."""
-    beta2: float = number(0.85, 0, 1, open_low=True, open_high=True)
-    """Of the running mean of its deviation."""
-    orth_reg_weight: float = number(0.5, 0, 1e6)
-    """Weight of the term that keeps factors orthogonal: the mean of ||A A' - I|| and ||B' B - I|| (Frobenius norms)
-    over all layers."""
-
-    def __post_init__(self) -> None:
-        key = "model.instructblip.adalora"
-        check_ranges(self, key)
-        above = self.init_rank > self.target_rank
-        require(
-            above,
-            f"{key}.init_rank",
-            self.init_rank,
-            f"more than {key}.target_rank = {self.target_rank}, to have something to prune",
-        )
 
 
 @dataclass(kw_only=True)
@@ -155,3 +124,68 @@ class InstructBlipConfig:
                     f"model.instructblip.{name}: found None, expected a tokenizer's place, since random weights "
                     "bring none"
                 )
+
+
+@dataclass(kw_only=True)
+class BlipModelConfig(ModelConfig):
+    """An InstructBLIP."""
+
+    FOLDER: ClassVar = "vltrain.models.instructblip"
+    KERNELS: ClassVar = ("instructblip.attention", "instructblip.kernels")
+    PATHS: ClassVar = tuple(f"instructblip.{name}" for name in ("source", "tokenizer", "qformer_tokenizer", "adapters"))
+    FROZEN: ClassVar = ("instructblip.source", "instructblip.config")
+
+    architecture: Literal["instructblip"] = "instructblip"
+    instructblip: InstructBlipConfig = field(default_factory=InstructBlipConfig)
+
+    def __post_init__(self) -> None:
+        self.instructblip.require_source()
+        super().__post_init__()
+
+    def trains(self, network: str) -> bool:
+        return (self.instructblip.vision if network == "vision" else self.instructblip.llm.mode) == "full"
+
+    @property
+    def tokenizers(self) -> TokenizerPlaces:
+        blip = self.instructblip
+        source, read_with = blip.tokenizer or blip.source, blip.qformer_tokenizer or blip.source
+        assert source is not None and read_with is not None, "InstructBlipConfig asks for them"
+        return TokenizerPlaces(
+            key="model.instructblip.tokenizer",
+            source=source,
+            instruction_key="model.instructblip.qformer_tokenizer",
+            instruction=read_with,
+            instruction_subfolder="" if blip.qformer_tokenizer else QFORMER_SUBFOLDER,
+            instruction_tokens=blip.qformer_tokens,
+        )
+
+    @property
+    def bases(self) -> dict[str, str | None]:
+        return {"InstructBLIP": self.instructblip.source}
+
+    @property
+    def adalora(self) -> AdaLoraSchedule | None:
+        blip = self.instructblip
+        return blip.adalora if "adalora" in (blip.qformer.mode, blip.llm.mode) else None
+
+    @property
+    def start(self) -> tuple[str, str] | None:
+        named = self.instructblip.adapters
+        return None if named is None else ("model.instructblip.adapters", named)
+
+    def started_from(self, peft_folder: str) -> BlipModelConfig:
+        return replace(self, instructblip=replace(self.instructblip, adapters=peft_folder))
+
+    @classmethod
+    def idle_keys(cls) -> Iterator[IdleKey]:
+        def is_not(network: str, modes: tuple[str, ...]) -> Any:
+            return lambda model: getattr(model.instructblip, network).mode not in modes
+
+        low_rank = ("lora", "adalora")
+        for network in ("qformer", "llm"):
+            for name, modes in (("targets", low_rank), ("rank", ("lora",)), ("alpha", low_rank), ("dropout", low_rank)):
+                key = f"model.instructblip.{network}"
+                yield f"{key}.{name}", is_not(network, modes), f"{key}.mode is not {' or '.join(modes)}"
+        for entry in fields(AdaLoraSchedule):
+            key = f"model.instructblip.adalora.{entry.name}"
+            yield key, lambda model: model.adalora is None, "neither network's mode is adalora"
