@@ -27,9 +27,9 @@ from vltrain.data.text.conversation import TEMPLATES
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.report import SCORERS
 from vltrain.launching.launcher import find_program
-from vltrain.models import build
 from vltrain.models.adapters import ADAPTERS
 from vltrain.models.build import build_model, count_parameters
+from vltrain.models.mmt import build
 from vltrain.models.pretrained.readers import llama_config
 from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 

@@ -22,7 +22,7 @@ from tests.benchmarks.measure import alternate, command, median_ratio, report, s
 from tests.benchmarks.ours import DTYPES, OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.samples import pack_samples, scienceqa_like
 from vltrain.data.loader import LoadedStep
-from vltrain.models.build import build_model, part_of
+from vltrain.models.build import build_model
 from vltrain.train.optim import parameter_groups
 from vltrain.train.trainer import Trainer
 from vltrain.train.zero.engine import init_distributed, shutdown_distributed
@@ -38,7 +38,7 @@ class Bare:
     def __init__(self, trainer: Trainer, dtype: torch.dtype) -> None:
         config = trainer.config
         self._model = build_model(config.model, dtype=dtype).to(trainer.engine.device)
-        groups = parameter_groups(self._model.named_parameters(), config.optim, part_of)
+        groups = parameter_groups(self._model.named_parameters(), config.optim, self._model.part_of)
         self._optimizer = torch.optim.AdamW(
             groups, betas=config.optim.betas, eps=config.optim.eps, fused=torch.cuda.is_available()
         )

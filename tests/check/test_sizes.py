@@ -13,9 +13,12 @@ from tests.models.tiny_models import tiny_config
 from vltrain.config.model.instructblip import BlipModelConfig, InstructBlipConfig
 from vltrain.config.model.mmt import LLMConfig, MmtConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.memory.sizes import BLIPS, LLMS, VITS, assume_sizes
+from vltrain.memory.sizes import assume_sizes
 from vltrain.memory.weights import WeightPlan, quantised_bytes
+from vltrain.models.backbones.clip import VITS
+from vltrain.models.backbones.llama import LLMS
 from vltrain.models.build import build_model, count_parameters
+from vltrain.models.instructblip.sizes import BLIPS
 
 PUBLISHED = {
     "llama-7b": 6_738_415_616,

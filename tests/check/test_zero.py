@@ -12,7 +12,7 @@ from tests.support.tiny import make_segments, tiny_config, write_packs
 from vltrain.errors import InputError
 from vltrain.memory.weights import WeightPlan
 from vltrain.memory.zero import Parameter, ZeroMemory, zero_memory
-from vltrain.models.build import build_model, part_of
+from vltrain.models.build import build_model
 from vltrain.train.optim import parameter_groups
 
 WORLD_SIZE = 2
@@ -34,7 +34,7 @@ def planned(ds: dict[str, Any], tune: str) -> ZeroMemory:
     config = tiny_config(model__tune=tune)
     model = build_model(config.model, device="meta")
     weights = WeightPlan(model, None, torch.float32)
-    groups = parameter_groups(model.named_parameters(), config.optim, part_of)
+    groups = parameter_groups(model.named_parameters(), config.optim, model.part_of)
     return zero_memory(
         ds | {"gradient_accumulation_steps": PACKS_PER_STEP // WORLD_SIZE},
         WORLD_SIZE,

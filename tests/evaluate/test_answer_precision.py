@@ -16,7 +16,7 @@ from vltrain.config.command_line import load_settings
 from vltrain.config.recipe import build_config
 from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.candidates import BlipCandidates
+from vltrain.evaluate.answering.candidates import SegmentCandidates
 from vltrain.evaluate.answering.generate import Sampling, generate
 from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.answering.ranking import RankingItem, rank
@@ -91,7 +91,9 @@ def test_an_instructblip_generates_and_ranks_the_same_at_every_batch_size(kind, 
     ]
 
     def answers(of, size):
-        candidates = BlipCandidates(model=of, tokenizer=tokenizer, load_image=picture, device="cpu")
+        candidates = SegmentCandidates(
+            model=of, template=of.template, tokenizer=tokenizer, load_image=picture, device="cpu"
+        )
         return generate(of, prompts, picture, batch_size=size, **settings), rank(candidates, items, batch_size=size)
 
     expected = answers(whole, 5)

@@ -10,7 +10,7 @@ import torch
 from tests.models.test_qformer import IMAGE_ID, KINDS, reference, tokenizer_of
 from tests.support.blip import IMAGE_SIZE, blip_config, make_batch, make_samples, make_tokenizers
 from vltrain.data.text.conversation import encode_prompt, stop_ids
-from vltrain.evaluate.answering.candidates import BlipCandidates
+from vltrain.evaluate.answering.candidates import SegmentCandidates
 from vltrain.evaluate.answering.generate import Sampling, alone, generate
 from vltrain.evaluate.answering.ranking import RankingItem, rank
 from vltrain.models.build import build_model
@@ -80,7 +80,9 @@ def test_ranking_takes_the_candidate_whose_training_loss_is_least(kind, places):
         RankingItem(sample=sample, candidates=choices[: 2 + number % 3], whole=True)
         for number, sample in enumerate(samples)
     ]
-    candidates = BlipCandidates(model=model, tokenizer=tokenizer, load_image=picture, device="cpu")
+    candidates = SegmentCandidates(
+        model=model, template=model.template, tokenizer=tokenizer, load_image=picture, device="cpu"
+    )
     losses = candidates.candidate_losses(items, alone)
     expected, counts = [], []
     for item in items:
@@ -97,7 +99,9 @@ def test_ranking_takes_the_candidate_whose_training_loss_is_least(kind, places):
 
 def test_a_rank_with_nothing_to_rank_makes_the_same_forwards(places):
     model, tokenizer = lively(build_model(blip_config("t5").model)), tokenizer_of("t5", places)
-    candidates = BlipCandidates(model=model, tokenizer=tokenizer, load_image=picture, device="cpu")
+    candidates = SegmentCandidates(
+        model=model, template=model.template, tokenizer=tokenizer, load_image=picture, device="cpu"
+    )
     ran: list[str] = []
     for name in ("vision", "qformer", "llm.encoder", "llm.decoder", "llm.lm_head"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))

@@ -15,7 +15,7 @@ from test_generate import IMAGES, MODEL, VOCABULARY, Rank, plain_hidden_states, 
 from vltrain.data.loader import collate
 from vltrain.data.text.conversation import encode_prompt, encode_sample
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.candidates import MultimodalCandidates
+from vltrain.evaluate.answering.candidates import RowCandidates
 from vltrain.evaluate.answering.generate import alone
 from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem, rank, to_item
 from vltrain.models.mmt.model import MultimodalModel
@@ -54,8 +54,8 @@ SAMPLES = [make_sample(number, RNG) for number in range(24)]
 ITEMS = [to_item(sample, "file") for sample in SAMPLES]
 
 
-def candidates_of(model: MultimodalModel, load_image=IMAGES.__getitem__) -> MultimodalCandidates:
-    return MultimodalCandidates(model=model, tokenizer=TOKENIZER, template="mmt", load_image=load_image, device="cpu")
+def candidates_of(model: MultimodalModel, load_image=IMAGES.__getitem__) -> RowCandidates:
+    return RowCandidates(model=model, tokenizer=TOKENIZER, template="mmt", load_image=load_image, device="cpu")
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from vltrain.config.schema import OptimConfig
 from vltrain.evaluate.answering.generate import Sampling, alone, generate
 from vltrain.evaluate.answering.ranking import rank as rank_candidates
 from vltrain.evaluate.run import is_sharded, largest_over_ranks
-from vltrain.models.build import part_of
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IGNORE_INDEX
 from vltrain.train.optim import parameter_groups
@@ -31,7 +30,7 @@ def make_engine(world_size: int) -> Engine:
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
-    groups = parameter_groups(model.named_parameters(), OptimConfig(), part_of)
+    groups = parameter_groups(model.named_parameters(), OptimConfig(), model.part_of)
     return Engine(model, groups, ds_config, betas=(0.9, 0.95), eps=1e-8, autocast_dtype=torch.float32)
 
 

@@ -131,7 +131,7 @@ def _config(changes: dict[str, Any], output: Path, dataset: PackedDataset) -> Co
         **changes,
     }
     config = build_config(settings)
-    model, _ = assume_sizes(config.model, "llama-2-7b", "vit-l/14-336", None)
+    model, _ = assume_sizes(config.model, llm="llama-2-7b", vision="vit-l/14-336")
     output.mkdir(parents=True, exist_ok=True)
     return replace(config, model=model)
 

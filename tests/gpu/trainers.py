@@ -53,7 +53,7 @@ def _config(size: str, output: str) -> Config:
         False, train__precision="bf16", data__pack_length=PACK_LENGTH, data__workers=4, output=output
     )
     sized, _ = assume_sizes(
-        replace(config.model, llm=replace(config.model.llm, source=size, tokenizer="none")), size, None, None
+        replace(config.model, llm=replace(config.model.llm, source=size, tokenizer="none")), llm=size
     )
     return replace(config, model=sized)
 

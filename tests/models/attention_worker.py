@@ -20,6 +20,7 @@ transformers.utils.import_utils.is_torch_cuda_available = lambda: (
 from tests.support import attention_kernels
 from vltrain.models import build
 from vltrain.models.compiled import compile_blocks
+from vltrain.models.mmt import build as mmt_build
 from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,7 +30,7 @@ from tiny_models import mixed_batch, randomise_adapters, tiny_config
 
 
 def with_attention(name: str, make, *given, **options):
-    build.choose_attention = lambda *_, **__: name
+    mmt_build.choose_attention = lambda *_, **__: name
     return make(*given, **options)
 
 

@@ -14,10 +14,9 @@ from vltrain.data.loader import filler
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.memory.sizes import BLIPS
 from vltrain.models.build import build_model, count_parameters
-from vltrain.models.instructblip.build import full_qformer_size
 from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.instructblip.sizes import BLIPS
 from vltrain.models.peft.low_rank import targeted
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -202,7 +201,7 @@ def count_at_full_size(sizes, qformer=None, llm=None):
         device="meta",
     )
     counts = count_parameters(model)
-    return counts["peft"][1], sum(trained for _, trained in counts.values()), full_qformer_size(model)
+    return counts["peft"][1], sum(trained for _, trained in counts.values()), model.reference_size()
 
 
 @pytest.mark.parametrize(

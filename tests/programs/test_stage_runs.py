@@ -12,7 +12,7 @@ from tests.support.finished_run import finished_run
 from tests.support.processes import ROOT, deepspeed_command, on_ranks, vltrain
 from vltrain.config.stages import load_stages
 from vltrain.distributed.preemption import EXIT_REQUEUE
-from vltrain.models.build import part_of
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.programs import check, plan, submit
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
 
@@ -73,7 +73,9 @@ def whole(place):
 def test_the_second_stage_goes_on_with_the_first_ones_neck_and_new_adapters(whole):
     run, told = whole
     first, second = weights(run / "1-neck"), weights(run / "2-adapters")
-    assert {part_of(name) for name in first} == {"neck", "modality"} and {part_of(name) for name in second} == {
+    assert {MultimodalModel.part_of(name) for name in first} == {"neck", "modality"} and {
+        MultimodalModel.part_of(name) for name in second
+    } == {
         "adapter",
         "neck",
         "modality",

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.precision import Products
 from vltrain.batch import Batch
-from vltrain.models.build import AnyModel
+from vltrain.models.interface import VisionLanguageModel
 
 
 class _WithoutDriver(TorchFunctionMode):
@@ -83,7 +83,7 @@ def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-def products_of_forward(model: AnyModel, batch: Batch) -> Products:
+def products_of_forward(model: VisionLanguageModel, batch: Batch) -> Products:
     """The products of a training forward in bf16. The model's tensors are replaced by ones without memory."""
     mode, products = FakeTensorMode(allow_non_fake_inputs=True), Products()
 

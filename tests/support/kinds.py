@@ -15,7 +15,8 @@ from vltrain.config.model.mmt import PeftConfig
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.models.adapters.table import ADAPTERS
-from vltrain.models.build import AnyModel, build_model
+from vltrain.models.build import build_model
+from vltrain.models.interface import VisionLanguageModel
 
 BOTH = {"vision": "both", "llm": "both"}
 NO_ADAPTER = {"vision": "none", "llm": "none"}
@@ -52,7 +53,7 @@ BLIP: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = (*MMT, *BLIP)
 
 
-def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[AnyModel, Batch]:
+def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[VisionLanguageModel, Batch]:
     """The model and a batch for it. `dtype`: of products, and of frozen weights."""
     if name in MMT:
         if "bits4" in name or "bits8" in name:
@@ -74,7 +75,7 @@ def tokenizer_of(llm: str) -> Tokenizer:
         return load_tokenizer(places[llm], InstructionSource(source=places["bert"], max_tokens=32))
 
 
-def loss_of(name: str, model: AnyModel, batch: Batch) -> torch.Tensor:
+def loss_of(name: str, model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
     """The batch's loss with everything that training adds to it."""
     output = model(batch, penalise=True) if name.endswith("adalora") else model(batch)
     return output.loss_sum if output.penalty is None else output.loss_sum + output.penalty

@@ -12,7 +12,7 @@ from vltrain.data.images import decode_image
 from vltrain.data.loader import collate
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
-from vltrain.models.build import build_model, part_of
+from vltrain.models.build import build_model
 from vltrain.schema import PackedRow
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 
@@ -52,7 +52,7 @@ def plain_run(packs: Path, changes: dict, device: torch.device | str = "cpu") ->
         max_steps=config.train.max_steps,
     )
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), config.optim, part_of),
+        parameter_groups(model.named_parameters(), config.optim, model.part_of),
         betas=config.optim.betas,
         eps=config.optim.eps,
     )

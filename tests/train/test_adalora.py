@@ -23,7 +23,7 @@ from vltrain.data.text.conversation import encode_sample
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.models.build import build_model, part_of
+from vltrain.models.build import build_model
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
 
@@ -138,7 +138,7 @@ def plain_run(folder, kind):
     dataset, model = PackedDataset(folder), build_model(config.model)
     plan = Plan(dataset.index, seed=0, epochs=50.0, packs_per_step=4, world_size=1, cost=PackCost(), max_steps=STEPS)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), config.optim, part_of),
+        parameter_groups(model.named_parameters(), config.optim, model.part_of),
         betas=config.optim.betas,
         eps=config.optim.eps,
     )

@@ -15,7 +15,8 @@ from tests.train.plain_loop import one_sample_at_a_time
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
-from vltrain.models.build import build_model, part_of
+from vltrain.models.build import build_model
+from vltrain.models.mmt.model import MultimodalModel
 from vltrain.train.checkpoints.checkpoint import (
     load_trainable,
     newest_checkpoint,
@@ -248,7 +249,10 @@ def _first_loss(model, packs: Path) -> float:
 def test_a_neck_that_was_trained_alone_begins_a_model_with_new_adapters(tmp_path):
     """Whatever the other run trained nothing of is as without an origin; what it trained is its own, bit for bit."""
     necks = save_run(tmp_path / "run", tiny_config(model__tune="neck"))
-    assert {part_of(name) for name, one in necks.named_parameters() if one.requires_grad} == {"neck", "modality"}
+    assert {MultimodalModel.part_of(name) for name, one in necks.named_parameters() if one.requires_grad} == {
+        "neck",
+        "modality",
+    }
     assert not any(".adapter." in name or "lora_" in name for name, _ in necks.named_parameters())
     config = tiny_config(
         model__llm__peft__kind="lora", train__init_from=str(tmp_path / "run"), output=str(tmp_path / "new")
@@ -261,11 +265,13 @@ def test_a_neck_that_was_trained_alone_begins_a_model_with_new_adapters(tmp_path
     require_same_frozen(origin.checkpoint, config, {})
     begins = require_fit(origin.checkpoint, model)
     assert set(begins) == {"adapter", "peft"}
-    assert begins["adapter"] == sum(one.numel() for name, one in fresh.items() if part_of(name) == "adapter")
+    assert begins["adapter"] == sum(
+        one.numel() for name, one in fresh.items() if MultimodalModel.part_of(name) == "adapter"
+    )
     load_trainable(model, origin.checkpoint)
     trained = dict(necks.named_parameters())
     for name, one in model.named_parameters():
-        expected = trained[name] if part_of(name) in ("neck", "modality") else fresh[name]
+        expected = trained[name] if MultimodalModel.part_of(name) in ("neck", "modality") else fresh[name]
         assert torch.equal(one, expected), name
 
 

@@ -48,16 +48,15 @@ def _known_keys(architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> dic
     return found
 
 
-def keys_of(architecture: str) -> dict[str, Key]:
-    """The settings that a recipe of that architecture may make."""
-    return _keys_of(architecture, tuple(ARCHITECTURES.items()))
+def keys_of(name: str) -> dict[str, Key]:
+    """The settings that a recipe of the architecture of that name may make."""
+    return _keys_of(name, tuple(ARCHITECTURES.items()))
 
 
 @cache
-def _keys_of(architecture: str, architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> dict[str, Key]:
-    return {
-        key: known for key, known in known_keys().items() if architecture in (known.architectures or (architecture,))
-    }
+def _keys_of(name: str, architectures: tuple[tuple[str, type[ModelConfig]], ...]) -> dict[str, Key]:
+    known = _known_keys(architectures)
+    return {key: one for key, one in known.items() if not one.architectures or name in one.architectures}
 
 
 def known_sections() -> frozenset[str]:

@@ -333,16 +333,19 @@ def build_config(given: Mapping[str, Any]) -> Config:
 
 def require_own(given: Mapping[str, Any], made: Collection[str] = ()) -> None:
     """Raises InputError for a setting of another architecture than the one that `given` names; but a default value
-    passes, since resolved recipes of older versions name every key of every architecture. `made`: keys of which no value
-    passes."""
+    passes, since resolved recipes of older versions name every key of every architecture.
+
+    Args:
+        made: keys of which no value passes.
+    """
     name = given.get(ARCHITECTURE, DEFAULT)
     own = keys_of(name)
     for key, value in given.items():
         if key not in own and (key in made or not is_default(key, value)):
             owners = " and ".join(known_keys()[key].architectures)
             raise InputError(
-                f"{key}: has no effect: it is of the architecture {owners}, and {ARCHITECTURE} is {name}; leave it out, "
-                "or change the other"
+                f"{key}: has no effect: it is of the architecture {owners}, and {ARCHITECTURE} is {name}; leave it "
+                "out, or change the other"
             )
 
 

@@ -18,7 +18,7 @@ from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
 from vltrain.evaluate.report import find_scorer, question_of
-from vltrain.models.build import AnyModel
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
 from vltrain.schema import Sample, Segment
 
@@ -41,7 +41,7 @@ def ask(
     every: Sequence[Sample],
     tokenizer: Tokenizer,
     config: Config,
-    model: AnyModel,
+    model: VisionLanguageModel,
     where: str,
 ) -> Questions:
     """The questions about `samples`, the same on every rank.

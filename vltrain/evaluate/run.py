@@ -23,10 +23,10 @@ from vltrain.console import Progress
 from vltrain.data.images import open_rgb, read_image
 from vltrain.data.text.conversation import stop_ids
 from vltrain.data.text.tokenizer import Tokenizer
-from vltrain.evaluate.answering.candidates import BlipCandidates, MultimodalCandidates
+from vltrain.evaluate.answering.candidates import CANDIDATES
 from vltrain.evaluate.answering.generate import Sampling, Sync, alone, generate
 from vltrain.evaluate.answering.precision import products_in_fp32
-from vltrain.evaluate.answering.ranking import CandidateModel, rank, to_item
+from vltrain.evaluate.answering.ranking import rank, to_item
 from vltrain.evaluate.gallery import draw_card
 from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
 from vltrain.evaluate.ready import answerable_samples
@@ -34,8 +34,7 @@ from vltrain.evaluate.report import score_samples, write_report
 from vltrain.evaluate.samples import deal, image_loader, thin_out
 from vltrain.evaluate.scorers.scoring import Remark, Report
 from vltrain.metrics.base import MetricLogger
-from vltrain.models.build import AnyModel
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import Sample
 
 
@@ -47,7 +46,7 @@ class Said(NamedTuple):
 
 
 def evaluate_split(
-    model: AnyModel,
+    model: VisionLanguageModel,
     samples_file: Path,
     tokenizer: Tokenizer,
     config: Config,
@@ -107,7 +106,7 @@ def evaluate_split(
 
 
 def predict(
-    model: AnyModel,
+    model: VisionLanguageModel,
     samples: list[Sample],
     questions: Questions,
     tokenizer: Tokenizer,
@@ -146,7 +145,7 @@ def predict(
 
 
 def _generate(
-    model: AnyModel,
+    model: VisionLanguageModel,
     samples: list[Sample],
     tokenizer: Tokenizer,
     config: Config,
@@ -182,7 +181,7 @@ def _generate(
 
 
 def _rank(
-    model: AnyModel,
+    model: VisionLanguageModel,
     samples: list[Sample],
     tokenizer: Tokenizer,
     config: Config,
@@ -194,11 +193,9 @@ def _rank(
 ) -> list[Said]:
     """The likeliest candidate of each sample."""
     load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
-    place = {"tokenizer": tokenizer, "load_image": load_image, "device": device}
-    if isinstance(model, InstructBlip):
-        candidates: CandidateModel = BlipCandidates(model=model, **place)
-    else:
-        candidates = MultimodalCandidates(model=model, template=config.data.template, **place)
+    candidates = CANDIDATES[model.ranks](
+        model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=device
+    )
     items = [to_item(sample, str(samples_file)) for sample in samples]
     settings = {"batch_size": config.eval.batch_size, "normalise_length": config.eval.normalise_length}
     winners = rank(candidates, items, **settings, sync=sync, on_answered=on_answered)

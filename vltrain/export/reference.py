@@ -26,8 +26,8 @@ from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.questions import derived_max_new_tokens
 from vltrain.evaluate.samples import image_loader, read_samples, thin_out
 from vltrain.inference.build import anywhere
-from vltrain.models.build import AnyModel, build_model
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.build import build_model
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import Sample, Segment
 from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
@@ -94,7 +94,7 @@ def _num_questions(sample: Sample) -> int:
     return sum(turn.role == "user" for turn in sample.turns)
 
 
-def model_of(config: Config, weights: Checkpoint | None) -> AnyModel:
+def model_of(config: Config, weights: Checkpoint | None) -> VisionLanguageModel:
     """The model of a recipe with its trained weights, on the CPU, in evaluation mode. Raises InputError as
     `build_model`."""
     model = build_model(anywhere(config).model, dtype=torch.float32)
@@ -135,7 +135,6 @@ class Speaker:
         size = self.model.image_size
         shown = [torch.from_numpy(images[name]) for name in prompt.images]
         pixels = torch.stack(shown) if shown else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        owner = self.model if isinstance(self.model, InstructBlip) else self.model.vision
         return Spoken(
             ids=torch.tensor(ids, dtype=torch.int64),
             text=self.tokenizer.decode(ids).strip(),
@@ -143,7 +142,7 @@ class Speaker:
             prompt=torch.from_numpy(prompt.input_ids).long(),
             read=torch.from_numpy(prompt.instruction_ids).long(),
             pixels=pixels,
-            pixel_values=(pixels.float() / 255 - owner.mean) / owner.std,
+            pixel_values=self.model.normalise(pixels),
             draft=REDUCING_GAP * (self.model.framing.shorter_edge or size),
         )
 

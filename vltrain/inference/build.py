@@ -11,7 +11,8 @@ import torch
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.schema import Config
 from vltrain.data.text.tokenizer import Tokenizer
-from vltrain.models.build import AnyModel, build_model
+from vltrain.models.build import build_model
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
 from vltrain.train.run.fits import require_qformer_positions, require_tokenizer_fits
 
@@ -39,7 +40,7 @@ def _with(model: ModelConfig, section: str, name: str, value: Any) -> ModelConfi
 
 def answering_model(
     config: Config, tokenizer: Tokenizer, weights: Checkpoint | None, *, dtype: torch.dtype, place: torch.device
-) -> AnyModel:
+) -> VisionLanguageModel:
     """The model of a recipe on `place`, in evaluation mode.
 
     Args:

@@ -30,7 +30,7 @@ from vltrain.evaluate.answering.precision import widened
 from vltrain.evaluate.samples import image_loader, read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken
 from vltrain.inference.pictures import ImageLike, squares
-from vltrain.models.build import AnyModel
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
 from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
 
@@ -54,7 +54,7 @@ class LoadedModel:
 
     def __init__(
         self,
-        model: AnyModel,
+        model: VisionLanguageModel,
         tokenizer: Tokenizer,
         config: Config,
         *,

@@ -12,13 +12,13 @@ from PIL import Image
 
 from vltrain.data.images import decode_image, frame_image, read_image, upright_rgb
 from vltrain.errors import InputError
-from vltrain.models.build import AnyModel
+from vltrain.models.interface import VisionLanguageModel
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 EXPECTED = "a path, the bytes of an image file, a PIL image, or an array of uint8 [height, width, 3] or [height, width]"
 
 
-def squares(images: Sequence[ImageLike], model: AnyModel, max_pixels: int) -> list[np.ndarray]:
+def squares(images: Sequence[ImageLike], model: VisionLanguageModel, max_pixels: int) -> list[np.ndarray]:
     """uint8 [3, H, W] of the model's image size for each image, as training and evaluation make it of the same file.
 
     Args:
@@ -33,7 +33,7 @@ def squares(images: Sequence[ImageLike], model: AnyModel, max_pixels: int) -> li
     return [_square(image, model, max_pixels, f"image {number + 1}") for number, image in enumerate(images)]
 
 
-def _square(image: Any, model: AnyModel, max_pixels: int, where: str) -> np.ndarray:
+def _square(image: Any, model: VisionLanguageModel, max_pixels: int, where: str) -> np.ndarray:
     size, framing = model.image_size, model.framing
     if isinstance(image, (str, os.PathLike)):
         path = Path(image).expanduser()

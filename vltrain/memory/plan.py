@@ -22,8 +22,8 @@ from vltrain.data.shards import Index
 from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_pack, rehearse
 from vltrain.memory.weights import WeightPlan
 from vltrain.memory.zero import FP32, ZeroMemory, zero_memory
-from vltrain.models.build import AnyModel, build_model, count_parameters
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.build import build_model, count_parameters
+from vltrain.models.interface import VisionLanguageModel
 
 GIB = 2**30
 # Allowances, not measured here: CUDA's context with its kernels and workspaces; NCCL's channels where there are several
@@ -65,7 +65,7 @@ def plan_memory(
     ds_config: dict[str, Any],
     world_size: int,
     *,
-    groups: Callable[[AnyModel], list[list[nn.Parameter]]],
+    groups: Callable[[VisionLanguageModel], list[list[nn.Parameter]]],
     pack: PackSize,
     bits: int | None,
     dtype: torch.dtype,
@@ -94,7 +94,9 @@ def plan_memory(
         name: _rehearse(config, pack, bits, dtype, checkpointing=name == "recomputed")
         for name in ("kept", "recomputed")
     }
-    return _put_together(config, zero, activations, AVERAGES * FP32 * adalora_size(model), unpacked, world_size)
+    return _put_together(
+        config, model.BRIDGE, zero, activations, AVERAGES * FP32 * adalora_size(model), unpacked, world_size
+    )
 
 
 def _rehearse(
@@ -102,20 +104,26 @@ def _rehearse(
 ) -> Activations:
     model = build_model(config.model, device="meta", activation_checkpointing=checkpointing)
     weights = WeightPlan(model, bits, dtype)
-    if isinstance(model, InstructBlip):
-        batch = make_blip_pack(pack, model.visual_tokens, model.image_size, config.model.instructblip.qformer_tokens)
+    if model.instruction is not None:
+        instruction_tokens = config.model.tokenizers.instruction_tokens
+        batch = make_blip_pack(pack, model.visual_tokens, model.image_size, instruction_tokens)
     else:
         batch = make_pack(pack, model.visual_tokens, model.image_size)
     return rehearse(model, batch, dtype, weights.computed_dtype)
 
 
 def _put_together(
-    config: Config, zero: ZeroMemory, activations: dict[str, Activations], averages: int, unpacked: int, world_size: int
+    config: Config,
+    bridge: str,
+    zero: ZeroMemory,
+    activations: dict[str, Activations],
+    averages: int,
+    unpacked: int,
+    world_size: int,
 ) -> MemoryPlan:
     now = activations["recomputed" if config.train.activation_checkpointing else "kept"]
-    between = "neck" if config.model.architecture == "mmt" else "Q-Former"
     at_work = {
-        **zero.at_work, "activations, ViT": now.vision, f"activations, {between}, LLM and loss": now.rest,
+        **zero.at_work, "activations, ViT": now.vision, f"activations, {bridge}, LLM and loss": now.rest,
         "working memory of forward and backward": now.working, "a packed weight, unpacked": unpacked,
     }  # fmt: skip
     context = CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
@@ -132,7 +140,7 @@ def _sizeable(kinds: dict[str, int]) -> dict[str, int]:
     return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
 
 
-def _largest_module(model: AnyModel) -> int:
+def _largest_module(model: VisionLanguageModel) -> int:
     """Numbers in the largest set of parameters that one module owns itself, which ZeRO-3 gathers at once."""
     return max(sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules())
 
@@ -168,10 +176,9 @@ def adalora_size(model: nn.Module) -> int:
     return sum(size for name, size in sizes.items() if name.partition(".lora_")[0] in layers)
 
 
-def parameters_by_part(model: AnyModel) -> dict[str, dict[str, int]]:
+def parameters_by_part(model: VisionLanguageModel) -> dict[str, dict[str, int]]:
     """{part: {"total", "trainable"}} of the parts of such a model, and their sums as "all"."""
-    others = ("adapter", "neck", "modality") if isinstance(model, InstructBlip) else ("bridge", "qformer")
-    counts = {part: count for part, count in count_parameters(model).items() if part not in others}
+    counts = count_parameters(model)
     counts["all"] = (sum(total for total, _ in counts.values()), sum(trained for _, trained in counts.values()))
     return {part: {"total": total, "trainable": trained} for part, (total, trained) in counts.items()}
 
@@ -182,7 +189,7 @@ def checkpoint_bytes(num_trained: int, num_averaged: int = 0) -> int:
     return 3 * FP32 * num_trained + AVERAGES * FP32 * num_averaged
 
 
-def step_flops(config: Config, model: AnyModel, pack: PackSize, index: Index | None) -> float:
+def step_flops(config: Config, model: VisionLanguageModel, pack: PackSize, index: Index | None) -> float:
     """Operations of an optimizer step over all ranks: of an average step of the packs there are, else of as many full
     packs."""
     if index is None:

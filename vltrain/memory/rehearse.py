@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vltrain.batch import Batch
 from vltrain.data.loader import batch_of, blank_image
 from vltrain.memory.live import LiveMemory
-from vltrain.models.build import AnyModel
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 
@@ -126,7 +126,7 @@ def _deal(size: PackSize, visual_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rehearse(
-    model: AnyModel, batch: Batch, dtype: torch.dtype, frozen_dtype: Callable[[nn.Parameter], torch.dtype]
+    model: VisionLanguageModel, batch: Batch, dtype: torch.dtype, frozen_dtype: Callable[[nn.Parameter], torch.dtype]
 ) -> Activations:
     """Runs one pack forward and backward on the outline of a model, which is of no other use afterwards.
 
@@ -182,7 +182,7 @@ def _give_fake_weights(
     return list(made.values())
 
 
-def _watch(model: AnyModel, live: LiveMemory) -> dict[str, int]:
+def _watch(model: VisionLanguageModel, live: LiveMemory) -> dict[str, int]:
     """Hooks that note what the ViT leaves behind and what the head needs while it runs; `peak` is that of before and in
     the head."""
     seen = {"vision": 0, "head": 0, "peak": 0}

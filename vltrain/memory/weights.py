@@ -15,7 +15,7 @@ from torch import nn
 
 from vltrain.errors import InputError
 from vltrain.memory.zero import Parameter
-from vltrain.models.build import AnyModel
+from vltrain.models.interface import VisionLanguageModel
 
 NF4_BLOCK, NF4_SCALES_BLOCK, NF4_CODES = 64, 256, 16 + 256 + 1
 
@@ -40,7 +40,7 @@ class WeightPlan:
     Raises: InputError for 4 or 8 bits where no linear layer is frozen.
     """
 
-    def __init__(self, model: AnyModel, bits: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, model: VisionLanguageModel, bits: int | None, dtype: torch.dtype) -> None:
         self.bits, self.dtype = bits, dtype
         self.frozen_dtype = {16: torch.bfloat16, 32: torch.float32}.get(bits, dtype)
         self.frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""From a recipe's `ModelConfig` to a model whose trained parameters are exactly those the recipe means.
+"""From a recipe's model to a network, of whichever architecture, whose trained parameters are exactly those it means.
 
 Trained parameters are fp32, frozen ones have the dtype asked for; the trainable set is asserted, part by part, before
 the model is handed out.
@@ -6,39 +6,14 @@ the model is handed out.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
-from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from vltrain.config.model.base import ModelConfig
-from vltrain.config.model.mmt import PeftConfig
-from vltrain.files.locate import locate
-from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
-from vltrain.models.backbones.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
-from vltrain.models.backbones.vision import VISION_NORMS, ClipTaps, vision_units
-from vltrain.models.instructblip.build import blip_part_of, blip_weight_files, build_blip, check_blip_sources
-from vltrain.models.instructblip.model import InstructBlip
-from vltrain.models.materialise import RandomWeights, Weights, assert_materialised, empty_model
-from vltrain.models.mmt.model import MultimodalModel
-from vltrain.models.mmt.neck import make_neck
-from vltrain.models.peft.lora import insert_peft, is_peft_parameter, peft_parameters
-from vltrain.models.pretrained.preprocessor import CLIP_KINDS, Preprocessing, read_preprocessing
-from vltrain.models.pretrained.readers import clip_config, llama_config, open_clip, open_llama
-from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights, quantise_linears
-from vltrain.models.random import seeded
-from vltrain.ops.attention_choice import choose_attention
-from vltrain.ops.liger import choose_kernels
-
-AnyModel: TypeAlias = MultimodalModel | InstructBlip
-Place: TypeAlias = Callable[[nn.Module], None] | None
-PARTS = ("adapter", "peft", "neck", "modality", "bridge", "qformer", "vision", "llm")
-MODALITY_STD = 0.02  # as LLaMA's own token embeddings
+from vltrain.models.architectures import architecture_of
+from vltrain.models.interface import Place, VisionLanguageModel
+from vltrain.models.quantise import QUANTISED_BITS, bitsandbytes, num_weights
 
 
 @torch.no_grad()
@@ -50,7 +25,7 @@ def build_model(
     device: torch.device | str = "cpu",
     runs_on: torch.device | str | None = None,
     place: Place = None,
-) -> AnyModel:
+) -> VisionLanguageModel:
     """The model of a recipe, in training mode.
 
     Each unit of the networks (embeddings, a block, the head) gets its weights, is quantised, gets its adapters and is
@@ -68,58 +43,19 @@ def build_model(
     Raises: InputError for weights that are missing or do not fit, unknown adapters, and widths that groups do not
     divide.
     """
-    runs_on = device if runs_on is None else runs_on
-    model = as_placed(model)
-    if model.architecture == "instructblip":
-        return build_blip(
-            model,
-            dtype=dtype,
-            activation_checkpointing=activation_checkpointing,
-            device=device,
-            runs_on=runs_on,
-            place=place,
-        )
-    on_meta = torch.device(device).type == "meta"
-    with torch.device("meta") if on_meta else nullcontext():
-        clip = _empty_clip(model)
-        vision = ClipTaps(
-            clip, model.vision.tap_every, activation_checkpointing, _preprocessing(model, clip.config.image_size)
-        )
-        llm = _empty_llm(model, runs_on, dtype, log=not on_meta)
-        weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
-        routing = Routing() if is_routed(model.adapter) else None
-        kernels = choose_kernels(model.llm.kernels, runs_on, llm.config.hidden_act, log=not on_meta)
-        prepare_llm(llm, activation_checkpointing, routing, kernels)
-        _finish_vision(vision, model, weights[0], dtype, place)
-        _finish_llm(llm, model, weights[1], dtype, place, routing)
-        with seeded(model.seed, "neck"):
-            neck = make_neck(vision.width, llm.config.hidden_size, model.neck)
-        with seeded(model.seed, "modality"):
-            modality_embedding = nn.Embedding(2, llm.config.hidden_size)
-            nn.init.normal_(modality_embedding.weight, std=MODALITY_STD)
-    built = MultimodalModel(vision, neck, modality_embedding, llm, routing)
-    _assert_trainable(built, trained_parts(model))
-    if on_meta:
-        return built.train()
-    assert_materialised(built)
-    if place is None:
-        return built.to(device).train()
-    place(neck)
-    place(modality_embedding)
-    return built.train()
-
-
-def as_placed(model: ModelConfig) -> ModelConfig:
-    """The settings with the adapters and peft's layers that are really put in: `tune: neck` has none."""
-    if model.architecture != "mmt" or model.tune != "neck":
-        return model
-    adapter = dataclasses.replace(model.adapter, vision="none", llm="none")
-    return dataclasses.replace(model, adapter=adapter, llm=dataclasses.replace(model.llm, peft=PeftConfig()))
+    return architecture_of(model).build(
+        model,
+        dtype=dtype,
+        activation_checkpointing=activation_checkpointing,
+        device=device,
+        runs_on=device if runs_on is None else runs_on,
+        place=place,
+    )
 
 
 def outline_model(
     model: ModelConfig, runs_on: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> AnyModel:
+) -> VisionLanguageModel:
     """The model on the meta device, after everything was checked that shows without reading weights: settings, files,
     names, shapes.
 
@@ -130,10 +66,7 @@ def outline_model(
     """
     if model.bits in QUANTISED_BITS:
         bitsandbytes()
-    if model.architecture == "instructblip":
-        check_blip_sources(model)
-        return build_model(model, dtype=dtype, device="meta", runs_on=runs_on)
-    _open_weights(model, _empty_clip(model), _empty_llm(model, "meta", dtype), torch.float32)
+    architecture_of(model).check_sources(model)
     return build_model(model, dtype=dtype, device="meta", runs_on=runs_on)
 
 
@@ -143,176 +76,20 @@ def weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
 
     Raises: InputError as `outline_model`, for sources that are missing or do not fit.
     """
-    if model.architecture == "instructblip":
-        return blip_weight_files(model)
-    weights = _open_weights(
-        model, _empty_clip(model), _empty_llm(model, "meta", torch.float32, log=False), torch.float32
-    )
-    named = zip(("model.vision.source", "model.llm.source"), weights)
-    return {key: one.files for key, one in named if one.files}
+    return architecture_of(model).weight_files(model)
 
 
-def _empty_clip(model: ModelConfig) -> CLIPVisionModel:
-    config = clip_config("model.vision", model.vision.source, model.vision.config, model.vision.kind)
-    return empty_model(CLIPVisionModel, config, "eager" if model.llm.attention == "eager" else "sdpa")
-
-
-def _preprocessing(model: ModelConfig, image_size: int) -> Preprocessing:
-    source = model.vision.source
-    if source is None or model.vision.preprocessing == "square":
-        return Preprocessing()
-    return read_preprocessing("model.vision", source, locate(source), image_size, CLIP_KINDS)
-
-
-def _empty_llm(
-    model: ModelConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True
-) -> LlamaForCausalLM:
-    config = llama_config("model.llm", model.llm.source, model.llm.config)
-    return empty_llama(config, choose_attention(model.llm.attention, config, device, dtype, log=log))
-
-
-def _open_weights(
-    model: ModelConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype
-) -> tuple[Weights, Weights]:
-    """Where the weights of ViT and LLM come from, checked against the empty networks."""
-    parts = trained_parts(model)
-    vision_dtype, llm_dtype = (
-        torch.float32 if part in parts else _frozen_dtype(model, dtype) for part in ("vision", "llm")
-    )
-    vision_source, llm_source = model.vision.source, model.llm.source
-    return (
-        open_clip("model.vision", vision_source, clip, vision_dtype)
-        if vision_source
-        else RandomWeights(clip, model.seed, "vision"),
-        open_llama("model.llm", llm_source, llm, llm_dtype) if llm_source else RandomWeights(llm, model.seed, "llm"),
-    )
-
-
-def _frozen_dtype(model: ModelConfig, dtype: torch.dtype) -> torch.dtype:
-    return {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
-
-
-def _finish_vision(
-    vision: ClipTaps, model: ModelConfig, weights: Weights | None, dtype: torch.dtype, place: Place
-) -> None:
-    live = vision.live_blocks
-    blocks = list(vision.clip.encoder.layers)
-    unused = vision.unused_parameters()
-    for name, unit in vision_units(vision.clip):
-        trained = "vision" in trained_parts(model) and not unused.issuperset(unit.parameters())
-        _load(name, unit, weights, trained, unit in blocks, model, dtype)
-        if unit in live:
-            insert_adapters(
-                unit,
-                live.index(unit),
-                VISION_NORMS,
-                model.adapter.vision,
-                model.adapter,
-                seed=model.seed,
-                part="vision",
-            )
-        if place is not None:
-            place(unit)
-
-
-def _finish_llm(
-    llm: LlamaForCausalLM,
-    model: ModelConfig,
-    weights: Weights | None,
-    dtype: torch.dtype,
-    place: Place,
-    routing: Routing | None,
-) -> None:
-    blocks = llm_blocks(llm)
-    for name, unit in llm_units(llm):
-        _load(name, unit, weights, "llm" in trained_parts(model), unit in blocks, model, dtype)
-        tie_head(llm)
-        if unit in blocks:
-            number = blocks.index(unit)
-            insert_adapters(
-                unit, number, LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing
-            )
-            insert_peft(unit, number, len(blocks), model.llm.peft, model.seed)
-            for parameter in peft_parameters(unit):  # peft takes over the dtype of what it wraps
-                parameter.data = parameter.data.float()
-        if place is not None:
-            place(unit)
-
-
-def _load(
-    name: str,
-    unit: nn.Module,
-    weights: Weights | None,
-    trained: bool,
-    is_block: bool,
-    model: ModelConfig,
-    dtype: torch.dtype,
-) -> None:
-    """Gives a unit its weights, in the dtype and bits that they will have."""
-    if weights is not None:
-        weights.fill(name, unit, torch.float32 if trained else _frozen_dtype(model, dtype))
-    unit.requires_grad_(trained)
-    if weights is not None and is_block and not trained and model.bits in QUANTISED_BITS:
-        quantise_linears(unit, model.bits)
-
-
-def part_of(name: str) -> str:
-    """Which of `PARTS` the parameter of that name (of a built model's `named_parameters`) belongs to."""
-    if name.startswith(("qformer.", "queries.", "projection.", "vision.post_layernorm.")):
-        return blip_part_of(name)
-    if ".adapter." in name:
-        return "adapter"
-    if is_peft_parameter(name):
-        return "peft"
-    root = name.split(".", 1)[0]
-    part = {"modality_embedding": "modality"}.get(root, root)
-    assert part in PARTS, f"parameter '{name}' belongs to no part"
-    return part
-
-
-def trained_parts(model: ModelConfig) -> set[str]:
-    """The parts of `PARTS` whose parameters a recipe trains."""
-    parts = {"neck", "modality"} | ({"adapter", "peft"} if model.tune != "neck" else set())
-    full = model.tune == "full"
-    return (
-        parts | ({"vision"} if full or model.vision.train else set()) | ({"llm"} if full or model.llm.train else set())
-    )
-
-
-def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+def count_parameters(model: VisionLanguageModel) -> dict[str, tuple[int, int]]:
     """By part: (parameters, trained parameters). A tied weight is counted once."""
-    counts = dict.fromkeys(PARTS, (0, 0))
+    counts = dict.fromkeys(model.PARTS, (0, 0))
     for name, parameter in model.named_parameters():
-        total, trained = counts[part_of(name)]
-        counts[part_of(name)] = (
-            total + num_weights(parameter),
-            trained + num_weights(parameter) * parameter.requires_grad,
-        )
+        part = model.part_of(name)
+        total, trained = counts[part]
+        num = num_weights(parameter)
+        counts[part] = (total + num, trained + num * parameter.requires_grad)
     return counts
 
 
-def count_trained(model: nn.Module) -> int:
+def count_trained(model: VisionLanguageModel) -> int:
     """How many numbers are trained, also of a model that ZeRO-3 has cut up."""
     return sum(trained for _, trained in count_parameters(model).values())
-
-
-def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
-    """By module and by name: what is trained are whole adapters, peft's factors and prompts, neck and modality
-    embedding, and a part's own weights if it is."""
-    adapters = {
-        parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()
-    }
-    expected = (
-        adapters | peft_parameters(model.llm) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
-    )
-    for part, module in (("vision", model.vision), ("llm", model.llm)):
-        expected |= set(module.parameters()) if part in parts else set()
-    unused = model.vision.unused_parameters()
-    expected -= unused
-    by_name = {parameter for name, parameter in model.named_parameters() if part_of(name) in parts} - unused
-    wrong = [
-        name
-        for name, parameter in model.named_parameters()
-        if len({parameter.requires_grad, parameter in expected, parameter in by_name}) > 1
-    ]
-    assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong}"

@@ -21,9 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltrain.config.schema import Config
 from vltrain.errors import InputError
-from vltrain.models.adapters import is_routed
-from vltrain.models.backbones.llm import llm_blocks
-from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.architectures import architecture_of
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, packed_sdpa_forward, packed_varlen_forward
 
 logger = logging.getLogger(__name__)
@@ -38,22 +37,21 @@ def require_compilable(config: Config, zero_stage: int) -> None:
     if not config.train.compile:
         return
     model = config.model
+    not_compilable = architecture_of(model).not_compilable(model)
     reasons = {
         "ZeRO 3, which cuts the weights up that a graph would hold": zero_stage == 3,
-        f"the architecture {model.architecture}": model.architecture != "mmt",
+        str(not_compilable): not_compilable is not None,
         "train.activation_checkpointing, under which the LLM's blocks would stay as they are": (
             config.train.activation_checkpointing
         ),
         f"model.bits {model.bits}": model.bits in (4, 8),
-        "model.llm.kernels liger, which torch.compile cannot trace": model.llm.kernels == "liger",
-        f"model.adapter.kind {model.adapter.kind}, which decides anew in every row": is_routed(model.adapter),
     }
     for reason, holds in reasons.items():
         if holds:
             raise InputError(f"train.compile: found true together with {reason}; leave one of both out")
 
 
-def compile_blocks(model: MultimodalModel, backend: str = "inductor") -> None:
+def compile_blocks(model: VisionLanguageModel, backend: str = "inductor") -> None:
     """Compiles every block that runs, in place, at its first forward; parameters and their names stay what they are."""
     attentions = {PACKED_SDPA: packed_sdpa_forward, PACKED_VARLEN: packed_varlen_forward}
     theirs = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("flash_attention_")]
@@ -63,7 +61,7 @@ def compile_blocks(model: MultimodalModel, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 8 * GRAPHS
     logger.info("blocks are compiled, norms, rotary embedding and SwiGLU with them; evaluation runs as it is written")
-    for block in (*model.vision.live_blocks, *llm_blocks(model.llm)):
+    for block in model.compilable_blocks:
         block.compile(dynamic=True, backend=backend)
 
 

@@ -38,10 +38,9 @@ from vltrain.memory.plan import (
     plan_memory,
     step_flops,
 )  # fmt: skip
-from vltrain.memory.sizes import assume_sizes, is_here
-from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, part_of
-from vltrain.models.instructblip.build import full_qformer_size
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.memory.sizes import assume_sizes, is_here, size_options
+from vltrain.models.build import build_model, count_parameters, count_trained
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import packed_folder
 from vltrain.prepared.origins import packs_differ, samples_file
 from vltrain.train.optim import parameter_groups
@@ -60,16 +59,13 @@ OPTIONS: dict[str, Option] = {
     "gpus": Option("how many GPUs train together", "1", "N"),
     "gpu-memory": Option("memory of one GPU in GiB; left out: common cards are compared", metavar="GIB"),
     "json": Option("also write all figures to this file", metavar="FILE"),
-    "llm-size": Option(
-        "plan with a published LLaMA's sizes, such as llama-2-7b, whatever the recipe names", metavar="NAME"
-    ),
-    "vision-size": Option(
-        "plan with a published ViT's sizes, such as vit-l/14-336, whatever the recipe names", metavar="NAME"
-    ),
-    "instructblip-size": Option(
-        "plan with a published InstructBLIP's sizes, such as instructblip-flan-t5-xl, whatever the recipe names",
-        metavar="NAME",
-    ),
+    **{
+        f"{name}-size": Option(
+            f"plan with a published {one.what}'s sizes, such as {one.example}, whatever the recipe names",
+            metavar="NAME",
+        )
+        for name, one in size_options().items()
+    },
 }
 
 
@@ -112,9 +108,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     )  # auto is bf16 on all GPUs worth planning for
     bits = config.model.bits
-    model_config, assumed = assume_sizes(
-        config.model, options["llm-size"], options["vision-size"], options["instructblip-size"]
-    )
+    model_config, assumed = assume_sizes(config.model, **{name: options[f"{name}-size"] for name in size_options()})
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
     ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model))
@@ -131,8 +125,10 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     index = None if packs is None else packs.index
     pack = largest_pack(config, model.visual_tokens, index)
 
-    def groups(outline: AnyModel) -> list[list[nn.Parameter]]:
-        return [group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, part_of)]
+    def groups(outline: VisionLanguageModel) -> list[list[nn.Parameter]]:
+        return [
+            group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, outline.part_of)
+        ]
 
     memory = plan_memory(sized, ds_config, num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
     parameters = parameters_by_part(model)
@@ -162,12 +158,12 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _share(model: AnyModel) -> dict[str, float] | None:
+def _share(model: VisionLanguageModel) -> dict[str, float] | None:
     """What is trained of an InstructBLIP, beside full tuning of its Q-Former, the paper's 100%; None of other
     networks."""
-    if not isinstance(model, InstructBlip):
+    full, counts = model.reference_size(), count_parameters(model)
+    if full is None:
         return None
-    full, counts = full_qformer_size(model), count_parameters(model)
     updates, trained = counts["peft"][1], sum(trained for _, trained in counts.values())
     return {
         "parameters": full,

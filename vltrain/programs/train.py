@@ -43,10 +43,9 @@ from vltrain.files.lock import lock_inside, one_writer
 from vltrain.metrics.base import RunContext
 from vltrain.metrics.loggers import Loggers, open_loggers
 from vltrain.metrics.table import require_loggers
-from vltrain.models.build import AnyModel, build_model, count_parameters, count_trained, outline_model
+from vltrain.models.build import build_model, count_parameters, count_trained, outline_model
 from vltrain.models.compiled import compile_blocks, require_compilable
-from vltrain.models.instructblip.build import full_qformer_size
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import packed_folder, ready_packs, ready_samples, require_source
 from vltrain.prepared.origins import facts_of, require_same_set, samples_file
 from vltrain.receipts.manifest import checkpoints_in
@@ -204,10 +203,7 @@ def _train(
     # other.
     tokenizer, outline, dataset = _prepare(config, dtype, rebuild=settings.options[REBUILD] is not None)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
-    parameters, full = (
-        count_parameters(outline),
-        full_qformer_size(outline) if isinstance(outline, InstructBlip) else None,
-    )
+    parameters, full = count_parameters(outline), outline.reference_size()
     ds_json = fill_buckets(ds_json, count_trained(outline))
     # Once on each node, whose disk may hold other files than rank 0's.
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
@@ -273,7 +269,9 @@ def _train(
         last_line(_summary(trainer)) if stage is not Stage.EARLIER else logger.info("%s", _summary(trainer))
 
 
-def _prepare(config: Config, dtype: torch.dtype, *, rebuild: bool) -> tuple[Tokenizer, AnyModel, PackedDataset]:
+def _prepare(
+    config: Config, dtype: torch.dtype, *, rebuild: bool
+) -> tuple[Tokenizer, VisionLanguageModel, PackedDataset]:
     """Tokenizer, outline of the model, and packs, made if missing. Raises InputError where they do not fit each other,
     or are damaged."""
     tokenizer = load_tokenizer(*tokenizer_sources(config))
@@ -291,7 +289,7 @@ def _require_same_start(
     checkpoint: Checkpoint | None,
     origin: Origin | None,
     files: FilesOf,
-    outline: AnyModel,
+    outline: VisionLanguageModel,
 ) -> None:
     """Raises InputError where the run cannot go on, or begin, as it is told; here so that it is found before the model
     is loaded."""
@@ -347,7 +345,7 @@ def _require_no_lost_checkpoints(folder: Path) -> None:
         )
 
 
-def _ready_data(config: Config, tokenizer: Tokenizer, outline: AnyModel, *, rebuild: bool) -> PackedDataset:
+def _ready_data(config: Config, tokenizer: Tokenizer, outline: VisionLanguageModel, *, rebuild: bool) -> PackedDataset:
     """Samples and packs, made, made anew or checked.
 
     Raises: InputError if they are not of what the recipe names or not of one set, and for evaluations that would fail

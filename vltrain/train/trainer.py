@@ -29,8 +29,9 @@ from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.loggers import Loggers
 from vltrain.metrics.monitor import Monitor
 from vltrain.metrics.step_log import cut_lines
-from vltrain.models.build import AnyModel, count_trained, part_of
+from vltrain.models.build import count_trained
 from vltrain.models.compiled import uncompiled
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.receipts.receipt import Header, ReceiptWriter, fingerprint
 from vltrain.receipts.verify import RUN_ID
 from vltrain.train.adalora import RankAllocator
@@ -306,7 +307,7 @@ def _num_positions(plan: Any) -> int:
     return plan.num_tokens + 2 * int((plan.packs < 0).sum())
 
 
-def pack_cost(model: AnyModel) -> PackCost:
+def pack_cost(model: VisionLanguageModel) -> PackCost:
     """What a pack costs, in FLOPs, for the deal of packs to ranks. Label positions are few and left out."""
     flops = model.flops()
     return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
@@ -316,7 +317,7 @@ def make_trainer(
     config: Config,
     ds_json: dict[str, Any],
     *,
-    model: AnyModel,
+    model: VisionLanguageModel,
     dataset: PackedDataset,
     checkpoint: Checkpoint | None,
     rank: int,
@@ -356,7 +357,7 @@ def make_trainer(
     image_size, framing, flops = model.image_size, model.framing, model.flops()
     engine = Engine(
         model,
-        parameter_groups(model.named_parameters(), config.optim, part_of),
+        parameter_groups(model.named_parameters(), config.optim, model.part_of),
         ds_config,
         betas=config.optim.betas,
         eps=config.optim.eps,
@@ -423,7 +424,7 @@ def make_trainer(
 
 
 def _load_start(
-    model: AnyModel,
+    model: VisionLanguageModel,
     checkpoint: Checkpoint | None,
     origin: Origin | None,
     belongs_to: dict[str, Any],

@@ -1,8 +1,8 @@
-"""What every architecture's section of a recipe has in common: `model.architecture` says which one the others' keys are of.
+"""What every architecture's section of a recipe has in common: `model.architecture` says whose keys the others are.
 
-A section is a dataclass, a subclass of `ModelConfig`, and one line of `vltrain.config.model.architectures`: a tagged union, so
-that keys of one architecture have no place in another. What follows from the settings alone is asked of the section;
-what needs a network, of the `Architecture` in its `FOLDER` (`vltrain.models.architectures`).
+A section is a dataclass, a subclass of `ModelConfig`, and one line of `vltrain.config.model.architectures`: a tagged
+union, so that keys of one architecture have no place in another. What follows from the settings alone is asked of the
+section; what needs a network, of the `Architecture` in its `FOLDER` (`vltrain.models.architectures`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a recipe may say of Multimodal Model Tuning: the keys directly below `model`, where `model.architecture` is `mmt`.
+"""What a recipe may say of Multimodal Model Tuning: keys directly below `model`, where `model.architecture` is `mmt`.
 
 ViT, neck and LLM; adapters behind their norms; peft's layers in the LLM.
 """

@@ -1,10 +1,10 @@
 """Candidate answers under a model of ours: its LLM's loss on each, for `vltrain.evaluate.answering.ranking`.
 
-Of an `InstructBlip` the candidates are segments of one batch, and their losses those of the training's forward. Of a
-`MultimodalModel` each candidate is a row of its own: the prompt, tokenised as in training, and the candidate in the
-answer's place. Rows are padded on the right, where causality hides the padding, and only the candidates' positions go
-through the head. Given up: sharing a prompt's keys and values among its candidates, which would save computing and cost
-the plain forward that training, too, goes through. Images are encoded once a batch.
+As segments of one batch, candidates have the losses of the training's forward. Or each candidate is a row of its own:
+the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the right, where
+causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys
+and values among its candidates, which would save computing and cost the plain forward that training, too, goes through.
+Images are encoded once a batch.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from vltrain.data.text.conversation import encode_candidate
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.evaluate.answering.generate import DECODING_THREADS, LoadImage, Sync, encode_together, gather_pixels
 from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem
-from vltrain.models.instructblip.model import InstructBlip
-from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.rows import segment_sums
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 
 @dataclass(kw_only=True)
-class MultimodalCandidates:
-    """A `CandidateModel`. Making one is a collective under ZeRO-3: routed adapters decide then.
+class RowCandidates:
+    """A `CandidateModel`: each candidate is a padded row. Making one is a collective under ZeRO-3, where adapters are
+    routed: they decide then.
 
     model       in evaluation mode, plain or under DeepSpeed at any stage
     load_image  name -> uint8 [3, H, W] of the model's image size
     """
 
-    model: MultimodalModel
+    model: VisionLanguageModel
     tokenizer: Tokenizer
     template: str
     load_image: LoadImage
@@ -80,15 +80,16 @@ class MultimodalCandidates:
 
 
 @dataclass(kw_only=True)
-class BlipCandidates:
-    """A `CandidateModel` for InstructBLIPs.
+class SegmentCandidates:
+    """A `CandidateModel`: candidates are segments of one batch, and go through the training's forward.
 
     model       in evaluation mode, plain or under DeepSpeed at any stage
     load_image  name -> uint8 [3, H, W] of the model's image size
     """
 
-    model: InstructBlip
+    model: VisionLanguageModel
     tokenizer: Tokenizer
+    template: str
     load_image: LoadImage
     device: torch.device | str
 
@@ -98,13 +99,20 @@ class BlipCandidates:
     @torch.no_grad()
     def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
         """See `CandidateModel`."""
-        rows = _rows_of(items, self.tokenizer, self.model.template, self.model.visual_tokens)
+        rows = _rows_of(items, self.tokenizer, self.template, self.model.visual_tokens)
         images = _images_of(items, self.load_image)
         anyone_has_images = bool(sync(int(len(images) > 0)))
         size = self.model.image_size
         batch = batch_of(rows, images, size, blank=anyone_has_images) if rows else filler(anyone_has_images, size)
         losses = self.model(batch.to(self.device)).segment_losses
         return CandidateLosses(losses[: len(rows)], batch.label_lengths[: len(rows)])
+
+
+CANDIDATES: dict[str, type[RowCandidates] | type[SegmentCandidates]] = {
+    "rows": RowCandidates,
+    "segments": SegmentCandidates,
+}
+"""By `VisionLanguageModel.ranks`."""
 
 
 def _rows_of(items: Sequence[RankingItem], tokenizer: Tokenizer, template: str, visual_tokens: int) -> list[Segment]:

@@ -29,8 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaModel
 
 from vltrain.errors import InputError
-from vltrain.models.build import AnyModel
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 LoadImage = Callable[[str], np.ndarray]
@@ -77,7 +76,7 @@ def alone(value: int) -> int:
 # inference_mode is no faster here, and would leave its tensors in what ZeRO-3 gathers for the training to come
 @torch.no_grad()
 def generate(
-    model: AnyModel,
+    model: VisionLanguageModel,
     prompts: Sequence[Segment],
     load_image: LoadImage,
     *,
@@ -122,7 +121,7 @@ def generate(
             asked = [prompts[index] for index in indices]
             pixels, slots = gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
             visual, slots = encode_together(model, pixels.to(device), slots.to(device), asked, sync)
-            decoder = _decoder_of(model)(
+            decoder = DECODERS[model.writes](
                 model, asked, visual, slots, sampling, stop_ids, vocab_size, torch.device(device)
             )
             for made in decoder.tokens(sync):
@@ -135,7 +134,7 @@ def generate(
 
 @torch.no_grad()
 def generate_tokens(
-    model: AnyModel,
+    model: VisionLanguageModel,
     prompt: Segment,
     images: Mapping[str, np.ndarray],
     *,
@@ -156,15 +155,11 @@ def generate_tokens(
     assert not model.training, "generation with a model in training mode"
     pixels, slots = gather_pixels(model, [prompt], {name: images[name] for name in dict.fromkeys(prompt.images)})
     visual, slots = encode_together(model, pixels.to(device), slots.to(device), [prompt], alone)
-    decoder = _decoder_of(model)(
+    decoder = DECODERS[model.writes](
         model, [prompt], visual, slots, sampling, stop_ids, vocab_size, torch.device(device), with_logprobs=True
     )
     for made in decoder.tokens(alone):
         yield from made
-
-
-def _decoder_of(model: AnyModel) -> type[_Decoder]:
-    return T5Decoder if isinstance(model, InstructBlip) and model.is_encoder_decoder else _Decoder
 
 
 def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: list[Segment]) -> dict:
@@ -172,7 +167,9 @@ def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: lis
     return {name: pool.submit(load_image, name) for name in names}
 
 
-def gather_pixels(model: AnyModel, prompts: list[Segment], images: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+def gather_pixels(
+    model: VisionLanguageModel, prompts: list[Segment], images: dict[str, np.ndarray]
+) -> tuple[Tensor, Tensor]:
     """Each distinct image once: (uint8 [N, 3, H, W], int64 [K] which of them stands at each image run of the batch)."""
     places = {name: place for place, name in enumerate(images)}
     slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
@@ -182,7 +179,7 @@ def gather_pixels(model: AnyModel, prompts: list[Segment], images: dict[str, np.
 
 
 def encode_together(
-    model: AnyModel, pixels: Tensor, slots: Tensor, prompts: Sequence[Segment], sync: Sync
+    model: VisionLanguageModel, pixels: Tensor, slots: Tensor, prompts: Sequence[Segment], sync: Sync
 ) -> tuple[Tensor, Tensor]:
     """Visual tokens of a batch's images; a blank image is encoded where only other ranks have images.
 
@@ -193,16 +190,13 @@ def encode_together(
     """
     blank = bool(sync(int(len(pixels) > 0))) and len(pixels) == 0
     states = model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]) if blank else pixels)
-    if not isinstance(model, InstructBlip):
-        return (states[:0] if blank else states), slots
     asked = [torch.from_numpy(prompt.instruction_ids).long() for prompt in prompts for _ in prompt.images]
     instruction = (
         torch.nn.utils.rnn.pad_sequence(asked, batch_first=True, padding_value=-1)
         if asked
         else torch.empty(0, 2, dtype=torch.int64)
     )
-    visual = model.ask_images(states, slots, instruction.to(slots.device))
-    return visual, torch.arange(len(visual), device=slots.device)
+    return model.look(states, slots, instruction.to(slots.device))
 
 
 class _Decoder:
@@ -219,7 +213,7 @@ class _Decoder:
 
     def __init__(
         self,
-        model: AnyModel,
+        model: VisionLanguageModel,
         prompts: list[Segment],
         visual: Tensor,
         slots: Tensor,
@@ -332,7 +326,7 @@ class _Decoder:
         return sample_tokens(logits, uniforms, self.sampling.temperature, self.sampling.top_p)
 
 
-class T5Decoder(_Decoder):
+class _EncoderDecoder(_Decoder):
     """One batch under an encoder-decoder: the encoder reads the prompts, the cache holds what the decoder wrote and
     what it sees of them."""
 
@@ -355,6 +349,10 @@ class T5Decoder(_Decoder):
 
     def _keep(self, live: set[int], tokens: Tensor) -> Tensor:
         return tokens  # all rows stay: answers are short beside the prompts, which are read once
+
+
+DECODERS: dict[str, type[_Decoder]] = {"decoder-only": _Decoder, "encoder-decoder": _EncoderDecoder}
+"""By `VisionLanguageModel.writes`."""
 
 
 def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:

@@ -16,15 +16,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vltrain.models.build import AnyModel
-from vltrain.models.instructblip.model import InstructBlip
-from vltrain.ops.attention import PACKED_SDPA
+from vltrain.models.interface import VisionLanguageModel
 
 HALVES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def products_in_fp32(model: AnyModel, device: torch.device | str) -> Iterator[None]:
+def products_in_fp32(model: VisionLanguageModel, device: torch.device | str) -> Iterator[None]:
     """Inside the block the model computes in fp32 with the numbers that its weights have; afterwards it is as it was,
     its tensors the same ones."""
     with widened(model), torch.autocast(torch.device(device).type, enabled=False):
@@ -32,7 +30,7 @@ def products_in_fp32(model: AnyModel, device: torch.device | str) -> Iterator[No
 
 
 @contextmanager
-def widened(model: AnyModel) -> Iterator[None]:
+def widened(model: VisionLanguageModel) -> Iterator[None]:
     """`products_in_fp32` but for autocast, which is a thread's and may be on."""
     halves: list[tuple[Tensor, Tensor]] = [(one, one.data) for one in _floats(model) if one.dtype in HALVES]
     assert not any(hasattr(one, "ds_tensor") for one, _ in halves), (
@@ -43,8 +41,7 @@ def widened(model: AnyModel) -> Iterator[None]:
     try:
         for one, data in halves:
             one.data = data.float()
-        if not (isinstance(model, InstructBlip) and model.is_encoder_decoder):  # a T5's is transformers' own
-            settings._attn_implementation = "eager" if attention == "eager" else PACKED_SDPA
+        settings._attn_implementation = model.fp32_attention
         yield
     finally:
         settings._attn_implementation = attention

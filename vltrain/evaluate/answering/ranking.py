@@ -7,7 +7,7 @@ neither its neighbours in a batch nor the number of ranks decide an answer: what
 `vltrain.evaluate.answering.generate`.
 
 Any model can be ranked with that implements `CandidateModel`; `vltrain.evaluate.answering.candidates` does for
-`MultimodalModel`.
+ours.
 """
 
 from __future__ import annotations

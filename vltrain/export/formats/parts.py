@@ -165,5 +165,4 @@ def tuned_model(source: Source) -> MultimodalModel:
     """The run's model in fp32 on the CPU, weights in 16 bits widened; quantised layers stay what they are. Raises
     InputError."""
     built = model_of(source.config, source.weights)
-    assert isinstance(built, MultimodalModel)
     return built.float()

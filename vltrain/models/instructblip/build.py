@@ -6,7 +6,6 @@ each unit is loaded, quantised, wrapped and placed before the next one has weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,16 +20,16 @@ from vltrain.files.locate import locate
 from vltrain.models.backbones.llm import LossHead, checkpoint_blocks
 from vltrain.models.instructblip.model import InstructBlip
 from vltrain.models.instructblip.weights import KEY, blip_config, blip_units, empty_blip, open_blip, tie_embeddings
+from vltrain.models.interface import Place
 from vltrain.models.materialise import Weights, assert_materialised
-from vltrain.models.peft.low_rank import TARGETS, insert_low_rank
+from vltrain.models.peft.low_rank import TARGETS, insert_low_rank, is_low_rank
 from vltrain.models.peft.reader import PeftFolder, peft_files
 from vltrain.models.pretrained.preprocessor import BLIP_KINDS, Preprocessing, read_preprocessing
-from vltrain.models.quantise import QUANTISED_BITS, num_weights, quantise_linears
+from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.liger import choose_kernels, install_liger
 from vltrain.schema import SQUARE
 
-Place = Callable[[nn.Module], None] | None
 ALWAYS_TRAINED = ("bridge",)
 
 
@@ -166,30 +165,6 @@ def _finish(
         place(network.vision_model.post_layernorm)
 
 
-def is_low_rank(name: str) -> bool:
-    """Whether a parameter of that name is of a low-rank update: trained factors, and the rank that AdaLoRA's layers
-    divide by, which is not."""
-    return ".lora_" in name or ".ranknum." in name
-
-
-def blip_part_of(name: str) -> str:
-    """The part that the parameter of that name (of `InstructBlip.named_parameters`) belongs to, a name of
-    `vltrain.models.build.PARTS`."""
-    if is_low_rank(name):
-        return "peft"
-    root = name.split(".", 1)[0]
-    return "bridge" if root in ("queries", "projection") or name.startswith("vision.post_layernorm.") else root
-
-
-def full_qformer_size(model: InstructBlip) -> int:
-    """Parameters of full Q-Former tuning, the paper's 100%: Q-Former, queries, projection, and the norm behind the
-    ViT."""
-    counted = (model.qformer, model.queries, model.projection, model.vision.post_layernorm)
-    return sum(
-        num_weights(value) for module in counted for name, value in module.named_parameters() if not is_low_rank(name)
-    )
-
-
 def _assert_trainable(model: InstructBlip, config: BlipModelConfig) -> None:
     """By name: the bridge, networks tuned in full, and factors exactly where the recipe's targets are."""
     blip = config.instructblip
@@ -201,7 +176,7 @@ def _assert_trainable(model: InstructBlip, config: BlipModelConfig) -> None:
     }
     wrong = []
     for name, parameter in model.named_parameters():
-        part = blip_part_of(name)
+        part = model.part_of(name)
         expected = part in full or part == "bridge" or (part == "peft" and ".lora_" in name)
         wrong += [name] if parameter.requires_grad != expected else []
     assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong[:8]}"

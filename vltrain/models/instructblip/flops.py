@@ -7,18 +7,32 @@ of its work at 32 queries).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import nn
 
 from vltrain.models.flops import Flops, linear_flops, llm_flops
 from vltrain.models.peft.lora import outer_linears
 
-if TYPE_CHECKING:
-    from vltrain.models.instructblip.model import InstructBlip
+
+class Counted(Protocol):
+    """What is counted: the parts of an `InstructBlip`, by their names there."""
+
+    config: Any
+    vision: Any
+    queries: nn.Module
+    qformer: Any
+    projection: nn.Linear
+    llm: Any
+
+    @property
+    def visual_tokens(self) -> int: ...
+
+    @property
+    def is_encoder_decoder(self) -> bool: ...
 
 
-def count_flops(model: InstructBlip) -> Flops:
+def count_flops(model: Counted) -> Flops:
     """The `Flops` of a whole model, given which of its parameters are trained now."""
     per_image, visual_need_grad = _image_flops(model)
     if not model.is_encoder_decoder:
@@ -33,7 +47,7 @@ def count_flops(model: InstructBlip) -> Flops:
     )
 
 
-def _image_flops(model: InstructBlip) -> tuple[float, bool]:
+def _image_flops(model: Counted) -> tuple[float, bool]:
     """(operations per image in ViT, Q-Former and projection, do the visual tokens need a gradient?)"""
     vision, sizes = model.vision, model.config.vision_config
     num_rows = vision.embeddings.num_positions

@@ -14,7 +14,7 @@ device per attention mask, since transformers looks whether any text is padded.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,10 @@ from vltrain.batch import Batch
 from vltrain.models.backbones.llm import packed_hidden_states
 from vltrain.models.flops import Flops
 from vltrain.models.instructblip.flops import count_flops
-from vltrain.models.mmt.model import LossOutput
-from vltrain.models.peft.low_rank import orthogonality
+from vltrain.models.interface import InstructionSizes, LossOutput, VisionLanguageModel
+from vltrain.models.peft.low_rank import is_low_rank, orthogonality
 from vltrain.models.pretrained.preprocessor import Preprocessing
+from vltrain.models.quantise import num_weights
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
@@ -48,7 +49,7 @@ class QueryTokens(nn.Module):
         return self.tokens.expand(num, -1, -1)
 
 
-class InstructBlip(nn.Module):
+class InstructBlip(VisionLanguageModel):
     """The parts of transformers' `InstructBlipForConditionalGeneration`, under shorter names (`THEIR_NAMES`)."""
 
     THEIR_NAMES = {
@@ -58,7 +59,9 @@ class InstructBlip(nn.Module):
         "projection": "language_projection",
         "llm": "language_model",
     }
-    routing = None  # as of a `MultimodalModel` without routed adapters
+    PARTS = ("peft", "bridge", "qformer", "vision", "llm")
+    BRIDGE = "Q-Former"
+    ranks = "segments"
 
     def __init__(
         self,
@@ -86,12 +89,10 @@ class InstructBlip(nn.Module):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image: the queries."""
         return self.config.num_query_tokens
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images that the ViT reads, in pixels."""
         return self.config.vision_config.image_size
 
     @property
@@ -100,8 +101,41 @@ class InstructBlip(nn.Module):
         return not isinstance(self.llm, LlamaForCausalLM)
 
     @property
+    def writes(self) -> Literal["decoder-only", "encoder-decoder"]:
+        return "encoder-decoder" if self.is_encoder_decoder else "decoder-only"
+
+    @property
+    def instruction(self) -> InstructionSizes:
+        sizes = self.config.qformer_config
+        return InstructionSizes(sizes.vocab_size, sizes.max_position_embeddings)
+
+    @property
+    def fp32_attention(self) -> str:
+        """A T5's is transformers' own, and knows fp32."""
+        return self.llm.config._attn_implementation if self.is_encoder_decoder else super().fp32_attention
+
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        if is_low_rank(name):
+            return "peft"
+        root = name.split(".", 1)[0]
+        part = "bridge" if root in ("queries", "projection") or name.startswith("vision.post_layernorm.") else root
+        assert part in cls.PARTS, f"parameter '{name}' belongs to no part"
+        return part
+
+    def reference_size(self) -> int:
+        """Of full Q-Former tuning, the paper's 100%: Q-Former, queries, projection, and the norm behind the ViT."""
+        counted = (self.qformer, self.queries, self.projection, self.vision.post_layernorm)
+        return sum(
+            num_weights(value)
+            for module in counted for name, value in module.named_parameters() if not is_low_rank(name)
+        )  # fmt: skip
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of ViT and LLM, whose linear layers are quantised where they are frozen."""
         stacks = (
             (self.llm.encoder.block, self.llm.decoder.block) if self.is_encoder_decoder else (self.llm.model.layers,)
         )
@@ -113,15 +147,13 @@ class InstructBlip(nn.Module):
         return "instructblip_t5" if self.is_encoder_decoder else "instructblip"
 
     def flops(self) -> Flops:
-        """What a training step costs, given which parameters are trained now. To be asked before ZeRO-3 cuts them
-        up."""
         return count_flops(self)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> the ViT's normed states [N, P, d_v]. Without images no ViT pass happens."""
         if len(pixels) == 0:
             return self.projection.weight.new_empty(0, 0, self.config.vision_config.hidden_size)
-        return self.vision(pixel_values=(pixels.float() / 255 - self.mean) / self.std).last_hidden_state
+        return self.vision(pixel_values=self.normalise(pixels)).last_hidden_state
 
     def ask_images(self, states: Tensor, slots: Tensor, instruction_ids: Tensor) -> Tensor:
         """The visual tokens of K (image, prompt) pairs.
@@ -149,6 +181,11 @@ class InstructBlip(nn.Module):
         ).last_hidden_state[:, : self.visual_tokens]
         visual = self.projection(found)
         return visual[:0] if idle else visual
+
+    def look(self, states: Tensor, slots: Tensor, instruction_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """An image is looked at anew for every prompt."""
+        visual = self.ask_images(states, slots, instruction_ids)
+        return visual, torch.arange(len(visual), device=slots.device)
 
     def token_embeddings(self, input_ids: Tensor) -> Tensor:
         """[..., d]; what is below zero gets some vector, to be replaced."""
@@ -224,13 +261,6 @@ class InstructBlip(nn.Module):
             input_ids=input_ids, encoder_hidden_states=encoded, encoder_attention_mask=mask, **arguments
         ).last_hidden_state
         return states * self.llm.config.d_model**-0.5 if self.llm.config.scale_decoder_outputs else states
-
-    def decide_routing(self) -> None:
-        """Nothing here is routed; see `MultimodalModel.decide_routing`."""
-
-    def language_model(self, embeds: Tensor, modality: Tensor, **arguments: Any) -> Any:
-        """The LLaMA's blocks on a batch, for generation: see `MultimodalModel.language_model`."""
-        return self.llm.model(inputs_embeds=embeds, **arguments)
 
     def _check(self, batch: Batch) -> None:
         """The loader's promises that the forward relies on. On a device the checks would wait for it."""

@@ -12,7 +12,7 @@ parameter. Their gradients are exact zeros, not missing.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +20,25 @@ from transformers import LlamaForCausalLM
 
 from vltrain.batch import Batch
 from vltrain.models.adapters import Routing
-from vltrain.models.backbones.llm import packed_hidden_states
+from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states
 from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.flops import Flops, count_flops
+from vltrain.models.interface import LossOutput, VisionLanguageModel
+from vltrain.models.peft.lora import is_peft_parameter
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Framing
 
 
-class LossOutput(NamedTuple):
-    """loss_sum: fp32 scalar, summed over label positions; segment_losses: fp32 [S], the same by segment, detached.
-
-    penalty: fp32 scalar, a term of the weights alone, where it was asked for.
-    """
-
-    loss_sum: Tensor
-    segment_losses: Tensor
-    penalty: Tensor | None = None
-
-
-class MultimodalModel(nn.Module):
+class MultimodalModel(VisionLanguageModel):
     """ViT with taps, neck, modality embedding and LLM (Eq. 3-5).
 
     `routing` is there if the LLM has routed adapters. Then a segment's modality token decides for its segment and no
     other token may attend to it: see `vltrain.models.adapters.routing`.
     """
+
+    PARTS = ("adapter", "peft", "neck", "modality", "vision", "llm")
+    BRIDGE = "neck"
 
     def __init__(
         self,
@@ -63,27 +57,39 @@ class MultimodalModel(nn.Module):
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens per image."""
         return self.vision.num_taps
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of ViT and LLM, whose linear layers are quantised where they are frozen."""
         return [*self.vision.clip.encoder.layers, *self.llm.model.layers]
 
     @property
+    def compilable_blocks(self) -> list[nn.Module]:
+        return [*self.vision.live_blocks, *llm_blocks(self.llm)]
+
+    @property
     def image_size(self) -> int:
-        """Height and width of the images the ViT reads, in pixels."""
         return self.vision.image_size
 
     @property
     def framing(self) -> Framing:
-        """How an image becomes that square."""
         return self.vision.framing
 
+    @classmethod
+    def part_of(cls, name: str) -> str:
+        if ".adapter." in name:
+            return "adapter"
+        if is_peft_parameter(name):
+            return "peft"
+        root = name.split(".", 1)[0]
+        part = {"modality_embedding": "modality"}.get(root, root)
+        assert part in cls.PARTS, f"parameter '{name}' belongs to no part"
+        return part
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        return self.vision.normalise(pixels)
+
     def flops(self) -> Flops:
-        """What a training step costs, given which parameters are trained now. To be asked before ZeRO-3 cuts them
-        up."""
         return count_flops(self.vision, self.neck, self.modality_embedding, self.llm)
 
     def encode_images(self, pixels: Tensor) -> Tensor:

@@ -55,6 +55,12 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter of that name is of a low-rank update: trained factors, and the rank that AdaLoRA's layers
+    divide by, which is not."""
+    return ".lora_" in name or ".ranknum." in name
+
+
 def targeted(network: str, targets: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the linear layers, within a block, that `targets` mean in a network of `TARGETS`."""
     return tuple(name for target in targets for name in TARGETS[network][target])

@@ -34,7 +34,7 @@ from vltrain.errors import InputError
 from vltrain.files.atomic import sync
 from vltrain.files.digest import sha256_of
 from vltrain.files.tensors import save_file
-from vltrain.models.build import part_of
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.receipts.manifest import (
     FORMAT_VERSION,
     LATEST,
@@ -321,20 +321,20 @@ def load_trainable(
             expected[name].data.copy_(tensor)
 
 
-def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, int]:
+def require_fit(checkpoint: Checkpoint, model: VisionLanguageModel) -> dict[str, int]:
     """Raises InputError, naming parameters, if the checkpoint's are not those that the model trains, by name and shape.
     On the meta device, too.
 
     What the run of an origin (`Checkpoint.is_origin`) trained nothing of may begin as it would without: adapters behind
     a neck that was trained alone.
 
-    Returns: by such a part (see `vltrain.models.build.PARTS`), how many numbers begin anew.
+    Returns: by such a part (see `VisionLanguageModel.PARTS`), how many numbers begin anew.
     """
     trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     expected = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
     found = checkpoint.weight_shapes()
-    there = {part_of(name) for name in found if name in expected} if checkpoint.is_origin else set()
-    new = {name: math.prod(shape) for name, shape in expected.items() if there and part_of(name) not in there}
+    there = {model.part_of(name) for name in found if name in expected} if checkpoint.is_origin else set()
+    new = {name: math.prod(shape) for name, shape in expected.items() if there and model.part_of(name) not in there}
     expected = {name: shape for name, shape in expected.items() if name not in new}
     problems = {
         "lacks {} trained parameter(s)": sorted(expected.keys() - found.keys()),
@@ -354,5 +354,5 @@ def require_fit(checkpoint: Checkpoint, model: torch.nn.Module) -> dict[str, int
         raise InputError(f"{checkpoint.path}: a checkpoint of another model or recipe: {'; '.join(told)}")
     begins: Counter[str] = Counter()
     for name, count in new.items():
-        begins[part_of(name)] += count
+        begins[model.part_of(name)] += count
     return dict(begins)

@@ -12,55 +12,49 @@ from vltrain.data.shards import PackedDataset
 from vltrain.data.text.conversation import TEMPLATES
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
-from vltrain.models.build import AnyModel
-from vltrain.models.instructblip.model import InstructBlip
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
 
 logger = logging.getLogger(__name__)
 
 
-def require_tokenizer_fits(config: Config, tokenizer: Tokenizer, model: AnyModel) -> None:
+def require_tokenizer_fits(config: Config, tokenizer: Tokenizer, model: VisionLanguageModel) -> None:
     """Every id has a row in the model's tables, and the template is one that it reads. `model` may be an outline.
     Raises: InputError."""
-    is_blip = isinstance(model, InstructBlip)
+    places = config.model.tokenizers
     rows = model.llm.config.vocab_size
     if tokenizer.vocab_size > rows:
-        key = "model.instructblip.tokenizer" if is_blip else "model.llm.tokenizer"
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens (ids up to {tokenizer.vocab_size - 1}) but the "
-            f"LLM embeds {rows}: they do not belong together ({key})"
+            f"LLM embeds {rows}: they do not belong together ({places.key})"
         )
-    wanted = (
-        (model.template,) if is_blip else [name for name, template in TEMPLATES.items() if not template.instruction]
-    )
+    any_plain = [name for name, template in TEMPLATES.items() if not template.instruction]
+    wanted = any_plain if model.template is None else [model.template]
     if config.data.template not in wanted:
         raise InputError(
             f"data.template: found '{config.data.template}', expected {' or '.join(wanted)}, which this model reads"
         )
-    if not is_blip:
+    sizes, read = model.instruction, tokenizer.instruction
+    if sizes is None:
         return
-    sizes, read = model.config.qformer_config, tokenizer.instruction
     if read is None or read.vocab_size > sizes.vocab_size:
         found = (
             f"the Q-Former's tokenizer has {read and read.vocab_size} tokens but the Q-Former embeds {sizes.vocab_size}"
         )
-        raise InputError(f"{found}: they do not belong together (model.instructblip.qformer_tokenizer)")
+        raise InputError(f"{found}: they do not belong together ({places.instruction_key})")
 
 
-def require_qformer_positions(config: Config, model: AnyModel) -> None:
+def require_qformer_positions(config: Config, model: VisionLanguageModel) -> None:
     """The Q-Former has positions for what it is to read. Raises: InputError."""
-    if (
-        isinstance(model, InstructBlip)
-        and config.model.instructblip.qformer_tokens > model.config.qformer_config.max_position_embeddings
-    ):
-        bound = model.config.qformer_config.max_position_embeddings
+    reads = config.model.tokenizers.instruction_tokens
+    if model.instruction is not None and reads > model.instruction.positions:
         raise InputError(
-            f"model.instructblip.qformer_tokens: found {config.model.instructblip.qformer_tokens}, but the "
-            f"Q-Former has positions for {bound}"
+            f"model.instructblip.qformer_tokens: found {reads}, but the Q-Former has positions for "
+            f"{model.instruction.positions}"
         )
 
 
-def require_positions(dataset: PackedDataset, model: AnyModel) -> None:
+def require_positions(dataset: PackedDataset, model: VisionLanguageModel) -> None:
     """The LLM has a position for every token of every sample. Positions begin anew with each sample of a pack, so packs
     may be longer.
 

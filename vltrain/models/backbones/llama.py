@@ -1,0 +1,33 @@
+"""LLaMA and its kin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vltrain.models.interface import Network
+
+
+def _llama(
+    width: int, ffn: int, blocks: int, heads: int, kv_heads: int, vocabulary: int, *aliases: str, **more: Any
+) -> Network:
+    sizes = {
+        "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": blocks, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, **more,
+    }  # fmt: skip
+    return Network(sizes, aliases)
+
+
+LLMS: dict[str, Network] = {
+    "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000, "llama7b", "llama17b", "vicuna7b"),
+    "llama-13b": _llama(5120, 13824, 40, 40, 40, 32000, "llama13b", "llama113b", "vicuna13b"),
+    "llama-30b": _llama(6656, 17920, 60, 52, 52, 32000, "llama30b", "llama33b"),
+    "llama-65b": _llama(8192, 22016, 80, 64, 64, 32000, "llama65b"),
+    "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000, "llama27b"),
+    "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000, "llama213b"),
+    "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000, "llama270b"),
+    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, "llama38b", "llama318b"),
+    "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4, 32000, "tinyllama"),
+    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, "smollm2135m", "llmsmollm2", tie_word_embeddings=True),
+    "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49152, "smollm2360m", tie_word_embeddings=True),
+    "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, "smollm217b", tie_word_embeddings=True),
+}
