@@ -25,6 +25,7 @@ EXTENSION_POINTS = (
     "vltrain.data.text.conversation",
     "vltrain.evaluate.scorers.scoring",
     "vltrain.export.format",
+    "vltrain.metrics.base",
     "data_prep.sources",
 )
 PACKAGES = ("vltrain", "data_prep")

@@ -20,6 +20,7 @@ from vltrain.distributed.preemption import EXIT_REQUEUE
 from vltrain.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from vltrain.evaluate.report import SCORERS
 from vltrain.export.table import FORMATS
+from vltrain.metrics.table import LOGGERS
 from vltrain.shipped import RECIPES
 
 KEY = re.compile(r"(?:model|data|optim|train|eval)\.[a-z_.]*[a-z_]")
@@ -67,6 +68,10 @@ def test_sources_and_their_options():
 def test_scorers_and_templates():
     assert {codes(name)[0] for name, _ in LAUNCH.table("`eval.scorer`")} == set(SCORERS)
     assert {codes(name)[0] for name, _ in DATA.table("template")} == set(TEMPLATES)
+
+
+def test_loggers():
+    assert {codes(name)[0] for name, _ in LAUNCH.table("`train.loggers`")} == set(LOGGERS)
 
 
 def test_export_formats():
