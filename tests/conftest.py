@@ -1,5 +1,7 @@
 """Fixtures that several rooms' tests use."""
 
+import atexit
+import gc
 import os
 import shutil
 import signal
@@ -29,6 +31,13 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: next((place for place, name in enumerate(LONG) if item.nodeid.startswith(name)), len(LONG))
     )
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: looking through it for garbage, again and again, takes seconds."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # C++ libraries tell of leaks otherwise
 
 
 @pytest.fixture

@@ -51,22 +51,16 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("tune", ["adapters", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_losses_and_gradients_are_those_of_plain_blocks(backend, tune):
+def test_losses_and_gradients_are_those_of_plain_blocks_and_rows_of_new_lengths_make_no_new_graphs(backend, tune):
+    from torch._dynamo.utils import counters
+
     model = build(tune=tune)
     expected = outcome(model)
     names = [name for name, _ in model.named_parameters()]
+    counters.clear()
     compile_blocks(model, backend)
     assert_equal_outcome(outcome(model), expected)
     assert [name for name, _ in model.named_parameters()] == names
-
-
-def test_rows_of_new_lengths_make_no_new_graphs():
-    from torch._dynamo.utils import counters
-
-    model = build()
-    counters.clear()
-    compile_blocks(model, "aot_eager")
-    outcome(model)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"
     for length in (31, 17, 8):

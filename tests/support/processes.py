@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
@@ -93,9 +92,7 @@ def _warm() -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    assert warm.stdin is not None and warm.stdout is not None and json.loads(warm.stdout.readline()) == "ready"
-    atexit.register(warm.wait, 10)
-    atexit.register(warm.stdin.close)
+    assert warm.stdout is not None and json.loads(warm.stdout.readline()) == "ready"
     return warm
 
 

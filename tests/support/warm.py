@@ -12,7 +12,9 @@ while it runs. It ends with stdin.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -71,12 +73,16 @@ if __name__ == "__main__":
         for name in PRELOADED:
             importlib.import_module(name)
     assert threading.active_count() == 1, "what is forked must have no threads"
+    gc.collect()
+    gc.freeze()  # or each child would look through all that was imported, and copy its pages by that
+    atexit.register(gc.unfreeze)  # C++ libraries tell of leaks otherwise
     print(json.dumps("ready"), flush=True)
     told = serve()
-    if told is not None:
-        become(told)
-        if told["program"].endswith(".py"):
-            sys.path[0] = str(Path(told["program"]).parent.absolute())
-            runpy.run_path(told["program"], run_name="__main__")
-        else:
-            runpy.run_module(told["program"], run_name="__main__", alter_sys=True)
+    if told is None:
+        os._exit(0)  # nothing is left to do, and tidying up after all these modules takes a second
+    become(told)
+    if told["program"].endswith(".py"):
+        sys.path[0] = str(Path(told["program"]).parent.absolute())
+        runpy.run_path(told["program"], run_name="__main__")
+    else:
+        runpy.run_module(told["program"], run_name="__main__", alter_sys=True)
