@@ -120,10 +120,11 @@ class LoadedModel:
 
         >>> import vltrain
         >>> model = vltrain.load("runs/quickstart")
-        >>> model.phrase("what color is the shape?")
+        >>> question = "what color is the shape?"
+        >>> model.phrase(question)
         'Question: what color is the shape?\\nAnswer:'
-        >>> model.ask(["shape.png"], "what color is the shape?") == model.ask(["shape.png"], model.phrase("what color is
-        the shape?"), as_is=True) True
+        >>> model.ask(["shape.png"], question) == model.ask(["shape.png"], model.phrase(question), as_is=True)
+        True
         """
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         return self.chat([self.question(question, len(images), as_is=as_is)], images, **settings)
