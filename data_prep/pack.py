@@ -162,12 +162,12 @@ def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, template: str, op
             "expected a file of samples"
         )
     prepared = read_prepared(samples.parent)
-    known = prepared is not None and prepared.samples is not None
+    known = prepared if prepared is not None and prepared.samples is not None else None
     return MadeFrom(
         name=samples.name,
         samples=before.digest.hex(),
-        prepared=prepared.samples if known else None,
-        source=prepared.name() if known else None,
+        prepared=known.samples if known is not None else None,
+        source=known.name() if known is not None else None,
         rendered=rendered_digest(tokenizer, template),
         tokenizer=tokenizer.state(),
         options=options,

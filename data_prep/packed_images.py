@@ -64,7 +64,8 @@ def _check_images(
 ) -> tuple[list[tuple[int, str, bytes, Seen]], list[str]]:
     """Reads and, if `decode`, decodes images; returns them with what was seen of their files, and the paths of those
     that come out dark."""
-    checked, dark = [], []
+    checked: list[tuple[int, str, bytes, Seen]] = []
+    dark: list[str] = []
     folder = Path(root)
     for ref, name, sample_id in wanted:
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -114,7 +114,7 @@ def _result(future: Future[Result]) -> Result:
             logger.warning("waiting for a process that has not answered for %.0f s", waited)
 
 
-def _done_here(work: Callable[..., Result], item: Item, shared: tuple[Any, ...]) -> Future[Result]:
+def _done_here(work: Callable[..., Result], item: object, shared: tuple[Any, ...]) -> Future[Result]:
     """Its result, or the error that is raised when its turn comes."""
     future: Future[Result] = Future()
     try:

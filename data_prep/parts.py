@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ def part_folder(output: Path, part: int, parts: int) -> Path:
 
 
 @contextmanager
-def new_part(output: Path, share: Share, made_with: Mapping[str, Any]) -> Iterator[Path]:
+def new_part(output: Path, share: Share, made_with: Mapping[str, Any]) -> Generator[Path]:
     """Gives a folder to fill, which becomes the part's when the block ends without an error.
 
     Raises:

@@ -6,6 +6,7 @@ modality tokens are named.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.command_line import CommandLine, whole
@@ -41,7 +42,14 @@ def describe(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
     return "\n".join(lines)
 
 
-def _segment(tokens, losses, image_ids, slots, dataset: PackedDataset, tokenizer: Tokenizer) -> str:
+def _segment(
+    tokens: list[int],
+    losses: list[bool],
+    image_ids: list[int],
+    slots: Iterator[int],
+    dataset: PackedDataset,
+    tokenizer: Tokenizer,
+) -> str:
     visual_tokens = dataset.manifest.visual_tokens
     text, place = "", 0
     while place < len(tokens):
@@ -63,7 +71,8 @@ def _segment(tokens, losses, image_ids, slots, dataset: PackedDataset, tokenizer
 
 def _words(ids: list[int], tokenizer: Tokenizer) -> str:
     marks = {tokenizer.bos_id: "[BOS]", tokenizer.eos_id: "[EOS]"}
-    text, run = "", []
+    text = ""
+    run: list[int] = []
     for one in [*ids, None]:
         if one is None or one in marks:
             text += (tokenizer.decode(run) if run else "") + marks.get(one, "")

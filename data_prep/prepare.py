@@ -112,7 +112,8 @@ def prepare(
         )
         raise InputError(f"unknown source '{source}'; {already}")
     options = options or {}
-    made_with = {"source": source, "options": settled_texts(source, options), "max_image_pixels": max_image_pixels}
+    settled = settled_texts(source, options)
+    made_with = {"source": source, "options": settled, "max_image_pixels": max_image_pixels}
     counts: Counter[str] = Counter()
     reading = Reading(places_of(source, input, options))
     checks = _Checks(
@@ -128,7 +129,8 @@ def prepare(
         return dict(counts)
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output, replace=rebuild) as folder:
-        met, sources = _write_samples(source, input, options, folder, counts, reading), {}
+        met = _write_samples(source, input, options, folder, counts, reading)
+        sources: Images = {}
         record = (
             checks.run(_kept(met, sources), folder)
             if share is None
@@ -137,9 +139,7 @@ def prepare(
         record.extend(reading.record(_paths_in(sources)))
         record.add_all(SAMPLES, ((f"{split}.jsonl", look(folder / f"{split}.jsonl")) for split in counts))
         places, told = ({name: str(value) for name, value in some.items()} for some in (reading.places, options))
-        write_prepared(
-            folder, Prepared(source=source, places=places, options=told, settled=made_with["options"]), record
-        )
+        write_prepared(folder, Prepared(source=source, places=places, options=told, settled=settled), record)
     if share is not None:
         remove_parts(output)
         refresh_stats(
@@ -198,7 +198,7 @@ class _Checks:
                 dark += found
                 for name, source, digest, raw, copied in done:
                     record.add(SAMPLES, name, Seen(FILE, digest, copied))
-                    if source is not None:
+                    if source is not None and raw is not None:
                         record.add(*self.reading.name_of(source), Seen(FILE, digest, raw))
         tell_dark(dark)
         return record
@@ -305,7 +305,8 @@ def _copy_or_draw(
 ) -> tuple[list[Done], list[str]]:
     """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns also the files
     that come out dark."""
-    done, dark = [], []
+    done: list[Done] = []
+    dark: list[str] = []
     for name, (source, sample_id) in images:
         path, before = None, None
         if isinstance(source, Path):
@@ -349,7 +350,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def parse_options(pairs: list[str]) -> dict[str, str]:
     """`key=value` texts to a dictionary."""
-    options = {}
+    options: dict[str, str] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:

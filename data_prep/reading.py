@@ -108,4 +108,4 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         return
     path = arguments[0]
     if isinstance(path, (str, bytes, os.PathLike)):
-        _active.note(os.fsdecode(path))
+        _active.note(os.fsdecode(path))  # pyright: ignore[reportUnknownArgumentType] a PathLike of either

@@ -117,7 +117,7 @@ class Spool:
             segment_lengths=self.lengths[samples].astype(np.int32),
             image_ids=distinct,
             image_slots=slots.astype(np.int32),
-            sample_ids=tuple(self.ids[sample] for sample in samples),
+            sample_ids=tuple(self.ids[int(sample)] for sample in samples),
             instruction_ids=np.concatenate(instructions),
             instruction_lengths=lengths.astype(np.int32) if lengths.any() else np.empty(0, np.int32),
         )

@@ -26,7 +26,7 @@ def train_tokenizer(text: list[Path], vocab_size: int, output: Path) -> None:
         InputError: a text file that cannot be read or is empty, a vocabulary larger than the text supports, an existing
             output.
     """
-    lines = []
+    lines: list[str] = []
     for path in text:
         lines += [line.removesuffix("\r") for line in read_text(path, "a text to learn from").split("\n")]
     if not any(line.strip() for line in lines):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def tokenised(
             progress.update(stream.tell() - first - progress.done)
 
 
-def _lines(stream, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+def _lines(stream: BinaryIO, first: int, last: int) -> Iterator[tuple[int, bytes]]:
     """The lines of a binary file that begin in [first, last), with their numbers from 1."""
     number = 1
     if first > 0:

@@ -37,7 +37,7 @@ def write_text(path: Path, seed: int) -> None:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def make_llama(output: Path, num_steps: int, seed: int) -> dict[str, float]:

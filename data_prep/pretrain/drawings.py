@@ -70,7 +70,7 @@ def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
     x, y = (float(IMAGE_SIZE / 2 + rng.uniform(-spread, spread)) for _ in range(2))
     soft = 2 if rng.random() < 0.4 * variety else 1
     image = Image.fromarray(ground.repeat(soft, axis=0).repeat(soft, axis=1))
-    mask = Image.new("1", (IMAGE_SIZE,) * 2)
+    mask = Image.new("1", (IMAGE_SIZE, IMAGE_SIZE))
     points = outline(rng, FIGURES[figure], radius, variety)
     pen = ImageDraw.Draw(image)
     for number, part in enumerate(points):
@@ -78,7 +78,7 @@ def draw(rng: np.random.Generator, variety: float = 1.0) -> Drawing:
         pen.polygon([((x + px) * soft, (y + py) * soft) for px, py in part], fill=fill)
         ImageDraw.Draw(mask).polygon([(x + px, y + py) for px, py in part], fill=int(number == 0))
     if soft > 1:
-        image = image.resize((IMAGE_SIZE,) * 2, Image.Resampling.BOX)
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     pixels = np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
     place = (x / IMAGE_SIZE, y / IMAGE_SIZE, radius / IMAGE_SIZE)
     return Drawing(pixels=pixels, figure=figure, colour=colour, place=place, mask=np.asarray(mask))
@@ -101,7 +101,7 @@ def _ground(rng: np.random.Generator, ink: np.ndarray, variety: float) -> np.nda
         if (np.square(corners - ink).sum(axis=1) >= MIN_CONTRAST**2).all():
             break
     ground = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    ramp = np.linspace(corners[0], corners[1], IMAGE_SIZE)
+    ramp = np.linspace(corners[0], corners[1], IMAGE_SIZE)  # pyright: ignore[reportUnknownVariableType] typed for numbers
     ground[:] = ramp if rng.random() < 0.5 else ramp[:, None]
     return ground
 

@@ -128,6 +128,7 @@ def train_llama(
     optimizer = torch.optim.AdamW(llama.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
     started = time.monotonic()
+    batches: list[Lines] = []
     for step in range(num_steps):
         if step % POOL == 0:
             writer.variety = min(1.0, 2 * step / num_steps)

@@ -10,8 +10,9 @@ any language beyond such questions. Nothing is read from any data set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -29,6 +30,9 @@ SIDES = ("left", "right", "top", "bottom", "middle")
 PICTURES = ("image", "picture", "photo", "scene", "drawing")
 CHECKLISTS = 0.4  # share of the lessons with a scene that are checklists
 CATEGORY = {noun: kind for kind, nouns in KINDS.items() for noun in nouns}
+
+
+Option = TypeVar("Option")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ class Writer:
         """True so often at full variety, less often before."""
         return self._rng.random() < share * self.variety
 
-    def _pick(self, options: object) -> object:
+    def _pick(self, options: Sequence[Option]) -> Option:
         return options[int(self._rng.integers(len(options)))]
 
     def _known(self, words: tuple[str, ...]) -> tuple[str, ...]:
@@ -113,12 +117,13 @@ class Writer:
 
     def _describe(self, things: list[Thing]) -> str:
         """Words in no order, or a phrase; the colour, noun and kind are always told."""
-        parts = []
+        parts: list[str] = []
         for thing in things:
             words = thing.words
             style = self._rng.random()
             if style < 0.5:
-                words = [words[i] for i in self._rng.permutation(len(words))]
+                order: list[int] = self._rng.permutation(len(words)).tolist()
+                words = [words[place] for place in order]
                 words += [words[int(self._rng.integers(len(words)))] for _ in range(int(self._rng.integers(3)))]
                 parts.append(" ".join(words))
             elif style < 0.75:
@@ -244,7 +249,7 @@ class Writer:
         kinds = self._known(tuple(KINDS))
         others = [word for kind in kinds for word in self._known(KINDS[kind]) if word not in there]
         others += [word for word in self._known(COLOURS) if word not in there]
-        items = []
+        items: list[str] = []
         for _ in range(int(self._rng.integers(3, 9))):
             true = self._rng.random() < 0.5
             items.append(f"{self._pick(there if true else others)} {'yes' if true else 'no'}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_prep.pretrain.drawings import COLOURS, FIGURES, IMAGE_SIZE, draw
 
@@ -108,8 +108,8 @@ def train_vit(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vit = CLIPVisionModel(CLIPVisionConfig(**VIT_CONFIG))
-    heads = nn.ModuleList(Heads(VIT_CONFIG["hidden_size"]) for _ in range(VIT_CONFIG["num_hidden_layers"]))
-    parameters = [*vit.parameters(), *heads.parameters()]
+    heads = [Heads(VIT_CONFIG["hidden_size"]) for _ in range(VIT_CONFIG["num_hidden_layers"])]
+    parameters = [*vit.parameters(), *(one for head in heads for one in head.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.1)
     started = time.monotonic()
@@ -134,7 +134,7 @@ def train_vit(
 
 
 @torch.no_grad()
-def evaluate(vit: CLIPVisionModel, heads: nn.ModuleList, drawings: Drawings) -> dict[str, float]:
+def evaluate(vit: CLIPVisionModel, heads: list[Heads], drawings: Drawings) -> dict[str, float]:
     """Share of figures and colours told right, by number of the tap."""
     scores = {}
     for number, (state, head) in enumerate(zip(states(vit, drawings.pixels), heads, strict=True), start=1):

@@ -44,7 +44,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         records = expect(read_json(path), list, str(path))
         images = [_image_number(record, path, number) for number, record in enumerate(records)]
         files = {image: root / part / "images" / f"{image}.png" for image in set(images)}
-        held_out = _held_out(files, num_val, path) if part == "train" else set()
+        held_out: set[int] = _held_out(files, num_val, path) if part == "train" else set()
         for number, (question, answer, image) in enumerate(records):
             split = "val" if image in held_out else part
             yield RawSample(
@@ -87,4 +87,5 @@ def _image_number(record: Any, path: Path, number: int) -> int:
     match record:
         case [str(), str(), int(image)] if type(image) is int:
             return image
-    raise InputError(f"{path}: question {number} is {shown(record)}, expected [question, answer, image number]")
+        case _:
+            raise InputError(f"{path}: question {number} is {shown(record)}, expected [question, answer, image number]")

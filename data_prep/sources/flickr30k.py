@@ -130,7 +130,8 @@ def _hold_out(
     if num_val < 0 or num_test < 0 or num_val + num_test >= len(captions):
         found = f"val_images {num_val} and test_images {num_test} of {len(captions)} images"
         raise InputError(f"{path}: {found}; expected 0 or more, and some left to train on")
-    names, alike = list(captions), defaultdict(list)
+    names = list(captions)
+    alike: defaultdict[str, list[str]] = defaultdict(list)
     for name, first in zip(names, same_images([folder / name for name in names]), strict=True):
         alike[names[first]].append(name)
     splits: dict[str, str] = {}

@@ -31,7 +31,7 @@ from data_prep.sources.options import choose, settle
 from data_prep.sources.raw import RawSample
 from data_prep.sources.splits import FRACTIONS, drawn
 from vltrain.errors import InputError, nearest
-from vltrain.files.strict_json import id_text, read_records, shown
+from vltrain.files.strict_json import id_text, is_list, is_object, read_records, shown
 from vltrain.schema import IMAGE_MARKER, SYSTEM, Sample, Turn, escape_markers, unescape_markers
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": SYSTEM}
@@ -121,13 +121,14 @@ class _Reader:
 
     def sample(self, record: Any, number: int, where: str) -> Sample:
         """The sample of one record. Raises InputError naming `where` and the path in the record."""
-        if type(record) is not dict:
+        if not is_object(record):
             raise InputError(f"{where}: found {shown(record)}, expected an object with conversations or messages")
         key = _only_key(record, ("conversations", "messages"), where)
-        if key is None or type(record[key]) is not list:
+        if key is None or not is_list(record[key]):
             found = f"found neither {' nor '.join(TURN_KEYS)}" if key is None else f"{key}: found {shown(record[key])}"
             raise InputError(f"{where}: {found}; expected id, image, conversations[from: human|gpt, value]")
-        images, own_images = _images(record, where), []
+        images = _images(record, where)
+        own_images: list[str] = []
         turns = _plain_turns(record[key])
         if turns is None:
             has_parts = _has_image_parts(record[key])
@@ -176,7 +177,7 @@ class _Reader:
 
     def _turn(self, turn: Any, where: str, has_parts: bool, own_images: list[str]) -> Turn:
         """One turn; paths that its image parts name are added to `own_images`."""
-        if type(turn) is not dict:
+        if not is_object(turn):
             raise InputError(
                 f"{where}: found {shown(turn)}, expected an object with from and value, or role and content"
             )
@@ -189,7 +190,8 @@ class _Reader:
                 f"{where}: from and value say something else than role and content: {shown(turn)}; leave one of "
                 "them out"
             )
-        role = ROLES.get(turn.get(speaker)) if type(turn.get(speaker)) is str else None
+        said: Any = turn.get(speaker)
+        role = ROLES.get(said) if type(said) is str else None
         if role is None:
             hint = (
                 nearest(turn[speaker], ROLES)
@@ -207,7 +209,7 @@ class _Reader:
                 )
             self._unread[f"turns' {name}"] += 1
         value = turn.get(content)
-        if type(value) is list:
+        if is_list(value):
             texts = [
                 self._part(part, f"{where}.{content}[{place}]", role, has_parts, own_images)
                 for place, part in enumerate(value)
@@ -222,7 +224,7 @@ class _Reader:
 
     def _part(self, part: Any, where: str, role: str, has_parts: bool, own_images: list[str]) -> str:
         """What a content part adds to its turn's text."""
-        if type(part) is not dict or type(part.get("type")) is not str:
+        if not is_object(part) or type(part.get("type")) is not str:
             raise InputError(f"{where}: found {shown(part)}, expected an object with type: text or image")
         kind = part["type"]
         if kind == "text":
@@ -286,9 +288,9 @@ class _Reader:
 
 def _plain_turns(listed: list[Any]) -> list[Turn] | None:
     """Turns of which nothing is to be said, which most are; None for others."""
-    turns = []
+    turns: list[Turn] = []
     for turn in listed:
-        if type(turn) is not dict or len(turn) != 2:
+        if not is_object(turn) or len(turn) != 2:
             return None
         speaker, text = turn.get("from"), turn.get("value")
         if type(speaker) is not str or type(text) is not str:
@@ -315,18 +317,18 @@ def _images(record: dict[str, Any], where: str) -> list[str]:
     key = _only_key(record, IMAGE_KEYS, where)
     if key is None or record[key] in ("", []):
         return []
-    listed = record[key] if type(record[key]) is list else [record[key]]
+    listed: list[Any] = record[key] if is_list(record[key]) else [record[key]]
     for number, one in enumerate(listed):
         _require_path(one, f"{where}: {key}[{number}]" if listed is record[key] else f"{where}: {key}")
     return list(listed)
 
 
 def _has_image_parts(turns: list[Any]) -> bool:
-    contents = [turn.get("content", turn.get("value")) for turn in turns if type(turn) is dict]
+    contents = [turn.get("content", turn.get("value")) for turn in turns if is_object(turn)]
     return any(
-        type(part) is dict and part.get("type") in IMAGE_PARTS
+        is_object(part) and part.get("type") in IMAGE_PARTS
         for content in contents
-        if type(content) is list
+        if is_list(content)
         for part in content
     )
 
@@ -337,7 +339,7 @@ def _path_of(part: dict[str, Any], where: str) -> str | None:
     if key is None:
         return None
     value = part[key]
-    if key == "image_url" and type(value) is dict:
+    if key == "image_url" and is_object(value):
         key, value = "image_url.url", value.get("url")
     _require_path(value, f"{where}.{key}")
     return value

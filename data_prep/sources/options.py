@@ -3,8 +3,8 @@ declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from vltrain.config.ranges import Range
 from vltrain.errors import InputError, nearest
@@ -27,7 +27,8 @@ def settle(
         if name not in defaults:
             hint = nearest(name, defaults) if defaults else "it has none"
             raise InputError(f"source '{source}' has no option '{name}'; {hint}")
-        kind = str if defaults[name] is None else type(defaults[name])
+        default: object = defaults[name]
+        kind: type[object] = str if default is None else type(default)
         try:
             settled[name] = None if value is None and defaults[name] is None else _read(value, kind)
         except ValueError:
@@ -60,11 +61,15 @@ def all_options(read: Callable[[None, Mapping[str, Any]], Iterator[Any]], given:
     raise AssertionError(f"{read.__module__}: a reader begins with `settle`")
 
 
-def _read(value: Any, kind: type) -> Any:
+def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, (list, tuple))
+
+
+def _read(value: Any, kind: Callable[..., object]) -> Any:
     """`value` as a `kind`, if it is one or its text. Raises ValueError: nothing else is converted."""
     if kind is tuple:
         parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
+        if _is_sequence(parts) and all(isinstance(part, str) for part in parts):
             return tuple(parts)
     elif type(value) in (kind, *((int,) if kind is float else ()), *((str,) if kind in (int, float) else ())):
         return kind(value)

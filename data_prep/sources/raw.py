@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ class RawSample:
     image_sources: tuple[ImageSource, ...] = ()
 
 
-def ids_of(splits: dict[str, Any], split: str, where: str) -> list[str]:
+def ids_of(splits: Mapping[str, Any], split: str, where: str) -> list[str]:
     """The ids that a file of splits lists for one, none where it does not name it. InputError if that is no list of
     ids."""
-    listed = field(splits, split, list, where) if split in splits else []
+    listed: list[Any] = field(splits, split, list, where) if split in splits else []
     return [id_text(one, f"{where}: {split}[{number}]") for number, one in enumerate(listed)]
 
 

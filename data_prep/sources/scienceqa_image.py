@@ -62,8 +62,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 def _sample(pid: str, split: str, problem: dict[str, Any], image: Path, template: str) -> RawSample:
     candidates = lettered(problem["choices"])
     context = " ".join(text for text in (problem["hint"].strip(), problem["lecture"].strip()) if text) or "N/A"
-    said = {"context": plain(context), "question": plain(problem["question"]), "options": " ".join(candidates)}
+    said: dict[str, str] = {
+        "context": plain(context),
+        "question": plain(problem["question"]),
+        "options": " ".join(candidates),
+    }
     prompt = template.format(**{place: escape_markers(text) for place, text in said.items()})
+    right: int = problem["answer"]
     metadata = {name: problem[name] for name in ("choices", "answer", "subject", "hint", "grade")}
     if problem.get("skill"):
         metadata["skill"] = problem["skill"]
@@ -71,7 +76,7 @@ def _sample(pid: str, split: str, problem: dict[str, Any], image: Path, template
         id=pid,
         turns=(
             Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"),
-            Turn(role="assistant", text=escape_markers(candidates[problem["answer"]])),
+            Turn(role="assistant", text=escape_markers(candidates[right])),
         ),
         images=(f"{split}/{pid}/{image.name}",),
         metadata={**metadata, "candidates": candidates},

@@ -38,6 +38,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 SKILLS = ("counting", "color", "shape", "position")
 MAX_FIGURES = 6
 MAX_CHOICES = 4
+_SEEDS: int = 2**31  # of an outline
 SOFTNESS = 2  # figures are drawn this much larger and averaged, so that edges are smooth
 DEFAULTS = {
     "train_images": 2000,
@@ -171,12 +172,12 @@ def make_scene(rng: np.random.Generator, image_size: int) -> Scene:
         if len(figures) == wanted:
             break
         radius = float(rng.uniform(0.09, 0.13))
-        x, y = (float(value) for value in rng.uniform(radius + 0.02, 0.98 - radius, 2))
+        x, y = map(float, rng.uniform(radius + 0.02, 0.98 - radius, 2).tolist())
         if any(np.hypot(x - other.x, y - other.y) < 1.15 * (radius + other.radius) for other in figures):
             continue
         shape, color = int(rng.choice(shapes)), int(rng.choice(colors))
         red, green, blue = hue(rng, COLORS[color]).tolist()
-        figures.append(Figure(shape, color, (red, green, blue), x, y, radius, int(rng.integers(2**31))))
+        figures.append(Figure(shape, color, (red, green, blue), x, y, radius, int(rng.integers(_SEEDS))))
     red, green, blue = rng.integers(225, 256, 3).tolist()
     return Scene(image_size, (red, green, blue), tuple(figures))
 
@@ -234,7 +235,7 @@ def _ask_shape(rng: np.random.Generator, scene: Scene) -> list[Question]:
 def _ask_position(rng: np.random.Generator, scene: Scene) -> list[Question]:
     """Of pairs that have names of their own and lie clearly beside or above each other."""
     names = [figure.name for figure in scene.figures]
-    questions = []
+    questions: list[Question] = []
     for figure in scene.figures:
         for other in scene.figures:
             across, down = other.x - figure.x, other.y - figure.y

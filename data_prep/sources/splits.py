@@ -32,7 +32,9 @@ from vltrain.schema import Sample
 
 logger = logging.getLogger(__name__)
 
-FRACTIONS = dict.fromkeys(("val_fraction", "test_fraction"), Range(0, 1, open_high=True, hint="; 0: no such split"))
+FRACTIONS: dict[str, Range] = dict.fromkeys(
+    ("val_fraction", "test_fraction"), Range(0, 1, open_high=True, hint="; 0: no such split")
+)
 """The ranges of the options of a source that draws its own splits."""
 _TAIL_BYTES = 4096  # of files of one size, what is compared first: headers may be alike, the last pixels hardly are
 
@@ -175,8 +177,8 @@ def same_images(sources: Sequence[ImageSource]) -> list[int]:
         for key, numbers in alike.items():
             if len(numbers) == 1:
                 continue
-            files = [sources[number] for number in numbers]
-            looks = look(files) if isinstance(files[0], Path) else numbers[:1] * len(numbers)
+            files = [path for number in numbers if isinstance(path := sources[number], Path)]
+            looks: Sequence[Hashable] = look(files) if files else numbers[:1] * len(numbers)
             for number, seen in zip(numbers, looks, strict=True):
                 finer[key, seen].append(number)
         alike = finer
@@ -251,7 +253,14 @@ class SplitOverlap:
         pairs = [(one, other) for place, one in enumerate(order) for other in order[place + 1 :]]
         return [line for one, other in pairs if (line := self._compared(one, other, shown, asked, first_alike))]
 
-    def _compared(self, one: str, other: str, shown, asked, first_alike: list[int]) -> str | None:
+    def _compared(
+        self,
+        one: str,
+        other: str,
+        shown: list[set[int]],
+        asked: list[set[tuple[tuple[int, ...], bytes]]],
+        first_alike: list[int],
+    ) -> str | None:
         here, there = self._splits[one], self._splits[other]
         images, questions = shown[here] & shown[there], asked[here] & asked[there]
         if not images and not questions:

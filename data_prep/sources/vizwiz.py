@@ -114,7 +114,7 @@ def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) 
 
 def _answers(given: list[Any], where: str) -> list[str]:
     """The texts, of which some may be empty, but not all."""
-    answers = []
+    answers: list[str] = []
     for number, record in enumerate(given):
         place = f"{where}: answers[{number}]"
         confidence = field(record, "answer_confidence", str, place)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def refuse_existing(output: Path) -> None:
 
 
 @contextmanager
-def new_folder(output: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(output: Path, *, replace: bool = False) -> Generator[Path]:
     """Gives a temporary folder that becomes `output` when the block ends without an error; `replace`: in the place of
     what has that name.
 
@@ -68,7 +68,7 @@ def _aside(output: Path) -> Path:
 
 
 @contextmanager
-def _put_aside(output: Path, replace: bool) -> Iterator[None]:
+def _put_aside(output: Path, replace: bool) -> Generator[None]:
     """Moves away what has that name, removes it if the block ends without an error, and else puts it back."""
     if not replace or not os.path.lexists(output):
         yield
@@ -85,7 +85,9 @@ def _put_aside(output: Path, replace: bool) -> Iterator[None]:
 
 def _flush(folder: Path) -> None:
     """Gives every file that was written here the umask's mode, whoever wrote it, and flushes it."""
-    mode, written, folders = umask_mode(folder), [], []
+    mode = umask_mode(folder)
+    written: list[Path] = []
+    folders: list[Path] = []
     for place, _, names in os.walk(folder):
         folders.append(Path(place))
         for name in names:

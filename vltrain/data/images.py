@@ -21,7 +21,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,7 +118,7 @@ def upright_rgb(image: Image.Image, max_pixels: int, where: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> Iterator[Image.Image]:
+def _opened(stream: BinaryIO, num_bytes: int, max_pixels: int, where: str) -> Generator[Image.Image]:
     """Opens an image, of which only the header is read so far. Whatever Pillow raises in the block becomes an
     InputError."""
     # Pillow itself judges the size, before it decodes, also that of pictures inside pictures (icons, frames).
@@ -159,14 +159,14 @@ def is_dark(data: bytes, max_pixels: int, where: str) -> bool:
     """Decodes an image to check it, and says whether it comes out dark though it is not black (see DARK). Raises as
     `open_rgb`."""
     image = open_rgb(data, max_pixels, where)
-    brightest = max(highest for _, highest in image.getextrema())
+    brightest = max(place % 256 for place, count in enumerate(image.histogram()) if count)  # 256 counts a channel
     return brightest <= DARK and (brightest > 0 or _holds_light(data))
 
 
 def _holds_light(data: bytes) -> bool:
     """Whether an image that comes out black has a value above zero in its file."""
     extrema = np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).getextrema())
-    return extrema.ndim == 1 and extrema[1] > 0
+    return bool(extrema.ndim == 1 and extrema[1] > 0)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -57,7 +57,7 @@ def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
         IGNORE_INDEX.
     """
     pixels = np.stack(images) if images else np.empty((0, 3, image_size, image_size), np.uint8)
-    return _assemble(row, torch.from_numpy(pixels))
+    return _assemble(row, _tensor(pixels))
 
 
 def batch_of(
@@ -86,6 +86,10 @@ def batch_of(
     return collate(row, [blank_image(image_size)] if blank and not shown else shown, image_size)
 
 
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType] torch gives its argument no type
+
+
 def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
     assert len(pixels) == max(len(row.image_ids), min(len(pixels), 1)), (len(pixels), len(row.image_ids))
     lengths = row.segment_lengths.astype(np.int64)
@@ -97,13 +101,13 @@ def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
     num_label_tokens = int((labels != IGNORE_INDEX).sum())
     assert num_label_tokens == int(row.loss_mask.sum()), "a segment's first token cannot be predicted"
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
-        segment_lengths=torch.from_numpy(lengths),
-        label_lengths=torch.from_numpy(np.add.reduceat(row.loss_mask, starts, dtype=np.int64)),
+        input_ids=_tensor(input_ids),
+        labels=_tensor(labels),
+        position_ids=_tensor(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
+        segment_lengths=_tensor(lengths),
+        label_lengths=_tensor(np.add.reduceat(row.loss_mask, starts, dtype=np.int64)),
         pixels=pixels,
-        image_slots=torch.from_numpy(row.image_slots.astype(np.int64)),
+        image_slots=_tensor(row.image_slots.astype(np.int64)),
         instruction_ids=_padded(row.instruction_ids, row.instruction_lengths, len(lengths)),
         sample_ids=row.sample_ids,
         num_label_tokens=num_label_tokens,
@@ -116,7 +120,7 @@ def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor
         return torch.empty(num_rows, 0, dtype=torch.int64)
     rows = np.full((num_rows, int(lengths.max())), -1, np.int64)
     rows[np.arange(rows.shape[1]) < lengths[:, None]] = ids
-    return torch.from_numpy(rows)
+    return _tensor(rows)
 
 
 def filler(image: bool, image_size: int) -> Batch:
@@ -138,7 +142,7 @@ def filler(image: bool, image_size: int) -> Batch:
     return batch
 
 
-class _Fetcher(Dataset):
+class _Fetcher(Dataset[tuple[PackedRow, torch.Tensor] | str]):
     """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's
     text."""
 
@@ -174,7 +178,7 @@ class _Fetcher(Dataset):
                 f"{self._dataset.folder}: image {image_id} of pack {number} (samples "
                 f"{', '.join(row.sample_ids[:3])} ...)"
             )
-            pixels[place] = torch.from_numpy(
+            pixels[place] = _tensor(
                 decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing)
             )
         return row, pixels
@@ -192,7 +196,7 @@ def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
     if get_worker_info() is None or pixels.nbytes == 0:
         return pixels
     try:
-        return pixels.share_memory_()
+        pixels.share_memory_()
     except (RuntimeError, OSError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise InputError(
@@ -201,9 +205,10 @@ def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
             "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the "
             "trainer with data.workers 0"
         ) from None
+    return pixels
 
 
-class _PlanSampler(Sampler):
+class _PlanSampler(Sampler[tuple[int, bool]]):
     """The packs of one rank, in order, fillers left out."""
 
     def __init__(self, plan: Plan, rank: int, start_step: int) -> None:
@@ -253,7 +258,7 @@ class StepLoader:
         self.while_waiting = while_waiting
         self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
         self._pin_memory = pin_memory
-        self._loader: DataLoader | None = DataLoader(
+        self._loader: DataLoader[tuple[PackedRow, torch.Tensor] | str] | None = DataLoader(
             _Fetcher(dataset, image_size, max_image_pixels, framing),
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,

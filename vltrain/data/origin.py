@@ -134,7 +134,8 @@ def _read(path: Path, kind: type) -> Any:
 
 def tokenizer_changes(made: MadeFrom, tokenizer: Tokenizer, template: str) -> list[str]:
     """What of the tokenizer has changed since packs were made with it, that its fingerprint does not tell."""
-    found, now = [], tokenizer.state()
+    found: list[str] = []
+    now = tokenizer.state()
     if any(now.get(library, digest) != digest for library, digest in made.tokenizer.items()):
         found.append(
             "the tokenizer's files say otherwise by now how a text is split (normalizer, pre-tokenizer, model), "

@@ -332,5 +332,5 @@ def _fitting(room: int, image_room: int, length: int, num_images: int) -> int:
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[starts[0], starts[0] + 1, ... counts[0] of them, starts[1], ...]."""
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return np.arange(int(offsets[-1])) + np.repeat(starts - offsets[:-1], counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ FILE_BYTES = 256 << 20  # a new file is begun when one has grown to this
 
 
 @contextmanager
-def write_shards(output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = False) -> Iterator[ShardWriter]:
+def write_shards(output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = False) -> Generator[ShardWriter]:
     """Gives a writer; the folder `output` exists once the block has ended without an error and the writer was finished,
     with `replace` in the place of an older one.
 
@@ -151,7 +151,8 @@ def _column(values: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
     if not pa.types.is_list(kind) or pa.types.is_string(kind.value_type):
         return pa.array(values, kind)
     starts = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    return pa.ListArray.from_arrays(starts, pa.array(np.concatenate(values), kind.value_type), type=kind)
+    numbers: np.ndarray = np.concatenate(values)
+    return pa.ListArray.from_arrays(starts, pa.array(numbers, kind.value_type), type=kind)
 
 
 def describe(path: Path, rows: int) -> ShardFile:

@@ -31,7 +31,7 @@ import pyarrow as pa
 from vltrain.data.origin import require_whole_record
 from vltrain.errors import InputError
 from vltrain.files.digest import sha256_of
-from vltrain.files.strict_json import parse_json, read_text
+from vltrain.files.strict_json import is_object, parse_json, read_text
 from vltrain.schema import PackedRow
 
 FORMAT_VERSION = 2
@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
         fields = parse_json(text.encode(), str(path))
     except InputError as error:
         raise InputError(f"{error}; {_REMAKE}") from None
-    found = fields.pop("checksum", None) if isinstance(fields, dict) else None
+    found = fields.pop("checksum", None) if is_object(fields) else None
     if found is None or found != _checksum(fields):
         raise InputError(
             f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}"

@@ -110,7 +110,8 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 def files_below(folder: Path | str) -> list[str]:
     """Relative names (with /) of all that is no folder below `folder`, sorted; links to folders are followed, each
     folder once."""
-    names, seen = [], set()
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}), expected a folder")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def renamed_when_written(path: Path) -> Iterator[Path]:
+def renamed_when_written(path: Path) -> Generator[Path]:
     """Gives a temporary name, which becomes `path` if the block ends without an error, and is gone else. Raises
     OSError."""
     temporary = temporary_beside(path)

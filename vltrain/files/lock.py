@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def lock_beside(folder: Path) -> Path:
 @contextmanager
 def one_writer(
     lock: Path, folder: Path, *, remedy: str = "choose another --output", wait_seconds: float = 0.0
-) -> Iterator[bool]:
+) -> Generator[bool]:
     """Holds `folder` by its `lock` inside the block; gives whether another one was waited for. The same thread may hold
     it again.
 
@@ -205,7 +205,7 @@ def _flock(handle: int) -> bool | None:
 
 
 @contextmanager
-def _guarded(lock: Path, needed: bool) -> Iterator[None]:
+def _guarded(lock: Path, needed: bool) -> Generator[None]:
     """Without locks of the file system: one process at a time looks and signs. What a killed one leaves behind goes
     after STALE_SECONDS."""
     guard = lock.with_name(f"{lock.name}.guard")

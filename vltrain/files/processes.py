@@ -74,7 +74,8 @@ def end_with_launchers() -> None:
 def launchers() -> list[tuple[int, str, str]]:
     """(pid, start, name) of the launchers above this process, one above the other, and of who says so in
     LAUNCHED_BY."""
-    found, pid = [], os.getppid()
+    found: list[tuple[int, str, str]] = []
+    pid = os.getppid()
     while pid > 0 and (name := _launcher_name(pid)) is not None:
         _, start, parent = stat_of(pid)
         found.append((pid, start, name))

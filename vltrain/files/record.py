@@ -80,7 +80,7 @@ def stat_in(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & _INODE_BITS
 
 
-def _stats_of(paths: Sequence[Path | str]) -> array:
+def _stats_of(paths: Sequence[Path | str]) -> array[int]:
     """`stat_of` of each. Many are asked by several threads: where files come over a network, all of the time is
     waiting."""
     if len(paths) <= _CHUNK:
@@ -93,7 +93,7 @@ def _stats_of(paths: Sequence[Path | str]) -> array:
     return found
 
 
-def _stats_one_by_one(paths: Sequence[Path | str]) -> array:
+def _stats_one_by_one(paths: Sequence[Path | str]) -> array[int]:
     """In one loop: a function call for each would take as long as its stat."""
     found = array("q")
     for path in paths:
@@ -129,9 +129,9 @@ class FileRecord:
 
     places: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    kinds: array = field(default_factory=lambda: array("b"))
+    kinds: array[int] = field(default_factory=lambda: array("b"))
     digests: list[bytes] = field(default_factory=list)
-    stats: array = field(default_factory=lambda: array("q"))
+    stats: array[int] = field(default_factory=lambda: array("q"))
     has_new_stats: bool = False
     settled_before: int = field(default_factory=lambda: time.time_ns() - SETTLED_NS)
 
@@ -154,7 +154,8 @@ class FileRecord:
         for number, (place, name, kind, digest) in enumerate(
             zip(self.places, self.names, self.kinds, self.digests, strict=True)
         ):
-            yield place, name, Seen(kind, digest, tuple(self.stats[width * number : width * (number + 1)]))
+            size, mtime_ns, ctime_ns, inode = self.stats[width * number : width * (number + 1)]
+            yield place, name, Seen(kind, digest, (size, mtime_ns, ctime_ns, inode))
 
     def extend(self, other: FileRecord) -> None:
         for name in ("places", "names", "kinds", "digests", "stats"):
@@ -246,16 +247,17 @@ class FileRecord:
 
     def _look_closely(
         self, suspects: Sequence[int], paths: Sequence[str], numbers: np.ndarray, now: np.ndarray, verify: bool
-    ):
+    ) -> Iterator[tuple[int, str]]:
         """(place in `paths`, what is wrong with it) of those that differ."""
-        files = []
+        files: list[int] = []
         for one in suspects:
-            kind, is_there = self.kinds[numbers[one]], now[one, 3] >= 0
+            number = int(numbers[one])
+            kind, is_there = self.kinds[number], now[one, 3] >= 0
             if kind == ABSENT or not is_there:
                 if is_there != (kind != ABSENT):
                     yield one, "is new" if is_there else "is gone"
             elif kind == FOLDER:
-                if not os.path.isdir(paths[one]) or _digest_of_names(paths[one]) != self.digests[numbers[one]]:
+                if not os.path.isdir(paths[one]) or _digest_of_names(paths[one]) != self.digests[number]:
                     yield one, "holds other files"
             elif not stat.S_ISREG(os.stat(paths[one]).st_mode):
                 yield one, "is no file any more"

@@ -19,8 +19,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from json.scanner import make_scanner
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from vltrain.errors import InputError
 
@@ -62,9 +63,8 @@ def _finite(digits: str) -> float:
     return value
 
 
-_scan = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite
-).scan_once
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_whole, parse_float=_finite)
+_scan = make_scanner(_decoder)  # pyright: ignore[reportArgumentType] its stub says a scanner, not a decoder
 
 
 def read_json(path: Path, expected: str = "a JSON file", *, max_bytes: int | None = None) -> Any:
@@ -76,7 +76,7 @@ def read_json(path: Path, expected: str = "a JSON file", *, max_bytes: int | Non
 def read_object(path: Path, expected: str = "a JSON file", *, max_bytes: int | None = None) -> dict[str, Any]:
     """The object that a JSON file holds. Raises InputError as `read_json`, and for any other value."""
     content = read_json(path, expected, max_bytes=max_bytes)
-    if type(content) is not dict:
+    if not is_object(content):
         raise InputError(f"{path}: found {shown(content)}, expected an object")
     return content
 
@@ -277,6 +277,10 @@ def _holds_halves(value: Any) -> bool:
 
 def _explained(text: str, start: int, file: str, first_line: int) -> InputError:
     """What is refused in the value at `start`, which parses or would but for that, and where."""
+
+    def fault(place: int, what: str) -> InputError:
+        return _error(text, place, what, file, first_line)
+
     keys: list[set[str] | None] = []  # of the objects around, None for lists
     awaits_key = False
     for token in _TOKEN.finditer(text, start):
@@ -285,7 +289,7 @@ def _explained(text: str, start: int, file: str, first_line: int) -> InputError:
             keys.append(set() if word == "{" else None)
             awaits_key = word == "{"
             if len(keys) > MAX_DEPTH:
-                return _error(text, place, f"nested too deeply, expected {MAX_DEPTH} levels at most", file, first_line)
+                return fault(place, f"nested too deeply, expected {MAX_DEPTH} levels at most")
         elif word in "]}":
             if keys:
                 keys.pop()
@@ -295,46 +299,20 @@ def _explained(text: str, start: int, file: str, first_line: int) -> InputError:
         elif word[0] == '"':
             content = json.loads(word, strict=False) if "\\" in word else word[1:-1]
             if "\\" in word and _holds_halves(content):
-                return _error(
-                    text,
-                    place,
-                    f"found half of a character (a lone surrogate) in {word:.60}, expected text",
-                    file,
-                    first_line,
-                )
+                return fault(place, f"found half of a character (a lone surrogate) in {word:.60}, expected text")
             if awaits_key and keys[-1] is not None:
                 if content in keys[-1]:
-                    return _error(
-                        text,
-                        place,
-                        f"found the key {content!r:.80} a second time in its object, expected it once",
-                        file,
-                        first_line,
-                    )
+                    return fault(place, f"found the key {content!r:.80} a second time in its object, expected it once")
                 keys[-1].add(content)
                 awaits_key = False
         elif "NaN" in word or "Infinity" in word:
-            return _error(
-                text, place, f"found {word:.20}, which JSON does not have, expected a number", file, first_line
-            )
+            return fault(place, f"found {word:.20}, which JSON does not have, expected a number")
         elif word not in (":", "true", "false", "null"):
             if len(word) > MAX_DIGITS and word.lstrip("-").isdigit():
-                return _error(
-                    text,
-                    place,
-                    f"found a number of {len(word)} digits, expected {MAX_DIGITS} at most",
-                    file,
-                    first_line,
-                )
+                return fault(place, f"found a number of {len(word)} digits, expected {MAX_DIGITS} at most")
             if math.isinf(float(word)):
-                return _error(
-                    text,
-                    place,
-                    f"found {word:.20}, which is too large, expected a number below 1.8e308",
-                    file,
-                    first_line,
-                )
-    return _error(text, start, "not JSON that can be read", file, first_line)
+                return fault(place, f"found {word:.20}, which is too large, expected a number below 1.8e308")
+    return fault(start, "not JSON that can be read")
 
 
 def _error(text: str, place: int, what: str, file: str, first_line: int) -> InputError:
@@ -358,6 +336,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a JSON value is an object."""
+    return isinstance(value, dict)
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    """Whether a JSON value is a list."""
+    return isinstance(value, list)
+
+
 def expect(value: Any, kind: type, where: str) -> Any:
     """`value`, if it is of that JSON type: exactly, but that a whole number is a number too. Raises InputError naming
     `where`, its whole path."""
@@ -369,9 +357,9 @@ def expect(value: Any, kind: type, where: str) -> Any:
 def field(record: Any, key: str, kind: type, where: str) -> Any:
     """`record[key]`, a text that is not blank where `kind` is str. Raises InputError naming `where` (file and item) and
     the key."""
-    if type(record) is not dict:
+    if not is_object(record):
         raise InputError(f"{where}: found {shown(record)}, expected an object")
-    value = record.get(key)
+    value: Any = record.get(key)
     if type(value) is kind and (kind is not str or not value.isspace() and value):
         return value
     found = shown(value) if key in record else "nothing"

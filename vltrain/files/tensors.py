@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file as write
+from safetensors.torch import save_file as write  # pyright: ignore[reportUnknownVariableType] a PathLike of anything
 
 from vltrain.files.mode import umask_mode
 

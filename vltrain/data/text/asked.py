@@ -17,7 +17,7 @@ from typing import Any
 
 from vltrain.data.text.pieces import MARKER
 from vltrain.errors import InputError
-from vltrain.files.strict_json import parse_json
+from vltrain.files.strict_json import is_object, parse_json
 from vltrain.schema import Sample
 
 LOOKED_AT = 100
@@ -47,7 +47,7 @@ class Asked:
         """What `run.json` says; None where it says nothing of the kind."""
         kinds = {"begin": str, "end": str, "multi_turn": bool, "images": bool}
         sound = (
-            isinstance(record, dict)
+            is_object(record)
             and record.keys() == kinds.keys()
             and all(type(record[name]) is kind for name, kind in kinds.items())
         )

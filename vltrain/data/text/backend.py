@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -21,7 +21,34 @@ from vltrain.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def reset_backend(outer: Any, where: str) -> None:
+class OuterTokenizer(Protocol):
+    """What is used of a tokenizer of transformers, whose own classes leave the types of these to whoever reads them."""
+
+    is_fast: bool
+    backend_tokenizer: tokenizers.Tokenizer
+    all_special_ids: list[int]
+    added_tokens_decoder: dict[int, tokenizers.AddedToken]
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+    chat_template: str | dict[str, str] | None
+
+    def get_vocab(self) -> dict[str, int]: ...
+    def decode(self, token_ids: list[int], **settings: bool) -> str: ...
+    def apply_chat_template(self, conversation: list[dict[str, str]], **settings: str | bool | None) -> str: ...
+
+
+def load_outer(place: str, **settings: str | None) -> OuterTokenizer:
+    """AutoTokenizer's of that place. On damaged files its readers raise whatever their parsing happens to run into."""
+    from transformers import AutoTokenizer  # takes a second to import and is not needed for sentencepiece
+
+    read: Any = AutoTokenizer  # whose `from_pretrained` says nothing of what it gives
+    return read.from_pretrained(place, **settings)
+
+
+def reset_backend(outer: OuterTokenizer, where: str) -> None:
     """Takes truncation, padding and dropout out of the backend of transformers' tokenizer `outer`, in place, and tells
     what it took out.
 
@@ -67,7 +94,7 @@ def make_special(backend: tokenizers.Tokenizer, contents: Iterable[str]) -> None
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     plain = [added[content] for content in contents if content in added and not added[content].special]
     flags = ("single_word", "lstrip", "rstrip", "normalized")
-    backend.add_special_tokens(
+    backend.add_special_tokens(  # pyright: ignore[reportUnknownMemberType] its stub says a list, not of what
         [
             tokenizers.AddedToken(token.content, special=True, **{flag: getattr(token, flag) for flag in flags})
             for token in plain

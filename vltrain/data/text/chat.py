@@ -110,7 +110,7 @@ def answer_prefix(tokenizer: Tokenizer) -> str:
 
 def chat_fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 (hex) over the tokenizer, how turns are tokenised, and what the template writes."""
-    texts = []
+    texts: list[str] = []
     for turns in (_PROBE[:2], _PROBE):
         try:
             texts.append(tokenizer.render_chat([{"role": turn.role, "content": turn.text} for turn in turns]))
@@ -161,7 +161,7 @@ class _ChatEncoder:
         self._ends = tokenizer.special_ids | special.keys()
         marks = {number: chr(_FIRST_SPECIAL + place) for place, number in enumerate(special)}
         flags = ("single_word", "lstrip", "rstrip", "normalized")
-        self._backend.add_tokens(
+        self._backend.add_tokens(  # pyright: ignore[reportUnknownMemberType] its stub says a list, not of what
             [
                 tokenizers.AddedToken(marks[number], special=False, **{flag: getattr(token, flag) for flag in flags})
                 for number, token in special.items()
@@ -183,7 +183,8 @@ class _ChatEncoder:
         in order."""
         marked = [{**message, "content": f"{_BEGIN}{message['content']}{_END}"} for message in messages]
         rendered = self.tokenizer.render_chat(marked, add_generation_prompt)
-        text, contents = "", []
+        text = ""
+        contents: list[tuple[int, int]] = []
         for message in messages:
             markup, begun, rest = rendered.partition(_BEGIN)
             content, ended, rendered = rest.partition(_END)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from vltrain.data.text.backend import reset_backend, rows_of, state_of
+from vltrain.data.text.backend import load_outer, reset_backend, rows_of, state_of
 from vltrain.data.text.tokenizer_files import find_in, read_files, require_agreement
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
@@ -39,12 +39,10 @@ class InstructionTokenizer:
     """
 
     def __init__(self, source: InstructionSource) -> None:
-        from transformers import AutoTokenizer  # takes a second to import and only Q-Formers need it
-
         place = locate(source.source)
         where = f"{place}/{source.subfolder}" if source.subfolder else place
         try:
-            self._outer = AutoTokenizer.from_pretrained(place, subfolder=source.subfolder)
+            self._outer = load_outer(place, subfolder=source.subfolder)
         except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
             detail = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(

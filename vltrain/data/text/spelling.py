@@ -108,7 +108,8 @@ def _read_back(
 def _runs(mask: bytes) -> list[tuple[int, int]]:
     """(first, end) of each run of ones. On bytes, since NumPy takes longer to be called than an answer to be looked
     through."""
-    runs, first = [], mask.find(1)
+    runs: list[tuple[int, int]] = []
+    first = mask.find(1)
     while first >= 0:
         end = mask.find(0, first)
         end = len(mask) if end < 0 else end
@@ -136,7 +137,7 @@ def describe_lost(lost: dict[str, Any] | None, num_samples: int) -> list[str]:
     """Lines on what `Spelling.for_manifest` gave."""
     if lost is None:
         return []
-    lines = []
+    lines: list[str] = []
     if lost["unknown"]:
         parts = ", ".join(f"{part!r} in {count}" for part, count in list(lost["parts"].items())[:8])
         lines.append(

@@ -19,7 +19,7 @@ from typing import Any
 
 import sentencepiece
 
-from vltrain.data.text.backend import make_special, reset_backend, rows_of, state_of
+from vltrain.data.text.backend import load_outer, make_special, reset_backend, rows_of, state_of
 from vltrain.data.text.instruction import InstructionSource, InstructionTokenizer
 from vltrain.data.text.tokenizer_files import (
     JSON,
@@ -172,17 +172,15 @@ class TransformersTokenizer(Tokenizer):
     against it."""
 
     def __init__(self, name: str, gguf_file: str | None = None, files: TokenizerFiles | None = None) -> None:
-        from transformers import AutoTokenizer  # takes a second to import and is not needed for sentencepiece
-
         where = f"{name}/{gguf_file}" if gguf_file else name
         try:
-            self._outer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+            self._outer = load_outer(name, gguf_file=gguf_file)
         except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
             detail = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"{where}: no tokenizer could be loaded from there ({detail[0]})") from None
         if not self._outer.is_fast:
             raise InputError(f"{where}: this tokenizer has no fast (Rust) backend; convert it to tokenizer.json first")
-        if self._outer.eos_token_id is None:
+        if (eos_id := self._outer.eos_token_id) is None:
             raise InputError(f"{where}: the tokenizer has no end-of-sequence token; answers could never end")
         if files is None and gguf_file is None:
             files = read_files(name, find_in(name))
@@ -191,7 +189,7 @@ class TransformersTokenizer(Tokenizer):
         if files is not None:
             require_agreement(files, vocabulary, {"eos": self._outer.eos_token, "bos": self._outer.bos_token})
         self.bos_id = self._outer.bos_token_id
-        self.eos_id = self._outer.eos_token_id
+        self.eos_id = eos_id
         self.vocab_size = rows_of(vocabulary, added)
         special = frozenset(
             [*self._outer.all_special_ids, *(number for number, token in added.items() if token.special)]

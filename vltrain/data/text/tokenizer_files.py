@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.files.strict_json import read_object, read_text
+from vltrain.files.strict_json import is_list, is_object, read_object, read_text
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 CONFIG, SPECIAL, ADDED, GENERATION = (
@@ -62,7 +62,8 @@ class TokenizerFiles:
 
     def says_more_than(self, model: Any) -> list[str]:
         """The files that say what the sentencepiece model (a SentencePieceProcessor) does not."""
-        rows, more = model.get_piece_size(), []
+        rows = model.get_piece_size()
+        more: list[str] = []
         more += [
             file for token, (number, file) in self.added.items() if number >= rows or model.id_to_piece(number) != token
         ]
@@ -105,8 +106,8 @@ def read_files(where: str, find: Callable[[str], Path | None]) -> TokenizerFiles
     }
     config, generation = objects.get(CONFIG, {}), objects.get(GENERATION, {})
     added = {token: (_id(number, find(ADDED), token), ADDED) for token, number in objects.get(ADDED, {}).items()}
-    decoder = config.get("added_tokens_decoder") or {}
-    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+    decoder: Any = config.get("added_tokens_decoder") or {}
+    for number, token in decoder.items() if is_object(decoder) else ():
         content = _content(token)
         if content is None or not number.isdecimal():
             raise InputError(
@@ -216,9 +217,9 @@ def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> No
 def _require_merges(path: Path, model: Any, vocabulary: dict[str, int]) -> None:
     """A merges.txt beside tokenizer.json has its merges, in their order; those that the vocabulary cannot make are
     nobody's."""
-    own = [
+    own: list[tuple[str, ...]] = [
         tuple(one.split(" ")) if isinstance(one, str) else tuple(one)
-        for one in (model.get("merges") or () if isinstance(model, dict) else ())
+        for one in (model.get("merges") or () if is_object(model) else ())
     ]
     lines = enumerate(read_text(path).split("\n"), start=1)
     listed = [
@@ -258,22 +259,22 @@ def _require_ids(own: dict[str, int], vocabulary: dict[str, int], file: Path) ->
 
 
 def _pieces(model: Any) -> list[tuple[str, int]]:
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
+    vocabulary = model.get("vocab") if is_object(model) else None
+    if is_object(vocabulary):
         return list(vocabulary.items())
     # A Unigram's: [piece, score] in the order of ids; of pieces that come twice the last one counts.
-    return [(entry[0], number) for number, entry in enumerate(vocabulary or ()) if isinstance(entry, list) and entry]
+    return [(entry[0], number) for number, entry in enumerate(vocabulary or ()) if is_list(entry) and entry]
 
 
 def _content(token: Any) -> str | None:
     """A token's text, which files write plainly or as an object; None for nothing."""
-    if isinstance(token, dict):
+    if is_object(token):
         token = token.get("content")
     return token if isinstance(token, str) and token else None
 
 
 def _listed(tokens: Any) -> list[Any]:
-    return list(tokens.values()) if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
+    return list(tokens.values()) if is_object(tokens) else tokens if is_list(tokens) else []
 
 
 def _id(number: Any, file: Path | None, token: str) -> int:
@@ -283,8 +284,8 @@ def _id(number: Any, file: Path | None, token: str) -> int:
 
 
 def _refuse_sampling(config: dict[str, Any], file: Path | None) -> None:
-    settings = config.get("sp_model_kwargs") or {}
-    if isinstance(settings, dict) and settings.get("enable_sampling"):
+    settings: Any = config.get("sp_model_kwargs") or {}
+    if is_object(settings) and settings.get("enable_sampling"):
         raise InputError(
             f"{file}: sp_model_kwargs.enable_sampling: the same text would have other tokens each time; leave it out"
         )
@@ -309,9 +310,9 @@ def _templates(config: dict[str, Any], find: Callable[[str], Path | None]) -> di
 
 def default_template(said: Any, where: str) -> str | None:
     """The template for plain chats where several are named. Raises InputError if none of them is called default."""
-    if isinstance(said, list):
-        said = {entry.get("name"): entry.get("template") for entry in said if isinstance(entry, dict)}
-    if isinstance(said, dict):
+    if is_list(said):
+        said = {entry.get("name"): entry.get("template") for entry in said if is_object(entry)}
+    if is_object(said):
         if "default" not in said:
             raise InputError(
                 f"{where}: chat_template: found templates {', '.join(map(str, said))}, expected one named 'default' "
@@ -328,7 +329,7 @@ def _end_ids(generation: dict[str, Any], file: Path | None) -> tuple[int, ...]:
     said = generation.get("eos_token_id")
     if said is None or generation.get("_from_model_config") is True:
         return ()
-    ids = said if isinstance(said, list) else [said]
+    ids: list[Any] = said if is_list(said) else [said]
     if not all(type(number) is int and number >= 0 for number in ids):
         raise InputError(f"{file}: eos_token_id: found {said!r:.80}, expected an id or a list of ids")
     return tuple(dict.fromkeys(ids))
