@@ -21,6 +21,7 @@ from tests.support.processes import ROOT
 
 EXTENSION_POINTS = (
     "vltrain.config.schema",
+    "vltrain.models.interface",
     "vltrain.models.adapters",
     "vltrain.data.text.conversation",
     "vltrain.evaluate.scorers.scoring",
@@ -40,6 +41,8 @@ def write_reference(folder: Path) -> None:
         pdoc.render.configure(docformat="google", show_source=False, footer_text=f"vltrain {vltrain.__version__}")
         with warnings.catch_warnings():
             warnings.filterwarnings("error", module="pdoc")
+            # The constructor of a NamedTuple, which has no module's names; its fields are looked at by themselves.
+            warnings.filterwarnings("ignore", message=r"Error parsing type annotation ForwardRef\(.*\.__init__\.")
             pdoc.pdoc("vltrain", *EXTENSION_POINTS, output_directory=folder)
     finally:
         vltrain.train = importlib.import_module("vltrain.train")

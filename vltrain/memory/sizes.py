@@ -30,7 +30,7 @@ def assume_sizes(model: ModelConfig, **named: str | None) -> tuple[ModelConfig, 
 
     Args:
         named: names to plan with, whatever the recipe names: `llm="llama-2-7b"` is what `--llm-size` says, see
-        `PublishedSizes`.
+            `PublishedSizes`.
 
     Raises: InputError for weights that are neither here nor known by their name, for unknown names, and for those of
     another architecture.
@@ -66,8 +66,8 @@ def _choose(key: str, source: str | None, table: Mapping[str, Network], named: s
     found = [(len(alias), name) for name, network in table.items() for alias in network.aliases if alias in plain]
     if not found:
         raise InputError(
-            f"{key}: '{source}' is not on this machine, and its name is that of no network whose sizes are known; "
-            f"give one of {', '.join(table)} by {option}, or fetch its config"
+            f"{key}: '{source}' is not on this machine, and not the name of a network of known sizes; choose one of "
+            f"{', '.join(table)} by {option}, or fetch its config"
         )
     return max(found)[1]
 

@@ -149,7 +149,7 @@ class VisionLanguageModel(nn.Module):
 
         Args:
             embeds: [B, L, d]. With `routing` they hold no modality token: it decides (`decide_routing`) but is not
-            seen.
+                seen.
             modality: int64 [B], of each row: 0 text, 1 image.
             arguments: of the forward of transformers' decoder.
         """
