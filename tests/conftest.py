@@ -24,7 +24,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Where several processes share the tests, files that take minutes must not come last, or one process works while the
 # others are done.
-LONG = ("tests/train/test_adalora", "tests/train/", "tests/programs/", "tests/evaluate/", "tests/check/", "tests/ops/")
+LONG = (
+    "tests/train/zero/test_equivalence", "tests/train/test_adalora", "tests/programs/test_train", "tests/train/",
+    "tests/distributed/", "tests/programs/", "tests/evaluate/", "tests/memory/", "tests/ops/", "tests/export/",
+    "tests/models/",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

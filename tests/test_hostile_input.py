@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_prep.sources import SOURCES
 from tests.support.vocabularies import make_sentencepiece, make_transformers
-from tests.train.test_checkpoint import Net, save
+from tests.train.checkpoints.test_checkpoint import Net, save
 from vltrain.config.recipe import build_config, dump_config, read_recipe
 from vltrain.config.schema import Config
 from vltrain.data.images import decode_image, read_image

@@ -74,7 +74,7 @@ def _run(findings: Findings, packs, scenarios: dict, world_size: int) -> dict[st
     ]
     file = folder / "scenarios.json"
     file.write_text(json.dumps(told))
-    module = "tests.train.autocast_worker" if findings.emulate else "tests.train.worker"
+    module = "tests.train.zero.autocast_worker" if findings.emulate else "tests.train.worker"
     run_ranks(module, [str(file)], world_size, folder / "log", timeout_seconds=500)
     return {name: load_file(place / "result.safetensors") for name, place in places.items()}
 

@@ -15,8 +15,9 @@ from vltrain.config.recipe import dump_config
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.memory.plan import GIB, parameters_by_part
-from vltrain.memory.sizes import BLIPS, assume_sizes
+from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
+from vltrain.models.instructblip.sizes import BLIPS
 from vltrain.prepared.ensure_data import packed_folder, ready_packs
 from vltrain.programs.plan import describe, main
 from vltrain.shipped import find_recipe

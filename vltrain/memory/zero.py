@@ -1,7 +1,7 @@
 """What DeepSpeed keeps of weights, gradients and optimizer states on each rank, in closed form, by ZeRO stage.
 
 For the engine as it is here: trained weights fp32 at every stage, AdamW, DeepSpeed 0.19. What that means, found in its
-code and measured on real processes (tests/check/test_zero.py), P being the numbers trained and N the ranks:
+code and measured on real processes (tests/memory/test_zero.py), P being the numbers trained and N the ranks:
 
 stage 0  weights 4 P, gradients 4 P, states 8 P; gradients are copied into a bucket to be summed.
 stage 1  weights 4 P (one flat tensor a group), a second copy of this rank's partition 4 P/N although both are fp32,

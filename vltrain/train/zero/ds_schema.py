@@ -2,7 +2,7 @@
 refused.
 
 DeepSpeed itself takes any key at the top and many wrong values, in silence. Its own models and constants are what this
-is held against (`tests/train/test_ds_schema.py`), since a recipe is checked where deepspeed is not imported. What would
+is held against (`tests/train/zero/test_ds_schema.py`), since a recipe is checked where deepspeed is not imported. What would
 change the numbers that are computed (quantised or 16-bit communication, curricula, compression), or do what the recipe
 does already, may only be switched off.
 """

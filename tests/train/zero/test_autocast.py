@@ -81,7 +81,9 @@ def run(folder, cases: dict[str, dict]) -> dict[tuple[str, int, bool], dict[str,
         for flag in (False, True)
     ]
     (folder / "scenarios.json").write_text(json.dumps(told))
-    run_ranks("tests.train.autocast_worker", [str(folder / "scenarios.json")], 1, folder / "log", timeout_seconds=1200)
+    run_ranks(
+        "tests.train.zero.autocast_worker", [str(folder / "scenarios.json")], 1, folder / "log", timeout_seconds=1200
+    )
     return {
         (one["name"], one["ds"]["zero_optimization"]["stage"], one["flag"]): load_file(
             f"{one['output']}/result.safetensors"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.tiny import make_segments, write_packs
-from tests.train.test_checkpoint import BELONGS_TO, Net, save, state_of
+from tests.train.checkpoints.test_checkpoint import BELONGS_TO, Net, save, state_of
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.receipts.manifest import dumps, pointed

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from tests.support.tiny import make_segments, write_packs
-from tests.train.test_checkpoint import Net, flipped_byte, newer_format, state_of
+from tests.train.checkpoints.test_checkpoint import Net, flipped_byte, newer_format, state_of
 from vltrain.config.recipe import build_config, dump_config
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset

@@ -10,7 +10,7 @@ from tests.support.blip import blip_config, make_samples
 from tests.support.kinds import tokenizer_of
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
-from tests.train.reads_worker import NUM_WATCHED, Reads
+from tests.train.zero.reads_worker import NUM_WATCHED, Reads
 from vltrain.data.text.conversation import encode_sample
 
 CHANGES = {
@@ -59,7 +59,7 @@ def test_no_step_reads_the_device(tmp_path, world_size):
             }
         )
     (tmp_path / "scenarios.json").write_text(json.dumps(told))
-    run_ranks("tests.train.reads_worker", [str(tmp_path / "scenarios.json")], world_size, tmp_path / "log")
+    run_ranks("tests.train.zero.reads_worker", [str(tmp_path / "scenarios.json")], world_size, tmp_path / "log")
     for scenario in told:
         for rank in range(world_size):
             found = json.loads(open(f"{scenario['output']}/reads.{rank}.json").read())

@@ -33,7 +33,7 @@ from vltrain.models.mmt import build
 from vltrain.models.pretrained.readers import llama_config
 from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 TABLES = [path for path in FILES if "rows" in load_yaml(path)]
 GRID = [

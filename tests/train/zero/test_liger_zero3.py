@@ -36,7 +36,7 @@ def test_each_layer_calls_ligers_rotary_embedding(tmp_path):
                 "changes": changes,
             }
     (tmp_path / "scenarios.json").write_text(json.dumps(list(scenarios.values())))
-    run_ranks("tests.train.liger_worker", [str(tmp_path / "scenarios.json")], 1, tmp_path / "log")
+    run_ranks("tests.train.zero.liger_worker", [str(tmp_path / "scenarios.json")], 1, tmp_path / "log")
     results = {key: load_file(tmp_path / f"{key[0]}-{key[1]}" / "result.safetensors") for key in scenarios}
     for (kernels, checkpointing), scenario in scenarios.items():
         calls = json.loads((tmp_path / f"{kernels}-{checkpointing}" / "calls.json").read_text())

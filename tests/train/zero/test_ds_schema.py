@@ -15,7 +15,7 @@ from vltrain.errors import InputError
 from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.zero.ds_schema import OF_STAGES, SCHEMA, ZERO, Off, Value, all_keys, check_ds_json
 
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 MODELS = {
     "zero_optimization": (DeepSpeedZeroConfig, ZERO),
     "zero_optimization.offload_optimizer": (DeepSpeedZeroOffloadOptimizerConfig, ZERO["offload_optimizer"]),

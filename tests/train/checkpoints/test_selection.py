@@ -92,7 +92,7 @@ def test_a_run_that_dies_between_save_and_evaluation_stops_where_it_would_have(t
     background["changes"]["train__async_save"] = True
     file = tmp_path / "scenarios.json"
     file.write_text(json.dumps([scenario(tmp_path, "whole"), *broken, finished, background]))
-    run_ranks("tests.train.selection_worker", [str(file)], 1, tmp_path / "log")
+    run_ranks("tests.train.checkpoints.selection_worker", [str(file)], 1, tmp_path / "log")
     for name, evaluated in (
         ("whole", [4, 8, 12, 16]),
         ("broken", [4, 8, 8, 12, 12, 16, 16]),

@@ -16,7 +16,7 @@ LLM = {**SETTINGS["model.llm.config"], "num_hidden_layers": 12}
 def build_on_two_ranks(tmp_path, changes, warm_up=None, *, fresh=False):
     (tmp_path / "settings.json").write_text(json.dumps({"model": changes, "warm_up": warm_up or {}}))
     run_ranks(
-        "tests.train.zero3_load_worker",
+        "tests.train.zero.zero3_load_worker",
         [str(tmp_path / "settings.json"), str(tmp_path / "found")],
         2,
         tmp_path / "log",

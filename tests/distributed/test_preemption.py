@@ -166,7 +166,9 @@ def test_under_deepspeeds_launcher(packs, tmp_path, whom):
 
 def run_without_model(kind: str, folder: Path, *signals: tuple[float, signal.Signals]) -> int:
     """Starts a rank without a model, sends it (seconds, signal) each, and returns its exit code."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.train.preemption_worker", kind, str(folder)], cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.preemption_worker", kind, str(folder)], cwd=ROOT
+    )
     try:
         wait_for((folder / "ready").exists)
         for seconds, number in signals:
@@ -219,7 +221,7 @@ def test_the_time_limit_ends_what_comes_to_no_step(tmp_path):
 
 def test_processes_that_decode_hear_nothing(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.train.preemption_worker", "worker", str(tmp_path)], cwd=ROOT
+        [sys.executable, "-m", "tests.distributed.preemption_worker", "worker", str(tmp_path)], cwd=ROOT
     )
     wait_for((tmp_path / "ready").exists)
     child = psutil.Process(int((tmp_path / "child").read_text()))

@@ -52,7 +52,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         name: {"model__tune": tune, "train__packs_per_step": PACKS_PER_STEP} for name, (_, tune) in SCENARIOS.items()
     }
     file.write_text(json.dumps([[name, ds, changes[name]] for name, (ds, _) in SCENARIOS.items()]))
-    run_ranks("tests.check.zero_worker", [str(file)], WORLD_SIZE, Path(f"{file}.log"), timeout_seconds=300)
+    run_ranks("tests.memory.zero_worker", [str(file)], WORLD_SIZE, Path(f"{file}.log"), timeout_seconds=300)
     return {
         name: [json.loads(Path(f"{file}.{name}.{rank}").read_text()) for rank in range(WORLD_SIZE)]
         for name in SCENARIOS

@@ -10,7 +10,7 @@ from vltrain.config.schema import Config, OptimConfig, TrainConfig
 from vltrain.errors import InputError
 from vltrain.train.zero.ds_config import LARGEST_BUCKETS, fill_buckets, load_ds_json, resolve_ds_config
 
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 CONFIG = Config(train=TrainConfig(packs_per_step=6), optim=OptimConfig(lr=2e-3, clip=1.0))
 
 

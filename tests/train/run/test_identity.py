@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.blip import blip_config, make_tokenizers
 from tests.support.finished_run import finished_run
-from tests.train.test_checkpoint import Net, state_of
+from tests.train.checkpoints.test_checkpoint import Net, state_of
 from vltrain.config.recipe import build_config
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
@@ -111,7 +111,7 @@ def test_moved_folders_are_the_same_and_what_is_not_read_does_not_count(places, 
 
 
 def test_a_state_dict_may_be_called_otherwise_and_metas_shards_are_named(places, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "models"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "models"))
     from tests.models.test_clip_state import random_vit
     from tests.models.test_clip_state import state_of as vit_state
     from tests.models.test_meta_llama import meta_weights, write_meta

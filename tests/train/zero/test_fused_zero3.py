@@ -37,7 +37,7 @@ def test_zero_3_computes_what_zero_2_does(tmp_path, world_size):
                 "changes": {**CHANGES, "train__precision": "bf16", "train__activation_checkpointing": checkpointing},
             }
     (tmp_path / "scenarios.json").write_text(json.dumps(list(scenarios.values())))
-    run_ranks("tests.train.fused_worker", [str(tmp_path / "scenarios.json")], world_size, tmp_path / "log")
+    run_ranks("tests.train.zero.fused_worker", [str(tmp_path / "scenarios.json")], world_size, tmp_path / "log")
     for (stage, checkpointing), scenario in scenarios.items():
         calls = json.loads((tmp_path / f"{stage}-{checkpointing}" / "calls.json").read_text())
         forwards = STEPS * (2 if checkpointing else 1)

@@ -1,5 +1,5 @@
-"""A rank without a model: `python -m tests.train.preemption_worker KIND FOLDER`, for what a signal does outside and
-inside of training."""
+"""A rank without a model: `python -m tests.distributed.preemption_worker KIND FOLDER`, for what a signal does outside
+and inside of training."""
 
 import ctypes
 import subprocess
