@@ -105,8 +105,9 @@ def _attention(
     Made here, in each layer and again in each recomputation: hooks on modules, ZeRO-3's among them, replace the tensors
     that pass through.
     """
-    if not torch.compiler.is_compiling():
-        position_embeddings[0].by_liger = True
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, hidden_states, position_embeddings, **options)
+    position_embeddings[0].by_liger = True
     return type(self).forward(self, hidden_states, position_embeddings, **options)
 
 
