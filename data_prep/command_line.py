@@ -31,7 +31,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def add_quiet_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="show errors and the last line alone")
+    parser.add_argument("--quiet", action="store_true", help="show only errors and the last line")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -61,4 +61,4 @@ class CommandLine(argparse.ArgumentParser):
         return self.parse_args(self._words)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}; {self.prog} --help tells more")
+        raise InputError(f"{self.prog}: {message}; see {self.prog} --help")

@@ -69,7 +69,7 @@ def pack(
         pack_length: tokens that a pack holds.
         output: new folder.
         max_images: images that a pack may hold; None: no bound.
-        seed: of the deal to packs.
+        seed: seed of the assignment to packs.
         workers: processes; None: all usable cores. The result does not depend on it.
         over_long: "error" or "drop", for samples that do not fit into a pack.
         instruction: the Q-Former's tokenizer, for templates that one reads.
@@ -234,7 +234,7 @@ def _write_packs(
         spool = Spool(writer.folder)
         spool.fill(tokens)
         fits = spool.fitting(pack_length, max_images)
-        extra_files = _settle_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
+        extra_files = _list_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
         image_ids = _store_images(given.images, spool, kept, writer)
         order, starts = spool.deal(
@@ -252,7 +252,7 @@ def _write_packs(
         return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept), lost=lost)
 
 
-def _settle_over_long(
+def _list_over_long(
     spool: Spool, fits: np.ndarray, pack_length: int, max_images: int | None, over_long: str, folder: Path
 ) -> tuple[ShardFile, ...]:
     """Refuses or lists the samples that fit into no pack; returns the list's entry for the manifest."""
@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)"
     )
-    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of the deal to packs")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="seed of the assignment to packs")
     parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes (default: all cores)")
     parser.add_argument(
         "--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack"
@@ -336,14 +336,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_share_options(parser)
     add_quiet_option(parser)
-    parser.add_argument(
-        "--rebuild", action="store_true", help="replace what is there already, once the new packs are whole"
-    )
+    parser.add_argument("--rebuild", action="store_true", help="replace existing packs, once the new ones are complete")
     given = parser.read()
     start_logging(quiet=given.quiet)
     share = read_share(given)
     if share is not None and given.rebuild:
-        raise InputError("--rebuild does not go with --parts; remove the output, or name another one")
+        raise InputError("--rebuild cannot be combined with --parts; remove the output, or name another one")
     settings = vars(given)
     del settings["quiet"]
     read_with, max_tokens = settings.pop("qformer_tokenizer"), settings.pop("qformer_tokens")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.parallel import in_chunks, ordered_map
-from data_prep.prepare import tell_dark
+from data_prep.prepare import warn_of_dark_images
 from vltrain.console import Progress
 from vltrain.data.images import is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES
@@ -56,7 +56,7 @@ class PackedImages:
                     yield ref, data
                 dark += found
                 progress.update(len(chunk))
-        tell_dark(dark)
+        warn_of_dark_images(dark)
 
 
 def _check_images(

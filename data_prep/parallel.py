@@ -82,7 +82,7 @@ def ordered_map(
             yield _result(waiting.popleft())
     except BrokenProcessPool:
         raise InputError(
-            f"one of {workers} processes died, most likely for want of memory; use fewer workers"
+            f"one of {workers} worker processes was killed, likely out of memory; use fewer workers"
         ) from None
     except BaseException:
         # The interpreter would wait at its end for what they have begun, and they would write where all is being

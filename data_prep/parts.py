@@ -53,10 +53,10 @@ class Share:
 def add_share_options(parser: CommandLine) -> None:
     """Adds --parts, --part and --merge."""
     parser.add_argument(
-        "--parts", type=int, help="do the work in so many parts: one by --part, and when all are done --merge"
+        "--parts", type=int, help="split the work into this many parts: run each with --part, then --merge"
     )
     parser.add_argument("--part", type=int, help="which part to do, from 1")
-    parser.add_argument("--merge", action="store_true", help="make the output of the parts")
+    parser.add_argument("--merge", action="store_true", help="merge the parts into the output")
 
 
 def read_share(given: Namespace) -> Share | None:

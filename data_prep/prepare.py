@@ -37,7 +37,7 @@ from data_prep.parts import (
     require_same_raw,
 )
 from data_prep.reading import ELSEWHERE, Reading
-from data_prep.sources import SOURCES, places_of, settled_texts
+from data_prep.sources import SOURCES, option_texts, places_of
 from data_prep.sources.raw import ImageSource
 from data_prep.sources.splits import SplitOverlap
 from vltrain.config.ranges import MOST_PIXELS, MOST_WORKERS
@@ -112,7 +112,7 @@ def prepare(
         )
         raise InputError(f"unknown source '{source}'; {already}")
     options = options or {}
-    settled = settled_texts(source, options)
+    settled = option_texts(source, options)
     made_with = {"source": source, "options": settled, "max_image_pixels": max_image_pixels}
     counts: Counter[str] = Counter()
     reading = Reading(places_of(source, input, options))
@@ -200,11 +200,11 @@ class _Checks:
                     record.add(SAMPLES, name, Seen(FILE, digest, copied))
                     if source is not None and raw is not None:
                         record.add(*self.reading.name_of(source), Seen(FILE, digest, raw))
-        tell_dark(dark)
+        warn_of_dark_images(dark)
         return record
 
 
-def tell_dark(names: list[str]) -> None:
+def warn_of_dark_images(names: list[str]) -> None:
     """Warns of images that are all but black, if there are any."""
     if names:
         why = (
@@ -212,7 +212,7 @@ def tell_dark(names: list[str]) -> None:
             "stretched"
         )
         logger.warning(
-            "images: %d come(s) out dark (%s): %s",
+            "images: %d decode(s) to a dark image (%s): %s",
             len(names),
             why,
             ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
@@ -279,7 +279,7 @@ def _write_samples(
             files[raw.split].write(_line(sample, names))
     if not counts:
         raise InputError(
-            f"source '{source}' gave no sample{f' from {input}' if input else ''}; is this the right place?"
+            f"source '{source}' yielded no samples{f' from {input}' if input else ''}; is this the right input?"
         )
     for line in overlap.lines(sources):
         logger.warning("source '%s': %s", source, line)
@@ -290,7 +290,7 @@ def _line(sample: Sample, images: list[str]) -> str:
     try:
         line.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"sample '{sample.id}': its metadata holds what is no text ({error})") from None
+        raise InputError(f"sample '{sample.id}': its metadata is not valid text ({error})") from None
     return line
 
 
@@ -375,13 +375,13 @@ def main(arguments: list[str] | None = None) -> None:
     add_share_options(parser)
     add_quiet_option(parser)
     parser.add_argument(
-        "--rebuild", action="store_true", help="replace what is there already, once the new samples are whole"
+        "--rebuild", action="store_true", help="replace existing samples, once the new ones are complete"
     )
     given = parser.read()
     start_logging(quiet=given.quiet)
     share = read_share(given)
     if share is not None and given.rebuild:
-        raise InputError("--rebuild does not go with --parts; remove the output, or name another one")
+        raise InputError("--rebuild cannot be combined with --parts; remove the output, or name another one")
     counts = prepare(
         given.source, given.input, given.output, parse_options(given.options), workers=given.workers,
         max_image_pixels=given.max_image_pixels, share=share, rebuild=given.rebuild,

@@ -178,7 +178,7 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(told, tmp_pa
     with run_log(tmp_path if place == "folder" else tmp_path.__class__(place)):
         for _ in range(3):
             logging.getLogger("vltrain.some").info("goes on")
-    assert told.getvalue().count("goes on\n") == 3 and told.getvalue().count("the run goes on without it") == 1
+    assert told.getvalue().count("goes on\n") == 3 and told.getvalue().count("the run continues without it") == 1
     assert "Traceback" not in told.getvalue()
 
 

@@ -255,7 +255,7 @@ def test_an_image_that_would_never_end_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "device.png"):
-        with pytest.raises(InputError, match="something else than a file"):
+        with pytest.raises(InputError, match="not a regular file"):
             read_image(tmp_path / name, 10**6, name, inside=tmp_path)
 
 

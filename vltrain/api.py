@@ -73,7 +73,7 @@ def _on_ranks(words: list[str], ranks: int | str) -> None:
     assert number is not None, "--ranks was asked for"
     code = run_on_ranks("train", words, number)
     if code:
-        raise InputError(f"vltrain.train: a rank ended with exit code {code}; what it said stands on stderr above")
+        raise InputError(f"vltrain.train: a rank ended with exit code {code}; its error is on stderr above")
 
 
 def _text(value: Any) -> str:

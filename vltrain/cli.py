@@ -31,22 +31,22 @@ from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, nearest
 from vltrain.files.processes import end_with_launchers
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("vltrain.programs.doctor", "what this machine and its GPUs have for training, each thing tried"),
+    "doctor": ("vltrain.programs.doctor", "check what this machine and its GPUs can do for training, by trying it"),
     "prepare": ("data_prep.prepare", "raw data set -> samples (JSONL and images)"),
     "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
     "plan": ("vltrain.programs.plan", "parameters, memory per GPU and disk of a recipe, before it is run"),
     "train": ("vltrain.programs.train", "train a recipe"),
-    "submit": ("vltrain.programs.submit", "check a recipe and its memory plan, and hand it to Slurm"),
+    "submit": ("vltrain.programs.submit", "check a recipe and its memory plan, and submit it to Slurm"),
     "ablate": ("vltrain.programs.studies.ablate", "train and evaluate every row of a table of recipes"),
     "check": (
         "vltrain.programs.check",
-        "prove from its receipt that a run saw every sample once, in order; do one of its steps again",
+        "verify a run's receipt, weights, data or export; replay one of its steps",
     ),
-    "export": ("vltrain.programs.export", "write a trained model as a folder that others load"),
+    "export": ("vltrain.programs.export", "export a trained model as a folder that other software loads"),
     "importance": (
         "vltrain.programs.studies.importance",
-        "where AdaLoRA has left how much of its rank: table, heat map, summary",
+        "the rank that AdaLoRA left in each sublayer: table, heat map, summary",
     ),
     "ask": ("vltrain.programs.ask", "ask a tuned model a question about images, or hold a conversation with it"),
     "answer": ("vltrain.programs.answer", "answer the questions of a VLMEvalKit data set, as its result file"),
@@ -56,9 +56,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "recipes": (
         "vltrain.programs.help.recipes",
-        "the recipes that come with vltrain, each in a line, or one of them whole",
+        "list the recipes that come with vltrain, or show one of them",
     ),
-    "completion": ("vltrain.programs.help.completion", "a script that lets bash, zsh or fish complete all of this"),
+    "completion": ("vltrain.programs.help.completion", "print a completion script for bash, zsh or fish"),
     "evaluate": ("vltrain.programs.evaluate", "answer a split with a trained run, or score a file of answers"),
 }
 
@@ -67,8 +67,8 @@ def usage() -> str:
     """The text of `vltrain --help`."""
     lines = [f"  {name:12}{summary}" for name, (_, summary) in COMMANDS.items()]
     closing = (
-        "vltrain COMMAND --help tells more; several ranks of this machine: --ranks N; of several: deepspeed "
-        "launch/*.py, torchrun or srun"
+        "vltrain COMMAND --help shows its options. Several ranks on this machine: --ranks N; on several machines: "
+        "deepspeed launch/*.py, torchrun or srun"
     )
     return "\n".join(["usage: vltrain COMMAND ...", "", *lines, "", closing])
 

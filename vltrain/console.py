@@ -113,7 +113,7 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         logging.getLogger().removeHandler(self)
         logger.warning(
-            "%s: cannot be written any more (%s); the run goes on without it", self.baseFilename, sys.exc_info()[1]
+            "%s: cannot be written any more (%s); the run continues without it", self.baseFilename, sys.exc_info()[1]
         )
 
 
@@ -223,7 +223,7 @@ def _opened(path: Path) -> _LogFile | None:
     try:
         return _LogFile(path)
     except OSError as error:
-        logger.warning("%s: cannot be written (%s); the run goes on without it", path, error.strerror or error)
+        logger.warning("%s: cannot be written (%s); the run continues without it", path, error.strerror or error)
         return None
 
 

@@ -116,8 +116,8 @@ class Sample:
                 if role != "user":
                     article = "an" if role == "assistant" else "a"
                     raise InputError(
-                        f"sample '{self.id}': {IMAGE_MARKER} in {article} {role} turn; images belong into user "
-                        "turns, and the text itself is written <\\image>"
+                        f"sample '{self.id}': {IMAGE_MARKER} in {article} {role} turn; images belong in user turns; "
+                        "the text itself is written <\\image>"
                     )
                 num_markers += text.count(IMAGE_MARKER)
         for image in self.images:
@@ -129,7 +129,7 @@ class Sample:
         try:  # a command line can hold halves of characters (lone surrogates), which no file and no tokenizer takes
             "".join((self.id, *self.images, *[turn.text for turn in turns])).encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"sample {self.id!a}: holds what is no text ({error})") from None
+            raise InputError(f"sample {self.id!a}: is not valid text ({error})") from None
         if num_markers != len(self.images):
             raise InputError(
                 f"sample '{self.id}': {num_markers} {IMAGE_MARKER} marker(s) in the text but {len(self.images)} "

@@ -2,9 +2,8 @@
 
     read(input: Path | None, options: Mapping[str, Any]) -> iterator of RawSample
 
-`options` are checked by `data_prep.sources.options.settle`. A reader yields samples as they come, opens no image and
-writes nothing:
-`data_prep.prepare` does that for all of them.
+`options` are checked by `data_prep.sources.options.resolve_options`. A reader yields samples as they come, opens no
+image and writes nothing: `data_prep.prepare` does that for all of them.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ _GIVEN = "a file or folder"
 PATH_OPTIONS = {"llava_json": ("images",), "scienceqa": ("rationales",)}
 
 
-def settled_texts(source: str, options: Mapping[str, Any]) -> dict[str, str]:
+def option_texts(source: str, options: Mapping[str, Any]) -> dict[str, str]:
     """Every option of a source as a text, those at their default too; of one that names a file or folder only that it
     does."""
     paths = PATH_OPTIONS.get(source, ())
-    settled = all_options(SOURCES[source], options)
-    return {name: _GIVEN if name in paths and value else str(value) for name, value in settled.items()}
+    resolved = all_options(SOURCES[source], options)
+    return {name: _GIVEN if name in paths and value else str(value) for name, value in resolved.items()}
 
 
 def places_of(source: str, input: Path | None, options: Mapping[str, Any]) -> dict[str, Path]:

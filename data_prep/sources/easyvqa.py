@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.options import settle
+from data_prep.sources.options import resolve_options
 from data_prep.sources.raw import RawSample
 from data_prep.sources.splits import same_images
 from vltrain.config.ranges import MOST_STEPS, Range
@@ -37,7 +37,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         InputError: files missing or not as expected, named with the question's number; `val_images` that leaves nothing
             to train on.
     """
-    num_val = settle("easyvqa", options, DEFAULTS, {"val_images": Range(0, MOST_STEPS)})["val_images"]
+    num_val = resolve_options("easyvqa", options, DEFAULTS, {"val_images": Range(0, MOST_STEPS)})["val_images"]
     root = Path(locate("package://easy_vqa/data")) if input is None else input
     for part in ("train", "test"):
         path = root / part / "questions.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading import is_there
-from data_prep.sources.options import choose, settle
+from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
 from data_prep.sources.splits import same_images
@@ -49,9 +49,11 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         "val_images": 1000,
         "test_images": 1000,
     }
-    settled = settle("flickr30k", options, defaults, dict.fromkeys(("val_images", "test_images"), Range(0, MOST_STEPS)))
-    check_template("flickr30k", "prompt", settled["prompt"], ())
-    choose("flickr30k", "train_captions", settled["train_captions"], ("all", "first"))
+    resolved = resolve_options(
+        "flickr30k", options, defaults, dict.fromkeys(("val_images", "test_images"), Range(0, MOST_STEPS))
+    )
+    check_template("flickr30k", "prompt", resolved["prompt"], ())
+    choose("flickr30k", "train_captions", resolved["train_captions"], ("all", "first"))
     if input is None:
         raise InputError(f"source 'flickr30k' needs --input, the folder of {SPLIT_FILE} or {TOKEN_FILE} and the images")
     folder = next((input / name for name in IMAGE_FOLDERS if is_there(input / name) and (input / name).is_dir()), None)
@@ -67,20 +69,20 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         described = _read_karpathy(input / SPLIT_FILE)
     else:
         captions = _read_tokens(input / TOKEN_FILE)
-        described = _hold_out(captions, settled["val_images"], settled["test_images"], folder, input / TOKEN_FILE)
+        described = _hold_out(captions, resolved["val_images"], resolved["test_images"], folder, input / TOKEN_FILE)
     for name, split, captions_of_image in described:
-        yield from _samples(name, split, captions_of_image, folder, settled)
+        yield from _samples(name, split, captions_of_image, folder, resolved)
 
 
 def _samples(
-    name: str, split: str, captions: list[str], folder: Path, settled: Mapping[str, Any]
+    name: str, split: str, captions: list[str], folder: Path, resolved: Mapping[str, Any]
 ) -> Iterator[RawSample]:
-    shown = captions if split == "train" and settled["train_captions"] == "all" else captions[:1]
+    shown = captions if split == "train" and resolved["train_captions"] == "all" else captions[:1]
     for number, caption in enumerate(shown):
         sample = Sample(
             id=name if split != "train" else f"{name}#{number}",
             turns=(
-                Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt']}"),
+                Turn(role="user", text=f"{IMAGE_MARKER}\n{resolved['prompt']}"),
                 Turn(role="assistant", text=escape_markers(caption)),
             ),
             images=(name,),

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading import is_there
-from data_prep.sources.options import choose, settle
+from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import MAX_CHOICES, check_template, lettered, plain
 from data_prep.sources.raw import RawSample, ids_of
 from data_prep.sources.splits import FRACTIONS, check_fractions, drawn
@@ -60,7 +60,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         none of them:
             named with file, pid and key.
     """
-    settled = _settled(options)
+    resolved = _resolved(options)
     if input is None:
         raise InputError("source 'iconqa' needs --input, the folder of the official files")
     root, base = _find_root(input)
@@ -73,8 +73,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         raise InputError(
             f"source 'iconqa', option '{held_out[0]}': has no effect: {root} has splits of its own; leave it out"
         )
-    questions = partial(_questions, root, base, has_splits, splits, problems, skills, settled)
-    yield from questions() if has_splits or splits is not None else drawn("iconqa", questions, settled, options)
+    questions = partial(_questions, root, base, has_splits, splits, problems, skills, resolved)
+    yield from questions() if has_splits or splits is not None else drawn("iconqa", questions, resolved, options)
 
 
 def _questions(
@@ -84,10 +84,10 @@ def _questions(
     splits: Mapping[str, str] | None,
     problems: Mapping[str, Any],
     skills: Any,
-    settled: Mapping[str, Any],
+    resolved: Mapping[str, Any],
 ) -> Iterator[RawSample]:
     """All questions; in `train` where neither folders nor `splits` tell the split."""
-    for folder, split in _question_folders(root, has_splits, settled["ques_types"]):
+    for folder, split in _question_folders(root, has_splits, resolved["ques_types"]):
         where = f"{folder / 'data.json'}: problem '{folder.name}'"
         if is_there(folder / "data.json"):
             record = read_json(folder / "data.json")
@@ -98,17 +98,19 @@ def _questions(
         if splits is not None and folder.name not in splits:
             raise InputError(f"{base / 'pid_splits.json'}: problem '{folder.name}' ({folder}) is in none of its splits")
         split = split or (splits[folder.name] if splits is not None else "train")
-        yield _sample(_checked(record, folder, where), folder, root, split, _skills(skills, folder.name, base), settled)
+        yield _sample(
+            _checked(record, folder, where), folder, root, split, _skills(skills, folder.name, base), resolved
+        )
 
 
-def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
-    settled = settle("iconqa", options, DEFAULTS, FRACTIONS)
-    for name in settled["ques_types"]:
+def _resolved(options: Mapping[str, Any]) -> dict[str, Any]:
+    resolved = resolve_options("iconqa", options, DEFAULTS, FRACTIONS)
+    for name in resolved["ques_types"]:
         choose("iconqa", "ques_types", name, TYPES)
-    check_template("iconqa", "prompt", settled["prompt"], ("question", "options"))
-    check_template("iconqa", "open_prompt", settled["open_prompt"], ("question",))
-    check_fractions("iconqa", settled)
-    return settled
+    check_template("iconqa", "prompt", resolved["prompt"], ("question", "options"))
+    check_template("iconqa", "open_prompt", resolved["open_prompt"], ("question",))
+    check_fractions("iconqa", resolved)
+    return resolved
 
 
 def _find_root(input: Path) -> tuple[Path, Path]:
@@ -195,12 +197,12 @@ def _checked(record: Any, folder: Path, where: str) -> _Problem:
 
 
 def _sample(
-    problem: _Problem, folder: Path, root: Path, split: str, skills: list[str], settled: Mapping[str, Any]
+    problem: _Problem, folder: Path, root: Path, split: str, skills: list[str], resolved: Mapping[str, Any]
 ) -> RawSample:
     names, candidates = ["image.png"], []
     question = escape_markers(plain(problem.question))
     if problem.ques_type == "fill_in_blank":
-        prompt, answer = settled["open_prompt"].format(question=question), plain(str(problem.answer))
+        prompt, answer = resolved["open_prompt"].format(question=question), plain(str(problem.answer))
     else:
         assert isinstance(problem.answer, int)
         candidates = lettered(problem.choices)
@@ -210,7 +212,7 @@ def _sample(
             candidates = lettered([""] * len(problem.choices))
             listed = [f"{letter} {IMAGE_MARKER}" for letter in candidates]
         prompt, answer = (
-            settled["prompt"].format(question=question, options=" ".join(listed)),
+            resolved["prompt"].format(question=question, options=" ".join(listed)),
             candidates[problem.answer],
         )
     sample = Sample(

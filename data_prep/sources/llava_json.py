@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.options import choose, settle
+from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.raw import RawSample
 from data_prep.sources.splits import FRACTIONS, drawn
 from vltrain.errors import InputError, nearest
@@ -58,31 +58,31 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             and path in the record. Fractions as `data_prep.sources.splits.drawn`.
     """
     defaults = {"val_fraction": 0.02, "test_fraction": 0.0, "images": None, "unusable": "error", "unmarked": "error"}
-    settled = settle("llava_json", options, defaults, FRACTIONS)
-    choose("llava_json", "unusable", settled["unusable"], ("error", "drop"))
-    choose("llava_json", "unmarked", settled["unmarked"], ("error", "front"))
+    resolved = resolve_options("llava_json", options, defaults, FRACTIONS)
+    choose("llava_json", "unusable", resolved["unusable"], ("error", "drop"))
+    choose("llava_json", "unmarked", resolved["unmarked"], ("error", "front"))
     if input is None:
         raise InputError("source 'llava_json' needs --input, the JSON or JSONL file")
     told: set[str] = set()
-    yield from drawn("llava_json", lambda: _samples(input, settled, told), settled, options)
+    yield from drawn("llava_json", lambda: _samples(input, resolved, told), resolved, options)
 
 
-def _samples(input: Path, settled: Mapping[str, Any], told: set[str]) -> Iterator[RawSample]:
+def _samples(input: Path, resolved: Mapping[str, Any], told: set[str]) -> Iterator[RawSample]:
     """All samples of the file, in one split. `told`: lines that were printed already, by a reading before."""
-    folder = Path(settled["images"]) if settled["images"] else input.parent
-    reader = _Reader(input, told, settled["unmarked"] == "front")
+    folder = Path(resolved["images"]) if resolved["images"] else input.parent
+    reader = _Reader(input, told, resolved["unmarked"] == "front")
     for number, (where, record) in enumerate(
         read_records(input, "a JSON list of conversations, or JSON Lines of them")
     ):
         try:
             sample = reader.sample(record, number, f"{where}, record {number}")
         except InputError as error:
-            if settled["unusable"] == "error":
+            if resolved["unusable"] == "error":
                 raise InputError(f"{error} (--options unusable=drop leaves such records out)") from None
             reader.leave_out(error)
             continue
         yield RawSample(split="train", sample=sample, image_sources=tuple(folder / image for image in sample.images))
-    reader.tell()
+    reader.log_counts()
 
 
 class _Reader:
@@ -100,7 +100,7 @@ class _Reader:
         if self._left_out <= MAX_TOLD:
             self._print(f"left out: {error}")
 
-    def tell(self) -> None:
+    def log_counts(self) -> None:
         """Prints what was counted, a line for each thing."""
         for what, count in self._counts.items():
             self._print(f"{self._input}: {count} {what}")

@@ -10,7 +10,7 @@ from vltrain.config.ranges import Range
 from vltrain.errors import InputError, nearest
 
 
-def settle(
+def resolve_options(
     source: str, given: Mapping[str, Any], defaults: Mapping[str, Any], ranges: Mapping[str, Range] = {}
 ) -> dict[str, Any]:
     """The defaults, overridden by what is given: of the default's type, or its text (None takes text, a tuple a list or
@@ -22,7 +22,7 @@ def settle(
     Raises:
         InputError: an unknown option, or a value that is not of the option's type or out of its range.
     """
-    settled = dict(defaults)
+    resolved = dict(defaults)
     for name, value in given.items():
         if name not in defaults:
             hint = nearest(name, defaults) if defaults else "it has none"
@@ -30,17 +30,17 @@ def settle(
         default: object = defaults[name]
         kind: type[object] = str if default is None else type(default)
         try:
-            settled[name] = None if value is None and defaults[name] is None else _read(value, kind)
+            resolved[name] = None if value is None and defaults[name] is None else _read(value, kind)
         except ValueError:
             raise InputError(f"source '{source}', option '{name}': found {value!r}, expected {kind.__name__}") from None
         if name in ranges:
-            ranges[name].require(f"source '{source}', option '{name}'", settled[name])
+            ranges[name].require(f"source '{source}', option '{name}'", resolved[name])
     if _asked:
-        raise _Settled(settled)
-    return settled
+        raise _Resolved(resolved)
+    return resolved
 
 
-class _Settled(Exception):
+class _Resolved(Exception):
     """Carries a reader's options out of it before it reads anything."""
 
 
@@ -48,17 +48,17 @@ _asked = False
 
 
 def all_options(read: Callable[[None, Mapping[str, Any]], Iterator[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every option of a reader, those at their default too, by the `settle` that each begins with. Raises InputError as
-    that does."""
+    """Every option of a reader, those at their default too, by the `resolve_options` that each begins with. Raises
+    InputError as that does."""
     global _asked
     _asked = True
     try:
         next(read(None, given), None)
-    except _Settled as found:
+    except _Resolved as found:
         return found.args[0]
     finally:
         _asked = False
-    raise AssertionError(f"{read.__module__}: a reader begins with `settle`")
+    raise AssertionError(f"{read.__module__}: a reader begins with `resolve_options`")
 
 
 def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading import is_there
-from data_prep.sources.options import settle
+from data_prep.sources.options import resolve_options
 from data_prep.sources.raw import RawSample, ids_of, image_name
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.predictions import name_some, read_predictions
@@ -50,12 +50,12 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         InputError: a missing file or field, an answer that is none of the choices, an unknown format, a question
             without a rationale or a rationale without a question: named with file, pid and key.
     """
-    settled = _settled(options)
+    resolved = _resolved(options)
     if input is None:
         raise InputError("source 'scienceqa' needs --input, the folder with problems.json, pid_splits.json and images/")
     problems, splits = read_object(input / "problems.json"), read_object(input / "pid_splits.json")
     for split in ("train", "val", "test"):
-        rationales = _rationales(settled, split, splits)
+        rationales = _rationales(resolved, split, splits)
         for pid in ids_of(splits, split, str(input / "pid_splits.json")):
             if pid not in problems:
                 raise InputError(
@@ -66,33 +66,33 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             image = (
                 input / "images" / split / pid / image_name(problem, "image", where) if problem.get("image") else None
             )
-            if image is not None and settled["missing_images"] == "drop" and not is_there(image):
+            if image is not None and resolved["missing_images"] == "drop" and not is_there(image):
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
-            yield to_sample(pid, split, problem, image, settled["prompt_format"], rationales.of(pid, problem))
+            yield to_sample(pid, split, problem, image, resolved["prompt_format"], rationales.of(pid, problem))
 
 
-def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, checked one by one and against each other."""
     defaults = {"prompt_format": "QCM-ALE", "missing_images": "error", "rationales": None, "train_rationales": "gold"}
-    settled = settle("scienceqa", options, defaults)
-    if settled["prompt_format"] not in FORMATS:
+    resolved = resolve_options("scienceqa", options, defaults)
+    if resolved["prompt_format"] not in FORMATS:
         raise InputError(
-            f"prompt_format: unknown '{settled['prompt_format']}', {nearest(settled['prompt_format'], FORMATS)}"
+            f"prompt_format: unknown '{resolved['prompt_format']}', {nearest(resolved['prompt_format'], FORMATS)}"
         )
     for name, known in (("missing_images", ("error", "drop")), ("train_rationales", ("gold", "generated"))):
-        if settled[name] not in known:
-            raise InputError(f"{name}: found '{settled[name]}', expected {' or '.join(known)}")
-    reads_rationales = settled["prompt_format"].split("-")[0].endswith("G")
-    if reads_rationales and settled["rationales"] is None:
+        if resolved[name] not in known:
+            raise InputError(f"{name}: found '{resolved[name]}', expected {' or '.join(known)}")
+    reads_rationales = resolved["prompt_format"].split("-")[0].endswith("G")
+    if reads_rationales and resolved["rationales"] is None:
         needed = "rationales: the folder of the run that wrote them, or a file of {pid: text}"
-        raise InputError(f"prompt_format {settled['prompt_format']} needs the option {needed}")
-    if not reads_rationales and (settled["rationales"] is not None or settled["train_rationales"] != "gold"):
-        name = "rationales" if settled["rationales"] is not None else "train_rationales"
+        raise InputError(f"prompt_format {resolved['prompt_format']} needs the option {needed}")
+    if not reads_rationales and (resolved["rationales"] is not None or resolved["train_rationales"] != "gold"):
+        name = "rationales" if resolved["rationales"] is not None else "train_rationales"
         raise InputError(
-            f"{name}: has no effect: prompt_format {settled['prompt_format']} shows no rationale; QCMG-A does"
+            f"{name}: has no effect: prompt_format {resolved['prompt_format']} shows no rationale; QCMG-A does"
         )
-    return settled
+    return resolved
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,15 @@ class Rationales:
         return self.written[pid]
 
 
-def _rationales(settled: Mapping[str, Any], split: str, splits: Mapping[str, Any]) -> Rationales:
+def _rationales(resolved: Mapping[str, Any], split: str, splits: Mapping[str, Any]) -> Rationales:
     """Those of a split: the data's own only where the format shows none, or for training."""
     if (
-        settled["rationales"] is None
-        or (split == "train" and settled["train_rationales"] == "gold")
+        resolved["rationales"] is None
+        or (split == "train" and resolved["train_rationales"] == "gold")
         or not splits.get(split)
     ):
         return Rationales(None)
-    place = Path(settled["rationales"])
+    place = Path(resolved["rationales"])
     file = place / "eval" / split / "predictions.jsonl" if place.is_dir() else place
     if not file.is_file():
         expected = "expected a run's folder or a file of {pid: text}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading import is_there
-from data_prep.sources.options import choose, settle
+from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import check_template, lettered, plain
 from data_prep.sources.raw import RawSample, ids_of, image_name
 from data_prep.sources.scienceqa import checked
@@ -34,9 +34,9 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Raises:
         InputError: a missing file or field, an answer that is none of the choices: named with file, pid and key.
     """
-    settled = settle("scienceqa_image", options, {"prompt": PROMPT, "missing_images": "error"})
-    check_template("scienceqa_image", "prompt", settled["prompt"], ("context", "question", "options"))
-    choose("scienceqa_image", "missing_images", settled["missing_images"], ("error", "drop"))
+    resolved = resolve_options("scienceqa_image", options, {"prompt": PROMPT, "missing_images": "error"})
+    check_template("scienceqa_image", "prompt", resolved["prompt"], ("context", "question", "options"))
+    choose("scienceqa_image", "missing_images", resolved["missing_images"], ("error", "drop"))
     if input is None:
         raise InputError(
             "source 'scienceqa_image' needs --input, the folder with problems.json, pid_splits.json and images/"
@@ -53,10 +53,10 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             if not problem.get("image"):
                 continue
             image = input / "images" / split / pid / image_name(problem, "image", where)
-            if settled["missing_images"] == "drop" and not is_there(image):
+            if resolved["missing_images"] == "drop" and not is_there(image):
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
-            yield _sample(pid, split, problem, image, settled["prompt"])
+            yield _sample(pid, split, problem, image, resolved["prompt"])
 
 
 def _sample(pid: str, split: str, problem: dict[str, Any], image: Path, template: str) -> RawSample:

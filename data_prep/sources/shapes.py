@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.pretrain.drawings import hue, outline
-from data_prep.sources.options import settle
+from data_prep.sources.options import resolve_options
 from data_prep.sources.prompts import check_template, lettered
 from data_prep.sources.raw import RawSample
 from vltrain.config.ranges import MOST_SEED, MOST_STEPS, Range
@@ -118,26 +118,26 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Raises:
         InputError: an option out of its range, or an input.
     """
-    settled = settle("shapes", options, DEFAULTS, RANGES)
-    check_template("shapes", "prompt", settled["prompt"], ("question", "options"))
-    for name in settled["skills"]:
+    resolved = resolve_options("shapes", options, DEFAULTS, RANGES)
+    check_template("shapes", "prompt", resolved["prompt"], ("question", "options"))
+    for name in resolved["skills"]:
         if name not in SKILLS:
             raise InputError(f"source 'shapes', option 'skills': unknown '{name}', expected one of {', '.join(SKILLS)}")
     if input is not None:
         raise InputError(f"source 'shapes' draws its images, expected no --input, found {input}")
     seen: set[Scene] = set()
     for number, split in enumerate(("train", "val", "test")):
-        for index in range(settled[f"{split}_images"]):
-            rng = np.random.default_rng([settled["seed"], number, index])
-            scene, questions = make_scene(rng, settled["image_size"]), []
+        for index in range(resolved[f"{split}_images"]):
+            rng = np.random.default_rng([resolved["seed"], number, index])
+            scene, questions = make_scene(rng, resolved["image_size"]), []
             while scene in seen or not (
-                questions := ask(rng, scene, settled["skills"], settled["questions_per_image"])
+                questions := ask(rng, scene, resolved["skills"], resolved["questions_per_image"])
             ):
-                scene = make_scene(rng, settled["image_size"])
+                scene = make_scene(rng, resolved["image_size"])
             seen.add(scene)
             for place, question in enumerate(questions):
                 yield _sample(
-                    f"{split}/{index}/{place}", split, f"{split}/{index}.png", scene, question, settled["prompt"]
+                    f"{split}/{index}/{place}", split, f"{split}/{index}.png", scene, question, resolved["prompt"]
                 )
 
 

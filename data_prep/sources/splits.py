@@ -39,9 +39,9 @@ FRACTIONS: dict[str, Range] = dict.fromkeys(
 _TAIL_BYTES = 4096  # of files of one size, what is compared first: headers may be alike, the last pixels hardly are
 
 
-def check_fractions(source: str, settled: Mapping[str, Any]) -> None:
+def check_fractions(source: str, resolved: Mapping[str, Any]) -> None:
     """Raises InputError if the options `val_fraction` and `test_fraction` of a source leave nothing to train on."""
-    fractions = [settled.get(name, 0.0) for name in FRACTIONS]
+    fractions = [resolved.get(name, 0.0) for name in FRACTIONS]
     if sum(fractions) >= 1:
         found = f"found {fractions[0]} and {fractions[1]}"
         raise InputError(
@@ -51,22 +51,22 @@ def check_fractions(source: str, settled: Mapping[str, Any]) -> None:
 
 
 def drawn(
-    source: str, read: Callable[[], Iterable[RawSample]], settled: Mapping[str, Any], given: Mapping[str, Any]
+    source: str, read: Callable[[], Iterable[RawSample]], resolved: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Iterator[RawSample]:
     """Samples with `val` and `test` drawn by image, the rest in `train`.
 
     Args:
         read: gives all samples, the same ones each time; called twice, so that none is kept in memory. Their own splits
             are not looked at.
-        settled: the source's options, with `val_fraction` and perhaps `test_fraction`.
+        resolved: the source's options, with `val_fraction` and perhaps `test_fraction`.
         given: those that the user named.
 
     Raises:
         InputError: fractions that nothing can be drawn by; no sample left to train on; a fraction that the user named
             and that no group fell into (by the default fraction, that is told).
     """
-    check_fractions(source, settled)
-    fractions = {split: settled.get(f"{split}_fraction", 0.0) for split in ("val", "test")}
+    check_fractions(source, resolved)
+    fractions = {split: resolved.get(f"{split}_fraction", 0.0) for split in ("val", "test")}
     if not any(fractions.values()):
         yield from (replace(raw, split="train") for raw in read())
         return

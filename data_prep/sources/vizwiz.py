@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading import is_there
-from data_prep.sources.options import choose, settle
+from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
 from data_prep.sources.splits import FRACTIONS, drawn
@@ -53,10 +53,10 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Raises:
         InputError: nothing there, or a missing or malformed field: named with file, number, image and key.
     """
-    settled = settle("vizwiz", options, DEFAULTS, FRACTIONS)
-    check_template("vizwiz", "prompt", settled["prompt"], ("question",))
-    choose("vizwiz", "target", settled["target"], ("majority", "first"))
-    choose("vizwiz", "unanswerable", settled["unanswerable"], ("keep", "drop"))
+    resolved = resolve_options("vizwiz", options, DEFAULTS, FRACTIONS)
+    check_template("vizwiz", "prompt", resolved["prompt"], ("question",))
+    choose("vizwiz", "target", resolved["target"], ("majority", "first"))
+    choose("vizwiz", "unanswerable", resolved["unanswerable"], ("keep", "drop"))
     if input is None:
         raise InputError("source 'vizwiz' needs --input, the folder of train.json, val.json and the images")
     files = {split: _first(input, f"{split}.json", "Annotations") for split in (*FILES, "test")}
@@ -66,13 +66,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         )
     if files["train"] is not None:
         questions = partial(
-            _read_file, files["train"], "train", _first(input, "train", "Images") or input / "train", settled
+            _read_file, files["train"], "train", _first(input, "train", "Images") or input / "train", resolved
         )
-        for raw in drawn("vizwiz", questions, settled, options):
-            if raw.split != "train" or settled["unanswerable"] == "keep" or raw.sample.metadata["answerable"]:
+        for raw in drawn("vizwiz", questions, resolved, options):
+            if raw.split != "train" or resolved["unanswerable"] == "keep" or raw.sample.metadata["answerable"]:
                 yield raw
     if files["val"] is not None:
-        for raw in _read_file(files["val"], "val", _first(input, "val", "Images") or input / "val", settled):
+        for raw in _read_file(files["val"], "val", _first(input, "val", "Images") or input / "val", resolved):
             yield replace(raw, split="test")
     if files["test"] is not None:
         print(f"{files['test']}: left out, it has no answers; the split 'test' is val.json")
@@ -82,7 +82,7 @@ def _first(input: Path, name: str, folder: str) -> Path | None:
     return next((path for path in (input / name, input / folder / name) if is_there(path)), None)
 
 
-def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) -> Iterator[RawSample]:
+def _read_file(path: Path, part: str, images: Path, resolved: Mapping[str, Any]) -> Iterator[RawSample]:
     """The questions of an official file, train.json or val.json (`part`)."""
     records = expect(read_json(path), list, str(path))
     for number, record in enumerate(records):
@@ -94,11 +94,11 @@ def _read_file(path: Path, part: str, images: Path, settled: Mapping[str, Any]) 
             raise InputError(f"{where}: answerable: found {answerable}, expected 0 or 1")
         question = escape_markers(plain(field(record, "question", str, where)))
         texts = [answer for answer in answers if answer]
-        target = texts[0] if settled["target"] == "first" else Counter(texts).most_common(1)[0][0]
+        target = texts[0] if resolved["target"] == "first" else Counter(texts).most_common(1)[0][0]
         sample = Sample(
             id=f"{part}/{number}",
             turns=(
-                Turn(role="user", text=f"{IMAGE_MARKER}\n{settled['prompt'].format(question=question)}"),
+                Turn(role="user", text=f"{IMAGE_MARKER}\n{resolved['prompt'].format(question=question)}"),
                 Turn(role="assistant", text=escape_markers(target)),
             ),
             images=(f"{part}/{name}",),

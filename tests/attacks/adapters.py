@@ -586,7 +586,7 @@ def no_folder(folder: Path) -> Shown:
     (folder / "file").write_text("x")
     (folder / "other").mkdir()
     return _each(
-        {name: lambda place: _refused(place, "no folder of peft's") for name in ("nothing", "file", "other")}, folder
+        {name: lambda place: _refused(place, "not a peft folder") for name in ("nothing", "file", "other")}, folder
     )
 
 

@@ -259,7 +259,7 @@ def every_turn_twice(folder: Path) -> Shown:
             (CHATML.replace("{{ m.content }}", "{{ m.content | replace('red', 'green') }}"), "drops or reorders"),
             (
                 CHATML.replace("{{ m.content }}", "{{ m.content[:99] ~ ('!' if m.content[0] == 'n' else '') }}"),
-                "changes what turns say",
+                "rewrites the text of turns",
             ),
         )
     ):

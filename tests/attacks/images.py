@@ -255,7 +255,7 @@ def pipe(folder: Path) -> Shown:
     """An image that is a named pipe without a writer."""
     (folder / "raw").mkdir()
     os.mkfifo(folder / "raw" / "a.png")
-    return refused(prepared_with(folder), "something else than a file")
+    return refused(prepared_with(folder), "not a regular file")
 
 
 @attack(LINK)
@@ -264,7 +264,7 @@ def device(folder: Path) -> Shown:
     (folder / "own").mkdir()
     (folder / "own" / "a.png").symlink_to("/dev/zero")
     samples = write_jsonl(folder / "own" / "s.jsonl", [sample(question=QUESTION, images=("a.png",))])
-    return refused(pack_words(samples, folder / "packs"), "something else than a file")
+    return refused(pack_words(samples, folder / "packs"), "not a regular file")
 
 
 @attack(LINK)
@@ -278,7 +278,7 @@ def kernels_file(folder: Path) -> Shown:
 def dark_image(folder: Path, image: Image.Image, name: str) -> Shown:
     (folder / "raw").mkdir()
     image.save(folder / "raw" / name)
-    return told(prepared_with(folder, name), "1 come(s) out dark", name)
+    return told(prepared_with(folder, name), "1 decode(s) to a dark image", name)
 
 
 @attack(RANGE)

@@ -400,26 +400,26 @@ def blank_lines(folder: Path) -> Shown:
 def pipe_of_samples(folder: Path) -> Shown:
     """A named pipe in the place of a samples file, of chats, and of answers: nothing may wait for it."""
     os.mkfifo(folder / "pipe.jsonl")
-    refused(prepare_words("llava_json", folder / "pipe.jsonl", folder / "out"), "something else than a file")
+    refused(prepare_words("llava_json", folder / "pipe.jsonl", folder / "out"), "not a regular file")
     refused(
         ["evaluate", "--predictions", folder / "pipe.jsonl", "--data", folder / "pipe.jsonl", "--eval.scorer", "exact"],
-        "something else than a file",
+        "not a regular file",
     )
-    return refused(pack_words(folder / "pipe.jsonl", folder / "packs"), "something else than a file", untouched=folder)
+    return refused(pack_words(folder / "pipe.jsonl", folder / "packs"), "not a regular file", untouched=folder)
 
 
 @attack(NO_FILE)
 def pipe_as_recipe(folder: Path) -> Shown:
     """A named pipe in the place of a recipe."""
     os.mkfifo(folder / "recipe.yaml")
-    return refused(["plan", folder / "recipe.yaml"], "something else than a file, expected a YAML recipe")
+    return refused(["plan", folder / "recipe.yaml"], "not a regular file, expected a YAML recipe")
 
 
 @attack(NO_FILE)
 def device_as_json(folder: Path) -> Shown:
     """A link to /dev/zero in the place of DeepSpeed's JSON."""
     (folder / "ds.json").symlink_to("/dev/zero")
-    return refuses(lambda: load_ds_json(folder / "ds.json"), "something else than a file")
+    return refuses(lambda: load_ds_json(folder / "ds.json"), "not a regular file")
 
 
 @attack(CHATS)

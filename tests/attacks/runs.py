@@ -149,7 +149,7 @@ def renamed_checkpoint(folder: Path) -> Shown:
     places = finished_run(folder)
     shutil.rmtree(places.checkpoint(4))
     places.checkpoint(2).rename(places.checkpoint(4))
-    return refused(train_words(places), "says step 2, the folder's name says 4", untouched=places.run)
+    return refused(train_words(places), "says step 2, the folder is named 4", untouched=places.run)
 
 
 @attack(UNREADABLE)
@@ -169,7 +169,7 @@ def only_copies(folder: Path) -> Shown:
     shutil.rmtree(places.checkpoint(2))
     places.checkpoint(4).rename(places.run / "checkpoints" / "step-4-good")
     (places.run / "checkpoints" / "latest").unlink()
-    return refused(train_words(places), "step-4-good: not called by its step", untouched=places.run)
+    return refused(train_words(places), "step-4-good: not named by its step", untouched=places.run)
 
 
 @attack(UNREADABLE)

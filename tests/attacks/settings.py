@@ -224,10 +224,10 @@ def true_as_a_number(folder: Path) -> Shown:
 @attack(NO_NUMBER)
 def half_an_image(folder: Path) -> Shown:
     """An option of a source that was cut to a whole number, or read from true."""
-    from data_prep.sources.options import settle
+    from data_prep.sources.options import resolve_options
 
-    refuses(lambda: settle("shapes", {"n": True}, {"n": 2}), "option 'n': found True")
-    return refuses(lambda: settle("shapes", {"n": 2.7}, {"n": 2}), "option 'n': found 2.7, expected int")
+    refuses(lambda: resolve_options("shapes", {"n": True}, {"n": 2}), "option 'n': found True")
+    return refuses(lambda: resolve_options("shapes", {"n": 2.7}, {"n": 2}), "option 'n': found 2.7, expected int")
 
 
 @attack(NO_NUMBER)
@@ -261,7 +261,7 @@ def ds_section_misspelt(folder: Path) -> Shown:
     """The whole section under a wrong name: DeepSpeed would run without ZeRO."""
     return refused(
         ds(folder, {"zero_optimisation": {"stage": 3}}),
-        "'zero_optimisation' is no key",
+        "'zero_optimisation' is not a key",
         "did you mean 'zero_optimization'",
     )
 
@@ -271,7 +271,7 @@ def ds_key_misspelt_inside(folder: Path) -> Shown:
     """A misspelt key two levels down."""
     return refuses(
         lambda: check_ds_json(zero(offload_optimizer={"devcie": "cpu"})),
-        "offload_optimizer.devcie' is no key",
+        "offload_optimizer.devcie' is not a key",
         "offload_optimizer.device'",
     )
 

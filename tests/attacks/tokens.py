@@ -396,7 +396,7 @@ def unknown_characters(folder: Path) -> Shown:
         make_unigram(folder / "t") if word == "asset://tiny_llama" else word
         for word in pack_words(samples, folder / "packs")
     ]
-    shown = told(words, "3 of 3 samples hold what the vocabulary cannot spell", "'{' in 2", "'}' in 1")
+    shown = told(words, "3 of 3 samples contain text that the vocabulary cannot encode", "'{' in 2", "'}' in 1")
     lost = read_manifest(folder / "packs").lost
     assert (
         lost is not None
@@ -425,7 +425,7 @@ def answers_in_lower_case(folder: Path) -> Shown:
     samples = write_jsonl(folder / "s.jsonl", [sample(1, answer="YES"), sample(2, answer="no")])
     place = make_unigram(folder / "t", lowercase=True)
     words = [place if word == "asset://tiny_llama" else word for word in pack_words(samples, folder / "packs")]
-    return told(words, "the answers of 1 of 2 samples read otherwise from their tokens", "'YES' as 'yes'")
+    return told(words, "the answers of 1 of 2 samples decode differently from their tokens", "'YES' as 'yes'")
 
 
 @attack(LOST)

@@ -151,7 +151,7 @@ def test_a_mistake_on_the_command_line_is_one_line_with_the_place_and_the_way_ou
         ("data: {options: {a: " + "[" * 40 + "]" * 40 + "}}", ["nested deeper"]),
         ("model: [unclosed", ["line"]),
         ("train: {seed: 1}\n---\ntrain: {seed: 2}", ["line"]),
-        ("? [a]\n: 1", ["no plain word"]),
+        ("? [a]\n: 1", ["not a plain string"]),
         ("train: {seed: " + "9" * 5000 + "}", ["digits"]),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_worker_that_is_killed_ends_the_run_instead_of_halting_it(dataset):
     next(steps)
     workers = steps.gi_frame.f_locals["fetched"]._workers
     os.kill(workers[0].pid, signal.SIGKILL)
-    with pytest.raises(InputError, match=r"process that decodes images died.*data\.workers"):
+    with pytest.raises(InputError, match=r"image worker was killed.*data\.workers"):
         for _ in steps:
             pass
 

@@ -78,7 +78,7 @@ def test_an_error_arrives_where_the_result_would_have(workers, monkeypatch):
 
 def test_a_process_that_dies_is_told(monkeypatch):
     monkeypatch.setattr(parallel, "ALONE_SECONDS", 0.0)
-    with pytest.raises(InputError, match="one of 2 processes died"):
+    with pytest.raises(InputError, match="one of 2 worker processes was killed"):
         list(ordered_map(die, count(), 2))
 
 

@@ -187,10 +187,7 @@ def test_before_training_a_signal_ends_it_at_once_and_cleans_up(tmp_path):
 def test_ctrl_c_ends_it_with_a_code_of_its_own(tmp_path, capfd):
     assert run_without_model("prepare", tmp_path, (0, signal.SIGINT), (0.1, signal.SIGTERM)) == EXIT_INTERRUPTED
     said = capfd.readouterr().err
-    assert (
-        said
-        == f"SIGINT: nothing to save; ends with code {EXIT_INTERRUPTED}, to be started again with the same command\n"
-    )
+    assert said == f"SIGINT: nothing to save; exits with code {EXIT_INTERRUPTED}; run the same command to resume\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)])

@@ -53,7 +53,7 @@ def test_the_rank_that_is_behind_is_named_by_all(tmp_path):
 
 def test_a_rank_without_a_sign_of_life_is_named(tmp_path):
     said = run_ranks_of_one_process(tmp_path, [(3, "update", 2), (3, "forward", 0)], silent=(1,))
-    assert "no sign of life of rank 1, last at step 3 (forward)" in said[0]
+    assert "no heartbeat from rank 1, last at step 3 (forward)" in said[0]
 
 
 def test_all_at_one_place(tmp_path):
@@ -72,8 +72,8 @@ def test_what_may_take_long_is_not_a_hang(tmp_path, phase):
 @pytest.mark.parametrize(
     ("place", "told"),
     [
-        ((4, "fetch"), "step 4 hangs (fetch): the processes that decode images"),
-        ((0, "forward"), "0.stacks says where"),
+        ((4, "fetch"), "step 4 hangs (fetch): the image workers deliver nothing"),
+        ((0, "forward"), "0.stacks shows where"),
         ((4, "save"), "step 4 hangs (save)"),
     ],
 )

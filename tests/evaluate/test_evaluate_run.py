@@ -326,7 +326,7 @@ def test_mistakes_end_with_code_2_and_one_line(evaluated, capsys, words, part):
 def test_a_run_without_a_checkpoint_says_so(evaluated, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((evaluated[0] / "config.yaml").read_text())
     assert main([str(tmp_path)]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "no complete checkpoint" in capsys.readouterr().err
 
 
 def test_a_missing_image_is_named(evaluated, tmp_path, capsys):

@@ -140,7 +140,7 @@ def test_lines_of_answers_name_their_number(tmp_path):
     ("words", "part"),
     [
         (["--predictions", "a.json"], "needs --data"),
-        (["--predictions", "a.json", "--dta", "b"], "--dta does not go with --predictions, did you mean 'data'"),
+        (["--predictions", "a.json", "--dta", "b"], "--dta cannot be combined with --predictions, did you mean 'data'"),
         (["run", "--predictions", "a.json", "--data", "b"], "'run' beside --predictions"),
         (["--predictions", "absent.json", "--data", "absent"], "absent"),
     ],

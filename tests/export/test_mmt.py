@@ -106,7 +106,7 @@ def test_the_untuned_model_can_be_exported_too(tmp_path, here):
         ({"model__adapter__kind": "router"}, "'router' (in the llm) is routed"),
         (
             {"model__adapter__kind": "bottleneck", "model__adapter__vision_kind": "loha_silu"},
-            "'loha_silu' (in the vision) is no linear map",
+            "'loha_silu' (in the vision) is not linear",
         ),
         (
             {

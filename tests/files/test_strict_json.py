@@ -181,8 +181,8 @@ def test_what_is_no_plain_file_is_refused_without_waiting(tmp_path):
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to("loop")
     for name, words in (
-        ("pipe", "something else than a file"),
-        ("device", "something else"),
+        ("pipe", "not a regular file"),
+        ("device", "not a regular file"),
         (".", "a folder"),
         ("absent", "no such file"),
         ("loop", "cannot be read"),

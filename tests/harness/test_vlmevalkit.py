@@ -141,10 +141,10 @@ def test_images_lie_in_files(tmp_path):
     [
         ([{"index": "1", "image": "x"}], "'question'"),
         ([{"index": "1", "question": "Q", "image": "2"}], "neither an image in base64 nor the index"),
-        ([{"index": "1", "question": "Q", "image": "?" * 100}], "no base64"),
+        ([{"index": "1", "question": "Q", "image": "?" * 100}], "not base64"),
         ([{"index": "1", "question": "Q"}, {"index": "1", "question": "Q"}], "comes twice"),
         ([{"index": "1", "question": ""}], "has no question"),
-        ([{"index": "1", "question": "Q", "image": "[1, 2]"}], "no list of texts"),
+        ([{"index": "1", "question": "Q", "image": "[1, 2]"}], "not a list of strings"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_data_set(rows, told, tmp_path):

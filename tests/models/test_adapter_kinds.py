@@ -242,7 +242,7 @@ def test_a_repadapter_without_residual_is_lavins_normal_one() -> None:
     assert torch.allclose(adapter(z), z @ matrix.t() + offset)
     norm = nn.LayerNorm(WIDTH).double()
     assert torch.equal(adapter(z, norm), adapter(norm(z)))
-    with pytest.raises(InputError, match="impl: found 'triton', but its kernel adds what goes in"):
+    with pytest.raises(InputError, match="impl: found 'triton', but its kernel always adds the residual"):
         make_adapter(WIDTH, AdapterConfig(kind="repadapter", residual=False, impl="triton"))
 
 

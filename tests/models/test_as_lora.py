@@ -167,7 +167,7 @@ def test_layers_of_some_blocks_are_named_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, named",
     [
-        ({"adapter": {"kind": "router"}}, "model.adapter.kind: found 'router': a RouterAdapter is no linear map"),
+        ({"adapter": {"kind": "router"}}, "model.adapter.kind: found 'router': a RouterAdapter is not linear"),
         ({"adapter": {"kind": "loha_silu", "dim": 16}}, "model.adapter.kind: found 'loha_silu': a LohaSiluAdapter"),
         ({"adapter": {"vision_kind": "bottleneck_weighted"}}, "model.adapter.vision_kind: found 'bottleneck_weighted'"),
         ({"adapter": {"kind": "repadapter", "residual": False}}, "model.adapter.residual: found False"),

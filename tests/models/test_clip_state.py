@@ -259,7 +259,7 @@ def drop_visual(state: dict[str, Tensor]) -> None:
             lambda s: (s.clear(), s.update({"vision_model.x": torch.ones(1)})),
             "Hugging Face weights are named by their folder",
         ),
-        (lambda s: (s.clear(), s.update(epoch=3)), "holds no named tensors"),
+        (lambda s: (s.clear(), s.update(epoch=3)), "is not a dictionary of named tensors"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_file_and_key(
@@ -283,7 +283,7 @@ def test_files_that_are_no_state_dicts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="vit.pt: not a"):
         read(path, "clip")
     torch.save([torch.ones(2)], path)
-    with pytest.raises(InputError, match="holds no named tensors but a list"):
+    with pytest.raises(InputError, match="is not a dictionary of named tensors but a list"):
         read(path, "clip")
     safetensors = tmp_path / "vit.safetensors"
     save_file(state_of(random_vit()), safetensors)

@@ -63,5 +63,5 @@ def test_adapters_without_biases_merge_into_projections_without(kind: str, optio
 
 def test_kinds_that_are_no_linear_map_are_refused() -> None:
     model = build_model(tiny_config(adapter={"kind": "router"}))
-    with pytest.raises(InputError, match="a RouterAdapter is no linear map"):
+    with pytest.raises(InputError, match="a RouterAdapter is not linear"):
         merge_adapters(model)

@@ -195,7 +195,7 @@ def test_a_terminal_goes_on_after_a_mistake(asks):
     ("more", "told"),
     [
         (["--image", "none.png"], "--image none.png: no such file"),
-        (["--image", "{run}"], "found something else than a file"),
+        (["--image", "{run}"], "not a regular file"),
         (["--image", "{run}/config.yaml"], "config.yaml: not a readable image"),
         (["--checkpoint", "best"], "no best checkpoint"),
         (["--checkpoint", "{run}/step-9"], "step-9: "),
@@ -222,11 +222,11 @@ def test_what_is_no_run_or_has_no_weights_or_no_question(asks, capsys, tmp_path)
     run = asks["mmt"][0]
     assert "expected the folder of a run" in refused([str(tmp_path), "which ?"], capsys)
     shutil.copy(run.folder / "config.yaml", tmp_path)
-    assert "no whole checkpoint in it" in refused([str(tmp_path), "which ?"], capsys)
-    assert "--json: is of one question" in refused([str(run.folder), "--json"], capsys)
+    assert "no complete checkpoint in it" in refused([str(tmp_path), "which ?"], capsys)
+    assert "--json: needs a question" in refused([str(run.folder), "--json"], capsys)
     assert "expected vltrain ask RUN" in refused([], capsys)
     for kind in ("llama", "t5"):
-        assert "asks about images" in refused([str(asks[kind][0].folder), "which ?"], capsys)
+        assert "needs an image" in refused([str(asks[kind][0].folder), "which ?"], capsys)
 
 
 def test_a_base_that_changed_since_training_is_refused(capsys, tmp_path):

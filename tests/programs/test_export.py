@@ -178,7 +178,7 @@ def test_a_folder_of_another_base_or_recipe_is_refused(places, tmp_path, capsys)
         ({"qformer__mode": "full"}, "LoRA or AdaLoRA"),
         ({"qformer__mode": "adalora"}, "type LORA"),
         ({"llm__mode": "lora", "llm__rank": 2}, "lacks"),
-        ({"adapters": str(tmp_path)}, "no folder of peft's"),
+        ({"adapters": str(tmp_path)}, "not a peft folder"),
     ):
         given = {"qformer__mode": "lora", "qformer__rank": 2, "adapters": str(out), **changes}
         if given["qformer__mode"] != "lora":

@@ -140,7 +140,7 @@ def test_ended_in_each_stage_it_goes_on_there_bit_for_bit(place, whole, name):
         code, told = ended_in(place, folder, step, name, output)
         assert code == (-9 if name == "SIGKILL" else EXIT_REQUEUE), told
         if name == "SIGTERM":
-            assert "to be started again with the same command" in told.rstrip().split("\n")[-1]
+            assert "run the same command to resume" in told.rstrip().split("\n")[-1]
     assert (output / "1-neck" / "finished.json").exists() and not (output / "2-adapters" / "finished.json").exists()
     code, told = train(place, "--output", str(output))
     assert code == 0 and "1-neck: done already" in told, told

@@ -103,7 +103,7 @@ def test_submitted_and_frozen(here, capsys):
         (frozen / "code" / "COMMIT").read_text().strip(),
     ]
     assert main([*GIVEN]) == 2
-    assert "was submitted before; go on with it by sbatch" in capsys.readouterr().err
+    assert "was submitted before; resume it by sbatch" in capsys.readouterr().err
 
 
 def test_what_sbatch_refuses_leaves_nothing_frozen(here, capsys):

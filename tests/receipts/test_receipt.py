@@ -144,7 +144,7 @@ def test_a_lost_receipt_begins_anew_and_says_so(packs, tmp_path, caplog):
     head = write(packs, tmp_path, range(2))
     (tmp_path / RECEIPT).unlink()
     write(packs, tmp_path, range(2, 5), head=head, first_step=2)
-    assert "a new receipt begins at step 2" in caplog.text
+    assert "a new receipt starts at step 2" in caplog.text
     assert prove(tmp_path, None).failures == ["begins at step 2: the receipt of the steps before was lost"]
 
 

@@ -306,7 +306,7 @@ IMAGES = {
     "file url of a host": ("file://host/etc/passwd", "expected file:///"),
     "no such file": ("sub/b.png", "No such file"),
     "no image": ("notes.txt", "not a readable image"),
-    "a folder": ("sub", "something else than a file"),
+    "a folder": ("sub", "not a regular file"),
     "the folder": (".", "is no path"),
     "NUL": ("sub/a\0.png", "is no path"),
     "link to a file outside": ("out.png", "leads out"),

@@ -52,15 +52,15 @@ class Option:
 
 
 RANKS = Option(
-    "ranks of this machine, or auto for one per accelerator, else two on the CPU; of `vltrain` alone, a "
-    "launcher says it itself",
+    "ranks of this machine, or auto for one per accelerator, else two on the CPU; only for `vltrain`: a launcher "
+    "sets it itself",
     metavar="N",
 )
-QUIETLY = Option("show errors and the last line alone", metavar=None)
+QUIETLY = Option("show only errors and the last line", metavar=None)
 TRAIN_OPTIONS: dict[str, Option] = {
     "ranks": RANKS,
     "ds": Option(
-        "DeepSpeed's memory and communication knobs, a file such as ds_configs/zero2.json or the name of one of "
+        "DeepSpeed's memory and communication settings, a file such as ds_configs/zero2.json or the name of one of "
         "ds_configs",
         metavar="JSON",
     ),
@@ -70,8 +70,7 @@ TRAIN_OPTIONS: dict[str, Option] = {
         "{auto,never,PATH}",
     ),
     REBUILD: Option(
-        "make prepared samples and packs that were made from something else than the recipe says anew; what "
-        "matches stays",
+        "prepare and pack again what was made from other sources than the recipe says; what matches stays",
         metavar=None,
     ),
     QUIET: QUIETLY,

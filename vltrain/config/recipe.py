@@ -156,10 +156,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     here = Path(f"{file.resolve()}#{row}") if row is not None else file.resolve()
     if here in above:
         chain = " -> ".join(place.name for place in (*above[above.index(here) :], here))
-        raise InputError(
-            f"{above[-1]}: {BASE}: leads back to itself ({chain}); expected a recipe that stands on its own "
-            "feet in the end"
-        )
+        raise InputError(f"{above[-1]}: {BASE}: leads back to itself ({chain}); expected a chain of bases that ends")
     content = _open(file)
     if isinstance(content, dict) and STAGES in content:
         return _stage(path, row, _stages(file, content, (*above, here)))

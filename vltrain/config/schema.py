@@ -61,7 +61,7 @@ class DataConfig:
     max_images: int | None = number(None, 1, MOST_SIZE)
     """Images a pack may hold, to bound the ViT's memory; null: no bound."""
     over_long: Literal["error", "drop"] = "error"
-    """What becomes of samples that do not fit into a pack. `error`: nothing is packed, and they are named; `drop`: they
+    """What to do with samples that do not fit into a pack. `error`: nothing is packed, and they are named; `drop`: they
     are left out and listed in the packs' `over_long.jsonl`. None is ever cut."""
     workers: int = number(1, 0, MOST_WORKERS)
     """Processes per rank that decode images; 0: in the training process."""
@@ -124,8 +124,8 @@ class TrainConfig:
     """Stop after this many steps; the schedule is then this long too. It only ever shortens a run: more steps than
     `epochs` has are refused."""
     packs_per_step: int = number(2, 1, MOST_SIZE)
-    """Packs of one optimizer step over all ranks: the global batch, the same for any number of ranks; what they do not
-    take at once they accumulate."""
+    """Packs of one optimizer step over all ranks: the global batch, the same for any number of ranks, which
+    accumulate what they do not take at once."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of matrix products and, unless `model.bits` says otherwise, of frozen weights. auto: bf16 where the hardware is
     fast at it or `model.bits` is 16, else fp32."""
@@ -154,18 +154,20 @@ class TrainConfig:
     put in; an InstructBLIP's peft, or peft's own). Same shapes, or none there yet, over the same frozen weights;
     optimizer, schedule and data are this run's: more epochs, another learning rate, other data. null: fresh weights."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
-    """What a step does whose loss or gradient is no number, or whose loss is a spike. stop: the run ends, samples are
+    """What to do with a step whose loss or gradient is NaN or Inf, or whose loss is a spike. stop: the run ends,
+    samples are
     named; skip: its update is not applied, its samples are written to `quarantine.jsonl` in the run's folder, and the
     run goes on (the host waits for each step's loss)."""
     spike_factor: float | None = number(None, 1, 1e9, open_low=True)
-    """A loss of more than so many times the mean of the last 50 steps' is bad; null: only one that is no number."""
+    """A loss above this multiple of the mean of the last 50 steps is a spike; null: only NaN and Inf are bad."""
     hang_timeout_minutes: float | None = number(20.0, 0, 1e6, open_low=True)
-    """When training has not moved for so long, the rank that hangs is named and the run ends; null: never. A save, and
+    """If training makes no progress for this long, the rank that hangs is named and the run ends; null: never. A
+    save, and
     a batch of an evaluation, may take six times as long."""
     async_save: bool = False
     """Write checkpoints while training goes on. Costs rank 0 a copy of the trainable state in host memory."""
     eval_every_steps: int = number(0, 0, MOST_STEPS)
-    """Evaluate on `data.eval_split` after each so many steps; 0: only at the end. Each evaluated step is saved
+    """Evaluate on `data.eval_split` every so many steps; 0: only at the end. Each evaluated step is saved
     first."""
     eval_every_epochs: float = number(0.0, 0, 1e6)
     """The same, in passes over the packs; one of both may be set."""
@@ -174,9 +176,8 @@ class TrainConfig:
     early_stopping_patience: int | None = number(None, 1, MOST_STEPS)
     """Stop after so many evaluations in a row that are not better than the best one before them; null: never."""
     time_limit_minutes: float | None = number(None, 0, 1e7, open_low=True)
-    """Minutes after its start by which the run must be gone: before that it saves and ends with exit code 85, to be
-    started again. Slurm's limit (SLURM_JOB_END_TIME) is kept without it, whichever is earlier; null: no limit of its
-    own."""
+    """Time limit from the start, in minutes: before it the run saves and exits with code 85, to be started again.
+    Slurm's limit (SLURM_JOB_END_TIME) is respected in any case, whichever is earlier; null: no limit of its own."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")

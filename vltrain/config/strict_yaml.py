@@ -78,7 +78,7 @@ class _Loader(yaml.SafeLoader):
         for name, _ in node.value:
             if not isinstance(name, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, "found a key that is no plain word", name.start_mark
+                    None, None, "found a key that is not a plain string", name.start_mark
                 )
             if name.value in seen:
                 raise yaml.constructor.ConstructorError(

@@ -273,7 +273,7 @@ def plain_image(descriptor: int, max_pixels: int, where: str) -> tuple[BinaryIO,
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{where}: found something else than a file, expected an image")
+            raise InputError(f"{where}: not a regular file, expected an image")
         if status.st_size > limit:
             allowed = f"the {limit:,} that an image of {max_pixels:,} pixels can take (max_image_pixels)"
             raise InputError(f"{where}: the file has {status.st_size:,} bytes, more than {allowed}")

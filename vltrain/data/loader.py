@@ -200,7 +200,7 @@ def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
     except (RuntimeError, OSError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise InputError(
-            f"a process that decodes images could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer "
+            f"an image worker could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer "
             f"({detail}); give the machine or container a "
             "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the "
             "trainer with data.workers 0"
@@ -324,13 +324,12 @@ class StepLoader:
                     ("Too many open files", "received 0 items of ancdata")
                 ):
                     raise InputError(
-                        f"a process that decodes images could not hand over ({detail}); raise ulimit -n, or lower "
-                        "data.workers"
+                        f"an image worker could not send its batch ({detail}); raise ulimit -n, or lower data.workers"
                     ) from None
                 if isinstance(error, RuntimeError) and not detail.startswith("DataLoader worker"):
                     raise
             raise InputError(
-                f"a process that decodes images died ({detail}), most likely for want of memory; lower data.workers"
+                f"an image worker was killed ({detail}, likely out of memory); lower data.workers"
             ) from None
         if isinstance(found, str):
             raise InputError(found)

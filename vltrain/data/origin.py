@@ -129,7 +129,7 @@ def _read(path: Path, kind: type) -> Any:
     try:
         return kind(**content)
     except TypeError as error:
-        raise InputError(f"{path}: is no record of this version ({error}); {_DAMAGED}") from None
+        raise InputError(f"{path}: not a record of this version ({error}); {_DAMAGED}") from None
 
 
 def tokenizer_changes(made: MadeFrom, tokenizer: Tokenizer, template: str) -> list[str]:
@@ -155,10 +155,7 @@ def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
         return None
     rendered = {json.dumps([_rendered(tokenizer, roles) for roles in _ROLES]) for _ in range(8)}
     if len(rendered) > 1:
-        raise InputError(
-            "the tokenizer's chat template writes something else each time; take one that does not, or "
-            "data.template: mmt"
-        )
+        raise InputError("the tokenizer's chat template is not deterministic; use one that is, or data.template: mmt")
     return digest_of(rendered.pop().encode()).hex()
 
 

@@ -91,8 +91,8 @@ def require_driver(environment: Mapping[str, str] = os.environ) -> None:
     if signs is not None:
         raise InputError(
             f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but finds no working driver "
-            f"({driver_error()}), although {signs}; "
-            "mend or update the driver (nvidia-smi must list the GPUs), or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"({driver_error()}), although {signs}; repair or update the driver (nvidia-smi must list the GPUs), or "
+            "set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     logger.info(
         "torch %s is built for CUDA, but there is no driver and no sign of a GPU: this runs on the CPU",

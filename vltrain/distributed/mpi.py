@@ -134,8 +134,8 @@ def meeting_point(place: MpiPlace, environment: Mapping[str, str]) -> tuple[str,
     if not address and place.local_size < place.world_size:
         raise InputError(
             f"{place.dialect.name} started this process as rank {place.rank} of {place.world_size}, "
-            f"{place.local_size} of them on this host, but nobody "
-            "says where they can meet; set MASTER_ADDR to rank 0's host and MASTER_PORT to a free port there "
+            f"{place.local_size} of them on this host, but no rendezvous address is set; set MASTER_ADDR to rank "
+            "0's host and MASTER_PORT to a free port there "
             f"({place.dialect.passes})"
         )
     job = next((environment[name] for name in JOB_NAMES if environment.get(name)), None)

@@ -347,7 +347,7 @@ def names_lost_ranks() -> Iterator[None]:
             raise
         raise RunLost(
             f"another rank, its machine or the network to it has gone ({detail[:300]}); see the other ranks' "
-            "logs, then go on with --resume auto"
+            "logs, then resume with --resume auto"
         ) from error
 
 

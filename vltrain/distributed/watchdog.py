@@ -152,31 +152,31 @@ class Watchdog:
                 for rank in silent
             }
             who = ", ".join(f"rank {rank}, {last[rank]}" for rank in silent[:8])
-            return f"{waited}: no sign of life of {who}. Look at its log and its machine, then go on with --resume auto"
+            return f"{waited}: no heartbeat from {who}. Check its log and its machine, then resume with --resume auto"
         place = {rank: (told["step"], told["micro_step"], PHASES.index(told["phase"])) for rank, told in now.items()}
         behind = [rank for rank in place if place[rank] == min(place.values())]
         if len(behind) == len(place):
             where = f"all ranks are at step {self._step} ({self._phase})"
             return (
-                f"{waited}: {where}: one of them hangs inside a collective, or the network between them. Then go on "
-                "with --resume auto"
+                f"{waited}: {where}: one of them hangs inside a collective, or the network between them does. Then "
+                "resume with --resume auto"
             )
         who = ", ".join(map(str, behind[:8]))
         where = f"step {now[behind[0]]['step']} ({now[behind[0]]['phase']})"
         return (
-            f"{waited}: the others wait for rank {who}, which hangs at {where}. Look at its log, then go on with "
+            f"{waited}: the others wait for rank {who}, which hangs at {where}. Check its log, then resume with "
             "--resume auto"
         )
 
     def _diagnosis_alone(self) -> str:
         if self._phase == "fetch":
             why = (
-                "the processes that decode images hand nothing over: look at the disk that the packs are on, or "
-                "decode in the trainer with data.workers 0"
+                "the image workers deliver nothing: check the disk that holds the packs, or decode in the trainer "
+                "with data.workers 0"
             )
         else:
-            why = f"{self._file(self._rank).with_suffix('.stacks')} says where it is"
-        return f"{self._waited()}: step {self._step} hangs ({self._phase}): {why}. Then go on with --resume auto"
+            why = f"{self._file(self._rank).with_suffix('.stacks')} shows where"
+        return f"{self._waited()}: step {self._step} hangs ({self._phase}): {why}. Then resume with --resume auto"
 
     def _waited(self) -> str:
-        return f"nothing has moved for {time.monotonic() - self._since:.0f} seconds (train.hang_timeout_minutes)"
+        return f"no progress for {time.monotonic() - self._since:.0f} seconds (train.hang_timeout_minutes)"

@@ -69,7 +69,7 @@ def ask(
     prompts = [encode_prompt(sample, tokenizer, template, visual) for sample in samples]
     new_tokens = config.eval.max_new_tokens or derived_max_new_tokens(every, tokenizer)
     if config.eval.max_new_tokens is None:
-        logger.info("eval.max_new_tokens: %d, by the longest reference of %s", new_tokens, where)
+        logger.info("eval.max_new_tokens: %d, from the longest reference in %s", new_tokens, where)
     # The last new token is not read any more.
     more = f" and eval.max_new_tokens = {new_tokens}" + ("" if config.eval.max_new_tokens else " (from the references)")
     _require_context(

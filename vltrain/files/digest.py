@@ -149,7 +149,7 @@ def _stat(path: Path | str) -> os.stat_result:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(found.st_mode):
-        raise InputError(f"{path}: is something else than a file, expected a file")
+        raise InputError(f"{path}: not a regular file")
     return found
 
 

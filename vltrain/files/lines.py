@@ -41,6 +41,6 @@ class LineFile:
 
     def _told(self, error: OSError) -> InputError:
         return InputError(
-            f"{self._path}: cannot be written ({error.strerror or error}); make room or give permission, and go "
-            "on with --resume auto"
+            f"{self._path}: cannot be written ({error.strerror or error}); free disk space or fix its permissions, "
+            "and resume with --resume auto"
         )

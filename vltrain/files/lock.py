@@ -183,7 +183,7 @@ def _try(lock: Path) -> tuple[int, Writer] | Writer:
 def _sign(handle: int, lock: Path, before: Writer | None) -> Writer:
     """Writes our name."""
     if before is not None:
-        logger.warning("%s: taken over from %s, which has gone", lock, before)
+        logger.warning("%s: taken over from %s, which no longer runs", lock, before)
     me = _me()
     os.truncate(handle, 0)
     os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)

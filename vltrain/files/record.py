@@ -311,8 +311,8 @@ def _read_table(path: Path, digest: str | None) -> pa.Table:
             raise ValueError("other columns")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: is not the record of files that it was ({str(error).splitlines()[0]}); make what is "
-            "beside it anew with --rebuild"
+            f"{path}: is a damaged record of files ({str(error).splitlines()[0]}); make the data beside it again "
+            "with --rebuild"
         ) from None
     return table
 

@@ -150,7 +150,7 @@ def require_plain_file(path: Path, expected: str) -> None:
     if stat.S_ISDIR(mode):
         raise InputError(f"{path}: cannot be read (it is a folder); expected {expected}")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: found something else than a file, expected {expected}")
+        raise InputError(f"{path}: not a regular file, expected {expected}")
 
 
 def read_text(path: Path, expected: str = "a text file") -> str:

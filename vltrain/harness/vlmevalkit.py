@@ -203,7 +203,7 @@ def _listed(text: str, where: str) -> Sequence[str]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         values = None
     if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
-        raise InputError(f"{where}: {text[:40]!r}... is no list of texts")
+        raise InputError(f"{where}: {text[:40]!r}... is not a list of strings")
     return values
 
 
@@ -211,7 +211,7 @@ def _decoded(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"{where}: image is no base64 ({error})") from None
+        raise InputError(f"{where}: image is not base64 ({error})") from None
 
 
 def result_file(folder: Path, model: str, dataset: str, form: str) -> Path:

@@ -345,12 +345,11 @@ class LoadedModel:
         template = self.config.data.template
         if self.needs_image and num_images == 0:
             raise InputError(
-                f"the run's template {template!r} asks about images, and there is none: name one (--image FILE, "
-                "or images=[...])"
+                f"the run's template {template!r} needs an image: name one (--image FILE, or images=[...])"
             )
         if not self.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
             raise InputError(
-                f"the run's template {template!r} holds no conversation: ask one question at a time, found "
+                f"the run's template {template!r} does not support conversations: ask one question at a time, found "
                 f"{len(turns)} turns"
             )
         names = tuple(f"image {number + 1}" for number in range(num_images))

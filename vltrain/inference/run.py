@@ -99,9 +99,7 @@ def weights_before(run: Path, config: Config) -> Checkpoint | None:
             f"it began with step {began.get('step')} of {began.get('path')}, and {found.path} is of step "
             f"{found.step}, or of another run"
         )
-        raise InputError(
-            f"{run}: the weights before its tuning are not to be found: {told}; restore them, or name a checkpoint"
-        )
+        raise InputError(f"{run}: its untuned weights cannot be found: {told}; restore them, or name a checkpoint")
     return found
 
 
@@ -169,7 +167,7 @@ def choose_checkpoint(folder: Path, named: str | None) -> Checkpoint | None:
     if newest is None:
         root = folder / "checkpoints"
         raise InputError(
-            f"{root}: no whole checkpoint in it; train the run first, or evaluate the untuned model with "
+            f"{root}: no complete checkpoint in it; train the run first, or evaluate the untuned model with "
             "--checkpoint none"
         )
     return newest

@@ -86,7 +86,8 @@ def zero_memory(
     for name in UNPLANNED:
         if zero.get(name) not in (None, False, 0, -1) and (name, zero[name]) != ("zero_hpz_partition_size", 1):
             raise InputError(
-                f"DeepSpeed's 'zero_optimization.{name}' changes memory in a way that is not planned for; leave it out"
+                f"DeepSpeed's 'zero_optimization.{name}' changes memory in a way that the plan does not model; "
+                "leave it out"
             )
     if _offloads(zero, "offload_param") and stage < 3:
         raise InputError(

@@ -77,4 +77,4 @@ def open_loggers(names: Sequence[str], run: RunContext) -> Loggers:
 
 def _warn(name: str, error: Exception) -> None:
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    logger.warning("train.loggers: %s failed (%s): it gets nothing more, the run goes on without it", name, said)
+    logger.warning("train.loggers: %s failed (%s): it gets nothing more, the run continues without it", name, said)

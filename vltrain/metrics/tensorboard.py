@@ -68,7 +68,7 @@ class TensorBoardLogger:
             return call()
         except OSError as error:
             raise InputError(
-                f"{self._folder}: cannot be written ({error.strerror or error}); make room or give permission"
+                f"{self._folder}: cannot be written ({error.strerror or error}); free disk space or fix its permissions"
             ) from None
 
 

@@ -73,7 +73,7 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
 
     Returns: what rounding the products to the weights' dtypes changed.
 
-    Raises: InputError, before anything is changed, if the adapters are of a kind that is no linear map, or the LLM has
+    Raises: InputError, before anything is changed, if the adapters are of a kind that is not linear, or the LLM has
     learned prompts.
     """
     require_no_prompts(model.llm)
@@ -115,7 +115,7 @@ def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...], rounding:
 def _require_linear(adapter: Adapter) -> None:
     if not hasattr(adapter, "linear_map"):
         raise InputError(
-            f"a {type(adapter).__name__} is no linear map and cannot be merged into the layer behind it; keep "
+            f"a {type(adapter).__name__} is not linear and cannot be merged into the layer behind it; keep "
             "the adapters apart"
         )
 

@@ -64,7 +64,7 @@ def require_source(data: DataConfig, asked: str | None = None) -> None:
             ):
                 named = f"{data.train_split}, {data.eval_split}, {data.test_split}"
                 logger.warning(
-                    "data.options.%s: names a split that is none of the recipe's (%s): %s is not read",
+                    "data.options.%s: names a split that the recipe does not use (%s): %s is not read",
                     split,
                     named,
                     file,
@@ -99,7 +99,7 @@ def ready_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
             "data.options"
         )
         raise InputError(
-            f"{folder}: its samples were made from something else than the recipe names: "
+            f"{folder}: its samples were made from other sources than the recipe names: "
             f"{'; '.join(differences)}. Nothing was changed; {way_out}"
         )
     file = samples_file(config, split)

@@ -87,7 +87,7 @@ def samples_differ(config: Config, folder: Path, *, strict: bool = False) -> lis
                 differences.append(f"{place} was {before}, is not named")
             else:
                 logger.warning(
-                    "data: %s (%s) is not there any more: whether it is what %s was made from can't be told",
+                    "data: %s (%s) no longer exists: whether %s was made from it cannot be checked",
                     before,
                     place,
                     folder,
@@ -110,10 +110,10 @@ def is_stranger(folder: Path, file: Path) -> bool:
 
 
 def _options_differ(settled: dict[str, str], reader: str, config: Config) -> list[str]:
-    from data_prep.sources import settled_texts
+    from data_prep.sources import option_texts
 
     given, differences = config.data.options, []
-    for name, now in settled_texts(reader, given).items():
+    for name, now in option_texts(reader, given).items():
         if name not in settled and name not in given:
             continue  # an option that the version which prepared them did not have
         if settled.get(name) != now:
@@ -126,14 +126,14 @@ def _options_differ(settled: dict[str, str], reader: str, config: Config) -> lis
 def _older_samples_differ(config: Config, folder: Path, made: Prepared, strict: bool) -> list[str]:
     """Of samples of a version that kept no record of files, or of hands: what they say, and from now on whether they
     change."""
-    from data_prep.sources import settled_texts
+    from data_prep.sources import option_texts
 
     data = config.data
     assert data.reader is not None
     if made.source is not None:
         if made.source != data.reader:
             return [f"data.source was {made.name()}, is {data.reader}"]
-        if differences := _options_differ(settled_texts(data.reader, made.options), data.reader, config):
+        if differences := _options_differ(option_texts(data.reader, made.options), data.reader, config):
             return differences
     if strict:
         return [NO_RECORD]
@@ -141,8 +141,8 @@ def _older_samples_differ(config: Config, folder: Path, made: Prepared, strict: 
         return changed
     what = "what they were made from" if made.source is None else f"the data of {made.source} that they were made from"
     logger.warning(
-        "data: %s: no record of %s is there (samples of an older version, or your own): taken as they are; "
-        "--rebuild makes them anew",
+        "data: %s: no record of %s is there (samples of an older version, or your own): used as they are; --rebuild "
+        "makes them again",
         folder,
         what,
     )
@@ -166,7 +166,7 @@ def packs_differ(
             return [NO_RECORD] if strict else _adopt_packs(folder, samples)
         if made.adopted:
             logger.warning(
-                "data: %s: packs of an older version, whose images are not compared; --rebuild makes them anew", folder
+                "data: %s: packs of an older version, whose images are not compared; --rebuild makes them again", folder
             )
         differences = tokenizer_changes(made, tokenizer, config.data.template)
         prepared = read_prepared(samples.parent)
@@ -223,8 +223,8 @@ def require_same_set(config: Config, folder: Path, samples: Path) -> None:
     made, prepared = read_made_from(folder), read_prepared(samples.parent)
     if made is None:
         logger.warning(
-            "data: %s: packs without a record of what they were packed from: whether %s is of the same data "
-            "can't be told",
+            "data: %s: packs without a record of what they were packed from: whether %s is of the same data cannot "
+            "be checked",
             folder,
             samples,
         )

@@ -110,9 +110,7 @@ def _read(arguments: Arguments, program: str) -> Request:
     given = dict(arguments.options)
     question = words[1] if len(words) == 2 else None
     if "json" in given and question is None:
-        raise InputError(
-            f'{COMMAND_LINE}: --json: is of one question, and there is none: {program} RUN --json "question"'
-        )
+        raise InputError(f'{COMMAND_LINE}: --json: needs a question: {program} RUN --json "question"')
     if "compare" in given and given.get("checkpoint") == "none":
         raise InputError(
             f"{COMMAND_LINE}: --compare: has no effect: --checkpoint none is the model before tuning; leave one out"
@@ -128,7 +126,7 @@ def _read(arguments: Arguments, program: str) -> Request:
         if not image.is_file():
             raise InputError(
                 f"{COMMAND_LINE}: --image {image}: "
-                f"{'found something else than a file' if image.exists() else 'no such file'}, expected an image"
+                f"{'not a regular file' if image.exists() else 'no such file'}, expected an image"
             )
     settings = {
         name.replace("-", "_"): _number(name, given[name], kind) for name, kind in SAMPLING.items() if name in given
@@ -183,7 +181,7 @@ def _answer(model: LoadedModel, request: Request, question: str) -> None:
         return
     found: dict[str, Any] = asdict(model.chat([turn], request.images, **request.settings))
     if not request.images:
-        _tell_missing_image(model)
+        _note_missing_image(model)
     if request.compare:
         with model.untuned():
             found["untuned"] = asdict(model.chat([turn], request.images, **request.settings))
@@ -209,7 +207,7 @@ def say_all(model: LoadedModel, request: Request, turns: Sequence[Turn], images:
 def _say(model: LoadedModel, request: Request, turns: Sequence[Turn], images: Sequence[Path], label: str) -> Answer:
     with model.stream(turns, images, **request.settings) as stream:
         if not images and not label.startswith("untuned"):
-            _tell_missing_image(model)
+            _note_missing_image(model)
         sys.stdout.write(label)
         try:
             for piece in stream:
@@ -234,7 +232,7 @@ def _shown(piece: str) -> str:
     )
 
 
-def _tell_missing_image(model: LoadedModel) -> None:
+def _note_missing_image(model: LoadedModel) -> None:
     """Says that a question shows no image where the training's all did: allowed, but nothing the model learned."""
     if model.asked is not None and model.asked.images:
         tell("no image, and all questions that the run was trained on show one (--image FILE)")

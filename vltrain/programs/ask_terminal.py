@@ -100,7 +100,7 @@ def _lines(typed: bool) -> Iterator[str]:
             print()
             return
         except UnicodeDecodeError as error:
-            raise InputError(f"stdin: found what is no text ({error}), expected UTF-8") from None
+            raise InputError(f"stdin: not text ({error}), expected UTF-8") from None
         if not typed and not line:
             return
         if line.strip():

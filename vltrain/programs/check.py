@@ -29,7 +29,7 @@ compared with the run that the folder was made of (--run where that has moved). 
     vltrain check replay RUN --step K [--packs FOLDER]
 
 does a step of the run once more, in one process, from the newest checkpoint before it, and shows the loss of each of
-its samples, those that are no number first. Exit code 0, or 1 where there are such; the run's folder is left as it is.
+its samples, those that are NaN or Inf first. Exit code 0, or 1 where there are such; the run's folder is left as it is.
 See `vltrain.programs.checks.replay`.
 
 examples:
@@ -156,7 +156,7 @@ def _replay(arguments: Arguments) -> int:
     for name, loss, count in losses:
         print(f"{loss:12.6g}  {count:12d}  {name}")
     num_bad = sum(not math.isfinite(loss) for _, loss, _ in losses)
-    print(f"step {step}: {len(losses)} samples, {num_bad} with a loss that is no number")
+    print(f"step {step}: {len(losses)} samples, {num_bad} with a loss that is NaN or Inf")
     return EXIT_DIFFERS if num_bad else 0
 
 

@@ -1,5 +1,5 @@
-"""`vltrain doctor` and launch/doctor.py: can this machine train, and with what? Each thing is tried, and told on one
-line.
+"""`vltrain doctor` and launch/doctor.py: can this machine train, and with what? Each thing is tried and reported
+on one line.
 
     vltrain doctor [FOLDER ...] [--recipe RECIPE] [--json FILE|-]
         one process, which looks at all GPUs that it sees; --ranks N: as many

@@ -172,7 +172,9 @@ def _require_place(json_file: str | None) -> None:
 def _evaluate_file(arguments: Arguments) -> Report:
     for name, _ in arguments.options:
         if name not in (*FILE_OPTIONS, *LAUNCHER_OPTIONS):
-            raise InputError(f"{COMMAND_LINE}: --{name} does not go with --predictions, {nearest(name, FILE_OPTIONS)}")
+            raise InputError(
+                f"{COMMAND_LINE}: --{name} cannot be combined with --predictions, {nearest(name, FILE_OPTIONS)}"
+            )
     if arguments.positionals:
         raise InputError(
             f"{COMMAND_LINE}: found '{arguments.positionals[0]}' beside --predictions, expected one of the two"

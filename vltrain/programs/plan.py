@@ -55,7 +55,7 @@ EXAMPLES = (
     "vltrain plan table2#ba_8_2 --llm-size llama-2-7b",
 )
 OPTIONS: dict[str, Option] = {
-    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
+    "ds": Option("DeepSpeed's memory and communication settings; left out: ZeRO-2", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
     "gpu-memory": Option("memory of one GPU in GiB; left out: common cards are compared", metavar="GIB"),
     "json": Option("also write all figures to this file", metavar="FILE"),

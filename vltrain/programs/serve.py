@@ -6,7 +6,7 @@ page.
 
     --host 127.0.0.1        where it listens; any other than this machine's own is open to everybody who reaches it: see
     --api-key-env
-    --port 8000             0: a free one, which is told
+    --port 8000             0: a free one, which is printed
     --checkpoint {FOLDER,best,none}   as of `vltrain evaluate`; left out: the run's newest
     --adapters FOLDER       the weights of an export of adapters, in place of a checkpoint's
     --bits {4,8,16,32}, --device D    as of `vltrain ask`
@@ -15,7 +15,7 @@ page.
                             for a second model
     --images FOLDER         requests may name files below this folder (images/a.png, file:///FOLDER/images/a.png); left
                             out: data URLs alone
-    --max-waiting 256       requests beside the one that is answered; more are told to come again (429, Retry-After)
+    --max-waiting 256       requests beside the one that is answered; more are refused with 429 and Retry-After
     --max-request-bytes 33554432, --max-images 16, --timeout 300    of one request; seconds
     --api-key-env NAME      the variable of the environment that holds the key that requests must have
     --allow-hosts A,B       names that the server is reached by, beside localhost, addresses and --host

@@ -45,12 +45,12 @@ EXAMPLES = (
     "vltrain submit --recipe quickstart --gpus-per-node 0 --ranks-per-node 2 --dry-run",
 )
 OPTIONS: dict[str, Option] = {
-    "ds": Option("DeepSpeed's memory and communication knobs; left out: ZeRO-2", metavar="JSON"),
+    "ds": Option("DeepSpeed's memory and communication settings; left out: ZeRO-2", metavar="JSON"),
     "nodes": Option("how many nodes", "1", "N"),
     "gpus-per-node": Option("GPUs of a node, and ranks on it; 0: ranks on CPUs", "1", "N"),
     "ranks-per-node": Option("ranks of a node without GPUs", metavar="N"),
     "time": Option("Slurm's time limit of one start, such as 24:00:00; left out: the partition's", metavar="TIME"),
-    "account": Option("who pays", metavar="NAME"),
+    "account": Option("account to charge", metavar="NAME"),
     "partition": Option("where it runs", metavar="NAME"),
     "sbatch": Option("further options of sbatch, in one word: '--constraint=a100 --exclusive'", metavar="OPTIONS"),
     "gpu-memory": Option("GiB of one GPU; a recipe that does not fit is refused", metavar="GIB"),
@@ -163,8 +163,7 @@ def freeze(run: Path, whole: Run, sbatch: str) -> Path:
     frozen = run / FROZEN
     if frozen.exists():
         raise InputError(
-            f"{frozen}: was submitted before; go on with it by sbatch {frozen / TEMPLATE.name}, or choose "
-            "another --output"
+            f"{frozen}: was submitted before; resume it by sbatch {frozen / TEMPLATE.name}, or choose another --output"
         )
     make_run_folder(run)
     (run / "logs").mkdir(exist_ok=True)

@@ -75,8 +75,8 @@ from vltrain.train.zero.engine import init_distributed, partitioner, shutdown_di
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Trains a recipe (vltrain recipes lists those that come with vltrain). The same command goes on with a run that "
-    "was interrupted."
+    "Trains a recipe (vltrain recipes lists those that come with vltrain). The same command resumes a run that was "
+    "interrupted."
 )
 EXAMPLES = (
     "vltrain train --recipe quickstart --ds zero2 --ranks 2",
@@ -260,7 +260,7 @@ def _train(
         )
         _announce(trainer, parameters, dataset, checkpoint)
         if full is not None:
-            _tell_share(parameters, full)
+            log_trainable_share(parameters, full)
     trainer.train()
     trainer.monitor.close()
     if rank == 0:
@@ -301,12 +301,10 @@ def _require_same_start(
     elif origin is not None and origin.checkpoint is not None:
         require_same_frozen(origin.checkpoint, config, files)
         begins = require_fit(origin.checkpoint, outline)
-        logger.info("begins with the trained weights of %s, step %d", origin.checkpoint.path, origin.checkpoint.step)
+        logger.info("starts from the trained weights of %s, step %d", origin.checkpoint.path, origin.checkpoint.step)
         if begins:
             new = ", ".join(f"{part} {count:,}" for part, count in begins.items())
-            logger.info(
-                "begins as without train.init_from, since the run there trained nothing of it: %s parameters", new
-            )
+            logger.info("initialised as without train.init_from, since that run did not train them: %s parameters", new)
 
 
 def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
@@ -320,7 +318,7 @@ def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
     if resume == "never":
         if checkpoints_in(root):
             raise InputError(
-                f"{folder}: holds the checkpoints of a run; go on with --resume auto, choose another --output, "
+                f"{folder}: holds the checkpoints of a run; resume with --resume auto, choose another --output, "
                 "or remove the folder"
             )
     elif resume != "auto":
@@ -472,13 +470,13 @@ def _require_widenable(config: Config, stage: int) -> None:
         and choose_dtype(config.train.precision, config.model.bits) != torch.float32
     ):
         raise InputError(
-            "eval.precision: found 'fp32', but ZeRO-3 parts the weights in bf16, which cannot be widened then; "
+            "eval.precision: found 'fp32', but ZeRO-3 partitions the weights in bf16, which cannot be upcast then; "
             "take a lower stage, model.bits 32, or train while evaluating as "
             "training does (eval.precision train), and evaluate afterwards: vltrain evaluate RUN --eval.precision fp32"
         )
 
 
-def _tell_share(parameters: dict[str, tuple[int, int]], full: int) -> None:
+def log_trainable_share(parameters: dict[str, tuple[int, int]], full: int) -> None:
     """The paper's percentages: of low-rank updates, and of everything trained, against full tuning of the Q-Former."""
     updates, trained = parameters["peft"][1], sum(trained for _, trained in parameters.values())
     told = "of full Q-Former tuning (%s): low-rank updates %s (%.2f%%), everything trained %s (%.2f%%)"

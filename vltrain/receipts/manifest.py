@@ -88,8 +88,7 @@ def newest_in(root: Path, open_one: Callable[[Path], Opened], until: int | None 
         told = "; ".join(reasons)
         raise InputError(
             f"{root}: none of its checkpoints can be used: {told}. A run with checkpoints does not start at "
-            "step 0 by itself: mend or restore one, "
-            "or name another output"
+            "step 0 by itself: restore one, or choose another output"
         )
     return None
 
@@ -99,7 +98,7 @@ def _unfollowed_pointer(root: Path) -> list[str]:
         path = pointed(root, LATEST)
         if path is None or os.path.lexists(path):
             return []
-        told = f"{root / LATEST}: names {path.name}, which is not there"
+        told = f"{root / LATEST}: names {path.name}, which does not exist"
     except InputError as error:
         told = str(error)
     logger.warning("skipped a checkpoint: %s", told)
@@ -108,9 +107,9 @@ def _unfollowed_pointer(root: Path) -> list[str]:
 
 def _require_own_folder(path: Path) -> None:
     if not STEP_NAME.fullmatch(path.name):
-        raise InputError(f"{path}: not called by its step, expected a name such as {checkpoint_name(4)}")
+        raise InputError(f"{path}: not named by its step, expected a name such as {checkpoint_name(4)}")
     if path.is_symlink():
-        raise InputError(f"{path}: a link, which is not followed; put the folder there that it leads to")
+        raise InputError(f"{path}: a symbolic link, which is not followed; put the folder itself there")
 
 
 def pointed(root: Path, pointer: str) -> Path | None:
@@ -171,7 +170,7 @@ def _checked(manifest: Manifest) -> Manifest:
     called = STEP_NAME.fullmatch(manifest.path.name)
     if called and int(called[1]) != step:
         raise InputError(
-            f"{where}: says step {step}, the folder's name says {int(called[1])}: it was renamed; give it its name back"
+            f"{where}: says step {step}, the folder is named {int(called[1])}: it was renamed; restore its name"
         )
     for name in manifest.files:
         if not FILE_NAME.fullmatch(name) or (manifest.path / name).is_symlink():

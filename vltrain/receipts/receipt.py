@@ -146,12 +146,12 @@ def read_receipt(path: Path) -> Receipt:
         with path.open("rb") as file:
             texts = file.read().split(b"\n")
     except OSError as error:
-        raise InputError(f"{path}: no receipt of a run ({error.strerror})") from None
+        raise InputError(f"{path}: not a run's receipt ({error.strerror})") from None
     try:
         header = Header(**_parse(texts[0]))
         chain, version = header.chain, header.receipt
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}, line 1: not the head of a receipt ({type(error).__name__}: {error})") from None
+        raise InputError(f"{path}, line 1: not a receipt's header ({type(error).__name__}: {error})") from None
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: receipt format {version}, this version reads {FORMAT_VERSION}")
     lines: list[Line] = []
@@ -210,7 +210,7 @@ class ReceiptWriter:
         if receipt is None:
             if first_step:
                 logger.warning(
-                    "%s: not there; a new receipt begins at step %d, and proves nothing of the steps before",
+                    "%s: missing; a new receipt starts at step %d and proves nothing about earlier steps",
                     path,
                     first_step,
                 )

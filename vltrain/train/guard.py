@@ -148,7 +148,7 @@ class LossGuard:
     def _fault(self, loss: float) -> str | None:
         """What is wrong with a loss."""
         if not math.isfinite(loss):
-            return "is no number"
+            return "is NaN or Inf"
         if self._spike_factor is None or len(self._recent) < LEAST_STEPS:
             return None
         mean = sum(self._recent) / len(self._recent)
@@ -195,7 +195,7 @@ class LossGuard:
             raise InputError(
                 f"{what}. Nothing was saved since; look at these samples ({replay}), lower optim.lr, set "
                 "optim.clip, train in fp32 "
-                "(train.precision), or go past them (train.on_bad_loss skip), then go on with --resume auto"
+                "(train.precision), or go past them (train.on_bad_loss skip), then resume with --resume auto"
             )
         assert not result.applied
         self.num_skipped += 1

@@ -103,7 +103,7 @@ def test_what_reads_back_differently_never_becomes_a_checkpoint(tmp_path, monkey
         path.write_bytes(data)
 
     monkeypatch.setattr(checkpoints, "save_file", faulty)
-    with pytest.raises(InputError, match="reads back as something else"):
+    with pytest.raises(InputError, match="reads back with other values"):
         save(Net(), tmp_path, 2)
     assert newest_checkpoint(tmp_path).step == 1
 

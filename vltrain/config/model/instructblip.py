@@ -36,7 +36,7 @@ class QFormerTuning:
     alpha: float = number(8.0, 0, 1e6, open_low=True)
     """Updates are scaled by alpha / rank."""
     dropout: float = number(0.0, 0, 1, open_high=True)
-    """Dropout on what the updates read."""
+    """Dropout on the input of the updates."""
 
     def __post_init__(self) -> None:
         _check_low_rank("model.instructblip.qformer", self)
@@ -55,7 +55,7 @@ class LanguageTuning:
     alpha: float = number(8.0, 0, 1e6, open_low=True)
     """Updates are scaled by alpha / rank."""
     dropout: float = number(0.0, 0, 1, open_high=True)
-    """Dropout on what the updates read."""
+    """Dropout on the input of the updates."""
 
     def __post_init__(self) -> None:
         _check_low_rank("model.instructblip.llm", self)
@@ -121,8 +121,8 @@ class InstructBlipConfig:
         for name in ("tokenizer", "qformer_tokenizer"):
             if self.source is None and getattr(self, name) is None:
                 raise InputError(
-                    f"model.instructblip.{name}: found None, expected a tokenizer's place, since random weights "
-                    "bring none"
+                    f"model.instructblip.{name}: found None, expected a tokenizer (folder, file or hub name), since "
+                    "random weights come without one"
                 )
 
 

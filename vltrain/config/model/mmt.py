@@ -18,12 +18,12 @@ Placement = Literal["none", "attention", "ffn", "both"]
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """The adapter put behind a block's norms, in the ViT and in the LLM."""
+    """The adapter inserted behind the norms of blocks, in the ViT and in the LLM."""
 
     kind: str = named("vltrain.models.adapters.ADAPTERS", "bottleneck")
     """Which adapter."""
     vision_kind: str | None = named("vltrain.models.adapters.ADAPTERS", None)
-    """The same of the ViT, where it has another kind than the LLM; null: `kind`. All other settings are both's."""
+    """The ViT's kind, if it differs from the LLM's; null: `kind`. All other settings apply to both."""
     dim: int = number(16, 1, MOST_SIZE)
     """Width h of the bottleneck (Table 2: 4, 8, 16, 32)."""
     groups: int = number(2, 1, MOST_SIZE)
@@ -40,14 +40,14 @@ class AdapterConfig:
     scale: float = number(1.0, 0, 1e6, open_low=True)
     """Fixed factor s on what the adapter adds, of kinds other than `bottleneck`."""
     residual: bool = True
-    """repadapter: add what goes in; false: f(Z) = s psi_u(psi_d(Z)) alone, as the visual adapters that LaVIN's code
-    calls `normal`."""
+    """repadapter: add the input (a residual); false: f(Z) = s psi_u(psi_d(Z)) alone, as the visual adapters that
+    LaVIN's code calls `normal`."""
     temperature: float = number(10.0, 1e-3, 1e6)
     """Temperature t of the routing weights of routed kinds (LaVIN: 10 for 7B, 5 for 13B)."""
     vision: Placement = "attention"
-    """Before which sublayers of each ViT block an adapter stands."""
+    """Where adapters are inserted in each ViT block: before which sublayers."""
     llm: Placement = "attention"
-    """Before which sublayers of each LLM block an adapter stands."""
+    """Where adapters are inserted in each LLM block: before which sublayers."""
     impl: Literal["auto", "torch", "triton"] = "auto"
     """What computes it. triton: one fused kernel, in the LLM together with the RMSNorm before it where that is frozen
     and whole; torch: plain operations; auto: triton on CUDA where the kernel can do it, else torch."""
@@ -69,8 +69,8 @@ class VisionConfig:
     """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors)
     with OpenAI-CLIP's names; null: random weights of the size in `config`."""
     kind: Literal["clip", "diht", "alip"] | None = None
-    """Whose ViT a state dict is, which tells its activation (diht: exact GELU; clip, alip: x sigmoid(1.702 x)); Hugging
-    Face folders say it."""
+    """Whose ViT a state dict holds, which decides its activation (diht: exact GELU; clip, alip:
+    x sigmoid(1.702 x)); Hugging Face folders name it themselves."""
     config: dict[str, Any] = field(default_factory=dict)
     """For random weights: keys of transformers' CLIPVisionConfig."""
     preprocessing: Literal["checkpoint", "square"] = "checkpoint"
@@ -94,14 +94,13 @@ class VisionConfig:
             self.kind is None or self.source is not None,
             "model.vision.kind",
             self.kind,
-            "null, since random weights are nobody's",
+            "null with random weights",
         )
 
 
 @dataclass(kw_only=True)
 class PeftConfig:
-    """What peft puts into the LLM's blocks, beside the adapters behind their norms or in their stead; always
-    trained."""
+    """What peft adds to the LLM's blocks, beside the adapters or instead of them; always trained."""
 
     kind: Literal["lora", "adaption_prompt"] | None = None
     """lora: low-rank updates of linear layers; adaption_prompt: LLaMA-Adapter's gated prompts; null: neither."""
@@ -110,7 +109,7 @@ class PeftConfig:
     alpha: float = number(16.0, 0, 1e6, open_low=True)
     """lora: the updates are scaled by alpha / rank."""
     dropout: float = number(0.0, 0, 1, open_high=True)
-    """lora: dropout on what the updates read."""
+    """lora: dropout on the input of the updates."""
     targets: tuple[str, ...] = named("vltrain.models.peft.lora.TARGETS", ("q_proj", "v_proj"))
     """lora: which linear layers of every block."""
     adapter_len: int = number(10, 1, MOST_SIZE)
@@ -155,7 +154,12 @@ class LLMConfig:
             "either `source` (weights to load) or `config` (sizes of a random LLaMA)",
         )
         named = self.source is not None or self.tokenizer is not None
-        require(named, "model.llm.tokenizer", self.tokenizer, "a tokenizer's place, since random weights bring none")
+        require(
+            named,
+            "model.llm.tokenizer",
+            self.tokenizer,
+            "a tokenizer (folder, file or hub name), since random weights come without one",
+        )
 
 
 @dataclass(kw_only=True)

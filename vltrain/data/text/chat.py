@@ -122,8 +122,7 @@ def chat_fingerprint(tokenizer: Tokenizer) -> str:
 def _content(turn: Turn) -> str:
     if found := _MARKS.search(turn.text):
         raise InputError(
-            f"a turn holds the private-use character U+{ord(found[0]):X}, which stands for something else here; "
-            "leave it out"
+            f"a turn holds the private-use character U+{ord(found[0]):X}, which is reserved here; remove it"
         )
     text = (
         MARKER.sub(f"{IMAGE_PREFIX}{_IMAGE}\n", turn.text.strip()).strip() if turn.role == "user" else turn.text.strip()
@@ -209,10 +208,7 @@ class _ChatEncoder:
         """The tokenizer by itself renders and tokenises these messages to the same. Raises InputError."""
         own = self.tokenizer.render_chat(messages)
         if self.unmarked(rendered.text) != own:
-            raise InputError(
-                "the tokenizer's chat template changes what turns say, or writes it another way than it stands "
-                "there; use template 'mmt'"
-            )
+            raise InputError("the tokenizer's chat template rewrites the text of turns; use template 'mmt'")
         if any(self._spelled.search(message["content"]) for message in messages):
             return  # text here, control tokens there
         if _IMAGE in own:

@@ -119,7 +119,8 @@ def _instructblip_pieces(
     turns = system_in_question(turns)
     if len(turns) != 2:
         raise InputError(
-            f"found {len(turns)} turns, expected one question and one answer: an InstructBLIP holds no conversation"
+            f"found {len(turns)} turns, expected one question and one answer: InstructBLIP does not support "
+            "conversations"
         )
     yield from (Piece([IMAGE_TOKEN] * visual_tokens) for _ in range(turns[0].text.count(IMAGE_MARKER)))
     opening = [] if tokenizer.bos_id is None or ends_prompt else [tokenizer.bos_id]

@@ -141,13 +141,13 @@ def describe_lost(lost: dict[str, Any] | None, num_samples: int) -> list[str]:
     if lost["unknown"]:
         parts = ", ".join(f"{part!r} in {count}" for part, count in list(lost["parts"].items())[:8])
         lines.append(
-            f"{lost['unknown']} of {num_samples} samples hold what the vocabulary cannot spell and reads as "
-            f"unknown: {parts}"
+            f"{lost['unknown']} of {num_samples} samples contain text that the vocabulary cannot encode (unknown "
+            f"tokens): {parts}"
         )
     if lost["altered"]:
         name, answer, read = lost["examples"][0]
         lines.append(
-            f"the answers of {lost['altered']} of {num_samples} samples read otherwise from their tokens, so "
+            f"the answers of {lost['altered']} of {num_samples} samples decode differently from their tokens, and "
             f"that is what is learned: '{name}': "
             f"{answer!r} as {read!r}"
         )

@@ -40,7 +40,7 @@ def refuse_unmergeable(source: Source, choices: Choices) -> None:
     for part, placement in (("llm", model.adapter.llm), ("vision", model.adapter.vision)):
         kind = adapter_kind(model.adapter, part)
         if placement != "none" and not hasattr(kind, "linear_map"):
-            why = "is routed: it depends on the modality" if kind.routed else "is no linear map"
+            why = "is routed: it depends on the modality" if kind.routed else "is not linear"
             name = (model.adapter.vision_kind if part == "vision" else None) or model.adapter.kind
             raise InputError(
                 f"model.adapter.kind: '{name}' (in the {part}) {why}, and cannot be merged into the layers "

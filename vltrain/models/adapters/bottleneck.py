@@ -118,7 +118,7 @@ class RepAdapter(BottleneckAdapter):
         self.residual = config.residual
         if not self.residual and self.impl == "triton":
             raise InputError(
-                "model.adapter.impl: found 'triton', but its kernel adds what goes in, and "
+                "model.adapter.impl: found 'triton', but its kernel always adds the residual, and "
                 "model.adapter.residual is false; take auto or torch"
             )
 
@@ -135,9 +135,8 @@ class RepAdapter(BottleneckAdapter):
     def low_rank_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.residual:
             raise InputError(
-                "model.adapter.residual: found False: a repadapter that does not add what goes in changes the "
-                "layer behind it by a matrix of full rank, "
-                "which no LoRA holds"
+                "model.adapter.residual: found False: without the residual, a repadapter changes the layer behind "
+                "it by a matrix of full rank, which no LoRA can express"
             )
         return super().low_rank_map()
 

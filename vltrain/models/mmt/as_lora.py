@@ -58,13 +58,13 @@ def require_low_rank(model: MmtConfig) -> None:
         if not hasattr(kind, "low_rank_map"):
             key = "vision_kind" if part == "vision" and model.adapter.vision_kind is not None else "kind"
             raise InputError(
-                f"model.adapter.{key}: found '{getattr(model.adapter, key)}': a {kind.__name__} is no linear "
-                f"map, which LoRA is; {apart}"
+                f"model.adapter.{key}: found '{getattr(model.adapter, key)}': a {kind.__name__} is not linear, as a "
+                f"LoRA must be; {apart}"
             )
         if issubclass(kind, RepAdapter) and not model.adapter.residual:
             raise InputError(
-                "model.adapter.residual: found False: without what goes in, an update of the layer behind has "
-                f"the full rank; {whole}"
+                "model.adapter.residual: found False: without the residual, the update of the layer behind has full "
+                f"rank; {whole}"
             )
     if model.llm.peft.kind == "adaption_prompt":
         raise InputError(
@@ -77,7 +77,9 @@ def require_low_rank(model: MmtConfig) -> None:
             if model.tune == "full"
             else f"model.{'vision' if model.vision.train else 'llm'}.train: found True"
         )
-        raise InputError(f"{key}: the networks' own weights are tuned too, and a LoRA belongs to those before; {whole}")
+        raise InputError(
+            f"{key}: the networks' own weights are tuned too, and a LoRA applies to the untuned ones; {whole}"
+        )
     if not any(lora_rank(model, part) for part in PARTS):
         raise InputError(
             "model.adapter.vision and model.adapter.llm are none, and model.llm.peft.kind is null: there is no "
@@ -152,7 +154,7 @@ def _update(linear: nn.Module, adapter: nn.Module | None) -> Update:
 def _low_rank(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
     if not hasattr(adapter, "low_rank_map"):
         raise InputError(
-            f"a {type(adapter).__name__} is no linear map and cannot be written as LoRA of the layer behind it"
+            f"a {type(adapter).__name__} is not linear and cannot be written as a LoRA of the layer behind it"
         )
     return adapter.low_rank_map()
 

@@ -50,7 +50,7 @@ def only_mode(blip: InstructBlipConfig) -> str:
     if len(modes) != 1:
         found = " and ".join(sorted(modes)) or f"{blip.qformer.mode} Q-Former, {blip.llm.mode} LLM"
         raise InputError(
-            f"a folder of peft's holds LoRA or AdaLoRA, found {found}; export the whole model instead (--format whole)"
+            f"a peft folder holds LoRA or AdaLoRA, found {found}; export the whole model instead (--format whole)"
         )
     return modes.pop()
 

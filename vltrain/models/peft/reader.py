@@ -74,7 +74,7 @@ class PeftFolder:
         self._folder = Path(place)
         if not self._folder.is_dir():
             raise InputError(
-                f"{KEY}: {place} is no folder of peft's: it is not there, or no folder; expected one with "
+                f"{KEY}: {place} is not a peft folder: it does not exist, or is not a folder; expected one with "
                 f"{CONFIG} and {WEIGHTS}"
             )
         settings = read_settings(KEY, self._folder)
@@ -220,7 +220,7 @@ def _require_one_mode(place: str, settings: dict[str, Any], blip: InstructBlipCo
     told = " and ".join(f"{short}.mode {mode}" for short, mode in modes.items())
     if len(low) != 1:
         raise InputError(
-            f"{KEY}: a folder of peft's holds LoRA or AdaLoRA, this recipe has model.instructblip.{told}; set "
+            f"{KEY}: a peft folder holds LoRA or AdaLoRA, this recipe has model.instructblip.{told}; set "
             f"what {place} was made with"
         )
     if settings["peft_type"] != LOW_RANK[mode := low.pop()]:
@@ -253,7 +253,7 @@ def _open(folder: Path) -> tuple[Path, dict[str, tuple[int, ...]], Callable[[str
     if safe.exists() and torch_file.exists():
         raise InputError(f"{KEY}: {folder} holds {WEIGHTS} and {TORCH_WEIGHTS}: one of them is stale; remove it")
     if not safe.exists() and not torch_file.exists():
-        raise InputError(f"{KEY}: {folder} is no folder of peft's: it holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
+        raise InputError(f"{KEY}: {folder} is not a peft folder: it holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
     if safe.exists():
         try:
             opened = safe_open(safe, framework="pt")

@@ -156,7 +156,7 @@ def _load(key: str, path: Path) -> dict[str, Any]:
     try:
         return read_object(path, "peft's settings", max_bytes=MOST_BYTES)
     except InputError as error:
-        raise InputError(f"{key}: {path.parent} is no folder of peft's: {error}") from None
+        raise InputError(f"{key}: {path.parent} is not a peft folder: {error}") from None
 
 
 def _judged(where: str, found: dict[str, Any], kind: str) -> dict[str, Any]:

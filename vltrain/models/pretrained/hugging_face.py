@@ -127,8 +127,8 @@ class HuggingFaceWeights:
     def _require_copy(self, theirs: str, first: str | None) -> None:
         if first is None or not (theirs == first or self._folder.equal(theirs, first)):
             raise InputError(
-                f"{self.key}.source: {self.place}: {theirs} differs from {first}, but by config.json both are "
-                "one table; mend the config "
+                f"{self.key}.source: {self.place}: {theirs} differs from {first}, but config.json ties them; fix "
+                "the config "
                 "(tie_word_embeddings) or the file"
             )
 
@@ -144,8 +144,8 @@ class HuggingFaceWeights:
         if not fits:
             raise InputError(
                 f"{self.key}.source: {self.place}: {theirs} is "
-                f"{some([f'{value:g}' for value in found.tolist()])}, but config.json means {due}, and "
-                "that is what would be computed with; mend the config, or take the file's buffer out"
+                f"{some([f'{value:g}' for value in found.tolist()])}, but config.json means {due}, and that is what "
+                "would be used; fix the config, or take the file's buffer out"
             )
 
 

@@ -81,7 +81,9 @@ def meta_llama_config(key: str, folder: Path) -> LlamaConfig:
         for name in ("tok_embeddings", "layers.0.feed_forward.w1", "output")
     )
     if any(weight.ndim != 2 for weight in (embeddings, gate, output)):
-        raise InputError(f"{key}.source: {paths[0]}: tok_embeddings, output or w1 is no matrix; expected Meta's LLaMA")
+        raise InputError(
+            f"{key}.source: {paths[0]}: tok_embeddings, output or w1 is not a matrix; expected Meta's LLaMA"
+        )
     num_shards, width = len(paths), params["dim"]
     # LLaMA and LLaMA-2 cut the table's columns, LLaMA-3 its rows.
     vocabulary = embeddings.shape[0] * (num_shards if embeddings.shape[1] == width else 1)
@@ -247,8 +249,8 @@ def _check_rotary(key: str, path: Path, shard: dict[str, Tensor], expected: Keys
         if not same_frequencies(shard[name].flatten(), due):
             raise InputError(
                 f"{key}.source: {path}: {name} is not what rope_theta = "
-                f"{config.rope_parameters['rope_theta']:g} of params.json gives, and that is "
-                "what would be computed with; mend params.json, or take the buffer out"
+                f"{config.rope_parameters['rope_theta']:g} of params.json gives, and that is what would be used; "
+                "fix params.json, or take the buffer out"
             )
 
 

@@ -189,5 +189,5 @@ class _Reader:
 
     def _fail(self, name: str, found: Any, expected: str) -> NoReturn:
         raise InputError(
-            f"{self.where}{name} is {found!r:.80}, expected {expected}; mend the file, or set preprocessing to square"
+            f"{self.where}{name} is {found!r:.80}, expected {expected}; fix the file, or set preprocessing to square"
         )

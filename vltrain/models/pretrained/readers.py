@@ -89,7 +89,7 @@ def clip_config(key: str, source: str | None, values: dict[str, Any], kind: str 
         raise InputError(
             f"{key}.kind: '{kind}' has the activation {ACTIVATIONS[kind]}, but the config.json of '{source}' "
             f"({path}) says "
-            f"{config.hidden_act}; leave the kind out, or mend the file"
+            f"{config.hidden_act}; leave the kind out, or fix the file"
         )
     return config
 

@@ -53,7 +53,8 @@ def open_tensors(key: str, path: Path) -> dict[str, Tensor]:
     )
     if not tensors or not all(isinstance(name, str) for name in tensors):
         raise InputError(
-            f"{key}.source: {path}: holds no named tensors but a {type(content).__name__}; expected a state dict"
+            f"{key}.source: {path}: is not a dictionary of named tensors but a {type(content).__name__}; expected a "
+            "state dict"
         )
     return tensors
 

@@ -60,7 +60,7 @@ def _samples_changes(folder: Path) -> tuple[list[str], list[str]]:
         if Path(was).exists():
             roots[place] = Path(was)
         else:
-            gone.append(f"raw data {was} ({place}) is not there any more: not compared")
+            gone.append(f"raw data {was} ({place}) no longer exists: not compared")
     return changes_since(folder, made, roots, verify=True), [
         f"samples and images as they were prepared from {made.name()}",
         *gone,

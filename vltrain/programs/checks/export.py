@@ -44,7 +44,7 @@ def check_export(folder: Path, run: Path | None, arguments: Arguments) -> Proof:
     place = run or Path(named)
     if not place.is_dir():
         raise InputError(
-            f"{folder}: was made of {named}, which is not there (any more); name its new place: --run FOLDER"
+            f"{folder}: was made of {named}, which no longer exists there; name its new place: --run FOLDER"
         )
     config = recipe_of(place)
     _, chosen = find_format(config.model.architecture, form, str(folder / EXPORTED))

@@ -19,10 +19,10 @@ examples:
     vltrain ablate table2_smollm2_easyvqa --ds zero2 --only ba_8_2 ba_4_2
     vltrain ablate qformer_t5_iconqa --ds zero2 --ranks 8 --output runs/iconqa
 
-Started again, it leaves finished rows alone and goes on with interrupted ones from their checkpoints. A row that fails
-is told, and the others are run. A row with train.keep_best answers by its best checkpoint, others by their last one.
-After every row the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed, 2 for a
-mistake in the input, 130 where it was interrupted.
+Started again, it skips finished rows and resumes interrupted ones from their checkpoints. A row that fails is reported,
+and the others run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row
+the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed, 2 for a mistake in the
+input, 130 where it was interrupted.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def run(plan: Plan) -> int:
             _run_row(plan, job, outcome, title)
         except (KeyboardInterrupt, Preempted) as stop:
             write_table(plan.folder, rows, outcomes)
-            logger.warning("%s: interrupted; the same command goes on from its newest checkpoint", title)
+            logger.warning("%s: interrupted; the same command resumes from its newest checkpoint", title)
             return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         print(write_table(plan.folder, rows, outcomes), flush=True)
     failed = [job.row for job in jobs if outcomes[job.row].state == FAILED]
@@ -174,7 +174,7 @@ def make_plan(arguments: Arguments) -> Plan:
     for name in ("recipe", "resume", "print_config"):
         if any(option == name for option, _ in arguments.options):
             told = f"one row by itself: vltrain train --recipe {table.recipe_of(chosen[0])} --{name} ..."
-            raise InputError(f"{COMMAND_LINE}: --{name} does not go with a table; {told}")
+            raise InputError(f"{COMMAND_LINE}: --{name} cannot be used with a table; {told}")
     ranks = _number_of_ranks(arguments.last("ranks"))
     folder = Path(arguments.last("output") or table.settings["output"])
     jobs = tuple(_job(arguments, table, row, folder, ranks) for row in table.rows)
@@ -277,7 +277,7 @@ def _require_same_files(job: Job) -> None:
     try:
         files = made_of(job.config)
     except InputError as error:  # a table can be read on where the weights are not
-        logger.warning("row %s: whether its weights have changed cannot be told (%s)", job.row, error)
+        logger.warning("row %s: cannot check whether its weights have changed (%s)", job.row, error)
         return
     changed = list(differences({MADE_OF: identity[MADE_OF]}, {MADE_OF: files}))
     if changed:

@@ -52,7 +52,7 @@ def open_adapters(folder: Path) -> tuple[Config, Checkpoint]:
         raise InputError(f"{folder}: no such folder, {expected}")
     for name in (MANIFEST, RECIPE):
         if not (folder / name).is_file():
-            kind = " (it is a folder of peft's)" if (folder / "adapter_config.json").is_file() else ""
+            kind = " (it is a peft folder)" if (folder / "adapter_config.json").is_file() else ""
             raise InputError(f"{folder}: no {name} in it{kind}, {expected}")
     checkpoint = open_checkpoint(folder)
     return build_config(complete(read_recipe(folder / RECIPE))), checkpoint

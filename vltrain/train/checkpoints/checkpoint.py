@@ -133,7 +133,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file}: not a safetensors file ({error}); do not use this checkpoint") from None
     except OSError as error:
         raise InputError(
-            f"{file}: cannot be read any more ({error.strerror or error}); was it removed meanwhile?"
+            f"{file}: can no longer be read ({error.strerror or error}); was it removed meanwhile?"
         ) from None
 
 
@@ -195,7 +195,7 @@ def _require_written(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be read back: {error}") from error
     if differing:
-        raise OSError(f"{path}: '{differing[0]}' reads back as something else than was written")
+        raise OSError(f"{path}: '{differing[0]}' reads back with other values than were written")
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -261,8 +261,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         newest = next((path.name for path in _listed(root)), "none")
         raise InputError(
-            f"{final}: the checkpoint could not be saved ({error}); free some disk space and go on from the "
-            f"newest one ({newest}) with --resume auto"
+            f"{final}: the checkpoint could not be saved ({error}); free some disk space and resume from the newest "
+            f"one ({newest}) with --resume auto"
         ) from None
     return final
 

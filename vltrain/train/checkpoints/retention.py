@@ -96,7 +96,7 @@ def _make_way(path: Path, is_whole: IsWhole) -> None:
         number += 1
     path.rename(aside)
     logger.warning(
-        "%s: cannot be used and is in the way of the run, which went on from an earlier checkpoint; it is %s now",
+        "%s: cannot be used, and the run resumed from an earlier checkpoint; renamed to %s",
         path,
         aside.name,
     )

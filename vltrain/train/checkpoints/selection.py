@@ -99,5 +99,5 @@ def name_best(root: Path, step: int) -> None:
         point(root, BEST, name)
     except OSError as error:
         raise InputError(
-            f"{root / BEST}: cannot be written ({error.strerror}); free disk space and go on with --resume auto"
+            f"{root / BEST}: cannot be written ({error.strerror}); free disk space and resume with --resume auto"
         ) from None

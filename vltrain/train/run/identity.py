@@ -93,7 +93,7 @@ def tell_unknown_files(identity: dict[str, Any], where: object) -> None:
     """Warns of a run of an older version, which kept no digests."""
     if MADE_OF not in identity:
         logger.warning(
-            "%s: was made before digests of frozen weights were kept: whether they have changed since cannot be told",
+            "%s: was made before digests of frozen weights were kept: changes since cannot be detected",
             where,
         )
 

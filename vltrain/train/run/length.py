@@ -61,13 +61,13 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
         )
     if (train.keep_best or patience is not None) and config.data.eval_split == config.data.test_split:
         told = (
-            "data.test_split: '%s' also chooses the checkpoint (data.eval_split): figures on it are too good; hold "
+            "data.test_split: '%s' also chooses the checkpoint (data.eval_split): figures on it are biased; hold "
             "out another split to report"
         )
         logger.warning(told, config.data.test_split)
     if config.eval.scorer is not None and config.data.eval_split == config.data.train_split:
         logger.warning(
-            "data.eval_split: '%s' is what is trained on: figures on it tell what was learned by heart",
+            "data.eval_split: '%s' is what is trained on: figures on it measure memorisation",
             config.data.eval_split,
         )
     if num_packs < train.packs_per_step:
@@ -79,7 +79,7 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
     in_a_step = min(train.packs_per_step, positions)
     if in_a_step < world_size:
         logger.warning(
-            "a step has %d pack(s) for %d ranks: the others compute on nothing; raise train.packs_per_step, or "
+            "a step has %d pack(s) for %d ranks: the others compute on fillers; raise train.packs_per_step, or "
             "take fewer ranks",
             in_a_step,
             world_size,

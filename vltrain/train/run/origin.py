@@ -48,7 +48,7 @@ def with_peft_folder(config: Config) -> Config:
     place = Path(named).expanduser()
     if not (place / "adapter_config.json").is_file() or (place / MANIFEST).is_file():
         return config
-    logger.info("%s: %s is a folder of peft's: read as %s", KEY, named, model.start[0])
+    logger.info("%s: %s is a peft folder: read as %s", KEY, named, model.start[0])
     return replace(config, model=model, train=replace(config.train, init_from=None))
 
 
@@ -106,7 +106,7 @@ def open_origin(place: Path, output: Path) -> Checkpoint:
         return open_lora_folder(place)
     if (place / "adapter_config.json").is_file():
         raise InputError(
-            f"{KEY}: {place} is a folder of peft's, which an InstructBLIP's run can begin with, and this is "
+            f"{KEY}: {place} is a peft folder, which an InstructBLIP's run can begin with, and this is "
             f"another architecture's; {expected}"
         )
     root = place / "checkpoints"

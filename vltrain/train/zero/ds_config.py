@@ -125,9 +125,8 @@ def resolve_ds_config(
             )
     if zero_stage(resolved) == 3 and config.model.bits in (4, 8):
         raise InputError(
-            f"DeepSpeed's 'zero_optimization.stage' is 3 and model.bits is {config.model.bits}: ZeRO-3 cuts "
-            "weights up among the ranks, and packed "
-            "ones are nothing without their scales, which it does not know; take stage 2 (whole, but packed, "
+            f"DeepSpeed's 'zero_optimization.stage' is 3 and model.bits is {config.model.bits}: ZeRO-3 partitions "
+            "weights across ranks and would separate quantised ones from their scales; take stage 2 (all quantised "
             "weights on each rank) or bits 16"
         )
     if (
@@ -137,9 +136,8 @@ def resolve_ds_config(
         raise InputError(
             "DeepSpeed's 'zero_optimization.memory_efficient_linear' is "
             f"{resolved['zero_optimization']['memory_efficient_linear']!r}, expected false: "
-            "it puts a linear of its own in the place of torch's, which autocast does not reach everywhere, so "
-            "that ZeRO-3 in bf16 would compute "
-            "something else than the other stages; remove it"
+            "it replaces torch's linear by one that autocast does not cover everywhere, so that ZeRO-3 in bf16 "
+            "would give other results than the other stages; remove it"
         )
     # DeepSpeed's own progress lines are replaced by the monitor's.
     resolved.setdefault("steps_per_print", 2**31 - 1)

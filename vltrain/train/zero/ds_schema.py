@@ -283,7 +283,7 @@ def _check_section(found: Any, schema: Mapping[str, Any], prefix: str) -> None:
     for name, value in found.items():
         key = f"{prefix}{name}"
         if name not in schema:
-            raise InputError(f"DeepSpeed's '{key}' is no key of its JSON{_hint(name, prefix, schema)}")
+            raise InputError(f"DeepSpeed's '{key}' is not a key of its JSON{_hint(name, prefix, schema)}")
         known = schema[name]
         if known is None:
             if not isinstance(value, dict):
