@@ -87,9 +87,8 @@ def test_kill_9_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
 def test_ranks_and_stages_may_change_on_the_way(packs, tmp_path):
     """ZeRO 2 on two ranks, then ZeRO 3 on one, then plain data parallelism on two: the losses are those of one
     undisturbed run."""
-    steps = {
-        "model__adapter__dropout": 0.0
-    }  # dropout draws per rank, so it is the one thing that another number of ranks changes
+    # Dropout draws per rank, so it is the one thing that another number of ranks changes.
+    steps = {"model__adapter__dropout": 0.0, "data__workers": 0}
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     run_ranks("tests.train.worker", [scenario(packs, whole, 1, resume=False, **steps)], 1, tmp_path / "log-whole")
     for stage, world_size, until in ((2, 2, 4), (3, 1, 8)):
