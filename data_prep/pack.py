@@ -1,13 +1,13 @@
 """Samples -> packed shards:
 `python -m data_prep.pack --samples FILE.jsonl --tokenizer PLACE --visual-tokens V --pack-length T --output DIR`.
 
-Reads and checks every sample, tokenises them in several processes, deals them to packs (`vltrain.data.packing`), and
+Reads and checks every sample, tokenises them in several processes, assigns them to packs (`vltrain.data.packing`), and
 writes the shards with each distinct image once. Tokens wait on disk between the two passes, so memory grows only by
 some tens of bytes per sample (and its id). A sample that does not fit into a pack is never cut: it is an error, or with
 `--over-long drop` left out and listed in `over_long.jsonl`.
 
 In parts (`data_prep.parts`) each part tokenises and decodes its share of the file, which is what takes time; the merge
-deals all samples to packs.
+assigns all samples to packs.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _write_packs(
         extra_files = _list_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
         kept = np.flatnonzero(fits)
         image_ids = _store_images(given.images, spool, kept, writer)
-        order, starts = spool.deal(
+        order, starts = spool.assign(
             kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded
         )
         for first, last in zip(

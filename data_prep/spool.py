@@ -84,7 +84,7 @@ class Spool:
             np.asarray(np.memmap(self._files[2], np.int32, "r")) if has_instruction else np.empty(0, np.int32)
         )
 
-    def deal(
+    def assign(
         self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Which of the samples `kept` share a pack, or a padded batch: see `vltrain.data.packing.pack_lengths`."""

@@ -1,8 +1,8 @@
 """Drawings for the tiny vision transformer: one plain figure on a ground, and what it shows.
 
 The domain is kept wide (nine figures, twelve colours with many hues each, any turn, pale, dark and graded grounds, hard
-and soft edges), so that what a ViT learns here carries over to other plain drawings. What it gives up: texture, clutter
-and more than one figure. Nothing is read from any data set.
+and soft edges), so that what a ViT learns here carries over to other plain drawings. Trade-off: no texture, no clutter,
+one figure only. Nothing is read from any data set.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Its words, its questions and its scenes grow in number over the first half of th
 of the lessons are checklists: with all words at once and whole questions alone, yes and no stay at chance. Half of the
 batches replace the scene's word embeddings by random mixtures of them, plus noise: a visual neck will put vectors there
 that are no word's, and a LLaMA that has read only words does not make sense of them. The loss is on the answer, and
-lightly on all other words. What it gives up: any knowledge beyond `data_prep.pretrain.sentences`.
+lightly on all other words. Trade-off: no knowledge beyond `data_prep.pretrain.sentences`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A scene holds one or two things, each with a kind (dog, circle, cup), a colour a
 is what is said of the scene, a question in one of many phrasings, and its answer, in the words
 `Image: ... Question: ...
 Answer:
-...` that the model is later tuned with. One sample in ten has no scene and asks what things are. What it gives up:
-any language beyond such questions. Nothing is read from any data set.
+...` that the model is later tuned with. One sample in ten has no scene and asks what things are. Trade-off:
+no language beyond such questions. Nothing is read from any data set.
 """
 
 from __future__ import annotations

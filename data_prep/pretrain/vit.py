@@ -3,7 +3,7 @@
 The visual tokens of the model are the [cls] states behind every block, so every one of them gets its own linear heads:
 figure, colour and place. The patches get heads of their own, figure and outline, which makes figures be learned several
 times sooner than from [cls] alone. Drawings begin large and centred on pale grounds and become as varied as they get by
-half of the training: without that, figures stay at chance for a long time. All heads are thrown away. What it gives up:
+half of the training: without that, figures stay at chance for a long time. All heads are thrown away. Trade-off:
 it knows nothing but plain figures.
 """
 

@@ -19,7 +19,7 @@ from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, Vision
 from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.errors import InputError
-from vltrain.evaluate.samples import deal, read_samples, thin_out
+from vltrain.evaluate.samples import read_samples, shard_samples, thin_out
 from vltrain.evaluate.scorers.exact import normalise
 from vltrain.models.build import build_model
 from vltrain.programs.evaluate import main
@@ -370,7 +370,7 @@ def test_the_deal_covers_every_sample_once_with_equal_shares_of_like_length():
     samples = [
         Sample(id=str(number), turns=(turn, Turn(role="assistant", text="y"))) for number, turn in enumerate(questions)
     ]
-    shares = [deal(samples, rank, 4) for rank in range(4)]
+    shares = [shard_samples(samples, rank, 4) for rank in range(4)]
     assert sorted(number for share in shares for number in share) == list(range(101))
     lengths = [sum(len(samples[number].turns[0].text) for number in share) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

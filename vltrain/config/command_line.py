@@ -5,8 +5,8 @@
 `--KEY VALUE` and `--KEY=VALUE` override the recipe, KEY being any dotted key of `vltrain.config.schema`
 (`--model.adapter.dim 8`) or a key inside a mapping (`--model.llm.config.hidden_size 64`); `SHORT_NAMES` abbreviate
 some. jsonargparse reads the values and writes the help from the docstrings in `vltrain.config.schema`; names are
-checked here first, so that a mistake is one line with the nearest name and never a usage dump. It gives up abbreviated
-options and whole sections on the command line.
+checked here first, so that a mistake is one line with the nearest name and never a usage dump. Trade-off: no
+abbreviated options, no whole sections on the command line.
 """
 
 from __future__ import annotations

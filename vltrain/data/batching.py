@@ -3,7 +3,7 @@
 T5 adds a bias by the distance of two places in a row, so samples cannot stand one after another in it as they do in a
 LLaMA's packs: each is a row of its own, padded to the batch's longest prompt and longest answer. Samples of similar
 lengths share a batch, so that little is padded; they are drawn from a random window, so that a batch is not of one
-kind. What it gives up: a few per cent of the budget, as padding.
+kind. Trade-off: a few per cent of the budget, as padding.
 """
 
 from __future__ import annotations

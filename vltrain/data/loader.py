@@ -3,7 +3,7 @@
 Worker processes read a pack and decode its images, one pack per task, each distinct image once. The little that is left
 (labels, positions) is done in the training process: it takes microseconds, and so only two small arrays and one block
 of pixels pass between processes.
-The order is the plan's, whatever the number of workers. What this gives up: decoding on the accelerator.
+The order is the plan's, whatever the number of workers. Trade-off: no decoding on the accelerator.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Classic best-fit-decreasing fills well but sorts by length; length goes with the
 hold one kind, which makes bad gradient steps. Here length decides only where it must:
 
 1. Long samples, if any, are placed by best fit, longest first.
-2. The others are dealt in random order into the room that is left and into new packs, as many as come nearest to full.
+2. The others are placed in random order into the room that is left and into new packs, as many as come nearest to full.
 3. Each pack that is not exactly full then swaps single samples against a random reserve until it is. Packs that do not
-   get there are undone and their samples dealt again, until too few come out full.
+   get there are undone and their samples placed again, until too few come out full.
 4. What remains goes by best fit.
 
 Fewer than FEW samples leave no reserve worth swapping with, and best fit alone would sort them: they are scattered over
@@ -15,8 +15,8 @@ which everything has a place the most even is taken.
 
 What counts as long is tried out on a part of the samples: nothing, if that fills the packs; everything (plain best
 fit), where few samples go into a pack and only the right ones fit together. Swaps keep the number of images, so a bound
-on images per pack holds throughout. All of it is O(n log n) and works on whole arrays or whole length classes. What
-this gives up: up to FILL_FOR_MIXING of the room, and every notion of which samples would go well together.
+on images per pack holds throughout. All of it is O(n log n) and works on whole arrays or whole length classes.
+Trade-off: up to FILL_FOR_MIXING of the room, and every notion of which samples would go well together.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import numpy as np
 LONG_SHARES = (1.0, 1 / 2, 1 / 4, 1 / 8, 0.0)  # of the capacity, from best mixed to best filled (usually)
 FILL_FOR_MIXING = 0.002  # of the packs' room that a better mixture may cost
 TRIED_SAMPLES = 20_000
-RESERVE = 1 / 8  # of the samples dealt
+RESERVE = 1 / 8  # of the samples placed
 SMALLEST_RESERVE = 16  # samples; with fewer there is too little to choose from
 FEW = 128  # samples; with as many the reserve is the smallest one
 FEW_TRIALS = 16
 SWAP_ROUNDS = 6
-MOST_UNDONE = 0.9  # of the samples dealt; beyond, dealing again is not worth it
+MOST_UNDONE = 0.9  # of the samples placed; beyond, placing them again is not worth it
 _NO_BOUND = np.iinfo(np.int64).max
 
 
@@ -113,9 +113,9 @@ class _Packer:
         pending = self.rng.permutation(np.flatnonzero(~is_long))
         while len(pending) * RESERVE >= SMALLEST_RESERVE and self.lengths[pending].sum() > 2 * self.capacity:
             before = len(pending)
-            pending, begun = self._deal(pending, begun, largest_gap=0)
+            pending, begun = self._place(pending, begun, largest_gap=0)
             if len(pending) > MOST_UNDONE * before:
-                pending, begun = self._deal(pending, begun, largest_gap=self.capacity)
+                pending, begun = self._place(pending, begun, largest_gap=self.capacity)
                 break
         self._best_fit(pending)
         return self
@@ -200,7 +200,7 @@ class _Packer:
         self.image_room = np.concatenate([self.image_room, np.full(count, self.max_images)])
         return np.arange(first, first + count)
 
-    def _deal(self, pending: np.ndarray, begun: np.ndarray, largest_gap: int) -> tuple[np.ndarray, np.ndarray]:
+    def _place(self, pending: np.ndarray, begun: np.ndarray, largest_gap: int) -> tuple[np.ndarray, np.ndarray]:
         """Deals samples in the given order to the rows `begun` and to new rows, then mends each row by swaps with a
         reserve.
 
@@ -209,37 +209,37 @@ class _Packer:
         Returns the samples that are not placed, in random order, and those of `begun` that were not kept.
         """
         num_reserve = int(len(pending) * RESERVE)
-        reserve, dealt = pending[:num_reserve].copy(), pending[num_reserve:].copy()
-        starts, ends = self._cut(dealt, begun)
+        reserve, drawn = pending[:num_reserve].copy(), pending[num_reserve:].copy()
+        starts, ends = self._cut(drawn, begun)
         begun, waiting = begun[: len(starts)], begun[len(starts) :]
         rooms = np.concatenate([self.room[begun], np.full(len(starts) - len(begun), self.capacity)])
-        sums = np.concatenate([[0], np.cumsum(self.lengths[dealt])])
+        sums = np.concatenate([[0], np.cumsum(self.lengths[drawn])])
         gaps = rooms - (sums[ends] - sums[starts])  # below zero: overfull
-        unplaced = [reserve, dealt[ends[-1] if len(ends) else 0 :]]
-        self._swap(dealt, starts, ends, gaps, reserve)
+        unplaced = [reserve, drawn[ends[-1] if len(ends) else 0 :]]
+        self._swap(drawn, starts, ends, gaps, reserve)
         while len(overfull := np.flatnonzero(gaps < 0)):
             ends[overfull] -= 1
-            unplaced.append(dealt[ends[overfull]])
+            unplaced.append(drawn[ends[overfull]])
             gaps[overfull] += self.lengths[unplaced[-1]]
-        self._swap(dealt, starts, ends, gaps, reserve)
+        self._swap(drawn, starts, ends, gaps, reserve)
 
         kept = (gaps <= largest_gap) & (ends > starts)
-        unplaced.append(dealt[_ranges(starts[~kept], (ends - starts)[~kept])])
+        unplaced.append(drawn[_ranges(starts[~kept], (ends - starts)[~kept])])
         rows = np.concatenate([begun[kept[: len(begun)]], self._new_rows(int(kept[len(begun) :].sum()))])
-        placed = dealt[_ranges(starts[kept], (ends - starts)[kept])]
+        placed = drawn[_ranges(starts[kept], (ends - starts)[kept])]
         self.row_of[placed] = np.repeat(rows, (ends - starts)[kept])
         self.room[rows] = gaps[kept]
         np.subtract.at(self.image_room, self.row_of[placed], self.images[placed])
         return self.rng.permutation(np.concatenate(unplaced)), np.concatenate([begun[~kept[: len(begun)]], waiting])
 
-    def _cut(self, dealt: np.ndarray, begun: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cuts `dealt` into consecutive runs, one per row (those `begun` first), each as near to the row's room as can
+    def _cut(self, drawn: np.ndarray, begun: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cuts `drawn` into consecutive runs, one per row (those `begun` first), each as near to the row's room as can
         be.
 
         Returns starts and ends of the runs; a run may be empty, or over its row's room by less than half a sample.
         """
-        sums = np.concatenate([[0], np.cumsum(self.lengths[dealt])]).tolist()
-        image_sums = np.concatenate([[0], np.cumsum(self.images[dealt])]).tolist()
+        sums = np.concatenate([[0], np.cumsum(self.lengths[drawn])]).tolist()
+        image_sums = np.concatenate([[0], np.cumsum(self.images[drawn])]).tolist()
         rooms = zip(self.room[begun].tolist(), self.image_room[begun].tolist(), strict=True)
         bounds = [0]
         while True:
@@ -248,14 +248,14 @@ class _Packer:
             full = sums[start] + room
             end = bisect_right(sums, full) - 1
             end_by_images = bisect_right(image_sums, image_sums[start] + image_room) - 1
-            if end == len(dealt) <= end_by_images:  # the samples ran out: an unfilled row is not started
+            if end == len(drawn) <= end_by_images:  # the samples ran out: an unfilled row is not started
                 return np.array(bounds[:-1], np.int64), np.array(bounds[1:], np.int64)
-            if end < len(dealt) and sums[end + 1] - full < full - sums[end]:
+            if end < len(drawn) and sums[end + 1] - full < full - sums[end]:
                 end += 1
             bounds.append(min(end, end_by_images))
 
     def _swap(
-        self, dealt: np.ndarray, starts: np.ndarray, ends: np.ndarray, gaps: np.ndarray, reserve: np.ndarray
+        self, drawn: np.ndarray, starts: np.ndarray, ends: np.ndarray, gaps: np.ndarray, reserve: np.ndarray
     ) -> None:
         """Swaps samples of rows whose gap is not zero for samples of the reserve that close it. Changes all but starts
         and ends in place.
@@ -271,18 +271,18 @@ class _Packer:
             reserve[:] = reserve[np.argsort(self.images[reserve] * width + self.lengths[reserve], kind="stable")]
             keys = self.images[reserve] * width + self.lengths[reserve]
             places = starts[rows] + (self.rng.random(len(rows)) * (ends[rows] - starts[rows])).astype(np.int64)
-            wanted_lengths = np.clip(self.lengths[dealt[places]] + gaps[rows], 0, self.capacity)
-            wanted = self.images[dealt[places]] * width + wanted_lengths
+            wanted_lengths = np.clip(self.lengths[drawn[places]] + gaps[rows], 0, self.capacity)
+            wanted = self.images[drawn[places]] * width + wanted_lengths
             by_wish = np.argsort(wanted, kind="stable")
             rows, places, wanted = rows[by_wish], places[by_wish], wanted[by_wish]
             rank = np.arange(len(wanted)) - np.searchsorted(wanted, wanted)  # equal wishes take different samples
             slots, first = np.unique(np.searchsorted(keys, wanted, side="right") - 1 - rank, return_index=True)
             rows, places = rows[first][slots >= 0], places[first][slots >= 0]
             slots = slots[slots >= 0]
-            given, gotten = dealt[places], reserve[slots]
+            given, gotten = drawn[places], reserve[slots]
             new_gaps = gaps[rows] - (self.lengths[gotten] - self.lengths[given])
             better = (self.images[given] == self.images[gotten]) & (np.abs(new_gaps) < np.abs(gaps[rows]))
-            dealt[places[better]], reserve[slots[better]] = gotten[better], given[better]
+            drawn[places[better]], reserve[slots[better]] = gotten[better], given[better]
             gaps[rows[better]] = new_gaps[better]
 
 

@@ -3,9 +3,9 @@
 Packs form one endless stream: position p is pack permute(p mod n) of epoch p // n, and step k takes positions [kB, (k +
 1)B). So the global batch is the same at any number of ranks, resuming is a step number, and nothing is stored per pack:
 the permutation is computed at the positions asked for. The costs in the index decide who takes what: packs of similar
-cost meet in one micro-step, since ranks wait for each other there, and the ranks' totals are evened out. What this
-gives up: perfect balance (costs are a model's estimate), and equal micro-steps where the number of packs is no multiple
-of the ranks.
+cost meet in one micro-step, since ranks wait for each other there, and the ranks' totals are evened out. Trade-off:
+perfect balance (costs are a model's estimate), and equal micro-steps where the number of packs is no multiple of the
+ranks.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ class Plan:
         return np.concatenate(parts)
 
     def step(self, number: int) -> StepPlan:
-        """The packs of a step, dealt to micro-steps and ranks."""
+        """The packs of a step, assigned to micro-steps and ranks."""
         packs = self.packs_of(number)
         index = self._index
-        grid = self._deal(packs)
+        grid = self._assign(packs)
         return StepPlan(
             step=number,
             packs=grid,
@@ -173,7 +173,7 @@ class Plan:
             + cost.per_image * index.num_images[packs]
         )
 
-    def _deal(self, packs: np.ndarray) -> np.ndarray:
+    def _assign(self, packs: np.ndarray) -> np.ndarray:
         """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened
         out."""
         world_size = self._world_size
@@ -184,8 +184,8 @@ class Plan:
         grid_costs = np.concatenate([costs[by_cost], np.zeros(missing)]).reshape(-1, world_size)
         totals = np.zeros(world_size)
         for micro_step, micro_costs in enumerate(grid_costs):
-            # The dearest pack of a micro-step goes to the rank that has had the least so far.
-            taker, giver = np.argsort(totals, kind="stable"), np.argsort(-micro_costs, kind="stable")
-            grid[micro_step, taker] = grid[micro_step, giver]
-            totals[taker] += micro_costs[giver]
+            # The most expensive pack of a micro-step goes to the rank that has had the least so far.
+            ranks_by_load, packs_by_cost = np.argsort(totals, kind="stable"), np.argsort(-micro_costs, kind="stable")
+            grid[micro_step, ranks_by_load] = grid[micro_step, packs_by_cost]
+            totals[ranks_by_load] += micro_costs[packs_by_cost]
         return grid

@@ -8,7 +8,7 @@
 
 Opening reads the manifest and maps files when they are first needed: nothing is kept in memory per pack, so a set of
 1e8 packs opens like a small one. Two sizes are fixed so that a row's place is arithmetic: rows of a record batch, and
-(but for the last) rows of a file. What this gives up: adding to a set, and compression. `vltrain.data.shard_writer`
+(but for the last) rows of a file. Trade-off: no adding to a set, no compression. `vltrain.data.shard_writer`
 writes such a folder.
 """
 

@@ -15,7 +15,7 @@ A thread reads the signals (from Python's wake-up descriptor), since the main on
 returns. If no step boundary comes within the time that two steps and a save take, as slow as lately seen, it ends the
 rank without a checkpoint.
 
-Given up: a step or a save that takes longer than the scheduler waits is lost.
+Trade-off: a step or a save that takes longer than the scheduler waits is lost.
 """
 
 from __future__ import annotations

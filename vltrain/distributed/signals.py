@@ -3,8 +3,8 @@
 A scheduler signals every process of a job, a terminal every process of a command. The ranks answer
 (`vltrain.distributed.preemption`); a process that decodes images for one has to go on until its rank has saved. So it
 is born with these signals blocked: a mask is inherited from the first instruction on, where a handler of its own would
-come seconds too late. Given up: such a process no longer ends on SIGTERM or Ctrl-C; it ends when its parent says so, or
-has gone (`end_with_parent`).
+come seconds too late. Trade-off: such a process no longer ends on SIGTERM or Ctrl-C; it ends when its parent says so,
+or has gone (`end_with_parent`).
 """
 
 from __future__ import annotations

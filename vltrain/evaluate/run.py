@@ -1,6 +1,6 @@
 """One evaluation: a split's questions answered by all ranks, scored, written and shown by rank 0.
 
-    samples.jsonl -> deal to ranks -> generate or rank -> gather on rank 0 -> score
+    samples.jsonl -> shard over ranks -> generate or rank -> gather on rank 0 -> score
         -> RUN/eval/SPLIT/{predictions.jsonl, metrics.json, table.md}, the run's loggers
 
 Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain evaluate` with a plain one.
@@ -31,7 +31,7 @@ from vltrain.evaluate.gallery import draw_card
 from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
-from vltrain.evaluate.samples import deal, image_loader, thin_out
+from vltrain.evaluate.samples import image_loader, shard_samples, thin_out
 from vltrain.evaluate.scorers.scoring import Remark, Report
 from vltrain.metrics.base import MetricLogger
 from vltrain.models.interface import VisionLanguageModel
@@ -119,7 +119,7 @@ def predict(
 ) -> list[Said] | None:
     """The model's answers, one for each sample, on rank 0; None elsewhere. A collective."""
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    own = deal(samples, rank_number, world_size)
+    own = shard_samples(samples, rank_number, world_size)
     precision = products_in_fp32(model, device) if config.eval.precision == "fp32" else nullcontext()
     with precision, Progress(total=len(samples), title=title, unit="question", shown=rank_number == 0) as progress:
         answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)

@@ -1,4 +1,4 @@
-"""Prepared samples for evaluation: read, thinned out evenly, dealt to ranks, and their images found."""
+"""Prepared samples for evaluation: read, thinned out evenly, sharded over ranks, and their images found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def thin_out(samples: list[T], max_samples: int | None) -> list[T]:
     return [samples[number * len(samples) // max_samples] for number in range(max_samples)]
 
 
-def deal(samples: list[Sample], rank: int, world_size: int) -> list[int]:
+def shard_samples(samples: list[Sample], rank: int, world_size: int) -> list[int]:
     """Numbers of the samples that a rank answers: every `world_size`-th in the order of their texts' lengths."""
     by_length = sorted(
         range(len(samples)), key=lambda number: sum(len(turn.text) for turn in samples[number].turns[:-1])

@@ -1,8 +1,8 @@
 """How much memory tensors take while a program runs: bytes alive now, and the most there ever were.
 
 Every operation's results are seen as torch dispatches them, on any device, so tensors without memory count as what they
-stand for: a step can be measured that no machine here could hold. What it gives up: what is allocated without an
-operation (workspaces of kernels), and rounding and fragmentation by a device's allocator.
+stand for: a step can be measured that no machine here could hold. Trade-off: not counted is what is allocated without
+an operation (workspaces of kernels), and rounding and fragmentation by a device's allocator.
 """
 
 from __future__ import annotations

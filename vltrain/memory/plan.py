@@ -4,7 +4,7 @@
     -> peak
 
 The peak is what is held all the time and the larger of two phases that never meet: forward and backward, or the
-optimizer's step. What it gives up: everything is taken to be largest at once within a phase, so real peaks are lower
+optimizer's step. Trade-off: everything is taken to be largest at once within a phase, so real peaks are lower
 rather than higher.
 """
 

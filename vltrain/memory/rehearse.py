@@ -3,8 +3,8 @@
 Torch's fake tensors have shapes, dtypes and a graph but no numbers, so 7 billion weights and their activations cost a
 few seconds and no memory. Nothing is derived by hand: adapters, LoRA, checkpointing and autocast's copies of weights
 are what the model makes of them. The run is a CPU's; layer norms are made to compute in fp32 as autocast has it on
-CUDA, and torch's fused attention keeps the same tensors on both. What it gives up: kernels' workspaces, and attention
-by flash-attn, which saves SDPA's padding (at most a fifth).
+CUDA, and torch's fused attention keeps the same tensors on both. Trade-off: not counted are kernels' workspaces, and
+attention by flash-attn, which saves SDPA's padding (at most a fifth).
 """
 
 from __future__ import annotations

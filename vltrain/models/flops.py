@@ -1,4 +1,4 @@
-"""How much arithmetic a training step needs, in closed form: for utilisation figures and for dealing work to ranks.
+"""How much arithmetic a training step needs, in closed form: for utilisation figures and for assigning work to ranks.
 
 Counted are the multiplications and additions of matrix products that the mathematics needs: forward, gradients of the
 weights that are trained, gradients of the states that something trained lies before. Not counted: norms, activations,

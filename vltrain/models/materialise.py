@@ -2,7 +2,7 @@
 and written.
 
 A unit that has its weights can be packed into fewer bits or cut up among ranks before the next one is made, so a load
-holds what becomes of the network and one unit more, whatever the layout and dtype of the files. What it gives up: files
+holds what becomes of the network and one unit more, whatever the layout and dtype of the files. Trade-off: files
 are opened once for every unit, so that what was read for the last one leaves memory.
 """
 

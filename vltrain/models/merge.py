@@ -2,7 +2,7 @@
 computes the same.
 
 An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one
-of z with W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. What it gives up: the
+of z with W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. Trade-off: the
 merged weights are whole matrices again, rounded to their own dtype, and LLaMA's projections get biases, which its
 config has a switch for (`attention_bias`, `mlp_bias`), unless adapters have none (`model.adapter.bias: false`).
 """

@@ -9,9 +9,9 @@ by row, except
       the dequantised weights.
 
 Only the linear layers of transformer blocks are quantised: not embeddings, norms and head. Gradients pass through to
-what is trained around them. What it gives up: which columns count as outliers depends on all rows of a product, so on
-GPUs 8-bit answers may change with what shares a batch; and ZeRO-3, which cannot cut up packed weights that belong to
-scales elsewhere.
+what is trained around them. Trade-off: which columns count as outliers depends on all rows of a product, so on
+GPUs 8-bit answers may change with what shares a batch; and no ZeRO-3, which cannot partition packed weights apart from
+their scales.
 """
 
 from __future__ import annotations

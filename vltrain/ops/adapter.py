@@ -2,7 +2,7 @@
 
 The grouped up projection is laid out as a block-diagonal matrix and run as one dense product: with a bottleneck of some
 16 numbers the step is bound by reading Z and writing the result, and a batched product per group would add a
-transposing copy of it. What it gives up: (k - 1) times the multiplications of the grouped form, too few to be seen.
+transposing copy of it. Trade-off: (k - 1) times the multiplications of the grouped form, too few to be seen.
 """
 
 from __future__ import annotations

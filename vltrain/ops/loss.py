@@ -3,7 +3,7 @@
 Logits are the largest tensor of a small-batch step (tokens x vocabulary, in fp32). Here they live only in chunks: a
 chunk's loss and its gradient with respect to the hidden states (and the head's weight, where that is trained) are
 computed at once in the forward pass, the logits' gradient in the logits' own place, and the next chunk takes that
-place. Under ZeRO-3 the weight is thereby needed only while the head's own forward runs. What it gives up: the gradient
+place. Under ZeRO-3 the weight is thereby needed only while the head's own forward runs. Trade-off: the gradient
 is computed even when no backward follows, unless gradients are disabled, and a weight gradient the size of the head is
 kept between forward and backward.
 """

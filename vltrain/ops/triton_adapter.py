@@ -18,7 +18,7 @@ too), fp32 states without autocast as fp32. Sums are fp32 throughout.
 Kept for backward are x, `packed`, `hidden` (h numbers a row, padded to 16 or 32) and 1 / rms (one).
 
 Grouped projections come as the dense matrices that `vltrain.ops.adapter.grouped_matrix` makes of them; of an adapter
-without biases c and b are neither read nor written. What it gives up: dropout, fp16, and norms
+without biases c and b are neither read nor written. Trade-off: no dropout, no fp16, no norms
 whose own weight is trained.
 
 Shape legend: N rows, d width, h bottleneck. Programs: B rows a block, C columns a chunk, H: h rounded up to a power of

@@ -9,8 +9,8 @@ moved without a trace; the first chain value is that of the first line. A checkp
 that was written anew does not fit it.
 
 `samples` is the sum, over the step's packs, of a hash of the ids in the pack, as the ranks that trained on them saw
-them. A sum has no order, as a step has none, and so it is the same however packs are dealt to ranks, and rides along
-with the loss when that is summed over ranks. What this gives up: 128 bits that add up withstand mistakes, not an
+them. A sum has no order, as a step has none, and so it is the same however packs are assigned to ranks, and rides along
+with the loss when that is summed over ranks. Trade-off: 128 bits that add up withstand mistakes, not an
 adversary who forges sample ids. `loss` is written exactly (`float.hex`).
 """
 

@@ -2,12 +2,12 @@
 
     1. the chain is whole, and each step follows the one before
     2. the samples of each step, as the ranks saw them, are those that the plan gives it, and so are its label tokens
-    3. the plan deals each pack once per pass, and no sample is in two packs: so each sample was seen once per pass
+    3. the plan assigns each pack once per pass, and no sample is in two packs: so each sample was seen once per pass
     4. the receipt reaches the newest checkpoint, which holds its chain, and goes no further beyond it than a run that
       was cut off does
     5. beside another run's receipt: the same samples in the same steps, and the same losses
 
-What this gives up: it proves what the ranks were given, not what the arithmetic made of it; for that there are the
+Trade-off: it proves what the ranks were given, not what the arithmetic made of it; for that there are the
 losses.
 """
 

@@ -21,7 +21,7 @@ outside of one plain process:
   where all scores are zero.
 - Rank 0 decides, so that ranks cannot differ. Averages and decision are in the checkpoint.
 
-What it gives up: every rank holds the averages whole (two fp32 copies of the updates), and each step gathers the
+Trade-off: every rank holds the averages whole (two fp32 copies of the updates), and each step gathers the
 updates' gradients.
 """
 

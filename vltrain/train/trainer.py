@@ -184,7 +184,7 @@ class Trainer:
         self.receipt.add(step=reading.step, loss=reading.loss, **told)
 
     def step(self, loaded: LoadedStep) -> StepResult:
-        """One optimizer step on the batches that this rank was dealt."""
+        """One optimizer step on the batches assigned to this rank."""
         number = loaded.step
         # Dropout of a step depends on the step and the rank alone, so that a resumed run draws what an undisturbed one
         # would.
@@ -308,7 +308,7 @@ def _num_positions(plan: Any) -> int:
 
 
 def pack_cost(model: VisionLanguageModel) -> PackCost:
-    """What a pack costs, in FLOPs, for the deal of packs to ranks. Label positions are few and left out."""
+    """What a pack costs, in FLOPs, for assigning packs to ranks. Label positions are few and left out."""
     flops = model.flops()
     return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
 

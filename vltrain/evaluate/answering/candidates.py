@@ -2,8 +2,8 @@
 
 As segments of one batch, candidates have the losses of the training's forward. Or each candidate is a row of its own:
 the prompt, tokenised as in training, and the candidate in the answer's place. Rows are padded on the right, where
-causality hides the padding, and only the candidates' positions go through the head. Given up: sharing a prompt's keys
-and values among its candidates, which would save computing and cost the plain forward that training, too, goes through.
+causality hides the padding, and only the candidates' positions go through the head. Trade-off: candidates do not share
+their prompt's keys and values, which would save computing and cost the plain forward that training, too, goes through.
 Images are encoded once a batch.
 """
 

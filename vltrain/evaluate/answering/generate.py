@@ -9,8 +9,8 @@ fall either way; in bf16, about 1e-2, near-ties can too:
 `--eval.precision fp32` gives figures that are exact at any batch size, see `vltrain.evaluate.answering.precision`.
 
 Under ZeRO-3 every forward is a collective. With `sync` all ranks make the same forwards in the same order: those with
-nothing left to do answer an empty prompt. Given up: continuous batching; a batch lasts as long as its longest answer,
-but finished rows leave it as soon as they are half of it.
+nothing left to do answer an empty prompt. Trade-off: no continuous batching; a batch lasts as long as its longest
+answer, but finished rows leave it as soon as they are half of it.
 """
 
 from __future__ import annotations

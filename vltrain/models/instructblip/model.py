@@ -8,7 +8,7 @@
 transformers' modules do the computing (ViT, Q-Former, LLM); what is between them is ours, so that an image that several
 questions show is encoded once, that placeholders are counted, and that losses are exact sums. Every batch with pixels
 runs ViT and Q-Former even if no question shows an image, so that ranks never differ in which parameters a backward
-reaches. What it gives up: transformers' generate(), since answers come from `vltrain.evaluate`; and a wait for the
+reaches. Trade-off: no generate() of transformers', since answers come from `vltrain.evaluate`; and a wait for the
 device per attention mask, since transformers looks whether any text is padded.
 """
 

@@ -2,8 +2,8 @@
 hold.
 
 A torch file is a pickle, and a pickle can be a program; `weights_only` lets none run. Mapping means that a tensor costs
-memory only once it is read, and gives it back when the last tensor of the file is let go. What this gives up:
-TorchScript archives, which are code by nature, and the mapping of files in torch's format of before 2020, which are
+memory only once it is read, and gives it back when the last tensor of the file is let go. Trade-off: no
+TorchScript archives, which are code by nature, and no mapping of files in torch's format of before 2020, which are
 read whole.
 """
 

@@ -2,9 +2,9 @@
 refused.
 
 DeepSpeed itself takes any key at the top and many wrong values, in silence. Its own models and constants are what this
-is held against (`tests/train/zero/test_ds_schema.py`), since a recipe is checked where deepspeed is not imported. What would
-change the numbers that are computed (quantised or 16-bit communication, curricula, compression), or do what the recipe
-does already, may only be switched off.
+is held against (`tests/train/zero/test_ds_schema.py`), since a recipe is checked where deepspeed is not imported. What
+would change the numbers that are computed (quantised or 16-bit communication, curricula, compression), or do what the
+recipe does already, may only be switched off.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ SCHEMA: dict[str, Any] = {
     "checkpoint": Off("checkpoints are vltrain's own"),
     "nebula": Off("checkpoints are vltrain's own"),
     "datastates_ckpt": Off("checkpoints are vltrain's own"),
-    "dataloader_drop_last": _off(False, "data is dealt out by the recipe"),
+    "dataloader_drop_last": _off(False, "the recipe assigns data to ranks"),
     "vocabulary_size": Off("it has no effect"),
     **dict.fromkeys(
         ("tensorboard", "wandb", "csv_monitor", "comet"),

@@ -10,7 +10,8 @@ does). DeepSpeed's own waits are its: ZeRO 1 to 3 read the gradient's norm, or w
 optimizer's step (`step`, `has_overflow`, `scaled_global_norm`), ZeRO 3 waits for the stream that reduces gradients at
 the end of each backward, and offloading for its copies. Stage 0 has none.
 
-Given up: fp16 with loss scaling. Trained parameters are fp32 at every stage, under autocast where `precision` is bf16.
+Trade-off: no fp16 with loss scaling. Trained parameters are fp32 at every stage, under autocast where `precision` is
+bf16.
 """
 
 from __future__ import annotations
