@@ -322,7 +322,7 @@ def typed_for_the_others(folder: Path) -> Shown:
 def typed_marks_of_ours(folder: Path) -> Shown:
     """A turn that holds the private-use character by which images are kept apart."""
     tokenizer = load_tokenizer(fast(folder / "t"))
-    return refuses(lambda: encode_sample(pair("what is \U000fff02?"), tokenizer, "chat", 4), "U+FFF02", "leave it out")
+    return refuses(lambda: encode_sample(pair("what is \U000fff02?"), tokenizer, "chat", 4), "U+FFF02", "remove it")
 
 
 @attack(CONTEXT)
