@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import easyvqa, flickr30k, iconqa, llava_json, scienceqa, scienceqa_image, shapes, vizwiz
+from data_prep.sources import (
+    easyvqa,
+    flickr30k,
+    iconqa,
+    llava_json,
+    scienceqa,
+    scienceqa_image,
+    shapes,
+    vizwiz,
+)
 from data_prep.sources.options import all_options
 from data_prep.sources.raw import RawSample
 from vltrain.errors import InputError

@@ -1,0 +1,136 @@
+"""The recipes of .github/CONTRIBUTING.md: each diff is applied to a copy of this tree, where what it adds is used."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.support.processes import free_port, rank_environment
+from tests.support.tiny import make_segments, write_packs
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+RECIPES = {
+    title.removeprefix("A ").removeprefix("An "): diff
+    for title, diff in re.findall(r"^### (.*?)\n.*?^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+}
+COPIED = ("vltrain", "data_prep", "launch", "ds_configs", "tests/support", "tests/train")
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy with all recipes applied, one after the other, each as it stands in the page."""
+    tree = tmp_path_factory.mktemp("tree")
+    for folder in COPIED:
+        shutil.copytree(ROOT / folder, tree / folder)
+    for file in ("pyproject.toml", "setup.cfg", "tests/__init__.py"):
+        shutil.copy2(ROOT / file, tree / file)
+    for name, diff in RECIPES.items():
+        (tree / "recipe.diff").write_text(diff)
+        # Outside of any repository, so that the copy's own folder is what it names files from.
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+        done = subprocess.run(
+            ["git", "apply", "recipe.diff"], cwd=tree, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    return tree
+
+
+def python(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**rank_environment(0, 1, free_port()), "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tree, tmp_path_factory) -> dict[str, Path]:
+    """Runs of the tiny recipe with what the recipes add, in one process of the copy."""
+    folder = tmp_path_factory.mktemp("runs")
+    packs = write_packs(folder / "packs", make_segments(8))
+    common = {"train__max_steps": STEPS, "train__epochs": 50.0, "train__packs_per_step": 2, "train__log_every_steps": 1}
+    scenarios = {"adapter": {"model__adapter__kind": "gain", "train__loggers": ["csv"]}}
+    told = [
+        {
+            "packs": str(packs),
+            "output": str(folder / name),
+            "ds": {"zero_optimization": {"stage": 0}},
+            "changes": {**common, **changes},
+        }
+        for name, changes in scenarios.items()
+    ]
+    (folder / "scenarios.json").write_text(json.dumps(told))
+    python(tree, "-m", "tests.train.worker", str(folder / "scenarios.json"))
+    return {name: folder / name for name in scenarios}
+
+
+def test_each_recipe_is_a_file_and_its_line():
+    assert list(RECIPES) == ["adapter", "data source", "logger"]
+    for diff in RECIPES.values():
+        assert len(re.findall("^new file mode", diff, re.MULTILINE)) == 1
+        changed = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
+        assert len(changed) == 2, changed
+        assert not re.findall(r"^-(?!-- )", diff, re.MULTILINE), "nothing is taken away"
+
+
+def test_ruff_accepts_the_tree(tree):
+    changed = [str(path) for diff in RECIPES.values() for path in re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)]
+    ruff = Path(sys.executable).with_name("ruff")
+    for command in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        done = subprocess.run([ruff, *command, *changed], cwd=tree, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_adapter_trains(trained):
+    result = load_file(trained["adapter"] / "result.safetensors")
+    gains = {name: value for name, value in result.items() if name.startswith("weight/") and name.endswith(".gain")}
+    assert len(gains) == 7, "one behind each attention norm: five blocks of the ViT and two of the LLM"
+    assert all(value.abs().max() > 0 for value in gains.values()), "they began at zero"
+    assert result["losses"].isfinite().all()
+
+
+def test_a_source_is_prepared(tree, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    rows = "image,question,answer\na.png,what color is it?,red\na.png,is <image> red?,yes\n"
+    (tmp_path / "questions.csv").write_text(rows)
+    prepare = ("-m", "vltrain", "prepare", "--source", "csv_vqa", "--input", str(tmp_path / "questions.csv"))
+    python(tree, *prepare, "--output", str(tmp_path / "samples"))
+    samples = [json.loads(line) for line in (tmp_path / "samples" / "train.jsonl").read_text().splitlines()]
+    assert [sample["turns"][0]["text"] for sample in samples] == [
+        "<image>\nQuestion: what color is it?\nAnswer:",
+        "<image>\nQuestion: is <\\image> red?\nAnswer:",
+    ]
+    assert [sample["turns"][1]["text"] for sample in samples] == ["red", "yes"]
+    assert (tmp_path / "samples" / samples[0]["images"][0]).read_bytes() == (tmp_path / "a.png").read_bytes()
+
+
+def test_a_logger_gets_the_numbers(trained):
+    with (trained["adapter"] / "metrics.csv").open(newline="") as file:
+        rows = [(int(step), name, float(value)) for step, name, value in csv.reader(file)]
+    losses = [value for _, name, value in rows if name == "train/loss"]
+    assert losses == pytest.approx(load_file(trained["adapter"] / "result.safetensors")["losses"].tolist())
+    assert [step for step, name, _ in rows if name == "train/loss"] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_pyright_accepts_the_tree(tree):
+    """Beside the findings that the baseline names."""
+    shutil.copytree(ROOT / ".basedpyright", tree / ".basedpyright")
+    shutil.copytree(ROOT / "typings", tree / "typings")
+    (tree / ".venv").symlink_to(Path(sys.prefix))
+    done = subprocess.run(
+        [Path(sys.executable).with_name("basedpyright"), "--baselinemode=discard"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
