@@ -7,11 +7,22 @@ Shapes: T tokens of the row, S segments, N distinct images, K image runs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from vltrain.schema import IGNORE_INDEX
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """A tensor over the array's memory."""
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType] torch gives its argument no type
+
+
+def listed(tensor: torch.Tensor) -> list[Any]:
+    """The numbers of a tensor of one dimension, lists of more."""
+    return tensor.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] torch says a list
 
 
 @dataclass(kw_only=True)

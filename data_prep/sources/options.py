@@ -3,11 +3,12 @@ declares."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from vltrain.config.ranges import Range
 from vltrain.errors import InputError, nearest
+from vltrain.files.strict_json import is_sequence
 
 
 def resolve_options(
@@ -61,15 +62,11 @@ def all_options(read: Callable[[None, Mapping[str, Any]], Iterator[Any]], given:
     raise AssertionError(f"{read.__module__}: a reader begins with `resolve_options`")
 
 
-def _is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, (list, tuple))
-
-
 def _read(value: Any, kind: Callable[..., object]) -> Any:
     """`value` as a `kind`, if it is one or its text. Raises ValueError: nothing else is converted."""
     if kind is tuple:
         parts = value.split(",") if isinstance(value, str) else value
-        if _is_sequence(parts) and all(isinstance(part, str) for part in parts):
+        if is_sequence(parts) and all(isinstance(part, str) for part in parts):
             return tuple(parts)
     elif type(value) in (kind, *((int,) if kind is float else ()), *((str,) if kind in (int, float) else ())):
         return kind(value)

@@ -329,17 +329,20 @@ def _help(
     return render(usage, description, listed, meanings, sections, examples)
 
 
-def _parsers() -> Iterator[ArgumentParser]:
+def _parsers() -> Iterator[Any]:
     """What reads the values of the command line, and knows the meaning of each key from its docstring."""
     yield from map(_parser_of, (ModelConfig, *ARCHITECTURES.values()))
 
 
 @cache
-def _parser_of(section: type[ModelConfig]) -> ArgumentParser:
-    """Of an architecture's own settings; of `ModelConfig` those that all have, and what is not the model's."""
+def _parser_of(section: type[ModelConfig]) -> Any:
+    """Of an architecture's own settings; of `ModelConfig` those that all have, and what is not the model's.
+
+    Returns: an ArgumentParser, whose methods leave their types open.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("recipe", load_recipe_text, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="recipe")
+    parser: Any = ArgumentParser(exit_on_error=False, allow_abbrev=False, parser_mode="recipe")
     if section is ModelConfig:
         parser.add_class_arguments(ModelConfig, "model")
         parser.add_class_arguments(Config, None, skip={"model"})

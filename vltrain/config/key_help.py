@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from vltrain.config.keys import Key, describe_type, known_keys
+from vltrain.config.strict_yaml import is_mapping
+from vltrain.files.strict_json import is_sequence
 
 WIDTH = 100
 KEYS = (
@@ -29,9 +31,9 @@ def describe_value(value: Any) -> str:
     """A default as a recipe spells it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, (list, tuple)):
+    if is_sequence(value):
         return f"[{', '.join(map(describe_value, value))}]"
-    if isinstance(value, dict):
+    if is_mapping(value):
         return "{" + ", ".join(f"{name}: {describe_value(one)}" for name, one in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -87,7 +89,8 @@ def render(
 
 
 def _entry(head: str, meaning: str) -> list[str]:
-    lines, line = [], "  "
+    lines: list[str] = []
+    line = "  "
     for piece in re.split(r"(?<=[, ])", head):  # a long list of choices may be broken behind a comma
         if len(line) + len(piece.rstrip()) > WIDTH:
             lines, line = [*lines, line.rstrip()], " " * 6

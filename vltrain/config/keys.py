@@ -14,7 +14,9 @@ from vltrain.config.model.architectures import ARCHITECTURES
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.ranges import Range, Registry, range_of, registry_of
 from vltrain.config.schema import Config
+from vltrain.config.strict_yaml import is_mapping
 from vltrain.errors import InputError, nearest
+from vltrain.files.strict_json import is_list, is_sequence
 
 
 @dataclass(frozen=True)
@@ -163,14 +165,14 @@ def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
         return next((found for part in get_args(annotation) if (found := check_type(value, part))[0]), (False, value))
     if origin is tuple:
         parts = get_args(annotation)
-        if parts[-1] is ... and isinstance(value, (list, tuple)):
+        if parts[-1] is ... and is_sequence(value):
             parts = parts[:1] * len(value)
-        if not isinstance(value, (list, tuple)) or len(value) != len(parts):
+        if not is_sequence(value) or len(value) != len(parts):
             return False, value
         checked = [check_type(item, part) for item, part in zip(value, parts)]
         return all(fits for fits, _ in checked), tuple(item for _, item in checked)
     if origin is dict:
-        return isinstance(value, dict) and _is_plain(value), value
+        return is_mapping(value) and _is_plain(value), value
     if annotation is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
         return fits, float(value) if fits else value
@@ -178,9 +180,9 @@ def check_type(value: Any, annotation: Any) -> tuple[bool, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
+    if is_mapping(value):
         return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
-    if isinstance(value, list):
+    if is_list(value):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
 

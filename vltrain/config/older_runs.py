@@ -15,6 +15,7 @@ from typing import Any
 from vltrain.config.keys import keys_of, known_keys
 from vltrain.config.model.architectures import DEFAULT, KEY
 from vltrain.config.schema import Config
+from vltrain.config.strict_yaml import is_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,10 @@ def as_begun(config: Config, identity: Mapping[str, Any], given: Collection[str]
     """
     for key, before in ADDED.items():
         *sections, name = key.split(".")
-        section: Any = identity
+        section: Any = dict(identity)
         for one in sections:
-            section = section.get(one) if isinstance(section, Mapping) else None
-        if key in given or not isinstance(section, Mapping) or section.get(name, before) != before:
+            section = section.get(one) if is_mapping(section) else None
+        if key in given or not is_mapping(section) or section.get(name, before) != before:
             continue
         now = _replaced(config, key, before)
         if now != config:

@@ -16,6 +16,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from vltrain.errors import InputError
+from vltrain.files.strict_json import is_sequence
 
 RANGE, REGISTRY = "range", "registry"
 MOST_STEPS = 2**31 - 1
@@ -43,7 +44,7 @@ class Range:
         type's matter."""
         if value is None:
             return True
-        if isinstance(value, (list, tuple)):
+        if is_sequence(value):
             return all(map(self.holds, value))
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
             return False
@@ -61,7 +62,7 @@ class Range:
     def require(self, key: str, value: Any) -> None:
         """Raises InputError naming `key` unless the range holds `value`."""
         if not self.holds(value):
-            found = list(value) if isinstance(value, tuple) else value
+            found = list(value) if is_sequence(value) else value
             raise InputError(f"{key}: found {found!r}, expected {self}")
 
 

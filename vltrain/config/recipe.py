@@ -43,8 +43,9 @@ from vltrain.config.model.base import ModelConfig
 from vltrain.config.older_runs import is_default
 from vltrain.config.ranges import MOST_STEPS, check_ranges, number
 from vltrain.config.schema import Config
-from vltrain.config.strict_yaml import dump_text, load_yaml
+from vltrain.config.strict_yaml import dump_text, is_mapping, load_yaml
 from vltrain.errors import InputError, nearest
+from vltrain.files.strict_json import is_sequence
 from vltrain.shipped import find_recipe
 
 BASE, ROWS, STAGES, ABLATION = "base", "rows", "stages", "ablation"  # keys of a recipe's file beside the settings
@@ -123,7 +124,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def read_table(path: Path) -> Table:
     """The table at `path`. Raises InputError as `read_recipe`, and for a recipe that has no rows."""
     content = _open(path)
-    if not isinstance(content, dict) or ROWS not in content:
+    if not is_mapping(content) or ROWS not in content:
         raise InputError(
             f"{path}: no '{ROWS}' in it, expected a table: a recipe with {ROWS}: {{NAME: {{settings}}, ...}}"
         )
@@ -135,7 +136,7 @@ def read_stages(path: Path) -> Stages | None:
     as `read_recipe`."""
     file, part = _split_row(path)
     content = _open(file) if part is None else None
-    return _stages(file, content, ()) if isinstance(content, dict) and STAGES in content else None
+    return _stages(file, content, ()) if is_mapping(content) and STAGES in content else None
 
 
 def own_settings(path: Path) -> dict[str, Any] | None:
@@ -158,9 +159,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         chain = " -> ".join(place.name for place in (*above[above.index(here) :], here))
         raise InputError(f"{above[-1]}: {BASE}: leads back to itself ({chain}); expected a chain of bases that ends")
     content = _open(file)
-    if isinstance(content, dict) and STAGES in content:
+    if is_mapping(content) and STAGES in content:
         return _stage(path, row, _stages(file, content, (*above, here)))
-    is_table = isinstance(content, dict) and ROWS in content
+    is_table = is_mapping(content) and ROWS in content
     if row is None and not is_table:
         return _settings(file, content, str(file), (*above, here))
     if not is_table:
@@ -210,7 +211,7 @@ def _stages(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Sta
 
 def _parts(found: Any, where: str, section: str, kind: str, goes_into: str) -> dict[str, dict[str, Any]]:
     """The settings of each row or stage, by dotted name."""
-    if not isinstance(found, dict) or not found:
+    if not is_mapping(found) or not found:
         raise InputError(
             f"{where}: {section}: found {'null' if found is None else repr(found)}, expected a mapping of "
             f"{kind} names to settings"
@@ -240,7 +241,7 @@ def _split_row(path: Path) -> tuple[Path, str | None]:
 def _settings(path: Path, content: Any, where: str, above: tuple[Path, ...]) -> dict[str, Any]:
     """What a file's content says over what its base says."""
     own: dict[str, Any] = {}
-    if not isinstance(content, dict) or BASE not in content:
+    if not is_mapping(content) or BASE not in content:
         _collect(content, "", where, own)
         return own
     base = content[BASE]
@@ -260,7 +261,7 @@ def _overlay(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` over `base`; a mapping's keys join the base's mapping."""
     return {
         **base,
-        **{key: {**base.get(key, {}), **value} if isinstance(value, dict) else value for key, value in own.items()},
+        **{key: {**base.get(key, {}), **value} if is_mapping(value) else value for key, value in own.items()},
     }
 
 
@@ -269,8 +270,8 @@ def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Tabl
     if isinstance(found, str):
         where = str(path.parent / found)
         listed = _open(path.parent / found)
-        if not isinstance(listed, dict) or listed.keys() != {ROWS}:
-            told = f"keys {', '.join(map(str, listed))}" if isinstance(listed, dict) else repr(listed)
+        if not is_mapping(listed) or listed.keys() != {ROWS}:
+            told = f"keys {', '.join(map(str, listed))}" if is_mapping(listed) else repr(listed)
             raise InputError(f"{where}: found {told}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
         found = listed[ROWS]
     settings = _settings(
@@ -284,7 +285,7 @@ def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Tabl
 
 def _ablation(content: Any, where: str) -> Ablation:
     declared = get_type_hints(Ablation)
-    if not isinstance(content, dict):
+    if not is_mapping(content):
         raise InputError(f"{where}: {ABLATION}: found {content!r}, expected a section with keys of its own")
     for name, value in content.items():
         if name not in declared:
@@ -298,7 +299,7 @@ def _ablation(content: Any, where: str) -> Ablation:
 
 
 def _collect(content: Any, prefix: str, where: str, given: dict[str, Any]) -> None:
-    if not isinstance(content, dict):
+    if not is_mapping(content):
         place = prefix.rstrip(".") or "the whole file"
         raise InputError(
             f"{where}: {place}: found {'null' if content is None else repr(content)}, expected a section with "
@@ -370,6 +371,6 @@ def as_mapping(config: Config) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if is_mapping(value):
         return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [_plain(item) for item in value] if is_sequence(value) else value

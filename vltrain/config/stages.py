@@ -28,10 +28,10 @@ from vltrain.config.keys import keys_of, known_keys
 from vltrain.config.model.architectures import KEY as ARCHITECTURE
 from vltrain.config.recipe import INIT_FROM, Stages, read_stages
 from vltrain.config.schema import Config
-from vltrain.config.strict_yaml import dump_text
+from vltrain.config.strict_yaml import dump_text, is_mapping
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_json
-from vltrain.files.strict_json import read_json
+from vltrain.files.strict_json import is_list, is_sequence, read_json
 from vltrain.shipped import find_recipe
 
 STAGES_FILE = "stages.json"
@@ -65,7 +65,7 @@ def load_stages(
         return Run(folder=Path(settings.config.output), names=(), parts=(settings,))
     words = [word for word in _without(argv, ("recipe", "output")) if word != "--print_config"]
     output = arguments.last("output") or stages.settings["output"]
-    parts = []
+    parts: list[Settings] = []
     for name in stages.stages:
         before = stages.before(name)
         begins = [f"--{INIT_FROM}={stages.folder_of(before, output)}"] if before is not None else []
@@ -85,7 +85,8 @@ def load_stages(
 
 
 def _without(argv: Iterable[str], names: tuple[str, ...]) -> list[str]:
-    kept, words = [], iter(argv)
+    kept: list[str] = []
+    words = iter(argv)
     for word in words:
         name, equals, _ = word[2:].partition("=") if word.startswith("--") else ("", "", "")
         if name not in names:
@@ -159,7 +160,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         place = whole
         for section in sections:
             place = place.setdefault(section, {})
-        place[name] = list(value) if isinstance(value, tuple) else value
+        place[name] = list(value) if is_sequence(value) else value
     return whole
 
 
@@ -185,12 +186,8 @@ def stage_folders(folder: Path) -> list[Path]:
     if not path.is_file():
         return []
     listed = read_json(path)
-    names = listed.get("stages") if isinstance(listed, dict) else None
-    if (
-        not isinstance(names, list)
-        or not names
-        or not all(isinstance(name, str) and Path(name).name == name for name in names)
-    ):
+    names = listed.get("stages") if is_mapping(listed) else None
+    if not is_list(names) or not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise InputError(f"{path}: found {listed!r:.80}, expected the folders of the stages; the file was changed")
     return [folder / name for name in names]
 

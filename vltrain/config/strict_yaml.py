@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -43,6 +43,11 @@ def load_yaml(path: Path) -> Any:
         raise InputError(f"{path}: {' '.join(str(error).split())}; expected YAML") from None
 
 
+def is_mapping(value: object) -> TypeGuard[dict[Any, Any]]:
+    """Whether a value of YAML is a mapping; its keys may be any scalars."""
+    return isinstance(value, dict)
+
+
 def load_text(text: str) -> Any:
     """The one YAML document in `text`, with the scalars of YAML 1.2. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
@@ -55,7 +60,8 @@ def dump_text(content: Any) -> str:
 
 def _refuse_expansion(text: str, path: Path) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    reader: Any = yaml  # whose stubs leave the types of events open
+    for event in reader.parse(text, Loader=_Loader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise InputError(
@@ -105,8 +111,9 @@ _SCALARS = (
     ("tag:yaml.org,2002:float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("tag:yaml.org,2002:float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
 )
+_CLASSES: tuple[Any, ...] = (_Loader, _Dumper)  # whose stubs leave the arguments open
 for _tag, _pattern, _first in _SCALARS:
-    for _class in (_Loader, _Dumper):
+    for _class in _CLASSES:
         _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
 
 

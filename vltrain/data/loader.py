@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from vltrain.batch import Batch
+from vltrain.batch import Batch, tensor_of
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
@@ -57,7 +57,7 @@ def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
         IGNORE_INDEX.
     """
     pixels = np.stack(images) if images else np.empty((0, 3, image_size, image_size), np.uint8)
-    return _assemble(row, _tensor(pixels))
+    return _assemble(row, tensor_of(pixels))
 
 
 def batch_of(
@@ -86,10 +86,6 @@ def batch_of(
     return collate(row, [blank_image(image_size)] if blank and not shown else shown, image_size)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType] torch gives its argument no type
-
-
 def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
     assert len(pixels) == max(len(row.image_ids), min(len(pixels), 1)), (len(pixels), len(row.image_ids))
     lengths = row.segment_lengths.astype(np.int64)
@@ -101,13 +97,13 @@ def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
     num_label_tokens = int((labels != IGNORE_INDEX).sum())
     assert num_label_tokens == int(row.loss_mask.sum()), "a segment's first token cannot be predicted"
     return Batch(
-        input_ids=_tensor(input_ids),
-        labels=_tensor(labels),
-        position_ids=_tensor(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
-        segment_lengths=_tensor(lengths),
-        label_lengths=_tensor(np.add.reduceat(row.loss_mask, starts, dtype=np.int64)),
+        input_ids=tensor_of(input_ids),
+        labels=tensor_of(labels),
+        position_ids=tensor_of(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
+        segment_lengths=tensor_of(lengths),
+        label_lengths=tensor_of(np.add.reduceat(row.loss_mask, starts, dtype=np.int64)),
         pixels=pixels,
-        image_slots=_tensor(row.image_slots.astype(np.int64)),
+        image_slots=tensor_of(row.image_slots.astype(np.int64)),
         instruction_ids=_padded(row.instruction_ids, row.instruction_lengths, len(lengths)),
         sample_ids=row.sample_ids,
         num_label_tokens=num_label_tokens,
@@ -120,7 +116,7 @@ def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor
         return torch.empty(num_rows, 0, dtype=torch.int64)
     rows = np.full((num_rows, int(lengths.max())), -1, np.int64)
     rows[np.arange(rows.shape[1]) < lengths[:, None]] = ids
-    return _tensor(rows)
+    return tensor_of(rows)
 
 
 def filler(image: bool, image_size: int) -> Batch:
@@ -178,7 +174,7 @@ class _Fetcher(Dataset[tuple[PackedRow, torch.Tensor] | str]):
                 f"{self._dataset.folder}: image {image_id} of pack {number} (samples "
                 f"{', '.join(row.sample_ids[:3])} ...)"
             )
-            pixels[place] = _tensor(
+            pixels[place] = tensor_of(
                 decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing)
             )
         return row, pixels

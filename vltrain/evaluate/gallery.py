@@ -25,6 +25,7 @@ INK, RIGHT, WRONG, PAPER = "#202124", "#188038", "#c5221f", "#ffffff"
 def draw_card(answer: Answer, images: Sequence[Image.Image]) -> Image.Image:
     """An RGB picture of `WIDTH` pixels: `images` side by side, and the texts below."""
     font = ImageFont.load_default(FONT_SIZE)
+    assert isinstance(font, ImageFont.FreeTypeFont), "of a given size Pillow's is one"
     texts = [
         (answer.prompt.replace(IMAGE_MARKER, "").strip(), INK),
         (f"predicted: {answer.prediction.strip() or '(nothing)'}", RIGHT if answer.correct >= 0.5 else WRONG),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.files.strict_json import expect, id_text, read_json, read_lines, shown
+from vltrain.files.strict_json import expect, id_text, is_list, read_json, read_lines, shown
 
 OURS, LLAVA, CHAMELEON, MMCOT, RESULTS, PLAIN = (
     "vltrain's predictions",
@@ -63,7 +63,7 @@ def read_prediction_file(path: Path, order: Sequence[str] | None = None) -> Pred
     if path.suffix == ".jsonl":
         return _by_record(path, read_lines(path, "a file of answers"))
     content = read_json(path, "a file of answers")
-    if type(content) is list:
+    if is_list(content):
         return _by_record(path, ((f"{path}: [{number}]", record) for number, record in enumerate(content)))
     expect(content, dict, str(path))
     if type(content.get("preds")) is list:
@@ -89,7 +89,7 @@ def read_prediction_file(path: Path, order: Sequence[str] | None = None) -> Pred
 
 
 def _texts(path: Path, inside: str, answers: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for pid, text in answers:
         if type(text) is not str:
             raise InputError(f"{path}: {inside}'{pid}': found {shown(text)}, expected a text (the predicted answer)")
@@ -129,7 +129,7 @@ def _in_order(path: Path, content: dict[str, Any], order: Sequence[str] | None) 
             f"{path}: found a list of texts without ids (preds, of Multimodal-CoT), which only a split's order "
             f"could tell apart; write {{id: text}}"
         )
-    columns = {}
+    columns: dict[str, dict[str, str]] = {}
     for key in ("preds", "labels"):
         listed = expect(content.get(key, []), list, f"{path}: {key}")
         if len(listed) != len(order) and (key == "preds" or listed):

@@ -66,7 +66,7 @@ def score_predictions(
     known = {one.question.id for one in asked}
     missing = known - file.texts.keys()
     for problem, ids in (
-        ("has no answer to", set() if allow_missing else missing),
+        ("has no answer to", set[str]() if allow_missing else missing),
         ("answers unknown", file.texts.keys() - known),
     ):
         if ids:
@@ -107,7 +107,8 @@ def _questions(data: Path, split: str, scorer: str | None) -> list[Asked]:
         raise InputError(f"{data}: no samples of split '{split}', {hint}")
     if scorer is None:
         raise InputError(f"{file}: these questions may be judged in several ways: name one by --eval.scorer")
-    asked, needs = [], find_scorer(scorer).needs
+    asked: list[Asked] = []
+    needs = find_scorer(scorer).needs
     for sample in read_samples(file):
         question = question_of(sample, str(file))
         needs(question)  # as where a model answers: one figure is not of other questions than the other
@@ -121,7 +122,8 @@ def read_questions(data: Path, split: str) -> list[Question]:
     if split not in splits:
         raise InputError(f"{data / 'pid_splits.json'}: no split '{split}', {nearest(split, splits)}")
     problems = read_object(data / "problems.json")
-    questions, seen = [], set[str]()
+    questions: list[Question] = []
+    seen: set[str] = set()
     listed = expect(splits[split], list, f"{data / 'pid_splits.json'}: {split}")
     for pid in (id_text(one, f"{data / 'pid_splits.json'}: {split}[{number}]") for number, one in enumerate(listed)):
         where = f"{data / 'problems.json'}: problem '{pid}'"

@@ -101,7 +101,8 @@ def unspellable(samples: Sequence[Sample], tokenizer: Tokenizer, scorer: str, wh
 
     Where the scorer judges answers together, of those that do not read back as they are.
     """
-    judge, found = find_scorer(scorer).judge, []
+    judge = find_scorer(scorer).judge
+    found: list[tuple[str, str, str]] = []
     for sample in samples:
         question = question_of(sample, where)
         reference = question.reference.strip()
@@ -115,7 +116,7 @@ def unspellable(samples: Sequence[Sample], tokenizer: Tokenizer, scorer: str, wh
 
 def indistinguishable(samples: Sequence[Sample], tokenizer: Tokenizer, where: str) -> list[str]:
     """Ids of samples of whose candidates two are the same tokens, so that none of both is the likelier."""
-    found = []
+    found: list[str] = []
     for sample in samples:
         candidates = [tuple(tokenizer.encode(text)) for text in to_item(sample, where).candidates]
         found += [sample.id] if len(set(candidates)) < len(candidates) else []

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from vltrain.config.schema import Config
 from vltrain.console import Progress
@@ -139,7 +140,7 @@ def predict(
     texts = list(zip(own, answers, strict=True))
     if world_size == 1:
         return [text for _, text in sorted(texts)]
-    gathered: list | None = [None] * world_size if rank_number == 0 else None
+    gathered: list[Any] | None = [None] * world_size if rank_number == 0 else None
     dist.gather_object(texts, gathered)
     return None if gathered is None else [text for _, text in sorted(pair for share in gathered for pair in share)]
 
@@ -155,7 +156,7 @@ def _generate(
     questions: Questions,
     own: list[int],
     sync: Sync,
-    on_answered: Callable[[int], None],
+    on_answered: Callable[[int], object],
 ) -> list[Said]:
     """The text that the model writes in answer to each sample, the `own` ones of all that are asked."""
     chosen = config.eval
@@ -189,7 +190,7 @@ def _rank(
     device: torch.device | str,
     *,
     sync: Sync,
-    on_answered: Callable[[int], None],
+    on_answered: Callable[[int], object],
 ) -> list[Said]:
     """The likeliest candidate of each sample."""
     load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
@@ -197,8 +198,14 @@ def _rank(
         model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=device
     )
     items = [to_item(sample, str(samples_file)) for sample in samples]
-    settings = {"batch_size": config.eval.batch_size, "normalise_length": config.eval.normalise_length}
-    winners = rank(candidates, items, **settings, sync=sync, on_answered=on_answered)
+    winners = rank(
+        candidates,
+        items,
+        batch_size=config.eval.batch_size,
+        normalise_length=config.eval.normalise_length,
+        sync=sync,
+        on_answered=on_answered,
+    )
     return [Said(item.candidates[winner], False) for item, winner in zip(items, winners, strict=True)]
 
 
@@ -214,6 +221,7 @@ def _remarks(
         )
         return {"indistinguishable": Remark(len(alike), text)}
     cut = [sample.id for sample, answer in zip(samples, answered, strict=True) if answer.cut]
+    assert config.eval.scorer is not None, "an evaluation has a scorer"
     lost = unspellable(samples, tokenizer, config.eval.scorer, where)
     example = f"; '{lost[0][0]}': {lost[0][1]!r:.80} is {lost[0][2]!r:.80} in its tokens" if lost else ""
     limit = (
@@ -239,7 +247,7 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
 
     def largest(value: int) -> int:
         shared = torch.tensor(value, device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)  # pyright: ignore[reportUnknownMemberType] argument of no type
         return int(shared)
 
     return largest
@@ -268,7 +276,8 @@ def _show(
     loggers.scalars({f"eval/{split}/{name}": value for name, value in figures.items()}, step)
     loggers.text(f"eval/{split}/table", report.to_markdown(), step)
     shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
-    cards, limit = [], config.data.max_image_pixels
+    cards: list[Image.Image] = []
+    limit = config.data.max_image_pixels
     for number in shown:
         names = samples[number].images
         images = [

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from json.scanner import make_scanner
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
@@ -344,6 +344,11 @@ def is_object(value: object) -> TypeGuard[dict[str, Any]]:
 def is_list(value: object) -> TypeGuard[list[Any]]:
     """Whether a JSON value is a list."""
     return isinstance(value, list)
+
+
+def is_sequence(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether a value is a list, or the tuple that it became."""
+    return isinstance(value, (list, tuple))
 
 
 def expect(value: Any, kind: type, where: str) -> Any:

@@ -144,6 +144,20 @@ class VisionLanguageModel(nn.Module):
         """Lets routed adapters decide for both modalities, for `language_model` calls to come. Once after each change
         of weights. Without routed adapters it does nothing."""
 
+    def shifted(self, targets: Tensor) -> Tensor:
+        """An encoder-decoder's: what its decoder reads to predict `targets` int64 [B, L]."""
+        raise NotImplementedError
+
+    def decoder_states(self, input_ids: Tensor, encoded: Tensor, mask: Tensor, **arguments: Any) -> Tensor:
+        """An encoder-decoder's: states [B, L, d] of its decoder, for its `lm_head`.
+
+        Args:
+            input_ids: int64 [B, L], what it reads, see `shifted`.
+            encoded: [B, P, d], what the encoder made of the prompts; mask: [B, P], which of it is no padding.
+            arguments: of the forward of transformers' decoder.
+        """
+        raise NotImplementedError
+
     def language_model(self, embeds: Tensor, modality: Tensor, **arguments: Any) -> Any:
         """A decoder-only LLM's blocks on a batch, for generation.
 

@@ -7,7 +7,7 @@ Query tokens, the norm behind the ViT and the projection into the LLM are always
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -135,7 +135,7 @@ class BlipModelConfig(ModelConfig):
     PATHS: ClassVar = tuple(f"instructblip.{name}" for name in ("source", "tokenizer", "qformer_tokenizer", "adapters"))
     FROZEN: ClassVar = ("instructblip.source", "instructblip.config")
 
-    architecture: Literal["instructblip"] = "instructblip"
+    architecture: Literal["instructblip"] = "instructblip"  # pyright: ignore[reportIncompatibleVariableOverride] the tag
     instructblip: InstructBlipConfig = field(default_factory=InstructBlipConfig)
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class BlipModelConfig(ModelConfig):
 
     @classmethod
     def idle_keys(cls) -> Iterator[IdleKey]:
-        def is_not(network: str, modes: tuple[str, ...]) -> Any:
+        def is_not(network: str, modes: tuple[str, ...]) -> Callable[[Any], bool]:
             return lambda model: getattr(model.instructblip, network).mode not in modes
 
         low_rank = ("lora", "adalora")

@@ -5,7 +5,7 @@ ViT, neck and LLM; adapters behind their norms; peft's layers in the LLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -184,7 +184,7 @@ class MmtConfig(ModelConfig):
     PATHS: ClassVar = ("vision.source", "llm.source", "llm.tokenizer")
     FROZEN: ClassVar = ("vision.source", "vision.config", "vision.kind", "llm.source", "llm.config")
 
-    architecture: Literal["mmt"] = "mmt"
+    architecture: Literal["mmt"] = "mmt"  # pyright: ignore[reportIncompatibleVariableOverride] the union's tag
     vision: VisionConfig = field(default_factory=lambda: VisionConfig(source="asset://tiny_vit", tap_every=1))
     llm: LLMConfig = field(default_factory=lambda: LLMConfig(source="asset://tiny_llama"))
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -214,7 +214,7 @@ class MmtConfig(ModelConfig):
 
     @classmethod
     def idle_keys(cls) -> Iterator[IdleKey]:
-        def peft_is_not(kind: str) -> Any:
+        def peft_is_not(kind: str) -> Callable[[Any], bool]:
             return lambda model: model.llm.peft.kind != kind
 
         of_adapters = [f"model.adapter.{entry.name}" for entry in fields(AdapterConfig)]

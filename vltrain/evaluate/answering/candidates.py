@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vltrain.batch import tensor_of
 from vltrain.data.loader import batch_of, filler
 from vltrain.data.text.conversation import encode_candidate
 from vltrain.data.text.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class RowCandidates:
         visual, slots = encode_together(self.model, pixels.to(self.device), slots.to(self.device), rows, sync)
         input_ids, labelled, modality, left_out = self._pad(rows)
         num_rows, width = input_ids.shape
-        embeds = self.model.embed(input_ids.flatten(), visual, slots).unflatten(0, (num_rows, width))
+        embeds = self.model.embed(input_ids.flatten(), visual, slots).view(num_rows, width, -1)
         positions = (left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
         hidden = self.model.language_model(embeds, modality, position_ids=positions, use_cache=False).last_hidden_state
         row, place = labelled.nonzero(as_tuple=True)  # place - 1 predicts the token at place
@@ -69,8 +70,8 @@ class RowCandidates:
         Where adapters are routed, the modality token has decided already and is left out of its row.
         """
         left_out = 0 if self.model.routing is None else 1
-        ids = [torch.from_numpy(row.input_ids).long() for row in rows] or [torch.tensor([TEXT_MODALITY_TOKEN, 0])]
-        masks = [torch.from_numpy(row.loss_mask) for row in rows] or [torch.zeros(2, dtype=torch.bool)]
+        ids = [tensor_of(row.input_ids).long() for row in rows] or [torch.tensor([TEXT_MODALITY_TOKEN, 0])]
+        masks = [tensor_of(row.loss_mask) for row in rows] or [torch.zeros(2, dtype=torch.bool)]
         modality = torch.tensor([int(row[0] == IMAGE_MODALITY_TOKEN) for row in ids])
         padded = [
             torch.nn.utils.rnn.pad_sequence([row[left_out:] for row in part], batch_first=True) for part in (ids, masks)

@@ -19,7 +19,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaModel
 
+from vltrain.batch import listed, tensor_of
 from vltrain.errors import InputError
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
@@ -86,7 +87,7 @@ def generate(
     batch_size: int,
     device: torch.device | str,
     sync: Sync = alone,
-    on_answered: Callable[[int], None] = lambda count: None,
+    on_answered: Callable[[int], object] = lambda count: None,
 ) -> list[list[int]]:
     """Answers `prompts`; runs in the caller's autocast context, on a model in evaluation mode.
 
@@ -162,7 +163,9 @@ def generate_tokens(
         yield from made
 
 
-def _start_loading(pool: ThreadPoolExecutor, load_image: LoadImage, prompts: list[Segment]) -> dict:
+def _start_loading(
+    pool: ThreadPoolExecutor, load_image: LoadImage, prompts: list[Segment]
+) -> dict[str, Future[np.ndarray]]:
     names = dict.fromkeys(name for prompt in prompts for name in prompt.images)
     return {name: pool.submit(load_image, name) for name in names}
 
@@ -175,7 +178,7 @@ def gather_pixels(
     slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
     if not images:
         return torch.empty(0, 3, model.image_size, model.image_size, dtype=torch.uint8), slots
-    return torch.from_numpy(np.stack(list(images.values()))), slots
+    return tensor_of(np.stack(list(images.values()))), slots
 
 
 def encode_together(
@@ -190,7 +193,7 @@ def encode_together(
     """
     blank = bool(sync(int(len(pixels) > 0))) and len(pixels) == 0
     states = model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]) if blank else pixels)
-    asked = [torch.from_numpy(prompt.instruction_ids).long() for prompt in prompts for _ in prompt.images]
+    asked = [tensor_of(prompt.instruction_ids).long() for prompt in prompts for _ in prompt.images]
     instruction = (
         torch.nn.utils.rnn.pad_sequence(asked, batch_first=True, padding_value=-1)
         if asked
@@ -243,7 +246,7 @@ class _Decoder:
         width = int(lengths.max())
         self.input_ids = torch.zeros(len(ids), width, dtype=torch.int64)
         for row, tokens in enumerate(ids):
-            self.input_ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+            self.input_ids[row, : len(tokens)] = tensor_of(tokens.astype(np.int64))
         self.rows = list(range(len(prompts)))
         self.last = (lengths - 1).to(device)
         self.positions = (lengths + self.num_left_out).to(device)
@@ -263,7 +266,7 @@ class _Decoder:
             logprobs = _logprobs(logits, tokens) if self.with_logprobs else [math.nan] * len(tokens)
             made = [
                 Token(prompt, token, logprob, token in self.stop_ids)
-                for prompt, token, logprob in zip(self.rows, tokens.tolist(), logprobs) if prompt in live
+                for prompt, token, logprob in zip(self.rows, listed(tokens), logprobs) if prompt in live
             ]  # fmt: skip
             live -= {token.prompt for token in made if token.ends}
             yield made
@@ -274,8 +277,8 @@ class _Decoder:
     def _prefill(self) -> Tensor:
         """Runs the whole prompts. Returns the logits [B, rows of the head] that follow each prompt's last token."""
         num_rows, width = self.input_ids.shape
-        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(
-            0, (num_rows, width)
+        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).view(
+            num_rows, width, -1
         )
         positions = (self.num_left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
         outputs = self.model.language_model(
@@ -312,7 +315,7 @@ class _Decoder:
 
     def _choose(self, logits: Tensor, step: int) -> Tensor:
         """The next token of every row, int64 [B]."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        finite = listed(torch.isfinite(logits).all(dim=-1))
         for prompt, is_finite in zip(self.rows, finite):
             if not is_finite:
                 name = self.sample_ids[prompt]
@@ -332,8 +335,8 @@ class _EncoderDecoder(_Decoder):
 
     def _prefill(self) -> Tensor:
         num_rows, width = self.input_ids.shape
-        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).unflatten(
-            0, (num_rows, width)
+        embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).view(
+            num_rows, width, -1
         )
         self.is_read = self.mask[:, :width]
         self.encoded = self.model.llm.encoder(inputs_embeds=embeds, attention_mask=self.is_read).last_hidden_state
@@ -358,7 +361,7 @@ DECODERS: dict[str, type[_Decoder]] = {"decoder-only": _Decoder, "encoder-decode
 def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
     """Of the token int64 [B] in each row of `logits` [B, rows of the head]."""
     wide = logits.float()
-    return (wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(dim=-1)).tolist()
+    return listed(wide.gather(-1, tokens[:, None]).squeeze(-1) - wide.logsumexp(dim=-1))
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:

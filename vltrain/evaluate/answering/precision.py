@@ -10,7 +10,7 @@ Trade-off: twice as many bytes for each weight in bf16 besides those that are ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def products_in_fp32(model: VisionLanguageModel, device: torch.device | str) -> Iterator[None]:
+def products_in_fp32(model: VisionLanguageModel, device: torch.device | str) -> Generator[None]:
     """Inside the block the model computes in fp32 with the numbers that its weights have; afterwards it is as it was,
     its tensors the same ones."""
     with widened(model), torch.autocast(torch.device(device).type, enabled=False):
@@ -30,7 +30,7 @@ def products_in_fp32(model: VisionLanguageModel, device: torch.device | str) -> 
 
 
 @contextmanager
-def widened(model: VisionLanguageModel) -> Iterator[None]:
+def widened(model: VisionLanguageModel) -> Generator[None]:
     """`products_in_fp32` but for autocast, which is a thread's and may be on."""
     halves: list[tuple[Tensor, Tensor]] = [(one, one.data) for one in _floats(model) if one.dtype in HALVES]
     assert not any(hasattr(one, "ds_tensor") for one, _ in halves), (

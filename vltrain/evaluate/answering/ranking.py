@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from vltrain.batch import listed
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sync, alone
 from vltrain.evaluate.report import question_of
@@ -96,7 +97,7 @@ def rank(
     batch_size: int,
     normalise_length: bool = False,
     sync: Sync = alone,
-    on_answered: Callable[[int], None] = lambda count: None,
+    on_answered: Callable[[int], object] = lambda count: None,
 ) -> list[int]:
     """The number of the winning candidate of each item, in the items' order.
 
@@ -117,7 +118,7 @@ def rank(
         num_rows = sum(len(item.candidates) for item in asked)
         assert losses.loss_sums.shape == losses.num_tokens.shape == (num_rows,), f"{losses} for {num_rows} candidates"
         values = losses.loss_sums.double()
-        rows = iter((values / losses.num_tokens.to(values.device) if normalise_length else values).tolist())
+        rows = iter(listed(values / losses.num_tokens.to(values.device) if normalise_length else values))
         for number, item in zip(numbers, asked):
             own = [next(rows) for _ in item.candidates]
             if not all(abs(loss) < float("inf") for loss in own):  # nor is NaN

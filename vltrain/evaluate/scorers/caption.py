@@ -90,7 +90,7 @@ def cider_d(captions: Sequence[Words], references: Sequence[Sequence[Words]]) ->
             total += product / (norm * reference_norm) if norm and reference_norm else 0.0
         return total / LONGEST_NGRAM
 
-    scores = []
+    scores: list[float] = []
     for words, of_image, given in zip(captions, counted, references, strict=True):
         caption = [weigh(counts) for counts in _ngrams(words)]
         penalties = [math.exp(-((len(words) - len(reference)) ** 2) / (2 * SIGMA**2)) for reference in given]

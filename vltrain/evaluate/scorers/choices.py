@@ -11,6 +11,7 @@ from __future__ import annotations
 from vltrain.errors import InputError
 from vltrain.evaluate.scorers.exact import normalise
 from vltrain.evaluate.scorers.scoring import Question, Verdict, fact
+from vltrain.files.strict_json import is_list
 
 
 def candidates_of(question: Question) -> tuple[list[str], int]:
@@ -29,7 +30,7 @@ def candidates_of(question: Question) -> tuple[list[str], int]:
     if len(set(map(normalise, candidates))) < len(candidates):
         raise InputError(f"{question.where}: candidates: found {candidates!r:.80}, expected different ones")
     choices = question.metadata.get("choices")
-    if isinstance(choices, list) and len(choices) != len(candidates):
+    if is_list(choices) and len(choices) != len(candidates):
         raise InputError(
             f"{question.where}: candidates: found {len(candidates)} of {len(choices)} choices, expected one for each"
         )

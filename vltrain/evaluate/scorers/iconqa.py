@@ -9,6 +9,8 @@ the data tells them.
 
 from __future__ import annotations
 
+from typing import Any
+
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.scorers import exact
 from vltrain.evaluate.scorers.choices import judge_choice, needs_choices
@@ -36,7 +38,7 @@ def judge(prediction: str, question: Question) -> Verdict:
 def columns(question: Question) -> tuple[str, ...]:
     """Raises InputError for metadata of other types than text and lists of texts."""
     grade = (fact(question, "grade", str, "a grade"),) if "grade" in question.metadata else ()
-    skills = fact(question, "skills", list, "a list of skills") if "skills" in question.metadata else []
+    skills: list[Any] = fact(question, "skills", list, "a list of skills") if "skills" in question.metadata else []
     if not all(isinstance(skill, str) for skill in skills):
         raise InputError(f"{question.where}: skills: found {skills!r:.80}, expected a list of texts")
     return _type_of(question), *grade, *dict.fromkeys(skills)

@@ -15,7 +15,7 @@ import re
 from vltrain.errors import InputError
 from vltrain.evaluate.scorers.choices import judge_choice, needs_choices
 from vltrain.evaluate.scorers.scoring import Question, Scorer, Verdict, fact
-from vltrain.files.strict_json import texts
+from vltrain.files.strict_json import is_list, texts
 
 _ANSWER = re.compile(r"The answer is ([A-Z])\.")
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -26,7 +26,7 @@ _NUM_GRADES = 12
 def _is_listed(question: Question) -> bool:
     """Whether its candidate answers are other texts than "The answer is A."."""
     candidates = question.metadata.get("candidates")
-    return isinstance(candidates, list) and bool(candidates) and not _ANSWER.match(str(candidates[0]))
+    return is_list(candidates) and bool(candidates) and not _ANSWER.match(str(candidates[0]))
 
 
 def _letter_of(question: Question) -> str:

@@ -105,7 +105,8 @@ class Tally:
         return self.correct / self.total if self.total else None
 
 
-class Remark(NamedTuple):
+@dataclass(frozen=True)
+class Remark:
     """How many questions something befell that the figures do not say by themselves, and a line on it."""
 
     count: int
@@ -193,7 +194,7 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
     """Judges (question, prompt, prediction) triples in the given order."""
     overall, failed = Tally(), 0
     columns = {column: Tally() for column in scorer.column_order}
-    answers = []
+    answers: list[Answer] = []
     answered = list(answered)
     judged = _judge(scorer, [(prediction, question) for question, _, prediction in answered])
     for (question, prompt, prediction), verdict in zip(answered, judged.verdicts, strict=True):
@@ -206,8 +207,15 @@ def score(name: str, scorer: Scorer, answered: Iterable[tuple[Question, str, str
     found = sorted(columns.keys() - set(scorer.column_order))
     ordered = {column: columns[column] for column in (*scorer.column_order, *found)}
     columns = {**ordered, "Average": overall}
-    told = {"columns": columns, "answers": tuple(answers), "measure": scorer.measure, "figures": judged.figures}
-    return Report(scorer=name, overall=overall, failed=failed, **told)
+    return Report(
+        scorer=name,
+        overall=overall,
+        failed=failed,
+        columns=columns,
+        answers=tuple(answers),
+        measure=scorer.measure,
+        figures=judged.figures,
+    )
 
 
 def _judge(scorer: Scorer, answered: list[tuple[str, Question]]) -> Judgement:

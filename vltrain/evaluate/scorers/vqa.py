@@ -19,7 +19,7 @@ from vltrain.evaluate.scorers.scoring import Question, Scorer, Verdict, fact
 
 MATCHES_FOR_FULL_SCORE = 3
 NUM_ANSWERS = 10
-NUMBERS = dict(
+NUMBERS: dict[str, str] = dict(
     zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
 )
 ARTICLES = ("a", "an", "the")
