@@ -232,7 +232,7 @@ def run_ranks(
 
 
 def deepspeed(*words: str, num_ranks: int = 2, timeout_seconds: float = 900) -> subprocess.CompletedProcess:
-    """`deepspeed launch/...` as in the README."""
+    """`deepspeed launch/...` as on the pages."""
     command, environment = deepspeed_command(*words, num_ranks=num_ranks)
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_seconds)
 
