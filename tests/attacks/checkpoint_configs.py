@@ -27,8 +27,8 @@ from tests.attacks.checkpoints import (
     write_meta,
 )  # fmt: skip
 from tests.attacks.weights import ROPE
-from vltrain.models.backbones.vision import ClipTaps
-from vltrain.models.pretrained.readers import llama_config
+from vltrain.models.mmt.visual_tokens import ClsTaps
+from vltrain.models.pretrained.readers import language_config
 
 CONFIG = "a checkpoint's config that ends in a traceback"
 
@@ -296,7 +296,7 @@ def dropout_of_a_vit(folder: Path) -> Shown:
         patch_size=8,
         attention_dropout=0.5,
     )
-    taps = ClipTaps(CLIPVisionModel._from_config(config, attn_implementation="sdpa").eval(), tap_every=1)
+    taps = ClsTaps(CLIPVisionModel._from_config(config, attn_implementation="sdpa").eval(), tap_every=1)
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(taps.eval()(pixels), taps(pixels)), "answers do not depend on chance"
     assert not torch.equal(taps.train()(pixels), taps(pixels)), "no dropout in training"
@@ -338,5 +338,5 @@ def config_that_is_no_json(folder: Path) -> Shown:
 def sizes_of_a_recipe(folder: Path) -> Shown:
     """The same values where a recipe says them, of random weights."""
     for name, value in (("pad_token_id", 61), ("num_hidden_layers", 0), ("rms_norm_eps", 0), ("head_dim", 7)):
-        refuses(lambda: llama_config("model.llm", None, {**LLM, name: value}), f"model.llm.config.{name}")
+        refuses(lambda: language_config("model.llm", None, {**LLM, name: value}), f"model.llm.config.{name}")
     return right("each refused by its key")

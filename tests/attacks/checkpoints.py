@@ -29,7 +29,7 @@ from tests.support.blip import LLAMA, SIZES, T5
 from vltrain.models.backbones.llm import packed_hidden_states
 from vltrain.models.instructblip.weights import blip_config, empty_blip, open_blip
 from vltrain.models.pretrained.quiet import quiet_transformers
-from vltrain.models.pretrained.readers import clip_config, llama_config, load_clip, load_llama
+from vltrain.models.pretrained.readers import language_config, load_language, load_tower, tower_config
 from vltrain.ops.attention import PACKED_SDPA
 
 LLM: dict[str, Any] = {
@@ -104,13 +104,13 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 def read_llama(source: Path) -> LlamaForCausalLM:
-    return load_llama(
-        "model.llm", str(source), llama_config("model.llm", str(source), {}), torch.float32, PACKED_SDPA
+    return load_language(
+        "model.llm", str(source), language_config("model.llm", str(source), {}), torch.float32, PACKED_SDPA
     ).eval()
 
 
 def read_clip(source: Path) -> CLIPVisionModel:
-    return load_clip("model.vision", str(source), clip_config("model.vision", str(source), {}), torch.float32, "sdpa")
+    return load_tower("model.vision", str(source), tower_config("model.vision", str(source), {}), torch.float32, "sdpa")
 
 
 def open_instructblip(source: Path) -> Any:

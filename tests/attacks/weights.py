@@ -30,7 +30,7 @@ from tests.attacks.checkpoints import (
 )  # fmt: skip
 from vltrain.models.pretrained import tensor_folder
 from vltrain.models.pretrained.clip_state import clip_state_config
-from vltrain.models.pretrained.readers import llama_config
+from vltrain.models.pretrained.readers import language_config
 
 IGNORED = "a weight ignored by its name, its value not compared"
 STALE = "stale files beside new ones decide"
@@ -320,7 +320,7 @@ def longrope_that_switches(folder: Path) -> Shown:
     """Frequencies that change for the whole batch once one segment is long, in a recipe's own sizes."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **ROPE["longrope"], "long_factor": [9.0] * 4}
     return refuses(
-        lambda: llama_config("model.llm", None, {**LLM, "rope_parameters": rope}),
+        lambda: language_config("model.llm", None, {**LLM, "rope_parameters": rope}),
         "model.llm.config.rope_parameters",
         "'longrope'",
     )

@@ -30,7 +30,7 @@ from vltrain.launching.launcher import find_program
 from vltrain.models.adapters import ADAPTERS
 from vltrain.models.build import build_model, count_parameters
 from vltrain.models.mmt import build
-from vltrain.models.pretrained.readers import llama_config
+from vltrain.models.pretrained.readers import language_config
 from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 
 ROOT = Path(__file__).parents[2]
@@ -340,9 +340,9 @@ def tokens_of(source: str) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def sizes_are_read_once() -> Iterator[None]:
     """A GGUF file takes seconds to tell its sizes, and many rows share one. No recipe here has random weights."""
-    read = cache(lambda key, source: llama_config(key, source, {}))
+    read = cache(lambda key, source: language_config(key, source, {}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "llama_config", lambda key, source, *_: copy.deepcopy(read(key, source)))
+        patch.setattr(build, "language_config", lambda key, source, *_: copy.deepcopy(read(key, source)))
         yield
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vltrain.models.pretrained.readers import llama_config, load_llama
+from vltrain.models.pretrained.readers import language_config, load_language
 
 
 def status(name: str) -> int:
@@ -22,8 +22,8 @@ def status(name: str) -> int:
 
 
 def main(source: str, dtype: str, warm_up: str) -> None:
-    load_llama(
-        "k", warm_up, llama_config("k", warm_up, {}), torch.float32, "sdpa"
+    load_language(
+        "k", warm_up, language_config("k", warm_up, {}), torch.float32, "sdpa"
     )  # modules that are imported at first use
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
@@ -36,7 +36,7 @@ def main(source: str, dtype: str, warm_up: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    llm = load_llama("k", source, llama_config("k", source, {}), getattr(torch, dtype), "sdpa")
+    llm = load_language("k", source, language_config("k", source, {}), getattr(torch, dtype), "sdpa")
     done.set()
     watcher.join()
     size = sum(parameter.numel() * parameter.element_size() for parameter in llm.parameters())

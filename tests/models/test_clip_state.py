@@ -14,9 +14,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vltrain.config.model.mmt import VisionConfig
 from vltrain.errors import InputError
-from vltrain.models.backbones.vision import ClipTaps
 from vltrain.models.build import build_model
-from vltrain.models.pretrained.readers import clip_config, load_clip
+from vltrain.models.mmt.visual_tokens import ClsTaps
+from vltrain.models.pretrained.readers import load_tower, tower_config
 
 WIDTH, PATCH, GRID, DEPTH = 128, 16, 2, 5
 SIZES = {
@@ -111,7 +111,7 @@ def exported(model: CLIPVisionModel) -> dict[str, Tensor]:
 
 
 def read(path: Path, kind: str | None, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:
-    return load_clip("model.vision", str(path), clip_config("model.vision", str(path), {}, kind), dtype, "sdpa")
+    return load_tower("model.vision", str(path), tower_config("model.vision", str(path), {}, kind), dtype, "sdpa")
 
 
 @pytest.mark.parametrize("kind, exact", [("diht", True), ("clip", False), ("alip", False)])
@@ -198,7 +198,7 @@ def test_a_recipe_names_such_a_file(tmp_path: Path) -> None:
     vision = {"config": {}, "source": str(tmp_path / "vit.ckpt"), "kind": "alip", "tap_every": 2}
     model = build_model(tiny_config(vision=vision, llm={"config": LLM}))
     assert model(make_batch([(7, [0]), (5, [])], num_images=1)).loss_sum.isfinite()
-    plain = ClipTaps(read(tmp_path / "vit.ckpt", "alip"), 2)
+    plain = ClsTaps(read(tmp_path / "vit.ckpt", "alip"), 2)
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(model.vision(pixels), plain(pixels))  # adapters start as the identity
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])

@@ -1,6 +1,7 @@
 """The closed form against torch's counter of what really runs, for every choice of what is trained."""
 
 import pytest
+import tiny_models
 import torch
 from tiny_models import LLM, VISION, counted_flops, make_batch, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,6 +11,7 @@ from vltrain.models.build import build_model
 from vltrain.models.flops import Flops
 
 CASES = {
+    "patches": {"vision": {"tokens": "patches", "tap_every": 4}},
     "adapters": {},
     "adapters everywhere": {"adapter": {"vision": "both", "llm": "both"}},
     "adapters before the FFN": {"adapter": {"vision": "ffn", "llm": "ffn"}},
@@ -23,12 +25,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_closed_form_is_what_torch_counts(name: str) -> None:
+def test_closed_form_is_what_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = dict(CASES[name])
     # Eager and "math" attention: torch's counter sees its products. Dense groups: what runs is what is needed.
     choice["llm"] = {**choice.get("llm", {}), "attention": "eager"}
     choice["adapter"] = {**choice.get("adapter", {}), "groups": 1}
     model = build_model(tiny_config(**choice))
+    monkeypatch.setattr(tiny_models, "VISUAL_TOKENS", model.visual_tokens)
     batch = make_batch([(13, [0, 1])], num_images=2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(batch).loss_sum.backward()

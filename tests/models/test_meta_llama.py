@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
-from vltrain.models.pretrained.readers import llama_config, load_llama
+from vltrain.models.pretrained.readers import language_config, load_language
 
 DIM, HEADS, LAYERS, FFN, VOCABULARY, THETA = 32, 4, 2, 48, 26, 500.0
 HEAD_DIM = DIM // HEADS
@@ -96,7 +96,7 @@ def write_meta(
 
 
 def read(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return load_llama("model.llm", str(folder), llama_config("model.llm", str(folder), {}), dtype, "sdpa")
+    return load_language("model.llm", str(folder), language_config("model.llm", str(folder), {}), dtype, "sdpa")
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

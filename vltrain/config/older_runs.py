@@ -25,7 +25,10 @@ ADDED: dict[str, Any] = {
     "model.adapter.residual": True,
     "model.adapter.vision_kind": None,
     "model.instructblip.preprocessing": "square",
+    "model.vision.blocks": None,
+    "model.vision.pool": 1,
     "model.vision.preprocessing": "square",
+    "model.vision.tokens": "cls",
     "train.init_from": None,
     "train.loggers": ("tensorboard",),
 }

@@ -15,6 +15,7 @@ FORMATS: dict[str, dict[str, Format]] = {
     "mmt": {"mmt": MMT, "lora": LORA, "merged": MERGED, "adapters": ADAPTERS},
     "instructblip": {"peft": PEFT, "whole": WHOLE, "adapters": ADAPTERS},
 }
+OF_ALL = {"adapters": ADAPTERS}  # what an architecture has that has nothing of its own here
 # What is called otherwise elsewhere.
 CALLED = {"instructblip": {"lora": "peft", "merged": "whole", "mmt": "whole"}, "mmt": {"peft": "lora", "whole": "mmt"}}
 
@@ -27,13 +28,14 @@ def find_format(architecture: str, name: str | None, where: str) -> tuple[str, F
 
     Raises: InputError for a format that the architecture lacks, naming those it has.
     """
-    has = FORMATS[architecture]
+    has = FORMATS.get(architecture, OF_ALL)
     name = name or next(iter(has), None)
     if name in has:
         return name, has[name]
     known = sorted({other for formats in FORMATS.values() for other in formats})
     told = f"a run of the architecture {architecture} has no format {name!r}" if name in known else f"found {name!r}"
-    here = f": what it holds, {CALLED[architecture][name]} holds here" if name in CALLED[architecture] else ""
+    called = CALLED.get(architecture, {})
+    here = f": what it holds, {called[name]} holds here" if name in called else ""
     raise InputError(f"{where}: {told}{here}, expected one of {', '.join(has)}")
 
 

@@ -18,7 +18,8 @@ from vltrain.config.model.base import ModelConfig
 from vltrain.errors import InputError, nearest
 from vltrain.files.locate import locate
 from vltrain.models.architectures import all_architectures, architecture_of
-from vltrain.models.interface import Network, PublishedSizes
+from vltrain.models.backbones.family import Network
+from vltrain.models.interface import PublishedSizes
 
 # A folder with one of these says its network's sizes; a tokenizer beside them does not.
 SAYS_SIZES = ("config.json", "consolidated.00.pth")

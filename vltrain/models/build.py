@@ -81,7 +81,7 @@ def weight_files(model: ModelConfig) -> dict[str, dict[str, Path]]:
 
 def count_parameters(model: VisionLanguageModel) -> dict[str, tuple[int, int]]:
     """By part: (parameters, trained parameters). A tied weight is counted once."""
-    counts = dict.fromkeys(model.PARTS, (0, 0))
+    counts: dict[str, tuple[int, int]] = dict.fromkeys(model.PARTS, (0, 0))
     for name, parameter in model.named_parameters():
         part = model.part_of(name)
         total, trained = counts[part]

@@ -8,12 +8,13 @@ the figures belong to the model and the recipe, not to the implementation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
-from vltrain.models.backbones.vision import ClipTaps
+from vltrain.models.backbones.family import Blocks
+from vltrain.models.backbones.table import language_of
 from vltrain.models.peft.lora import low_rank_factors, plain_attention
 from vltrain.models.quantise import num_weights
 
@@ -50,7 +51,7 @@ class _Layers:
 
     attention_norm: nn.Module
     queries: nn.Linear
-    keys_values: tuple[nn.Linear, nn.Linear]
+    keys_values: tuple[nn.Linear, ...]
     attention_out: nn.Linear
     ffn_norm: nn.Module
     ffn_in: tuple[nn.Linear, ...]
@@ -60,7 +61,7 @@ class _Layers:
 
 
 @dataclass(frozen=True)
-class _Count:
+class Count:
     """Operations so far: per row that asks (`query`), per row that is only looked at (`key`), per pair of them; and
     whether the states that leave need a gradient."""
 
@@ -70,52 +71,21 @@ class _Count:
     needs_grad: bool = False
 
 
-def vision_flops(vision: ClipTaps, neck: nn.Module) -> tuple[float, bool]:
-    """(operations per image, do the features need a gradient?) of the ViT up to its last tap, and of the neck."""
-    embeddings = vision.clip.embeddings
-    num_rows = embeddings.num_positions
-    patch = embeddings.patch_embedding
-    total = (num_rows - 1) * _matrix(patch.weight, needs_grad=False)
-    grad = any(
-        parameter.requires_grad
-        for module in (embeddings, vision.clip.pre_layrnorm)
-        for parameter in module.parameters()
-    )
-    *blocks, last = (_clip_layers(block) for block in vision.live_blocks)
-    for layers in blocks:
-        count = _block(layers, grad)
-        total += num_rows * (count.query + count.key + num_rows * count.pair)
-        grad = count.needs_grad
-    count = _block(last, grad)  # only [cls] asks, and goes on
-    total += count.query + num_rows * (count.key + count.pair)
-    for linear in (module for module in neck.modules() if isinstance(module, nn.Linear)):
-        total += vision.num_taps * _matrix(linear.weight, needs_grad=count.needs_grad)
-        count = replace(count, needs_grad=count.needs_grad or linear.weight.requires_grad)
-    return total, count.needs_grad
-
-
-def llm_flops(llm: LlamaForCausalLM, embeds_need_grad: bool) -> tuple[float, float, float]:
+def llm_flops(llm: Any, embeds_need_grad: bool) -> tuple[float, float, float]:
     """(per token, per causal pair, per label) of the blocks and the head."""
     per_token = per_pair = 0.0
+    family = language_of(llm.config)
     grad = embeds_need_grad or llm.model.embed_tokens.weight.requires_grad
     for block in llm.model.layers:
-        count = _block(_llama_layers(block), grad)
+        count = block_flops(block, family, grad)
         per_token += count.query + count.key
         per_pair += count.pair
         grad = count.needs_grad
     grad = grad or llm.model.norm.weight.requires_grad
-    return per_token, per_pair, _matrix(llm.lm_head.weight, needs_grad=grad)
+    return per_token, per_pair, matrix_flops(llm.lm_head.weight, needs_grad=grad)
 
 
-def count_flops(vision: ClipTaps, neck: nn.Module, modality_embedding: nn.Embedding, llm: LlamaForCausalLM) -> Flops:
-    """The `Flops` of a whole model, given which of its parameters are trained now."""
-    per_image, visual_need_grad = vision_flops(vision, neck)
-    per_token, per_causal_pair, per_label = llm_flops(llm, visual_need_grad or modality_embedding.weight.requires_grad)
-    half = per_causal_pair / 2
-    return Flops(per_token=per_token + half, per_pair=half, per_image=per_image, per_label=per_label)
-
-
-def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
+def matrix_flops(weight: Tensor, *, needs_grad: bool) -> float:
     """A row times a matrix: forward, the weight's gradient where it is trained, the row's where that is needed."""
     return 2.0 * num_weights(weight) * (1 + weight.requires_grad + needs_grad)
 
@@ -123,56 +93,58 @@ def _matrix(weight: Tensor, *, needs_grad: bool) -> float:
 def linear_flops(linear: nn.Linear, *, needs_grad: bool) -> float:
     """A row through a linear layer and, where it has LoRA or AdaLoRA, through A and B, between which there is always a
     gradient."""
-    total = _matrix(linear.weight, needs_grad=needs_grad)
+    total = matrix_flops(linear.weight, needs_grad=needs_grad)
     for factor, factor_needs_grad in zip(low_rank_factors(linear), (needs_grad, True)):
-        total += _matrix(factor, needs_grad=factor_needs_grad)
+        total += matrix_flops(factor, needs_grad=factor_needs_grad)
     return total
 
 
-def _block(layers: _Layers, grad: bool) -> _Count:
+def block_flops(block: nn.Module, family: Blocks, grad: bool) -> Count:
     """One pre-norm transformer block. `grad`: do the states that enter need a gradient?"""
+    layers = _layers(block, family)
     normed_cost, normed_grad = _norm(layers.attention_norm, grad)
     query = linear_flops(layers.queries, needs_grad=normed_grad)
     key = normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.keys_values)
-    mixed_grad = normed_grad or _trained(layers.queries, *layers.keys_values)
+    mixed_grad = normed_grad or is_trained(layers.queries, *layers.keys_values)
     # Scores and their use: two products of `width` numbers each; backward, two for each of those.
     pair = 4.0 * layers.queries.out_features * (3 if mixed_grad else 1)
     # Prompts have a gradient, so both of their products have both of theirs.
     query += layers.prompts * 4.0 * layers.queries.out_features * 3
     mixed_grad = mixed_grad or layers.prompts > 0
     query += linear_flops(layers.attention_out, needs_grad=mixed_grad)
-    grad = grad or mixed_grad or _trained(layers.attention_out)
+    grad = grad or mixed_grad or is_trained(layers.attention_out)
 
     normed_cost, normed_grad = _norm(layers.ffn_norm, grad)
     query += normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.ffn_in)
-    inner_grad = normed_grad or _trained(*layers.ffn_in)
+    inner_grad = normed_grad or is_trained(*layers.ffn_in)
     query += linear_flops(layers.ffn_out, needs_grad=inner_grad)
-    return _Count(query, key, pair, grad or inner_grad or _trained(layers.ffn_out))
+    return Count(query, key, pair, grad or inner_grad or is_trained(layers.ffn_out))
 
 
 def _norm(norm: nn.Module, grad: bool) -> tuple[float, bool]:
     """(operations per row, does the result need a gradient?) of a norm and the adapter behind it, if there is one."""
     if not isinstance(norm, nn.Sequential):
-        return 0.0, grad or _trained(norm)
-    grad = grad or _trained(norm.norm)
-    return norm.adapter.flops_per_row(grad), grad or _trained(norm.adapter)
+        return 0.0, grad or is_trained(norm)
+    parts: Any = norm
+    grad = grad or is_trained(parts.norm)
+    return parts.adapter.flops_per_row(grad), grad or is_trained(parts.adapter)
 
 
-def _trained(*modules: nn.Module) -> bool:
+def is_trained(*modules: nn.Module) -> bool:
+    """Whether any parameter of theirs is."""
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
-def _clip_layers(block: nn.Module) -> _Layers:
-    attention = block.self_attn
-    return _Layers(
-        block.layer_norm1, attention.q_proj, (attention.k_proj, attention.v_proj), attention.out_proj,
-        block.layer_norm2, (block.mlp.fc1,), block.mlp.fc2,
-    )  # fmt: skip
+def _layers(block: nn.Module, family: Blocks) -> _Layers:
+    attention, prompts = plain_attention(block.get_submodule(family.attention))
 
+    def linear(name: str) -> Any:
+        inner = name.removeprefix(f"{family.attention}.")
+        return block.get_submodule(name) if inner == name else attention.get_submodule(inner)
 
-def _llama_layers(block: nn.Module) -> _Layers:
-    attention, prompts = plain_attention(block.self_attn)
+    queries, *keys_values = map(linear, family.readers["attention"])
+    attention_norm, ffn_norm = (block.get_submodule(family.norms[sublayer]) for sublayer in ("attention", "ffn"))
     return _Layers(
-        block.input_layernorm, attention.q_proj, (attention.k_proj, attention.v_proj), attention.o_proj,
-        block.post_attention_layernorm, (block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj, prompts,
+        attention_norm, queries, tuple(keys_values), linear(family.writers["attention"]),
+        ffn_norm, tuple(map(linear, family.readers["ffn"])), linear(family.writers["ffn"]), prompts,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vltrain.models.adapters.routing import Routing
+from vltrain.models.backbones.family import Network
 from vltrain.models.flops import Flops
 from vltrain.ops.attention import PACKED_SDPA
 from vltrain.schema import Framing
@@ -168,15 +169,6 @@ class VisionLanguageModel(nn.Module):
             arguments: of the forward of transformers' decoder.
         """
         return self.llm.model(inputs_embeds=embeds, **arguments)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A published network: its sizes as transformers' config has them, and parts of names (letters and digits alone)
-    that mean it."""
-
-    config: dict[str, Any]
-    aliases: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

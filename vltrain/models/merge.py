@@ -10,28 +10,20 @@ config has a switch for (`attention_bias`, `mlp_bias`), unless adapters have non
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
-from vltrain.models.backbones.llm import LLM_NORMS, llm_blocks
-from vltrain.models.backbones.vision import VISION_NORMS
+from vltrain.models.backbones.family import Language
+from vltrain.models.backbones.llm import llm_blocks
+from vltrain.models.backbones.table import language_of
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.peft.lora import require_no_prompts
 from vltrain.models.peft.low_rank import merge_updates
 from vltrain.models.quantise import dequantise_linears
-
-# Which linear layers of a block read the norm of a sublayer, and which else belong to it (they need a bias where the
-# others have one).
-VISION_READERS = {"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "ffn": ("mlp.fc1",)}
-LLM_READERS = {
-    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "ffn": ("mlp.gate_proj", "mlp.up_proj"),
-}
-LLM_WRITERS = {"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"}
-LLM_BIAS_SWITCH = {"attention": "attention_bias", "ffn": "mlp_bias"}
 
 
 @dataclass
@@ -79,19 +71,34 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
     require_no_prompts(model.llm)
     for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
         _require_linear(adapter)
+    tower, language = model.vision.tower, language_of(model.llm.config)
+    _require_bias_switches(model, language)
     rounding = Rounding()
     dequantise_linears(model)
     merge_updates(model.llm, rounding.put)
     for block in model.vision.live_blocks:
-        for sublayer, norm in VISION_NORMS.items():
-            _merge(block, norm, VISION_READERS[sublayer], rounding)
-    for sublayer, norm in LLM_NORMS.items():
-        got_bias = [_merge(block, norm, LLM_READERS[sublayer], rounding) for block in llm_blocks(model.llm)]
+        for sublayer, norm in tower.norms.items():
+            _merge(block, norm, tower.readers[sublayer], rounding)
+    for sublayer, norm in language.norms.items():
+        got_bias = [_merge(block, norm, language.readers[sublayer], rounding) for block in llm_blocks(model.llm)]
         if any(got_bias):
             for block in llm_blocks(model.llm):
-                _with_zero_bias(block.get_submodule(LLM_WRITERS[sublayer]))
-            setattr(model.llm.config, LLM_BIAS_SWITCH[sublayer], True)
+                writer: Any = block.get_submodule(language.writers[sublayer])
+                _with_zero_bias(writer)
+            setattr(model.llm.config, language.bias_switches[sublayer], True)
     return rounding
+
+
+def _require_bias_switches(model: MultimodalModel, language: Language) -> None:
+    for block in llm_blocks(model.llm):
+        for sublayer, norm in language.norms.items():
+            adapter: Any = getattr(getattr(block, norm), "adapter", None)
+            has_constant = adapter is not None and adapter.linear_map()[1] is not None
+            if has_constant and sublayer not in language.bias_switches:
+                raise InputError(
+                    f"model.adapter.bias: found True, but the config of a {language.title} has no switch for biases of "
+                    f"the {sublayer}'s linear layers, which adapters with biases make; keep the adapters apart"
+                )
 
 
 def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...], rounding: Rounding) -> bool:

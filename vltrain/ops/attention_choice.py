@@ -19,10 +19,10 @@ import importlib
 import logging
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltrain.errors import InputError
@@ -72,7 +72,7 @@ IMPLEMENTATIONS = {"sdpa": PACKED_SDPA, "varlen": PACKED_VARLEN}
 
 def choose_attention(
     requested: str,
-    config: LlamaConfig,
+    config: Any,
     device: torch.device | str,
     dtype: torch.dtype,
     key: str = "model.llm.attention",
@@ -111,7 +111,7 @@ def choose_attention(
     return IMPLEMENTATIONS.get(chosen, chosen)
 
 
-def why_not(name: str, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel `name` cannot run here, or None. Packages are asked last, and imported only if all else fits."""
     kernel = KERNELS[name]
     if device.type != "cuda":

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from vltrain.errors import InputError
@@ -31,19 +30,26 @@ _plain_rotary = modeling_llama.apply_rotary_pos_emb
 
 
 def choose_kernels(
-    requested: str, device: torch.device | str, activation: str, key: str = "model.llm.kernels", *, log: bool = True
+    requested: str,
+    device: torch.device | str,
+    activation: str,
+    key: str = "model.llm.kernels",
+    *,
+    lacking: str | None = None,
+    log: bool = True,
 ) -> str:
     """Settles `auto` of the setting `key` and returns `liger` or `torch`, logging (`log`) the choice.
 
     Args:
         device: of the forwards; an outline on the meta device has none and stays plain, whatever is asked for.
         activation: the LLM's `hidden_act`.
+        lacking: why there are none for this LLM, whatever the device; None: there are.
 
     Raises: InputError if `liger` is asked for where it cannot run.
     """
     if torch.device(device).type == "meta":
         return "torch"
-    missing = _what_is_missing(torch.device(device).type == "cuda", activation)
+    missing = lacking or _what_is_missing(torch.device(device).type == "cuda", activation)
     if requested == "liger" and missing:
         raise InputError(f"{key}: found 'liger', but {missing}; take auto or torch")
     chosen = "torch" if requested == "torch" or missing or (requested == "auto" and interpreted()) else "liger"
@@ -64,7 +70,7 @@ def _what_is_missing(on_cuda: bool, activation: str) -> str | None:
     return None if activation in ("silu", "swish") else f"this LLM's activation is '{activation}', and it knows silu"
 
 
-def install_liger(llm: LlamaForCausalLM) -> None:
+def install_liger(llm: nn.Module) -> None:
     """Gives norms, rotary embedding and MLPs of this LLM Liger's kernels, in place; its modules and parameters stay
     what they are."""
     for module in llm.modules():

@@ -63,7 +63,7 @@ class AdapterConfig:
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """The image encoder: a CLIP-style ViT whose [cls] states after every `tap_every`-th block are the visual tokens."""
+    """The image encoder: a CLIP-style ViT, some of whose states are the visual tokens."""
 
     source: str | None = None
     """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors)
@@ -77,8 +77,15 @@ class VisionConfig:
     """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop,
     filter, mean, deviation), and as with `square` where there is none; square: resized straight to the square, bicubic,
     CLIP's mean and deviation."""
+    tokens: Literal["cls", "patches"] = "cls"
+    """What becomes visual tokens. cls: [cls] states after every `tap_every`-th block (the paper's); patches: the states
+    of all patches after the last of `blocks` (LLaVA's)."""
     tap_every: int = number(4, 1, MOST_SIZE)
-    """A [cls] state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
+    """cls: a state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
+    blocks: int | None = number(None, 1, MOST_SIZE)
+    """patches: after how many blocks; null: after all but the last."""
+    pool: int = number(1, 1, MOST_SIZE)
+    """patches: the mean of each square of `pool` x `pool` patches is one visual token."""
     train: bool = False
     """Also tune the ViT's own weights."""
 
@@ -210,6 +217,9 @@ class MmtConfig(ModelConfig):
     def identity(self) -> dict[str, Any]:
         identity = super().identity()
         del identity["architecture"]  # the first runs knew one architecture
+        for name, default in (("tokens", "cls"), ("blocks", None), ("pool", 1)):  # and one kind of visual tokens
+            if identity["vision"][name] == default:
+                del identity["vision"][name]
         return identity
 
     @classmethod
@@ -225,6 +235,9 @@ class MmtConfig(ModelConfig):
                 lambda model: model.tune == "neck",
                 "model.tune = neck puts neither adapters nor peft's layers in",
             )
+        for name in ("blocks", "pool"):
+            yield f"model.vision.{name}", lambda model: model.vision.tokens == "cls", "model.vision.tokens is cls"
+        yield "model.vision.tap_every", lambda model: model.vision.tokens != "cls", "model.vision.tokens is not cls"
         yield (
             "model.neck.dim",
             lambda model: model.neck.kind == "linear",

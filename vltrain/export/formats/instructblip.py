@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from vltrain.config.model.instructblip import BlipModelConfig
 from vltrain.export.format import Choices, Format, Proof, Source, Written
 from vltrain.export.formats.instructblip_processor import write_processor
 from vltrain.export.questions import as_text
@@ -43,12 +45,16 @@ JPEGS = (
 )
 
 
+def _section(source: Source) -> BlipModelConfig:
+    return cast(BlipModelConfig, source.config.model)
+
+
 def _refuse_mixed_modes(source: Source, choices: Choices) -> None:
-    only_mode(source.config.model.instructblip)
+    only_mode(_section(source).instructblip)
 
 
 def _write_updates(folder: Path, source: Source, choices: Choices) -> None:
-    checkpoint, blip = source.checkpoint, source.config.model.instructblip
+    checkpoint, blip = source.checkpoint, _section(source).instructblip
     assert checkpoint is not None, "the format needs tuned weights"
     weights = {InstructBlip.their_name(name): value for name, value in checkpoint.weights()}
     pattern: dict[str, list[bool]] = {}
@@ -89,7 +95,7 @@ def _write_whole(folder: Path, source: Source, choices: Choices) -> Written:
 def _base(source: Source, place: Path) -> str:
     """The base as the run reads it: its own folder, or one that is written where there is none, or where the run keeps
     it in fewer bits."""
-    model = source.config.model
+    model = _section(source)
     if model.instructblip.source is not None and model.bits in (None, 32):
         return locate(model.instructblip.source)
     _write_whole(place / "base", dataclasses.replace(source, checkpoint=None, before=None), Choices())

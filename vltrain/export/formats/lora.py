@@ -31,6 +31,8 @@ from vltrain.export.formats.parts import (
     EMBED,
     LOGITS,
     generation_config,
+    mmt_of,
+    refuse_tokens,
     tuned_model,
     write_beside,
     write_image_processor,
@@ -57,14 +59,16 @@ from vltrain.models.quantise import dequantise_linears
 
 
 def _refuse(source: Source, choices: Choices) -> None:
-    require_low_rank(source.config.model)
+    model = mmt_of(source)
+    refuse_tokens(model)
+    require_low_rank(model)
     if choices.engine is not None:
-        require_engine(choices.engine, source.config.model)
+        require_engine(choices.engine, model)
 
 
 @torch.no_grad()
 def _write(folder: Path, source: Source, choices: Choices) -> Written:
-    built, model = tuned_model(source), source.config.model
+    built, model = tuned_model(source), mmt_of(source)
     notes = []
     for part in PARTS:
         if not lora_rank(model, part):
@@ -146,7 +150,7 @@ def _network(built: MultimodalModel, part: str) -> nn.Module:
 
 
 def _settings(source: Source, part: str) -> dict[str, Any]:
-    model = source.config.model
+    model = mmt_of(source)
     settings: dict[str, Any] = {"base_model_name_or_path": _stock_base(source, part), "lora_alpha": None}
     if part == "llm":
         settings["task_type"] = "CAUSAL_LM"
@@ -190,11 +194,9 @@ def _base(source: Source, place: Path) -> str:
 def _write_base(source: Source, base: Path) -> None:
     """Writes the networks that are not there yet."""
     untuned = dataclasses.replace(source, checkpoint=None, before=None)
-    adapter = dataclasses.replace(source.config.model.adapter, vision="none", llm="none")
-    llm = dataclasses.replace(
-        source.config.model.llm, peft=dataclasses.replace(source.config.model.llm.peft, kind=None)
-    )
-    model = dataclasses.replace(source.config.model, adapter=adapter, llm=llm)
+    adapter = dataclasses.replace(mmt_of(source).adapter, vision="none", llm="none")
+    llm = dataclasses.replace(mmt_of(source).llm, peft=dataclasses.replace(mmt_of(source).llm.peft, kind=None))
+    model = dataclasses.replace(mmt_of(source), adapter=adapter, llm=llm)
     built = tuned_model(dataclasses.replace(untuned, config=dataclasses.replace(source.config, model=model)))
     dequantise_linears(built)
     for part in PARTS:

@@ -23,7 +23,7 @@ from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_t
 from vltrain.errors import InputError
 from vltrain.export.format import Choices, Format, Proof, Source
 from vltrain.export.formats import modeling_vltrain_mmt as modeling
-from vltrain.export.formats.parts import generation_config, tuned_model
+from vltrain.export.formats.parts import generation_config, mmt_of, refuse_tokens, tuned_model
 from vltrain.export.formats.stock_tokenizer import mark_ends, open_stock, require_same_ids
 from vltrain.files.strict_json import read_object
 from vltrain.models.adapters.table import adapter_kind
@@ -36,7 +36,8 @@ MODELS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 
 def refuse_unmergeable(source: Source, choices: Choices) -> None:
     """Raises InputError, by the recipe alone, for adapters and prompts that no weight can take in."""
-    model = source.config.model
+    model = mmt_of(source)
+    refuse_tokens(model)
     for part, placement in (("llm", model.adapter.llm), ("vision", model.adapter.vision)):
         kind = adapter_kind(model.adapter, part)
         if placement != "none" and not hasattr(kind, "linear_map"):

@@ -10,19 +10,24 @@ preprocessor_config.json, tokenizer.json, generation_config.json     as transfor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig
 from transformers.image_utils import PILImageResampling
 
+from vltrain.config.model.mmt import MmtConfig
 from vltrain.data.text.conversation import stop_ids
 from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.errors import InputError
 from vltrain.export.format import Source
 from vltrain.export.formats.stock_tokenizer import mark_ends, open_stock, require_same_ids
 from vltrain.export.reference import model_of
 from vltrain.files.atomic import write_json
 from vltrain.files.tensors import save_file
+from vltrain.models.backbones.clip import CLIP
+from vltrain.models.backbones.llama import LLAMA
+from vltrain.models.backbones.table import language_of
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.pretrained.preprocessor import CLIP_KINDS
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
@@ -97,8 +102,8 @@ def write_beside(folder: Path, model: MultimodalModel, source: Source) -> None:
                 "mean": model.vision.mean.flatten().tolist(),
                 "std": model.vision.std.flatten().tolist(),
             },
-            "llm": config.model.llm.source,
-            "vision": config.model.vision.source,
+            "llm": config.model.bases["LLM"],
+            "vision": config.model.bases["ViT"],
         },
     )
 
@@ -164,5 +169,34 @@ def generation_config(
 def tuned_model(source: Source) -> MultimodalModel:
     """The run's model in fp32 on the CPU, weights in 16 bits widened; quantised layers stay what they are. Raises
     InputError."""
-    built = model_of(source.config, source.weights)
+    built = cast(MultimodalModel, model_of(source.config, source.weights))
+    require_writable(built)
     return built.float()
+
+
+def mmt_of(source: Source) -> MmtConfig:
+    """The section of the recipe, of formats of this architecture."""
+    return cast(MmtConfig, source.config.model)
+
+
+def refuse_tokens(model: MmtConfig) -> None:
+    """Raises InputError for visual tokens that folders with the whole network can't hold."""
+    if model.vision.tokens != "cls":
+        raise InputError(
+            f"model.vision.tokens: found {model.vision.tokens!r}, expected cls, which is all that this format can "
+            "write; take --format adapters"
+        )
+
+
+def require_writable(model: MultimodalModel) -> None:
+    """Raises InputError for families that folders with the whole network can't hold: their files say CLIP and LLaMA."""
+    found = {
+        "vision tower": (model.vision.tower.title, CLIP.title),
+        "LLM": (language_of(model.llm.config).title, LLAMA.title),
+    }
+    for what, (has, expected) in found.items():
+        if has != expected:
+            raise InputError(
+                f"export: the run's {what}: found {has}, expected {expected}, which is all that this format can write; "
+                "take --format adapters"
+            )

@@ -8,6 +8,7 @@ that training starts from the pretrained network's function.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import fields
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def is_routed(config: AdapterConfig) -> bool:
 def insert_adapters(
     block: nn.Module,
     number: int,
-    norms: dict[str, str],
+    norms: Mapping[str, str],
     placement: str,
     config: AdapterConfig,
     *,

@@ -1,8 +1,13 @@
-"""CLIP's ViTs and their kin."""
+"""CLIP's ViTs and their kin: DiHT, ALIP."""
 
 from __future__ import annotations
 
-from vltrain.models.interface import Network
+import re
+
+from transformers import CLIPConfig, CLIPVisionConfig, CLIPVisionModel
+
+from vltrain.models.backbones.family import Layout, Network, Tower
+from vltrain.models.pretrained.clip_state import ClipStateWeights, clip_state_config, is_state_file
 
 
 def _vit(width: int, blocks: int, patch: int, image: int, *aliases: str) -> Network:
@@ -23,3 +28,21 @@ VITS: dict[str, Network] = {
     "vit-l/14": _vit(1024, 24, 14, 224, "vitl14", "vitlargepatch14"),
     "vit-l/14-336": _vit(1024, 24, 14, 336, "vitl14336", "vitlargepatch14336"),
 }
+
+CLIP = Tower(
+    title="CLIP ViT",
+    model_types=("clip_vision_model",),
+    config=CLIPVisionConfig,
+    network=CLIPVisionModel,
+    published=VITS,
+    layouts=(Layout(is_it=is_state_file, config=clip_state_config, weights=ClipStateWeights),),
+    norms={"attention": "layer_norm1", "ffn": "layer_norm2"},
+    readers={"attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "ffn": ("mlp.fc1",)},
+    writers={"attention": "self_attn.out_proj", "ffn": "mlp.fc2"},
+    before=("embeddings", "pre_layrnorm"),
+    after=("post_layernorm",),
+    has_cls=True,
+    whole={"clip": CLIPConfig},
+    # The other half of a whole CLIP, and what leads into the space that both share.
+    others=re.compile(r"text_model\.|text_projection\.|visual_projection\.weight$|logit_scale$"),
+)

@@ -1,10 +1,14 @@
-"""LLaMA and its kin."""
+"""LLaMA and what is built like it: Vicuna, TinyLlama, SmolLM2."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from vltrain.models.interface import Network
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vltrain.models.backbones.family import Language, Layout, Network
+from vltrain.models.pretrained.meta_llama import MetaWeights, is_meta_folder, meta_llama_config
 
 
 def _llama(
@@ -31,3 +35,31 @@ LLMS: dict[str, Network] = {
     "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49152, "smollm2360m", tie_word_embeddings=True),
     "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, "smollm217b", tie_word_embeddings=True),
 }
+
+
+def _meta_config(key: str, path: Path, kind: str | None) -> LlamaConfig:
+    return meta_llama_config(key, path)
+
+
+LLAMA = Language(
+    title="LLaMA",
+    model_types=("llama",),
+    config=LlamaConfig,
+    network=LlamaForCausalLM,
+    published=LLMS,
+    layouts=(Layout(is_it=is_meta_folder, config=_meta_config, weights=MetaWeights),),
+    norms={"attention": "input_layernorm", "ffn": "post_attention_layernorm"},
+    readers={
+        "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "ffn": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+    writers={"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"},
+    bias_switches={"attention": "attention_bias", "ffn": "mlp_bias"},
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    sublayers={
+        "attn": ("self_attn.q_proj", "self_attn.v_proj"),
+        "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    },
+    prompts=True,
+    liger=True,
+)

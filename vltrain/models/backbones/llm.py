@@ -1,36 +1,35 @@
-"""The language model: transformers' LLaMA with our head and our attention over packed rows."""
+"""The language model: a decoder of transformers with our head and our attention over packed rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vltrain.models.adapters import Routing
+from vltrain.models.backbones.table import language_of
 from vltrain.models.materialise import empty_model
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.liger import install_liger
 from vltrain.ops.loss import LossHead
 
-LLM_NORMS = {"attention": "input_layernorm", "ffn": "post_attention_layernorm"}
 
-
-def empty_llama(config: LlamaConfig, attention: str) -> LlamaForCausalLM:
-    """`empty_model`, with a head that shares the embeddings' weight where the config says so."""
-    llm = empty_model(LlamaForCausalLM, config, attention)
+def empty_language(config: PreTrainedConfig, attention: str) -> Any:
+    """`empty_model` of the config's family, with a head that shares the embeddings' weight where the config says so."""
+    llm = empty_model(language_of(config).network, config, attention)
     tie_head(llm)
     return llm
 
 
-def tie_head(llm: LlamaForCausalLM) -> None:
+def tie_head(llm: Any) -> None:
     """Lets the head share the embeddings' weight where the config says so: to be called whenever they were given
     another."""
     if llm.config.tie_word_embeddings:
         llm.lm_head.weight = llm.model.embed_tokens.weight
 
 
-def prepare_llm(llm: LlamaForCausalLM, activation_checkpointing: bool, routing: Routing | None, kernels: str) -> None:
+def prepare_llm(llm: Any, activation_checkpointing: bool, routing: Routing | None, kernels: str) -> None:
     """Puts in the head that computes losses and the `kernels` (`liger` or `torch`), and switches activation
     checkpointing, in place."""
     llm.lm_head = LossHead.take_over(llm.lm_head)
@@ -54,9 +53,7 @@ def checkpoint_blocks(network: PreTrainedModel, settings: dict[str, Any]) -> Non
     enable(settings)
 
 
-def packed_hidden_states(
-    llm: LlamaForCausalLM, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor
-) -> Tensor:
+def packed_hidden_states(llm: Any, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor) -> Tensor:
     """Final hidden states of one packed row, its segments isolated from each other.
 
     Args:
@@ -71,12 +68,12 @@ def packed_hidden_states(
     return outputs.last_hidden_state[0]
 
 
-def llm_blocks(llm: LlamaForCausalLM) -> list[nn.Module]:
+def llm_blocks(llm: Any) -> list[nn.Module]:
     """The transformer blocks, first to last."""
     return list(llm.model.layers)
 
 
-def llm_units(llm: LlamaForCausalLM) -> list[tuple[str, nn.Module]]:
+def llm_units(llm: Any) -> list[tuple[str, nn.Module]]:
     """Name and module of what is loaded at once, in the order of the forward; together all parameters."""
     blocks = [(f"model.layers.{number}", block) for number, block in enumerate(llm.model.layers)]
     return [

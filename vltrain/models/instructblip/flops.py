@@ -7,7 +7,7 @@ of its work at 32 queries).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
@@ -15,25 +15,8 @@ from vltrain.models.flops import Flops, linear_flops, llm_flops
 from vltrain.models.peft.lora import outer_linears
 
 
-class Counted(Protocol):
-    """What is counted: the parts of an `InstructBlip`, by their names there."""
-
-    config: Any
-    vision: Any
-    queries: nn.Module
-    qformer: Any
-    projection: nn.Linear
-    llm: Any
-
-    @property
-    def visual_tokens(self) -> int: ...
-
-    @property
-    def is_encoder_decoder(self) -> bool: ...
-
-
-def count_flops(model: Counted) -> Flops:
-    """The `Flops` of a whole model, given which of its parameters are trained now."""
+def count_flops(model: Any) -> Flops:
+    """The `Flops` of an `InstructBlip`, given which of its parameters are trained now."""
     per_image, visual_need_grad = _image_flops(model)
     if not model.is_encoder_decoder:
         per_token, per_causal_pair, per_label = llm_flops(model.llm, visual_need_grad)
@@ -47,7 +30,7 @@ def count_flops(model: Counted) -> Flops:
     )
 
 
-def _image_flops(model: Counted) -> tuple[float, bool]:
+def _image_flops(model: Any) -> tuple[float, bool]:
     """(operations per image in ViT, Q-Former and projection, do the visual tokens need a gradient?)"""
     vision, sizes = model.vision, model.config.vision_config
     num_rows = vision.embeddings.num_positions

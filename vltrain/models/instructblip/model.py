@@ -62,6 +62,8 @@ class InstructBlip(VisionLanguageModel):
     PARTS = ("peft", "bridge", "qformer", "vision", "llm")
     BRIDGE = "Q-Former"
     ranks = "segments"
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class InstructBlip(VisionLanguageModel):
 
     @property
     def instruction(self) -> InstructionSizes:
-        sizes = self.config.qformer_config
+        sizes: Any = self.config.qformer_config
         return InstructionSizes(sizes.vocab_size, sizes.max_position_embeddings)
 
     @property

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from vltrain.config.model.instructblip import BlipModelConfig
+from vltrain.models.backbones.family import Network
 from vltrain.models.backbones.llama import LLMS
-from vltrain.models.interface import Network, PublishedSizes
+from vltrain.models.interface import PublishedSizes
 
 
 def _flan_t5(width: int, ffn: int, heads: int) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
-    LlamaConfig,
     PreTrainedConfig,
-    T5Config,
 )  # fmt: skip
 
 from vltrain.errors import InputError, nearest
 from vltrain.files.locate import locate
+from vltrain.models.backbones.llama import LLAMA
+from vltrain.models.backbones.t5 import T5
 from vltrain.models.materialise import RandomWeights, Weights, empty_model, fill_by_name
 from vltrain.models.pretrained.checkpoint_config import read_values, try_config
 from vltrain.models.pretrained.hugging_face import Beside, HuggingFaceWeights, has_own_head
@@ -32,7 +32,7 @@ from vltrain.models.pretrained.rotary import rotary_frequencies
 from vltrain.models.random import seeded
 
 KEY = "model.instructblip"
-LANGUAGE_MODELS: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "t5": T5Config}
+LANGUAGE_MODELS: dict[str, type[PreTrainedConfig]] = {"llama": LLAMA.config, "t5": T5.config}
 PARTS = {"vision_config": InstructBlipVisionConfig, "qformer_config": InstructBlipQFormerConfig}
 HEAD = "language_model.lm_head.weight"
 TABLES = {"llama": "language_model.model.embed_tokens.weight", "t5": "language_model.shared.weight"}

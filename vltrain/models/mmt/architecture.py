@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from vltrain.config.model.mmt import MmtConfig
 from vltrain.models.adapters import is_routed
-from vltrain.models.backbones.clip import VITS
-from vltrain.models.backbones.llama import LLMS
+from vltrain.models.backbones.family import Family, Network
+from vltrain.models.backbones.table import LANGUAGES, TOWERS
 from vltrain.models.interface import Architecture, PublishedSizes
 from vltrain.models.mmt.build import build_mmt, check_sources, weight_files
 from vltrain.models.pretrained.clip_state import ACTIVATIONS
 
 
+def _published(families: Mapping[str, Family]) -> dict[str, Network]:
+    """The sizes of all families by name; those of other families than the first say which they are of."""
+    found: dict[str, Network] = {}
+    for number, family in enumerate(families.values()):
+        named = {"model_type": family.model_types[0]} if number else {}
+        found |= {name: replace(one, config={**named, **one.config}) for name, one in family.published.items()}
+    return found
+
+
 def _assume_vision(model: MmtConfig, name: str) -> MmtConfig:
-    config = {**VITS[name].config, "hidden_act": ACTIVATIONS[model.vision.kind or "clip"]}
+    config = {**_published(TOWERS)[name].config, "hidden_act": ACTIVATIONS[model.vision.kind or "clip"]}
     return replace(model, vision=replace(model.vision, source=None, kind=None, config=config))
 
 
 def _assume_llm(model: MmtConfig, name: str) -> MmtConfig:
     tokenizer = model.llm.tokenizer or model.llm.source
-    return replace(model, llm=replace(model.llm, source=None, config=LLMS[name].config, tokenizer=tokenizer))
+    return replace(
+        model, llm=replace(model.llm, source=None, config=_published(LANGUAGES)[name].config, tokenizer=tokenizer)
+    )
 
 
 def _not_compilable(model: MmtConfig) -> str | None:
@@ -42,7 +54,7 @@ ARCHITECTURE = Architecture(
             what="ViT",
             example="vit-l/14-336",
             key="model.vision.source",
-            networks=VITS,
+            networks=_published(TOWERS),
             assume=_assume_vision,
         ),
         PublishedSizes(
@@ -50,7 +62,7 @@ ARCHITECTURE = Architecture(
             what="LLaMA",
             example="llama-2-7b",
             key="model.llm.source",
-            networks=LLMS,
+            networks=_published(LANGUAGES),
             assume=_assume_llm,
         ),
     ),

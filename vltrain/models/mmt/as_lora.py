@@ -11,7 +11,7 @@ adapter that several layers read is written for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,9 @@ from vltrain.config.model.mmt import AdapterConfig, MmtConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.bottleneck import RepAdapter
 from vltrain.models.adapters.table import adapter_kind
-from vltrain.models.backbones.llm import LLM_NORMS, llm_blocks
-from vltrain.models.backbones.vision import VISION_NORMS
-from vltrain.models.merge import LLM_READERS, VISION_READERS
+from vltrain.models.backbones.family import Blocks
+from vltrain.models.backbones.llm import llm_blocks
+from vltrain.models.backbones.table import LANGUAGES, TOWERS, language_of
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.peft.layers import NAME, has_lora
 from vltrain.models.peft.lora import lora_factors, outer_linears, require_no_prompts
@@ -99,11 +99,9 @@ def lora_rank(model: MmtConfig, part: str) -> int:
         return own.rank if own is not None else 0
     placement = getattr(model.adapter, part)
     sublayers = ("attention", "ffn") if placement == "both" else (placement,)
-    behind = {
-        layer.rpartition(".")[2]
-        for sublayer in sublayers
-        for layer in (LLM_READERS if part == "llm" else VISION_READERS)[sublayer]
-    }
+    families: Iterable[Blocks] = LANGUAGES.values() if part == "llm" else TOWERS.values()
+    readers = (layer for family in families for sublayer in sublayers for layer in family.readers[sublayer])
+    behind = {layer.rpartition(".")[2] for layer in readers}
     targets = set(own.targets) if own is not None else set()
     return max(
         model.adapter.dim + (own.rank if own is not None and behind & targets else 0),
@@ -121,12 +119,16 @@ def lora_updates(model: MultimodalModel, part: str) -> Iterator[tuple[str, Updat
     if part == "llm":
         require_no_prompts(model.llm)
         blocks = [(f"model.layers.{number}", block) for number, block in enumerate(llm_blocks(model.llm))]
-        norms, readers = LLM_NORMS, LLM_READERS
+        family: Blocks = language_of(model.llm.config)
     else:
         blocks = [(f"encoder.layers.{number}", block) for number, block in enumerate(model.vision.live_blocks)]
-        norms, readers = VISION_NORMS, VISION_READERS
+        family = model.vision.tower
     for prefix, block in blocks:
-        before = {layer: getattr(block, norms[sublayer]) for sublayer, layers in readers.items() for layer in layers}
+        before = {
+            layer: getattr(block, family.norms[sublayer])
+            for sublayer, layers in family.readers.items()
+            for layer in layers
+        }
         for name, linear in outer_linears(block):
             place = before.get(name)
             adapter = place.adapter if isinstance(place, nn.Sequential) else None

@@ -9,23 +9,26 @@ from __future__ import annotations
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import PreTrainedConfig
 
 from vltrain.config.model.mmt import MmtConfig, PeftConfig
 from vltrain.files.locate import locate
 from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
-from vltrain.models.backbones.llm import LLM_NORMS, empty_llama, llm_blocks, llm_units, prepare_llm, tie_head
-from vltrain.models.backbones.vision import VISION_NORMS, ClipTaps, vision_units
+from vltrain.models.backbones.llm import empty_language, llm_blocks, llm_units, prepare_llm, tie_head
+from vltrain.models.backbones.table import language_of
+from vltrain.models.backbones.towers import empty_tower, tower_units
 from vltrain.models.interface import Place
-from vltrain.models.materialise import RandomWeights, Weights, assert_materialised, empty_model
+from vltrain.models.materialise import RandomWeights, Weights, assert_materialised
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.mmt.neck import make_neck
+from vltrain.models.mmt.visual_tokens import VISUAL_TOKENS, VisualTokens
 from vltrain.models.peft.lora import insert_peft, peft_parameters
 from vltrain.models.pretrained.preprocessor import CLIP_KINDS, Preprocessing, read_preprocessing
-from vltrain.models.pretrained.readers import clip_config, llama_config, open_clip, open_llama
+from vltrain.models.pretrained.readers import language_config, open_language, open_tower, tower_config
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.models.random import seeded
 from vltrain.ops.attention_choice import choose_attention
@@ -49,14 +52,13 @@ def build_mmt(
     model = as_placed(model)
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
-        clip = _empty_clip(model)
-        vision = ClipTaps(
-            clip, model.vision.tap_every, activation_checkpointing, _preprocessing(model, clip.config.image_size)
-        )
+        clip = _empty_tower(model)
+        preprocessing = _preprocessing(model, clip.config.image_size)
+        vision = VISUAL_TOKENS[model.vision.tokens](clip, model.vision, activation_checkpointing, preprocessing)
         llm = _empty_llm(model, runs_on, dtype, log=not on_meta)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
         routing = Routing() if is_routed(model.adapter) else None
-        kernels = choose_kernels(model.llm.kernels, runs_on, llm.config.hidden_act, log=not on_meta)
+        kernels = _kernels(model, llm.config, runs_on, log=not on_meta)
         prepare_llm(llm, activation_checkpointing, routing, kernels)
         _finish_vision(vision, model, weights[0], dtype, place)
         _finish_llm(llm, model, weights[1], dtype, place, routing)
@@ -98,12 +100,18 @@ def weight_files(model: MmtConfig) -> dict[str, dict[str, Path]]:
 
 def _sources(model: MmtConfig) -> tuple[Weights, Weights]:
     llm = _empty_llm(model, "meta", torch.float32, log=False)
-    return _open_weights(model, _empty_clip(model), llm, torch.float32)
+    return _open_weights(model, _empty_tower(model), llm, torch.float32)
 
 
-def _empty_clip(model: MmtConfig) -> CLIPVisionModel:
-    config = clip_config("model.vision", model.vision.source, model.vision.config, model.vision.kind)
-    return empty_model(CLIPVisionModel, config, "eager" if model.llm.attention == "eager" else "sdpa")
+def _empty_tower(model: MmtConfig) -> Any:
+    config = tower_config("model.vision", model.vision.source, model.vision.config, model.vision.kind)
+    return empty_tower(config, "eager" if model.llm.attention == "eager" else "sdpa")
+
+
+def _kernels(model: MmtConfig, config: PreTrainedConfig, runs_on: torch.device | str, *, log: bool) -> str:
+    language = language_of(config)
+    lacking = None if language.liger else f"it has none for a {language.title}"
+    return choose_kernels(model.llm.kernels, runs_on, config.hidden_act, lacking=lacking, log=log)
 
 
 def _preprocessing(model: MmtConfig, image_size: int) -> Preprocessing:
@@ -113,16 +121,12 @@ def _preprocessing(model: MmtConfig, image_size: int) -> Preprocessing:
     return read_preprocessing("model.vision", source, locate(source), image_size, CLIP_KINDS)
 
 
-def _empty_llm(
-    model: MmtConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True
-) -> LlamaForCausalLM:
-    config = llama_config("model.llm", model.llm.source, model.llm.config)
-    return empty_llama(config, choose_attention(model.llm.attention, config, device, dtype, log=log))
+def _empty_llm(model: MmtConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True) -> Any:
+    config = language_config("model.llm", model.llm.source, model.llm.config)
+    return empty_language(config, choose_attention(model.llm.attention, config, device, dtype, log=log))
 
 
-def _open_weights(
-    model: MmtConfig, clip: CLIPVisionModel, llm: LlamaForCausalLM, dtype: torch.dtype
-) -> tuple[Weights, Weights]:
+def _open_weights(model: MmtConfig, clip: Any, llm: Any, dtype: torch.dtype) -> tuple[Weights, Weights]:
     """Where the weights of ViT and LLM come from, checked against the empty networks."""
     parts = trained_parts(model)
     vision_dtype, llm_dtype = (
@@ -130,31 +134,32 @@ def _open_weights(
     )
     vision_source, llm_source = model.vision.source, model.llm.source
     return (
-        open_clip("model.vision", vision_source, clip, vision_dtype)
+        open_tower("model.vision", vision_source, clip, vision_dtype)
         if vision_source
         else RandomWeights(clip, model.seed, "vision"),
-        open_llama("model.llm", llm_source, llm, llm_dtype) if llm_source else RandomWeights(llm, model.seed, "llm"),
+        open_language("model.llm", llm_source, llm, llm_dtype) if llm_source else RandomWeights(llm, model.seed, "llm"),
     )
 
 
 def _frozen_dtype(model: MmtConfig, dtype: torch.dtype) -> torch.dtype:
-    return {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
+    kept: dict[int | None, torch.dtype] = {16: torch.bfloat16, 32: torch.float32}
+    return kept.get(model.bits, dtype)
 
 
 def _finish_vision(
-    vision: ClipTaps, model: MmtConfig, weights: Weights | None, dtype: torch.dtype, place: Place
+    vision: VisualTokens, model: MmtConfig, weights: Weights | None, dtype: torch.dtype, place: Place
 ) -> None:
     live = vision.live_blocks
     blocks = list(vision.clip.encoder.layers)
     unused = vision.unused_parameters()
-    for name, unit in vision_units(vision.clip):
+    for name, unit in tower_units(vision.clip):
         trained = "vision" in trained_parts(model) and not unused.issuperset(unit.parameters())
         _load(name, unit, weights, trained, unit in blocks, model, dtype)
         if unit in live:
             insert_adapters(
                 unit,
                 live.index(unit),
-                VISION_NORMS,
+                vision.tower.norms,
                 model.adapter.vision,
                 model.adapter,
                 seed=model.seed,
@@ -165,23 +170,30 @@ def _finish_vision(
 
 
 def _finish_llm(
-    llm: LlamaForCausalLM,
+    llm: Any,
     model: MmtConfig,
     weights: Weights | None,
     dtype: torch.dtype,
     place: Place,
     routing: Routing | None,
 ) -> None:
-    blocks = llm_blocks(llm)
+    blocks, language = llm_blocks(llm), language_of(llm.config)
     for name, unit in llm_units(llm):
         _load(name, unit, weights, "llm" in trained_parts(model), unit in blocks, model, dtype)
         tie_head(llm)
         if unit in blocks:
             number = blocks.index(unit)
             insert_adapters(
-                unit, number, LLM_NORMS, model.adapter.llm, model.adapter, seed=model.seed, part="llm", routing=routing
+                unit,
+                number,
+                language.norms,
+                model.adapter.llm,
+                model.adapter,
+                seed=model.seed,
+                part="llm",
+                routing=routing,
             )
-            insert_peft(unit, number, len(blocks), model.llm.peft, model.seed)
+            insert_peft(unit, number, len(blocks), model.llm.peft, model.seed, language)
             for parameter in peft_parameters(unit):  # peft takes over the dtype of what it wraps
                 parameter.data = parameter.data.float()
         if place is not None:

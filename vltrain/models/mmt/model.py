@@ -1,6 +1,6 @@
 """The whole model: a packed row of text and images in, the sum of its label losses out.
 
-    pixels --ClipTaps--> [N, V, d_vision] --neck--> visual tokens [N, V, d]
+    pixels --tower--> [N, V, d_vision] --neck--> visual tokens [N, V, d]
     input_ids --embed, placeholders replaced--> [T, d] --LLM, segments isolated--> [T, d] --head at label positions-->
     loss
 
@@ -16,22 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from vltrain.batch import Batch
 from vltrain.models.adapters import Routing
 from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states
-from vltrain.models.backbones.vision import ClipTaps
-from vltrain.models.flops import Flops, count_flops
+from vltrain.models.flops import Flops
 from vltrain.models.interface import LossOutput, VisionLanguageModel
+from vltrain.models.mmt.flops import count_flops
+from vltrain.models.mmt.visual_tokens import VisualTokens
 from vltrain.models.peft.lora import is_peft_parameter
 from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Framing
+from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 
 class MultimodalModel(VisionLanguageModel):
-    """ViT with taps, neck, modality embedding and LLM (Eq. 3-5).
+    """ViT with visual tokens, neck, modality embedding and LLM (Eq. 3-5).
 
     `routing` is there if the LLM has routed adapters. Then a segment's modality token decides for its segment and no
     other token may attend to it: see `vltrain.models.adapters.routing`.
@@ -42,14 +42,15 @@ class MultimodalModel(VisionLanguageModel):
 
     def __init__(
         self,
-        vision: ClipTaps,
+        vision: VisualTokens,
         neck: nn.Module,
         modality_embedding: nn.Embedding,
-        llm: LlamaForCausalLM,
+        llm: Any,
         routing: Routing | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
+        self.framing = vision.framing
         self.neck = neck
         self.modality_embedding = modality_embedding  # row 0: text, row 1: image
         self.llm = llm
@@ -57,7 +58,7 @@ class MultimodalModel(VisionLanguageModel):
 
     @property
     def visual_tokens(self) -> int:
-        return self.vision.num_taps
+        return self.vision.num_tokens
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -70,10 +71,6 @@ class MultimodalModel(VisionLanguageModel):
     @property
     def image_size(self) -> int:
         return self.vision.image_size
-
-    @property
-    def framing(self) -> Framing:
-        return self.vision.framing
 
     @classmethod
     def part_of(cls, name: str) -> str:

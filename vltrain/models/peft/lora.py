@@ -22,36 +22,46 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from vltrain.config.model.mmt import PeftConfig
 from vltrain.errors import InputError, nearest
+from vltrain.models.backbones.family import Language
+from vltrain.models.backbones.llama import LLAMA
+from vltrain.models.backbones.table import LANGUAGES
 from vltrain.models.peft.layers import NAME, attention_with_prompts, has_adalora, has_lora, has_prompts, lora_linear
 from vltrain.models.random import seeded
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = tuple(dict.fromkeys(target for language in LANGUAGES.values() for target in language.targets))
 
 
-def insert_peft(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
+def insert_peft(
+    block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int, language: Language = LLAMA
+) -> None:
     """Puts what `model.llm.peft` asks for into a block, in place; nothing where its kind is null.
 
     Args:
         number: the block's, from the first of `num_blocks`.
+        language: the LLM's family.
 
-    Raises: InputError for targets that no LLaMA has, more blocks than there are, and heads that peft's prompts cannot
-    serve.
+    Raises: InputError for targets that the family lacks, prompts that do not fit it, more blocks than there are, and
+    heads that peft's prompts cannot serve.
     """
     if config.kind == "lora":
-        _insert_lora(block, number, config, seed)
+        _insert_lora(block, number, config, seed, language)
     elif config.kind == "adaption_prompt":
+        if not language.prompts:
+            raise InputError(
+                f"model.llm.peft.kind: found adaption_prompt, which peft does not know in a {language.title}; take lora"
+            )
         _insert_prompts(block, number, num_blocks, config, seed)
 
 
-def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int) -> None:
+def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int, language: Language) -> None:
     for target in config.targets:
-        if target not in TARGETS:
+        if target not in language.targets:
             raise InputError(
-                f"model.llm.peft.targets: a LLaMA's blocks have no linear layer '{target}', {nearest(target, TARGETS)}"
+                f"model.llm.peft.targets: a {language.title}'s blocks have no linear layer '{target}', "
+                f"{nearest(target, language.targets)}"
             )
     for name, linear in list(block.named_modules()):
         parent, _, leaf = name.rpartition(".")
@@ -126,7 +136,7 @@ def plain_attention(attention: nn.Module) -> tuple[nn.Module, int]:
     return (attention.model, attention.adapter_len) if has_prompts(attention) else (attention, 0)
 
 
-def require_no_prompts(llm: LlamaForCausalLM) -> None:
+def require_no_prompts(llm: nn.Module) -> None:
     """Raises InputError if the LLM has prompts, which no weight of it can take in."""
     if any(has_prompts(module) for module in llm.modules()):
         raise InputError(

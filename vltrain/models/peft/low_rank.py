@@ -14,19 +14,20 @@ layers fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vltrain.config.model.instructblip import LanguageTuning, QFormerTuning
+from vltrain.models.backbones.llama import LLAMA
+from vltrain.models.backbones.t5 import T5
 from vltrain.models.peft.layers import NAME, adalora_linear, has_adalora, has_lora, lora_linear
 from vltrain.models.random import seeded
 
-# By network and target: names of linear layers within a block. A block has some of them; T5's decoder counts its
-# sublayers one further.
-TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
+# By network and target: names of linear layers within a block. A block has some of them.
+TARGETS: dict[str, Mapping[str, tuple[str, ...]]] = {
     "qformer": {
         "self": ("attention.attention.query", "attention.attention.value"),
         "cross": (
@@ -37,21 +38,8 @@ TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "ffn": ("intermediate.dense", "output.dense", "intermediate_query.dense", "output_query.dense"),
     },
-    "llama": {
-        "attn": ("self_attn.q_proj", "self_attn.v_proj"),
-        "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    },
-    "t5": {
-        "attn": (
-            "layer.0.SelfAttention.q",
-            "layer.0.SelfAttention.v",
-            "layer.1.EncDecAttention.q",
-            "layer.1.EncDecAttention.v",
-        ),
-        "ffn": tuple(
-            f"layer.{place}.DenseReluDense.{name}" for place in (1, 2) for name in ("wi", "wi_0", "wi_1", "wo")
-        ),
-    },
+    "llama": LLAMA.sublayers,
+    "t5": T5.sublayers,
 }
 
 

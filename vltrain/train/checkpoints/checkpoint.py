@@ -301,7 +301,7 @@ def newest_checkpoint(root: Path, until: int | None = None) -> Checkpoint | None
 
 
 def load_trainable(
-    model: torch.nn.Module,
+    model: VisionLanguageModel,
     checkpoint: Checkpoint,
     whole: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
