@@ -39,6 +39,21 @@ loggers.text("eval/val/table", "| a |", 2)
 loggers.close()
 """
 
+OF_QWEN2 = """
+import sys, torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from tests.support.tiny import tiny_config
+from vltrain.models.build import build_model
+
+sizes = tiny_config().model.llm.config
+Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(sys.argv[1])
+for where in ({"model__llm__config": {"model_type": "qwen2", **sizes}},
+              {"model__llm__config": {}, "model__llm__source": sys.argv[1]}):
+    llm = build_model(tiny_config(**where).model).llm
+    assert type(llm) is Qwen2ForCausalLM and llm.model.layers[0].self_attn.q_proj.bias is not None
+    assert hasattr(llm.model.layers[0].input_layernorm, "adapter")
+"""
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
@@ -92,7 +107,7 @@ def trained(tree, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_each_recipe_is_a_file_and_its_line():
-    assert list(RECIPES) == ["adapter", "data source", "logger"]
+    assert list(RECIPES) == ["adapter", "backbone", "data source", "logger"]
     for diff in RECIPES.values():
         assert len(re.findall("^new file mode", diff, re.MULTILINE)) == 1
         changed = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
@@ -116,6 +131,10 @@ def test_an_adapter_trains(trained):
     )
     assert all(value.abs().max() > 0 for value in gains.values()), "they began at zero"
     assert result["losses"].isfinite().all()
+
+
+def test_a_backbone_is_built_from_sizes_and_read_from_its_folder(tree, tmp_path):
+    python(tree, "-c", OF_QWEN2, str(tmp_path))
 
 
 def test_a_source_is_prepared(tree, tmp_path):
