@@ -107,16 +107,18 @@ def trained(tree, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_each_recipe_is_a_file_and_its_line():
-    assert list(RECIPES) == ["adapter", "backbone", "data source", "logger"]
-    for diff in RECIPES.values():
-        assert len(re.findall("^new file mode", diff, re.MULTILINE)) == 1
+    assert list(RECIPES) == ["adapter", "architecture", "backbone", "data source", "logger"]
+    for name, diff in RECIPES.items():
+        # An architecture: its section and its folder of two; and beside its line the folder's among the packages.
+        num_new, num_lines = (3, 2) if name == "architecture" else (1, 1)
+        assert len(re.findall("^new file mode", diff, re.MULTILINE)) == num_new
         changed = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
-        assert len(changed) == 2, changed
+        assert len(changed) == num_new + num_lines, changed
         assert not re.findall(r"^-(?!-- )", diff, re.MULTILINE), "nothing is taken away"
 
 
 def test_ruff_accepts_the_tree(tree):
-    changed = [str(path) for diff in RECIPES.values() for path in re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)]
+    changed = [path for diff in RECIPES.values() for path in re.findall(r"^\+\+\+ b/(.*\.py)$", diff, re.MULTILINE)]
     ruff = Path(sys.executable).with_name("ruff")
     for command in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
         done = subprocess.run([ruff, *command, *changed], cwd=tree, capture_output=True, text=True)
@@ -131,6 +133,17 @@ def test_an_adapter_trains(trained):
     )
     assert all(value.abs().max() > 0 for value in gains.values()), "they began at zero"
     assert result["losses"].isfinite().all()
+
+
+def test_an_architecture_is_planned(tree, tmp_path):
+    """That programs train, evaluate, resume and export it: `tests/programs/test_third_architecture.py`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    projector = {"vision": {**sizes, "image_size": 32, "patch_size": 8}, "llm": {**sizes, "vocab_size": 768}}
+    recipe = {"model": {"architecture": "projector", "projector": projector}, "output": str(tmp_path / "run")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    python(tree, "-m", "vltrain", "plan", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "plan.json"))
+    parameters = json.loads((tmp_path / "plan.json").read_text())["parameters"]
+    assert parameters["projector"]["trainable"] == parameters["all"]["trainable"] == 33 * 32
 
 
 def test_a_backbone_is_built_from_sizes_and_read_from_its_folder(tree, tmp_path):
