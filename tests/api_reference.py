@@ -22,6 +22,7 @@ from tests.support.processes import ROOT
 EXTENSION_POINTS = (
     "vltrain.config.schema",
     "vltrain.models.interface",
+    "vltrain.models.backbones.family",
     "vltrain.models.adapters",
     "vltrain.data.text.conversation",
     "vltrain.evaluate.scorers.scoring",

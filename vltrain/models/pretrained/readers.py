@@ -38,8 +38,9 @@ def language_config(key: str, source: str | None, values: dict[str, Any]) -> Pre
     """The LLM's sizes: those of the checkpoint `source`, or `values` (and its `model_type`, if not llama) for random
     weights.
 
-    Raises: InputError for a checkpoint of no known family, unknown names, and sizes that do not fit each other. `key`
-        (`model.llm`) is named in it.
+    Raises:
+        InputError: a checkpoint of no known family, unknown names, and sizes that do not fit each other. `key`
+            (`model.llm`) is named in it.
     """
     if source is None:
         return _config_from_values(key, LANGUAGES.values(), values)
