@@ -159,7 +159,7 @@ def test_under_deepspeeds_launcher(packs, tmp_path, whom):
         psutil.wait_procs(started, timeout=40)
         assert (code == EXIT_REQUEUE) == (whom == "rank") and code != 0
         assert after <= newest_step(output) <= after + 3, (tmp_path / "log").read_text()[-3000:]
-        assert "ends with code 85" in (tmp_path / "log").read_text()
+        assert "exits with code 85" in (tmp_path / "log").read_text()
     finally:
         stop_ranks([launcher])
 

@@ -201,7 +201,7 @@ def test_an_older_one_of_another_version_is_not_counted_and_stays(tmp_path):
 
 def test_latest_that_leads_nowhere_is_told(tmp_path, caplog):
     shutil.rmtree(save(Net(), tmp_path, 4))
-    with pytest.raises(InputError, match="latest: names step-00000004, which is not there"):
+    with pytest.raises(InputError, match="latest: names step-00000004, which does not exist"):
         newest_checkpoint(tmp_path)
     shutil.copytree(save(Net(), tmp_path / "older", 2), tmp_path / "step-00000002")
     assert newest_checkpoint(tmp_path).step == 2 and "names step-00000004" in caplog.text
