@@ -13,6 +13,7 @@ assigns all samples to packs.
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -42,119 +43,137 @@ from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
 OVER_LONG = "over_long.jsonl"
 
 
-def pack(
-    samples: Path,
-    tokenizer: str,
-    template: str,
-    visual_tokens: int,
-    pack_length: int,
-    output: Path,
-    *,
-    max_images: int | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-    over_long: str = "error",
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
-    instruction: InstructionSource | None = None,
-    share: Share | None = None,
-    rebuild: bool = False,
-) -> Manifest | None:
-    """Packs a file of samples.
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """How samples become packs.
 
     Args:
-        samples: JSONL of `vltrain.schema.Sample`; image paths are relative to its folder.
         tokenizer: any notation of `vltrain.files.locate`.
         template: a name of `vltrain.data.text.conversation.TEMPLATES`.
         visual_tokens: V, tokens that an image takes.
         pack_length: tokens that a pack holds.
-        output: new folder.
         max_images: images that a pack may hold; None: no bound.
-        seed: seed of the assignment to packs.
-        workers: processes; None: all usable cores. The result does not depend on it.
+        seed: of the assignment to packs.
         over_long: "error" or "drop", for samples that do not fit into a pack.
+        max_image_pixels: larger images are refused.
         instruction: the Q-Former's tokenizer, for templates that one reads.
-        share: do only a part of the work, or merge the parts; None: everything at once.
+    """
+
+    tokenizer: str
+    template: str = "mmt"
+    visual_tokens: int
+    pack_length: int
+    max_images: int | None = None
+    seed: int = 0
+    over_long: str = "error"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    instruction: InstructionSource | None = None
+
+
+def pack(
+    samples: Path, output: Path, settings: PackSettings, *, workers: int | None = None, rebuild: bool = False
+) -> Manifest:
+    """Packs a file of samples.
+
+    Args:
+        samples: JSONL of `vltrain.schema.Sample`; image paths are relative to its folder.
+        output: new folder.
+        workers: processes; None: all usable cores. The result does not depend on it.
         rebuild: what is there already is replaced once the new packs are whole.
 
-    Returns:
-        The manifest of the written shards; None after a part.
+    Returns: the manifest of the written shards.
 
     Raises:
         InputError: a malformed sample, an id that comes twice, no sample at all, a missing or damaged image, an image
-            path outside the samples' folder, a sample that does not fit, an output that exists or cannot be written,
-            parts that are missing or were made of something else.
+            path outside the samples' folder, a sample that does not fit, an output that exists or cannot be written.
     """
-    _require_sensible(template, instruction, visual_tokens, pack_length, max_images, over_long)
+    given = _begin(samples, settings, workers)
+    return _write_packs(given.tokenised(), given, output, rebuild=rebuild)
+
+
+def pack_part(samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None) -> None:
+    """Does one part of the work of `pack`, unless it is done already. Raises InputError as `pack`."""
+    given = _begin(samples, settings, workers)
+    if not is_done(output, share, given.made_with()):
+        _write_part(_with_images_checked(given.tokenised(share), given), given, output, share)
+
+
+def merge_parts(
+    samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
+) -> Manifest:
+    """Packs what the parts have tokenised; see `pack`. Raises also InputError for parts that are missing or were made
+    of something else."""
+    given = _begin(samples, settings, workers)
+    parts = finished_parts(output, share, given.made_with())
+    for part in parts:
+        given.images.expect(read_record(part / CHECKED))
+    manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), given, output)
+    remove_parts(output)
+    return manifest
+
+
+def _begin(samples: Path, settings: PackSettings, workers: int | None) -> _Given:
+    _require_sensible(settings)
     workers = workers or usable_cores()
-    loaded = load_tokenizer(tokenizer, instruction)
-    facts = {
-        "tokenizer_fingerprint": fingerprint(loaded, template),
-        "tokenizer": tokenizer,
-        "template": template,
-        "visual_tokens": visual_tokens,
-        "pack_length": pack_length,
-        "max_images": max_images,
-        "seed": seed,
-    }
-    before = look(samples)
-    origin = _origin(samples, before, loaded, template, {"over_long": over_long, "max_image_pixels": max_image_pixels})
-    given = _Given(samples, before, PackedImages(samples.parent, workers, max_image_pixels), origin)
-    if share is None:
-        return _write_packs(
-            tokenised(samples, loaded, template, visual_tokens, workers),
-            given,
-            output,
-            facts,
-            over_long,
-            rebuild=rebuild,
-        )
-    made_with = {
-        **facts,
-        "samples": origin.samples,
-        "tokenizer_state": origin.tokenizer,
-        "over_long": over_long,
-        "max_image_pixels": max_image_pixels,
-    }
-    if share.part is None:
-        return _merge(finished_parts(output, share, made_with), given, output, facts, over_long)
-    if not is_done(output, share, made_with):
-        tokens = tokenised(samples, loaded, template, visual_tokens, workers, share)
-        _write_part(
-            _with_images_checked(tokens, given.images, pack_length, max_images), given, output, share, made_with
-        )
-    return None
+    loaded, before = load_tokenizer(settings.tokenizer, settings.instruction), look(samples)
+    origin = _origin(samples, before, loaded, settings)
+    images = PackedImages(samples.parent, workers, settings.max_image_pixels)
+    return _Given(samples, settings, loaded, workers, before, images, origin)
 
 
-def _write_part(tokens: Iterable[Tokens], given: _Given, output: Path, share: Share, made_with: dict[str, Any]) -> None:
-    with new_part(output, share, made_with) as folder:
+def _write_part(tokens: Iterable[Tokens], given: _Given, output: Path, share: Share) -> None:
+    with new_part(output, share, given.made_with()) as folder:
         write_tokens(tokens, folder)
         given.require_unchanged()
         given.images.record.write(folder / CHECKED)
 
 
-def _merge(parts: list[Path], given: _Given, output: Path, facts: dict[str, Any], over_long: str) -> Manifest:
-    for part in parts:
-        given.images.expect(read_record(part / CHECKED))
-    manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), given, output, facts, over_long)
-    remove_parts(output)
-    return manifest
-
-
 @dataclass(frozen=True)
 class _Given:
-    """The file that is packed, as it was before, its images, and what the packs are made from."""
+    """The file that is packed, as it was before, how, its images, and what the packs are made from."""
 
     samples: Path
+    settings: PackSettings
+    tokenizer: Tokenizer
+    workers: int
     before: Seen
     images: PackedImages
     origin: MadeFrom
+
+    def tokenised(self, share: Share | None = None) -> Iterator[Tokens]:
+        """The samples' tokens, or those of a part."""
+        told = self.settings.template, self.settings.visual_tokens, self.workers
+        return tokenised(self.samples, self.tokenizer, *told, share)
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says."""
+        settings = self.settings
+        return {
+            "tokenizer_fingerprint": fingerprint(self.tokenizer, settings.template),
+            "tokenizer": settings.tokenizer,
+            "template": settings.template,
+            "visual_tokens": settings.visual_tokens,
+            "pack_length": settings.pack_length,
+            "max_images": settings.max_images,
+            "seed": settings.seed,
+        }
+
+    def made_with(self) -> dict[str, Any]:
+        """What parts of one whole have in common."""
+        return {
+            **self.facts(),
+            "samples": self.origin.samples,
+            "tokenizer_state": self.origin.tokenizer,
+            "over_long": self.settings.over_long,
+            "max_image_pixels": self.settings.max_image_pixels,
+        }
 
     def require_unchanged(self) -> None:
         if stat_of(self.samples) != self.before.stat and look(self.samples).digest != self.before.digest:
             raise InputError(f"{self.samples}: was changed while it was packed; pack again when it is whole")
 
 
-def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, template: str, options: dict[str, Any]) -> MadeFrom:
+def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, settings: PackSettings) -> MadeFrom:
     """What packs are made from, the images but: those are known when they are stored."""
     if before.kind != FILE:
         raise InputError(
@@ -168,20 +187,14 @@ def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, template: str, op
         samples=before.digest.hex(),
         prepared=known.samples if known is not None else None,
         source=known.name() if known is not None else None,
-        rendered=rendered_digest(tokenizer, template),
+        rendered=rendered_digest(tokenizer, settings.template),
         tokenizer=tokenizer.state(),
-        options=options,
+        options={"over_long": settings.over_long, "max_image_pixels": settings.max_image_pixels},
     )
 
 
-def _require_sensible(
-    template: str,
-    instruction: InstructionSource | None,
-    visual_tokens: int,
-    pack_length: int,
-    max_images: int | None,
-    over_long: str,
-) -> None:
+def _require_sensible(settings: PackSettings) -> None:
+    template, instruction, over_long = settings.template, settings.instruction, settings.over_long
     found = find_template(template)
     if found.instruction != (instruction is not None):
         wanted = (
@@ -193,9 +206,9 @@ def _require_sensible(
             f"qformer-tokenizer: found {instruction and instruction.source!r} with template '{template}', {wanted}"
         )
     for name, value in (
-        ("visual tokens", visual_tokens),
-        ("pack length", pack_length),
-        ("images per pack", max_images),
+        ("visual tokens", settings.visual_tokens),
+        ("pack length", settings.pack_length),
+        ("images per pack", settings.max_images),
     ):
         if value is not None and value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
@@ -203,11 +216,10 @@ def _require_sensible(
         raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
 
 
-def _with_images_checked(
-    chunks: Iterable[Tokens], images: PackedImages, pack_length: int, max_images: int | None
-) -> Iterator[Tokens]:
+def _with_images_checked(chunks: Iterable[Tokens], given: _Given) -> Iterator[Tokens]:
     """Passes a part's tokens on, and then decodes every image of a sample that fits into a pack. Raises InputError for
     a damaged one."""
+    pack_length, max_images = given.settings.pack_length, given.settings.max_images
     first_user: dict[str, str] = {}
     for chunk in chunks:
         for sample_id, shown, length in zip(chunk.ids, chunk.images, chunk.lengths, strict=True):
@@ -215,31 +227,25 @@ def _with_images_checked(
                 for path in shown:
                     first_user.setdefault(path, sample_id)
         yield chunk
-    for _ in images.read([(number, path, sample_id) for number, (path, sample_id) in enumerate(first_user.items())]):
+    for _ in given.images.read(
+        [(number, path, sample_id) for number, (path, sample_id) in enumerate(first_user.items())]
+    ):
         pass
 
 
-def _write_packs(
-    tokens: Iterable[Tokens],
-    given: _Given,
-    output: Path,
-    facts: dict[str, Any],
-    over_long: str,
-    *,
-    rebuild: bool = False,
-) -> Manifest:
-    """Deals all samples to packs and writes the shards."""
-    pack_length, max_images = facts["pack_length"], facts["max_images"]
+def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebuild: bool = False) -> Manifest:
+    """Assigns all samples to packs and writes the shards."""
+    settings, facts = given.settings, given.facts()
+    pack_length, max_images = settings.pack_length, settings.max_images
     with write_shards(output, replace=rebuild) as writer:
         spool = Spool(writer.folder)
         spool.fill(tokens)
         fits = spool.fitting(pack_length, max_images)
-        extra_files = _list_over_long(spool, fits, pack_length, max_images, over_long, writer.folder)
+        extra_files = _list_over_long(spool, fits, settings, writer.folder)
         kept = np.flatnonzero(fits)
         image_ids = _store_images(given.images, spool, kept, writer)
-        order, starts = spool.assign(
-            kept, pack_length, max_images, facts["seed"], padded=find_template(facts["template"]).padded
-        )
+        padded = find_template(settings.template).padded
+        order, starts = spool.assign(kept, pack_length, max_images, settings.seed, padded=padded)
         for first, last in zip(
             watched(starts[:-1], title="packs", unit="pack", total=len(starts) - 1), starts[1:], strict=True
         ):
@@ -252,18 +258,16 @@ def _write_packs(
         return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept), lost=lost)
 
 
-def _list_over_long(
-    spool: Spool, fits: np.ndarray, pack_length: int, max_images: int | None, over_long: str, folder: Path
-) -> tuple[ShardFile, ...]:
+def _list_over_long(spool: Spool, fits: np.ndarray, settings: PackSettings, folder: Path) -> tuple[ShardFile, ...]:
     """Refuses or lists the samples that fit into no pack; returns the list's entry for the manifest."""
     if fits.all():
         return ()
-    misfits = np.flatnonzero(~fits)
-    if over_long == "error":
+    misfits, pack_length = np.flatnonzero(~fits), settings.pack_length
+    if settings.over_long == "error":
         named = ", ".join(
             f"'{spool.ids[one]}' ({spool.lengths[one]} tokens, {spool.num_images[one]} images)" for one in misfits[:8]
         )
-        bound = "" if max_images is None else f" and {max_images} images"
+        bound = "" if settings.max_images is None else f" and {settings.max_images} images"
         raise InputError(
             f"{len(misfits)} of {len(fits)} samples do not fit into a pack of {pack_length} tokens{bound}: "
             f"{named}{', ...' if len(misfits) > 8 else ''}. "
@@ -305,6 +309,29 @@ EXAMPLES = (
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
+    given = _parser(arguments).read()
+    start_logging(quiet=given.quiet)
+    share = read_share(given)
+    if share is not None and given.rebuild:
+        raise InputError("--rebuild cannot be combined with --parts; remove the output, or name another one")
+    settings = _settings_of(given)
+    if share is None:
+        manifest = pack(given.samples, given.output, settings, workers=given.workers, rebuild=given.rebuild)
+    elif share.part is None:
+        manifest = merge_parts(given.samples, given.output, settings, share, workers=given.workers)
+    else:
+        pack_part(given.samples, given.output, settings, share, workers=given.workers)
+        print(f"part {share.part} of {share.parts} is done")
+        return
+    print(
+        f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, "
+        f"{manifest.num_tokens} tokens "
+        f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}"
+        + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")
+    )
+
+
+def _parser(arguments: list[str] | None) -> CommandLine:
     parser = CommandLine("pack", "Tokenise and pack samples.", arguments, EXAMPLES)
     parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
     parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
@@ -326,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)"
     )
-    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="seed of the assignment to packs")
+    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of the assignment to packs")
     parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes (default: all cores)")
     parser.add_argument(
         "--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack"
@@ -337,28 +364,21 @@ def main(arguments: list[str] | None = None) -> None:
     add_share_options(parser)
     add_quiet_option(parser)
     parser.add_argument("--rebuild", action="store_true", help="replace existing packs, once the new ones are complete")
-    given = parser.read()
-    start_logging(quiet=given.quiet)
-    share = read_share(given)
-    if share is not None and given.rebuild:
-        raise InputError("--rebuild cannot be combined with --parts; remove the output, or name another one")
-    settings = vars(given)
-    del settings["quiet"]
-    read_with, max_tokens = settings.pop("qformer_tokenizer"), settings.pop("qformer_tokens")
-    manifest = pack(
-        **settings,
-        instruction=InstructionSource(source=read_with, max_tokens=max_tokens) if read_with else None,
-        share=share,
-    )
-    if manifest is None:
-        assert share is not None
-        print(f"part {share.part} of {share.parts} is done")
-        return
-    print(
-        f"{manifest.num_packs} packs, {manifest.num_samples} samples, {manifest.num_images} images, "
-        f"{manifest.num_tokens} tokens "
-        f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}"
-        + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")
+    return parser
+
+
+def _settings_of(given: Namespace) -> PackSettings:
+    read_with = given.qformer_tokenizer
+    return PackSettings(
+        tokenizer=given.tokenizer,
+        template=given.template,
+        visual_tokens=given.visual_tokens,
+        pack_length=given.pack_length,
+        max_images=given.max_images,
+        seed=given.seed,
+        over_long=given.over_long,
+        max_image_pixels=given.max_image_pixels,
+        instruction=InstructionSource(source=read_with, max_tokens=given.qformer_tokens) if read_with else None,
     )
 
 

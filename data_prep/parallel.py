@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Any, TypeVar
 
-from vltrain.distributed.signals import deaf_children, end_with_parent
+from vltrain.distributed.signals import block_signals_in_workers, end_with_parent
 from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def ordered_map(
     context = multiprocessing.get_context("forkserver")
     if workers > 1:
         context.set_forkserver_preload(["data_prep.prepare", "data_prep.pack"])
-        with deaf_children():  # Ctrl-C reaches every process of a command; this one answers
+        with block_signals_in_workers():  # Ctrl-C reaches every process of a command; this one answers
             forkserver.ensure_running()  # once in a program; does not wait for it
     for item in items:
         start = time.perf_counter()

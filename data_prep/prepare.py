@@ -11,12 +11,9 @@ the samples.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -25,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from data_prep.command_line import CommandLine, add_quiet_option, whole
+from data_prep.copied_images import Images, Named, copy_or_draw, link_or_copy, warn_of_dark_images
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import (
     Share,
@@ -44,10 +42,9 @@ from vltrain.config.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.config.schema import OWN, DataConfig
 from vltrain.console import Progress, start_logging, watched
 from vltrain.data.folder import new_folder
-from vltrain.data.images import DARK, is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
 from vltrain.errors import InputError, exits_cleanly, nearest
-from vltrain.files.record import FILE, FileRecord, Seen, digest_of, look, read_record, stat_in, stat_of
+from vltrain.files.record import FILE, FileRecord, Seen, look, read_record, stat_of
 from vltrain.schema import Sample
 
 IMAGES = "images"
@@ -60,13 +57,6 @@ EXAMPLES = (
     "--source scienceqa --input data/ScienceQA --output data/sqa/samples --options prompt_format=QCM-ALE",
     "--source llava_json --input mine.json --output data/mine/samples --options images=photos val_fraction=0.1",
 )
-
-Images = dict[str, tuple[ImageSource, str]]
-"""Per image name its source and the first sample that uses it."""
-Named = tuple[str, tuple[ImageSource, str]]
-"""An item of those."""
-Done = tuple[str, str | None, bytes, tuple[int, int, int, int] | None, tuple[int, int, int, int]]
-"""An image's name, its file if it has one, its digest, and the stats of file and copy."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,24 +102,52 @@ def prepare(
         )
         raise InputError(f"unknown source '{source}'; {already}")
     options = options or {}
-    settled = option_texts(source, options)
-    made_with = {"source": source, "options": settled, "max_image_pixels": max_image_pixels}
-    counts: Counter[str] = Counter()
+    wanted = _Wanted(source, input, options, option_texts(source, options), max_image_pixels)
     reading = Reading(places_of(source, input, options))
-    checks = _Checks(
-        usable_cores() if workers is None else workers, max_image_pixels, _image_roots(input, options), reading
-    )
+    workers = usable_cores() if workers is None else workers
+    checks = _Checks(workers, max_image_pixels, _image_roots(input, options), reading)
     if share is not None and share.part is not None:
-        images = dict(_write_samples(source, input, options, None, counts, reading))
-        made_with["raw"] = reading.record(_paths_in(images)).digest(*_everywhere(reading))
-        if not is_done(output, share, made_with):
-            names = _names_of_part(images, share, share.part)
-            with new_part(output, share, made_with) as folder:
-                checks.run([(name, images[name]) for name in names], folder).write(folder / CHECKED)
-        return dict(counts)
+        return _prepare_part(wanted, output, checks, share, share.part)
+    return _prepare_whole(wanted, output, checks, share, rebuild=rebuild)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is prepared; `settled`: the options with their defaults."""
+
+    source: str
+    input: Path | None
+    options: Mapping[str, Any]
+    settled: dict[str, str]
+    max_image_pixels: int
+
+    def made_with(self) -> dict[str, Any]:
+        """What parts of one whole have in common."""
+        return {"source": self.source, "options": self.settled, "max_image_pixels": self.max_image_pixels}
+
+
+def _prepare_part(wanted: _Wanted, output: Path, checks: _Checks, share: Share, part: int) -> dict[str, int]:
+    """Copies or draws the images of one part, unless that is done."""
+    counts: Counter[str] = Counter()
+    reading = checks.reading
+    images = dict(_write_samples(wanted, None, counts, reading))
+    made_with = {**wanted.made_with(), "raw": reading.record(_paths_in(images)).digest(*_everywhere(reading))}
+    if not is_done(output, share, made_with):
+        names = _names_of_part(images, share, part)
+        with new_part(output, share, made_with) as folder:
+            checks.run([(name, images[name]) for name in names], folder).write(folder / CHECKED)
+    return dict(counts)
+
+
+def _prepare_whole(
+    wanted: _Wanted, output: Path, checks: _Checks, share: Share | None, *, rebuild: bool
+) -> dict[str, int]:
+    """Writes the samples, and images that are copied or drawn here, or with `share` taken from its parts."""
+    counts: Counter[str] = Counter()
+    reading, made_with = checks.reading, wanted.made_with()
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output, replace=rebuild) as folder:
-        met = _write_samples(source, input, options, folder, counts, reading)
+        met = _write_samples(wanted, folder, counts, reading)
         sources: Images = {}
         record = (
             checks.run(_kept(met, sources), folder)
@@ -138,13 +156,15 @@ def prepare(
         )
         record.extend(reading.record(_paths_in(sources)))
         record.add_all(SAMPLES, ((f"{split}.jsonl", look(folder / f"{split}.jsonl")) for split in counts))
-        places, told = ({name: str(value) for name, value in some.items()} for some in (reading.places, options))
-        write_prepared(folder, Prepared(source=source, places=places, options=told, settled=settled), record)
+        places, options = (
+            {name: str(value) for name, value in one.items()} for one in (reading.places, wanted.options)
+        )
+        prepared = Prepared(source=wanted.source, places=places, options=options, settled=wanted.settled)
+        write_prepared(folder, prepared, record)
     if share is not None:
         remove_parts(output)
-        refresh_stats(
-            output / SAMPLES_RECORD, record, {SAMPLES: output}
-        )  # a file that loses one of its names has changed
+        # a file that loses one of its names has changed
+        refresh_stats(output / SAMPLES_RECORD, record, {SAMPLES: output})
     return dict(counts)
 
 
@@ -177,7 +197,7 @@ def _image_roots(input: Path | None, options: Mapping[str, Any] | None) -> tuple
 
 @dataclass(frozen=True)
 class _Checks:
-    """`_copy_or_draw` in several processes. `roots`: out of which no link of an image may lead."""
+    """`copy_or_draw` in several processes. `roots`: out of which no link of an image may lead."""
 
     workers: int
     max_image_pixels: int
@@ -188,7 +208,7 @@ class _Checks:
         """Fills `folder` while the images are still being named; tells how many come out dark. Returns the images'
         record."""
         checked = ordered_map(
-            _copy_or_draw, in_chunks(images, _CHUNK), self.workers, (folder, self.max_image_pixels, self.roots)
+            copy_or_draw, in_chunks(images, _CHUNK), self.workers, (folder, self.max_image_pixels, self.roots)
         )
         dark: list[str] = []
         record = FileRecord()
@@ -202,21 +222,6 @@ class _Checks:
                         record.add(*self.reading.name_of(source), Seen(FILE, digest, raw))
         warn_of_dark_images(dark)
         return record
-
-
-def warn_of_dark_images(names: list[str]) -> None:
-    """Warns of images that are all but black, if there are any."""
-    if names:
-        why = (
-            f"no value above {DARK} of 255: 12-bit values in 16 bits, floats in [0, 1] or class numbers are not "
-            "stretched"
-        )
-        logger.warning(
-            "images: %d decode(s) to a dark image (%s): %s",
-            len(names),
-            why,
-            ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
-        )
 
 
 def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: list[Path], folder: Path) -> FileRecord:
@@ -235,20 +240,13 @@ def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: li
             raise InputError(f"{made}: {'; '.join(changed)} since the part was made; remove it and run the part again")
         for place, name, seen in record.rows():
             if place == SAMPLES:
-                _link_or_copy(made / name, folder / name)
+                link_or_copy(made / name, folder / name)
                 seen = seen._replace(stat=stat_of(folder / name))
             whole.add(place, name, seen)
     return whole
 
 
-def _write_samples(
-    source: str,
-    input: Path | None,
-    options: Mapping[str, Any],
-    folder: Path | None,
-    counts: Counter[str],
-    reading: Reading,
-) -> Iterator[Named]:
+def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], reading: Reading) -> Iterator[Named]:
     """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each
     image when it first comes."""
     sources: dict[str, ImageSource] = {}
@@ -256,7 +254,9 @@ def _write_samples(
     overlap = SplitOverlap()
     with ExitStack() as stack:
         files: dict[str, TextIO] = {}
-        for raw in watched(reading.watch(SOURCES[source](input, options)), title="samples", unit="sample"):
+        for raw in watched(
+            reading.watch(SOURCES[wanted.source](wanted.input, wanted.options)), title="samples", unit="sample"
+        ):
             sample = raw.sample
             if sample.id in seen:
                 raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
@@ -278,11 +278,10 @@ def _write_samples(
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
             files[raw.split].write(_line(sample, names))
     if not counts:
-        raise InputError(
-            f"source '{source}' yielded no samples{f' from {input}' if input else ''}; is this the right input?"
-        )
+        place = f" from {wanted.input}" if wanted.input else ""
+        raise InputError(f"source '{wanted.source}' yielded no samples{place}; is this the right input?")
     for line in overlap.lines(sources):
-        logger.warning("source '%s': %s", source, line)
+        logger.warning("source '%s': %s", wanted.source, line)
 
 
 def _line(sample: Sample, images: list[str]) -> str:
@@ -298,54 +297,6 @@ def _line(sample: Sample, images: list[str]) -> str:
 def _image_name(name: str) -> str:
     """Where a sample's image, whose path was checked, lies below the samples' folder."""
     return str(IMAGES / PurePosixPath(name))
-
-
-def _copy_or_draw(
-    images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]
-) -> tuple[list[Done], list[str]]:
-    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns also the files
-    that come out dark."""
-    done: list[Done] = []
-    dark: list[str] = []
-    for name, (source, sample_id) in images:
-        path, before = None, None
-        if isinstance(source, Path):
-            where = f"sample '{sample_id}', image {source}"
-            data, status = read_image_and_status(source, max_pixels, where, inside=_root_of(source, roots))
-            path, before = str(source), stat_in(status)
-            if is_dark(data, max_pixels, where):
-                dark.append(path)
-        else:
-            data = source()
-        copy = folder / name
-        _make_folder(copy.parent)
-        with open(copy, "wb") as file:
-            file.write(data)
-            file.flush()
-            written = stat_in(os.fstat(file.fileno()))
-        done.append((name, path, digest_of(data), before, written))
-    return done, dark
-
-
-def _root_of(source: Path, roots: tuple[Path, ...]) -> Path | None:
-    """The innermost of `roots` below which the path lies, as it is written."""
-    return max((root for root in roots if source.is_relative_to(root)), key=lambda root: len(root.parts), default=None)
-
-
-def _make_folder(folder: Path) -> None:
-    if not os.path.isdir(folder):  # of many images' one mostly is there: asking takes a tenth of making
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """For a part's own files, which are removed afterwards: a merge that dies leaves them as they were."""
-    _make_folder(target.parent)
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES):
-            raise
-        shutil.copyfile(source, target)
 
 
 def parse_options(pairs: list[str]) -> dict[str, str]:

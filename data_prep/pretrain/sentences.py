@@ -28,6 +28,7 @@ COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "white", "brown", 
 SIZES = ("small", "large", "tiny", "huge")
 SIDES = ("left", "right", "top", "bottom", "middle")
 PICTURES = ("image", "picture", "photo", "scene", "drawing")
+Option = TypeVar("Option")
 CHECKLISTS = 0.4  # share of the lessons with a scene that are checklists
 CATEGORY = {noun: kind for kind, nouns in KINDS.items() for noun in nouns}
 

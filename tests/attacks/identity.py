@@ -15,9 +15,9 @@ from tests.attacks.inputs import TOKENIZER, chat, pack_words, picture, prepare_w
 from vltrain.config.schema import Config, DataConfig
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.tokenizer import load_tokenizer
-from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import data_identity, require_same_set, require_trained_set
-from vltrain.programs.train import open_packs
+from vltrain.prepared.training_data import open_packs
 
 REUSED = "what was made from something else is used again"
 REBUILT = "--rebuild makes anew what does not match, and nothing else"
@@ -174,9 +174,9 @@ def edited_split_that_is_evaluated(folder: Path) -> Shown:
     """A validation file edited: it is in no pack."""
     config = recipe(folder, options={"val_fraction": "0.4"})
     write_json(folder / "raw" / "chats.json", [chat(f"s{number}") for number in range(40)])
-    file = ready_samples(config, "val")
+    file = ensure_samples(config, "val")
     file.write_text(file.read_text().replace('"yes"', '"no"'))
-    return refuses_to_use(config, folder, "samples/val.jsonl differs", call=lambda one: ready_samples(one, "val"))
+    return refuses_to_use(config, folder, "samples/val.jsonl differs", call=lambda one: ensure_samples(one, "val"))
 
 
 @attack(REUSED)
@@ -225,9 +225,9 @@ def rationales_that_were_written_anew(folder: Path) -> Shown:
     written = write_json(folder / "written.json", {"8": "first"})
     options = {"prompt_format": "QCMG-A", "rationales": str(written)}
     config = recipe(folder, source="scienceqa", input=str(folder / "raw"), options=options)
-    ready_samples(config, "val")
+    ensure_samples(config, "val")
     write_json(written, {"8": "second"})
-    return refuses_to_use(config, folder, "written.json differs", call=lambda one: ready_samples(one, "val"))
+    return refuses_to_use(config, folder, "written.json differs", call=lambda one: ensure_samples(one, "val"))
 
 
 @attack(REUSED)
@@ -244,10 +244,10 @@ def a_question_added_to_a_folder(folder: Path) -> Shown:
 
     question("1")
     config = recipe(folder, source="iconqa", input=str(folder / "raw"), options={})
-    ready_samples(config, "train")
+    ensure_samples(config, "train")
     question("2")
     return refuses_to_use(
-        config, folder, "fill_in_blank holds other files", call=lambda one: ready_samples(one, "train")
+        config, folder, "fill_in_blank holds other files", call=lambda one: ensure_samples(one, "train")
     )
 
 
@@ -268,9 +268,9 @@ def an_image_that_was_missing(folder: Path) -> Shown:
     write_json(folder / "raw" / "problems.json", {"7": problem, "8": {**problem, "image": None}})
     write_json(folder / "raw" / "pid_splits.json", {"train": ["7", "8"]})
     config = recipe(folder, source="scienceqa", input=str(folder / "raw"), options={"missing_images": "drop"})
-    ready_samples(config, "train")
+    ensure_samples(config, "train")
     picture(folder / "raw" / "images" / "train" / "7" / "image.png")
-    return refuses_to_use(config, folder, "image.png is new", call=lambda one: ready_samples(one, "train"))
+    return refuses_to_use(config, folder, "image.png is new", call=lambda one: ensure_samples(one, "train"))
 
 
 @attack(REUSED)
@@ -293,8 +293,8 @@ def packs_of_another_set_beside_samples(folder: Path) -> Shown:
     config = made(folder)
     packed = next((folder / "root" / "packed").iterdir())
     other = recipe(folder, root=str(folder / "other"), input=str(chats(folder / "raw2", "B")), train_packs=str(packed))
-    ready_samples(changing(other, train_packs=None), "train")
-    samples = ready_samples(other, "train")
+    ensure_samples(changing(other, train_packs=None), "train")
+    samples = ensure_samples(other, "train")
     assert config.data.root != other.data.root
     return refuses(
         lambda: require_same_set(other, packed, samples), "data.train_packs", "would be answered", "data.source samples"
@@ -423,7 +423,7 @@ def packs_by_name_and_no_samples(folder: Path) -> Shown:
     made(folder)
     packed = str(next((folder / "root" / "packed").iterdir()))
     other = recipe(folder, root=str(folder / "missing"), train_packs=packed)
-    shown = refuses(lambda: ready_samples(other, "val"), "data.train_packs", "missing/samples", "data.source samples")
+    shown = refuses(lambda: ensure_samples(other, "val"), "data.train_packs", "missing/samples", "data.source samples")
     assert not (folder / "missing").exists()
     return shown
 
@@ -439,7 +439,7 @@ def own_samples_in_place(folder: Path) -> Shown:
     """Own JSONL is read where it is: nothing is prepared, copied or written beside it."""
     config = own(folder)
     before = listing(folder / "own")
-    assert packs(config).row(0).sample_ids and ready_samples(config, "val") == folder / "own" / "val.jsonl"
+    assert packs(config).row(0).sample_ids and ensure_samples(config, "val") == folder / "own" / "val.jsonl"
     assert listing(folder / "own") == before and [path.name for path in (folder / "root").iterdir()] == ["packed"]
     return right("packed in place; only packs were made")
 
@@ -469,8 +469,8 @@ def one_file_and_no_other_split(folder: Path) -> Shown:
     """One file of samples, and an evaluation that has none."""
     config = own(folder)
     config = changing(config, input=str(folder / "own" / "train.jsonl"))
-    assert ready_samples(config, "train") == folder / "own" / "train.jsonl"
-    return refuses(lambda: ready_samples(config, "val"), "no samples of 'val'", "data.options.val")
+    assert ensure_samples(config, "train") == folder / "own" / "train.jsonl"
+    return refuses(lambda: ensure_samples(config, "val"), "no samples of 'val'", "data.options.val")
 
 
 @attack(OWN)
@@ -534,7 +534,7 @@ def a_split_put_beside_prepared_ones(folder: Path) -> Shown:
     samples = folder / "root" / "samples"
     shutil.copyfile(samples / "train.jsonl", samples / "hard.jsonl")
     return refuses(
-        lambda: ready_samples(config, "hard"), "hard.jsonl", "was not prepared from llava_json", "data.source samples"
+        lambda: ensure_samples(config, "hard"), "hard.jsonl", "was not prepared from llava_json", "data.source samples"
     )
 
 
@@ -544,4 +544,4 @@ def a_test_split_of_another_set(folder: Path) -> Shown:
     config = made(folder)
     samples = folder / "root" / "samples"
     write_jsonl(samples / "test.jsonl", [sample("1")])
-    return refuses(lambda: ready_samples(config, "test"), "test.jsonl", "was not prepared from llava_json")
+    return refuses(lambda: ensure_samples(config, "test"), "test.jsonl", "was not prepared from llava_json")

@@ -15,7 +15,7 @@ from vltrain.distributed.hardware import PRECISIONS
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_whole
 from vltrain.files.lines import LineFile
-from vltrain.train.checkpoints.selection import Selection, measured_by
+from vltrain.train.checkpoints.selection import BestTracker, measured_by
 from vltrain.train.run.provenance import make_run_folder
 
 MACHINE = "permissions and full disks"
@@ -178,13 +178,13 @@ def figures_of_another_kind(folder: Path) -> Shown:
     """The best checkpoint was chosen by other questions, or another scorer, than those of the evaluations to come."""
     places = finished_run(folder)
     state = json.loads((places.checkpoint() / "checkpoint.json").read_text())["run_state"]
-    chosen = Selection(best=0.5, best_step=2, measured_by={**measured_by(places.config()), "eval.max_samples": 2})
+    chosen = BestTracker(best=0.5, best_step=2, measured_by={**measured_by(places.config()), "eval.max_samples": 2})
     rewrite(places.checkpoint(), run_state={**state, "selection": chosen.state()})
     refused(
         train_words(places, "--train.early_stopping_patience", 3, "--train.eval_every_steps", 2),
         "eval.max_samples was 2, is 512",
     )
-    anew = Selection(measured_by=measured_by(places.config()))
+    anew = BestTracker(measured_by=measured_by(places.config()))
     anew.load(chosen.state())
     assert anew.best is None, "a figure of two questions is held against one of all"
     return refused(

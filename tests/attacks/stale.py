@@ -17,7 +17,7 @@ from vltrain.data.origin import read_made_from, rendered_digest, tokenizer_chang
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.tokenizer import load_tokenizer
-from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.ensure_data import ensure_samples
 
 IN_USE = "data that is made anew while somebody uses it"
 PROBLEM = {
@@ -76,10 +76,14 @@ def rationales_beside_the_problems(folder: Path) -> Shown:
         input=str(folder / "raw"),
         options={"prompt_format": "QCMG-A", "rationales": str(first)},
     )
-    ready_samples(config, "val")
+    ensure_samples(config, "val")
     config = changing(config, options={**config.data.options, "rationales": str(second)})
     return refuses_to_use(
-        config, folder, "data.options.rationales was", "second.json differs", call=lambda one: ready_samples(one, "val")
+        config,
+        folder,
+        "data.options.rationales was",
+        "second.json differs",
+        call=lambda one: ensure_samples(one, "val"),
     )
 
 
@@ -91,9 +95,9 @@ def a_folder_that_is_read_first(folder: Path) -> Shown:
         write_json(raw / "iconqa_data" / "train" / "choose_txt" / f"{number}" / "data.json", ICON)
         picture(raw / "iconqa_data" / "train" / "choose_txt" / f"{number}" / "image.png")
     config = recipe(folder, source="iconqa", input=str(raw), options={})
-    ready_samples(config, "train")
+    ensure_samples(config, "train")
     shutil.copytree(raw / "iconqa_data" / "train" / "choose_txt" / "0", raw / "train" / "choose_txt" / "0")
-    return refuses_to_use(config, folder, "is new", call=lambda one: ready_samples(one, "train"))
+    return refuses_to_use(config, folder, "is new", call=lambda one: ensure_samples(one, "train"))
 
 
 @attack(REUSED)
@@ -104,10 +108,10 @@ def images_in_a_folder_that_is_read_first(folder: Path) -> Shown:
         picture(raw / "images" / f"{number}.png", (number, 0, 0))
     (raw / "results_20130124.token").write_text("".join(f"{number}.png#0\tPhoto {number}.\n" for number in range(4)))
     config = recipe(folder, source="flickr30k", input=str(raw), options={"val_images": "0", "test_images": "0"})
-    ready_samples(config, "train")
+    ensure_samples(config, "train")
     for number in range(4):
         picture(raw / "flickr30k-images" / f"{number}.png", (0, number, 0))
-    return refuses_to_use(config, folder, "flickr30k-images is new", call=lambda one: ready_samples(one, "train"))
+    return refuses_to_use(config, folder, "flickr30k-images is new", call=lambda one: ensure_samples(one, "train"))
 
 
 def _packed_with(folder: Path, changes: dict) -> Shown:
@@ -264,7 +268,7 @@ def a_file_for_no_split(folder: Path) -> Shown:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     try:
-        assert ready_samples(config, "val") == folder / "own" / "val.jsonl"
+        assert ensure_samples(config, "val") == folder / "own" / "val.jsonl"
     finally:
         logging.getLogger().removeHandler(handler)
     (line,) = lines

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.benchmarks.measure import show
-from vltrain.ops import triton_adapter
+from vltrain.ops import adapter_kernels, triton_adapter
 from vltrain.ops.fused import fused_adapter
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -50,12 +50,12 @@ FP32 = ("down", "up", "down_bias", "up_bias", "inverse_rms", "shared", *SUMS)
 NOT_SPECIALISED = ("num_rows", "share_rows", "shares", "blocks", "h")
 # The kernel, and the constants of those that have no launch of their own.
 KERNELS = {
-    "pack": (triton_adapter._pack_kernel, {"C": triton_adapter.PACK_COLUMNS}),
-    "forward": (triton_adapter._forward_kernel, None),
-    "backward rows": (triton_adapter._backward_rows_kernel, None),
-    "backward columns": (triton_adapter._backward_columns_kernel, None),
+    "pack": (adapter_kernels.pack_kernel, {"C": triton_adapter.PACK_COLUMNS}),
+    "forward": (adapter_kernels.forward_kernel, None),
+    "backward rows": (adapter_kernels.backward_rows_kernel, None),
+    "backward columns": (adapter_kernels.backward_columns_kernel, None),
     "finish": (
-        triton_adapter._finish_kernel,
+        adapter_kernels.finish_kernel,
         {"C": triton_adapter.FINISH_COLUMNS, "PARTS": triton_adapter.FINISH_PARTS},
     ),
 }

@@ -16,7 +16,8 @@ from vltrain.data.shards import PackedDataset
 from vltrain.distributed.hardware import device
 from vltrain.models.build import build_model
 from vltrain.models.compiled import compile_blocks
-from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.make_trainer import RunStart, make_trainer
+from vltrain.train.trainer import Trainer
 from vltrain.train.zero.ds_config import resolve_ds_config
 from vltrain.train.zero.engine import partitioner
 
@@ -74,10 +75,7 @@ def our_trainer(
         ds,
         model=model,
         dataset=dataset,
-        checkpoint=None,
-        rank=rank,
-        world_size=world_size,
-        dtype=dtype,
+        start=RunStart(dtype=dtype),
         evaluate=lambda _: None,
     )
 

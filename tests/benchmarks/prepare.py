@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from data_prep.pack import pack
+from data_prep.pack import PackSettings, pack
 from data_prep.prepare import prepare
 from data_prep.sources import SOURCES
 from tests.benchmarks.measure import alternate, command, median_ratio, report, seconds_of, settled
@@ -42,15 +42,8 @@ WANTED = 3.0
 def ours(folder: Path, raw: Path | None, workers: int) -> dict[str, int]:
     """`vltrain prepare` of all splits and `vltrain pack` of the training split. Returns samples by split."""
     counts = prepare("easyvqa", raw, folder / "samples", workers=workers)
-    pack(
-        folder / "samples" / "train.jsonl",
-        TOKENIZER,
-        "mmt",
-        VISUAL_TOKENS,
-        PACK_LENGTH,
-        folder / "packed",
-        workers=workers,
-    )
+    settings = PackSettings(tokenizer=TOKENIZER, visual_tokens=VISUAL_TOKENS, pack_length=PACK_LENGTH)
+    pack(folder / "samples" / "train.jsonl", folder / "packed", settings, workers=workers)
     return counts
 
 

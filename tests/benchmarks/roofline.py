@@ -34,7 +34,7 @@ from vltrain.data.shards import Index
 from vltrain.memory.rehearse import PackSize, _give_fake_weights, make_pack
 from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
-from vltrain.train.trainer import pack_cost
+from vltrain.train.make_trainer import pack_cost
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
 SEGMENTS, TOKENS = 8, 2560

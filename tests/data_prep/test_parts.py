@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_prep.pack import PackSettings, merge_parts, pack, pack_part
 from data_prep.pack import main as pack_main
-from data_prep.pack import pack
 from data_prep.parts import Share, part_folder
 from data_prep.prepare import main as prepare_main
 from data_prep.prepare import prepare
@@ -44,16 +44,13 @@ def chats(tmp_path_factory) -> Path:
 
 
 def packed(samples: Path, output: Path, share: Share | None = None, **changes):
-    return pack(
-        samples,
-        "asset://tiny_llama",
-        "mmt",
-        4,
-        128,
-        output,
-        share=share,
-        **{"over_long": "drop", "workers": 1, **changes},
-    )
+    workers = changes.pop("workers", 1)
+    wanted = {"tokenizer": "asset://tiny_llama", "visual_tokens": 4, "pack_length": 128, "over_long": "drop", **changes}
+    settings = PackSettings(**wanted)
+    if share is None:
+        return pack(samples, output, settings, workers=workers)
+    run = merge_parts if share.part is None else pack_part
+    return run(samples, output, settings, share, workers=workers)
 
 
 def test_prepared_in_parts(chats, tmp_path):

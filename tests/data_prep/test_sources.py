@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.pack import pack
+from data_prep.pack import PackSettings, pack
 from data_prep.peek import describe
 from data_prep.prepare import main as prepare_main
 from data_prep.prepare import prepare
@@ -242,9 +242,14 @@ def prepared(tmp_path):
     return tmp_path / "samples" / "train.jsonl", str(tmp_path / "tokenizer")
 
 
+def pack_of(samples, tokenizer, pack_length, output):
+    settings = PackSettings(tokenizer=tokenizer, visual_tokens=2, pack_length=pack_length)
+    return pack(samples, output, settings, workers=1)
+
+
 def test_every_sample_is_packed_once_and_peek_shows_it(prepared, tmp_path):
     samples, tokenizer = prepared
-    manifest = pack(samples, tokenizer, "mmt", 2, 100, tmp_path / "packs", workers=1)
+    manifest = pack_of(samples, tokenizer, 100, tmp_path / "packs")
     dataset = PackedDataset(tmp_path / "packs")
     rows = [dataset.row(number) for number in range(len(dataset))]
     assert sorted(name for row in rows for name in row.sample_ids) == sorted(f"s{number}" for number in range(40))
@@ -257,14 +262,14 @@ def test_every_sample_is_packed_once_and_peek_shows_it(prepared, tmp_path):
 def test_over_long_samples_are_refused_or_listed_never_cut(prepared, tmp_path):
     samples, tokenizer = prepared
     with pytest.raises(InputError, match="do not fit into a pack of 12"):
-        pack(samples, tokenizer, "mmt", 2, 12, tmp_path / "packs", workers=1)
+        pack_of(samples, tokenizer, 12, tmp_path / "packs")
     assert not (tmp_path / "packs").exists()
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damaged_shards_are_noticed(prepared, tmp_path, damage):
     samples, tokenizer = prepared
-    pack(samples, tokenizer, "mmt", 2, 100, tmp_path / "packs", workers=1)
+    pack_of(samples, tokenizer, 100, tmp_path / "packs")
     for file in sorted((tmp_path / "packs").iterdir()):
         if file.match("*.stats.npy"):  # says only what need not be read again
             continue

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vltrain.distributed import preemption as module
 from vltrain.distributed.preemption import Preemption
-from vltrain.distributed.signals import deaf_children
+from vltrain.distributed.signals import block_signals_in_workers
 
 
 def wait_in_c() -> None:
@@ -26,7 +26,7 @@ def main(kind: str, folder: Path) -> None:
     preemption = Preemption(time.time() + 11 if kind == "limit" else None)
     with preemption.listening():
         if kind == "worker":
-            with deaf_children():
+            with block_signals_in_workers():
                 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             (folder / "child").write_text(str(child.pid))
         if kind in ("stuck", "hung"):

@@ -85,16 +85,16 @@ def test_a_report_has_the_mean_cider_and_bleu_beside_it(tmp_path):
     samples = [flickr("1", "A red ball lies here.", "There is a ball."), flickr("2", "Two dogs run over grass.")]
     report = score_samples("caption", samples, ["a red ball lies here", ""], "test.jsonl")
     assert report.answers[0].correct > 5 and report.answers[1].correct == 0 and report.failed == 1
-    assert report.accuracy == pytest.approx(report.answers[0].correct / 2)
-    assert report.headline().startswith(f"CIDEr={report.accuracy:.4f} (2 questions) failed=1 BLEU-1=")
+    assert report.mean == pytest.approx(report.answers[0].correct / 2)
+    assert report.headline().startswith(f"CIDEr={report.mean:.4f} (2 questions) failed=1 BLEU-1=")
     write_report(report, tmp_path, {"split": "test"})
     figures = json.loads((tmp_path / "metrics.json").read_text())
     assert (
         figures["measure"] == "CIDEr"
-        and figures["CIDEr"] == report.accuracy
+        and figures["CIDEr"] == report.mean
         and 0 < figures["BLEU-4"] <= figures["BLEU-1"] <= 1
     )
-    assert (figures["total"], figures["failed"], figures["columns"]["Average"]["CIDEr"]) == (2, 1, report.accuracy)
+    assert (figures["total"], figures["failed"], figures["columns"]["Average"]["CIDEr"]) == (2, 1, report.mean)
 
 
 @pytest.mark.parametrize("captions", [None, [], ["a", " "], "a"])

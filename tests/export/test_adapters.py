@@ -12,8 +12,8 @@ from vltrain.export.proof import PROOF
 from vltrain.inference import load
 from vltrain.inference.run import recipe_of
 from vltrain.programs.export import export
-from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
+from vltrain.train.run.adapters_folder import open_adapters
 from vltrain.train.run.origin import open_origin
 
 KINDS = {

@@ -12,8 +12,8 @@ from vltrain.errors import InputError
 from vltrain.inference.run import recipe_of
 from vltrain.models.build import build_model
 from vltrain.programs.export import export
-from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import load_trainable, newest_checkpoint, save_checkpoint
+from vltrain.train.run.adapters_folder import open_adapters
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.origin import find_origin, require_same_frozen, with_peft_folder
 

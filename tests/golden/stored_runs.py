@@ -172,7 +172,7 @@ def batch_digests(folder: Path) -> list[dict[str, str]]:
     from vltrain.data.shards import PackedDataset
     from vltrain.inference.run import recipe_of
     from vltrain.models.build import outline_model
-    from vltrain.train.trainer import pack_cost
+    from vltrain.train.make_trainer import pack_cost
 
     config = recipe_of(folder)
     (packs,) = Path(config.data.root, "packed").iterdir()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tests.golden.stored_runs import NAMES, SAVED, STEPS, STORED, batch_digests, machine
 from tests.support.processes import vltrain
 from vltrain.models.build import build_model
-from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import load_trainable
+from vltrain.train.run.adapters_folder import open_adapters
 
 TOLERANCE = 1e-5  # of losses, on another CPU than theirs
 

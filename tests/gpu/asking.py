@@ -92,7 +92,7 @@ def _ask(findings: Findings, run: Path, bits: Any, samples: list[Sample], folder
         products=str(model.dtype).removeprefix("torch."),
         questions=len(samples),
         accuracy=accuracy,
-        cpu_accuracy=expected.accuracy,
+        cpu_accuracy=expected.mean,
         other_than_cpu=sum(map(str.__ne__, answers, expected.answers)),
         other_alone_than_in_batches=sum(map(str.__ne__, alone, answers)),
         loss=loss,
@@ -110,8 +110,8 @@ def _ask(findings: Findings, run: Path, bits: Any, samples: list[Sample], folder
     )
     findings.require(all(one <= 0 for one in logprobs), f"{bits} bits: a log-probability above zero, or NaN")
     findings.require(
-        accuracy >= expected.accuracy - BITS[bits] - findings.emulate,
-        f"{bits} bits: accuracy {accuracy}, the CPU's {expected.accuracy}",
+        accuracy >= expected.mean - BITS[bits] - findings.emulate,
+        f"{bits} bits: accuracy {accuracy}, the CPU's {expected.mean}",
     )
     findings.require(
         abs(loss - expected.loss) <= LOSS_LIMITS[bits], f"{bits} bits: loss {loss}, the CPU's {expected.loss}"

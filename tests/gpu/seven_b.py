@@ -30,7 +30,7 @@ from vltrain.models.build import build_model
 from vltrain.models.compiled import compile_blocks
 from vltrain.programs.plan import OPTIONS, plan_recipe
 from vltrain.train.determinism import set_determinism
-from vltrain.train.trainer import make_trainer
+from vltrain.train.make_trainer import RunStart, make_trainer
 from vltrain.train.zero.ds_config import load_ds_json
 from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
@@ -85,10 +85,7 @@ def _train(findings: Findings, variant: str, dataset: PackedDataset, planned: fl
         load_ds_json(DS),
         model=model,
         dataset=dataset,
-        checkpoint=None,
-        rank=0,
-        world_size=1,
-        dtype=torch.bfloat16,
+        start=RunStart(dtype=torch.bfloat16),
         evaluate=lambda _: None,
     )
     ours = OurSteps(trainer)

@@ -15,7 +15,8 @@ import torch
 from tests.support.tiny import tiny_config
 from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
-from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.make_trainer import RunStart, make_trainer
+from vltrain.train.trainer import Trainer
 from vltrain.train.zero.engine import Engine, init_distributed, shutdown_distributed
 
 
@@ -79,10 +80,7 @@ def main(place: str) -> None:
             ds,
             model=model,
             dataset=PackedDataset(f"{file}.packs"),
-            checkpoint=None,
-            rank=rank,
-            world_size=world_size,
-            dtype=torch.float32,
+            start=RunStart(dtype=torch.float32),
             evaluate=lambda steps_done: None,
         )
         steps = iter(trainer.loader)

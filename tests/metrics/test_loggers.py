@@ -95,10 +95,20 @@ def log_records(data: bytes) -> Iterator[bytes]:
             parts = []
 
 
-def test_wandb_without_network(tmp_path, monkeypatch):
-    """Read back from the file that `wandb sync` uploads."""
+def finished_records(path: Path) -> list:
+    """Those of a life that has ended, which its service process may still be writing."""
     from wandb.proto import wandb_internal_pb2
 
+    deadline = time.monotonic() + 60
+    while True:
+        records = [wandb_internal_pb2.Record.FromString(data) for data in log_records(path.read_bytes())]
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.1)
+
+
+def test_wandb_without_network(tmp_path, monkeypatch):
+    """Read back from the file that `wandb sync` uploads."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     threads = threading.active_count()
     say_everything(open_loggers(["wandb"], context(tmp_path)))
@@ -108,9 +118,7 @@ def test_wandb_without_network(tmp_path, monkeypatch):
     again.close()
     rows, ids, media = [], set(), []
     for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for data in log_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in finished_records(path):
             if record.HasField("run"):
                 ids.add(record.run.run_id)
                 settings = {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -126,6 +134,19 @@ def test_wandb_without_network(tmp_path, monkeypatch):
     assert {"step": 5, "eval/val/accuracy": 0.25} in rows
     assert sum(name.endswith(".png") for name in media) == 3 and sum(name.endswith(".html") for name in media) == 1
     assert threading.active_count() <= threads + 2
+
+
+@pytest.mark.slow
+def test_wandb_whose_server_is_gone(tmp_path, monkeypatch, caplog):
+    for name, value in {"API_KEY": "0" * 40, "BASE_URL": "http://127.0.0.1:9", "INIT_TIMEOUT": "5"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    loggers = open_loggers(["wandb", "tensorboard"], context(tmp_path))
+    say_everything(loggers)
+    assert [record.message.partition(" (")[0] for record in caplog.records if record.levelno == logging.WARNING] == [
+        "train.loggers: wandb failed"
+    ]
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def mlflow_store(folder: Path):

@@ -17,8 +17,8 @@ from vltrain.config.stages import STAGES_FILE
 from vltrain.files.strict_json import read_json
 from vltrain.inference import load
 from vltrain.programs.ask import main
-from vltrain.train.checkpoints.adapters_folder import write_adapters
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
+from vltrain.train.run.adapters_folder import write_adapters
 
 NEW_TOKENS = 8
 
@@ -252,7 +252,7 @@ def test_help_says_every_option(capsys):
 
 def test_asking_loads_nothing_that_trains():
     code = (
-        "import sys, vltrain.programs.ask_terminal, vltrain.inference; print([name for name in ('deepspeed', "
+        "import sys, vltrain.launching.terminal, vltrain.inference; print([name for name in ('deepspeed', "
         "'tensorboard', 'datasets', 'matplotlib', 'vltrain.train.zero.engine') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -9,7 +9,7 @@ import pytest
 
 from vltrain.config.schema import Config, DataConfig
 from vltrain.errors import InputError
-from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.ensure_data import ensure_samples
 
 PROBLEM = {
     "question": "Q?",
@@ -39,47 +39,47 @@ def asking(config: Config, **options: str) -> Config:
 
 
 def test_samples_of_another_option_are_refused_and_made_anew_on_request(config):
-    file = ready_samples(config, "train")
+    file = ensure_samples(config, "train")
     before = file.read_bytes()
-    assert ready_samples(asking(config, prompt_format="QCM-A", missing_images="error"), "train").read_bytes() == before
+    assert ensure_samples(asking(config, prompt_format="QCM-A", missing_images="error"), "train").read_bytes() == before
     for other, said in (({"prompt_format": "QCM-AE"}, "is QCM-AE"), ({}, r"is QCM-ALE \(its default\)")):
         with pytest.raises(
             InputError, match=f"data.options.prompt_format was QCM-A, {said}.*--rebuild.*another data.root"
         ):
-            ready_samples(asking(config, **other), "train")
+            ensure_samples(asking(config, **other), "train")
         assert file.read_bytes() == before
-    assert ready_samples(asking(config), "train", rebuild=True).read_bytes() != before
+    assert ensure_samples(asking(config), "train", rebuild=True).read_bytes() != before
     assert "BECAUSE" in file.read_text()
 
 
 def test_what_matches_is_not_made_anew(config):
-    file = ready_samples(config, "train")
+    file = ensure_samples(config, "train")
     before = file.stat()
-    assert ready_samples(config, "train", rebuild=True).stat() == before
+    assert ensure_samples(config, "train", rebuild=True).stat() == before
 
 
 def test_samples_without_a_record_are_taken_told_and_watched_from_then_on(config, caplog):
-    file = ready_samples(config, "train")
+    file = ensure_samples(config, "train")
     for path in file.parent.glob("prepared*"):
         path.unlink()
-    assert ready_samples(asking(config, prompt_format="QCM-ALE"), "train") == file
+    assert ensure_samples(asking(config, prompt_format="QCM-ALE"), "train") == file
     assert "no record of what they were made from" in caplog.text
     file.write_text(file.read_text().replace("Q?", "R?"))
     with pytest.raises(InputError, match="train.jsonl differs"):
-        ready_samples(config, "train")
+        ensure_samples(config, "train")
 
 
 def test_an_older_record_says_what_it_can(config, caplog):
-    file = ready_samples(config, "train")
+    file = ensure_samples(config, "train")
     for path in file.parent.glob("prepared*"):
         path.unlink()
     (file.parent / "prepared.json").write_text(
         json.dumps({"source": "scienceqa", "options": {"prompt_format": "QCM-A"}})
     )
     with pytest.raises(InputError, match="prompt_format was QCM-A"):
-        ready_samples(asking(config), "train")
-    assert ready_samples(config, "train") == file and "taken as they are" in caplog.text
-    assert ready_samples(config, "train", rebuild=True) == file
+        ensure_samples(asking(config), "train")
+    assert ensure_samples(config, "train") == file and "taken as they are" in caplog.text
+    assert ensure_samples(config, "train", rebuild=True) == file
     caplog.clear()
-    ready_samples(config, "train")
+    ensure_samples(config, "train")
     assert not caplog.text

@@ -18,7 +18,7 @@ from vltrain.memory.plan import GIB, parameters_by_part
 from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
 from vltrain.models.instructblip.sizes import BLIPS
-from vltrain.prepared.ensure_data import packed_folder, ready_packs
+from vltrain.prepared.ensure_data import ensure_packs, packed_folder
 from vltrain.programs.plan import describe, main
 from vltrain.shipped import find_recipe
 
@@ -221,7 +221,7 @@ def test_an_instructblips_packs_are_planned_with(tmp_path: Path) -> None:
     config = load_settings(["--recipe", str(recipe)], program="", description="", options={}).config
     source, instruction = tokenizer_sources(config)
     folder = packed_folder(config, load_tokenizer(source, instruction), QUERIES)
-    ready_packs(config, folder, load_tokenizer(source, instruction), QUERIES)
+    ensure_packs(config, folder, load_tokenizer(source, instruction), QUERIES)
     plan = planned(tmp_path, "--recipe", str(recipe))
     assert plan["packs"] == str(folder) and plan["steps_per_epoch"] > 0
     assert plan["pack"]["num_tokens"] <= config.data.pack_length and plan["pack"]["num_images"] > 0

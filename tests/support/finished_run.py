@@ -21,10 +21,10 @@ from vltrain.models.build import build_model
 from vltrain.prepared.origins import facts_of
 from vltrain.receipts.receipt import ReceiptWriter, fingerprint, samples_text
 from vltrain.train.checkpoints.checkpoint import save_checkpoint
+from vltrain.train.make_trainer import receipt_header
 from vltrain.train.run.identity import run_id, run_identity
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.provenance import write_provenance
-from vltrain.train.trainer import receipt_header
 
 SAVED = (2, 4)  # steps
 

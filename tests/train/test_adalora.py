@@ -298,16 +298,16 @@ def test_a_step_that_was_not_taken_leaves_no_trace_and_is_made_up_for(monkeypatc
     allocator = still_allocator(num_steps=10, init_rank=12, target_rank=2, tfinal=4)
     names = list(allocator._updates)
     importance = {name: torch.rand_like(allocator._engine.trainable[name]) for name in names}
-    allocator.take(importance, 1)
+    allocator.update(importance, 1)
     assert not allocator.kept, "without a step there is nothing to tell directions apart by"
-    allocator.take(importance, 3)
+    allocator.update(importance, 3)
     assert sum(mask.sum() for mask in allocator.kept.values()) == allocator.budget(3) > allocator.budget(6)
-    allocator.take(importance, 8)
+    allocator.update(importance, 8)
     assert sum(mask.sum() for mask in allocator.kept.values()) == allocator.budget(6) == 2
     assert int((allocator._engine.trainable[f"{LAYER}.lora_E.default"] != 0).sum()) == 2
     kept = allocator.kept
     allocator._engine.trainable[f"{LAYER}.lora_E.default"].data.fill_(1.0)
-    allocator.take({name: value.flip(0) for name, value in importance.items()}, 9)
+    allocator.update({name: value.flip(0) for name, value in importance.items()}, 9)
     assert allocator.kept is kept and int((allocator._engine.trainable[f"{LAYER}.lora_E.default"] != 0).sum()) == 2
 
 

@@ -24,8 +24,9 @@ from vltrain.models.build import build_model
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
+from vltrain.train.make_trainer import RunStart, make_trainer
 from vltrain.train.run.origin import find_origin
-from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.trainer import Trainer
 from vltrain.train.zero.ds_config import resolve_ds_config
 from vltrain.train.zero.engine import Engine, init_distributed, partitioner, shutdown_distributed
 
@@ -56,12 +57,8 @@ def run(
         scenario["ds"],
         model=model,
         dataset=dataset,
-        checkpoint=checkpoint,
-        rank=rank,
-        world_size=world_size,
-        dtype=dtype,
+        start=RunStart(dtype=dtype, checkpoint=checkpoint, origin=find_origin(config, checkpoint)),
         evaluate=evaluate,
-        origin=find_origin(config, checkpoint),
     )
     prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
@@ -102,15 +99,15 @@ def catch_gradients(engine: Engine, at_step: int) -> dict[str, torch.Tensor]:
 def catch_masks(allocator: RankAllocator) -> dict[str, torch.Tensor]:
     """Keeps what each pruning of this process decided, as STEPS_DONE/LAYER."""
     caught: dict[str, torch.Tensor] = {}
-    take = allocator.take
+    update = allocator.update
 
-    def catching_take(importance: dict[str, torch.Tensor], steps_done: int) -> None:
+    def catching_update(importance: dict[str, torch.Tensor], steps_done: int) -> None:
         before = allocator.kept
-        take(importance, steps_done)
+        update(importance, steps_done)
         if allocator.kept is not before:
             caught.update({f"{steps_done:03d}/{layer}": kept.clone() for layer, kept in allocator.kept.items()})
 
-    allocator.take = catching_take
+    allocator.update = catching_update
     return caught
 
 

@@ -1,2 +1,5 @@
 """What a recipe may say: the keys of each section, their ranges, and how files, command lines and stages become one
-`Config`."""
+`Config`.
+
+Imports: errors, files, shipped.
+"""

@@ -23,7 +23,7 @@ from vltrain.batch import Batch, tensor_of
 from vltrain.data.images import decode_image
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
-from vltrain.distributed.signals import deaf_children, end_with_parent
+from vltrain.distributed.signals import block_signals_in_workers, end_with_parent
 from vltrain.errors import InputError
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, SQUARE, TEXT_MODALITY_TOKEN, Framing, PackedRow, Segment
 
@@ -282,7 +282,7 @@ class StepLoader:
         assert self._loader is not None, "closed"
         before = signal.getsignal(signal.SIGCHLD)
         others = multiprocessing.active_children()
-        with deaf_children():
+        with block_signals_in_workers():
             fetched = iter(self._loader)
         # Where an error ends the process before `close`, the interpreter would wait for ever for workers that cannot
         # hear its signal.

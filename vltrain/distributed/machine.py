@@ -151,9 +151,9 @@ def require_one_model(environment: Mapping[str, str] = os.environ) -> None:
     if len(models) == 1 or (environment.get(MIXED_GPUS) == "1" and "no GPU" not in models):
         return
     ranks = {model: [other for other, name in enumerate(names) if name == model] for model in models}
-    told = "; ".join(f"{model}: rank {_ranges(numbers)}" for model, numbers in ranks.items())
+    models = "; ".join(f"{model}: rank {_ranges(numbers)}" for model, numbers in ranks.items())
     raise InputError(
-        f"the ranks are not on GPUs of one model ({told}); choose GPUs or nodes of one (CUDA_VISIBLE_DEVICES, "
+        f"the ranks are not on GPUs of one model ({models}); choose GPUs or nodes of one (CUDA_VISIBLE_DEVICES, "
         "deepspeed --include, sbatch --constraint)"
         + ("" if "no GPU" in models else f", or set {MIXED_GPUS}=1 on all ranks to train at the pace of the slowest")
     )

@@ -182,8 +182,8 @@ class Preemption:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.barrier()  # a rank that ends early would have the launcher end the one that still writes
         reason = self._reason or "another rank was asked to leave"
-        told = "%s: saved after %d steps; exits with code %d; run the same command to resume"
-        logger.warning(told, reason, steps_done, self._code, extra={LAST: True})
+        message = "%s: saved after %d steps; exits with code %d; run the same command to resume"
+        logger.warning(message, reason, steps_done, self._code, extra={LAST: True})
         self._begin_to_leave()
         raise Preempted(reason, self._code)
 

@@ -143,9 +143,9 @@ def _require_sound(environment: Mapping[str, str]) -> None:
         or int(given.get("LOCAL_RANK", "0")) >= most
         or int(given.get("LOCAL_RANK", "0")) > int(given["RANK"])
     ):
-        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        variables = ", ".join(f"{name}={value}" for name, value in given.items())
         raise InputError(
-            f"found {told} in the environment, expected a LOCAL_RANK below the number of ranks of this machine, "
+            f"found {variables} in the environment, expected a LOCAL_RANK below the number of ranks of this machine, "
             "and those among WORLD_SIZE"
         )
     if world_size > 1 and not (environment.get("MASTER_ADDR") and "MASTER_PORT" in given):
@@ -218,7 +218,7 @@ def _read_place(environment: MutableMapping[str, str]) -> Place:
     return Place(rank=rank, world_size=world_size, local_rank=local_rank, local_size=tasks[node], num_nodes=len(tasks))
 
 
-def _require_agreement(environment: Mapping[str, str], told: str, own_rank: int, own_size: int) -> None:
+def _require_agreement(environment: Mapping[str, str], source: str, own_rank: int, own_size: int) -> None:
     """RANK is set beside another launcher's variables: either the same is meant, or a launcher inside each task starts
     ranks of its own."""
     rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
@@ -226,7 +226,7 @@ def _require_agreement(environment: Mapping[str, str], told: str, own_rank: int,
     launched_inside = int(world_size) > own_size and int(world_size) % own_size == 0
     if not (means_the_same or launched_inside):
         raise InputError(
-            f"RANK={rank} and WORLD_SIZE={world_size}, but {told} of {own_size}; "
+            f"RANK={rank} and WORLD_SIZE={world_size}, but {source} of {own_size}; "
             "unset RANK and WORLD_SIZE in the job, or start the launcher that sets them once per node"
         )
 

@@ -21,7 +21,7 @@ HEARD_BY_RANKS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
-def deaf_children() -> Iterator[None]:
+def block_signals_in_workers() -> Iterator[None]:
     """Processes started inside the block by this thread never hear SIGTERM, SIGUSR1 or SIGINT. This one hears them, at
     the latest after the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD_BY_RANKS)

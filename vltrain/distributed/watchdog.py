@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vltrain.errors import end_at_once
+from vltrain.files.atomic import renamed_when_written
 
 FOLDER = "ranks"
 EXIT_HANGS = 1
@@ -109,11 +110,10 @@ class Watchdog:
     def _publish(self, ended: bool = False) -> None:
         """`ended`: this rank leaves since another hangs, so it is none to be suspected."""
         self._beats += 1
-        beside = self._file(self._rank).with_suffix(".partial")
+        place = {"step": self._step, "micro_step": self._micro_step, "phase": self._phase}
         try:
-            place = {"step": self._step, "micro_step": self._micro_step, "phase": self._phase}
-            beside.write_text(json.dumps({**place, "beats": self._beats, "ended": ended}))
-            beside.rename(self._file(self._rank))
+            with renamed_when_written(self._file(self._rank), clears=False) as beside:
+                beside.write_text(json.dumps({**place, "beats": self._beats, "ended": ended}))
         except OSError:  # a full disk must not end the run here: the next save will tell
             pass
 
@@ -138,7 +138,7 @@ class Watchdog:
             self._publish()
         now = self._read_all()
         ended = [
-            rank for rank, told in now.items() if told["ended"]
+            rank for rank, state in now.items() if state["ended"]
         ]  # where they were counts, that they have gone does not
         silent = [
             rank
@@ -153,7 +153,9 @@ class Watchdog:
             }
             who = ", ".join(f"rank {rank}, {last[rank]}" for rank in silent[:8])
             return f"{waited}: no heartbeat from {who}. Check its log and its machine, then resume with --resume auto"
-        place = {rank: (told["step"], told["micro_step"], PHASES.index(told["phase"])) for rank, told in now.items()}
+        place = {
+            rank: (state["step"], state["micro_step"], PHASES.index(state["phase"])) for rank, state in now.items()
+        }
         behind = [rank for rank in place if place[rank] == min(place.values())]
         if len(behind) == len(place):
             where = f"all ranks are at step {self._step} ({self._phase})"

@@ -64,13 +64,13 @@ def one_model(facts: Sequence[Fact]) -> list[Finding]:
     models = sorted({fact.gpu or "no GPU of its own" for fact in facts})
     if len(models) == 1:
         return []
-    told = "; ".join(
+    models = "; ".join(
         f"{model}: ranks "
         f"{', '.join(str(rank) for rank, fact in enumerate(facts) if (fact.gpu or 'no GPU of its own') == model)}"
         for model in models
     )
     do = "choose GPUs of one model (CUDA_VISIBLE_DEVICES, deepspeed --include, sbatch --constraint), as many as ranks"
-    return [Finding(status=PROBLEM, what="GPU models", found=told, needed="one model", do=do)]
+    return [Finding(status=PROBLEM, what="GPU models", found=models, needed="one model", do=do)]
 
 
 def all_reduce(backend: str, index: int | None = None) -> Finding:

@@ -1,1 +1,4 @@
-"""Free generation with a tuned model, the scoring of its answers, and the report of both."""
+"""Free generation with a tuned model, the scoring of its answers, and the report of both.
+
+Imports: errors, console, files, schema, batch, config, ops, data, models, metrics.
+"""

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.prediction_files import CHAMELEON, MMCOT, PredictionFile, read_prediction_file
-from vltrain.evaluate.report import find_scorer, prompt_text, question_of
+from vltrain.evaluate.report import find_scorer
 from vltrain.evaluate.samples import read_samples
 from vltrain.evaluate.scorers.choices import candidates_of
 from vltrain.evaluate.scorers.exact import normalise
+from vltrain.evaluate.scorers.question import prompt_text, question_of
 from vltrain.evaluate.scorers.scoring import Question, Report, score
 from vltrain.files.strict_json import expect, field, id_text, read_object, texts
 

@@ -17,7 +17,8 @@ from vltrain.data.text.conversation import encode_candidate, encode_prompt
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
-from vltrain.evaluate.report import find_scorer, question_of
+from vltrain.evaluate.report import find_scorer
+from vltrain.evaluate.scorers.question import question_of
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
 from vltrain.schema import Sample, Segment

@@ -15,8 +15,9 @@ from vltrain.config.schema import Config
 from vltrain.data.images import require_image
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
-from vltrain.evaluate.report import find_scorer, question_of
+from vltrain.evaluate.report import find_scorer
 from vltrain.evaluate.samples import read_samples, thin_out
+from vltrain.evaluate.scorers.question import question_of
 from vltrain.schema import Sample
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.scorers import caption, exact, iconqa, rouge, scienceqa, vqa
-from vltrain.evaluate.scorers.scoring import Question, Report, Scorer, score
+from vltrain.evaluate.scorers.question import prompt_text, question_of
+from vltrain.evaluate.scorers.scoring import Report, Scorer, score
 from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.lock import one_writer
-from vltrain.schema import Sample, unescape_markers
+from vltrain.schema import Sample
 
 WRITE_SECONDS = 300.0  # that another process may take to write its report
 SCORERS: dict[str, Scorer] = {
@@ -41,22 +42,6 @@ def score_samples(scorer: str, samples: Sequence[Sample], predictions: Sequence[
         for sample, prediction in zip(samples, predictions, strict=True)
     )
     return score(scorer, find_scorer(scorer), answered)
-
-
-def question_of(sample: Sample, where: str) -> Question:
-    """What a scorer may know of a sample of the file `where`."""
-    return Question(
-        id=sample.id,
-        reference=unescape_markers(sample.turns[-1].text),
-        metadata=sample.metadata,
-        has_image=bool(sample.images),
-        where=f"{where}: sample '{sample.id}'",
-    )
-
-
-def prompt_text(sample: Sample) -> str:
-    """What was asked, for people to read: all turns before the answer."""
-    return "\n".join(turn.text for turn in sample.turns[:-1])
 
 
 def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,63 +46,70 @@ class Said(NamedTuple):
     cut: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSetup:
+    """A split, and how it is asked.
+
+    Args:
+        samples_file: JSONL; images are found beside it.
+        max_samples: None: all.
+        device: the model's.
+    """
+
+    split: str
+    samples_file: Path
+    tokenizer: Tokenizer
+    config: Config
+    device: torch.device | str
+    max_samples: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportTo:
+    """Where rank 0 takes the report.
+
+    Args:
+        step: optimizer steps that the model has behind it.
+        folder: the run's, for `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md`. None: nowhere.
+        loggers: get `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further figures, and
+            some questions with their images.
+        facts: which weights answer: plain JSON for metrics.json, beside the split and the step.
+    """
+
+    step: int
+    folder: Path | None = None
+    loggers: MetricLogger | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 def evaluate_split(
-    model: VisionLanguageModel,
-    samples_file: Path,
-    tokenizer: Tokenizer,
-    config: Config,
-    *,
-    split: str,
-    folder: Path | None,
-    step: int,
-    max_samples: int | None,
-    device: torch.device | str,
-    loggers: MetricLogger | None = None,
-    on_progress: Callable[[], object] = lambda: None,
-    facts: Mapping[str, Any] | None = None,
+    model: VisionLanguageModel, setup: SplitSetup, report_to: ReportTo, on_progress: Callable[[], object] = lambda: None
 ) -> Report | None:
     """Answers and scores the questions of a split. A collective: all ranks call it with the same arguments.
 
     Args:
         model: in evaluation mode, plain or under DeepSpeed at any ZeRO stage; the caller's autocast context holds.
-        samples_file: JSONL; images are found beside it.
-        folder: the run's; rank 0 writes `eval/SPLIT/predictions.jsonl`, `metrics.json` and `table.md` there. None:
-            nowhere.
-        step: optimizer steps that the model has behind it, for the files and loggers.
-        max_samples: None: all.
-        loggers: on rank 0: get `eval/SPLIT/accuracy` (or what the scorer calls its measure), the columns, further
-            figures, and some questions with their images.
         on_progress: called after every batch.
-        facts: which weights answer: plain JSON for metrics.json, beside the split and the step.
 
     Returns: the report on rank 0, None elsewhere.
 
     Raises: InputError as `answerable_samples`, before anything is answered; and for an image that is damaged behind its
-    header, and a folder
-        that cannot be written to.
+        header, and a folder that cannot be written to.
     """
-    every, samples = answerable_samples(samples_file, config, max_samples)
+    config, tokenizer, where = setup.config, setup.tokenizer, str(setup.samples_file)
+    every, samples = answerable_samples(setup.samples_file, config, setup.max_samples)
     assert config.eval.scorer is not None
-    questions = ask(samples, every, tokenizer, config, model, str(samples_file))
-    answered = predict(
-        model,
-        samples,
-        questions,
-        tokenizer,
-        config,
-        samples_file=samples_file,
-        device=device,
-        title=f"evaluate {split}",
-        on_progress=on_progress,
-    )
+    questions = ask(samples, every, tokenizer, config, model, where)
+    answered = predict(model, samples, questions, setup, on_progress=on_progress)
     if answered is None:
         return None
-    report = score_samples(config.eval.scorer, samples, [answer.text for answer in answered], str(samples_file))
-    report = replace(report, remarks=_remarks(samples, answered, questions, tokenizer, config, str(samples_file)))
-    if folder is not None:
-        write_report(report, folder / "eval" / split, {"split": split, "step": step, **(facts or {})})
-    if loggers is not None:
-        _show(loggers, report, samples, config, split, samples_file.parent, step)
+    report = score_samples(config.eval.scorer, samples, [answer.text for answer in answered], where)
+    report = replace(report, remarks=_remarks(samples, answered, questions, tokenizer, config, where))
+    if report_to.folder is not None:
+        facts = {"split": setup.split, "step": report_to.step, **report_to.facts}
+        write_report(report, report_to.folder / "eval" / setup.split, facts)
+    if report_to.loggers is not None:
+        _show(report_to.loggers, report, samples, setup, report_to.step)
     return report
 
 
@@ -110,28 +117,24 @@ def predict(
     model: VisionLanguageModel,
     samples: list[Sample],
     questions: Questions,
-    tokenizer: Tokenizer,
-    config: Config,
+    setup: SplitSetup,
     *,
-    samples_file: Path,
-    device: torch.device | str,
-    title: str,
     on_progress: Callable[[], object] = lambda: None,
 ) -> list[Said] | None:
     """The model's answers, one for each sample, on rank 0; None elsewhere. A collective."""
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = shard_samples(samples, rank_number, world_size)
-    precision = products_in_fp32(model, device) if config.eval.precision == "fp32" else nullcontext()
+    precision = products_in_fp32(model, setup.device) if setup.config.eval.precision == "fp32" else nullcontext()
+    title = f"evaluate {setup.split}"
     with precision, Progress(total=len(samples), title=title, unit="question", shown=rank_number == 0) as progress:
-        answer = _rank if config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
+        answer = (
+            _rank if setup.config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
+        )
         answers = answer(
             model,
             [samples[number] for number in own],
-            tokenizer,
-            config,
-            samples_file,
-            device,
-            sync=largest_over_ranks(device) if world_size > 1 and is_sharded(model) else alone,
+            setup,
+            sync=largest_over_ranks(setup.device) if world_size > 1 and is_sharded(model) else alone,
             on_answered=lambda count: (
                 on_progress(),
                 progress.update(min(count * world_size, len(samples) - progress.done)),
@@ -148,10 +151,7 @@ def predict(
 def _generate(
     model: VisionLanguageModel,
     samples: list[Sample],
-    tokenizer: Tokenizer,
-    config: Config,
-    samples_file: Path,
-    device: torch.device | str,
+    setup: SplitSetup,
     *,
     questions: Questions,
     own: list[int],
@@ -159,11 +159,11 @@ def _generate(
     on_answered: Callable[[int], object],
 ) -> list[Said]:
     """The text that the model writes in answer to each sample, the `own` ones of all that are asked."""
-    chosen = config.eval
+    chosen, config, tokenizer = setup.config.eval, setup.config, setup.tokenizer
     answers = generate(
         model,
         [questions.prompts[number] for number in own],
-        image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing),
+        image_loader(setup.samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing),
         sampling=Sampling(
             max_new_tokens=questions.max_new_tokens,
             temperature=chosen.temperature,
@@ -173,7 +173,7 @@ def _generate(
         stop_ids=stop_ids(tokenizer, config.data.template),
         vocab_size=tokenizer.vocab_size,
         batch_size=chosen.batch_size,
-        device=device,
+        device=setup.device,
         sync=sync,
         on_answered=on_answered,
     )
@@ -184,20 +184,18 @@ def _generate(
 def _rank(
     model: VisionLanguageModel,
     samples: list[Sample],
-    tokenizer: Tokenizer,
-    config: Config,
-    samples_file: Path,
-    device: torch.device | str,
+    setup: SplitSetup,
     *,
     sync: Sync,
     on_answered: Callable[[int], object],
 ) -> list[Said]:
     """The likeliest candidate of each sample."""
-    load_image = image_loader(samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
+    config, tokenizer = setup.config, setup.tokenizer
+    load_image = image_loader(setup.samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
     candidates = CANDIDATES[model.ranks](
-        model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=device
+        model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=setup.device
     )
-    items = [to_item(sample, str(samples_file)) for sample in samples]
+    items = [to_item(sample, str(setup.samples_file)) for sample in samples]
     winners = rank(
         candidates,
         items,
@@ -253,23 +251,16 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
     return largest
 
 
-def _show(
-    loggers: MetricLogger,
-    report: Report,
-    samples: list[Sample],
-    config: Config,
-    split: str,
-    image_folder: Path,
-    step: int,
-) -> None:
+def _show(loggers: MetricLogger, report: Report, samples: list[Sample], setup: SplitSetup, step: int) -> None:
     """Accuracies and a fixed, evenly spaced choice of answered questions."""
+    config, split, image_folder = setup.config, setup.split, setup.samples_file.parent
     figures = {
-        report.measure: report.accuracy,
+        report.measure: report.mean,
         "failed_share": report.failed / max(report.overall.total, 1),
         **{
-            f"{report.measure}_by/{name}": tally.accuracy
+            f"{report.measure}_by/{name}": tally.mean
             for name, tally in report.columns.items()
-            if tally.accuracy is not None and name != "Average"
+            if tally.mean is not None and name != "Average"
         },
         **report.figures,
     }

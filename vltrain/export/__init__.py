@@ -1,2 +1,5 @@
 """Trained models for others to load: one table of what can be written of which architecture, and the files that write
-it."""
+it.
+
+Imports: errors, files, shipped, schema, config, data, models, evaluate, train, inference.
+"""

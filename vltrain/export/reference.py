@@ -29,8 +29,8 @@ from vltrain.inference.build import anywhere
 from vltrain.models.build import build_model
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import Sample, Segment
-from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
+from vltrain.train.run.adapters_folder import open_adapters
 
 MOST_NEW_TOKENS = 64  # of an answer that is compared, however long the run's may be
 
@@ -149,7 +149,7 @@ class Speaker:
 
 class AdaptersReader(Speaker):
     """The model of an exported folder of adapters, read anew by whoever proves the folder:
-    `vltrain.train.checkpoints.adapters_folder`."""
+    `vltrain.train.run.adapters_folder`."""
 
     def __init__(self, folder: str) -> None:
         config, checkpoint = open_adapters(Path(folder))

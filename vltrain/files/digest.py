@@ -202,6 +202,7 @@ def _write(entries: str, known: Known) -> None:
     latest = {identity[0]: (*identity, digest) for identity, digest in known.items()}
     try:
         os.makedirs(os.path.dirname(entries), mode=0o700, exist_ok=True)
+        # Not `renamed_when_written`: machines share these, and a number of a process is another's there.
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(entries), prefix=".", suffix=".tmp")
     except OSError:
         return

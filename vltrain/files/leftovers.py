@@ -6,8 +6,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from vltrain.files.processes import is_alive
@@ -25,19 +24,6 @@ def remove_leftovers(path: Path) -> None:
         pid = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
         if pid.isdecimal() and (int(pid) == os.getpid() or not is_alive(int(pid))):
             remove(leftover)
-
-
-@contextmanager
-def renamed_when_written(path: Path) -> Generator[Path]:
-    """Gives a temporary name, which becomes `path` if the block ends without an error, and is gone else. Raises
-    OSError."""
-    temporary = temporary_beside(path)
-    remove_leftovers(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

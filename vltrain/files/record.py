@@ -29,8 +29,8 @@ import pyarrow as pa
 import xxhash
 
 from vltrain.errors import InputError
+from vltrain.files.atomic import renamed_when_written
 from vltrain.files.digest import SETTLED_NS, file_digests
-from vltrain.files.leftovers import renamed_when_written
 
 FILE, FOLDER, ABSENT = 0, 1, 2  # kinds
 _SHOWN = 3

@@ -3,4 +3,6 @@ files.
 
 May import everything but `vltrain.programs`. `lmms_eval` needs the package of that name, which has pinned versions: in
 an environment of its own.
+
+Imports: errors, files, schema, inference.
 """

@@ -18,8 +18,8 @@ from vltrain.errors import InputError
 from vltrain.inference.build import answering_model, anywhere
 from vltrain.inference.model import LoadedModel
 from vltrain.inference.run import choose_checkpoint, how_run_was_asked, recipe_of, weights_before, weights_used
-from vltrain.train.checkpoints.adapters_folder import open_adapters
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
+from vltrain.train.run.adapters_folder import open_adapters
 from vltrain.train.run.made_of import made_of
 
 

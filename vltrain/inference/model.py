@@ -18,27 +18,23 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from vltrain.config.keys import checked_value
-from vltrain.config.schema import Config, EvalConfig
+from vltrain.config.schema import Config
 from vltrain.data.loader import batch_of
 from vltrain.data.text.asked import Asked
-from vltrain.data.text.conversation import encode_prompt, encode_sample, find_template, stop_ids
+from vltrain.data.text.conversation import encode_sample, stop_ids
 from vltrain.data.text.tokenizer import Tokenizer
-from vltrain.errors import InputError, require
 from vltrain.evaluate.answering.generate import Sampling, Token, generate, generate_tokens
 from vltrain.evaluate.answering.precision import widened
 from vltrain.evaluate.samples import image_loader, read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken
 from vltrain.inference.pictures import ImageLike, squares
+from vltrain.inference.prompts import Prompts
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
 from vltrain.schema import IMAGE_MARKER, Sample, Segment, Turn
 
-# that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer
-NEW_TOKENS = 256
 Question: TypeAlias = tuple[Sequence[Turn], Sequence[ImageLike]]
 """The turns of a question and the images that they show."""
-QUESTION = "question"  # the id of samples that are made here
 
 
 class LoadedModel:
@@ -68,7 +64,7 @@ class LoadedModel:
         self.run, self.config, self.facts, self.device, self.asked = run, config, dict(facts), device, asked
         self.dtype = torch.float32 if config.eval.precision == "fp32" else dtype
         self._model, self._tokenizer = model, tokenizer
-        self._template = find_template(config.data.template)
+        self._prompts = Prompts(tokenizer, config, model.visual_tokens, max_positions(model.llm.config))
         self._stop_ids = stop_ids(tokenizer, config.data.template)
         self._lock = threading.RLock()
         if config.eval.precision == "fp32":
@@ -80,17 +76,17 @@ class LoadedModel:
     @property
     def multi_turn(self) -> bool:
         """Whether a conversation may have several questions; else each stands alone."""
-        return self._template.multi_turn
+        return self._prompts.template.multi_turn
 
     @property
     def needs_image(self) -> bool:
         """Whether a question must show an image."""
-        return self._template.needs_image
+        return self._prompts.template.needs_image
 
     @property
     def max_length(self) -> int | None:
         """Tokens that prompt and answer may have together; None: no bound."""
-        return max_positions(self._model.llm.config)
+        return self._prompts.max_length
 
     def ask(
         self,
@@ -208,8 +204,8 @@ class LoadedModel:
         Raises: InputError as `chat`, before it returns.
         """
         pixels = squares(images, self._model, self.config.data.max_image_pixels)
-        prompt = self._encode(turns, len(pixels))
-        sampling = self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
+        prompt = self._prompts.encode(turns, len(pixels))
+        sampling = self._prompts.sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
         tokens = generate_tokens(
             self._model,
             prompt,
@@ -254,12 +250,13 @@ class LoadedModel:
         ]:
             prompts, pixels = [], {}
             for number, (turns, shown) in enumerate(batch):
-                segment = self._encode(turns, len(shown))
+                segment = self._prompts.encode(turns, len(shown))
                 names = tuple(f"{number}/{name}" for name in segment.images)
                 prompts.append(replace(segment, images=names))
                 pixels.update(zip(names, shown))
             samplings = [
-                self._sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed) for prompt in prompts
+                self._prompts.sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
+                for prompt in prompts
             ]
             yield from self._answer_batch(prompts, pixels, samplings)
 
@@ -307,7 +304,7 @@ class LoadedModel:
             encode_sample(one, self._tokenizer, self.config.data.template, self._model.visual_tokens) for one in checked
         ]
         for segment in segments:
-            self._require_room(len(segment.input_ids), f"sample '{segment.sample_id}'")
+            self._prompts.require_room(len(segment.input_ids), f"sample '{segment.sample_id}'")
         load = image_loader(
             Path(folder or ".").expanduser(),
             self._model.image_size,
@@ -334,70 +331,6 @@ class LoadedModel:
             row.append(segment)
         if row:
             yield row
-
-    def _encode(self, turns: Sequence[Turn], num_images: int) -> Segment:
-        turns = tuple(turns)
-        if not turns or turns[-1].role != "user":
-            raise InputError(
-                f"turns: found {f'a last turn by {turns[-1].role!r}' if turns else 'none'}, expected a "
-                "question, a user's turn, as the last"
-            )
-        template = self.config.data.template
-        if self.needs_image and num_images == 0:
-            raise InputError(
-                f"the run's template {template!r} needs an image: name one (--image FILE, or images=[...])"
-            )
-        if not self.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
-            raise InputError(
-                f"the run's template {template!r} does not support conversations: ask one question at a time, found "
-                f"{len(turns)} turns"
-            )
-        names = tuple(f"image {number + 1}" for number in range(num_images))
-        try:
-            asked = Sample(
-                id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names
-            )  # the answer is not read
-            return encode_prompt(asked, self._tokenizer, template, self._model.visual_tokens)
-        except InputError as error:
-            raise InputError(str(error).replace(f"sample '{QUESTION}'", "the question", 1)) from None
-
-    def _sampling(
-        self, length: int, max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None
-    ) -> Sampling:
-        given = {
-            "eval.max_new_tokens": max_new_tokens,
-            "eval.temperature": temperature,
-            "eval.top_p": top_p,
-            "train.seed": seed,
-        }
-        given = {key: checked_value(key, value, "question") for key, value in given.items() if value is not None}
-        chosen: EvalConfig = self.config.eval
-        most = given.get("eval.max_new_tokens") or chosen.max_new_tokens or NEW_TOKENS
-        self._require_room(length, "the question")
-        if (
-            self.max_length is not None and length + most - 1 > self.max_length
-        ):  # the last new token is not read any more
-            room = self.max_length - length + 1
-            require(
-                max_new_tokens is None,
-                "max_new_tokens",
-                max_new_tokens,
-                f"at most {room}: the question has {length} tokens, and the LLM {self.max_length} positions",
-            )
-            most = room
-        return Sampling(
-            max_new_tokens=most,
-            temperature=given.get("eval.temperature", chosen.temperature),
-            top_p=given.get("eval.top_p", chosen.top_p),
-            seed=given.get("train.seed", self.config.train.seed),
-        )
-
-    def _require_room(self, length: int, what: str) -> None:
-        if self.max_length is not None and length > self.max_length:
-            raise InputError(
-                f"{what}: has {length} tokens, and the LLM has {self.max_length} positions; shorten it, or "
-                "leave earlier turns out"
-            )
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

@@ -1,1 +1,4 @@
-"""Starting several ranks of a program on this machine."""
+"""Starting several ranks of a program on this machine.
+
+Imports: errors, console, files, shipped, schema, config, inference.
+"""

@@ -14,7 +14,7 @@ NAMED_SAMPLES = 8
 
 
 @contextmanager
-def names_pack(batch: Batch, *, step: int, rank: int) -> Iterator[None]:
+def oom_context(batch: Batch, *, step: int, rank: int) -> Iterator[None]:
     """Turns running out of memory inside the block into an InputError: names the pack, its tokens, images and samples,
     and gives advice."""
     try:

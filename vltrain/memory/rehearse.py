@@ -62,14 +62,14 @@ class Activations:
 
 
 def make_pack(size: PackSize, visual_tokens: int, image_size: int) -> Batch:
-    """A batch of that size: segments of equal lengths, images dealt to them in turn, labels at their ends.
+    """A batch of that size: segments of equal lengths, images assigned to them in turn, labels at their ends.
 
     Images or labels that the tokens leave no room for are left out.
     """
-    lengths, dealt = _deal(size, visual_tokens)
+    lengths, num_images_of = _segments_of(size, visual_tokens)
     num_segments = len(lengths)
     input_ids, may_predict = [], []
-    for length, images in zip(lengths, dealt):
+    for length, images in zip(lengths, num_images_of):
         head = [IMAGE_MODALITY_TOKEN if images else TEXT_MODALITY_TOKEN, *[IMAGE_TOKEN] * int(images * visual_tokens)]
         input_ids += [*head, *[0] * int(length - len(head))]
         may_predict += [False] * (len(head) - 1) + [True] * int(length - len(head)) + [False]
@@ -77,7 +77,7 @@ def make_pack(size: PackSize, visual_tokens: int, image_size: int) -> Batch:
     labelled = places[np.linspace(0, len(places) - 1, min(size.num_label_tokens, len(places))).astype(np.int64)]
     labels = np.full(size.num_tokens, IGNORE_INDEX)
     labels[labelled] = 0
-    num_images = int(dealt.sum())
+    num_images = int(num_images_of.sum())
     return Batch(
         input_ids=torch.tensor(input_ids),
         labels=torch.from_numpy(labels),
@@ -93,12 +93,14 @@ def make_pack(size: PackSize, visual_tokens: int, image_size: int) -> Batch:
 def make_blip_pack(size: PackSize, visual_tokens: int, image_size: int, instruction_tokens: int) -> Batch:
     """The same for an InstructBLIP: images in front, an answer at each segment's end, and a prompt of
     `instruction_tokens` at most for the Q-Former."""
-    lengths, dealt = _deal(size, visual_tokens)
-    text = lengths - dealt * visual_tokens
+    lengths, num_images_of = _segments_of(size, visual_tokens)
+    text = lengths - num_images_of * visual_tokens
     answers = np.minimum(np.ceil(size.num_label_tokens / len(lengths)), text - 1).astype(np.int64)
     prompts = np.clip(text - answers, 1, instruction_tokens)
     segments = []
-    for number, (length, shown, answer, prompt) in enumerate(zip(lengths, dealt, answers, prompts, strict=True)):
+    for number, (length, shown, answer, prompt) in enumerate(
+        zip(lengths, num_images_of, answers, prompts, strict=True)
+    ):
         names = tuple(f"{number}/{image}" for image in range(shown))
         input_ids, places = np.zeros(length, np.int32), np.arange(length)
         input_ids[places < shown * visual_tokens] = IMAGE_TOKEN
@@ -112,17 +114,17 @@ def make_blip_pack(size: PackSize, visual_tokens: int, image_size: int, instruct
     return batch_of(segments, images, image_size)
 
 
-def _deal(size: PackSize, visual_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _segments_of(size: PackSize, visual_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each segment its length, and how many images stand in it: int64 [S] both."""
     num_segments = max(1, min(size.num_segments, size.num_tokens // 2))
     lengths = np.full(num_segments, size.num_tokens // num_segments)
     lengths[: size.num_tokens % num_segments] += 1
     room = (lengths - 2) // visual_tokens
-    dealt = np.zeros(num_segments, np.int64)
+    num_images_of = np.zeros(num_segments, np.int64)
     for _ in range(min(size.num_images, int(room.sum()))):
-        open_segments = np.flatnonzero(dealt < room)
-        dealt[open_segments[np.argmin(dealt[open_segments])]] += 1
-    return lengths, dealt
+        open_segments = np.flatnonzero(num_images_of < room)
+        num_images_of[open_segments[np.argmin(num_images_of[open_segments])]] += 1
+    return lengths, num_images_of
 
 
 def rehearse(

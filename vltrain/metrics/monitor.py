@@ -16,7 +16,7 @@ from vltrain.data.plan import StepPlan
 from vltrain.distributed.hardware import peak_memory_bytes
 from vltrain.files.lines import LineFile
 from vltrain.metrics.base import MetricLogger
-from vltrain.metrics.step_log import cut_lines, plain_number
+from vltrain.metrics.step_log import plain_number, truncate_jsonl
 from vltrain.models.flops import Flops
 
 
@@ -128,7 +128,7 @@ class Monitor:
             self._reset(time.perf_counter())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self.active:
+        if self.active and values:
             self._loggers.scalars(values, step)
 
     def close(self) -> None:
@@ -141,5 +141,5 @@ class Monitor:
 def _reopen_log(path: Path, first_step: int) -> LineFile:
     """Opens the log for appending, without the lines from `first_step` on (and without a line that a crash cut
     short)."""
-    cut_lines(path, first_step)
+    truncate_jsonl(path, first_step)
     return LineFile(path)

@@ -10,7 +10,7 @@ from vltrain.errors import InputError
 from vltrain.files.atomic import write_whole
 
 
-def cut_lines(path: Path, first_step: int) -> None:
+def truncate_jsonl(path: Path, first_step: int) -> None:
     """Drops the lines of `first_step` and later, and one that a crash cut short. The file is whole at any time.
 
     Raises: InputError if it cannot be read or written.

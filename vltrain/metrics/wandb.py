@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
 
-from vltrain.distributed.signals import deaf_children
+from vltrain.distributed.signals import block_signals_in_workers
 from vltrain.files.atomic import write_whole
 from vltrain.metrics.base import RunContext
 
@@ -41,7 +41,7 @@ class WandbLogger:
         if not kept.exists():
             write_whole(kept, uuid.uuid4().hex)
         # Its service process has to go on until the run has saved, whatever a scheduler or a terminal signals.
-        with deaf_children():
+        with block_signals_in_workers():
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=os.environ.get("WANDB_NAME", run.folder.resolve().name),

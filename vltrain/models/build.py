@@ -91,5 +91,5 @@ def count_parameters(model: VisionLanguageModel) -> dict[str, tuple[int, int]]:
 
 
 def count_trained(model: VisionLanguageModel) -> int:
-    """How many numbers are trained, also of a model that ZeRO-3 has cut up."""
+    """How many numbers are trained, also of a model that ZeRO-3 has partitioned."""
     return sum(trained for _, trained in count_parameters(model).values())

@@ -203,6 +203,6 @@ def dequantise_linears(root: nn.Module) -> None:
 
 
 def num_weights(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for: two 4-bit ones share a byte, and what ZeRO-3 has cut up remembers its
-    size."""
+    """How many numbers a parameter stands for: two 4-bit ones share a byte, and what ZeRO-3 has partitioned remembers
+    its size."""
     return getattr(parameter, "num_packed", getattr(parameter, "ds_numel", parameter.numel()))

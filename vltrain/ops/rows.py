@@ -62,11 +62,11 @@ class _PlacedRows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (holds,) = ctx.saved_tensors
         states_grad = gradient.masked_fill(holds[:, None], 0) if ctx.needs_input_grad[0] else None
-        rows_grad = gradient.index_select(0, places(holds, ctx.num_rows)) if ctx.needs_input_grad[1] else None
+        rows_grad = gradient.index_select(0, nonzero_indices(holds, ctx.num_rows)) if ctx.needs_input_grad[1] else None
         return states_grad, rows_grad, None
 
 
-def places(holds: Tensor, count: int) -> Tensor:
+def nonzero_indices(holds: Tensor, count: int) -> Tensor:
     """Where `holds` (bool [T]) is true, int64 [count]. That it is `count` times is known: the device need not be
     asked."""
     if count == 0:

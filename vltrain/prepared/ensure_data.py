@@ -76,7 +76,7 @@ def require_source(data: DataConfig, asked: str | None = None) -> None:
         )
 
 
-def ready_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
+def ensure_samples(config: Config, split: str, *, rebuild: bool = False) -> Path:
     """The JSONL file of one split's samples, prepared from the raw data if it is missing. Every rank may call this.
 
     Raises: InputError if the samples that are there were made from something else than the recipe names.
@@ -154,7 +154,7 @@ def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> P
     return Path(data.root) / "packed" / f"{data.train_split}-{digest}"
 
 
-def ready_packs(
+def ensure_packs(
     config: Config,
     folder: Path,
     tokenizer: Tokenizer,
@@ -167,12 +167,12 @@ def ready_packs(
 
     Args:
         rebuild: packs that do not match are made anew, and so are samples.
-        samples_are_ready: `ready_samples` was called.
+        samples_are_ready: `ensure_samples` was called.
 
     Raises: InputError if what is there was packed from other samples.
     """
     split = config.data.train_split
-    samples = samples_file(config, split) if samples_are_ready else ready_samples(config, split, rebuild=rebuild)
+    samples = samples_file(config, split) if samples_are_ready else ensure_samples(config, split, rebuild=rebuild)
     if not samples.is_file():
         there = ", ".join(sorted(path.stem for path in samples.parent.glob("*.jsonl"))) or "none"
         raise InputError(
@@ -228,7 +228,7 @@ def _prepare(config: Config, *, replace: bool) -> None:
 
 
 def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int, *, replace: bool) -> None:
-    from data_prep.pack import OVER_LONG, pack
+    from data_prep.pack import OVER_LONG, PackSettings, pack
     from data_prep.sources.splits import overlap_of
 
     logger.info("data: packing %s into %s", samples, folder)
@@ -236,19 +236,17 @@ def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int, *, re
         for line in overlap_of(_files_of(config)):
             logger.warning("%s: %s", samples.parent, line)
     source, instruction = tokenizer_sources(config)
-    manifest = pack(
-        samples,
-        source,
-        config.data.template,
-        visual_tokens,
-        config.data.pack_length,
-        folder,
-        instruction=instruction,
-        rebuild=replace,
+    settings = PackSettings(
+        tokenizer=source,
+        template=config.data.template,
+        visual_tokens=visual_tokens,
+        pack_length=config.data.pack_length,
         max_images=config.data.max_images,
         over_long=config.data.over_long,
         max_image_pixels=config.data.max_image_pixels,
+        instruction=instruction,
     )
+    manifest = pack(samples, folder, settings, rebuild=replace)
     if manifest.over_long:
         logger.warning(
             "data: %d sample(s) do not fit into a pack and were left out; %s lists them",

@@ -31,41 +31,21 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vltrain.config.command_line import COMMAND_LINE, SHORT_NAMES, Arguments, split_arguments
 from vltrain.console import logged_from, start_logging
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.launching.asking import Request, note_missing_image, say_all
 
 if TYPE_CHECKING:
-    from vltrain.inference import Answer, LoadedModel
-    from vltrain.schema import Turn
+    from vltrain.inference import LoadedModel
 
 FLAGS = ("help", "json", "compare", "as-is")
 SAMPLING = {"max-new-tokens": int, "temperature": float, "top-p": float, "seed": int}
 OPTIONS = ("image", "checkpoint", "adapters", "bits", "device", *SAMPLING, *FLAGS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line asks for. `question` None: a conversation. `settings`: how to sample, as of
-    `LoadedModel.ask`."""
-
-    run: Path
-    question: str | None
-    images: tuple[Path, ...]
-    checkpoint: str | None
-    adapters: str | None
-    bits: int | None
-    device: str | None
-    settings: dict[str, Any]
-    json: bool
-    compare: bool
-    as_is: bool
 
 
 @exits_cleanly
@@ -80,7 +60,7 @@ def main(argv: list[str], *, program: str = "vltrain ask") -> int:
     with logged_from(logging.WARNING):  # the answer stands alone; what goes wrong is told
         model = _load(request)
         if request.question is None:
-            from vltrain.programs.ask_terminal import converse
+            from vltrain.launching.terminal import converse
 
             converse(model, request)
         else:
@@ -181,7 +161,7 @@ def _answer(model: LoadedModel, request: Request, question: str) -> None:
         return
     found: dict[str, Any] = asdict(model.chat([turn], request.images, **request.settings))
     if not request.images:
-        _note_missing_image(model)
+        note_missing_image(model)
     if request.compare:
         with model.untuned():
             found["untuned"] = asdict(model.chat([turn], request.images, **request.settings))
@@ -192,52 +172,3 @@ def _answer(model: LoadedModel, request: Request, question: str) -> None:
         "checkpoint": model.facts["checkpoint"],
     }
     print(json.dumps({**found, **asked}, ensure_ascii=False))
-
-
-def say_all(model: LoadedModel, request: Request, turns: Sequence[Turn], images: Sequence[Path]) -> Answer:
-    """Shows the answer as it comes, and with `--compare` that of the model before tuning below it. Returns the
-    first."""
-    answer = _say(model, request, turns, images, "tuned:   " if request.compare else "")
-    if request.compare:
-        with model.untuned():
-            _say(model, request, turns, images, "untuned: ")
-    return answer
-
-
-def _say(model: LoadedModel, request: Request, turns: Sequence[Turn], images: Sequence[Path], label: str) -> Answer:
-    with model.stream(turns, images, **request.settings) as stream:
-        if not images and not label.startswith("untuned"):
-            _note_missing_image(model)
-        sys.stdout.write(label)
-        try:
-            for piece in stream:
-                sys.stdout.write(_shown(piece))
-                sys.stdout.flush()
-        finally:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-        answer = stream.answer()
-    if not answer.finished:
-        tell(f"cut after {len(answer.token_ids)} tokens; --max-new-tokens allows more")
-    return answer
-
-
-def _shown(piece: str) -> str:
-    """As a terminal may have it, which obeys control characters; elsewhere as it is."""
-    if not sys.stdout.isatty():
-        return piece
-    return "".join(
-        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape", "surrogatepass").decode()
-        for one in piece
-    )
-
-
-def _note_missing_image(model: LoadedModel) -> None:
-    """Says that a question shows no image where the training's all did: allowed, but nothing the model learned."""
-    if model.asked is not None and model.asked.images:
-        tell("no image, and all questions that the run was trained on show one (--image FILE)")
-
-
-def tell(text: str) -> None:
-    """A remark on stderr, beside the answers."""
-    print(f"note: {text}", file=sys.stderr, flush=True)

@@ -41,7 +41,7 @@ from vltrain.config.command_line import (
 from vltrain.config.recipe import RECIPE, as_mapping
 from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
-from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine, require_one_model
@@ -51,7 +51,7 @@ from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.report import write_report
-from vltrain.evaluate.run import evaluate_split
+from vltrain.evaluate.run import ReportTo, SplitSetup, evaluate_split
 from vltrain.evaluate.scorers.scoring import Report
 from vltrain.files.atomic import write_json
 from vltrain.files.digest import file_digest
@@ -62,7 +62,7 @@ from vltrain.launching.run_folder import why_not_writable
 from vltrain.metrics.base import RunContext
 from vltrain.metrics.loggers import open_loggers
 from vltrain.metrics.table import require_loggers
-from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import require_trained_set
 from vltrain.train.checkpoints.checkpoint import Checkpoint
 from vltrain.train.determinism import set_determinism
@@ -227,7 +227,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
     max_samples = config.eval.max_samples if "eval.max_samples" in settings.overrides else None
-    samples_file = ready_samples(config, split)
+    samples_file = ensure_samples(config, split)
     answerable_samples(samples_file, config, max_samples)  # before a model is built
     if rank == 0:
         require_trained_set(folder, config, settings.overrides)
@@ -240,25 +240,32 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
         if rank == 0 and reason is None:
             place = folder / "eval" / split
             held.enter_context(one_writer(lock_inside(place), place, remedy="evaluate another split or run meanwhile"))
-        _answer(folder, settings, tokenizer, checkpoint, samples_file, split, max_samples, facts, keeps=reason is None)
+        setup = SplitSetup(
+            split=split,
+            samples_file=samples_file,
+            tokenizer=tokenizer,
+            config=config,
+            device=device(),
+            max_samples=max_samples,
+        )
+        _answer(folder, settings, checkpoint, setup, facts, keeps=reason is None)
 
 
 def _answer(
     folder: Path,
     settings: Settings,
-    tokenizer: Tokenizer,
     checkpoint: Checkpoint | None,
-    samples_file: Path,
-    split: str,
-    max_samples: int | None,
+    setup: SplitSetup,
     facts: dict[str, Any],
     *,
     keeps: bool,
 ) -> None:
     """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
-    config, rank, world_size = settings.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    config, rank, world_size = setup.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
-    model = answering_model(config, tokenizer, checkpoint or weights_before(folder, config), dtype=dtype, place=place)
+    model = answering_model(
+        config, setup.tokenizer, checkpoint or weights_before(folder, config), dtype=dtype, place=place
+    )
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -269,24 +276,13 @@ def _answer(
     if rank == 0 and keeps:
         loggers = open_loggers(config.train.loggers, RunContext(folder=folder, settings=as_mapping(config)))
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        report = evaluate_split(
-            model,
-            samples_file,
-            tokenizer,
-            config,
-            split=split,
-            folder=None,
-            step=step,
-            max_samples=max_samples,
-            device=place,
-            loggers=loggers,
-        )
+        report = evaluate_split(model, setup, ReportTo(step=step, loggers=loggers))
     if loggers is not None:
         loggers.close()
     if report is not None:
         _finish(
             report,
             settings.options["json"],
-            folder / "eval" / split if keeps else None,
-            {"split": split, "step": step, **facts},
+            folder / "eval" / setup.split if keeps else None,
+            {"split": setup.split, "step": step, **facts},
         )

@@ -45,7 +45,7 @@ from vltrain.launching.run_folder import read_command
 from vltrain.models.pretrained.quiet import quiet_transformers
 from vltrain.prepared.origins import samples_file
 from vltrain.train.checkpoints.checkpoint import Checkpoint
-from vltrain.train.checkpoints.lora_folder import EXPORTED as ORIGIN
+from vltrain.train.run.lora_folder import EXPORTED as ORIGIN
 from vltrain.train.run.made_of import made_of
 
 logger = logging.getLogger(__name__)
@@ -110,30 +110,16 @@ def export(
         )
         source = source_of(run, config, checkpoint, data, facts)
         try:
-            told = chosen.write(folder, source, choices) or Written()
-            notes = {"notes": told.notes} if told.notes else {}
-            belongs = {} if checkpoint is None else {"belongs_to": checkpoint.belongs_to}
-            write_json(
-                folder / ORIGIN,
-                {"run": str(run), "format": name, "dtype": choices.dtype, **facts, **told.facts, **notes, **belongs},
-            )
-            proven = None
-            if data is None:
-                write_unproven(folder)
-            else:
-                logger.info(
-                    "proof: %d sample(s) of %s are asked of the run's model, and of the folder in a clean process",
-                    len(data.samples),
-                    data.file,
-                )
-                proven = prove(folder, chosen.proof, source, choices, data)
-            write_card(folder, output.name, name, chosen, source, choices, told, proven)
+            written = chosen.write(folder, source, choices) or Written()
+            write_json(folder / ORIGIN, _origin(name, source, choices, written))
+            proven = _prove(folder, chosen, source, choices, data)
+            write_card(folder, output.name, name, chosen, source, choices, written, proven)
         except ProofFailed as error:
             raise ProofFailed(f"{error}; {output} was not left there") from None
         except SafetensorError as error:  # a full disk, among others
             raise InputError(f"{output}: could not be written ({error}); nothing was left there") from None
     print(f"{output}: {name} folder of {checkpoint.path if checkpoint is not None else 'the untuned model'}")
-    for note in told.notes:
+    for note in written.notes:
         print(note)
     if proven is not None:
         shown = (
@@ -141,6 +127,29 @@ def export(
             f"{proven['max_relative_error']:.1e} of the run's own (fp32)"
         )
         print(f"proven by {proven['read_by']}: {shown}")
+
+
+def _origin(name: str, source: Source, choices: Choices, written: Written) -> dict[str, Any]:
+    """What the folder says of where it comes from."""
+    notes = {"notes": written.notes} if written.notes else {}
+    belongs = {} if source.checkpoint is None else {"belongs_to": source.checkpoint.belongs_to}
+    head = {"run": str(source.run), "format": name, "dtype": choices.dtype}
+    return {**head, **source.facts, **written.facts, **notes, **belongs}
+
+
+def _prove(
+    folder: Path, chosen: Format, source: Source, choices: Choices, data: ProofData | None
+) -> dict[str, Any] | None:
+    """The proof by samples; None, and a file that says so, without."""
+    if data is None:
+        write_unproven(folder)
+        return None
+    logger.info(
+        "proof: %d sample(s) of %s are asked of the run's model, and of the folder in a clean process",
+        len(data.samples),
+        data.file,
+    )
+    return prove(folder, chosen.proof, source, choices, data)
 
 
 def source_of(

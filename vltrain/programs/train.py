@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
 from vltrain.config.older_runs import as_begun
@@ -22,41 +23,33 @@ from vltrain.config.recipe import as_mapping, dump_config
 from vltrain.config.schema import Config
 from vltrain.config.stages import Run, load_stages, stage_folders, write_stages
 from vltrain.console import RUN_LOG, last_line, run_log, start_logging
-from vltrain.data.images import require_size
-from vltrain.data.origin import read_made_from, tokenizer_changes
-from vltrain.data.shards import PackedDataset, require_match
-from vltrain.data.text.conversation import fingerprint
-from vltrain.data.text.spelling import describe_lost
-from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.data.shards import PackedDataset
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine
 from vltrain.distributed.preemption import Preemption, time_limit_end
 from vltrain.distributed.ranks import adopt_ranks, names_lost_ranks
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.evaluate.questions import ask
-from vltrain.evaluate.ready import answerable_samples, require_scorer
-from vltrain.evaluate.run import evaluate_split
+from vltrain.evaluate.ready import require_scorer
 from vltrain.files.digest import file_digest
 from vltrain.files.leftovers import remove
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.metrics.base import RunContext
 from vltrain.metrics.loggers import Loggers, open_loggers
 from vltrain.metrics.table import require_loggers
-from vltrain.models.build import build_model, count_parameters, count_trained, outline_model
+from vltrain.models.build import build_model, count_parameters, count_trained
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.interface import VisionLanguageModel
-from vltrain.prepared.ensure_data import packed_folder, ready_packs, ready_samples, require_source
-from vltrain.prepared.origins import facts_of, require_same_set, samples_file
-from vltrain.receipts.manifest import checkpoints_in
-from vltrain.receipts.receipt import RECEIPT, read_receipt
-from vltrain.receipts.verify import unsaved_steps
-from vltrain.train.checkpoints.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint, require_fit
+from vltrain.prepared.ensure_data import require_source
+from vltrain.prepared.origins import facts_of, samples_file
+from vltrain.prepared.training_data import ensure_training_data
+from vltrain.train.announce import announce, log_trainable_share, summary
+from vltrain.train.checkpoints.checkpoint import Checkpoint, require_fit
 from vltrain.train.checkpoints.selection import require_same_figures
 from vltrain.train.determinism import set_determinism
-from vltrain.train.run.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.train.evaluation import SplitEvaluation
+from vltrain.train.make_trainer import RunStart, make_trainer
 from vltrain.train.run.identity import (
-    MADE_OF,
     FilesOf,
     agreed_over_nodes,
     require_same_run,
@@ -67,8 +60,9 @@ from vltrain.train.run.length import require_reachable
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.origin import Origin, find_origin, require_same_frozen, with_peft_folder
 from vltrain.train.run.provenance import make_run_folder, write_provenance
+from vltrain.train.run.resume import checkpoint_to_resume
 from vltrain.train.run.stage import Stage, is_finished, mark_finished
-from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.trainer import Trainer
 from vltrain.train.zero.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.zero.engine import init_distributed, partitioner, shutdown_distributed
 
@@ -139,7 +133,7 @@ def run_stages(whole: Run, preemption: Preemption) -> None:
             held.enter_context(one_writer(lock_inside(whole.folder), whole.folder))
             write_stages(whole)
         for part in whole.parts[1:]:
-            _prepare(
+            ensure_training_data(
                 part.config,
                 choose_dtype(part.config.train.precision, part.config.model.bits),
                 rebuild=part.options[REBUILD] is not None,
@@ -186,7 +180,7 @@ def run(settings: Settings, preemption: Preemption, stage: Stage | None = None) 
 
 def _remove_unfinished(folder: Path) -> None:
     """What a life of the run that was killed had begun to write; for the run's only writer."""
-    for pattern in ("*.partial", "ranks/*.json", "ranks/*.partial", "checkpoints/.partial-*", ".writable-*"):
+    for pattern in ("*.partial", "ranks/*.json", "ranks/.*.tmp", "checkpoints/.partial-*", ".writable-*"):
         for leftover in folder.glob(pattern):
             remove(leftover)
 
@@ -194,16 +188,15 @@ def _remove_unfinished(folder: Path) -> None:
 def _train(
     settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption, stage: Stage | None
 ) -> None:
-    checkpoint = choose_checkpoint(folder, settings.options["resume"] or "auto")
+    checkpoint = checkpoint_to_resume(folder, settings.options["resume"] or "auto")
     config = settings.config if checkpoint is None else as_begun(settings.config, checkpoint.belongs_to, settings.given)
     dtype = choose_dtype(
         config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None
     )
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each
     # other.
-    tokenizer, outline, dataset = _prepare(config, dtype, rebuild=settings.options[REBUILD] is not None)
+    tokenizer, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
-    parameters, full = count_parameters(outline), outline.reference_size()
     ds_json = fill_buckets(ds_json, count_trained(outline))
     # Once on each node, whose disk may hold other files than rank 0's.
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
@@ -213,12 +206,38 @@ def _train(
     if stage is not None and checkpoint is not None and is_finished(folder, checkpoint):
         logger.info("%s: done already, %d steps", folder, checkpoint.step)
         return
-    asked = file_digest(samples_file(config, config.data.eval_split)) if config.eval.scorer is not None else None
-    rank, world_size = init_distributed()
+    samples = samples_file(config, config.data.eval_split) if config.eval.scorer is not None else None
+    digest = file_digest(samples) if samples is not None else ""
+    _, world_size = init_distributed()
     files = agreed_over_nodes(files)
+    start = RunStart(dtype=dtype, checkpoint=checkpoint, origin=origin, made_of=files)
+    evaluation = None
+    if samples is not None:
+        evaluation = SplitEvaluation(tokenizer=tokenizer, samples=samples, digest=digest, made_of=files)
+    trainer = _assemble(config, ds_json, world_size, dataset, start, evaluation, preemption)
+    if trainer.rank == 0:
+        _describe(trainer, ds_json, tokenizer, outline, dataset)
+    trainer.train()
+    trainer.monitor.close()
+    if trainer.rank == 0:
+        if stage is not None:
+            mark_finished(folder)
+        last_line(summary(trainer)) if stage is not Stage.EARLIER else logger.info("%s", summary(trainer))
+
+
+def _assemble(
+    config: Config,
+    ds_json: dict[str, Any],
+    world_size: int,
+    dataset: PackedDataset,
+    start: RunStart,
+    evaluation: SplitEvaluation | None,
+    preemption: Preemption,
+) -> Trainer:
+    """Model, loggers and trainer. A collective."""
     model = build_model(
         config.model,
-        dtype=dtype,
+        dtype=start.dtype,
         activation_checkpointing=config.train.activation_checkpointing,
         runs_on=device(),
         place=partitioner(resolve_ds_config(ds_json, config, world_size)),
@@ -226,61 +245,46 @@ def _train(
     if config.train.compile:
         compile_blocks(model)
     loggers = Loggers()
-    if rank == 0:
-        first_step = checkpoint.step if checkpoint is not None else 0
-        context = RunContext(folder=folder, settings=as_mapping(config), first_step=first_step)
-        loggers = open_loggers(config.train.loggers, context)
+    if dist.get_rank() == 0:
+        run = RunContext(folder=Path(config.output), settings=as_mapping(config), first_step=start.first_step)
+        loggers = open_loggers(config.train.loggers, run)
     trainer = make_trainer(
         config,
         ds_json,
         model=model,
         dataset=dataset,
-        checkpoint=checkpoint,
-        rank=rank,
-        world_size=world_size,
-        dtype=dtype,
-        evaluate=lambda steps_done: _evaluate(trainer, tokenizer, steps_done, config.eval.max_samples, files, asked),
+        start=start,
+        evaluate=lambda steps_done: evaluation(trainer, steps_done) if evaluation is not None else None,
         loggers=loggers,
         preemption=preemption,
-        made_of=files,
-        origin=origin,
     )
-    if rank == 0:
-        resolved = dump_config(config)
-        write_provenance(
-            folder,
-            resolved_config=resolved,
-            ds_config=ds_json,
-            world_size=world_size,
-            parameters=parameters,
-            identity=trainer.belongs_to,
-            tokenizer=tokenizer.fingerprint,
-            data=facts_of(config, dataset),
-            full_qformer=full,
-        )
-        _announce(trainer, parameters, dataset, checkpoint)
-        if full is not None:
-            log_trainable_share(parameters, full)
-    trainer.train()
-    trainer.monitor.close()
-    if rank == 0:
-        if stage is not None:
-            mark_finished(folder)
-        last_line(_summary(trainer)) if stage is not Stage.EARLIER else logger.info("%s", _summary(trainer))
+    return trainer
 
 
-def _prepare(
-    config: Config, dtype: torch.dtype, *, rebuild: bool
-) -> tuple[Tokenizer, VisionLanguageModel, PackedDataset]:
-    """Tokenizer, outline of the model, and packs, made if missing. Raises InputError where they do not fit each other,
-    or are damaged."""
-    tokenizer = load_tokenizer(*tokenizer_sources(config))
-    outline = outline_model(config.model, device(), dtype)
-    require_tokenizer_fits(config, tokenizer, outline)
-    require_qformer_positions(config, outline)
-    dataset = _ready_data(config, tokenizer, outline, rebuild=rebuild)
-    require_positions(dataset, outline)
-    return tokenizer, outline, dataset
+def _describe(
+    trainer: Trainer,
+    ds_json: dict[str, Any],
+    tokenizer: Tokenizer,
+    outline: VisionLanguageModel,
+    dataset: PackedDataset,
+) -> None:
+    """Writes what the run is into its folder, and says it."""
+    config, parameters = trainer.config, count_parameters(outline)
+    full = outline.reference_size()
+    write_provenance(
+        trainer.folder,
+        resolved_config=dump_config(config),
+        ds_config=ds_json,
+        world_size=trainer.engine.world_size,
+        parameters=parameters,
+        identity=trainer.belongs_to,
+        tokenizer=tokenizer.fingerprint,
+        data=facts_of(config, dataset),
+        full_qformer=full,
+    )
+    announce(trainer, parameters, dataset)
+    if full is not None:
+        log_trainable_share(parameters, full)
 
 
 def _require_same_start(
@@ -307,159 +311,6 @@ def _require_same_start(
             logger.info("initialised as without train.init_from, since that run did not train them: %s parameters", new)
 
 
-def choose_checkpoint(folder: Path, resume: str) -> Checkpoint | None:
-    """What to go on from: `auto` the newest whole checkpoint, if any; `never` none, and none may be there; else that
-    folder.
-
-    Raises:
-        InputError: the named checkpoint is damaged, none can be used, or a run would be overwritten.
-    """
-    root = folder / "checkpoints"
-    if resume == "never":
-        if checkpoints_in(root):
-            raise InputError(
-                f"{folder}: holds the checkpoints of a run; resume with --resume auto, choose another --output, "
-                "or remove the folder"
-            )
-    elif resume != "auto":
-        return open_checkpoint(Path(resume))
-    found = newest_checkpoint(root) if resume == "auto" else None
-    if found is None:
-        _require_no_lost_checkpoints(folder)
-    return found
-
-
-def _require_no_lost_checkpoints(folder: Path) -> None:
-    """Raises InputError for a run's folder whose receipt says that there were checkpoints, before it is written
-    anew."""
-    if not (folder / RECEIPT).exists():
-        return
-    done = len(read_receipt(folder / RECEIPT).lines)
-    if done > unsaved_steps(folder):
-        raise InputError(
-            f"{folder}: its receipt has {done} steps and there is no checkpoint: they were removed or moved. "
-            "Put one back; or, to train anew, choose another "
-            f"--output or remove {folder / RECEIPT}"
-        )
-
-
-def _ready_data(config: Config, tokenizer: Tokenizer, outline: VisionLanguageModel, *, rebuild: bool) -> PackedDataset:
-    """Samples and packs, made, made anew or checked.
-
-    Raises: InputError if they are not of what the recipe names or not of one set, and for evaluations that would fail
-    after the first step.
-    """
-    dataset = open_packs(config, tokenizer, outline.visual_tokens) if config.data.train_packs is not None else None
-    evaluates = config.eval.scorer is not None
-    if evaluates:
-        file = ready_samples(config, config.data.eval_split, rebuild=rebuild)
-        if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
-            require_same_set(config, dataset.folder, file)
-        every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
-        ask(answered, every, tokenizer, config, outline, str(file))
-    if dataset is not None:
-        return dataset
-    return open_packs(config, tokenizer, outline.visual_tokens, rebuild=rebuild, samples_are_ready=evaluates)
-
-
-def open_packs(
-    config: Config, tokenizer: Tokenizer, visual_tokens: int, *, rebuild: bool = False, samples_are_ready: bool = False
-) -> PackedDataset:
-    """Opens the packs to train on, made first if the recipe leaves that to us.
-
-    Args:
-        rebuild, samples_are_ready: see `ready_packs`.
-
-    Raises:
-        InputError: damaged packs, packs made for another tokenizer, template or number of visual tokens, or from other
-            samples than the recipe's.
-    """
-    if config.data.train_packs is not None:
-        folder = Path(config.data.train_packs)
-        made = read_made_from(folder)
-        if made is not None and (changes := tokenizer_changes(made, tokenizer, config.data.template)):
-            raise InputError(
-                f"data.train_packs: {folder}: since they were packed, {'; '.join(changes)}; restore the "
-                "tokenizer, or pack the samples again"
-            )
-    else:
-        folder = packed_folder(config, tokenizer, visual_tokens)
-        ready_packs(config, folder, tokenizer, visual_tokens, rebuild=rebuild, samples_are_ready=samples_are_ready)
-    dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
-    require_match(
-        dataset.manifest,
-        tokenizer_fingerprint=fingerprint(tokenizer, config.data.template),
-        visual_tokens=visual_tokens,
-        template=config.data.template,
-        pack_length=config.data.pack_length,
-    )
-    _require_image_sizes(dataset, config.data.max_image_pixels)
-    return dataset
-
-
-def _require_image_sizes(dataset: PackedDataset, limit: int) -> None:
-    """Raises InputError for an image that was packed under a larger limit and would be refused in the middle of
-    training."""
-    made = read_made_from(dataset.folder)
-    if (
-        made is None
-        or made.options.get("max_image_pixels", limit) <= limit
-        or int(os.environ.get("LOCAL_RANK", "0")) > 0
-    ):
-        return
-    for number in range(dataset.manifest.num_images):
-        require_size(dataset.image(number), limit, f"{dataset.folder}: image {number} of the packs")
-
-
-def _evaluate(
-    trainer: Trainer, tokenizer: Tokenizer, steps_done: int, max_samples: int | None, files: FilesOf, asked: str | None
-) -> float | None:  # fmt: skip
-    """The figure of the report on rank 0, None elsewhere. `asked`: digest of the samples when the run began."""
-    config = trainer.config
-    samples = samples_file(config, config.data.eval_split)
-    found = file_digest(samples)
-    if found != asked and trainer.rank == 0:
-        logger.warning(
-            "%s: was changed since the run began (a --rebuild of the same data.root?): figures before and from "
-            "here on are of other questions",
-            samples,
-        )
-    report = evaluate_split(
-        trainer.engine.model,
-        samples,
-        tokenizer,
-        config,
-        split=config.data.eval_split,
-        folder=trainer.folder,
-        step=steps_done,
-        max_samples=max_samples,
-        loggers=trainer.loggers,
-        device=trainer.engine.device,
-        on_progress=trainer.watchdog.goes_on,
-        facts={MADE_OF: files, "samples": found},
-    )
-    if report is None:
-        return None
-    trainer.monitor.headline = f"{config.data.eval_split} {report.headline()}"
-    logger.info("after %d steps, %s: %s", steps_done, config.data.eval_split, report.headline())
-    for line in report.lines():
-        logger.warning("%s: %s", config.data.eval_split, line)
-    return report.accuracy
-
-
-def _summary(trainer: Trainer) -> str:
-    """How the run ended, in a line."""
-    loss, headline = trainer.monitor.last_loss, trainer.monitor.headline
-    figures = [f"loss {loss:.4f}"] if loss is not None else []
-    return ", ".join(
-        [
-            f"{trainer.folder}: {trainer.done} of {trainer.plan.num_steps} steps done",
-            *figures,
-            *([headline] if headline else []),
-        ]
-    )
-
-
 def _require_widenable(config: Config, stage: int) -> None:
     """Raises InputError if evaluations are to widen weights that ranks share."""
     asked = config.eval.precision == "fp32" and config.eval.scorer is not None
@@ -474,41 +325,3 @@ def _require_widenable(config: Config, stage: int) -> None:
             "take a lower stage, model.bits 32, or train while evaluating as "
             "training does (eval.precision train), and evaluate afterwards: vltrain evaluate RUN --eval.precision fp32"
         )
-
-
-def log_trainable_share(parameters: dict[str, tuple[int, int]], full: int) -> None:
-    """The paper's percentages: of low-rank updates, and of everything trained, against full tuning of the Q-Former."""
-    updates, trained = parameters["peft"][1], sum(trained for _, trained in parameters.values())
-    told = "of full Q-Former tuning (%s): low-rank updates %s (%.2f%%), everything trained %s (%.2f%%)"
-    logger.info(told, f"{full:,}", f"{updates:,}", 100 * updates / full, f"{trained:,}", 100 * trained / full)
-
-
-def _announce(
-    trainer: Trainer, parameters: dict[str, tuple[int, int]], dataset: PackedDataset, checkpoint: Checkpoint | None
-) -> None:
-    total, trainable = (sum(counts) for counts in zip(*parameters.values(), strict=True))
-    parts = ", ".join(f"{part} {trained:,}" for part, (_, trained) in parameters.items() if trained)
-    logger.info(
-        "parameters: %s of %s are trained (%.2f%%): %s", f"{trainable:,}", f"{total:,}", 100 * trainable / total, parts
-    )
-    manifest = dataset.manifest
-    logger.info(
-        "data: %d samples in %d packs of %d tokens, %.2f%% full",
-        manifest.num_samples,
-        manifest.num_packs,
-        manifest.pack_length,
-        100 * manifest.fill,
-    )
-    for line in describe_lost(manifest.lost, manifest.num_samples):
-        logger.warning("data: %s", line)
-    logger.info(
-        "run: %d steps of %d packs on %d rank(s), ZeRO stage %d, from step %d, into %s",
-        trainer.plan.num_steps,
-        trainer.config.train.packs_per_step,
-        trainer.engine.world_size,
-        trainer.engine.stage,
-        checkpoint.step if checkpoint else 0,
-        trainer.folder,
-    )
-    if "tensorboard" in trainer.config.train.loggers:
-        logger.info("watch it: tensorboard --logdir %s", trainer.folder / "tensorboard")

@@ -85,9 +85,9 @@ def newest_in(root: Path, open_one: Callable[[Path], Opened], until: int | None 
             logger.warning("skipped a checkpoint: %s", error)
             reasons.append(str(error))
     if reasons:
-        told = "; ".join(reasons)
+        causes = "; ".join(reasons)
         raise InputError(
-            f"{root}: none of its checkpoints can be used: {told}. A run with checkpoints does not start at "
+            f"{root}: none of its checkpoints can be used: {causes}. A run with checkpoints does not start at "
             "step 0 by itself: restore one, or choose another output"
         )
     return None
@@ -98,11 +98,11 @@ def _unfollowed_pointer(root: Path) -> list[str]:
         path = pointed(root, LATEST)
         if path is None or os.path.lexists(path):
             return []
-        told = f"{root / LATEST}: names {path.name}, which does not exist"
+        message = f"{root / LATEST}: names {path.name}, which does not exist"
     except InputError as error:
-        told = str(error)
-    logger.warning("skipped a checkpoint: %s", told)
-    return [told]
+        message = str(error)
+    logger.warning("skipped a checkpoint: %s", message)
+    return [message]
 
 
 def _require_own_folder(path: Path) -> None:

@@ -2,6 +2,9 @@
 
 The package is callable, since `vltrain.train(recipe)` and `import vltrain.train.checkpoints.checkpoint` want the same
 name: see `vltrain.api.train`.
+
+Imports: errors, console, files, shipped, batch, config, distributed, ops, data, models, metrics, evaluate, receipts,
+    memory.
 """
 
 from __future__ import annotations

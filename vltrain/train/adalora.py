@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from vltrain.config.model.adalora import AdaLoraSchedule
+from vltrain.distributed.broadcast import from_rank_0
 from vltrain.errors import InputError
 from vltrain.models.peft.low_rank import sublayer_of
-from vltrain.train.zero.engine import Engine, from_rank_0
+from vltrain.train.zero.engine import Engine
 
 _A, _E, _B = "lora_A", "lora_E", "lora_B"
 
@@ -95,7 +96,7 @@ class RankAllocator:
             for (name, weight), (_, gradient) in zip(weights, gradients, strict=True)
         }
 
-    def take(self, importance: dict[str, Tensor], steps_done: int) -> None:
+    def update(self, importance: dict[str, Tensor], steps_done: int) -> None:
         """Takes `measure`'s result of a step that the optimizer has taken, and prunes where the schedule says so. A
         collective."""
         if steps_done <= self.last_pruning:

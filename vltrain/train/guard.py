@@ -1,4 +1,4 @@
-"""Judges the loss of every step, and names the samples behind a bad one: one that is no number, or far above those
+"""Judges the loss of every step, and names the samples behind a bad one: one that is NaN or Inf, or far above those
 before.
 
 `stop` ends the run before anything of a bad step is saved. The check is one step late: loss and gradient norm of step k
@@ -179,8 +179,8 @@ class LossGuard:
             self._skipped_in_a_row = 0
         else:
             self._handle(result, loss, grad_norm, fault)
-        told = {"label_tokens": int(label_tokens), "samples": samples_text(samples), "skipped": not result.applied}
-        self._report(StepReading(step=result.step, loss=loss, grad_norm=grad_norm, lr=result.lr, **told))
+        counts = {"label_tokens": int(label_tokens), "samples": samples_text(samples), "skipped": not result.applied}
+        self._report(StepReading(step=result.step, loss=loss, grad_norm=grad_norm, lr=result.lr, **counts))
 
     def _handle(self, result: StepResult, loss: float, grad_norm: float, fault: str) -> None:
         everything = _losses_of_samples(result)

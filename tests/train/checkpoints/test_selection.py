@@ -13,13 +13,13 @@ from vltrain.config.schema import TrainConfig
 from vltrain.errors import InputError
 from vltrain.inference.run import choose_checkpoint
 from vltrain.receipts.verify import prove
-from vltrain.train.checkpoints.selection import Selection, name_best
+from vltrain.train.checkpoints.selection import BestTracker, name_best
 
 
 def test_patience_counts_evaluations_that_are_not_better():
-    selection = Selection(patience=2)
+    selection = BestTracker(patience=2)
     taken = [
-        (selection.take(step, figure), selection.exhausted)
+        (selection.update(step, figure), selection.exhausted)
         for step, figure in ((10, 0.5), (20, 0.5), (30, 0.6), (40, 0.1), (50, 0.6))
     ]
     assert taken == [(True, False), (False, False), (True, False), (False, False), (False, True)]
@@ -27,18 +27,20 @@ def test_patience_counts_evaluations_that_are_not_better():
 
 
 def test_its_state_goes_through_a_checkpoint_exactly():
-    selection = Selection(patience=3)
-    selection.take(1, 0.1 + 0.2)
-    selection.take(2, 0.0)
-    again = Selection(patience=3)
+    selection = BestTracker(patience=3)
+    selection.update(1, 0.1 + 0.2)
+    selection.update(2, 0.0)
+    again = BestTracker(patience=3)
     again.load(selection.state())
     assert again == selection
-    assert not again.take(3, 0.1 + 0.2) and again.take(4, 0.31)
+    assert not again.update(3, 0.1 + 0.2) and again.update(4, 0.31)
 
 
 def test_without_patience_nothing_is_exhausted():
-    selection = Selection()
-    assert not any(selection.take(step, 0.0) and selection.exhausted for step in range(50)) and not selection.exhausted
+    selection = BestTracker()
+    assert (
+        not any(selection.update(step, 0.0) and selection.exhausted for step in range(50)) and not selection.exhausted
+    )
 
 
 @pytest.mark.parametrize("changes", [{"keep_best": True}, {"early_stopping_patience": 2}])

@@ -100,7 +100,7 @@ class Tally:
         self.total += 1
 
     @property
-    def accuracy(self) -> float | None:
+    def mean(self) -> float | None:
         """None where there was no question."""
         return self.correct / self.total if self.total else None
 
@@ -133,24 +133,21 @@ class Report:
     """By name: answers that were cut, references that cannot be spelled."""
 
     @property
-    def accuracy(self) -> float:
-        """Share of right answers; 0 where there was no question."""
-        return self.overall.accuracy or 0.0
+    def mean(self) -> float:
+        """Of the measure: the share of right answers, or the mean of their degrees; 0 where there was no question."""
+        return self.overall.mean or 0.0
 
     def headline(self) -> str:
         """The one line to remember: `accuracy=0.9012 (9673 questions) failed=3`, and the further figures."""
         figures = "".join(f" {name}={value:.4f}" for name, value in self.figures.items())
         missing = f" missing={self.missing}" if self.missing else ""
-        return (
-            f"{self.measure}={self.accuracy:.4f} ({self.overall.total} questions) "
-            f"failed={self.failed}{figures}{missing}"
-        )
+        return f"{self.measure}={self.mean:.4f} ({self.overall.total} questions) failed={self.failed}{figures}{missing}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the answers; the mean stands under its own name."""
-        columns = {name: {self.measure: tally.accuracy, **asdict(tally)} for name, tally in self.columns.items()}
+        columns = {name: {self.measure: tally.mean, **asdict(tally)} for name, tally in self.columns.items()}
         counts = {
-            self.measure: self.accuracy,
+            self.measure: self.mean,
             "correct": self.overall.correct,
             "total": self.overall.total,
             "failed": self.failed,
@@ -169,7 +166,7 @@ class Report:
     def to_markdown(self) -> str:
         """A table of the columns: accuracy in per cent, and how many questions that is of."""
         names = list(self.columns)
-        shares = ["–" if tally.accuracy is None else f"{100 * tally.accuracy:.2f}" for tally in self.columns.values()]
+        shares = ["–" if tally.mean is None else f"{100 * tally.mean:.2f}" for tally in self.columns.values()]
         totals = [str(tally.total) for tally in self.columns.values()]
         widths = [max(map(len, cells)) for cells in zip(names, shares, totals)]
         lines = [["", *names], ["%", *shares], ["of", *totals]]

@@ -1,12 +1,12 @@
 """Trained weights alone, of every architecture: small, for `train.init_from` and `vltrain ask`; see
-`vltrain.train.checkpoints.adapters_folder`."""
+`vltrain.train.run.adapters_folder`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from vltrain.export.format import Choices, Format, Proof, Source
-from vltrain.train.checkpoints.adapters_folder import write_adapters
+from vltrain.train.run.adapters_folder import write_adapters
 
 
 def _write(folder: Path, source: Source, choices: Choices) -> None:

@@ -33,7 +33,7 @@ from vltrain.models.interface import InstructionSizes, LossOutput, VisionLanguag
 from vltrain.models.peft.low_rank import is_low_rank, orthogonality
 from vltrain.models.pretrained.preprocessor import Preprocessing
 from vltrain.models.quantise import num_weights
-from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.rows import nonzero_indices, place_rows, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -213,7 +213,7 @@ class InstructBlip(VisionLanguageModel):
             self._check(batch)
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
         owner = to_device(owner, batch.input_ids.device)
-        runs = places(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[
+        runs = nonzero_indices(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[
             :: self.visual_tokens
         ]
         visual = self.ask_images(
@@ -224,7 +224,7 @@ class InstructBlip(VisionLanguageModel):
             hidden, labels, owner = self._decode(batch, embeds)
         else:
             states = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
-            labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+            labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
             hidden, labels, owner = states[labelled], batch.labels[labelled], owner[labelled]
         loss_sum, token_losses = self.llm.lm_head(hidden, labels)
         if batch.is_filler:

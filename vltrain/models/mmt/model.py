@@ -25,7 +25,7 @@ from vltrain.models.interface import LossOutput, VisionLanguageModel
 from vltrain.models.mmt.flops import count_flops
 from vltrain.models.mmt.visual_tokens import VisualTokens
 from vltrain.models.peft.lora import is_peft_parameter
-from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.rows import nonzero_indices, place_rows, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
@@ -124,7 +124,7 @@ class MultimodalModel(VisionLanguageModel):
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
         owner = to_device(owner, embeds.device)
         hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)
-        labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+        labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
         loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
         if batch.is_filler:
             loss_sum = loss_sum * 0.0

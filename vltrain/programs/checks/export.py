@@ -13,7 +13,7 @@ from vltrain.files.strict_json import read_object
 from vltrain.inference.run import choose_checkpoint, recipe_of, weights_used
 from vltrain.programs.export import proof_samples_of, samples_for_proof, source_of
 from vltrain.receipts.verify import Proof
-from vltrain.train.checkpoints.lora_folder import EXPORTED
+from vltrain.train.run.lora_folder import EXPORTED
 from vltrain.train.run.made_of import made_of
 
 

@@ -23,13 +23,14 @@ from vltrain.errors import InputError
 from vltrain.inference.run import recipe_of, weights_before, weights_used
 from vltrain.models.build import build_model, outline_model
 from vltrain.prepared.ensure_data import packed_folder
-from vltrain.programs.train import open_packs
+from vltrain.prepared.training_data import open_packs
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.guard import own_losses
+from vltrain.train.make_trainer import RunStart, make_trainer
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.origin import find_origin
-from vltrain.train.trainer import Trainer, make_trainer
+from vltrain.train.trainer import Trainer
 from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 from vltrain.train.zero.engine import init_distributed, partitioner, shutdown_distributed
 
@@ -63,7 +64,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
         own_packs = str(packed_folder(config, tokenizer, visual_tokens))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_packs=own_packs))
     dataset = open_packs(config, tokenizer, visual_tokens)
-    rank, world_size = init_distributed()
+    _, world_size = init_distributed()
     try:
         model = build_model(
             config.model,
@@ -79,13 +80,8 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
                 ds_json,
                 model=model,
                 dataset=dataset,
-                checkpoint=checkpoint,
-                rank=rank,
-                world_size=world_size,
-                dtype=dtype,
+                start=RunStart(dtype=dtype, checkpoint=checkpoint, origin=origin, made_of=files),
                 evaluate=lambda steps_done: None,
-                made_of=files,
-                origin=origin,
             )
             return replay_steps(trainer, step)
     finally:
@@ -107,7 +103,7 @@ def replay_steps(trainer: Trainer, step: int) -> list[tuple[str, float, int]]:
                 counts = [count for counts in result.segment_labels for count in counts.tolist() if count]
                 losses = [(name, loss, count) for (name, loss), count in zip(own_losses(result), counts, strict=True)]
                 return sorted(losses, key=lambda one: -one[1] if math.isfinite(one[1]) else -math.inf)
-            trainer.guard.push(result)
+            trainer.safety.guard.push(result)
     finally:
         trainer.loader.close()
         trainer.monitor.close()

@@ -48,7 +48,7 @@ from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.inference.run import recorded_identity
 from vltrain.launching.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
-from vltrain.prepared.ensure_data import ready_samples
+from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import data_identity, samples_folder
 from vltrain.programs.studies.table import (
     DONE,
@@ -313,7 +313,7 @@ def _can_be_answered(job: Job, outcome: Outcome, title: str) -> bool:
     """Whether the split that the row will answer is there and fits its scorer, asked before hours of training; if not,
     `outcome` says why."""
     try:
-        answerable_samples(ready_samples(job.config, job.split, rebuild=job.rebuild), job.config, job.max_samples)
+        answerable_samples(ensure_samples(job.config, job.split, rebuild=job.rebuild), job.config, job.max_samples)
     except InputError as error:
         outcome.state, outcome.reason = FAILED, str(error)
         logger.error("%s: %s", title, error)

@@ -228,26 +228,12 @@ def save_checkpoint(
     """
     final = root / checkpoint_name(step)
     partial = root / f".partial-{final.name}"
-    failure: OSError | None = None
-    writer = CheckpointWriter(partial)
-    if is_writer:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            failure = error
-    # The state is drained to its end even after a failure: the other ranks take part in its collectives.
-    for name, weight, states in state:
-        if not is_writer or failure is not None:
-            continue
-        try:
-            writer.add("weights", name, weight)
-            for key, value in states.items():
-                writer.add("optimizer", f"{key}/{name}", value)
-        except OSError as error:
-            failure = error
     if not is_writer:
+        for _ in state:  # a collective
+            pass
         return final
+    writer = CheckpointWriter(partial)
+    failure = _write_state(state, writer)
     try:
         if failure is not None:
             raise failure
@@ -265,6 +251,27 @@ def save_checkpoint(
             f"one ({newest}) with --resume auto"
         ) from None
     return final
+
+
+def _write_state(state: Iterator, writer: CheckpointWriter) -> OSError | None:
+    """Writes a state into a new folder; returns what went wrong. The state is drained to its end even then: the other
+    ranks take part in its collectives."""
+    failure: OSError | None = None
+    try:
+        shutil.rmtree(writer.folder, ignore_errors=True)
+        writer.folder.mkdir(parents=True)
+    except OSError as error:
+        failure = error
+    for name, weight, states in state:
+        if failure is not None:
+            continue
+        try:
+            writer.add("weights", name, weight)
+            for key, value in states.items():
+                writer.add("optimizer", f"{key}/{name}", value)
+        except OSError as error:
+            failure = error
+    return failure
 
 
 def _listed(root: Path) -> list[Path]:
@@ -303,13 +310,13 @@ def newest_checkpoint(root: Path, until: int | None = None) -> Checkpoint | None
 def load_trainable(
     model: VisionLanguageModel,
     checkpoint: Checkpoint,
-    whole: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext,
+    gathered: Callable[[torch.nn.Parameter], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
     """Copies the checkpoint's weights into the model's trainable parameters, after names and shapes were checked.
 
     Args:
-        whole: a context in which a parameter that is cut up among ranks is whole and can be written; see
-            `vltrain.train.zero.engine.whole`.
+        gathered: a context in which a parameter that is partitioned among ranks is whole and can be written; see
+            `vltrain.train.zero.engine.gathered`.
 
     Raises:
         InputError: names or shapes differ: a checkpoint of another model.
@@ -317,7 +324,7 @@ def load_trainable(
     require_fit(checkpoint, model)
     expected = dict(model.named_parameters())
     for name, tensor in checkpoint.weights():
-        with whole(expected[name]):
+        with gathered(expected[name]):
             expected[name].data.copy_(tensor)
 
 

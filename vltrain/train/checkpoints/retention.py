@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vltrain.errors import InputError
-from vltrain.files.atomic import sync
+from vltrain.files.atomic import replace_file, sync
 from vltrain.receipts.manifest import BEST, LATEST, STEP_NAME, checkpoints_in, pointed, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -27,10 +27,7 @@ IsWhole = Callable[[Path], bool]
 
 def point(root: Path, pointer: str, name: str) -> None:
     """Lets `root/pointer` name a checkpoint. Raises OSError."""
-    beside = root / f".{pointer}"
-    beside.write_text(name + "\n")
-    sync(beside)
-    beside.rename(root / pointer)
+    replace_file(root / pointer, f"{name}\n".encode())
     sync(root)
 
 

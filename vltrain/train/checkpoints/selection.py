@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Selection:
+class BestTracker:
     """What the evaluations so far say. Equal on all ranks.
 
     best: the largest figure, of `best_step`; stale: evaluations since then.
@@ -35,10 +35,10 @@ class Selection:
     stale: int = 0
     measured_by: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, step: int, figure: float) -> bool:
-        """Takes an evaluation's figure. Returns whether it is the best so far (an equal one is not)."""
-        if self.best is None or figure > self.best:
-            self.best, self.best_step, self.stale = figure, step, 0
+    def update(self, step: int, metric: float) -> bool:
+        """Takes an evaluation's metric. Returns whether it is the best so far (an equal one is not)."""
+        if self.best is None or metric > self.best:
+            self.best, self.best_step, self.stale = metric, step, 0
             return True
         self.stale += 1
         return False
@@ -73,7 +73,7 @@ def require_same_figures(state: dict[str, Any], config: Config, where: str) -> N
     kinds.
 
     Args:
-        state: as `Selection.state` left it; {} of a checkpoint without.
+        state: as `BestTracker.state` left it; {} of a checkpoint without.
         where: whose it is.
     """
     if state.get("best") is None or not (config.train.keep_best or config.train.early_stopping_patience is not None):
@@ -83,11 +83,11 @@ def require_same_figures(state: dict[str, Any], config: Config, where: str) -> N
         f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]
     )
     if changed:
-        told = (
+        message = (
             f"{where}: train.keep_best and train.early_stopping_patience compare evaluations, and these were made "
             f"otherwise until now: {changed}"
         )
-        raise InputError(f"{told}. Restore this, or go on without both")
+        raise InputError(f"{message}. Restore this, or go on without both")
 
 
 def name_best(root: Path, step: int) -> None:

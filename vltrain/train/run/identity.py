@@ -81,9 +81,9 @@ def require_same_run(checkpoint: Checkpoint, belongs_to: dict[str, Any]) -> None
     checkpoint."""
     found = list(differences(checkpoint.belongs_to, belongs_to))
     if found:
-        told = "; ".join(found)
+        changes = "; ".join(found)
         raise InputError(
-            f"{checkpoint.path}: belongs to another run: {told}. Restore this, or start a new run from these "
+            f"{checkpoint.path}: belongs to another run: {changes}. Restore this, or start a new run from these "
             "weights: another --output with "
             f"--train.init_from {checkpoint.path}"
         )
@@ -121,9 +121,9 @@ def require_same_model(
     unknown = () if MADE_OF in saved and made_of is not None else by_digest()
     found = list(differences(saved, as_stored(now), {*changed_on_purpose, *unknown}))
     if found:
-        told = "; ".join(found)
+        changes = "; ".join(found)
         raise InputError(
-            f"{where}: these weights were trained in another model: {told}. Restore this (a folder that has "
+            f"{where}: these weights were trained in another model: {changes}. Restore this (a folder that has "
             "moved may be named by its new path)"
         )
 
@@ -234,6 +234,6 @@ def agreed_over_nodes(made_of: FilesOf | None) -> FilesOf:
     assert first is not None, "rank 0 is the first of its node"
     for rank, other in enumerate(gathered):
         if other is not None and other != first:
-            told = "; ".join(differences({MADE_OF: first}, {MADE_OF: other}))
-            raise InputError(f"rank {rank}'s node has other files than rank 0's: {told}; copy them anew")
+            changes = "; ".join(differences({MADE_OF: first}, {MADE_OF: other}))
+            raise InputError(f"rank {rank}'s node has other files than rank 0's: {changes}; copy them anew")
     return first

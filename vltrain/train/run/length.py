@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from vltrain.config.schema import Config
+from vltrain.config.schema import Config, TrainConfig
 from vltrain.data.plan import length_of
 from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+Refuse = Callable[[str], None]
 
 LEAST_PACKS = 0.5  # of all epochs together: fewer would round to no step
 
@@ -24,10 +26,34 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
         InputError: `train.epochs` of no pack, `train.max_steps` beyond `train.epochs`, evaluations that never come
             though `train.keep_best` or `train.early_stopping_patience` choose by them.
     """
+    refuse: Refuse = logger.warning if resumed else _refuse
     train = config.train
-    refuse: Callable[[str], None] = logger.warning if resumed else _refuse
     positions, num_steps = length_of(num_packs, train.epochs, train.packs_per_step, train.max_steps)
-    steps_per_epoch = num_packs / train.packs_per_step
+    _require_steps(train, num_packs, num_steps, refuse)
+    _require_evaluations(config, num_packs, num_steps, refuse)
+    if num_packs < train.packs_per_step:
+        logger.warning(
+            "data: %d pack(s), fewer than train.packs_per_step = %d: a step takes all of them, and those of "
+            "several epochs at once; a lower data.pack_length makes more packs",
+            num_packs,
+            train.packs_per_step,
+        )
+    in_a_step = min(train.packs_per_step, positions)
+    if in_a_step < world_size:
+        logger.warning(
+            "a step has %d pack(s) for %d ranks: the others compute on fillers; raise train.packs_per_step, or "
+            "take fewer ranks",
+            in_a_step,
+            world_size,
+        )
+    if config.optim.warmup_epochs * (num_packs / train.packs_per_step) >= num_steps > 1:
+        logger.warning(
+            "optim.warmup_epochs: %g is as long as the run, which never reaches optim.lr", config.optim.warmup_epochs
+        )
+
+
+def _require_steps(train: TrainConfig, num_packs: int, num_steps: int, refuse: Refuse) -> None:
+    """As long as it says."""
     if train.epochs * num_packs < LEAST_PACKS:
         refuse(
             f"train.epochs: found {train.epochs:g}, less than half a pack of the {num_packs} there are; "
@@ -43,6 +69,11 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
             f"train.max_steps: {found}; raise train.epochs to {_rounded_up(needed / num_packs)}, or leave "
             "train.max_steps out"
         )
+
+
+def _require_evaluations(config: Config, num_packs: int, num_steps: int, refuse: Refuse) -> None:
+    """Evaluations come while it trains, and what chooses by them chooses by what is not reported."""
+    train, steps_per_epoch = config.train, num_packs / config.train.packs_per_step
     every = train.eval_every_steps or train.eval_every_epochs * steps_per_epoch
     if every >= num_steps + 1:
         name = "eval_every_steps" if train.eval_every_steps else "eval_every_epochs"
@@ -60,33 +91,15 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
             "train.early_stopping_patience: never stops this run, which evaluates %d time(s)", -(-num_steps // every)
         )
     if (train.keep_best or patience is not None) and config.data.eval_split == config.data.test_split:
-        told = (
+        message = (
             "data.test_split: '%s' also chooses the checkpoint (data.eval_split): figures on it are biased; hold "
             "out another split to report"
         )
-        logger.warning(told, config.data.test_split)
+        logger.warning(message, config.data.test_split)
     if config.eval.scorer is not None and config.data.eval_split == config.data.train_split:
         logger.warning(
             "data.eval_split: '%s' is what is trained on: figures on it measure memorisation",
             config.data.eval_split,
-        )
-    if num_packs < train.packs_per_step:
-        logger.warning(
-            "data: %d pack(s), fewer than train.packs_per_step = %d: a step takes all of them, and those of "
-                "several epochs at once; "
-            "a lower data.pack_length makes more packs", num_packs, train.packs_per_step,
-        )  # fmt: skip
-    in_a_step = min(train.packs_per_step, positions)
-    if in_a_step < world_size:
-        logger.warning(
-            "a step has %d pack(s) for %d ranks: the others compute on fillers; raise train.packs_per_step, or "
-            "take fewer ranks",
-            in_a_step,
-            world_size,
-        )
-    if config.optim.warmup_epochs * steps_per_epoch >= num_steps > 1:
-        logger.warning(
-            "optim.warmup_epochs: %g is as long as the run, which never reaches optim.lr", config.optim.warmup_epochs
         )
 
 

@@ -22,7 +22,6 @@ from vltrain.config.stages import last_stage
 from vltrain.errors import InputError
 from vltrain.receipts.manifest import BEST, MANIFEST, pointed
 from vltrain.train.checkpoints.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from vltrain.train.checkpoints.lora_folder import is_lora_folder, open_lora_folder
 from vltrain.train.run.identity import (
     MADE_OF,
     ORIGIN,
@@ -32,6 +31,7 @@ from vltrain.train.run.identity import (
     is_within,
     value_at,
 )
+from vltrain.train.run.lora_folder import is_lora_folder, open_lora_folder
 
 logger = logging.getLogger(__name__)
 

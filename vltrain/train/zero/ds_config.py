@@ -94,8 +94,18 @@ def resolve_ds_config(
     check_ds_json(raw)
     resolved = copy.deepcopy(raw) if num_trained is None else fill_buckets(raw, num_trained)
     zero_stage(resolved)
-    _settle_optimizer(resolved, config)
-    _settle_precision(resolved)
+    _resolve_optimizer(resolved, config)
+    _resolve_precision(resolved)
+    _resolve_batch(resolved, config, world_size)
+    if zero_stage(resolved) == 3:
+        _require_fits_zero3(resolved, config)
+    # DeepSpeed's own progress lines are replaced by the monitor's.
+    resolved.setdefault("steps_per_print", 2**31 - 1)
+    return resolved
+
+
+def _resolve_batch(resolved: dict[str, Any], config: Config, world_size: int) -> None:
+    """The recipe says how many packs a step has, and at which norm gradients are clipped."""
     num_micro_steps = micro_steps_per_step(config.train.packs_per_step, world_size)
     owned = {
         "train_micro_batch_size_per_gpu": (1, "one pack is one micro-batch; data.pack_length is its size"),
@@ -123,28 +133,25 @@ def resolve_ds_config(
                 f"DeepSpeed's '{key}' is {resolved[key]!r}, expected {value!r}: the loss is normalised over all "
                 "ranks already"
             )
-    if zero_stage(resolved) == 3 and config.model.bits in (4, 8):
+
+
+def _require_fits_zero3(resolved: dict[str, Any], config: Config) -> None:
+    if config.model.bits in (4, 8):
         raise InputError(
             f"DeepSpeed's 'zero_optimization.stage' is 3 and model.bits is {config.model.bits}: ZeRO-3 partitions "
             "weights across ranks and would separate quantised ones from their scales; take stage 2 (all quantised "
             "weights on each rank) or bits 16"
         )
-    if (
-        zero_stage(resolved) == 3
-        and resolved["zero_optimization"].setdefault("memory_efficient_linear", False) is not False
-    ):
+    if resolved["zero_optimization"].setdefault("memory_efficient_linear", False) is not False:
         raise InputError(
             "DeepSpeed's 'zero_optimization.memory_efficient_linear' is "
             f"{resolved['zero_optimization']['memory_efficient_linear']!r}, expected false: "
             "it replaces torch's linear by one that autocast does not cover everywhere, so that ZeRO-3 in bf16 "
             "would give other results than the other stages; remove it"
         )
-    # DeepSpeed's own progress lines are replaced by the monitor's.
-    resolved.setdefault("steps_per_print", 2**31 - 1)
-    return resolved
 
 
-def _settle_optimizer(resolved: dict[str, Any], config: Config) -> None:
+def _resolve_optimizer(resolved: dict[str, Any], config: Config) -> None:
     """The recipe builds the optimizer and its schedule; the JSON may only say the same."""
     section = resolved.pop("optimizer", None)
     if section is not None:
@@ -176,7 +183,7 @@ def _settle_optimizer(resolved: dict[str, Any], config: Config) -> None:
         )
 
 
-def _settle_precision(resolved: dict[str, Any]) -> None:
+def _resolve_precision(resolved: dict[str, Any]) -> None:
     """Precision is the recipe's: frozen weights in bf16, trained ones in fp32 under autocast (train.precision)."""
     for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         section = resolved.pop(key, None)

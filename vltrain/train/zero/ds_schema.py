@@ -270,11 +270,11 @@ def _check_stage(zero: Mapping[str, Any]) -> None:
         value = found.get("device", default) if isinstance(found, Mapping) else found
         if stage not in stages and value not in (AUTO, default):
             key = f"{name}.device" if isinstance(found, Mapping) else name
-            told = (
+            message = (
                 f"DeepSpeed's 'zero_optimization.{key}' is {_json(value)}, which has no effect: it is of stage "
                 f"{' or '.join(map(str, stages))}"
             )
-            raise InputError(f"{told}, and zero_optimization.stage is {stage}; leave it out, or take another stage")
+            raise InputError(f"{message}, and zero_optimization.stage is {stage}; leave it out, or take another stage")
 
 
 def _check_section(found: Any, schema: Mapping[str, Any], prefix: str) -> None:

@@ -32,6 +32,7 @@ from vltrain.distributed.hardware import device
 from vltrain.distributed.machine import require_one_model
 from vltrain.distributed.ranks import adopt_ranks, join_process_group
 from vltrain.errors import InputError
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.transfer import to_device
 from vltrain.train.zero.ds_config import offloads_optimizer, zero_stage
 
@@ -99,31 +100,24 @@ def shutdown_distributed() -> None:
         deepspeed.utils.groups._WORLD_GROUP = None
 
 
-def from_rank_0(value: Any) -> Any:
-    """What rank 0 gives, on every rank. A collective."""
-    shared = [value]
-    dist.broadcast_object_list(shared, device=device())
-    return shared[0]
-
-
 def partitioner(ds_config: dict[str, Any]) -> Callable[[torch.nn.Module], None] | None:
-    """For ZeRO-3 what cuts a module's parameters up among the ranks, so that a model can be made part by part; None at
-    other stages.
+    """For ZeRO-3 what partitions a module's parameters among the ranks, so that a model can be made part by part; None
+    at other stages.
 
     A collective: all ranks call it with the same modules in the same order, in the process group of `init_distributed`.
     """
     if zero_stage(ds_config) < 3:
         return None
 
-    def cut_up(module: torch.nn.Module) -> None:
+    def partition(module: torch.nn.Module) -> None:
         with prints_are_logged("DeepSpeed"):
             deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
 
-    return cut_up
+    return partition
 
 
-def whole(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter that ZeRO-3 has cut up is whole; afterwards it is what rank 0 made of it. A
+def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter that ZeRO-3 partitions is gathered; afterwards it is what rank 0 made of it. A
     collective, then."""
     return (
         deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -154,8 +148,8 @@ class Engine:
     """A model under DeepSpeed.
 
     Args:
-        model: its trainable parameters are fp32 and already hold the values to start from; cut up by `partitioner` or
-            whole.
+        model: its trainable parameters are fp32 and already hold the values to start from; partitioned by `partitioner`
+            or whole.
         groups: parameter groups, see `vltrain.train.optim.parameter_groups`.
         ds_config: resolved, see `vltrain.train.zero.ds_config.resolve_ds_config`.
         betas, eps: AdamW's.
@@ -164,7 +158,7 @@ class Engine:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: VisionLanguageModel,
         groups: list[dict[str, Any]],
         ds_config: dict[str, Any],
         *,
@@ -178,7 +172,7 @@ class Engine:
         self._autocast_dtype = autocast_dtype
         # Full names, before ZeRO-3 turns parameters into shells.
         self.trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for module in model.modules():  # DeepSpeed leaves them where they are if the parameters are cut up already
+        for module in model.modules():  # DeepSpeed leaves them where they are if the parameters are partitioned already
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         optimizer = _build_optimizer(groups, ds_config, betas, eps)

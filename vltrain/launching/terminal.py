@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vltrain.errors import InputError, nearest
-from vltrain.programs.ask import Request, say_all, tell
+from vltrain.launching.asking import Request, say_all, tell
 from vltrain.schema import Turn, escape_markers
 
 if TYPE_CHECKING:
-    from vltrain.inference import LoadedModel
+    from vltrain.inference.model import LoadedModel
 
 COMMANDS = {
     "/image": "FILE: an image for the next question",

@@ -1,0 +1,108 @@
+"""The packs that a run trains on, and the samples that it evaluates on, made if missing and checked against recipe and
+model before hours of training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from vltrain.config.schema import Config
+from vltrain.data.images import require_size
+from vltrain.data.origin import read_made_from, tokenizer_changes
+from vltrain.data.shards import PackedDataset, require_match
+from vltrain.data.text.conversation import fingerprint
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.distributed.hardware import device
+from vltrain.errors import InputError
+from vltrain.evaluate.questions import ask
+from vltrain.evaluate.ready import answerable_samples
+from vltrain.models.build import outline_model
+from vltrain.models.interface import VisionLanguageModel
+from vltrain.prepared.ensure_data import ensure_packs, ensure_samples, packed_folder
+from vltrain.prepared.origins import require_same_set
+from vltrain.train.run.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+
+
+def ensure_training_data(
+    config: Config, dtype: torch.dtype, *, rebuild: bool
+) -> tuple[Tokenizer, VisionLanguageModel, PackedDataset]:
+    """Tokenizer, outline of the model, and packs, made if missing. Raises InputError where they do not fit each other,
+    or are damaged."""
+    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    outline = outline_model(config.model, device(), dtype)
+    require_tokenizer_fits(config, tokenizer, outline)
+    require_qformer_positions(config, outline)
+    dataset = _ensure_data(config, tokenizer, outline, rebuild=rebuild)
+    require_positions(dataset, outline)
+    return tokenizer, outline, dataset
+
+
+def _ensure_data(config: Config, tokenizer: Tokenizer, outline: VisionLanguageModel, *, rebuild: bool) -> PackedDataset:
+    """Samples and packs, made, made anew or checked.
+
+    Raises: InputError if they are not of what the recipe names or not of one set, and for evaluations that would fail
+    after the first step.
+    """
+    dataset = open_packs(config, tokenizer, outline.visual_tokens) if config.data.train_packs is not None else None
+    evaluates = config.eval.scorer is not None
+    if evaluates:
+        file = ensure_samples(config, config.data.eval_split, rebuild=rebuild)
+        if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
+            require_same_set(config, dataset.folder, file)
+        every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
+        ask(answered, every, tokenizer, config, outline, str(file))
+    if dataset is not None:
+        return dataset
+    return open_packs(config, tokenizer, outline.visual_tokens, rebuild=rebuild, samples_are_ready=evaluates)
+
+
+def open_packs(
+    config: Config, tokenizer: Tokenizer, visual_tokens: int, *, rebuild: bool = False, samples_are_ready: bool = False
+) -> PackedDataset:
+    """Opens the packs to train on, made first if the recipe leaves that to us.
+
+    Args:
+        rebuild, samples_are_ready: see `ensure_packs`.
+
+    Raises:
+        InputError: damaged packs, packs made for another tokenizer, template or number of visual tokens, or from other
+            samples than the recipe's.
+    """
+    if config.data.train_packs is not None:
+        folder = Path(config.data.train_packs)
+        made = read_made_from(folder)
+        if made is not None and (changes := tokenizer_changes(made, tokenizer, config.data.template)):
+            raise InputError(
+                f"data.train_packs: {folder}: since they were packed, {'; '.join(changes)}; restore the "
+                "tokenizer, or pack the samples again"
+            )
+    else:
+        folder = packed_folder(config, tokenizer, visual_tokens)
+        ensure_packs(config, folder, tokenizer, visual_tokens, rebuild=rebuild, samples_are_ready=samples_are_ready)
+    dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
+    require_match(
+        dataset.manifest,
+        tokenizer_fingerprint=fingerprint(tokenizer, config.data.template),
+        visual_tokens=visual_tokens,
+        template=config.data.template,
+        pack_length=config.data.pack_length,
+    )
+    _require_image_sizes(dataset, config.data.max_image_pixels)
+    return dataset
+
+
+def _require_image_sizes(dataset: PackedDataset, limit: int) -> None:
+    """Raises InputError for an image that was packed under a larger limit and would be refused in the middle of
+    training."""
+    made = read_made_from(dataset.folder)
+    if (
+        made is None
+        or made.options.get("max_image_pixels", limit) <= limit
+        or int(os.environ.get("LOCAL_RANK", "0")) > 0
+    ):
+        return
+    for number in range(dataset.manifest.num_images):
+        require_size(dataset.image(number), limit, f"{dataset.folder}: image {number} of the packs")

@@ -1,0 +1,242 @@
+"""Puts a run together: plan, engine, loader, monitor and what a checkpoint holds of them, into a `Trainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vltrain.config.schema import Config
+from vltrain.data.loader import StepLoader
+from vltrain.data.plan import PackCost, Plan
+from vltrain.data.shards import PackedDataset
+from vltrain.distributed.broadcast import from_rank_0
+from vltrain.distributed.hardware import peak_flops
+from vltrain.distributed.preemption import Preemption
+from vltrain.errors import InputError
+from vltrain.metrics.base import MetricLogger
+from vltrain.metrics.loggers import Loggers
+from vltrain.metrics.monitor import Monitor
+from vltrain.metrics.step_log import truncate_jsonl
+from vltrain.models.build import count_trained
+from vltrain.models.flops import Flops
+from vltrain.models.interface import VisionLanguageModel
+from vltrain.receipts.receipt import Header, ReceiptWriter
+from vltrain.train.adalora import RankAllocator
+from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
+from vltrain.train.checkpoints.selection import BestTracker, measured_by
+from vltrain.train.guard import QUARANTINE
+from vltrain.train.optim import parameter_groups
+from vltrain.train.run.identity import FilesOf, require_same_run, run_id, run_identity
+from vltrain.train.run.origin import Origin
+from vltrain.train.trainer import Trainer
+from vltrain.train.zero.ds_config import offloads_optimizer, resolve_ds_config
+from vltrain.train.zero.engine import Engine, gathered
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStart:
+    """What a run begins with, or goes on from.
+
+    Args:
+        dtype: of matrix products.
+        checkpoint: its own, to go on from; None: it begins.
+        origin: of `train.init_from`: whose weights the run begins with, or began with.
+        made_of: digests of the files that weights and tokenizer come from; None: they are not known, and not compared.
+    """
+
+    dtype: torch.dtype
+    checkpoint: Checkpoint | None = None
+    origin: Origin | None = None
+    made_of: FilesOf | None = None
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before."""
+        return self.checkpoint.step if self.checkpoint is not None else 0
+
+    @property
+    def run_state(self) -> dict[str, Any]:
+        """As `Trainer.run_state` left it; {} of a run that begins."""
+        return self.checkpoint.run_state if self.checkpoint is not None else {}
+
+
+def make_trainer(
+    config: Config,
+    ds_json: dict[str, Any],
+    *,
+    model: VisionLanguageModel,
+    dataset: PackedDataset,
+    start: RunStart,
+    evaluate: Callable[[int], float | None],
+    loggers: MetricLogger | None = None,
+    preemption: Preemption | None = None,
+) -> Trainer:
+    """A trainer at the run's first step, or at its checkpoint's. In the process group of `init_distributed`.
+
+    Args:
+        evaluate: see `Trainer.evaluate`.
+        loggers: get the run's metrics, on rank 0; None: nobody does.
+        preemption: of the program; None: this rank hears no signal.
+
+    Raises:
+        InputError: DeepSpeed's JSON contradicts the recipe, or the checkpoint belongs to another run or model.
+    """
+    assert (start.origin is None) == (config.train.init_from is None), "whoever makes a trainer finds its origin"
+    folder, rank, loggers = Path(config.output), dist.get_rank(), loggers or Loggers()
+    belongs_to = run_identity(config, dataset, start.made_of, start.origin.facts if start.origin else None)
+    ds_config = resolve_ds_config(ds_json, config, dist.get_world_size(), count_trained(model))
+    _load_start(model, start, belongs_to, folder)
+    plan = make_plan(config, dataset, model, offloads_optimizer(ds_config))
+    image_size, framing, flops = model.image_size, model.framing, model.flops()  # before ZeRO-3 has its parameters
+    engine = _make_engine(config, model, ds_config, start)
+    allocator = make_allocator(config, engine, plan, start.checkpoint)
+    loader = StepLoader(
+        dataset,
+        plan,
+        rank,
+        image_size=image_size,
+        max_image_pixels=config.data.max_image_pixels,
+        workers=config.data.workers,
+        start_step=start.first_step,
+        pin_memory=engine.device.type == "cuda",
+        framing=framing,
+    )
+    return Trainer(
+        config=config,
+        folder=folder,
+        rank=rank,
+        engine=engine,
+        plan=plan,
+        loader=loader,
+        loggers=loggers,
+        monitor=_make_monitor(config, loggers, plan, flops, start),
+        receipt=_open_receipt(config, plan, dataset, start, belongs_to),
+        best=_best_so_far(config, start),
+        belongs_to=belongs_to,
+        evaluate=evaluate,
+        first_step=start.first_step,
+        guard_state=start.run_state.get("guard"),
+        allocator=allocator,
+        preemption=preemption or Preemption(),
+    )
+
+
+def pack_cost(model: VisionLanguageModel) -> PackCost:
+    """What a pack costs, in FLOPs, for assigning packs to ranks. Label positions are few and left out."""
+    flops = model.flops()
+    return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
+
+
+def make_plan(config: Config, dataset: PackedDataset, model: VisionLanguageModel, images_always: bool) -> Plan:
+    """Which packs each step and rank takes. `images_always`: see `Plan`."""
+    return Plan(
+        dataset.index,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+        packs_per_step=config.train.packs_per_step,
+        world_size=dist.get_world_size(),
+        cost=pack_cost(model),
+        max_steps=config.train.max_steps,
+        images_always=images_always,
+    )
+
+
+def _make_engine(config: Config, model: VisionLanguageModel, ds_config: dict[str, Any], start: RunStart) -> Engine:
+    """The engine around the model, with the optimizer as it was at the checkpoint."""
+    engine = Engine(
+        model,
+        parameter_groups(model.named_parameters(), config.optim, model.part_of),
+        ds_config,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        autocast_dtype=start.dtype,
+    )
+    if start.checkpoint is not None:
+        # AdamW's own count of steps, for its bias correction, has no skipped ones.
+        skipped = start.run_state.get("guard", {}).get("num_skipped", 0)
+        engine.load_optimizer_state(start.checkpoint.optimizer_states(), start.first_step - skipped)
+    return engine
+
+
+def _make_monitor(config: Config, loggers: MetricLogger, plan: Plan, flops: Flops, start: RunStart) -> Monitor:
+    return Monitor(
+        Path(config.output),
+        loggers,
+        active=dist.get_rank() == 0,
+        first_step=start.first_step,
+        num_steps=plan.num_steps,
+        log_every_steps=config.train.log_every_steps,
+        flops=flops,
+        peak_flops=peak_flops(start.dtype) * dist.get_world_size(),
+    )
+
+
+def _load_start(model: VisionLanguageModel, start: RunStart, belongs_to: dict[str, Any], folder: Path) -> None:
+    """Gives the model the weights that it starts with now. A collective."""
+    checkpoint, origin = start.checkpoint, start.origin
+    if checkpoint is not None:
+        require_same_run(checkpoint, belongs_to)
+    first_step, digest = start.first_step, origin.facts["digest"] if origin else None
+    if from_rank_0((first_step, digest)) != (first_step, digest):
+        found = f"rank {dist.get_rank()} goes on from step {first_step}"
+        found += f" with the weights {digest[:12]}" if digest else ""
+        raise InputError(
+            f"{found}, rank 0 does not: they see different checkpoints in {folder}; start again, or name one "
+            "with --resume"
+        )
+    loaded = checkpoint or (origin.checkpoint if origin else None)
+    if loaded is not None:
+        load_trainable(model, loaded, gathered)
+
+
+def _best_so_far(config: Config, start: RunStart) -> BestTracker:
+    best = BestTracker(patience=config.train.early_stopping_patience, measured_by=measured_by(config))
+    if "selection" in start.run_state:
+        best.load(start.run_state["selection"])
+    return best
+
+
+def _open_receipt(
+    config: Config, plan: Plan, dataset: PackedDataset, start: RunStart, belongs_to: dict[str, Any]
+) -> ReceiptWriter:
+    """The receipt, and the quarantine beside it, without the steps that are done again."""
+    folder, is_writer = Path(config.output), dist.get_rank() == 0
+    if is_writer and (folder / QUARANTINE).exists():
+        truncate_jsonl(folder / QUARANTINE, start.first_step)
+    return ReceiptWriter(
+        folder,
+        receipt_header(config, plan, dataset, run_id(belongs_to, start.checkpoint)),
+        active=is_writer,
+        first_step=start.first_step,
+        head=start.run_state.get("receipt"),
+    )
+
+
+def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:
+    """AdaLoRA's, where the recipe has it, as it was at the checkpoint. Raises InputError if its schedule is longer than
+    the run."""
+    if config.model.adalora is None:
+        return None
+    allocator = RankAllocator(engine, config.model.adalora, plan.num_steps)
+    if checkpoint is not None:
+        allocator.load(checkpoint.extra())
+    return allocator
+
+
+def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, run: str) -> Header:
+    """What a run's receipt begins with. `run`: see `vltrain.train.run.identity.run_id`."""
+    train = config.train
+    return Header(
+        run=run,
+        data=dataset.manifest.checksum,
+        packs=str(dataset.folder),
+        seed=train.seed,
+        epochs=train.epochs,
+        packs_per_step=train.packs_per_step,
+        num_steps=plan.num_steps,
+    )
