@@ -223,7 +223,7 @@ def test_merging_is_of_the_trained_update_only() -> None:
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "patches"])  # whose rows are others
 def test_operations_with_lora_are_what_torch_counts(name: str, targets: tuple[str, ...]) -> None:
     choice = dict(CASES[name])
     peft = PeftConfig(kind="lora", rank=4, targets=targets)
