@@ -179,7 +179,7 @@ def test_a_logger_gets_the_numbers(tree, tmp_path):
 def test_pyright_accepts_the_tree(tree):
     """Beside the findings that the baseline names."""
     shutil.copytree(ROOT / ".basedpyright", tree / ".basedpyright")
-    shutil.copytree(ROOT / "typings", tree / "typings")
+    shutil.copytree(ROOT / "tests" / "typings", tree / "tests" / "typings")
     (tree / ".venv").symlink_to(Path(sys.prefix))
     done = subprocess.run(
         [Path(sys.executable).with_name("basedpyright"), "--baselinemode=discard"],

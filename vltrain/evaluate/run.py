@@ -79,7 +79,7 @@ class ReportTo:
     step: int
     folder: Path | None = None
     loggers: MetricLogger | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def evaluate_split(
