@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -58,9 +58,9 @@ class MetricLogger(Protocol):
 class LoggerKind(Protocol):
     """The class of a logger, an entry of the table."""
 
-    package: ClassVar[str]
+    package: str
     """What it imports, in its `__init__` and not before."""
-    install: ClassVar[str]
+    install: str
     """The command that installs it."""
 
     def __call__(self, run: RunContext) -> MetricLogger:
