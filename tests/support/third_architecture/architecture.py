@@ -16,7 +16,7 @@ from vltrain.models.interface import Architecture, LossOutput, Place, VisionLang
 from vltrain.models.materialise import RandomWeights
 from vltrain.models.pretrained.readers import language_config, tower_config
 from vltrain.models.random import seeded
-from vltrain.ops.rows import place_rows, places, segment_sums, take_rows
+from vltrain.ops.rows import nonzero_indices, place_rows, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN, SQUARE
 
@@ -69,7 +69,7 @@ class Projector(VisionLanguageModel):
         visual = self.encode_images(batch.pixels)
         embeds = self.embed(batch.input_ids, visual, batch.image_slots) + 0.0 * self.projector.weight.sum()
         hidden = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
-        labelled = places(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+        labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
         loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
         owner = to_device(owner, hidden.device)[labelled]
