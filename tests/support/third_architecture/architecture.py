@@ -26,12 +26,15 @@ class Projector(VisionLanguageModel):
 
     PARTS = ("projector", "vision", "llm")
     BRIDGE = "projector"
-    visual_tokens = 1
     framing = SQUARE
 
     def __init__(self, vision: Any, projector: nn.Linear, llm: Any) -> None:
         super().__init__()
         self.vision, self.projector, self.llm = vision, projector, llm
+
+    @property
+    def visual_tokens(self) -> int:
+        return 1
 
     @property
     def image_size(self) -> int:
