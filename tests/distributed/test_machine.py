@@ -100,7 +100,7 @@ def test_full_shared_memory(small_disk, monkeypatch):
 
 def test_real_ranks_on_gpus_of_two_models(tmp_path):
     ranks = start_ranks("tests.distributed.one_model_worker", ["NVIDIA H100", "NVIDIA A100"], 2, tmp_path / "log")
-    assert wait_for_ranks(ranks, tmp_path / "log", 60) == [2, 2]
+    assert wait_for_ranks(ranks, tmp_path / "log", 300) == [2, 2]
     for rank in range(2):
         text = (tmp_path / f"log.{rank}").read_text()
         assert (

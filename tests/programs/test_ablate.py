@@ -94,7 +94,7 @@ def test_a_row_is_interrupted_gone_on_with_evaluated_and_left_alone(table, monke
     first.send_signal(signal.SIGTERM)
     told, _ = first.communicate(timeout=120)
     assert first.returncode == 130, told
-    assert "the same command goes on" in told and ranks
+    assert "the same command resumes" in told and ranks
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     assert json.loads((out / "small" / "row.json").read_text())["state"] == "running"
 

@@ -78,7 +78,7 @@ def test_an_older_record_says_what_it_can(config, caplog):
     )
     with pytest.raises(InputError, match="prompt_format was QCM-A"):
         ensure_samples(asking(config), "train")
-    assert ensure_samples(config, "train") == file and "taken as they are" in caplog.text
+    assert ensure_samples(config, "train") == file and "used as they are" in caplog.text
     assert ensure_samples(config, "train", rebuild=True) == file
     caplog.clear()
     ensure_samples(config, "train")

@@ -4,7 +4,7 @@ what the recipe names.
 One process makes and checks, all others wait before the process group exists. What there is to be compared is in the
 records that `vltrain.data.origin` describes: a mismatch is an error that says what changed; with `rebuild` what does
 not match is made anew beside, and swapped.
-Samples and packs of versions that kept no records are taken as they are, with a notice, where nothing contradicts, and
+Samples and packs of versions that kept no records are used as they are, with a notice, where nothing contradicts, and
 recorded from then on.
 """
 
