@@ -203,10 +203,9 @@ def wait_for_ranks(processes: Sequence[Process], output: Path, timeout_seconds: 
     """Waits for all; when one fails or time runs out, the others are ended. Returns their exit codes."""
     deadline = time.monotonic() + timeout_seconds
     while any(process.poll() is None for process in processes):
-        failed = any(process.poll() not in (None, 0) for process in processes)
-        if failed:
-            time.sleep(1.0)  # the others may be about to say the same
-        if failed or time.monotonic() > deadline:
+        if any(process.poll() not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + 5)  # the others may be about to say the same
+        if time.monotonic() > deadline:
             stop_ranks(processes)
         time.sleep(0.05)
     return [process.wait() for process in processes]

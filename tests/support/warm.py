@@ -20,6 +20,7 @@ import os
 import runpy
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,16 @@ def serve() -> dict[str, Any] | None:
         else:
             answer = os.fork()
             if answer == 0:
+                os.setsid()
                 return order
+            while os.getsid(answer) != answer:  # whoever hears of it may signal its group at once
+                time.sleep(0.001)
         print(json.dumps(answer), flush=True)
     return None
 
 
 def become(order: dict[str, Any]) -> None:
     """Makes this child what the order describes, but for running it."""
-    os.setsid()
     with open(os.devnull, "rb") as nothing, open(order["stdout"], "wb") as out, contextlib.ExitStack() as files:
         errors = out if order["stderr"] is None else files.enter_context(open(order["stderr"], "wb"))
         for descriptor, file in enumerate((nothing, out, errors)):
