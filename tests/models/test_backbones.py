@@ -49,6 +49,7 @@ SIGLIP = Tower(
     before=("embeddings",),
     after=("post_layernorm", "head"),
     has_cls=False,
+    pool=lambda siglip, states: siglip.head(siglip.post_layernorm(states)),
     whole={"siglip": SiglipConfig},
 )
 PIXELS = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -83,8 +84,19 @@ def gradients(model: Any, batches: list[Any]) -> tuple[float, dict[str, torch.Te
         ({"vision": {**OF_SIGLIP, "pool": 2}}, 4),
         ({"vision": {**OF_SIGLIP, "pool": 4}, "tune": "full", "llm": OF_QWEN2}, 1),
         ({"vision": PATCHES, "adapter": {"vision": "both", "llm": "both"}}, 16),
+        ({"vision": {**PATCHES, "tokens": "pooler"}}, 1),
+        ({"vision": {**OF_SIGLIP, "tokens": "pooler"}, "tune": "full"}, 1),
     ],
-    ids=["qwen2", "qwen2, lora", "qwen2, full", "siglip", "siglip and qwen2, full", "clip patches"],
+    ids=[
+        "qwen2",
+        "qwen2, lora",
+        "qwen2, full",
+        "siglip",
+        "siglip and qwen2, full",
+        "clip patches",
+        "clip pooler",
+        "siglip pooler, full",
+    ],
 )
 def test_a_packed_row_has_the_loss_and_gradients_of_its_samples(
     changes: dict[str, Any], visual_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -147,6 +159,23 @@ def test_patches_are_transformers_hidden_states_and_their_means(config: dict[str
     expected = torch.nn.functional.avg_pool2d(grid, pool).flatten(2).transpose(1, 2)
     torch.testing.assert_close(tokens(PIXELS), expected, rtol=1e-5, atol=1e-5)
     assert model.visual_tokens == (4 // pool) ** 2
+
+
+@pytest.mark.parametrize("config", [PATCHES["config"], OF_SIGLIP["config"]], ids=["clip", "siglip"])
+def test_the_pooler_is_transformers_pooler_output(config: dict[str, Any]) -> None:
+    model = build_model(
+        tiny_config(vision={**PATCHES, "config": config, "tokens": "pooler"}, adapter={"vision": "none"})
+    )
+    tokens = model.vision
+    expected = tokens.clip(pixel_values=tokens.normalise(PIXELS)).pooler_output[:, None]
+    torch.testing.assert_close(tokens(PIXELS), expected, rtol=1e-5, atol=1e-5)
+    assert model.visual_tokens == 1
+
+
+def test_a_tower_without_pooler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOWERS, "siglip", replace(SIGLIP, pool=None))
+    with pytest.raises(InputError, match="found 'pooler', but a SigLIP ViT has no pooler; take patches"):
+        build_model(tiny_config(vision={**OF_SIGLIP, "tokens": "pooler"}))
 
 
 @pytest.mark.parametrize(

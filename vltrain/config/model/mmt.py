@@ -77,9 +77,9 @@ class VisionConfig:
     """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop,
     filter, mean, deviation), and as with `square` where there is none; square: resized straight to the square, bicubic,
     CLIP's mean and deviation."""
-    tokens: Literal["cls", "patches"] = "cls"
+    tokens: Literal["cls", "patches", "pooler"] = "cls"
     """What becomes visual tokens. cls: [cls] states after every `tap_every`-th block (the paper's); patches: the states
-    of all patches after the last of `blocks` (LLaVA's)."""
+    of all patches after the last of `blocks` (LLaVA's); pooler: one token, the ViT's own pooled output."""
     tap_every: int = number(4, 1, MOST_SIZE)
     """cls: a state is read after each `tap_every`-th block: 4 of 24 blocks give 6 visual tokens."""
     blocks: int | None = number(None, 1, MOST_SIZE)
@@ -236,7 +236,11 @@ class MmtConfig(ModelConfig):
                 "model.tune = neck puts neither adapters nor peft's layers in",
             )
         for name in ("blocks", "pool"):
-            yield f"model.vision.{name}", lambda model: model.vision.tokens == "cls", "model.vision.tokens is cls"
+            yield (
+                f"model.vision.{name}",
+                lambda model: model.vision.tokens != "patches",
+                "model.vision.tokens is not patches",
+            )
         yield "model.vision.tap_every", lambda model: model.vision.tokens != "cls", "model.vision.tokens is not cls"
         yield (
             "model.neck.dim",

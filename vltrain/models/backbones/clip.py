@@ -42,6 +42,7 @@ CLIP = Tower(
     before=("embeddings", "pre_layrnorm"),
     after=("post_layernorm",),
     has_cls=True,
+    pool=lambda clip, states: clip.post_layernorm(states[:, 0]),
     whole={"clip": CLIPConfig},
     # The other half of a whole CLIP, and what leads into the space that both share.
     others=re.compile(r"text_model\.|text_projection\.|visual_projection\.weight$|logit_scale$"),

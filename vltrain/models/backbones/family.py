@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vltrain.models.materialise import Weights
@@ -100,6 +101,7 @@ class Tower(Blocks):
     before   what the states go through in front of the blocks, in order; `embeddings` takes pixels
     after    what stands behind the blocks
     has_cls  whether row 0 is a [cls] state; the others are patches, row by row
+    pool     (network, states [N, P, d] after all blocks) -> its pooler's output [N, d]; None: has no pooler
     whole    of model types that name a whole of tower and text: the class of such a config, of which `vision_config`
              counts
     others   names in files of what is not the tower's
@@ -108,6 +110,7 @@ class Tower(Blocks):
     before: tuple[str, ...]
     after: tuple[str, ...]
     has_cls: bool
+    pool: Callable[[Any, Tensor], Tensor] | None = None
     whole: Mapping[str, type[PreTrainedConfig]] = field(default_factory=dict)
     others: re.Pattern[str] = re.compile(r"(?!)")
 

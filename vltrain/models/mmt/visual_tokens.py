@@ -186,9 +186,41 @@ class Patches(VisualTokens):
         return patches.unflatten(1, (side, self.pool, side, self.pool)).mean(dim=(2, 4)).flatten(1, 2)
 
 
+class Pooler(VisualTokens):
+    """One visual token an image: what the tower itself makes of its states, transformers' `pooler_output`. CLIP's is
+    its [cls] behind the final norm; others attend to all patches."""
+
+    def __init__(
+        self,
+        clip: Any,
+        activation_checkpointing: bool = False,
+        preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(clip, clip.config.num_hidden_layers, activation_checkpointing, preprocessing)
+        if self.tower.pool is None:
+            raise InputError(
+                f"model.vision.tokens: found 'pooler', but a {self.tower.title} has no pooler; take patches"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        return 1
+
+    def unused_parameters(self) -> set[nn.Parameter]:
+        return set()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        assert self.tower.pool is not None
+        states = self._first_states(pixels)
+        for block in self.live_blocks:
+            states = self._run(block, states, None)
+        return self.tower.pool(self.clip, states)[:, None]
+
+
 VISUAL_TOKENS: dict[str, Callable[[Any, VisionConfig, bool, Preprocessing], VisualTokens]] = {
     "cls": lambda clip, config, *more: ClsTaps(clip, config.tap_every, *more),
     "patches": lambda clip, config, *more: Patches(clip, config.blocks, config.pool, *more),
+    "pooler": lambda clip, config, *more: Pooler(clip, *more),
 }
 """By `model.vision.tokens`: (network, settings, activation checkpointing, preprocessing) -> module."""
 
