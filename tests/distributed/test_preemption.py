@@ -28,6 +28,7 @@ from vltrain.distributed.preemption import (
 )
 from vltrain.errors import EXIT_INTERRUPTED
 from vltrain.train.checkpoints.checkpoint import open_checkpoint
+from vltrain.train.safety import RunSafety
 from vltrain.train.trainer import Trainer
 
 NUM_STEPS = 60
@@ -264,10 +265,14 @@ def test_the_earlier_limit_counts():
 def test_a_rank_alone_that_waits_for_data_saves_and_leaves(world_size, asked, saved_before, saves, leaves):
     """It stands at a step boundary; of several ranks the others may not."""
     saved, left = [], []
-    trainer = SimpleNamespace(
-        engine=SimpleNamespace(world_size=world_size),
+    safety = SimpleNamespace(
+        world_size=world_size,
         preemption=SimpleNamespace(is_asked=asked),
         guard=SimpleNamespace(flush=lambda: None),
+        leaves_alone=lambda: RunSafety.leaves_alone(safety),
+    )
+    trainer = SimpleNamespace(
+        safety=safety,
         done=3,
         saved=saved_before,
         save=saved.append,

@@ -213,7 +213,7 @@ def test_check_export_asks_again(run, with_fault, here, tmp_path, capsys):
     )
     for words, said in (
         ([str(tmp_path)], "expected a folder that `vltrain export` wrote"),
-        ([str(out), "--run", str(tmp_path / "x")], "is not there"),
+        ([str(out), "--run", str(tmp_path / "x")], "no longer exists there"),
         ([], "expected FOLDER"),
     ):
         assert main(["check", "export", *words]) == 2

@@ -71,6 +71,7 @@ def here(world_of, request, monkeypatch) -> Path:
 def enter(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     monkeypatch.syspath_prepend(world / SITE)
+    monkeypatch.delitem(sys.modules, "easy_vqa", raising=False)  # the installed one, if a test before has loaded it
     images._real.cache_clear()  # of relative paths, in the world before
 
 

@@ -93,8 +93,8 @@ def evaluate_split(
 
     Returns: the report on rank 0, None elsewhere.
 
-    Raises: InputError as `answerable_samples`, before anything is answered; and for an image that is damaged behind its
-        header, and a folder that cannot be written to.
+    Raises: InputError as `answerable_samples`, before anything is answered; for an image that is damaged behind its
+    header; and for a folder that cannot be written to.
     """
     config, tokenizer, where = setup.config, setup.tokenizer, str(setup.samples_file)
     every, samples = answerable_samples(setup.samples_file, config, setup.max_samples)
