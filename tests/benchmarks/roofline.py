@@ -194,7 +194,7 @@ def tables() -> dict[str, list[dict[str, Any]]]:
             for name, card in CARDS.items()
             for kernels, bytes_ in traffic.items()
         ]
-    packs, cost = simulated_packs(), pack_cost(model)
+    packs, cost = simulated_packs(), pack_cost(model.flops())
     return {
         "operations": [
             {"part": name, "TFLOPs a pack": value / 1e12, "share": value / total}

@@ -21,7 +21,7 @@ from vltrain.errors import InputError
 from vltrain.export.engines import ENGINES, require_engine, who_loads
 from vltrain.export.table import find_format
 from vltrain.models.build import build_model
-from vltrain.models.merge import merge_adapters
+from vltrain.models.mmt.merge import merge_adapters
 from vltrain.programs.export import export
 from vltrain.train.checkpoints.checkpoint import save_checkpoint
 

@@ -184,7 +184,7 @@ def batch_digests(folder: Path) -> list[dict[str, str]]:
         epochs=train.epochs,
         packs_per_step=train.packs_per_step,
         world_size=1,
-        cost=pack_cost(model),
+        cost=pack_cost(model.flops()),
         max_steps=train.max_steps,
     )
     loader = StepLoader(

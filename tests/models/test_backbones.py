@@ -25,7 +25,7 @@ from vltrain.models.backbones.family import Language, Tower
 from vltrain.models.backbones.llama import LLAMA
 from vltrain.models.backbones.table import LANGUAGES, TOWERS
 from vltrain.models.build import build_model, outline_model
-from vltrain.models.merge import merge_adapters
+from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.visual_tokens import Patches
 
 QWEN2 = Language(

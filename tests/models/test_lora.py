@@ -14,7 +14,7 @@ from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, PeftCo
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate
 from vltrain.models.build import build_model, count_parameters
-from vltrain.models.merge import merge_adapters
+from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.peft.lora import is_peft_parameter
 from vltrain.models.peft.low_rank import merge_updates

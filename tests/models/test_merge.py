@@ -10,7 +10,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
 from vltrain.models.build import build_model
-from vltrain.models.merge import merge_adapters
+from vltrain.models.mmt.merge import merge_adapters
 
 
 @pytest.mark.parametrize("placement", ["attention", "ffn", "both"])

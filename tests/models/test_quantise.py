@@ -18,7 +18,7 @@ from vltrain.config.schema import Config
 from vltrain.distributed.hardware import choose_dtype
 from vltrain.errors import InputError
 from vltrain.models.build import build_model, count_parameters, outline_model
-from vltrain.models.merge import merge_adapters
+from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.quantise import Int8Linear, bitsandbytes, dequantise_linears, quantise_linears
 

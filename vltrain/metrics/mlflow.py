@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image
@@ -42,10 +43,11 @@ class MlflowLogger:
         folder = (run.folder / "mlflow").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        self._client = MlflowClient(uri or f"sqlite:///{folder / 'mlflow.db'}", uri or f"sqlite:///{folder}/mlflow.db")
+        store = uri or f"sqlite:///{folder / 'mlflow.db'}"
+        self._client = MlflowClient(store, store)
         self._run_id = self._resumed(folder) or self._created(run, folder, is_local=uri is None)
 
-    def _resumed(self, folder: Any) -> str | None:
+    def _resumed(self, folder: Path) -> str | None:
         """The run that an earlier life of this one began, if the store has it."""
         from mlflow.exceptions import MlflowException
 
@@ -56,7 +58,7 @@ class MlflowLogger:
             return None
         return run_id
 
-    def _created(self, run: RunContext, folder: Any, *, is_local: bool) -> str:
+    def _created(self, run: RunContext, folder: Path, *, is_local: bool) -> str:
         from mlflow.entities import Param
 
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
@@ -64,8 +66,8 @@ class MlflowLogger:
         if found is not None:
             experiment = found.experiment_id
         else:
-            place = {"artifact_location": (folder / "artifacts").as_uri()} if is_local else {}
-            experiment = self._client.create_experiment(name, **place)
+            place = (folder / "artifacts").as_uri() if is_local else None
+            experiment = self._client.create_experiment(name, artifact_location=place)
         run_id = self._client.create_run(experiment, run_name=run.folder.resolve().name).info.run_id
         params = [Param(key, str(value)[:MOST_LETTERS]) for key, value in _flat(run.settings)]
         for start in range(0, len(params), MOST_PARAMS):

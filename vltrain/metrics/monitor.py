@@ -60,14 +60,8 @@ class Monitor:
         self._reset(time.perf_counter())
 
     def _reset(self, now: float) -> None:
-        self._since, self._waited, self._samples, self._tokens, self._positions, self._model_flops = (
-            now,
-            0.0,
-            0,
-            0,
-            0,
-            0.0,
-        )
+        self._since, self._waited, self._model_flops = now, 0.0, 0.0
+        self._samples = self._tokens = self._positions = 0
 
     def fetched(self, plan: StepPlan, waited_seconds: float, num_positions: int) -> None:
         """A step's batches have arrived. `num_positions`: tokens that all ranks compute on, fillers included."""

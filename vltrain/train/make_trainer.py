@@ -91,8 +91,8 @@ def make_trainer(
     belongs_to = run_identity(config, dataset, start.made_of, start.origin.facts if start.origin else None)
     ds_config = resolve_ds_config(ds_json, config, dist.get_world_size(), count_trained(model))
     _load_start(model, start, belongs_to, folder)
-    plan = make_plan(config, dataset, model, offloads_optimizer(ds_config))
     image_size, framing, flops = model.image_size, model.framing, model.flops()  # before ZeRO-3 has its parameters
+    plan = make_plan(config, dataset, pack_cost(flops), offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
     allocator = make_allocator(config, engine, plan, start.checkpoint)
     loader = StepLoader(
@@ -126,13 +126,12 @@ def make_trainer(
     )
 
 
-def pack_cost(model: VisionLanguageModel) -> PackCost:
+def pack_cost(flops: Flops) -> PackCost:
     """What a pack costs, in FLOPs, for assigning packs to ranks. Label positions are few and left out."""
-    flops = model.flops()
     return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image)
 
 
-def make_plan(config: Config, dataset: PackedDataset, model: VisionLanguageModel, images_always: bool) -> Plan:
+def make_plan(config: Config, dataset: PackedDataset, cost: PackCost, images_always: bool) -> Plan:
     """Which packs each step and rank takes. `images_always`: see `Plan`."""
     return Plan(
         dataset.index,
@@ -140,7 +139,7 @@ def make_plan(config: Config, dataset: PackedDataset, model: VisionLanguageModel
         epochs=config.train.epochs,
         packs_per_step=config.train.packs_per_step,
         world_size=dist.get_world_size(),
-        cost=pack_cost(model),
+        cost=cost,
         max_steps=config.train.max_steps,
         images_always=images_always,
     )

@@ -66,7 +66,7 @@ class RunSafety:
         """Times a forward."""
         return self._work.forward()
 
-    def names_pack(self, batch: Batch, step: int) -> AbstractContextManager[None]:
+    def oom_context(self, batch: Batch, step: int) -> AbstractContextManager[None]:
         """Where memory runs out inside the block, the pack is named."""
         return oom_context(batch, step=step, rank=self.rank)
 
@@ -110,8 +110,8 @@ def make_safety(
     world: tuple[int, int],
     device: torch.device,
     report: Callable[[StepReading], None],
-    guard_state: dict[str, Any] | None = None,
-    preemption: Preemption | None = None,
+    guard_state: dict[str, Any] | None,
+    preemption: Preemption,
 ) -> RunSafety:
     """As the recipe wants it.
 
@@ -119,7 +119,7 @@ def make_safety(
         folder: the run's.
         world: (rank, world size).
         report, guard_state: see `LossGuard`.
-        preemption: of the program; None: this rank hears no signal.
+        preemption: of the program.
     """
     rank, world_size = world
     minutes = train.hang_timeout_minutes
@@ -133,5 +133,5 @@ def make_safety(
             report, policy=train.on_bad_loss, spike_factor=train.spike_factor, folder=folder, state=guard_state
         ),
         watchdog=Watchdog(folder, rank=rank, world_size=world_size, timeout_seconds=timeout),
-        preemption=preemption or Preemption(),
+        preemption=preemption,
     )

@@ -54,7 +54,7 @@ class Trainer:
     belongs_to: dict[str, Any]
     evaluate: Callable[[int], float | None]
     """Called with the number of steps done, on every rank, in evaluation mode; rank 0 returns the report's metric."""
-    preemption: Preemption = field(default_factory=Preemption)
+    preemption: Preemption
     first_step: int = 0
     guard_state: dict[str, Any] | None = None
     allocator: RankAllocator | None = None
@@ -168,7 +168,7 @@ class Trainer:
             self.safety.at(number, "forward", position)
             last = position == len(loaded.batches) - 1
             penalised = {"penalise": True} if last and self.allocator is not None else {}
-            with self.safety.names_pack(batch, number):
+            with self.safety.oom_context(batch, number):
                 with self.safety.forward():
                     output = self.engine.forward(batch.to(self.engine.device), **penalised)
                 loss = output.loss_sum / loaded.plan.num_label_tokens

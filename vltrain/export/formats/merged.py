@@ -30,7 +30,7 @@ from vltrain.export.formats.parts import (
     write_image_processor,
     write_tokenizer,
 )
-from vltrain.models.merge import Rounding, merge_adapters
+from vltrain.models.mmt.merge import Rounding, merge_adapters
 
 CONVERT = "llama.cpp makes a GGUF of it: python convert_hf_to_gguf.py FOLDER/llm --outtype q8_0"
 

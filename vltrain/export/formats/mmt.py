@@ -1,7 +1,7 @@
 """The paper's whole [cls]-tap model as one folder that transformers loads without a line of ours installed: image and
 question in, answer out.
 
-All adapters are merged (`vltrain.models.merge`); `modeling_vltrain_mmt.py` goes along and is registered with
+All adapters are merged (`vltrain.models.mmt.merge`); `modeling_vltrain_mmt.py` goes along and is registered with
 transformers' Auto classes. What the LLM's table of embeddings has more there, the file says. Trade-off: whoever loads
 it must trust that file (`trust_remote_code=True`), and the folder is as large as ViT and LLM together.
 """
@@ -27,7 +27,7 @@ from vltrain.export.formats.parts import generation_config, mmt_of, refuse_token
 from vltrain.export.formats.stock_tokenizer import mark_ends, open_stock, require_same_ids
 from vltrain.files.strict_json import read_object
 from vltrain.models.adapters.table import adapter_kind
-from vltrain.models.merge import merge_adapters
+from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.model import MultimodalModel
 
 CODE = Path(modeling.__file__)

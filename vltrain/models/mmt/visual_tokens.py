@@ -97,6 +97,13 @@ class VisualTokens(nn.Module):
             states = getattr(self.clip, name)(states)
         return states
 
+    def _last_states(self, pixels: Tensor) -> Tensor:
+        """What the last live block makes of them, [N, P, d_vision]."""
+        states = self._first_states(pixels)
+        for block in self.live_blocks:
+            states = self._run(block, states, None)
+        return states
+
     def _run(self, function: Callable[..., Tensor], *arguments: object) -> Tensor:
         if self.activation_checkpointing and self.training:
             return checkpoint(function, *arguments, use_reentrant=False)
@@ -178,9 +185,7 @@ class Patches(VisualTokens):
         return (self.grid // self.pool) ** 2
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self._first_states(pixels)
-        for block in self.live_blocks:
-            states = self._run(block, states, None)
+        states = self._last_states(pixels)
         patches = states[:, 1:] if self.tower.has_cls else states
         side = self.grid // self.pool
         return patches.unflatten(1, (side, self.pool, side, self.pool)).mean(dim=(2, 4)).flatten(1, 2)
@@ -211,10 +216,7 @@ class Pooler(VisualTokens):
 
     def forward(self, pixels: Tensor) -> Tensor:
         assert self.tower.pool is not None
-        states = self._first_states(pixels)
-        for block in self.live_blocks:
-            states = self._run(block, states, None)
-        return self.tower.pool(self.clip, states)[:, None]
+        return self.tower.pool(self.clip, self._last_states(pixels))[:, None]
 
 
 VISUAL_TOKENS: dict[str, Callable[[Any, VisionConfig, bool, Preprocessing], VisualTokens]] = {
