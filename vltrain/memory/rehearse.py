@@ -10,7 +10,7 @@ attention by flash-attn, which saves SDPA's padding (at most a fifth).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vltrain.batch import Batch
+from vltrain.batch import Batch, ImageInputs
 from vltrain.data.loader import batch_of, blank_image
 from vltrain.memory.live import LiveMemory
 from vltrain.models.interface import VisionLanguageModel
@@ -141,7 +141,7 @@ def rehearse(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = _give_fake_weights(model, mode, frozen_dtype)
     with mode:
-        batch.pixels = torch.empty(batch.pixels.shape, dtype=torch.uint8)
+        batch.pixels = _fake(batch.pixels)
     if dtype == torch.bfloat16:
         for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
             norm.forward = partial(_layer_norm_in_fp32, norm)
@@ -160,6 +160,13 @@ def rehearse(
     return Activations(
         vision=seen["vision"], rest=kept - seen["vision"], working=peak - kept, head=min(seen["head"], peak - kept)
     )
+
+
+def _fake(pixels: Tensor | ImageInputs) -> Tensor | ImageInputs:
+    if isinstance(pixels, Tensor):
+        return torch.empty(pixels.shape, dtype=pixels.dtype)
+    tensors = {name: torch.empty_like(one) if one.is_floating_point() else one for name, one in pixels.tensors.items()}
+    return replace(pixels, tensors=tensors)  # whole numbers are sizes, which the model reads
 
 
 def _give_fake_weights(

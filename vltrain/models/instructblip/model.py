@@ -216,6 +216,7 @@ class InstructBlip(VisionLanguageModel):
         runs = nonzero_indices(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[
             :: self.visual_tokens
         ]
+        assert isinstance(batch.pixels, Tensor), "squares"
         visual = self.ask_images(
             self.encode_images(batch.pixels), batch.image_slots, batch.instruction_ids[owner[runs]]
         )

@@ -120,6 +120,7 @@ class MultimodalModel(VisionLanguageModel):
         """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
         if batch.input_ids.device.type == "cpu":
             self._check(batch)
+        assert isinstance(batch.pixels, Tensor), "squares"
         embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
         owner = to_device(owner, embeds.device)
