@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 # A room may import from itself and from rooms further left.
 ROOMS = tuple(
     """
-    errors console files families shipped schema batch config distributed ops data models metrics evaluate receipts memory
-    train inference harness export serve doctor prepared launching programs api cli __main__
+    errors console files families shipped schema batch config distributed ops data models metrics evaluate receipts
+    memory train inference harness export serve doctor prepared launching programs api cli __main__
     """.split()
 )
 FILES = sorted(path for folder in ("vltrain", "data_prep", "launch") for path in (ROOT / folder).rglob("*.py"))
