@@ -385,7 +385,7 @@ BLIP = ["--model.architecture", "instructblip", "--model.instructblip.source", "
         ),
         ([*BLIP, "--model.neck.dim", "128"], "model.neck.dim: .*of the architecture mmt, and .* is instructblip"),
         ([*BLIP, "--model.llm.config.hidden_size", "64"], "model.llm.config: .*of the architecture mmt"),
-        (["--model.architecture", "mtt"], "model.architecture: found 'mtt', expected one of mmt, instructblip"),
+        (["--model.architecture", "mtt"], "model.architecture: found 'mtt', expected one of mmt, instructblip, stock"),
     ],
 )
 def test_a_key_of_another_architecture_fails_and_says_whose_it_is(words, said):
@@ -395,9 +395,12 @@ def test_a_key_of_another_architecture_fails_and_says_whose_it_is(words, said):
 
 def test_keys_of_one_architecture_have_no_place_in_another():
     assert not hasattr(load().config.model, "instructblip") and not hasattr(load(*BLIP).config.model, "neck")
-    assert keys_of("mmt").keys() | keys_of("instructblip").keys() == known_keys().keys()
-    common = keys_of("mmt").keys() & keys_of("instructblip").keys()
-    assert {key for key in common if key.startswith("model.")} == {"model.architecture", "model.bits", "model.seed"}
+    mmt, blip, stock = (keys_of(name).keys() for name in ("mmt", "instructblip", "stock"))
+    assert mmt | blip | stock == known_keys().keys()
+    of_all = {"model.architecture", "model.bits", "model.seed"}
+    assert {key for key in mmt & blip if key.startswith("model.")} == of_all
+    shared = {key for key in mmt & stock if key.startswith("model.")}
+    assert shared - of_all == {key for key in known_keys() if key.startswith("model.adapter.")}
 
 
 def test_a_recipe_that_names_every_key_of_every_architecture_loads_as_older_runs_wrote_it(tmp_path):

@@ -25,6 +25,7 @@ _OF_ALL: tuple[Rule, ...] = (
     ("model.bits", lambda c: c.model.trains_all, "ViT and LLM are both tuned themselves, in fp32"),
     ("optim.vision_lr", lambda c: not c.model.trains("vision"), "the ViT's own weights are not tuned"),
     ("optim.llm_lr", lambda c: not c.model.trains("llm"), "the LLM's own weights are not tuned"),
+    ("optim.projector_lr", lambda c: not c.model.trains("projector"), "the projector is not tuned"),
     ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     ("data.max_images", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     *(

@@ -29,6 +29,7 @@ ADDED: dict[str, Any] = {
     "model.vision.pool": 1,
     "model.vision.preprocessing": "square",
     "model.vision.tokens": "cls",
+    "optim.projector_lr": None,
     "train.init_from": None,
     "train.loggers": ("tensorboard",),
 }

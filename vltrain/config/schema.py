@@ -96,6 +96,9 @@ class OptimConfig:
         None, 0, 10, open_low=True, hint=", or null; to keep the LLM as it is, do not tune it (model.llm.train)"
     )
     """Peak learning rate of the LLM's own weights where they are tuned; null: `lr`."""
+    projector_lr: float | None = number(None, 0, 10, open_low=True, hint=", or null")
+    """Peak learning rate of what stands between ViT and LLM where it is tuned: the neck of mmt, the projector of stock,
+    query tokens, norm and projection of instructblip; null: `lr`."""
     schedule: Literal["cosine", "linear", "linear_epochs"] = "cosine"
     """How the learning rate falls after the warm-up. cosine, linear: step by step; linear_epochs: by the same amount
     after every epoch (the Q-Former paper's)."""

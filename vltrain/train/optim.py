@@ -23,14 +23,14 @@ def parameter_groups(
     Args:
         named_parameters: names and parameters; frozen ones are skipped.
         optim: the recipe's section.
-        part_of: maps a parameter's name to its part of the model ("adapter", "neck", "modality", "vision", "llm").
+        part_of: maps a parameter's name to its part of the model ("adapter", "neck", "projector", "vision", "llm", ...).
 
     Returns:
         torch-style groups, each with `peak_lr` beside `lr`; in a fixed order.
     """
-    peaks = {
-        part: optim.lr if own is None else own for part, own in (("vision", optim.vision_lr), ("llm", optim.llm_lr))
-    }
+    between = dict.fromkeys(("projector", "neck", "bridge"), optim.projector_lr)
+    own = {"vision": optim.vision_lr, "llm": optim.llm_lr, **between}
+    peaks = {part: optim.lr if peak is None else peak for part, peak in own.items()}
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:

@@ -11,10 +11,12 @@ from typing import Any
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.model.instructblip import BlipModelConfig
 from vltrain.config.model.mmt import MmtConfig
+from vltrain.config.model.stock import StockConfig
 
 ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "mmt": MmtConfig,
     "instructblip": BlipModelConfig,
+    "stock": StockConfig,
 }
 KEY, DEFAULT = "model.architecture", "mmt"
 

@@ -47,7 +47,8 @@ class ModelConfig:
 
     architecture: str = "mmt"
     """mmt: ViT, adapters, neck and LLaMA of Multimodal Model Tuning, from the sections vision, llm, adapter and neck;
-    instructblip: ViT, Q-Former and LLM, from the section instructblip."""
+    instructblip: ViT, Q-Former and LLM, from the section instructblip; stock: any vision-language model of
+    transformers, from the sections stock and adapter."""
     bits: Literal[4, 8, 16, 32] | None = None
     """Bits of the frozen weights of ViT and LLM; also `--bits`. 4: NF4 with double quantisation, 8: LLM.int8 with
     threshold 6, both of the blocks' linear layers by bitsandbytes (extra `quant`), the rest as with null; 16: bf16; 32:
@@ -66,7 +67,7 @@ class ModelConfig:
             )
 
     def trains(self, network: str) -> bool:
-        """Whether the own weights of `vision` or `llm` are tuned."""
+        """Whether the own weights of `vision`, `llm` or of what stands between them, `projector`, are tuned."""
         raise NotImplementedError
 
     @property

@@ -143,6 +143,8 @@ class BlipModelConfig(ModelConfig):
         super().__post_init__()
 
     def trains(self, network: str) -> bool:
+        if network == "projector":
+            return True
         return (self.instructblip.vision if network == "vision" else self.instructblip.llm.mode) == "full"
 
     @property

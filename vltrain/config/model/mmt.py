@@ -202,7 +202,7 @@ class MmtConfig(ModelConfig):
     that carries gradient."""
 
     def trains(self, network: str) -> bool:
-        return self.tune == "full" or getattr(self, network).train
+        return network == "projector" or self.tune == "full" or getattr(self, network).train
 
     @property
     def tokenizers(self) -> TokenizerPlaces:
