@@ -1,0 +1,1 @@
+"""Any vision-language model of transformers (`AutoModelForImageTextToText`), as its family writes it."""
