@@ -23,7 +23,7 @@ def parameter_groups(
     Args:
         named_parameters: names and parameters; frozen ones are skipped.
         optim: the recipe's section.
-        part_of: maps a parameter's name to its part of the model ("adapter", "neck", "projector", "vision", "llm", ...).
+        part_of: maps a parameter's name to its part of the model ("adapter", "neck", "vision", "llm", ...).
 
     Returns:
         torch-style groups, each with `peak_lr` beside `lr`; in a fixed order.

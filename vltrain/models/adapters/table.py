@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,6 +49,20 @@ class NormThenAdapter(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., d] -> [..., d]."""
         return self.adapter(x, self.norm) if self.adapter.takes_norm else super().forward(x)
+
+
+class AdapterThenSublayer(nn.Module):
+    """An adapter and the sublayer that it stands in front of, where no norm does. Called as the sublayer is."""
+
+    def __init__(self, adapter: Adapter, sublayer: nn.Module) -> None:
+        super().__init__()
+        self.adapter, self.sublayer = adapter, sublayer
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """The states [..., d] are the first argument, or `hidden_states`."""
+        if given:
+            return self.sublayer(self.adapter(given[0]), *given[1:], **named)
+        return self.sublayer(**{**named, "hidden_states": self.adapter(named["hidden_states"])})
 
 
 def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = None, part: str = "llm") -> Adapter:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
+LoraKind: TypeAlias = Literal["lora", "dora", "rslora", "pissa"]
 NAME = "default"  # peft's name of a layer's first, here only, update
 
 
@@ -33,11 +35,24 @@ def has_prompts(module: nn.Module) -> bool:
     return hasattr(module, "adaption_prompt")
 
 
-def lora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:
-    """A linear layer with LoRA around `linear`; B is zero."""
+def lora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float, kind: LoraKind = "lora") -> nn.Module:
+    """A linear layer with LoRA around `linear`, or one of its variants; B is zero, except with `pissa`, which takes A
+    B out of the layer's own weight."""
     peft = load_peft()
-    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout)
-    return peft.tuners.lora.Linear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
+    on_meta = next(linear.parameters()).is_meta  # an outline, which has no singular values
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=kind == "dora",
+        use_rslora=kind == "rslora",
+        init_lora_weights="pissa" if kind == "pissa" and not on_meta else True,
+    )
+    layer = peft.tuners.lora.Linear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
+    for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+        # It reads the layer's weight without calling the layer; ZeRO-3 asks for such.
+        magnitude.borrowed_parameters = partial(list, linear.parameters())
+    return layer
 
 
 def adalora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:

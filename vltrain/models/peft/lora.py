@@ -20,6 +20,7 @@ ones fit. All linear layers keep their place; what wraps one keeps it as `base_l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -100,6 +101,8 @@ def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
     for module in llm.modules():
         if has_lora(module):
             parameters |= {*module.lora_A.parameters(), *module.lora_B.parameters()}
+            magnitudes: Any = module.lora_magnitude_vector  # of DoRA
+            parameters |= set(magnitudes.parameters())
         elif has_prompts(module):
             parameters |= {module.adaption_prompt, module.adaption_gate}
     return parameters

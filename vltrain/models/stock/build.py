@@ -21,14 +21,14 @@ from vltrain.config.model.stock import StockConfig
 from vltrain.models.adapters import Adapter
 from vltrain.models.backbones.llm import checkpoint_blocks
 from vltrain.models.interface import Place
-from vltrain.models.materialise import Weights, assert_materialised, empty_model
+from vltrain.models.materialise import assert_materialised, empty_model
 from vltrain.models.peft.lora import peft_parameters
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.models.stock.model import StockModel
 from vltrain.models.stock.parts import Parts, Ties, holders, part_of, parts_of, units
 from vltrain.models.stock.source import KEY, network_class, stock_config
 from vltrain.models.stock.tuning import Tuner, require_hits
-from vltrain.models.stock.weights import open_stock
+from vltrain.models.stock.weights import StockWeights, open_stock
 from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.loss import LossHead
 
@@ -79,11 +79,9 @@ def prepare(
 ) -> None:
     """Gives the decoder attention that keeps segments apart, and the head that computes losses, in place."""
     decoder = network.get_decoder()
-    chosen = choose_attention(
-        model.stock.attention, decoder.config, runs_on, dtype, f"{KEY}.attention", log=log
-    )
+    chosen = choose_attention(model.stock.attention, decoder.config, runs_on, dtype, f"{KEY}.attention", log=log)
     decoder.set_attn_implementation(chosen)
-    network.set_output_embeddings(LossHead.take_over(network.get_output_embeddings()))
+    network.set_output_embeddings(LossHead.take_over(parts_of(network).head))
 
 
 def check_sources(model: StockConfig) -> None:
@@ -125,7 +123,7 @@ def _units(network: PreTrainedModel, parts: Parts) -> Iterator[_Unit]:
 
 
 def _finish(
-    built: StockModel, model: StockConfig, weights: Weights | None, ties: Ties, dtype: torch.dtype, place: Place
+    built: StockModel, model: StockConfig, weights: StockWeights | None, ties: Ties, dtype: torch.dtype, place: Place
 ) -> None:
     network, parts = built.network, built.parts
     trained = trained_parts(model)
@@ -157,7 +155,7 @@ def _finish(
         weights.fill_buffers(network)
 
 
-def _load(name: str, module: nn.Module, weights: Weights | None, trained: bool, frozen: torch.dtype) -> None:
+def _load(name: str, module: nn.Module, weights: StockWeights | None, trained: bool, frozen: torch.dtype) -> None:
     """Gives a module its weights, in the dtype that they will have."""
     if weights is not None:
         weights.fill(name, module, torch.float32 if trained else frozen)

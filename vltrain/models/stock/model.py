@@ -1,7 +1,7 @@
 """A vision-language model of transformers on packed rows: text and images in, the sum of the label losses out.
 
     images --get_image_features--> vectors of each distinct image, once
-    input_ids --the family's own forward, images handed in, segments isolated--> [T, d] --head at label positions--> loss
+    input_ids --the family's own forward, images handed in, segments isolated--> [T, d] --head at labels--> loss
 
 transformers' modules do the computing; what is ours is that images are encoded apart, so that no segment boundary
 reaches the tower, that segments do not see each other, and that losses are exact sums. A row with images runs the tower

@@ -48,11 +48,13 @@ def parts_of(network: PreTrainedModel) -> Parts:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The items of the module list with most parameters that is in no other one."""
+    """The items of the module list with most parameters that is in no other one, and no projector's."""
     lists: list[nn.ModuleList] = []
 
     def find(module: nn.Module) -> None:
-        for child in module.children():
+        for name, child in module.named_children():
+            if _PROJECTORS.search(name):
+                continue
             if isinstance(child, nn.ModuleList):
                 lists.append(child)
             else:

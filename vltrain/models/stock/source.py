@@ -67,7 +67,7 @@ def stock_config(section: StockSection) -> PreTrainedConfig:
 
 def network_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' class for a config of `stock_config`."""
-    found = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    found: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
@@ -106,7 +106,9 @@ def _require_usable(where: str, config: PreTrainedConfig) -> None:
             "expected a decoder that reads images among its tokens"
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise InputError(f"{where}: quantization_config is there, expected plain weights; for fewer bits say model.bits")
+        raise InputError(
+            f"{where}: quantization_config is there, expected plain weights; for fewer bits say model.bits"
+        )
     if getattr(config, "image_token_id", None) is None:
         raise InputError(
             f"{where}: a model of type {kind!r} has no image_token_id, so nothing says where an image's tokens stand"
@@ -123,4 +125,3 @@ def _require_separable(where: str, network: PreTrainedModel) -> None:
             f"(its {type(core).__name__} of transformers {transformers.__version__} lacks get_image_features or "
             "mm_encoder_outputs); transformers 5.24 or newer, and one of its LLaVA-like families"
         )
-
