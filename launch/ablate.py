@@ -2,9 +2,7 @@
 """Trains and evaluates every row of a table of recipes:
 `python launch/ablate.py TABLE.yaml [--ds JSON] [--only ROW ...] [--KEY VALUE ...]`."""
 
-import sys
-
-from vltrain.cli import start
+from vltrain.cli import run_script
 
 if __name__ == "__main__":
-    sys.exit(start("vltrain.programs.studies.ablate", sys.argv[1:], program="launch/ablate.py"))
+    run_script("vltrain.programs.studies.ablate", program="launch/ablate.py")

@@ -2,9 +2,7 @@
 """Examines every rank and its machine: `deepspeed launch/doctor.py [FOLDER ...] [--json FILE|-]`, or with srun.
 See `vltrain doctor --help`."""
 
-import sys
-
 if __name__ == "__main__":
-    from vltrain.cli import start
+    from vltrain.cli import run_script
 
-    sys.exit(start("vltrain.programs.doctor", sys.argv[1:], program="launch/doctor.py"))
+    run_script("vltrain.programs.doctor", program="launch/doctor.py")

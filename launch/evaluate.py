@@ -5,9 +5,7 @@ deepspeed launch/evaluate.py RUN [--split test]                 on all accelerat
 python launch/evaluate.py --predictions FILE --data FOLDER      answers of any model
 """
 
-import sys
-
 if __name__ == "__main__":  # processes that decode images load this file too, and need none of that
-    from vltrain.cli import start
+    from vltrain.cli import run_script
 
-    sys.exit(start("vltrain.programs.evaluate", sys.argv[1:], program="launch/evaluate.py"))
+    run_script("vltrain.programs.evaluate", program="launch/evaluate.py")

@@ -20,11 +20,12 @@ _IS_PROGRAM = os.path.basename(sys.argv[0]) == "vltrain" or sys.argv[0].endswith
 if _IS_PROGRAM and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, _end_at_once)
 
+import atexit
 import importlib
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from vltrain.console import start_logging
 from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, nearest
@@ -74,13 +75,48 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program that the first word names. Returns its exit code; 2 for an unknown one."""
+    """Runs the program that the first word names. Returns its exit code; 2 for an unknown one. Without `argv`: ends
+    this process with it, see `leave`."""
     if signal.getsignal(signal.SIGINT) == _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = _choose(sys.argv[1:] if argv is None else argv)
-    if argv is None and code == EXIT_INTERRUPTED:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter only ends now: a second Ctrl-C would show where
-    return code
+    if argv is None:
+        leave(lambda: _choose(sys.argv[1:]))
+    return _choose(argv)
+
+
+def run_script(module: str, **named: Any) -> NoReturn:
+    """What every script of ours does: `start` with the command line's words, then `leave`."""
+    leave(lambda: start(module, sys.argv[1:], **named))
+
+
+def leave(program: Callable[[], int]) -> NoReturn:
+    """Runs a program and ends this process with the exit code that it returns, or raises as SystemExit.
+
+    A rank ends before the interpreter is torn down: a thread of gloo's that releases a tensor meanwhile would abort the
+    process (pytorch#190489; exit code 134 after all work was done), and DeepSpeed's hooks keep the group, and so these
+    threads, to the very end. What comes before is done: other threads end, and `atexit` has its turn.
+    """
+    try:
+        code = program()
+    except SystemExit as leaving:
+        if not isinstance(leaving.code, int):
+            raise
+        code = leaving.code
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if code == EXIT_INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process only ends now: a second Ctrl-C would show where
+    ranks = sys.modules.get("vltrain.distributed.ranks")
+    if ranks is None or not ranks.has_joined:
+        sys.exit(code)
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):  # closed, or its reader has gone
+                stream.flush()
+    os._exit(code)
 
 
 @exits_cleanly
@@ -107,7 +143,7 @@ def _choose(words: list[str]) -> int:
 
 @exits_cleanly
 def start(module: str, words: list[str], **named: Any) -> int:
-    """Imports a program and runs its `main(words, **named)`: what every script of ours does. Returns the exit code."""
+    """Imports a program and runs its `main(words, **named)`. Returns the exit code."""
     end_with_launchers()
     if module == COMMANDS["train"][0]:  # what libraries say while they are imported goes to the run's log, too
         start_logging(int(os.environ.get("RANK", "0")), keeps_log=True)

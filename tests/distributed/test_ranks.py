@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from tests.support.processes import ROOT, free_port
+from tests.support.processes import ROOT, free_port, rank_environment, start
 from vltrain.distributed.ranks import adopt_ranks, bind_rendezvous, first_host, names_lost_ranks, tasks_per_node
 from vltrain.errors import InputError, RunLost
 
@@ -217,3 +217,34 @@ def test_mpi_of_one_rank_is_alone():
 
 def test_srun_says_it_where_it_sets_pmis_variables_too():
     assert adopted(PMI_RANK="3", PMI_SIZE="5", PMIX_RANK="3")["LOCAL_WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("return 3", 3), ("raise SystemExit(85)", 85), ("raise AssertionError('ours')", 1)]
+)
+def test_a_rank_ends_before_the_interpreter_is_torn_down(tmp_path, ending, code):
+    """Threads of gloo's that are still at work then would abort it: exit code 134, see `vltrain.cli.leave`."""
+    script = tmp_path / "rank.py"
+    script.write_text(f'''
+import atexit, datetime, threading, time
+from vltrain.cli import leave
+from vltrain.distributed.ranks import join_process_group
+
+class TornDown:
+    def __del__(self):
+        print("torn down", flush=True)
+
+def program():
+    join_process_group("gloo", datetime.timedelta(seconds=60))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    {ending}
+
+kept = TornDown()
+atexit.register(print, "atexit")
+leave(program)
+''')
+    out, err = tmp_path / "out", tmp_path / "err"
+    environment = {name: value for name, value in rank_environment(0, 1, 0).items() if name != "RANK"}
+    assert start(str(script), [], environment, out, err).wait(120) == code, err.read_text()
+    assert out.read_text() == "thread\natexit\n"
+    assert ("AssertionError: ours" in err.read_text()) == (code == 1)

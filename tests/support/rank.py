@@ -6,8 +6,10 @@ Processes that decode images load the main module of what started them; this one
 import importlib
 import sys
 
+from vltrain.cli import leave
+
 if __name__ == "__main__":
     module, *arguments = [
         word for word in sys.argv[1:] if not word.startswith("--local_rank=")
     ]  # which DeepSpeed's launcher puts in
-    sys.exit(importlib.import_module(module).main(*arguments))
+    leave(lambda: importlib.import_module(module).main(*arguments) or 0)
