@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from vltrain.config.model.stock import StockSection
 from vltrain.errors import InputError, nearest
@@ -73,7 +76,7 @@ def network_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _config_class(where: str, values: dict[str, Any]) -> type[PreTrainedConfig]:
     model_type = values.get("model_type")
-    known = [name for name in CONFIG_MAPPING if CONFIG_MAPPING[name] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+    known = list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)  # asking the classes would import hundreds of modules
     if model_type in known:
         return CONFIG_MAPPING[model_type]
     if "auto_map" in values:
