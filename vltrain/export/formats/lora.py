@@ -17,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -99,27 +101,23 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
 
 
 def write_updates(
-    folder: Path, updates: dict[str, Update], network: nn.Module, settings: dict[str, Any], dtype: torch.dtype
+    folder: Path,
+    updates: dict[str, Update],
+    network: nn.Module,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes peft's two files into a folder.
 
     Args:
         updates: by the linear layer's name in `network`.
         settings: of peft's LoraConfig, without rank and layers; `lora_alpha` None: that of a scaling of 1.
+        beside: further weights by their names in `network`, of the modules that `modules_to_save` names.
     """
-    from peft import LoraConfig
-
     rank = max(len(update.down) for update in updates.values())
     has_constants = any(update.constant is not None for update in updates.values())
     alpha = settings.pop("lora_alpha") or rank
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=_targets(list(updates), network),
-        lora_bias=has_constants,
-        inference_mode=True,
-        **settings,
-    )
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         up = update.up / (alpha / rank)
@@ -129,6 +127,19 @@ def write_updates(
         if has_constants:
             constant = update.constant if update.constant is not None else up.new_zeros(len(up))
             tensors[f"{name}.lora_B.bias"] = constant / (alpha / rank)
+    settings |= {"r": rank, "lora_alpha": alpha, "lora_bias": has_constants}
+    settings["target_modules"] = targets_of(list(updates), network)
+    write_peft_folder(folder, {**tensors, **beside}, settings, dtype)
+
+
+def write_peft_folder(
+    folder: Path, tensors: Mapping[str, Tensor], settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Writes peft's two files. `tensors`: by their names in the network; `settings`: of peft's LoraConfig. Raises
+    InputError for a number that the dtype cannot hold."""
+    from peft import LoraConfig
+
+    config = LoraConfig(inference_mode=True, **settings)
     written = {ROOT + name: value.to(dtype).contiguous() for name, value in tensors.items()}
     if (wrong := next((name for name, value in written.items() if not value.isfinite().all()), None)) is not None:
         raise InputError(
@@ -138,7 +149,7 @@ def write_updates(
     (folder / CONFIG).write_text(json.dumps(plain_settings(config.to_dict()), indent=2) + "\n", encoding="utf-8")
 
 
-def _targets(layers: list[str], network: nn.Module) -> list[str]:
+def targets_of(layers: list[str], network: nn.Module) -> list[str]:
     """`target_modules`: the last names of layers where these mean no other ones, else whole names."""
     leaves = {name.rpartition(".")[2] for name in layers}
     meant = {name for name, module in network.named_modules() if name.rpartition(".")[2] in leaves}
@@ -208,7 +219,9 @@ LOAD = (
     """\
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file

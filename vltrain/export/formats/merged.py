@@ -42,7 +42,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     if choices.dtype != "fp32":
         rounding = Rounding()
         for network in (built.llm, built.vision.clip):
-            _round(network, choices, rounding)
+            round_weights(network, choices, rounding)
     tokenizer = write_tokenizer(folder / "llm", source)
     llm = built.llm
     llm.config.bos_token_id, llm.config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
@@ -62,7 +62,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     return Written(notes=notes, facts={"rounding": told})
 
 
-def _round(network: nn.Module, choices: Choices, rounding: Rounding) -> None:
+def round_weights(network: nn.Module, choices: Choices, rounding: Rounding) -> None:
     """Rounds every parameter, in place. Raises InputError for a weight that the dtype cannot hold."""
     for name, parameter in network.named_parameters():
         written = parameter.data.to(choices.torch_dtype)

@@ -133,10 +133,12 @@ def lora_updates(model: MultimodalModel, part: str) -> Iterator[tuple[str, Updat
             place = before.get(name)
             adapter = place.adapter if isinstance(place, nn.Sequential) else None
             if adapter is not None or has_lora(linear):
-                yield f"{prefix}.{name}", _update(linear, adapter)
+                yield f"{prefix}.{name}", update_of(linear, adapter)
 
 
-def _update(linear: nn.Module, adapter: nn.Module | None) -> Update:
+def update_of(linear: nn.Module, adapter: nn.Module | None) -> Update:
+    """Of a linear layer with LoRA, behind an adapter, or both. Raises InputError for an adapter that is no low-rank
+    map."""
     own = lora_factors(linear)
     weight = _weight(linear.get_base_layer() if own else linear)
     downs, ups, constant = [], [], None

@@ -119,8 +119,8 @@ def _wrapped(linear: nn.Module, tuning: QFormerTuning | LanguageTuning, init_ran
 
 @torch.no_grad()
 def merge_updates(root: nn.Module, put: Callable[[nn.Parameter, Tensor], Any] = nn.Parameter.copy_) -> None:
-    """Folds every LoRA and AdaLoRA below `root` into its linear layer, in place: W' = W + (alpha / r) B (E *) A, the
-    sum taken in float64.
+    """Folds every LoRA (DoRA, PiSSA, ...) and AdaLoRA below `root` into its linear layer, in place: W' = W + (alpha /
+    r) B (E *) A, the sum taken in float64.
 
     `put` writes the sum into the parameter.
     """
@@ -136,6 +136,11 @@ def merge_updates(root: nn.Module, put: Callable[[nn.Parameter, Tensor], Any] = 
         if has_adalora(module):
             # peft divides by its rank and a little more.
             first, scale = first * module.lora_E[NAME].double(), scale / (module.ranknum[NAME].double() + 1e-5)
-        put(linear.weight, linear.weight.double() + scale * (second @ first))
+        merged = linear.weight.double() + scale * (second @ first)
+        magnitudes: Any = getattr(module, "lora_magnitude_vector", ())
+        if len(magnitudes):
+            # DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353, Eq. 5): the rows' lengths are learned apart.
+            merged = merged * (magnitudes[NAME].weight.double() / torch.linalg.norm(merged, dim=1))[:, None]
+        put(linear.weight, merged)
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, linear)
