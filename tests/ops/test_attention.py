@@ -10,22 +10,25 @@ from vltrain.ops import attention, reference
 from vltrain.ops.attention import (
     PACKED_SDPA,
     PACKED_VARLEN,
-    pack_segments,
     packed_sdpa_forward,
     packed_varlen_forward,
     packing_arguments,
 )
+from vltrain.ops.packed import packing
+from vltrain.ops.packed.packing import Packing
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_layout_places_every_token_once_and_wastes_little(lengths: list[int]) -> None:
-    packing = pack_segments(torch.tensor(lengths))
+    packed = Packing(torch.tensor(lengths))
     num_tokens = sum(lengths)
-    assert torch.equal(packing.pad[packing.unpad], torch.arange(num_tokens))
-    assert sum(count * length for count, length in packing.groups) == len(packing.pad)
-    assert sum(count for count, _ in packing.groups) == len(lengths)
-    assert len(packing.pad) * attention.MIN_FILL <= num_tokens
+    assert torch.equal(packed.pad[packed.unpad], torch.arange(num_tokens))
+    assert sum(count * length for count, length in packed.groups) == len(packed.pad)
+    assert sum(count for count, _ in packed.groups) == len(lengths)
+    assert len(packed.pad) * packing.MIN_FILL <= num_tokens
+    assert packed.is_pad.sum() == len(packed.pad) - num_tokens and not packed.is_pad[packed.unpad].any()
+    assert [part.stop for part, _, _ in packed.parts()][-1] == len(packed.pad)
     # Each padded row starts with one whole segment in order, and only padding (token 0) follows it.
     starts = {
         start: length
@@ -34,8 +37,8 @@ def test_layout_places_every_token_once_and_wastes_little(lengths: list[int]) ->
         )
     }
     place = 0
-    for count, longest in packing.groups:
-        for row in packing.pad[place : place + count * longest].view(count, longest):
+    for count, longest in packed.groups:
+        for row in packed.pad[place : place + count * longest].view(count, longest):
             start = int(row[0])
             length = starts.pop(start)
             assert row[:length].tolist() == list(range(start, start + length)) and not row[length:].any()
@@ -93,7 +96,7 @@ def test_varlens_real_signature_takes_what_it_is_given() -> None:
     kernel = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert attention.varlen_is_there() and hasattr(kernel, "varlen_attn")
+    assert attention.varlen_offers() and hasattr(kernel, "varlen_attn")
     with FakeTensorMode():
         query, key = torch.empty(12, 4, 16, dtype=torch.bfloat16), torch.empty(12, 2, 16, dtype=torch.bfloat16)
         result = attention.causal_varlen(query, key, key, torch.zeros(4, dtype=torch.int32), 6, 0.25)
@@ -112,20 +115,9 @@ def test_queries_in_fp32_reach_varlen_in_autocasts_dtype(varlen, monkeypatch) ->
         packed_varlen_forward(torch.nn.Module(), query, key, value.float(), **arguments)
 
 
-def test_arguments_for_eager_and_flash() -> None:
+def test_arguments_for_flash() -> None:
     lengths = torch.tensor([2, 1, 3])
-    mask = packing_arguments("eager", lengths, torch.device("cpu"), torch.float32)["attention_mask"]
-    assert (mask[0, 0] == 0).tolist() == [
-        [True, False, False, False, False, False],
-        [True, True, False, False, False, False],
-        [False, False, True, False, False, False],
-        [False, False, False, True, False, False],
-        [False, False, False, True, True, False],
-        [False, False, False, True, True, True],
-    ]
-    assert set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
-    varlen = packing_arguments(PACKED_VARLEN, lengths, torch.device("cpu"), torch.float32)
     flash = packing_arguments("flash_attention_2", lengths, torch.device("cpu"), torch.float32)
-    assert varlen.pop("attention_mask").ndim == 4 and varlen.keys() == flash.keys()
     assert flash["cu_seq_lens_q"].tolist() == flash["cu_seq_lens_k"].tolist() == [0, 2, 3, 6]
     assert flash["cu_seq_lens_q"].dtype == torch.int32 and flash["max_length_q"] == flash["max_length_k"] == 3
+    assert "attention_mask" not in flash

@@ -39,7 +39,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
     ) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
-        monkeypatch.setattr(attention_choice, "varlen_is_there", lambda: varlen)
+        monkeypatch.setattr(attention_choice, "varlen_offers", lambda option=None: varlen)
         for package in packages:
             attention_kernels.install(tmp_path, package, **replaced)
             monkeypatch.setattr(
@@ -133,7 +133,8 @@ def test_automatic_choice_and_its_reason(
     with caplog.at_level(logging.INFO, logger="vltrain"):
         assert choose_attention("auto", CONFIG, device, dtype) == chosen
     (line,) = caplog.messages
-    assert line.startswith(f"attention of packed rows: {chosen.removeprefix('vltrain_packed_')} (") and reason in line
+    name = {PACKED_SDPA: "sdpa", PACKED_VARLEN: "varlen"}.get(chosen, chosen)
+    assert line.startswith(f"attention of packed rows: {name} (") and reason in line
 
 
 @pytest.mark.parametrize(

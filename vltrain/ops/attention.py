@@ -4,13 +4,15 @@ computed is chosen in `vltrain.ops.attention_choice`. All are exact:
 `flash_attention_N`  flash-attn's variable-length kernel, as transformers calls it; told where segments begin.
 `varlen`             torch's own variable-length kernel (from 2.10, on CUDA, in 16 bits), told the same.
 `sdpa`               segments of similar length are laid out as a padded batch [S, H, L, D] and go through torch's
-                     causal
-                     attention. Padding stands at the end, so causality alone hides it and no mask exists. A mask
-                     of T x T would cost T / L times the work, and would keep CUDA from its flash kernel.
+                     causal attention. Padding stands at the end, so causality alone hides it, and no mask exists where
+                     a layer asks for none: a mask of T x T would cost T / L times the work, and keep CUDA from its
+                     flash kernel. Sliding windows, chunks and blocks get a mask of L x L; a softcap or sinks, which
+                     torch's attention does not know, are computed in plain operations.
 `eager`              softmax over T x T scores with a mask, in plain operations; to look at, not to train with.
 
 `sdpa` and `varlen` are registered in transformers' own table of attention functions; a call that says nothing of
-segments (generation with a key-value cache) goes to transformers' SDPA untouched.
+segments (generation with a key-value cache) goes to transformers' own attention. An argument that could change what
+attention computes and is not known here is an error.
 """
 
 from __future__ import annotations
@@ -26,130 +28,70 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from vltrain.ops.transfer import to_device
+from vltrain.errors import InputError
+from vltrain.ops.packed.masks import PACKED_SDPA, PACKED_VARLEN, SegmentMask, row_mask, segment_mask
+from vltrain.ops.packed.packing import BlockRule, Packing, from_padded, to_padded
 
-PACKED_SDPA = "vltrain_packed_sdpa"
-PACKED_VARLEN = "vltrain_packed_varlen"
-# A segment joins a padded group if it is at least this share of the group's longest: bounds what padding wastes.
-MIN_FILL = 0.8
+WITHOUT_EFFECT = frozenset({
+    "packing", "position_ids", "position_embeddings", "cache", "cache_position", "past_key_values", "use_cache",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch",
+})  # fmt: skip
+"""Names of arguments that transformers' layers hand on to an attention function and that change nothing there."""
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How the segments of a row are laid out as padded groups.
+class _Softmax:
+    """How scores become weights; see `packed_sdpa_forward`."""
 
-    groups: (number of segments, padded length) of each group; their products sum to P.
-    pad     int64 [P]: which token of the row stands in each padded place (the row's token 0 where none does).
-    unpad   int64 [T]: in which padded place each token of the row stands.
-    is_pad  bool [P, 1, 1]: whether a padded place holds no token.
-    """
+    dropout: float
+    scaling: float | None
+    softcap: float | None
+    sinks: Tensor | None
 
-    groups: tuple[tuple[int, int], ...]
-    pad: Tensor
-    unpad: Tensor
-    is_pad: Tensor
+    @property
+    def is_plain(self) -> bool:
+        """Whether torch's attention knows it."""
+        return self.softcap is None and self.sinks is None
 
 
 def packing_arguments(
-    implementation: str, segment_lengths: Tensor, device: torch.device, dtype: torch.dtype
+    implementation: str,
+    segment_lengths: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    blocks: Tensor | None = None,
+    block_rule: BlockRule = "within_window",
 ) -> dict[str, Any]:
-    """Keyword arguments that make a transformers decoder keep the segments of one packed row apart.
+    """Keyword arguments that make a transformers decoder (`vltrain.models.backbones.packed_decoder`) keep the segments
+    of one packed row apart.
 
     Args:
         implementation: what `vltrain.ops.attention_choice.choose_attention` returned.
         segment_lengths: int64 [S] on the CPU, all positive, summing to T.
         device, dtype: of the hidden states.
+        blocks: int64 [T] on the CPU, or [0] or None for no blocks: tokens of a segment that have one number from 0 on
+            see each other both ways. Of ours, `sdpa` and `eager` alone can do that.
+        block_rule: in which layers they do.
     """
-    if implementation == "eager":
-        allowed = block_causal_mask(segment_lengths).to(device)
-        # transformers' eager attention adds its mask to the scores.
-        return {"attention_mask": torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)}
-    # transformers takes a mask of four dimensions as it is; left out, it would build one of T x T for the functions
-    # that are ours.
-    is_ours = implementation in (PACKED_SDPA, PACKED_VARLEN)
-    no_mask = {"attention_mask": torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)} if is_ours else {}
-    if implementation == PACKED_SDPA:
-        return {"packing": pack_segments(segment_lengths, device), **no_mask}
-    starts = to_device(F.pad(segment_lengths.cumsum(0), (1, 0)).to(torch.int32), device)
-    longest = int(segment_lengths.max())
+    if blocks is not None and not len(blocks):
+        blocks = None
+    packing = Packing(segment_lengths, device, blocks, block_rule)
+    if implementation in (PACKED_SDPA, "eager"):
+        return {"packing": packing, "attention_mask": row_mask(packing)}
+    assert blocks is None, f"{implementation} cannot show blocks both ways"
+    if implementation == PACKED_VARLEN:
+        return {"packing": packing, "attention_mask": row_mask(packing)}
     return {
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        **no_mask,
+        "packing": packing,
+        "cu_seq_lens_q": packing.starts,
+        "cu_seq_lens_k": packing.starts,
+        "max_length_q": packing.longest,
+        "max_length_k": packing.longest,
     }
-
-
-def block_causal_mask(segment_lengths: Tensor) -> Tensor:
-    """Bool [1, 1, T, T]: may query i see key j? Only within its segment and not after itself."""
-    owner = torch.repeat_interleave(torch.arange(len(segment_lengths)), segment_lengths)
-    return torch.tril(owner[:, None] == owner[None, :])[None, None]
-
-
-def pack_segments(segment_lengths: Tensor, device: torch.device | str = "cpu") -> Packing:
-    """Groups segments of similar length. Computed once per row, on the CPU; at most two small copies to `device`."""
-    starts = (segment_lengths.cumsum(0) - segment_lengths).tolist()
-    lengths = segment_lengths.tolist()
-    order = sorted(range(len(lengths)), key=lambda segment: -lengths[segment])
-    groups: list[tuple[int, int]] = []
-    pad: list[Tensor] = []
-    unpad = torch.empty(sum(lengths), dtype=torch.int64)
-    place = first = 0
-    while first < len(order):
-        longest = lengths[order[first]]
-        last = first
-        while last < len(order) and lengths[order[last]] >= MIN_FILL * longest:
-            start, length = starts[order[last]], lengths[order[last]]
-            row = torch.zeros(longest, dtype=torch.int64)
-            row[:length] = torch.arange(start, start + length)
-            pad.append(row)
-            unpad[start : start + length] = torch.arange(place, place + length)
-            place += longest
-            last += 1
-        groups.append((last - first, longest))
-        first = last
-    is_pad = torch.ones(place, 1, 1, dtype=torch.bool).index_fill_(0, unpad, False)
-    return Packing(
-        groups=tuple(groups),
-        pad=to_device(torch.cat(pad), device),
-        unpad=to_device(unpad, device),
-        is_pad=to_device(is_pad, device),
-    )
-
-
-class _Padded(torch.autograd.Function):
-    """Tokens [T, H, D] -> padded places [P, H, D]. Both ways are gathers: the gradient of torch's own would add with
-    atomics, or wait for the device.
-
-    What stands in padding gets no gradient: causality hides it from every token before it, and what it sees is dropped.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return states.index_select(0, packing.pad)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.packing.unpad), None
-
-
-class _Unpadded(torch.autograd.Function):
-    """Padded places [P, H, D] -> tokens [T, H, D], the padding dropped; see `_Padded`."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return states.index_select(0, packing.unpad)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.packing.pad).masked_fill(ctx.packing.is_pad, 0), None
 
 
 def packed_sdpa_forward(
@@ -157,35 +99,125 @@ def packed_sdpa_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for packed rows. `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D].
 
+    Args:
+        attention_mask: what `vltrain.ops.packed.masks` made of the row's; anything else means that no row is packed.
+        sliding_window: as the mask has it.
+        softcap: scores s become softcap * tanh(s / softcap).
+        s_aux: [H], logits of an imagined key without value, one a head (sinks).
+
     Returns: ([1, T, H, D], None).
+
+    Raises: InputError for an argument that is not known here.
     """
-    if packing is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
-    query, key, value = (
-        _Padded.apply(states[0].transpose(0, 1), packing) for states in (query, key, value)
-    )  # [P, H, D]
+    how = _Softmax(dropout, scaling, softcap, s_aux)
+    mask = _checked_mask(attention_mask, sliding_window, kwargs)
+    if mask is None:
+        return _unpacked(module, query, key, value, attention_mask, how, kwargs)
+    assert len(query) == 1, "a packed row is a batch of one"
+    packing = mask.packing
+    query, key, value = (to_padded(states[0].transpose(0, 1), packing) for states in (query, key, value))  # [P, H, D]
     outputs = []
-    start = 0
-    for num_segments, length in packing.groups:
-        part = slice(start, start + num_segments * length)
-        group = [states[part].unflatten(0, (num_segments, length)).transpose(1, 2) for states in (query, key, value)]
-        output = F.scaled_dot_product_attention(
-            *group, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )  # [S, H, L, D]
+    for (part, num_segments, length), allowed in zip(packing.parts(), mask.group_masks(), strict=True):
+        q, k, v = (states[part].unflatten(0, (num_segments, length)).transpose(1, 2) for states in (query, key, value))
+        output = _group_attention(q, k, v, allowed, how)  # [S, H, L, D]
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-        start = part.stop
-    return _Unpadded.apply(torch.cat(outputs), packing)[None], None
+    return from_padded(torch.cat(outputs), packing)[None], None
+
+
+def _group_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, how: _Softmax) -> Tensor:
+    """Attention of a padded group: `query` [S, H, L, D], `key` and `value` [S, H_kv, L, D] -> [S, H, L, D]."""
+    if not how.is_plain:
+        if allowed is None:
+            allowed = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril()
+        return _attention(query, key, value, allowed, how)
+    repeats = query.shape[1] // key.shape[1]
+    if allowed is not None and repeats > 1:
+        # With a mask and fewer heads of keys CUDA would have its slow kernel alone.
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=allowed,
+        dropout_p=how.dropout,
+        is_causal=allowed is None,
+        scale=how.scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def _checked_mask(attention_mask: Any, sliding_window: int | None, more: dict[str, Any]) -> SegmentMask | None:
+    """The mask of a packed row; None where no row is packed.
+
+    Raises: InputError for an argument that is not known here.
+    """
+    mask = segment_mask(attention_mask)
+    if mask is None:
+        assert more.get("packing") is None, "a packed row whose mask did not reach the attention"
+        return None
+    unknown = {name for name, given in more.items() if name not in WITHOUT_EFFECT and given is not None}
+    if more.get("is_causal") is True:
+        unknown.discard("is_causal")
+    if unknown:
+        raise InputError(
+            f"this LLM's attention asks for {', '.join(sorted(unknown))}, which packed rows cannot be given; "
+            "expected attention with a mask, a sliding window, a softcap or sinks alone"
+        )
+    if sliding_window is not None and (mask.rule.kind, mask.rule.size) != ("window", sliding_window):
+        raise InputError(
+            f"this LLM's attention asks for a sliding window of {sliding_window}, its mask for {mask.rule}; packed "
+            "rows need both to say the same"
+        )
+    return mask
+
+
+def _unpacked(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    how: _Softmax,
+    more: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention over a padded batch, or with a key-value cache: [B, H, L, D] -> ([B, L, H, D], None)."""
+    if how.is_plain:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=how.dropout, scaling=how.scaling, **more
+        )
+    if attention_mask is None:  # as transformers' SDPA takes it: causal, or one query that sees all
+        lengths = (query.shape[2], key.shape[2])
+        attention_mask = torch.ones(lengths, dtype=torch.bool, device=query.device).tril(lengths[1] - lengths[0])
+    return _attention(query, key, value, attention_mask, how).transpose(1, 2).contiguous(), None
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, how: _Softmax) -> Tensor:
+    """Attention in plain operations, the softmax in fp32 at least. `query` [B, H, L, D], `key` and `value` [B, H_kv, K,
+    D], `allowed` bool, broadcast to [B, H, L, K] -> [B, H, L, D]."""
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if how.scaling is None else how.scaling)
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # Of a number, not of minus infinity: where a padded row sees nothing, that would make NaNs of its states.
+    wide = wide.masked_fill(~allowed, torch.finfo(wide.dtype).min)
+    if how.sinks is not None:
+        sinks = how.sinks.to(wide.dtype).view(1, -1, 1, 1).expand(len(wide), -1, wide.shape[2], 1)
+        wide = torch.cat([wide, sinks], dim=-1)
+    weights = wide.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return F.dropout(weights, how.dropout, training=how.dropout > 0) @ value
 
 
 def packed_varlen_forward(
@@ -193,44 +225,55 @@ def packed_varlen_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     dropout: float = 0.0,
     scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows on torch's `varlen_attn`.
-
-    `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D], `cu_seq_lens_q` int32 [S + 1]: where segments begin, and T.
+    """transformers' attention function for packed rows on torch's `varlen_attn`. Arguments: see `packed_sdpa_forward`.
 
     Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    assert len(query) == 1 and not attention_mask.numel(), "a packed row is a batch of one and needs no mask"
+    how = _Softmax(dropout, scaling, softcap, s_aux)
+    mask = _checked_mask(attention_mask, sliding_window, kwargs)
+    if mask is None:
+        return _unpacked(module, query, key, value, attention_mask, how, kwargs)
+    assert len(query) == 1, "a packed row is a batch of one"
     assert not dropout, "varlen_attn has no dropout"
+    assert how.is_plain and mask.rule.kind != "chunk", "varlen_attn knows windows alone"
     # Autocast does not reach into custom operations, and a rotary embedding in fp32 leaves queries and keys in it.
     autocast = torch.is_autocast_enabled(query.device.type)
     dtype = torch.get_autocast_dtype(query.device.type) if autocast else value.dtype
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, H, D]
-    return causal_varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
+    packing = mask.packing
+    window = mask.rule.size if mask.rule.kind == "window" else None
+    return causal_varlen(query, key, value, packing.starts, packing.longest, scaling, window)[None], None
 
 
 def causal_varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """`varlen_attn` as torch 2.10, 2.11 or 2.12 and later have it.
 
-    `query` [T, H, D], `key` and `value` [T, H_kv, D], `starts` int32 [S + 1].
+    `query` [T, H, D], `key` and `value` [T, H_kv, D], `starts` int32 [S + 1], `window` as `sliding_window`, the token
+    itself included.
 
     Returns: [T, H, D].
     """
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     offers = _parameters(attend)
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in offers else {"is_causal": True}
+    back = -1 if window is None else window - 1
+    options: dict[str, Any] = {"window_size": (back, 0)} if "window_size" in offers else {"is_causal": True}
+    assert window is None or "window_size" in offers, "torch 2.10's varlen_attn has no windows"
     if "scale" in offers:
         options["scale"] = scaling
     else:
@@ -245,12 +288,13 @@ def causal_varlen(
     return attend(query, key, value, starts, starts, longest, longest, **options)
 
 
-def varlen_is_there() -> bool:
-    """Whether this torch has `varlen_attn`."""
+def varlen_offers(option: str | None = None) -> bool:
+    """Whether this torch has `varlen_attn`, and that with an argument `option`."""
     try:
-        return hasattr(importlib.import_module("torch.nn.attention.varlen"), "varlen_attn")
-    except ImportError:
+        attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
         return False
+    return option is None or option in _parameters(attend)
 
 
 @cache
@@ -260,5 +304,3 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
 AttentionInterface.register(PACKED_VARLEN, packed_varlen_forward)
-for _name in (PACKED_SDPA, PACKED_VARLEN):
-    AttentionMaskInterface.register(_name, sdpa_mask)

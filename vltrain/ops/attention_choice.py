@@ -26,7 +26,7 @@ import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltrain.errors import InputError
-from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, varlen_is_there
+from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, varlen_offers
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ def choose_attention(
     dtype: torch.dtype,
     key: str = "model.llm.attention",
     *,
+    beyond: str | None = None,
     log: bool = True,
 ) -> str:
     """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging (`log`) the
@@ -88,19 +89,21 @@ def choose_attention(
         config: of the LLaMA, for the length of its heads and its dropout.
         device: of the forwards.
         dtype: of matrix products.
+        beyond: what of the LLM's attention the kernels cannot compute, in words
+            (`vltrain.models.backbones.packed_decoder.beyond_kernels`); None: nothing.
 
     Raises: InputError if an implementation is asked for that cannot run.
     """
     device = torch.device(device)
     if device.type == "meta":
         return "eager" if requested == "eager" else PACKED_SDPA
-    if requested in KERNELS and (reason := why_not(requested, config, device, dtype)):
+    if requested in KERNELS and (reason := why_not(requested, config, device, dtype, beyond)):
         raise InputError(f"{key}: found '{requested}', but {reason}. Use 'auto' or 'sdpa'")
     chosen, because = requested, f"{key} asks for it"
     if requested == "auto":
         chosen, reasons = "sdpa", {}
         for name in KERNELS:
-            reason = why_not(name, config, device, dtype)
+            reason = why_not(name, config, device, dtype, beyond)
             if reason is None:
                 chosen = name
                 break
@@ -111,9 +114,11 @@ def choose_attention(
     return IMPLEMENTATIONS.get(chosen, chosen)
 
 
-def why_not(name: str, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(name: str, config: Any, device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> str | None:
     """Why the kernel `name` cannot run here, or None. Packages are asked last, and imported only if all else fits."""
     kernel = KERNELS[name]
+    if beyond is not None:
+        return f"this LLM {beyond}, which none of these kernels computes"
     if device.type != "cuda":
         return f"the model runs on '{device}', and it needs a CUDA device"
     if dtype not in HALF:
@@ -129,14 +134,15 @@ def why_not(name: str, config: Any, device: torch.device, dtype: torch.dtype) ->
     if head > kernel.longest_head or (head % 8 and not kernel.any_head):
         taken = f"up to {kernel.longest_head}" if kernel.any_head else f"multiples of 8 up to {kernel.longest_head}"
         return f"this LLM's heads have {head} entries, and it takes {taken}"
-    if config.attention_dropout and not kernel.dropout:
-        return f"this LLM has an attention_dropout of {config.attention_dropout}, and it has none"
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout and not kernel.dropout:
+        return f"this LLM has an attention_dropout of {dropout}, and it has none"
     if name == "varlen":
-        return (
-            None
-            if varlen_is_there()
-            else f"torch {torch.__version__} has no varlen_attn, and 2.10 is the first that does"
-        )
+        if not varlen_offers():
+            return f"torch {torch.__version__} has no varlen_attn, and 2.10 is the first that does"
+        if getattr(config, "sliding_window", None) is not None and not varlen_offers("window_size"):
+            return f"this LLM attends in sliding windows, and the varlen_attn of torch {torch.__version__} has none"
+        return None
     return _why_no_package(name)
 
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vltrain.models.adapters import Routing
+from vltrain.models.backbones.head import replace_head
+from vltrain.models.backbones.packed_decoder import prepare_decoder
 from vltrain.models.backbones.table import language_of
 from vltrain.models.materialise import empty_model
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.liger import install_liger
-from vltrain.ops.loss import LossHead
 
 
 def empty_language(config: PreTrainedConfig, attention: str) -> Any:
@@ -30,9 +31,10 @@ def tie_head(llm: Any) -> None:
 
 
 def prepare_llm(llm: Any, activation_checkpointing: bool, routing: Routing | None, kernels: str) -> None:
-    """Puts in the head that computes losses and the `kernels` (`liger` or `torch`), and switches activation
-    checkpointing, in place."""
-    llm.lm_head = LossHead.take_over(llm.lm_head)
+    """Readies the decoder for packed rows, puts in the head that computes losses and the `kernels` (`liger` or
+    `torch`), and switches activation checkpointing, in place."""
+    prepare_decoder(llm.model, llm.config._attn_implementation)
+    replace_head(llm)
     if kernels == "liger":
         install_liger(llm)
     if activation_checkpointing:

@@ -17,7 +17,7 @@ from vltrain.config.model.instructblip import BlipModelConfig
 from vltrain.config.model.instructblip import InstructBlipConfig as InstructBlipSettings
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
-from vltrain.models.backbones.llm import LossHead, checkpoint_blocks
+from vltrain.models.backbones.llm import checkpoint_blocks
 from vltrain.models.instructblip.model import InstructBlip
 from vltrain.models.instructblip.weights import KEY, blip_config, blip_units, empty_blip, open_blip, tie_embeddings
 from vltrain.models.interface import Place
@@ -28,6 +28,7 @@ from vltrain.models.pretrained.preprocessor import BLIP_KINDS, Preprocessing, re
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.ops.attention_choice import choose_attention
 from vltrain.ops.liger import choose_kernels, install_liger
+from vltrain.ops.loss import LossHead
 from vltrain.schema import SQUARE
 
 ALWAYS_TRAINED = ("bridge",)

@@ -1,0 +1,1 @@
+"""Packed rows: how their segments are laid out, and what each may see."""
