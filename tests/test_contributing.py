@@ -39,18 +39,18 @@ loggers.text("eval/val/table", "| a |", 2)
 loggers.close()
 """
 
-OF_QWEN2 = """
+OF_SEED_OSS = """
 import sys, torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import SeedOssConfig, SeedOssForCausalLM
 from tests.support.tiny import tiny_config
 from vltrain.models.build import build_model
 
 sizes = tiny_config().model.llm.config
-Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(sys.argv[1])
-for where in ({"model__llm__config": {"model_type": "qwen2", **sizes}},
+SeedOssForCausalLM(SeedOssConfig(**sizes)).save_pretrained(sys.argv[1])
+for where in ({"model__llm__config": {"model_type": "seed_oss", **sizes}},
               {"model__llm__config": {}, "model__llm__source": sys.argv[1]}):
     llm = build_model(tiny_config(**where).model).llm
-    assert type(llm) is Qwen2ForCausalLM and llm.model.layers[0].self_attn.q_proj.bias is not None
+    assert type(llm) is SeedOssForCausalLM and llm.model.layers[0].self_attn.q_proj.bias is not None
     assert hasattr(llm.model.layers[0].input_layernorm, "adapter")
 """
 
@@ -147,7 +147,7 @@ def test_an_architecture_is_planned(tree, tmp_path):
 
 
 def test_a_backbone_is_built_from_sizes_and_read_from_its_folder(tree, tmp_path):
-    python(tree, "-c", OF_QWEN2, str(tmp_path))
+    python(tree, "-c", OF_SEED_OSS, str(tmp_path))
 
 
 def test_a_source_is_prepared(tree, tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
-from vltrain.models.adapters import BottleneckAdapter, insert_adapters, make_adapter
+from vltrain.models.adapters import BottleneckAdapter, Sites, insert_adapters, make_adapter
 from vltrain.models.build import build_model
 from vltrain.ops import reference
 
@@ -108,7 +108,7 @@ def test_unknown_kinds_and_widths_that_do_not_divide_are_refused() -> None:
         insert_adapters(
             block,
             0,
-            {"attention": "norm"},
+            Sites(norms={"attention": "norm"}, sublayers={"attention": "mixer"}, width=10),
             "attention",
             AdapterConfig(dim=4, groups=2, down_groups=4),
             seed=0,

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vltrain.models.adapters.table import AdapterThenSublayer, NormThenAdapter, find_module
 from vltrain.models.backbones.family import Blocks
 from vltrain.models.backbones.table import language_of
 from vltrain.models.peft.lora import low_rank_factors, plain_attention
@@ -49,11 +50,11 @@ class Flops:
 class _Layers:
     """What stands in one transformer block, in the order the states go through it."""
 
-    attention_norm: nn.Module
+    attention_place: nn.Module
     queries: nn.Linear
     keys_values: tuple[nn.Linear, ...]
     attention_out: nn.Linear
-    ffn_norm: nn.Module
+    ffn_place: nn.Module
     ffn_in: tuple[nn.Linear, ...]
     ffn_out: nn.Linear
     prompts: int = 0
@@ -100,33 +101,36 @@ def linear_flops(linear: nn.Linear, *, needs_grad: bool) -> float:
 
 
 def block_flops(block: nn.Module, family: Blocks, grad: bool) -> Count:
-    """One pre-norm transformer block. `grad`: do the states that enter need a gradient?"""
+    """One transformer block. `grad`: do the states that enter need a gradient?"""
     layers = _layers(block, family)
-    normed_cost, normed_grad = _norm(layers.attention_norm, grad)
+    normed_cost, normed_grad = _place(layers.attention_place, grad)
     query = linear_flops(layers.queries, needs_grad=normed_grad)
     key = normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.keys_values)
     mixed_grad = normed_grad or is_trained(layers.queries, *layers.keys_values)
     # Scores and their use: two products of `width` numbers each; backward, two for each of those.
-    pair = 4.0 * layers.queries.out_features * (3 if mixed_grad else 1)
+    width = layers.attention_out.in_features
+    pair = 4.0 * width * (3 if mixed_grad else 1)
     # Prompts have a gradient, so both of their products have both of theirs.
-    query += layers.prompts * 4.0 * layers.queries.out_features * 3
+    query += layers.prompts * 4.0 * width * 3
     mixed_grad = mixed_grad or layers.prompts > 0
     query += linear_flops(layers.attention_out, needs_grad=mixed_grad)
     grad = grad or mixed_grad or is_trained(layers.attention_out)
 
-    normed_cost, normed_grad = _norm(layers.ffn_norm, grad)
+    normed_cost, normed_grad = _place(layers.ffn_place, grad)
     query += normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.ffn_in)
     inner_grad = normed_grad or is_trained(*layers.ffn_in)
     query += linear_flops(layers.ffn_out, needs_grad=inner_grad)
     return Count(query, key, pair, grad or inner_grad or is_trained(layers.ffn_out))
 
 
-def _norm(norm: nn.Module, grad: bool) -> tuple[float, bool]:
-    """(operations per row, does the result need a gradient?) of a norm and the adapter behind it, if there is one."""
-    if not isinstance(norm, nn.Sequential):
-        return 0.0, grad or is_trained(norm)
-    parts: Any = norm
-    grad = grad or is_trained(parts.norm)
+def _place(place: nn.Module, grad: bool) -> tuple[float, bool]:
+    """(operations per row, does what the sublayer reads need a gradient?) of the norm and the adapter before a
+    sublayer, as far as there are any."""
+    if not isinstance(place, (NormThenAdapter, AdapterThenSublayer)):
+        is_norm = not any(isinstance(module, nn.Linear) for module in place.modules())
+        return 0.0, grad or (is_norm and is_trained(place))
+    parts: Any = place
+    grad = grad or (isinstance(place, NormThenAdapter) and is_trained(parts.norm))
     return parts.adapter.flops_per_row(grad), grad or is_trained(parts.adapter)
 
 
@@ -136,15 +140,20 @@ def is_trained(*modules: nn.Module) -> bool:
 
 
 def _layers(block: nn.Module, family: Blocks) -> _Layers:
-    attention, prompts = plain_attention(block.get_submodule(family.attention))
+    name = family.sublayers["attention"]
+    attention, prompts = plain_attention(find_module(block, name))
 
-    def linear(name: str) -> Any:
-        inner = name.removeprefix(f"{family.attention}.")
-        return block.get_submodule(name) if inner == name else attention.get_submodule(inner)
+    def linear(full: str) -> Any:
+        inner = full.removeprefix(f"{name}.")
+        return find_module(block, full) if inner == full else find_module(attention, inner)
 
-    queries, *keys_values = map(linear, family.readers["attention"])
-    attention_norm, ffn_norm = (block.get_submodule(family.norms[sublayer]) for sublayer in ("attention", "ffn"))
+    def linears(*names: str) -> list[Any]:
+        return [found for found in map(linear, names) if found is not None]
+
+    queries, *keys_values = linears(*family.readers["attention"])
+    [attention_out], [ffn_out] = linears(family.writers["attention"]), linears(family.writers["ffn"])
+    places = {sublayer: getattr(block, place) for sublayer, place in family.places.items()}
     return _Layers(
-        attention_norm, queries, tuple(keys_values), linear(family.writers["attention"]),
-        ffn_norm, tuple(map(linear, family.readers["ffn"])), linear(family.writers["ffn"]), prompts,
+        places["attention"], queries, tuple(keys_values), attention_out,
+        places["ffn"], tuple(linears(*family.readers["ffn"])), ffn_out, prompts,
     )  # fmt: skip

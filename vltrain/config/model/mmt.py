@@ -63,7 +63,7 @@ class AdapterConfig:
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """The image encoder: a CLIP-style ViT, some of whose states are the visual tokens."""
+    """The image encoder: a ViT (CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3), some of whose states are the visual tokens."""
 
     source: str | None = None
     """Folder, hub name, `package://MODULE/PATH`, `asset://NAME`, or a state dict (.pt, .pth, .ckpt, .bin, .safetensors)
@@ -72,11 +72,14 @@ class VisionConfig:
     """Whose ViT a state dict holds, which decides its activation (diht: exact GELU; clip, alip:
     x sigmoid(1.702 x)); Hugging Face folders name it themselves."""
     config: dict[str, Any] = field(default_factory=dict)
-    """For random weights: keys of transformers' CLIPVisionConfig."""
+    """For random weights: keys of transformers' config, CLIPVisionConfig or that of `model_type`."""
     preprocessing: Literal["checkpoint", "square"] = "checkpoint"
     """How images become pixels. checkpoint: as the preprocessor_config.json beside the weights says (resize, crop,
     filter, mean, deviation), and as with `square` where there is none; square: resized straight to the square, bicubic,
-    CLIP's mean and deviation."""
+    mean and deviation of the tower's family."""
+    image_size: int | None = number(None, 1, MOST_SIZE)
+    """Edge of the square that is read, in pixels, of towers whose positions fit any (DINOv2, DINOv3); null: what the
+    checkpoint's preprocessing makes, or its config says."""
     tokens: Literal["cls", "patches", "pooler"] = "cls"
     """What becomes visual tokens. cls: [cls] states after every `tap_every`-th block (the paper's); patches: the states
     of all patches after the last of `blocks` (LLaVA's); pooler: one token, the ViT's own pooled output."""
@@ -132,13 +135,13 @@ class PeftConfig:
 
 @dataclass(kw_only=True)
 class LLMConfig:
-    """The language model: a LLaMA."""
+    """The language model: a LLaMA, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo 2 or Gemma."""
 
     source: str | None = None
     """Folder (Hugging Face's or Meta's layout), hub name, `package://MODULE/PATH` (a .gguf file too) or `asset://NAME`;
     null: random weights of the size in `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """For random weights: keys of transformers' LlamaConfig."""
+    """For random weights: keys of transformers' config, LlamaConfig or that of `model_type`."""
     tokenizer: str | None = None
     """Where the tokenizer is, if not beside the weights; required with random weights."""
     attention: Literal[
@@ -158,7 +161,7 @@ class LLMConfig:
             (self.source is None) == bool(self.config),
             "model.llm",
             {"source": self.source, "config": self.config},
-            "either `source` (weights to load) or `config` (sizes of a random LLaMA)",
+            "either `source` (weights to load) or `config` (sizes of a random LLM)",
         )
         named = self.source is not None or self.tokenizer is not None
         require(
@@ -173,10 +176,11 @@ class LLMConfig:
 class NeckConfig:
     """The visual neck, Eq. 3: visual features to the LLM's width."""
 
-    kind: Literal["bottleneck", "linear"] = "bottleneck"
-    """`bottleneck`: Eq. 3; `linear`: one matrix, as LLaVA's."""
+    kind: Literal["bottleneck", "linear", "mlp"] = "bottleneck"
+    """`bottleneck`: Eq. 3; `linear`: one matrix, as the first LLaVA's; `mlp`: LLaVA-1.5's, two layers of the
+    LLM's width with GELU."""
     dim: int = number(128, 1, MOST_SIZE)
-    """Hidden width d_v of Eq. 3; not used by `linear`."""
+    """Hidden width d_v of Eq. 3; used by `bottleneck` alone."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "model.neck")
@@ -217,7 +221,8 @@ class MmtConfig(ModelConfig):
     def identity(self) -> dict[str, Any]:
         identity = super().identity()
         del identity["architecture"]  # the first runs knew one architecture
-        for name, default in (("tokens", "cls"), ("blocks", None), ("pool", 1)):  # and one kind of visual tokens
+        # and one kind of visual tokens, of one size
+        for name, default in (("tokens", "cls"), ("blocks", None), ("pool", 1), ("image_size", None)):
             if identity["vision"][name] == default:
                 del identity["vision"][name]
         return identity
@@ -244,8 +249,8 @@ class MmtConfig(ModelConfig):
         yield "model.vision.tap_every", lambda model: model.vision.tokens != "cls", "model.vision.tokens is not cls"
         yield (
             "model.neck.dim",
-            lambda model: model.neck.kind == "linear",
-            "model.neck.kind = linear has no hidden width",
+            lambda model: model.neck.kind != "bottleneck",
+            "model.neck.kind = linear or mlp has no hidden width",
         )
         nowhere = "model.adapter.vision and model.adapter.llm are none"
         for key in of_adapters:

@@ -8,6 +8,15 @@ the table.
 from vltrain.models.adapters.base import Adapter
 from vltrain.models.adapters.bottleneck import BottleneckAdapter
 from vltrain.models.adapters.routing import Routing
-from vltrain.models.adapters.table import ADAPTERS, insert_adapters, is_routed, make_adapter
+from vltrain.models.adapters.table import ADAPTERS, Sites, insert_adapters, is_routed, make_adapter
 
-__all__ = ["ADAPTERS", "Adapter", "BottleneckAdapter", "Routing", "insert_adapters", "is_routed", "make_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "BottleneckAdapter",
+    "Routing",
+    "Sites",
+    "insert_adapters",
+    "is_routed",
+    "make_adapter",
+]

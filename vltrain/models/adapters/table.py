@@ -1,15 +1,16 @@
 """The kinds of adapters by name, and how they get into a network.
 
-An adapter is put in by replacement: a block's norm becomes a `Sequential` of norm and adapter, so that no forward is
-patched and checkpointing, compilation and ZeRO's hooks see ordinary modules. Every adapter starts as the identity, so
-that training starts from the pretrained network's function.
+An adapter stands in front of a sublayer, attention or MLP. It is put in by replacement: a block's norm becomes a
+`Sequential` of norm and adapter or, in a post-norm block that has none there, the sublayer becomes adapter and
+sublayer. So no forward is patched, and checkpointing, compilation and ZeRO's hooks see ordinary modules. Every adapter
+starts as the identity, so that training starts from the pretrained network's function.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,25 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 NOT_OF_A_KIND = {"kind", "vision_kind", "vision", "llm"}  # fields of AdapterConfig that every kind obeys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites:
+    """Where adapters may stand in a network's blocks.
+
+    norms      by sublayer (attention, ffn), the attribute name of the norm right before it: {"attention":
+               "input_layernorm", ...}; a sublayer may lack one
+    sublayers  by sublayer, its own attribute name
+    width      of the states
+    """
+
+    norms: Mapping[str, str]
+    sublayers: Mapping[str, str]
+    width: int
+
+    def place(self, sublayer: str) -> str:
+        """The attribute of a block that an adapter in front of the sublayer is put into."""
+        return self.norms.get(sublayer, self.sublayers[sublayer])
 
 
 class NormThenAdapter(nn.Sequential):
@@ -65,6 +85,33 @@ class AdapterThenSublayer(nn.Module):
         return self.sublayer(**{**named, "hidden_states": self.adapter(named["hidden_states"])})
 
 
+def find_adapter(block: nn.Module, place: str) -> Adapter | None:
+    """The adapter that `insert_adapters` put in at a block's `place`, the norm's or the sublayer's name; None: none."""
+    found: Any = getattr(block, place)
+    return found.adapter if isinstance(found, (NormThenAdapter, AdapterThenSublayer)) else None
+
+
+def remove_adapter(block: nn.Module, place: str) -> None:
+    """Takes out the adapter at a block's `place`, if there is one."""
+    found: Any = getattr(block, place)
+    if isinstance(found, (NormThenAdapter, AdapterThenSublayer)):
+        setattr(block, place, found.norm if isinstance(found, NormThenAdapter) else found.sublayer)
+
+
+def plain_name(name: str) -> str:
+    """A module's name in a block as it was before adapters were put in."""
+    return ".".join(part for part in name.split(".") if part != "sublayer")
+
+
+def find_module(block: nn.Module, name: str) -> Any:
+    """The module that was called `name` before adapters were put in; None if there is none."""
+    module: Any = block
+    for part in name.split("."):
+        module = module.sublayer if isinstance(module, AdapterThenSublayer) else module
+        module = getattr(module, part, None)
+    return module
+
+
 def make_adapter(width: int, config: AdapterConfig, routing: Routing | None = None, part: str = "llm") -> Adapter:
     """The adapter that `config` asks for in a network, `llm` or `vision`, for states of `width` numbers.
 
@@ -91,7 +138,7 @@ def is_routed(config: AdapterConfig) -> bool:
 def insert_adapters(
     block: nn.Module,
     number: int,
-    norms: Mapping[str, str],
+    sites: Sites,
     placement: str,
     config: AdapterConfig,
     *,
@@ -99,11 +146,10 @@ def insert_adapters(
     part: str,
     routing: Routing | None = None,
 ) -> None:
-    """Puts an adapter behind the chosen norms of a block, in place.
+    """Puts an adapter in front of the chosen sublayers of a block, in place.
 
     Args:
         number: the block's, from the first.
-        norms: the norm's attribute name by sublayer: {"attention": "input_layernorm", "ffn": ...}.
         placement: "none", "attention", "ffn" or "both".
         seed: of the adapters' random weights.
         part: "vision" or "llm"; with the block's number and the sublayer it makes the name behind the seed.
@@ -111,10 +157,18 @@ def insert_adapters(
     """
     chosen = {"none": (), "both": ("attention", "ffn")}.get(placement, (placement,))
     for sublayer in chosen:
-        norm = getattr(block, norms[sublayer])
         with seeded(seed, f"adapter/{part}/{number}/{sublayer}"):
-            adapter = make_adapter(norm.weight.shape[-1], config, routing, part)
-        setattr(block, norms[sublayer], NormThenAdapter(OrderedDict(norm=norm, adapter=adapter)))
+            adapter = make_adapter(sites.width, config, routing, part)
+        place = sites.place(sublayer)
+        found = getattr(block, place)
+        behind_norm = sublayer in sites.norms
+        setattr(
+            block,
+            place,
+            NormThenAdapter(OrderedDict(norm=found, adapter=adapter))
+            if behind_norm
+            else AdapterThenSublayer(adapter, found),
+        )
 
 
 def adapter_kind(config: AdapterConfig, part: str) -> type[Adapter]:

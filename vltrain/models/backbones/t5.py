@@ -11,7 +11,7 @@ T5 = EncoderDecoder(
     model_types=("t5",),
     config=T5Config,
     network=T5ForConditionalGeneration,
-    sublayers={  # the decoder counts its sublayers one further
+    blip_targets={  # the decoder counts its sublayers one further
         "attn": (
             "layer.0.SelfAttention.q",
             "layer.0.SelfAttention.v",

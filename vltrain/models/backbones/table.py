@@ -5,14 +5,28 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from vltrain.models.backbones.clip import CLIP
+from vltrain.models.backbones.decoders import GEMMA, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
+from vltrain.models.backbones.dino import DINOV2, DINOV2_WITH_REGISTERS, DINOV3
 from vltrain.models.backbones.family import Language, Tower
 from vltrain.models.backbones.llama import LLAMA
+from vltrain.models.backbones.siglip import SIGLIP, SIGLIP2
 
 LANGUAGES: dict[str, Language] = {
     "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "gemma": GEMMA,
 }
 TOWERS: dict[str, Tower] = {
     "clip": CLIP,
+    "siglip": SIGLIP,
+    "siglip2": SIGLIP2,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": DINOV2_WITH_REGISTERS,
+    "dinov3": DINOV3,
 }
 
 

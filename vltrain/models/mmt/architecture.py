@@ -38,8 +38,6 @@ def _assume_llm(model: MmtConfig, name: str) -> MmtConfig:
 def _not_compilable(model: MmtConfig) -> str | None:
     if model.llm.kernels == "liger":
         return "model.llm.kernels liger, which torch.compile cannot trace"
-    if model.llm.kernels == "liger":
-        return "model.llm.kernels liger, which torch.compile cannot trace"
     kind = model.adapter.kind
     return f"model.adapter.kind {kind}, which decides anew in every row" if is_routed(model.adapter) else None
 

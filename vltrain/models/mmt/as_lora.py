@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from vltrain.config.model.mmt import AdapterConfig, MmtConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.bottleneck import RepAdapter
-from vltrain.models.adapters.table import adapter_kind
+from vltrain.models.adapters.table import adapter_kind, find_adapter, plain_name
 from vltrain.models.backbones.family import Blocks
 from vltrain.models.backbones.llm import llm_blocks
 from vltrain.models.backbones.table import LANGUAGES, TOWERS, language_of
@@ -111,29 +112,22 @@ def lora_rank(model: MmtConfig, part: str) -> int:
 
 @torch.no_grad()
 def lora_updates(model: MultimodalModel, part: str) -> Iterator[tuple[str, Update]]:
-    """Name, in transformers' `LlamaForCausalLM` or `CLIPVisionModel`, and update of each linear layer of `llm` or
-    `vision` that has one.
+    """Name in transformers' network, and update of each linear layer of `llm` or `vision` that has one.
 
     Raises: InputError for adapters that are no linear map, or that do not hand on what goes in, and for prompts.
     """
     if part == "llm":
         require_no_prompts(model.llm)
-        blocks = [(f"model.layers.{number}", block) for number, block in enumerate(llm_blocks(model.llm))]
-        family: Blocks = language_of(model.llm.config)
+        prefix, blocks, family = "model.layers", llm_blocks(model.llm), cast(Blocks, language_of(model.llm.config))
     else:
-        blocks = [(f"encoder.layers.{number}", block) for number, block in enumerate(model.vision.live_blocks)]
         family = model.vision.tower
-    for prefix, block in blocks:
-        before = {
-            layer: getattr(block, family.norms[sublayer])
-            for sublayer, layers in family.readers.items()
-            for layer in layers
-        }
-        for name, linear in outer_linears(block):
-            place = before.get(name)
-            adapter = place.adapter if isinstance(place, nn.Sequential) else None
+        prefix, blocks = family.layers, model.vision.live_blocks
+    for number, block in enumerate(blocks):
+        before = {layer: family.places[sublayer] for sublayer, layers in family.readers.items() for layer in layers}
+        for name, linear in ((plain_name(name), linear) for name, linear in outer_linears(block)):
+            adapter = find_adapter(block, before[name]) if name in before else None
             if adapter is not None or has_lora(linear):
-                yield f"{prefix}.{name}", update_of(linear, adapter)
+                yield f"{prefix}.{number}.{name}", update_of(linear, adapter)
 
 
 def update_of(linear: nn.Module, adapter: nn.Module | None) -> Update:

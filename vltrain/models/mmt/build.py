@@ -16,18 +16,19 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vltrain.config.model.mmt import MmtConfig, PeftConfig
+from vltrain.errors import InputError
 from vltrain.files.locate import locate
-from vltrain.models.adapters import Adapter, Routing, insert_adapters, is_routed
+from vltrain.models.adapters import Adapter, Routing, Sites, insert_adapters, is_routed
 from vltrain.models.backbones.llm import empty_language, llm_blocks, llm_units, prepare_llm, tie_head
-from vltrain.models.backbones.table import language_of
-from vltrain.models.backbones.towers import empty_tower, tower_units
+from vltrain.models.backbones.table import language_of, tower_of
+from vltrain.models.backbones.towers import empty_tower, tower_blocks, tower_units
 from vltrain.models.interface import Place
 from vltrain.models.materialise import RandomWeights, Weights, assert_materialised
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.mmt.neck import make_neck
 from vltrain.models.mmt.visual_tokens import VISUAL_TOKENS, VisualTokens
 from vltrain.models.peft.lora import insert_peft, peft_parameters
-from vltrain.models.pretrained.preprocessor import CLIP_KINDS, Preprocessing, read_preprocessing
+from vltrain.models.pretrained.preprocessor import Preprocessing, read_preprocessing
 from vltrain.models.pretrained.readers import language_config, open_language, open_tower, tower_config
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.models.random import seeded
@@ -53,7 +54,7 @@ def build_mmt(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         clip = _empty_tower(model)
-        preprocessing = _preprocessing(model, clip.config.image_size)
+        preprocessing = _preprocessing(model, clip.config)
         vision = VISUAL_TOKENS[model.vision.tokens](clip, model.vision, activation_checkpointing, preprocessing)
         llm = _empty_llm(model, runs_on, dtype, log=not on_meta)
         weights = (None, None) if on_meta else _open_weights(model, clip, llm, dtype)
@@ -111,14 +112,30 @@ def _empty_tower(model: MmtConfig) -> Any:
 def _kernels(model: MmtConfig, config: PreTrainedConfig, runs_on: torch.device | str, *, log: bool) -> str:
     language = language_of(config)
     lacking = None if language.liger else f"it has none for a {language.title}"
-    return choose_kernels(model.llm.kernels, runs_on, config.hidden_act, lacking=lacking, log=log)
+    return choose_kernels(model.llm.kernels, runs_on, getattr(config, "hidden_act", ""), lacking=lacking, log=log)
 
 
-def _preprocessing(model: MmtConfig, image_size: int) -> Preprocessing:
-    source = model.vision.source
-    if source is None or model.vision.preprocessing == "square":
-        return Preprocessing()
-    return read_preprocessing("model.vision", source, locate(source), image_size, CLIP_KINDS)
+def _preprocessing(model: MmtConfig, config: PreTrainedConfig) -> Preprocessing:
+    """How images become what the tower reads, its size included."""
+    vision, tower = model.vision, tower_of(config)
+    own = tower.image_size(config)
+    if vision.image_size is not None and not tower.any_size and vision.image_size != own:
+        raise InputError(
+            f"model.vision.image_size: found {vision.image_size}, expected null or {own}: the positions of a "
+            f"{tower.title} fit no other square"
+        )
+    size = vision.image_size or (None if tower.any_size else own)
+    plain = Preprocessing(mean=tower.mean, std=tower.std, image_size=size or own)
+    if vision.source is None or vision.preprocessing == "square":
+        found = plain
+    else:
+        found = read_preprocessing("model.vision", vision.source, locate(vision.source), size, tower.processors, plain)
+    if found.image_size is not None and found.image_size % config.patch_size:
+        raise InputError(
+            f"model.vision.image_size: {found.image_size} pixels, expected a multiple of the patches' "
+            f"{config.patch_size}"
+        )
+    return found
 
 
 def _empty_llm(model: MmtConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True) -> Any:
@@ -150,16 +167,19 @@ def _finish_vision(
     vision: VisualTokens, model: MmtConfig, weights: Weights | None, dtype: torch.dtype, place: Place
 ) -> None:
     live = vision.live_blocks
-    blocks = list(vision.clip.encoder.layers)
+    blocks = tower_blocks(vision.clip)
     unused = vision.unused_parameters()
+    sites = Sites(norms=vision.tower.norms, sublayers=vision.tower.sublayers, width=vision.width)
     for name, unit in tower_units(vision.clip):
         trained = "vision" in trained_parts(model) and not unused.issuperset(unit.parameters())
         _load(name, unit, weights, trained, unit in blocks, model, dtype)
+        for parameter in vision.unused_parameters() & set(unit.parameters()):  # now that they are there
+            parameter.requires_grad_(False)
         if unit in live:
             insert_adapters(
                 unit,
                 live.index(unit),
-                vision.tower.norms,
+                sites,
                 model.adapter.vision,
                 model.adapter,
                 seed=model.seed,
@@ -178,6 +198,7 @@ def _finish_llm(
     routing: Routing | None,
 ) -> None:
     blocks, language = llm_blocks(llm), language_of(llm.config)
+    sites = Sites(norms=language.norms, sublayers=language.sublayers, width=llm.config.hidden_size)
     for name, unit in llm_units(llm):
         _load(name, unit, weights, "llm" in trained_parts(model), unit in blocks, model, dtype)
         tie_head(llm)
@@ -186,7 +207,7 @@ def _finish_llm(
             insert_adapters(
                 unit,
                 number,
-                language.norms,
+                sites,
                 model.adapter.llm,
                 model.adapter,
                 seed=model.seed,

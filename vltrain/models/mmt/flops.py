@@ -13,10 +13,9 @@ from vltrain.models.mmt.visual_tokens import VisualTokens
 
 def vision_flops(vision: VisualTokens, neck: nn.Module) -> tuple[float, bool]:
     """(operations per image, do the features need a gradient?) of the ViT up to its last tap, and of the neck."""
-    embeddings = vision.clip.embeddings
     num_rows = vision.num_rows
-    patch = embeddings.patch_embedding
-    total = (num_rows - vision.tower.has_cls) * matrix_flops(patch.weight, needs_grad=False)
+    patch = vision.clip.get_submodule(vision.tower.patch)
+    total = vision.grid**2 * matrix_flops(patch.weight, needs_grad=False)
     grad = any(
         parameter.requires_grad
         for module in (getattr(vision.clip, name) for name in vision.tower.before)

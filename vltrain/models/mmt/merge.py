@@ -1,10 +1,11 @@
 """Linear adapters and LoRA folded into the linear layers that they belong to: a plain Hugging Face network that
 computes the same.
 
-An adapter g(z) = M z + b stands between a norm and the projections of its sublayer. A projection (W, c) of g(z) is one
+An adapter g(z) = M z + b stands in front of the projections of its sublayer. A projection (W, c) of g(z) is one
 of z with W' = W M and c' = W b + c, so the adapter can go, at no cost when the model is used. Trade-off: the
-merged weights are whole matrices again, rounded to their own dtype, and LLaMA's projections get biases, which its
-config has a switch for (`attention_bias`, `mlp_bias`), unless adapters have none (`model.adapter.bias: false`).
+merged weights are whole matrices again, rounded to their own dtype, and projections without a bias get one, which the
+family's config must have a switch for (LLaMA's `attention_bias`, `mlp_bias`), unless adapters have none
+(`model.adapter.bias: false`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
-from vltrain.models.backbones.family import Language
+from vltrain.models.adapters.table import find_adapter, find_module, remove_adapter
+from vltrain.models.backbones.family import Blocks
 from vltrain.models.backbones.llm import llm_blocks
 from vltrain.models.backbones.table import language_of
+from vltrain.models.backbones.towers import tower_blocks
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.peft.lora import require_no_prompts
 from vltrain.models.peft.low_rank import merge_updates
@@ -65,58 +68,75 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
 
     Returns: what rounding the products to the weights' dtypes changed.
 
-    Raises: InputError, before anything is changed, if the adapters are of a kind that is not linear, or the LLM has
-    learned prompts.
+    Raises: InputError, before anything is changed, if the adapters are of a kind that is not linear, the LLM has
+    learned prompts, or a family's config can't give projections the biases that they would need.
     """
     require_no_prompts(model.llm)
     for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
         _require_linear(adapter)
-    tower, language = model.vision.tower, language_of(model.llm.config)
-    _require_bias_switches(model, language)
+    clip, llm = model.vision.clip, model.llm
+    networks: tuple[tuple[Any, Blocks, list[nn.Module]], ...] = (
+        (clip, model.vision.tower, tower_blocks(clip)),
+        (llm, language_of(llm.config), llm_blocks(llm)),
+    )
+    for _, family, blocks in networks:
+        _require_biases(family, blocks)
     rounding = Rounding()
     dequantise_linears(model)
     merge_updates(model.llm, rounding.put)
-    for block in model.vision.live_blocks:
-        for sublayer, norm in tower.norms.items():
-            _merge(block, norm, tower.readers[sublayer], rounding)
-    for sublayer, norm in language.norms.items():
-        got_bias = [_merge(block, norm, language.readers[sublayer], rounding) for block in llm_blocks(model.llm)]
-        if any(got_bias):
-            for block in llm_blocks(model.llm):
-                writer: Any = block.get_submodule(language.writers[sublayer])
-                _with_zero_bias(writer)
-            setattr(model.llm.config, language.bias_switches[sublayer], True)
+    for network, family, blocks in networks:
+        for sublayer in family.sublayers:
+            got_bias = [_merge(block, family, sublayer, rounding) for block in blocks]
+            if any(got_bias):
+                _switch_biases_on(network.config, family, sublayer, blocks)
     return rounding
 
 
-def _require_bias_switches(model: MultimodalModel, language: Language) -> None:
-    for block in llm_blocks(model.llm):
-        for sublayer, norm in language.norms.items():
-            adapter: Any = getattr(getattr(block, norm), "adapter", None)
+def _readers(block: nn.Module, family: Blocks, sublayer: str) -> list[nn.Linear]:
+    """The linear layers that read the sublayer's input."""
+    found = (find_module(block, name) for name in family.readers[sublayer])
+    return [linear for linear in found if linear is not None]
+
+
+def _require_biases(family: Blocks, blocks: list[nn.Module]) -> None:
+    for block in blocks:
+        for sublayer, place in family.places.items():
+            adapter: Any = find_adapter(block, place)
             has_constant = adapter is not None and adapter.linear_map()[1] is not None
-            if has_constant and sublayer not in language.bias_switches:
+            holds = all(linear.bias is not None for linear in _readers(block, family, sublayer))
+            if has_constant and not holds and sublayer not in family.bias_switches:
                 raise InputError(
-                    f"model.adapter.bias: found True, but the config of a {language.title} has no switch for biases of "
+                    f"model.adapter.bias: found True, but the config of a {family.title} has no switch for biases of "
                     f"the {sublayer}'s linear layers, which adapters with biases make; keep the adapters apart"
                 )
 
 
-def _merge(block: nn.Module, norm_name: str, readers: tuple[str, ...], rounding: Rounding) -> bool:
-    """Folds the adapter behind that norm of `block`, if there is one. Returns whether the readers need a bias for
+def _merge(block: nn.Module, family: Blocks, sublayer: str, rounding: Rounding) -> bool:
+    """Folds the adapter in front of that sublayer of `block`, if there is one. Returns whether readers got a bias for
     it."""
-    place = getattr(block, norm_name)
-    if not isinstance(place, nn.Sequential):
+    place = family.places[sublayer]
+    adapter: Any = find_adapter(block, place)
+    if adapter is None:
         return False
-    matrix, offset = place.adapter.linear_map()
-    for name in readers:
-        linear = block.get_submodule(name)
+    matrix, offset = adapter.linear_map()
+    got_bias = False
+    for linear in _readers(block, family, sublayer):
         weight = linear.weight.double()
         if offset is not None:
-            _with_zero_bias(linear)
+            got_bias = _with_zero_bias(linear) or got_bias
             rounding.put(linear.bias, weight @ offset + linear.bias.double())
         rounding.put(linear.weight, weight @ matrix)
-    setattr(block, norm_name, place.norm)
-    return offset is not None
+    remove_adapter(block, place)
+    return got_bias
+
+
+def _switch_biases_on(config: Any, family: Blocks, sublayer: str, blocks: list[nn.Module]) -> None:
+    """Gives the sublayer's linear layers of all blocks a bias, and says so in the config."""
+    for switch in family.bias_switches[sublayer]:
+        setattr(config, switch, True)
+    for block in blocks:
+        for linear in (*_readers(block, family, sublayer), find_module(block, family.writers[sublayer])):
+            _with_zero_bias(linear)
 
 
 def _require_linear(adapter: Adapter) -> None:
@@ -127,8 +147,9 @@ def _require_linear(adapter: Adapter) -> None:
         )
 
 
-def _with_zero_bias(linear: nn.Linear) -> None:
-    if linear.bias is None:
-        linear.bias = nn.Parameter(
-            linear.weight.new_zeros(len(linear.weight)), requires_grad=linear.weight.requires_grad
-        )
+def _with_zero_bias(linear: nn.Linear) -> bool:
+    """Returns whether it had none before."""
+    if linear.bias is not None:
+        return False
+    linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)), requires_grad=linear.weight.requires_grad)
+    return True

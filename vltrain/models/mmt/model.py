@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vltrain.batch import Batch
 from vltrain.models.adapters import Routing
 from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states
+from vltrain.models.backbones.towers import tower_blocks
 from vltrain.models.flops import Flops
 from vltrain.models.interface import LossOutput, VisionLanguageModel
 from vltrain.models.mmt.flops import count_flops
@@ -62,7 +63,7 @@ class MultimodalModel(VisionLanguageModel):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return [*self.vision.clip.encoder.layers, *self.llm.model.layers]
+        return [*tower_blocks(self.vision.clip), *llm_blocks(self.llm)]
 
     @property
     def compilable_blocks(self) -> list[nn.Module]:

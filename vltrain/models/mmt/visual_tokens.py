@@ -8,16 +8,17 @@ Pixels come as uint8 and are normalised on the device, so that loaders send a qu
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vltrain.config.model.mmt import VisionConfig
 from vltrain.errors import InputError
 from vltrain.models.backbones.table import tower_of
+from vltrain.models.backbones.towers import first_states, tower_blocks
 from vltrain.models.pretrained.preprocessor import Preprocessing
 
 
@@ -46,6 +47,10 @@ class VisualTokens(nn.Module):
         self.num_live = num_live
         self.activation_checkpointing = activation_checkpointing
         self.framing = preprocessing.framing
+        self.image_size = preprocessing.image_size or self.tower.image_size(clip.config)
+        """Edge of the square that it reads, in pixels."""
+        self.num_prefix = self.tower.has_cls + self.tower.registers(clip.config)
+        """Rows in front of the patches: [cls] and registers."""
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
@@ -54,8 +59,9 @@ class VisualTokens(nn.Module):
         return self.clip.config.hidden_size
 
     @property
-    def image_size(self) -> int:
-        return self.clip.config.image_size
+    def grid(self) -> int:
+        """Patches along an image's edge."""
+        return self.image_size // self.clip.config.patch_size
 
     @property
     def num_tokens(self) -> int:
@@ -70,17 +76,26 @@ class VisualTokens(nn.Module):
     @property
     def num_rows(self) -> int:
         """Rows of the residual stream."""
-        return self.clip.embeddings.position_embedding.num_embeddings
+        return self.num_prefix + self.grid**2
 
     @property
     def live_blocks(self) -> list[nn.Module]:
         """The blocks that run."""
-        return list(self.clip.encoder.layers[: self.num_live])
+        return tower_blocks(self.clip)[: self.num_live]
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether what stands behind the blocks is read too."""
+        return False
 
     def unused_parameters(self) -> set[nn.Parameter]:
         """Parameters that no output depends on: later blocks, and what stands behind them."""
-        dead = [*(getattr(self.clip, name) for name in self.tower.after), *self.clip.encoder.layers[self.num_live :]]
-        return {parameter for module in dead for parameter in module.parameters()}
+        idle = {one for name in self.tower.idle if (one := attrgetter(name)(self.clip)) is not None}
+        if self.reads_all:
+            return idle
+        after = [getattr(self.clip, name) for name in self.tower.after if hasattr(self.clip, name)]
+        dead = [*after, *tower_blocks(self.clip)[self.num_live :]]
+        return idle | {parameter for module in dead for parameter in module.parameters()}
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> fp32, mean and deviation taken out."""
@@ -90,18 +105,16 @@ class VisualTokens(nn.Module):
         """uint8 [N, 3, H, W] -> [N, V, d_vision]."""
         raise NotImplementedError
 
-    def _first_states(self, pixels: Tensor) -> Tensor:
-        """What the first block reads, [N, P, d_vision]."""
-        states = self.normalise(pixels)
-        for name in self.tower.before:
-            states = getattr(self.clip, name)(states)
-        return states
+    def _start(self, pixels: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """(what the first block reads, [N, P, d_vision]; arguments of every block behind it)."""
+        normed = self.normalise(pixels)
+        return first_states(self.clip, normed), (None, *self.tower.beside(self.clip, normed))
 
     def _last_states(self, pixels: Tensor) -> Tensor:
         """What the last live block makes of them, [N, P, d_vision]."""
-        states = self._first_states(pixels)
+        states, beside = self._start(pixels)
         for block in self.live_blocks:
-            states = self._run(block, states, None)
+            states = self._run(block, states, *beside)
         return states
 
     def _run(self, function: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -114,9 +127,9 @@ class ClsTaps(VisualTokens):
     """[cls] after blocks `tap_every`, 2 `tap_every`, ...: equals `hidden_states[tap_every::tap_every][:, 0]` of the
     ViT.
 
-    The states are raw: no final norm and no projection, as in the paper. The last block works for [cls] alone (of the
-    others only keys and values are read), which saves five sixths of it. Whether the ViT's GELU is exact or CLIP's
-    quick one is the checkpoint's `hidden_act`.
+    The states are raw: no final norm and no projection, as in the paper. Where the family says how, the last block
+    works for [cls] alone (of the others only keys and values are read), which saves five sixths of it. Whether the
+    ViT's GELU is exact or CLIP's quick one is the checkpoint's `hidden_act`.
     """
 
     def __init__(
@@ -126,14 +139,14 @@ class ClsTaps(VisualTokens):
         activation_checkpointing: bool = False,
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
     ) -> None:
-        num_blocks = clip.config.num_hidden_layers
+        tower, num_blocks = tower_of(clip.config), clip.config.num_hidden_layers
+        if not tower.has_cls:
+            raise InputError(f"model.vision.tokens: found 'cls', but a {tower.title} has no [cls]; take patches")
         if tap_every > num_blocks:
             raise InputError(
                 f"model.vision.tap_every: found {tap_every}, expected at most the ViT's {num_blocks} blocks"
             )
         super().__init__(clip, num_blocks // tap_every * tap_every, activation_checkpointing, preprocessing)
-        if not self.tower.has_cls:
-            raise InputError(f"model.vision.tokens: found 'cls', but a {self.tower.title} has no [cls]; take patches")
         self.tap_every = tap_every
 
     @property
@@ -142,24 +155,27 @@ class ClsTaps(VisualTokens):
 
     @property
     def last_rows(self) -> int:
-        return 1
+        return self.num_rows if self.tower.cls_of_block is None else 1
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self._first_states(pixels)
+        states, beside = self._start(pixels)
         taps = []
         *blocks, last = self.live_blocks
         for number, block in enumerate(blocks, start=1):
-            states = self._run(block, states, None)
+            states = self._run(block, states, *beside)
             if number % self.tap_every == 0:
                 taps.append(states[:, 0])
-        taps.append(self._run(_cls_of_block, last, states))
+        if self.tower.cls_of_block is None:
+            taps.append(self._run(last, states, *beside)[:, 0])
+        else:
+            taps.append(self._run(self.tower.cls_of_block, last, states))
         return torch.stack(taps, dim=1)
 
 
 class Patches(VisualTokens):
     """The states of all patches after `blocks` blocks (None: all but the last, as LLaVA has it: Liu et al. 2023,
     https://arxiv.org/abs/2304.08485), row by row; the mean of each square of `pool` x `pool` of them. Raw, without
-    [cls]."""
+    [cls] and registers."""
 
     def __init__(
         self,
@@ -174,7 +190,7 @@ class Patches(VisualTokens):
         if num_live > num_blocks:
             raise InputError(f"model.vision.blocks: found {num_live}, expected at most the ViT's {num_blocks} blocks")
         super().__init__(clip, num_live, activation_checkpointing, preprocessing)
-        self.pool, self.grid = pool, clip.config.image_size // clip.config.patch_size
+        self.pool = pool
         if self.grid % pool:
             raise InputError(
                 f"model.vision.pool: found {pool}, expected a divisor of the {self.grid} patches along an image's edge"
@@ -185,8 +201,7 @@ class Patches(VisualTokens):
         return (self.grid // self.pool) ** 2
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self._last_states(pixels)
-        patches = states[:, 1:] if self.tower.has_cls else states
+        patches = self._last_states(pixels)[:, self.num_prefix :]
         side = self.grid // self.pool
         return patches.unflatten(1, (side, self.pool, side, self.pool)).mean(dim=(2, 4)).flatten(1, 2)
 
@@ -202,7 +217,7 @@ class Pooler(VisualTokens):
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__(clip, clip.config.num_hidden_layers, activation_checkpointing, preprocessing)
-        if self.tower.pool is None:
+        if self.tower.pool is None or not all(hasattr(clip, name) for name in self.tower.after):
             raise InputError(
                 f"model.vision.tokens: found 'pooler', but a {self.tower.title} has no pooler; take patches"
             )
@@ -211,8 +226,9 @@ class Pooler(VisualTokens):
     def num_tokens(self) -> int:
         return 1
 
-    def unused_parameters(self) -> set[nn.Parameter]:
-        return set()
+    @property
+    def reads_all(self) -> bool:
+        return True
 
     def forward(self, pixels: Tensor) -> Tensor:
         assert self.tower.pool is not None
@@ -225,25 +241,3 @@ VISUAL_TOKENS: dict[str, Callable[[Any, VisionConfig, bool, Preprocessing], Visu
     "pooler": lambda clip, config, *more: Pooler(clip, *more),
 }
 """By `model.vision.tokens`: (network, settings, activation checkpointing, preprocessing) -> module."""
-
-
-def _cls_of_block(block: Any, states: Tensor) -> Tensor:
-    """Row 0 of what a `CLIPEncoderLayer` makes of `states` [N, P, d] -> [N, d], without computing the other rows."""
-    attention = block.self_attn
-    normed = block.layer_norm1(states)
-    query, key, value = (
-        projection(rows).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-        for projection, rows in (
-            (attention.q_proj, normed[:, :1]),
-            (attention.k_proj, normed),
-            (attention.v_proj, normed),
-        )
-    )
-    dropout = attention.dropout if attention.training else 0.0  # as in the blocks before
-    mixed = (
-        F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=attention.scale)
-        .transpose(1, 2)
-        .flatten(2)
-    )
-    cls = states[:, :1] + attention.out_proj(mixed)
-    return (cls + block.mlp(block.layer_norm2(cls)))[:, 0]

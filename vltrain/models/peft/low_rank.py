@@ -38,8 +38,8 @@ TARGETS: dict[str, Mapping[str, tuple[str, ...]]] = {
         ),
         "ffn": ("intermediate.dense", "output.dense", "intermediate_query.dense", "output_query.dense"),
     },
-    "llama": LLAMA.sublayers,
-    "t5": T5.sublayers,
+    "llama": LLAMA.blip_targets,
+    "t5": T5.blip_targets,
 }
 
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Phi3Config, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from vltrain.config.ranges import Range
@@ -77,7 +78,8 @@ RANGES: dict[str, Range] = {
 }
 ACTIVATIONS = ("hidden_act", "dense_act_fn")
 DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
-# What other networks compute by and these classes keep without reading it: the values under which it changes nothing.
+# What other networks compute by: the values under which it changes nothing, for classes that keep it without having
+# such a setting of their own.
 UNREAD: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
@@ -236,11 +238,13 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
             value = own.get(name)
             if value is not None and value not in ACT2FN:
                 raise _Named(f"{prefix}{name}: found {value!r:.80}; {nearest(str(value), ACT2FN)}")
+        known = {entry.name for entry in fields(type(section))}
         for name, neutral in UNREAD.items():
             value = own.get(name)
             if (
                 value is not None
                 and value not in neutral
+                and name not in known
                 and not (name == "sliding_window" and own.get("use_sliding_window") is False)
             ):
                 told = (
@@ -251,10 +255,7 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
                     f"{prefix}{name}: found {value!r:.80}, {told}, so the network would compute something else "
                     "than its weights were trained for"
                 )
-        if any(kind != "full_attention" for kind in own.get("layer_types") or ()):
-            raise _Named(
-                f"{prefix}layer_types: found {own['layer_types']!r:.80}, expected full_attention in every block"
-            )
+        _check_attention(prefix, own)
         heads, shared = getattr(section, "num_attention_heads", None), getattr(section, "num_key_value_heads", None)
         if heads is not None and shared is not None and heads % shared:
             raise _Named(
@@ -271,12 +272,27 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
                 f"{prefix}decoder_start_token_id: found {start!r:.80}, expected an id from 0 to below "
                 f"vocab_size = {vocabulary}"
             )
-        if getattr(section, "rope_parameters", None) is not None:
-            _check_rotary(f"{prefix}rope_parameters", section)
+        rope = getattr(section, "rope_parameters", None)
+        if rope is not None and "rope_type" not in rope and any(isinstance(one, dict) for one in rope.values()):
+            for kind, own_rope in rope.items():  # by the type of a block's attention
+                _check_rotary(f"{prefix}rope_parameters.{kind}", section, own_rope)
+        elif rope is not None:
+            _check_rotary(f"{prefix}rope_parameters", section, rope)
 
 
-def _check_rotary(key: str, config: PreTrainedConfig) -> None:
-    rope = config.rope_parameters
+def _check_attention(prefix: str, own: Mapping[str, Any]) -> None:
+    """Raises _Named for blocks that do not see all of their segment."""
+    if any(kind != "full_attention" for kind in own.get("layer_types") or ()):
+        raise _Named(f"{prefix}layer_types: found {own['layer_types']!r:.80}, expected full_attention in every block")
+    if own.get("use_bidirectional_attention"):
+        raise _Named(f"{prefix}use_bidirectional_attention: found true, expected false: tokens see those before them")
+    if own.get("sliding_window") is not None and own.get("use_sliding_window") is not False:
+        raise _Named(
+            f"{prefix}sliding_window: found {own['sliding_window']!r:.80}, expected null: windows are not supported"
+        )
+
+
+def _check_rotary(key: str, config: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", "default")
     constant = kind == "longrope" and rope.get("short_factor") == rope.get("long_factor") is not None
     if kind not in POSITION_ONLY and not constant:
@@ -289,12 +305,15 @@ def _check_rotary(key: str, config: PreTrainedConfig) -> None:
         if not allowed.holds(rope.get(name)):
             raise _Named(f"{key}.{name}: found {rope.get(name)!r:.80}, expected {allowed}")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if isinstance(config, Phi3Config):  # the one of ours that rotates parts of heads
+        width, partial = int(width * partial), 1.0
     if width % 2:
         raise _Named(f"{key}: heads of width {width} cannot be rotated in pairs; expected an even width")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if partial != 1.0:
         raise _Named(
-            f"{key}.partial_rotary_factor: found {rope['partial_rotary_factor']!r:.80}, expected 1, since a "
-            "LLaMA rotates whole heads"
+            f"{key}.partial_rotary_factor: found {partial!r:.80}, expected 1, since a "
+            f"{type(config).__name__.removesuffix('Config')} rotates whole heads"
         )
 
 

@@ -9,12 +9,14 @@ What a source is, its content says: its family's own layouts (`Family.layouts`) 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vltrain.errors import InputError, nearest
@@ -111,9 +113,14 @@ def open_tower(key: str, source: str, network: Any, dtype: torch.dtype) -> Weigh
     layout = _own_layout([tower], path)
     if layout is not None:
         return layout.weights(key, Path(path), network)
-    return _open(
-        key, source, network, dtype, lambda name: name.removeprefix("vision_model."), Beside(unused=tower.others)
-    )
+
+    def ours(name: str) -> str:
+        name = name.removeprefix("vision_model.")
+        for pattern, replacement in tower.renamed:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return _open(key, source, network, dtype, ours, Beside(unused=tower.others))
 
 
 def load_language(key: str, source: str, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> Any:
@@ -154,7 +161,9 @@ def _config_from_values(key: str, families: Iterable[Family], values: dict[str, 
             raise InputError(
                 f"{key}.config.{name}: {family.config.__name__} has no such setting; {nearest(name, known)}"
             )
-    return try_config(f"{key}.config.", given, lambda sizes: family.config(**sizes), family.network)
+    where = f"{key}.config."
+    config = try_config(where, given, lambda sizes: family.config(**sizes), family.network)
+    return _supported(where, family, config)
 
 
 def _read_config(key: str, source: str, families: Iterable[Family]) -> Any:
@@ -172,18 +181,34 @@ def _read_config(key: str, source: str, families: Iterable[Family]) -> Any:
     if model_type in wholes:  # whose older files say its parts twice: transformers' own reading of both counts
         whole, family = wholes[model_type]
         where, section = f"{key}.source: {path}: ", "vision_config."
-        return try_config(where, found, lambda given: whole.from_dict(given).vision_config, family.network, section)
+        config = try_config(where, found, lambda given: whole.from_dict(given).vision_config, family.network, section)
+        return _supported(f"{where}{section}", family, config)
     if model_type not in by_type:
         raise InputError(
             f"{key}.source: '{source}' ({place}) is a model of type {model_type!r:.80}, expected "
             f"{' or '.join(map(repr, [*by_type, *wholes]))}"
         )
-    return try_config(
-        f"{key}.source: {path}: ",
-        with_rope_factors(key, str(path), found, factors),
-        by_type[model_type].config.from_dict,
-        by_type[model_type].network,
-    )
+    where, family = f"{key}.source: {path}: ", by_type[model_type]
+    values = with_rope_factors(key, str(path), found, factors)
+    return _supported(where, family, try_config(where, values, family.config.from_dict, family.network))
+
+
+def _supported(where: str, family: Family, config: Any) -> Any:
+    """`config`; raises InputError for what of the family is not supported, here or with this transformers."""
+    if family.since is not None and not is_transformers_at_least(family.since):
+        raise InputError(
+            f"{where}model_type: a {family.title} needs transformers {family.since} or newer, found "
+            f"{transformers.__version__}: pip install -U transformers"
+        )
+    if lacking := family.lacks(config):
+        raise InputError(f"{where}{lacking}; it is not supported")
+    return config
+
+
+def is_transformers_at_least(release: str) -> bool:
+    """Whether the installed transformers is of that release (MAJOR.MINOR) or a newer one."""
+    found, due = (tuple(map(int, one.split(".")[:2])) for one in (transformers.__version__, release))
+    return found >= due
 
 
 def _open(
