@@ -34,9 +34,10 @@ from vltrain.console import start_logging, watched
 from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
 from vltrain.data.shards import Manifest, ShardFile
-from vltrain.data.text.conversation import TEMPLATES, find_template, fingerprint
+from vltrain.data.text.conversation import TEMPLATES, find_template
+from vltrain.data.text.encoder import SampleEncoder, TemplateEncoder
 from vltrain.data.text.instruction import InstructionSource
-from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
 
@@ -116,9 +117,10 @@ def _begin(samples: Path, settings: PackSettings, workers: int | None) -> _Given
     _require_sensible(settings)
     workers = workers or usable_cores()
     loaded, before = load_tokenizer(settings.tokenizer, settings.instruction), look(samples)
-    origin = _origin(samples, before, loaded, settings)
+    encoder = TemplateEncoder(loaded, settings.template, settings.visual_tokens)
+    origin = _origin(samples, before, encoder, settings)
     images = PackedImages(samples.parent, workers, settings.max_image_pixels)
-    return _Given(samples, settings, loaded, workers, before, images, origin)
+    return _Given(samples, settings, encoder, workers, before, images, origin)
 
 
 def _write_part(tokens: Iterable[Tokens], given: _Given, output: Path, share: Share) -> None:
@@ -134,7 +136,7 @@ class _Given:
 
     samples: Path
     settings: PackSettings
-    tokenizer: Tokenizer
+    encoder: SampleEncoder
     workers: int
     before: Seen
     images: PackedImages
@@ -142,14 +144,13 @@ class _Given:
 
     def tokenised(self, share: Share | None = None) -> Iterator[Tokens]:
         """The samples' tokens, or those of a part."""
-        told = self.settings.template, self.settings.visual_tokens, self.workers
-        return tokenised(self.samples, self.tokenizer, *told, share)
+        return tokenised(self.samples, self.encoder, self.settings.max_image_pixels, self.workers, share)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says."""
         settings = self.settings
         return {
-            "tokenizer_fingerprint": fingerprint(self.tokenizer, settings.template),
+            "tokenizer_fingerprint": self.encoder.fingerprint,
             "tokenizer": settings.tokenizer,
             "template": settings.template,
             "visual_tokens": settings.visual_tokens,
@@ -173,7 +174,7 @@ class _Given:
             raise InputError(f"{self.samples}: was changed while it was packed; pack again when it is whole")
 
 
-def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, settings: PackSettings) -> MadeFrom:
+def _origin(samples: Path, before: Seen, encoder: SampleEncoder, settings: PackSettings) -> MadeFrom:
     """What packs are made from, the images but: those are known when they are stored."""
     if before.kind != FILE:
         raise InputError(
@@ -187,8 +188,8 @@ def _origin(samples: Path, before: Seen, tokenizer: Tokenizer, settings: PackSet
         samples=before.digest.hex(),
         prepared=known.samples if known is not None else None,
         source=known.name() if known is not None else None,
-        rendered=rendered_digest(tokenizer, settings.template),
-        tokenizer=tokenizer.state(),
+        rendered=rendered_digest(encoder.tokenizer, settings.template),
+        tokenizer=encoder.tokenizer.state(),
         options={"over_long": settings.over_long, "max_image_pixels": settings.max_image_pixels},
     )
 
@@ -244,8 +245,7 @@ def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebui
         extra_files = _list_over_long(spool, fits, settings, writer.folder)
         kept = np.flatnonzero(fits)
         image_ids = _store_images(given.images, spool, kept, writer)
-        padded = find_template(settings.template).padded
-        order, starts = spool.assign(kept, pack_length, max_images, settings.seed, padded=padded)
+        order, starts = spool.assign(kept, pack_length, max_images, settings.seed, padded=given.encoder.padded)
         for first, last in zip(
             watched(starts[:-1], title="packs", unit="pack", total=len(starts) - 1), starts[1:], strict=True
         ):

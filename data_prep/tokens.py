@@ -19,9 +19,9 @@ import numpy as np
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
 from vltrain.console import Progress
-from vltrain.data.text.conversation import encode_sample, stop_ids
+from vltrain.data.images import sizes_below
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.spelling import Spelling
-from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
 from vltrain.schema import Sample, Segment
@@ -46,7 +46,7 @@ class Tokens:
 
 
 def tokenised(
-    samples: Path, tokenizer: Tokenizer, template: str, visual_tokens: int, workers: int, share: Share | None = None
+    samples: Path, encoder: SampleEncoder, max_pixels: int, workers: int, share: Share | None = None
 ) -> Iterator[Tokens]:
     """Tokenises a file of samples, or a part's share of it: the lines that begin in its share of the bytes.
 
@@ -59,7 +59,7 @@ def tokenised(
     except OSError as error:
         raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
     first, last = (0, num_bytes) if share is None or share.part is None else share.bounds(share.part, num_bytes)
-    shared = (str(samples), tokenizer, template, visual_tokens)
+    shared = (str(samples), encoder, max_pixels)
     with stream, Progress(total=last - first, title="samples", unit="byte", in_bytes=True) as progress:
         chunks = in_chunks(_lines(stream, first, last), _LINES_PER_CHUNK)
         for tokens in ordered_map(_tokenise, chunks, workers, shared):
@@ -86,17 +86,15 @@ def _lines(stream: BinaryIO, first: int, last: int) -> Iterator[tuple[int, bytes
         number += 1
 
 
-def _tokenise(
-    lines: list[tuple[int, bytes]], file: str, tokenizer: Tokenizer, template: str, visual_tokens: int
-) -> Tokens:
+def _tokenise(lines: list[tuple[int, bytes]], file: str, encoder: SampleEncoder, max_pixels: int) -> Tokens:
     segments: list[Segment] = []
-    spelling, ends = Spelling(), stop_ids(tokenizer, template)
+    spelling, ends, size_of = Spelling(), encoder.stop_ids, sizes_below(Path(file).parent, max_pixels)
     for number, line in lines:
         if is_blank(line, number):
             continue
         sample = Sample.from_json(parse_line(line, file, number), f"{file}:{number}")
-        segments.append(encode_sample(sample, tokenizer, template, visual_tokens, askable=True))
-        spelling.add(sample, segments[-1], tokenizer, ends)
+        segments.append(encoder.sample(sample, size_of, askable=True))
+        spelling.add(sample, segments[-1], encoder.tokenizer, ends)
     return Tokens(
         ids=[segment.sample_id for segment in segments],
         images=[segment.images for segment in segments],

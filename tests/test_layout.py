@@ -202,7 +202,7 @@ MOST_PARAMETERS = 8
 # tensors) call has their signatures; elsewhere each parameter is a thing of its own, named where it is called.
 MANY_PARAMETERS = set(
     """
-    vltrain.config.command_line.load_settings vltrain.data.loader.StepLoader.__init__
+    vltrain.config.command_line.load_settings
     vltrain.evaluate.answering.generate._Decoder.__init__ vltrain.evaluate.answering.generate.generate
     vltrain.export.formats.modeling_vltrain_mmt.VltrainMmtProcessor.__init__
     vltrain.inference.model.LoadedModel.__init__

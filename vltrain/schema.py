@@ -221,6 +221,8 @@ class Segment:
 
     `instruction_ids` int32 [I]: the prompt as a Q-Former reads it, without its last `instruction_cut` tokens; empty
     where there is none.
+    Of a stock model: `position_ids` int32 [R, L], [0, 0] where they count from 0; `blocks` int32 [L], see
+    `vltrain.batch.Batch`, [0] where all tokens are causal; `image_tokens` int32 [K], placeholders of each image.
     """
 
     sample_id: str
@@ -229,6 +231,9 @@ class Segment:
     images: tuple[str, ...]
     instruction_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     instruction_cut: int = 0
+    position_ids: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
+    blocks: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    image_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +248,13 @@ class PackedRow:
     sample_ids      S strings
     instruction_ids     int32 [sum of the next], what a Q-Former reads, segment after segment; empty where there is none
     instruction_lengths int32 [S], or [0] where there is none
+
+    Of a stock model, whose `input_ids` are its own (>= 0):
+
+    position_ids    int32 [R, T], or [0, 0] where each segment's count from 0
+    blocks          int32 [T], see `vltrain.batch.Batch`, or [0] where all tokens are causal
+    image_tokens    int32 [N], placeholders of each distinct image
+    image_counts    int32 [N], images of the samples that show it; an image that depends on that is there once for each
     """
 
     input_ids: np.ndarray
@@ -253,3 +265,7 @@ class PackedRow:
     sample_ids: tuple[str, ...]
     instruction_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     instruction_lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    position_ids: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.int32))
+    blocks: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    image_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    image_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))

@@ -14,6 +14,7 @@ from vltrain.config.model.mmt import LLMConfig, MmtConfig
 from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.data.text.conversation import encode_prompt, encode_sample, fingerprint, stop_ids
+from vltrain.data.text.encoder import TemplateEncoder
 from vltrain.data.text.spelling import Spelling
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.questions import ask, indistinguishable
@@ -377,10 +378,10 @@ def prompt_and_answer_beyond_the_positions(folder: Path) -> Shown:
     samples = [pair(), pair("is it red? " * 4)]
     length = len(encode_prompt(samples[1], tokenizer, "mmt", 4).input_ids)
     fits = Config(eval=EvalConfig(max_new_tokens=64 - length + 1))
-    assert len(ask(samples, samples, tokenizer, fits, model, "x").prompts) == 2
+    assert len(ask(samples, samples, TemplateEncoder(tokenizer, "mmt", 4), fits, model, Path("x")).prompts) == 2
     config = Config(eval=EvalConfig(max_new_tokens=64 - length + 2))
     return refuses(
-        lambda: ask(samples, samples, tokenizer, config, model, "x.jsonl"),
+        lambda: ask(samples, samples, TemplateEncoder(tokenizer, "mmt", 4), config, model, Path("x.jsonl")),
         "x.jsonl",
         "1 question(s)",
         "64 positions",
@@ -446,7 +447,11 @@ def candidates_beyond_the_positions(folder: Path) -> Shown:
     )
     asked = Sample(id="far", turns=pair().turns, metadata={"candidates": ["yes", "no " * 80], "answer": 0})
     config = Config(eval=EvalConfig(method="rank", scorer="iconqa"), data=DataConfig())
-    return refuses(lambda: ask([asked], [asked], tokenizer, config, model, "x.jsonl"), "'far'", "64 positions")
+    return refuses(
+        lambda: ask([asked], [asked], TemplateEncoder(tokenizer, "mmt", 4), config, model, Path("x.jsonl")),
+        "'far'",
+        "64 positions",
+    )
 
 
 @attack(CONTEXT)
@@ -493,6 +498,20 @@ def limit_from_the_references(folder: Path) -> Shown:
     )
     answer = "is there a red circle in the image? " * 10
     samples = [pair(), pair(answer=answer)]
-    assert ask(samples[:1], samples, tokenizer, Config(), model, "x").max_new_tokens > len(tokenizer.encode(answer)) > 8
-    assert ask(samples, samples, tokenizer, Config(eval=EvalConfig(max_new_tokens=8)), model, "x").max_new_tokens == 8
+    assert (
+        ask(samples[:1], samples, TemplateEncoder(tokenizer, "mmt", 4), Config(), model, Path("x")).max_new_tokens
+        > len(tokenizer.encode(answer))
+        > 8
+    )
+    assert (
+        ask(
+            samples,
+            samples,
+            TemplateEncoder(tokenizer, "mmt", 4),
+            Config(eval=EvalConfig(max_new_tokens=8)),
+            model,
+            Path("x"),
+        ).max_new_tokens
+        == 8
+    )
     return right("the longest reference fits, and a limit that is given stays")

@@ -14,6 +14,7 @@ from tests.attacks.attack import Shown, attack, refused, refuses, right
 from tests.attacks.inputs import TOKENIZER, chat, pack_words, picture, prepare_words, sample, write_json, write_jsonl
 from vltrain.config.schema import Config, DataConfig
 from vltrain.data.shards import PackedDataset
+from vltrain.data.text.encoder import TemplateEncoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import data_identity, require_same_set, require_trained_set
@@ -50,7 +51,9 @@ def recipe(folder: Path, **data: Any) -> Config:
 
 
 def packs(config: Config, *, rebuild: bool = False) -> PackedDataset:
-    return open_packs(config, load_tokenizer(TOKENIZER), VISUAL_TOKENS, rebuild=rebuild)
+    return open_packs(
+        config, TemplateEncoder(load_tokenizer(TOKENIZER), config.data.template, VISUAL_TOKENS), rebuild=rebuild
+    )
 
 
 def made(folder: Path, **data: Any) -> Config:

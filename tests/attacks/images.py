@@ -17,7 +17,7 @@ from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, 
 from tests.attacks.inputs import chat, pack_words, picture, prepare_words, sample, write_json, write_jsonl
 from tests.support.processes import ROOT
 from vltrain.data.images import decode_image, open_rgb, read_image
-from vltrain.evaluate.samples import image_loader
+from vltrain.data.pictures import SquareReader, pictures_below
 
 FORMAT, SIZE, LINK, RANGE = (
     "image formats that run or load other code",
@@ -48,6 +48,10 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
+
+
+def _load(folder: Path):
+    return pictures_below(folder, SquareReader(size=16), 10**6).load
 
 
 @attack(FORMAT)
@@ -123,7 +127,7 @@ def file_too_large_for_evaluation(folder: Path) -> Shown:
     """The same file, beside a samples file that evaluation reads."""
     with (folder / "a.png").open("wb") as file:
         file.truncate(20 << 30)
-    return refuses(lambda: image_loader(folder, 16, 10**6)("a.png"), "21,474,836,480 bytes")
+    return refuses(lambda: _load(folder)("a.png"), "21,474,836,480 bytes")
 
 
 @attack(SIZE)
@@ -225,7 +229,7 @@ def link_read_by_evaluation(folder: Path) -> Shown:
     picture(folder / "secret" / "b.png")
     (folder / "own").mkdir()
     (folder / "own" / "b.png").symlink_to("../secret/b.png")
-    return refuses(lambda: image_loader(folder / "own", 16, 10**6)("b.png"), "a link leads out of")
+    return refuses(lambda: _load(folder / "own")("b.png"), "a link leads out of")
 
 
 @attack(LINK)
@@ -234,7 +238,7 @@ def link_inside_the_folder(folder: Path) -> Shown:
     picture(folder / "real" / "b.png")
     (folder / "real" / "a.png").symlink_to("b.png")
     (folder / "own").symlink_to(folder / "real")
-    assert image_loader(folder / "own", 16, 10**6)("a.png").shape == (3, 16, 16)
+    assert _load(folder / "own")("a.png").shape == (3, 16, 16)
     return right("read")
 
 

@@ -24,6 +24,7 @@ from tests.benchmarks.measure import alternate, command, report, settled, tell
 from tests.benchmarks.ours import OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.samples import Samples, pack_samples, scienceqa_like
 from vltrain.data.loader import LoadedStep, StepLoader
+from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.train.zero.engine import init_distributed, shutdown_distributed
@@ -53,7 +54,7 @@ class Drained:
 
     def __init__(self, dataset: PackedDataset, workers: int, image_size: int, packs: int) -> None:
         plan = Plan(dataset.index, seed=0, epochs=1e6, packs_per_step=1, world_size=1, cost=PackCost())
-        self._loader = StepLoader(dataset, plan, 0, image_size, MAX_IMAGE_PIXELS, workers)
+        self._loader = StepLoader(dataset, plan, 0, SquareReader(size=image_size, max_pixels=MAX_IMAGE_PIXELS), workers)
         self._steps: Iterator[LoadedStep] = iter(self._loader)
         self._packs = packs
 

@@ -30,6 +30,7 @@ from tests.benchmarks.ours import OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.samples import pack_samples, scienceqa_like
 from tests.support.processes import ROOT, free_port, rank_environment
 from vltrain.data.loader import StepLoader
+from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import INDEX, INDEX_SCHEMA, Index, PackedDataset, read_index
 from vltrain.schema import PackedRow
@@ -178,7 +179,7 @@ def run_holder(packs: Path, index: Path, image_size: int, steps: int) -> None:
     start = time.perf_counter()
     dataset = Repeating(packs, index)
     plan = Plan(dataset.index, seed=0, epochs=1.0, packs_per_step=16, world_size=8, cost=PackCost())
-    loader = iter(StepLoader(dataset, plan, 3, image_size, 10**7, 0))
+    loader = iter(StepLoader(dataset, plan, 3, SquareReader(size=image_size), 0))
     next(loader)
     opened, first = time.perf_counter() - start, own_kib() - before
     start = time.perf_counter()

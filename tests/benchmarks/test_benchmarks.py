@@ -18,6 +18,7 @@ from tests.benchmarks.measure import alternate, median_ratio
 from tests.benchmarks.ours import benchmark_config, sizes
 from tests.benchmarks.peers import GroupedTrainer, PaddedModel, PaddingCollator, peer_model
 from tests.benchmarks.samples import pack_samples, scienceqa_lengths, scienceqa_like
+from tests.support.reading import squares
 from vltrain.data.images import decode_image
 from vltrain.data.loader import collate
 from vltrain.models.build import build_model
@@ -68,7 +69,7 @@ def test_padded_competitors_train_on_the_same_loss(tmp_path, length):
     for number in range(len(dataset)):
         row = dataset.row(number)
         images = [decode_image(dataset.image(image), model.image_size, 10**6, "") for image in row.image_ids.tolist()]
-        batch = collate(row, images, model.image_size)
+        batch = collate(row, images, squares(model))
         ours, num_labels = ours + float(model(batch).loss_sum.detach()), num_labels + batch.num_label_tokens
     padded = PaddedModel(peer_model(config, torch.float32))
     theirs = padded(**PaddingCollator(samples, model.image_size, 10**6, length)(samples.segments)).loss

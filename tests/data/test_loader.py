@@ -19,13 +19,16 @@ from tests.support import tiny
 from tests.support.processes import ROOT
 from tests.support.tiny import IMAGE_SIZE, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.data import loader as loader_module
+from vltrain.data import pictures
 from vltrain.data.loader import StepLoader, filler
+from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import FILLER, PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
 PACKS = make_segments(14)
+READER = SquareReader(size=IMAGE_SIZE)
 NUM_STEPS = 6  # 28 packs, five a step; the last step has three
 
 
@@ -40,7 +43,7 @@ def plan_of(dataset: PackedDataset, world_size: int = 1, **changes) -> Plan:
 
 
 def load(dataset: PackedDataset, plan: Plan, rank: int = 0, workers: int = 0, start_step: int = 0) -> StepLoader:
-    return StepLoader(dataset, plan, rank, IMAGE_SIZE, 10**6, workers, start_step)
+    return StepLoader(dataset, plan, rank, READER, workers, start_step)
 
 
 def reference_pixels() -> dict[str, np.ndarray]:
@@ -121,7 +124,7 @@ def test_a_filler_has_no_label_and_matches_the_others_collectives(dataset):
     batch = next(iter(load(dataset, plan, rank))).batches[position]
     assert batch.is_filler and batch.num_label_tokens == 0 and (batch.labels == IGNORE_INDEX).all()
     for image in (True, False):
-        made = filler(image, IMAGE_SIZE)
+        made = filler(image, READER)
         assert (
             made.is_filler
             and made.pixels.shape == (int(image), 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -155,8 +158,8 @@ def test_a_picture_that_samples_share_is_decoded_once(dataset, monkeypatch):
         decoded[where] += 1
         return decode(data, image_size, max_pixels, where, framing)
 
-    decode = loader_module.decode_image
-    monkeypatch.setattr(loader_module, "decode_image", counting)
+    decode = pictures.decode_image
+    monkeypatch.setattr(pictures, "decode_image", counting)
     list(load(dataset, plan_of(dataset, epochs=1.0)))
     assert set(decoded.values()) == {1}
     assert len(decoded) == sum(len({image for segment in segments for image in segment.images}) for segments in PACKS)
@@ -188,7 +191,7 @@ def test_a_picture_that_cannot_be_decoded_is_named_with_its_samples(tmp_path, mo
 
 def test_a_picture_over_the_limit_is_refused_with_the_settings_name(dataset):
     with pytest.raises(InputError, match="max_image_pixels"):
-        list(StepLoader(dataset, plan_of(dataset), 0, IMAGE_SIZE, 100, 0))
+        list(StepLoader(dataset, plan_of(dataset), 0, SquareReader(size=IMAGE_SIZE, max_pixels=100), 0))
 
 
 def test_a_worker_that_is_killed_ends_the_run_instead_of_halting_it(dataset):
@@ -220,7 +223,7 @@ def test_batches_are_pinned_where_that_is_asked_for_and_only_there(dataset, monk
     plan = plan_of(dataset, world_size=2)
     for _ in load(dataset, plan, rank=1):
         assert not pinned
-    steps = list(StepLoader(dataset, plan, 1, IMAGE_SIZE, 10**6, 0, pin_memory=True))
+    steps = list(StepLoader(dataset, plan, 1, READER, 0, pin_memory=True))
     assert any(batch.is_filler for step in steps for batch in step.batches)
     there = {tensor.data_ptr() for tensor in pinned}
     for batch in (batch for step in steps for batch in step.batches):
@@ -252,7 +255,7 @@ def no_files(tensor):
     ],
 )
 def test_a_worker_that_cannot_share_hands_over_why(dataset, monkeypatch, share, parts):
-    fetcher = loader_module._Fetcher(dataset, IMAGE_SIZE, 10**6)
+    fetcher = loader_module._Fetcher(dataset, READER)
     number = next(number for number in range(len(dataset)) if len(dataset.row(number).image_ids))
     monkeypatch.setattr(torch.Tensor, "share_memory_", share)
     assert not isinstance(fetcher[number, True], str)  # this process shares nothing

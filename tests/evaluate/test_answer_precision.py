@@ -12,6 +12,7 @@ from tests.evaluate.test_generate import MODEL, make_prompts, run
 from tests.evaluate.test_qformer_answers import picture
 from tests.models.test_qformer import KINDS, tokenizer_of
 from tests.support.blip import blip_config, make_samples, make_tokenizers
+from tests.support.reading import pictures, ranked
 from vltrain.config.command_line import load_settings
 from vltrain.config.recipe import build_config
 from vltrain.data.text.conversation import encode_prompt, stop_ids
@@ -91,10 +92,10 @@ def test_an_instructblip_generates_and_ranks_the_same_at_every_batch_size(kind, 
     ]
 
     def answers(of, size):
-        candidates = SegmentCandidates(
-            model=of, template=of.template, tokenizer=tokenizer, load_image=picture, device="cpu"
+        candidates = SegmentCandidates(**ranked(of, tokenizer, of.template, picture))
+        return generate(of, prompts, pictures(of, picture), batch_size=size, **settings), rank(
+            candidates, items, batch_size=size
         )
-        return generate(of, prompts, picture, batch_size=size, **settings), rank(candidates, items, batch_size=size)
 
     expected = answers(whole, 5)
     with IN_BF16, products_in_fp32(half, "cpu"):

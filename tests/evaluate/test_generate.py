@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.reading import pictures
 from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
@@ -82,7 +83,7 @@ def run(
 ) -> list[list[int]]:
     sampling = Sampling(**{"max_new_tokens": 12, **changes.pop("sampling", {})})
     settings = {"stop_ids": STOP, "vocab_size": VOCABULARY, "device": "cpu", **changes}
-    return generate(model, prompts, load_image, sampling=sampling, batch_size=batch_size, **settings)
+    return generate(model, prompts, pictures(model, load_image), sampling=sampling, batch_size=batch_size, **settings)
 
 
 def plain_hidden_states(model: MultimodalModel, embeds: torch.Tensor) -> torch.Tensor:

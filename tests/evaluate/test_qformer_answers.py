@@ -9,6 +9,7 @@ import torch
 
 from tests.models.test_qformer import IMAGE_ID, KINDS, reference, tokenizer_of
 from tests.support.blip import IMAGE_SIZE, blip_config, make_batch, make_samples, make_tokenizers
+from tests.support.reading import pictures, ranked
 from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.evaluate.answering.candidates import SegmentCandidates
 from vltrain.evaluate.answering.generate import Sampling, alone, generate
@@ -48,8 +49,8 @@ def test_greedy_answers_equal_those_of_transformers(kind, places):
         "vocab_size": IMAGE_ID,
         "device": "cpu",
     }
-    answers = generate(model, prompts, picture, batch_size=3, **settings)
-    assert answers == generate(model, prompts, picture, batch_size=8, **settings)
+    answers = generate(model, prompts, pictures(model, picture), batch_size=3, **settings)
+    assert answers == generate(model, prompts, pictures(model, picture), batch_size=8, **settings)
     for sample, prompt, answer in zip(samples, prompts, answers):
         ids = torch.from_numpy(prompt.input_ids).long()[None]
         pixels = torch.from_numpy(np.stack([picture(name) for name in sample.images])).double() / 255
@@ -80,9 +81,7 @@ def test_ranking_takes_the_candidate_whose_training_loss_is_least(kind, places):
         RankingItem(sample=sample, candidates=choices[: 2 + number % 3], whole=True)
         for number, sample in enumerate(samples)
     ]
-    candidates = SegmentCandidates(
-        model=model, template=model.template, tokenizer=tokenizer, load_image=picture, device="cpu"
-    )
+    candidates = SegmentCandidates(**ranked(model, tokenizer, model.template, picture))
     losses = candidates.candidate_losses(items, alone)
     expected, counts = [], []
     for item in items:
@@ -99,9 +98,7 @@ def test_ranking_takes_the_candidate_whose_training_loss_is_least(kind, places):
 
 def test_a_rank_with_nothing_to_rank_makes_the_same_forwards(places):
     model, tokenizer = lively(build_model(blip_config("t5").model)), tokenizer_of("t5", places)
-    candidates = SegmentCandidates(
-        model=model, template=model.template, tokenizer=tokenizer, load_image=picture, device="cpu"
-    )
+    candidates = SegmentCandidates(**ranked(model, tokenizer, model.template, picture))
     ran: list[str] = []
     for name in ("vision", "qformer", "llm.encoder", "llm.decoder", "llm.lm_head"):
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))

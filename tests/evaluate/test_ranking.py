@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_generate import IMAGES, MODEL, VOCABULARY, Rank, plain_hidden_states, tiny_model
 
+from tests.support.reading import ranked, squares
 from vltrain.data.loader import collate
 from vltrain.data.text.conversation import encode_prompt, encode_sample
 from vltrain.errors import InputError
@@ -55,7 +56,7 @@ ITEMS = [to_item(sample, "file") for sample in SAMPLES]
 
 
 def candidates_of(model: MultimodalModel, load_image=IMAGES.__getitem__) -> RowCandidates:
-    return RowCandidates(model=model, tokenizer=TOKENIZER, template="mmt", load_image=load_image, device="cpu")
+    return RowCandidates(**ranked(model, TOKENIZER, "mmt", load_image))
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def test_losses_equal_those_of_training_on_a_packed_row():
         sample_ids=tuple(segment.sample_id for segment in segments),
     )
     with torch.no_grad():
-        trained = MODEL(collate(row, [IMAGES[name] for name in names], MODEL.image_size)).segment_losses
+        trained = MODEL(collate(row, [IMAGES[name] for name in names], squares(MODEL))).segment_losses
     torch.testing.assert_close(
         candidates_of(MODEL).candidate_losses(chosen, alone).loss_sums, trained, rtol=2e-6, atol=2e-5
     )

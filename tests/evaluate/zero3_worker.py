@@ -9,6 +9,7 @@ import torch.distributed as dist
 from test_generate import IMAGES, PLAIN, PROMPTS, STOP, VOCABULARY, make_prompts, tiny_model
 from test_ranking import ITEMS, WINNERS, candidates_of
 
+from tests.support.reading import pictures
 from vltrain.batch import Batch
 from vltrain.config.schema import OptimConfig
 from vltrain.evaluate.answering.generate import Sampling, alone, generate
@@ -58,7 +59,7 @@ def answer(model: MultimodalModel, share: slice) -> tuple[list[list[int]], list[
     answers = generate(
         model,
         PROMPTS[share],
-        IMAGES.__getitem__,
+        pictures(model, IMAGES.__getitem__),
         sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
         stop_ids=STOP,
         vocab_size=VOCABULARY,

@@ -37,6 +37,7 @@ from PIL import Image, ImageDraw
 from tests.support.blip import LLAMA, SIZES, blip_config, make_samples, make_tokenizers
 from vltrain.cli import main as vltrain
 from vltrain.config.recipe import dump_config
+from vltrain.data.reading import image_reader
 
 STORED = Path(__file__).with_name("stored")
 NAMES = ("mmt", "instructblip")
@@ -191,10 +192,8 @@ def batch_digests(folder: Path) -> list[dict[str, str]]:
         dataset,
         plan,
         0,
-        image_size=model.image_size,
-        max_image_pixels=config.data.max_image_pixels,
+        image_reader(config, model),
         workers=0,
-        framing=model.framing,
     )
     return [{key: digest(value) for key, value in vars(batch).items()} for step in loader for batch in step.batches]
 

@@ -67,7 +67,7 @@ def test_log_probabilities_are_those_of_a_teacher_forced_forward(kind, runs, loa
                 batch_of(
                     [type(prompt)(**{**vars(prompt), "input_ids": ids, "loss_mask": mask})],
                     images,
-                    model._model.image_size,
+                    model._reader,
                 )
             )
         head.remove()
@@ -90,7 +90,7 @@ def test_losses_are_those_of_the_training_of_each_sample_by_itself(kind, runs, l
         model._model.train()  # as a training step calls it; nothing here has dropout
         try:
             expected.append(
-                float(model._model(batch_of([segment], images, model._model.image_size)).loss_sum.detach())
+                float(model._model(batch_of([segment], images, model._reader)).loss_sum.detach())
                 / int(segment.loss_mask.sum())
             )
         finally:

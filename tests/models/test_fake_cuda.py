@@ -16,6 +16,7 @@ import torch
 
 from vltrain.config.recipe import build_config, read_recipe
 from vltrain.data.loader import batch_of
+from vltrain.data.pictures import SquareReader
 from vltrain.models.build import build_model
 from vltrain.models.instructblip.model import InstructBlip
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
@@ -59,7 +60,9 @@ def some_batch(model):
         segments.append(
             Segment(sample_id=str(number), input_ids=ids, loss_mask=mask, images=shown, instruction_ids=asked)
         )
-    return batch_of(segments, {f"{number}.png": np.zeros((3, size, size), np.uint8) for number in range(3)}, size)
+    return batch_of(
+        segments, {f"{number}.png": np.zeros((3, size, size), np.uint8) for number in range(3)}, SquareReader(size=size)
+    )
 
 
 @pytest.mark.fake_cuda

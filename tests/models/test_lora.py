@@ -10,6 +10,7 @@ from tiny_models import LLM, counted_flops, make_batch, mixed_batch, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.reading import pictures
 from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate
@@ -145,7 +146,7 @@ def ask(model: MultimodalModel, prompts: list[Segment], batch_size: int) -> list
     return generate(
         model,
         prompts,
-        lambda name: np.full((3, 32, 32), int(name), np.uint8),
+        pictures(model, lambda name: np.full((3, 32, 32), int(name), np.uint8)),
         sampling=Sampling(max_new_tokens=7),
         stop_ids={0},
         vocab_size=LLM["vocab_size"],

@@ -8,6 +8,7 @@ import torch
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from tests.support.blip import QUERIES, blip_config, make_batch, make_samples, make_tokenizers
+from tests.support.reading import squares
 from vltrain.config.model.instructblip import BlipModelConfig, LanguageTuning, QFormerTuning
 from vltrain.config.model.instructblip import InstructBlipConfig as OurConfig
 from vltrain.data.loader import filler
@@ -111,7 +112,7 @@ def test_a_batch_without_image_reaches_what_others_reach(kind, places):
     text_only = [sample for sample in make_samples(10) if not sample.images]
     for batch in (
         make_batch(text_only, tokenizer_of(kind, places), model.template, blank=True),
-        filler(True, model.image_size),
+        filler(True, squares(model)),
     ):
         model.zero_grad()
         model(batch).loss_sum.backward()
@@ -119,7 +120,7 @@ def test_a_batch_without_image_reaches_what_others_reach(kind, places):
             assert (parameter.grad is not None) == parameter.requires_grad, name
             if name.startswith(("qformer.", "queries.", "projection.")) and parameter.requires_grad:
                 assert parameter.grad.count_nonzero() == 0, name
-    assert model(filler(False, model.image_size)).loss_sum == 0
+    assert model(filler(False, squares(model))).loss_sum == 0
 
 
 def test_the_text_ffn_of_the_last_layer_gets_no_gradient(places):

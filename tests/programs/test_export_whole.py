@@ -10,6 +10,7 @@ from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
 from tests.support.blip import LLAMA, SIZES, T5, blip_config, make_tokenizers
 from tests.support.peft_folders import moved, save_run
+from tests.support.reading import pictures
 from vltrain.data.images import decode_image
 from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.data.text.tokenizer import load_tokenizer
@@ -48,7 +49,7 @@ def our_answers(model, config):
     answers = generate(
         model.eval(),
         prompts,
-        load,
+        pictures(model, load),
         sampling=Sampling(max_new_tokens=NEW),
         stop_ids=ends,
         vocab_size=tokenizer.vocab_size,

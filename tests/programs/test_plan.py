@@ -12,6 +12,7 @@ from tests.support.blip import QUERIES, blip_config, make_tokenizers
 from tests.support.tiny import SETTINGS, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.config.command_line import load_settings
 from vltrain.config.recipe import dump_config
+from vltrain.data.text.encoder import TemplateEncoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.memory.plan import GIB, parameters_by_part
@@ -220,8 +221,9 @@ def test_an_instructblips_packs_are_planned_with(tmp_path: Path) -> None:
     )
     config = load_settings(["--recipe", str(recipe)], program="", description="", options={}).config
     source, instruction = tokenizer_sources(config)
-    folder = packed_folder(config, load_tokenizer(source, instruction), QUERIES)
-    ensure_packs(config, folder, load_tokenizer(source, instruction), QUERIES)
+    encoder = TemplateEncoder(load_tokenizer(source, instruction), config.data.template, QUERIES)
+    folder = packed_folder(config, encoder)
+    ensure_packs(config, folder, encoder)
     plan = planned(tmp_path, "--recipe", str(recipe))
     assert plan["packs"] == str(folder) and plan["steps_per_epoch"] > 0
     assert plan["pack"]["num_tokens"] <= config.data.pack_length and plan["pack"]["num_images"] > 0

@@ -14,6 +14,7 @@ from vltrain.batch import Batch
 from vltrain.config.recipe import build_config
 from vltrain.config.schema import Config
 from vltrain.data.loader import batch_of
+from vltrain.data.pictures import SquareReader
 from vltrain.data.text.conversation import encode_sample
 from vltrain.schema import Sample, Turn
 
@@ -169,4 +170,4 @@ def make_batch(samples: list[Sample], tokenizer: Any, template: str, blank: bool
         np.random.default_rng(sum(map(ord, name))).integers(0, 256, (3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
         for name in names
     ]
-    return batch_of(segments, dict(zip(names, pictures)), IMAGE_SIZE, blank)
+    return batch_of(segments, dict(zip(names, pictures)), SquareReader(size=IMAGE_SIZE), blank)

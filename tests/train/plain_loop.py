@@ -10,6 +10,7 @@ from tests.train.worker import GRADIENT_STEP
 from vltrain.batch import Batch
 from vltrain.data.images import decode_image
 from vltrain.data.loader import collate
+from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.models.build import build_model
@@ -33,7 +34,7 @@ def one_sample_at_a_time(dataset: PackedDataset, number: int) -> Iterator[Batch]
             sample_ids=(name,),
         )
         images = [decode_image(dataset.image(image), IMAGE_SIZE, 10**6, "") for image in alone.image_ids.tolist()]
-        yield collate(alone, images, IMAGE_SIZE)
+        yield collate(alone, images, SquareReader(size=IMAGE_SIZE))
         start, shown = start + length, shown + len(slots)
 
 

@@ -17,6 +17,7 @@ from tests.train.test_resume import kill_when_logged
 from vltrain.config.recipe import build_config
 from vltrain.data.images import decode_image
 from vltrain.data.loader import collate
+from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.conversation import encode_sample
@@ -147,7 +148,11 @@ def plain_run(folder, kind):
     for step in range(STEPS):
         rows = [dataset.row(number) for number in plan.packs_of(step).tolist()]
         batches = [
-            collate(row, [decode_image(dataset.image(image), 16, 10**6, "") for image in row.image_ids.tolist()], 16)
+            collate(
+                row,
+                [decode_image(dataset.image(image), 16, 10**6, "") for image in row.image_ids.tolist()],
+                SquareReader(size=16),
+            )
             for row in rows
         ]
         optimizer.zero_grad(set_to_none=False)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import kinds
+from tests.support.reading import pictures
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
 from vltrain.ops.rows import place_rows, segment_sums, take_rows
@@ -174,7 +175,14 @@ def test_no_operation_of_an_evaluation_needs_atomics(name, temperature):
         prompts = prompts_with_images(model)
         picture = lambda name: np.full((3, size, size), ord(name), np.uint8)
         generate(
-            model.eval(), prompts, picture, sampling=sampling, stop_ids=(2,), vocab_size=60, batch_size=3, device="cpu"
+            model.eval(),
+            prompts,
+            pictures(model, picture),
+            sampling=sampling,
+            stop_ids=(2,),
+            vocab_size=60,
+            batch_size=3,
+            device="cpu",
         )
         model(batch)
     assert not watch.faults

@@ -8,6 +8,7 @@ import torch
 from tests.support.processes import start_ranks, wait_for_ranks
 from tests.support.tiny import make_segments, write_packs
 from vltrain.data.loader import filler
+from vltrain.data.pictures import SquareReader
 from vltrain.distributed.stragglers import straggler
 from vltrain.errors import InputError
 from vltrain.memory.out_of_memory import oom_context
@@ -22,7 +23,7 @@ from vltrain.memory.out_of_memory import oom_context
     ],
 )
 def test_running_out_of_memory_names_the_pack_and_advises(error):
-    with pytest.raises(InputError) as caught, oom_context(filler(True, 8), step=17, rank=3):
+    with pytest.raises(InputError) as caught, oom_context(filler(True, SquareReader(size=8)), step=17, rank=3):
         raise error
     assert str(caught.value).startswith(
         "step 17, rank 3: out of memory at a pack of 2 tokens and 1 images (samples filler)"
@@ -31,7 +32,7 @@ def test_running_out_of_memory_names_the_pack_and_advises(error):
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="shapes"), oom_context(filler(False, 8), step=1, rank=0):
+    with pytest.raises(RuntimeError, match="shapes"), oom_context(filler(False, SquareReader(size=8)), step=1, rank=0):
         raise RuntimeError("shapes do not fit")
 
 

@@ -21,7 +21,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +39,7 @@ _BYTES_PER_PIXEL = 8  # of an uncompressed file: four channels of 16 bits
 _BYTES_BESIDE = 16 << 20  # for what a file holds beside its pixels
 REDUCING_GAP = 3
 _ROWS_AT_ONCE = 256
+_ORIENTATION, _FIRST_ON_ITS_SIDE = 0x0112, 5  # EXIF's tag, and of its eight values the first that swaps the edges
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -248,6 +249,49 @@ def require_image(path: Path, max_pixels: int, where: str, *, inside: Path | Non
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
     with file, _opened(file, status.st_size, max_pixels, where):
         pass
+
+
+def sizes_below(folder: Path, max_pixels: int) -> Callable[[str], tuple[int, int]]:
+    """name -> (height, width) of the image file in `folder` as `open_rgb` gives it, by its header. Raises InputError as
+    `require_image`."""
+
+    @functools.lru_cache(maxsize=1 << 16)
+    def size_of(name: str) -> tuple[int, int]:
+        where = f"image {folder / name}"
+        try:
+            file, status = _plain_file(folder / name, max_pixels, where, folder)
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+        with file, _opened(file, status.st_size, max_pixels, where) as image:
+            width, height = image.size
+            # Pillow gives a TIFF's size upright already, before it is turned.
+            turned = image.format != "TIFF" and _exif_of(image, file).get(_ORIENTATION, 1) >= _FIRST_ON_ITS_SIDE
+        return (width, height) if turned else (height, width)
+
+    return size_of
+
+
+def _exif_of(image: Image.Image, file: BinaryIO) -> Image.Exif:
+    """Of a PNG, Pillow decodes the whole picture to look behind it, where hardly any has anything."""
+    if image.format == "PNG" and not _says_more_behind(file):
+        return Image.Image.getexif(image)
+    return image.getexif()
+
+
+def _says_more_behind(file: BinaryIO) -> bool:
+    """Whether a PNG file has a chunk of text or EXIF behind its pixels. The place in the file stays."""
+    place, behind_pixels = file.tell(), False
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            kind = head[4:]
+            behind_pixels = behind_pixels or kind == b"IDAT"
+            if behind_pixels and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(place)
 
 
 def _plain_file(path: Path, max_pixels: int, where: str, inside: Path | None) -> tuple[BinaryIO, os.stat_result]:

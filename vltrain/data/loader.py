@@ -14,18 +14,19 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from vltrain.batch import Batch, tensor_of
-from vltrain.data.images import decode_image
+from vltrain.batch import Batch, ImageInputs, listed, tensor_of
+from vltrain.data.pictures import ImageReader
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
 from vltrain.distributed.signals import block_signals_in_workers, end_with_parent
 from vltrain.errors import InputError
-from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, SQUARE, TEXT_MODALITY_TOKEN, Framing, PackedRow, Segment
+from vltrain.schema import IGNORE_INDEX, PackedRow, Segment
 
 PREFETCH_PACKS = 4  # per worker
 POLL_SECONDS = 2.0  # between two looks at workers that let us wait
@@ -40,36 +41,49 @@ class LoadedStep:
     plan: StepPlan
 
 
-def blank_image(image_size: int) -> np.ndarray:
-    """The image of a batch that has none but must run the vision tower: uint8 [3, H, W], black."""
-    return np.zeros((3, image_size, image_size), np.uint8)
-
-
-def collate(row: PackedRow, images: list[np.ndarray], image_size: int) -> Batch:
+def collate(row: PackedRow, pictures: list[np.ndarray], reader: ImageReader) -> Batch:
     """Makes a batch of a pack.
 
     Args:
-        images: uint8 [3, H, W] each, one for each of `row.image_ids`; or one blank image for a row that has none.
-        image_size: H and W, the shape of `pixels` where there is no image.
+        pictures: of `reader`, one for each of `row.image_ids`; or one blank picture for a row that has none.
 
     Returns:
         A Batch. labels[t] is input_ids[t + 1] where that token is to be predicted and of the same segment, else
         IGNORE_INDEX.
+
+    Raises: InputError where a picture takes another number of tokens than its places in the row.
     """
-    pixels = np.stack(images) if images else np.empty((0, 3, image_size, image_size), np.uint8)
-    return _assemble(row, tensor_of(pixels))
+    return _assemble(row, _stacked(row, pictures, reader, "the batch"))
+
+
+def _stacked(row: PackedRow, pictures: list[np.ndarray], reader: ImageReader, where: str) -> torch.Tensor | ImageInputs:
+    """What the reader makes of a row's pictures."""
+    counts = row.image_counts.tolist() or [1] * len(pictures)
+    pixels = reader.stack(pictures, counts)
+    if len(row.image_ids):
+        _require_tokens(pixels, row.image_tokens, where)
+    return pixels
+
+
+def _require_tokens(pixels: torch.Tensor | ImageInputs, expected: np.ndarray, where: str) -> None:
+    """Raises InputError where images take other numbers of tokens than the text has places for."""
+    if isinstance(pixels, ImageInputs) and (found := listed(pixels.tokens)) != expected.tolist():
+        raise InputError(
+            f"{where}: its images take {found} tokens, but were tokenised with {expected.tolist()}: the processor "
+            "makes something else of them now; pack the samples again"
+        )
 
 
 def batch_of(
-    segments: Sequence[Segment], images: Mapping[str, np.ndarray], image_size: int, blank: bool = False
+    segments: Sequence[Segment], pictures: Mapping[str, np.ndarray], reader: ImageReader, blank: bool = False
 ) -> Batch:
     """A batch of tokenised samples that come from no shard.
 
     Args:
-        images: by name, uint8 [3, H, W], those that the segments show.
-        blank: give the batch a blank image if they show none.
+        pictures: of `reader` by name, those that the segments show.
+        blank: give the batch a blank picture if they show none.
     """
-    names = list(dict.fromkeys(name for segment in segments for name in segment.images))
+    names, shown = images_of(segments, reader)
     instructions = [segment.instruction_ids for segment in segments]
     has_instruction = any(map(len, instructions))
     row = PackedRow(
@@ -77,16 +91,41 @@ def batch_of(
         loss_mask=np.concatenate([segment.loss_mask for segment in segments]),
         segment_lengths=np.array([len(segment.input_ids) for segment in segments], np.int32),
         image_ids=np.arange(len(names), dtype=np.int64),
-        image_slots=np.array([names.index(name) for segment in segments for name in segment.images], np.int32),
         sample_ids=tuple(segment.sample_id for segment in segments),
         instruction_ids=np.concatenate(instructions),
         instruction_lengths=np.array([len(ids) for ids in instructions] if has_instruction else [], np.int32),
+        position_ids=np.concatenate([segment.position_ids for segment in segments], axis=1),
+        blocks=np.concatenate([segment.blocks for segment in segments]),
+        **shown,
     )
-    shown = [images[name] for name in names]
-    return collate(row, [blank_image(image_size)] if blank and not shown else shown, image_size)
+    return collate(row, [reader.blank()] if blank and not names else [pictures[name] for name in names], reader)
 
 
-def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
+def images_of(segments: Sequence[Segment], reader: ImageReader) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(names of the distinct images that segments show, `image_slots`, `image_tokens` and `image_counts` of a
+    `PackedRow` that shows them). A name comes once for each count of images, where that matters."""
+    distinct: dict[tuple[str, int], int] = {}
+    slots: list[int] = []
+    tokens: dict[int, int] = {}
+    for segment in segments:
+        count = len(segment.images) if reader.counts_matter else 1
+        slots += [distinct.setdefault((name, count), len(distinct)) for name in segment.images]
+        tokens.update(zip(slots[len(slots) - len(segment.images) :], segment.image_tokens.tolist()))
+    arrays = {"image_slots": slots, "image_tokens": list(tokens.values()), "image_counts": [one for _, one in distinct]}
+    return [name for name, _ in distinct], {name: np.array(values, np.int32) for name, values in arrays.items()}
+
+
+def pixels_of(
+    segments: Sequence[Segment], pictures: Mapping[str, np.ndarray], reader: ImageReader
+) -> tuple[torch.Tensor | ImageInputs, torch.Tensor]:
+    """(what a model is given of the segments' distinct images, int64 [K] which of them stands at each image run)."""
+    names, shown = images_of(segments, reader)
+    pixels = reader.stack([pictures[name] for name in names], shown["image_counts"].tolist())
+    _require_tokens(pixels, shown["image_tokens"], f"sample '{segments[0].sample_id}'" if segments else "no sample")
+    return pixels, tensor_of(shown["image_slots"].astype(np.int64))
+
+
+def _assemble(row: PackedRow, pixels: torch.Tensor | ImageInputs) -> Batch:
     assert len(pixels) == max(len(row.image_ids), min(len(pixels), 1)), (len(pixels), len(row.image_ids))
     lengths = row.segment_lengths.astype(np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -99,7 +138,7 @@ def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
     return Batch(
         input_ids=tensor_of(input_ids),
         labels=tensor_of(labels),
-        position_ids=tensor_of(np.arange(len(input_ids)) - np.repeat(starts, lengths)),
+        position_ids=_positions(row, np.arange(len(input_ids)) - np.repeat(starts, lengths)),
         segment_lengths=tensor_of(lengths),
         label_lengths=tensor_of(np.add.reduceat(row.loss_mask, starts, dtype=np.int64)),
         pixels=pixels,
@@ -107,7 +146,16 @@ def _assemble(row: PackedRow, pixels: torch.Tensor) -> Batch:
         instruction_ids=_padded(row.instruction_ids, row.instruction_lengths, len(lengths)),
         sample_ids=row.sample_ids,
         num_label_tokens=num_label_tokens,
+        blocks=tensor_of(row.blocks.astype(np.int64)),
     )
+
+
+def _positions(row: PackedRow, counted: np.ndarray) -> torch.Tensor:
+    """int64 [T] or, of a model whose forward takes several rows, [R, T]. `counted`: from 0, by segment."""
+    if len(row.position_ids) == 0:
+        return tensor_of(counted)
+    stored = row.position_ids.astype(np.int64)
+    return tensor_of(stored[0] if len(stored) == 1 else stored)
 
 
 def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor:
@@ -119,40 +167,25 @@ def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor
     return tensor_of(rows)
 
 
-def filler(image: bool, image_size: int) -> Batch:
-    """A batch of two tokens and no label for a rank without a pack; with `image`, one blank image that no slot refers
+def filler(image: bool, reader: ImageReader) -> Batch:
+    """A batch of two tokens and no label for a rank without a pack; with `image`, one blank picture that no slot refers
     to."""
-    images = [blank_image(image_size)] if image else []
-    row = PackedRow(
-        input_ids=np.array([IMAGE_MODALITY_TOKEN if image else TEXT_MODALITY_TOKEN, 0], np.int32),
-        loss_mask=np.zeros(2, bool),
-        segment_lengths=np.array([2], np.int32),
-        image_ids=np.empty(0, np.int64),
-        image_slots=np.empty(0, np.int32),
-        sample_ids=("filler",),
-        instruction_ids=np.zeros(1, np.int32),
-        instruction_lengths=np.ones(1, np.int32),
-    )
-    batch = collate(row, images, image_size)
+    batch = collate(reader.filler_row(image), [reader.blank()] if image else [], reader)
     batch.is_filler = True
     return batch
 
 
-class _Fetcher(Dataset[tuple[PackedRow, torch.Tensor] | str]):
-    """Runs in workers: (pack number, whether the micro-step has images) to a row and its pixels, or to an error's
-    text."""
+Fetched: TypeAlias = tuple[PackedRow, torch.Tensor | ImageInputs] | str
+"""A row and what the model is given of its images, or an error's text."""
 
-    def __init__(
-        self, dataset: PackedDataset, image_size: int, max_image_pixels: int, framing: Framing = SQUARE
-    ) -> None:
-        self._dataset, self._image_size, self._max_image_pixels, self._framing = (
-            dataset,
-            image_size,
-            max_image_pixels,
-            framing,
-        )
 
-    def __getitem__(self, item: tuple[int, bool]) -> tuple[PackedRow, torch.Tensor] | str:
+class _Fetcher(Dataset[Fetched]):
+    """Runs in workers, on (pack number, whether the micro-step has images)."""
+
+    def __init__(self, dataset: PackedDataset, reader: ImageReader) -> None:
+        self._dataset, self._reader = dataset, reader
+
+    def __getitem__(self, item: tuple[int, bool]) -> Fetched:
         # An exception would come out of the DataLoader with the worker's traceback in its message.
         try:
             return self._fetch(*item)
@@ -164,39 +197,38 @@ class _Fetcher(Dataset[tuple[PackedRow, torch.Tensor] | str]):
                 "this file system and at the host's memory"
             )
 
-    def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, torch.Tensor]:
+    def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, torch.Tensor | ImageInputs]:
         row = self._dataset.row(number)
-        size = self._image_size
-        blank = has_images and len(row.image_ids) == 0
-        pixels = _shared_pixels(1 if blank else len(row.image_ids), size)
-        for place, image_id in enumerate(row.image_ids.tolist()):
-            where = (
-                f"{self._dataset.folder}: image {image_id} of pack {number} (samples "
-                f"{', '.join(row.sample_ids[:3])} ...)"
-            )
-            pixels[place] = tensor_of(
-                decode_image(self._dataset.image(image_id), size, self._max_image_pixels, where, self._framing)
-            )
-        return row, pixels
+        samples = f"pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
+        pictures = [
+            self._reader.decode(self._dataset.image(image_id), f"{self._dataset.folder}: image {image_id} of {samples}")
+            for image_id in row.image_ids.tolist()
+        ]
+        if has_images and not pictures:
+            pictures = [self._reader.blank()]
+        return row, _shared(_stacked(row, pictures, self._reader, f"{self._dataset.folder}: {samples}"))
 
 
-def _shared_pixels(num_images: int, size: int) -> torch.Tensor:
-    """uint8 [num_images, 3, size, size], black; in a worker in memory that it shares with the trainer.
+def _shared(pixels: torch.Tensor | ImageInputs) -> torch.Tensor | ImageInputs:
+    """The same, in a worker in memory that it shares with the trainer.
 
-    Made shared here and not, as the queue would, in its thread on the way out: that tells nobody if it fails, and the
+    Shared here and not, as the queue would, in its thread on the way out: that tells nobody if it fails, and the
     trainer waits for ever.
 
     Raises: InputError if there is no room for it.
     """
-    pixels = torch.zeros((num_images, 3, size, size), dtype=torch.uint8)
-    if get_worker_info() is None or pixels.nbytes == 0:
+    tensors = [pixels] if isinstance(pixels, torch.Tensor) else [pixels.tokens, *pixels.tensors.values()]
+    if get_worker_info() is None:
         return pixels
+    num_bytes = sum(tensor.nbytes for tensor in tensors)
     try:
-        pixels.share_memory_()
+        for tensor in tensors:
+            if tensor.nbytes:
+                tensor.share_memory_()
     except (RuntimeError, OSError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0].strip()
         raise InputError(
-            f"an image worker could not share {pixels.nbytes / 2**20:.1f} MiB with the trainer "
+            f"an image worker could not share {num_bytes / 2**20:.1f} MiB with the trainer "
             f"({detail}); give the machine or container a "
             "larger /dev/shm (docker run --shm-size 8g), raise ulimit -n, lower data.workers, or decode in the "
             "trainer with data.workers 0"
@@ -235,16 +267,14 @@ class StepLoader:
         dataset: PackedDataset,
         plan: Plan,
         rank: int,
-        image_size: int,
-        max_image_pixels: int,
+        reader: ImageReader,
         workers: int,
         start_step: int = 0,
         pin_memory: bool = False,
         while_waiting: Callable[[], None] = lambda: None,
-        framing: Framing = SQUARE,
     ) -> None:
         """Args:
-        framing: how images become squares of `image_size`.
+        reader: makes of the images what the model is given.
         workers: processes that decode; 0 decodes in this one.
         pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads
         them.
@@ -252,10 +282,10 @@ class StepLoader:
         may raise.
         """
         self.while_waiting = while_waiting
-        self._plan, self._rank, self._image_size, self._start_step = plan, rank, image_size, start_step
+        self._plan, self._rank, self._reader, self._start_step = plan, rank, reader, start_step
         self._pin_memory = pin_memory
-        self._loader: DataLoader[tuple[PackedRow, torch.Tensor] | str] | None = DataLoader(
-            _Fetcher(dataset, image_size, max_image_pixels, framing),
+        self._loader: DataLoader[Fetched] | None = DataLoader(
+            _Fetcher(dataset, reader),
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,
             num_workers=workers,
@@ -276,7 +306,7 @@ class StepLoader:
         """Ends the workers, once nobody iterates any more. Left to the interpreter's end, they would be killed."""
         self._loader = None
 
-    def _start(self) -> Iterator[tuple[PackedRow, torch.Tensor] | str]:
+    def _start(self) -> Iterator[Fetched]:
         """Starts the workers. That one of them died is told where the next pack is wanted, and not by an exception amid
         a training step."""
         assert self._loader is not None, "closed"
@@ -297,14 +327,14 @@ class StepLoader:
         for number in range(self._start_step, self._plan.num_steps):
             step = self._plan.step(number)
             batches = [
-                filler(has_images, self._image_size) if pack == FILLER else self._unwrap(fetched)
+                filler(has_images, self._reader) if pack == FILLER else self._unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
             if self._pin_memory:
                 batches = [batch.pin_memory() for batch in batches]
             yield LoadedStep(step=number, batches=batches, plan=step)
 
-    def _unwrap(self, fetched: Iterator[tuple[PackedRow, torch.Tensor] | str]) -> Batch:
+    def _unwrap(self, fetched: Iterator[Fetched]) -> Batch:
         """The next batch; InputError if its images cannot be decoded, or if a worker process died or cannot hand
         over."""
         while True:

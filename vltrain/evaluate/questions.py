@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vltrain.config.schema import Config
-from vltrain.data.text.conversation import encode_candidate, encode_prompt
+from vltrain.data.images import sizes_below
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
@@ -40,34 +42,32 @@ class Questions:
 def ask(
     samples: Sequence[Sample],
     every: Sequence[Sample],
-    tokenizer: Tokenizer,
+    encoder: SampleEncoder,
     config: Config,
     model: VisionLanguageModel,
-    where: str,
+    file: Path,
 ) -> Questions:
     """The questions about `samples`, the same on every rank.
 
     Args:
         every: all samples of the split, of which `samples` are some.
         model: or an outline.
-        where: the samples' file, for errors.
+        file: of the samples; their images lie beside it.
 
     Raises: InputError for a sample that cannot be asked, naming it, and where one does not fit into the LLM's
     positions, naming the longest.
     """
-    bound, template, visual = max_positions(model.llm.config), config.data.template, model.visual_tokens
+    bound, where, tokenizer = max_positions(model.llm.config), str(file), encoder.tokenizer
+    size_of = sizes_below(file.parent, config.data.max_image_pixels)
     if config.eval.method == "rank":
         # Of the candidates the one of most tokens stands for all.
         longest = (
             max(to_item(sample, where).candidates, key=lambda text: len(tokenizer.encode(text))) for sample in samples
         )
-        rows = (
-            encode_candidate(sample, text, True, tokenizer, template, visual)
-            for sample, text in zip(samples, longest, strict=True)
-        )
+        rows = (encoder.candidate(sample, text, True, size_of) for sample, text in zip(samples, longest, strict=True))
         _require_context([(len(row.input_ids), row.sample_id) for row in rows], 0, bound, where, "")
         return Questions(prompts=[], max_new_tokens=0)
-    prompts = [encode_prompt(sample, tokenizer, template, visual) for sample in samples]
+    prompts = [encoder.prompt(sample, size_of) for sample in samples]
     new_tokens = config.eval.max_new_tokens or derived_max_new_tokens(every, tokenizer)
     if config.eval.max_new_tokens is None:
         logger.info("eval.max_new_tokens: %d, from the longest reference in %s", new_tokens, where)

@@ -21,8 +21,10 @@ from PIL import Image
 
 from vltrain.config.schema import Config
 from vltrain.console import Progress
-from vltrain.data.images import open_rgb, read_image
-from vltrain.data.text.conversation import stop_ids
+from vltrain.data.images import open_rgb, read_image, sizes_below
+from vltrain.data.pictures import Pictures, pictures_below
+from vltrain.data.reading import image_reader
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.evaluate.answering.candidates import CANDIDATES
 from vltrain.evaluate.answering.generate import Sampling, Sync, alone, generate
@@ -32,7 +34,7 @@ from vltrain.evaluate.gallery import draw_card
 from vltrain.evaluate.questions import Questions, ask, indistinguishable, unspellable
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import score_samples, write_report
-from vltrain.evaluate.samples import image_loader, shard_samples, thin_out
+from vltrain.evaluate.samples import shard_samples, thin_out
 from vltrain.evaluate.scorers.scoring import Remark, Report
 from vltrain.metrics.base import MetricLogger
 from vltrain.models.interface import VisionLanguageModel
@@ -58,10 +60,15 @@ class SplitSetup:
 
     split: str
     samples_file: Path
-    tokenizer: Tokenizer
+    encoder: SampleEncoder
     config: Config
     device: torch.device | str
     max_samples: int | None = None
+
+    def pictures(self, model: VisionLanguageModel) -> Pictures:
+        """The split's images, as the model reads them."""
+        config = self.config
+        return pictures_below(self.samples_file.parent, image_reader(config, model), config.data.max_image_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +103,10 @@ def evaluate_split(
     Raises: InputError as `answerable_samples`, before anything is answered; for an image that is damaged behind its
     header; and for a folder that cannot be written to.
     """
-    config, tokenizer, where = setup.config, setup.tokenizer, str(setup.samples_file)
+    config, tokenizer, where = setup.config, setup.encoder.tokenizer, str(setup.samples_file)
     every, samples = answerable_samples(setup.samples_file, config, setup.max_samples)
     assert config.eval.scorer is not None
-    questions = ask(samples, every, tokenizer, config, model, where)
+    questions = ask(samples, every, setup.encoder, config, model, setup.samples_file)
     answered = predict(model, samples, questions, setup, on_progress=on_progress)
     if answered is None:
         return None
@@ -159,18 +166,18 @@ def _generate(
     on_answered: Callable[[int], object],
 ) -> list[Said]:
     """The text that the model writes in answer to each sample, the `own` ones of all that are asked."""
-    chosen, config, tokenizer = setup.config.eval, setup.config, setup.tokenizer
+    chosen, config, tokenizer = setup.config.eval, setup.config, setup.encoder.tokenizer
     answers = generate(
         model,
         [questions.prompts[number] for number in own],
-        image_loader(setup.samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing),
+        setup.pictures(model),
         sampling=Sampling(
             max_new_tokens=questions.max_new_tokens,
             temperature=chosen.temperature,
             top_p=chosen.top_p,
             seed=config.train.seed,
         ),
-        stop_ids=stop_ids(tokenizer, config.data.template),
+        stop_ids=setup.encoder.stop_ids,
         vocab_size=tokenizer.vocab_size,
         batch_size=chosen.batch_size,
         device=setup.device,
@@ -190,10 +197,10 @@ def _rank(
     on_answered: Callable[[int], object],
 ) -> list[Said]:
     """The likeliest candidate of each sample."""
-    config, tokenizer = setup.config, setup.tokenizer
-    load_image = image_loader(setup.samples_file.parent, model.image_size, config.data.max_image_pixels, model.framing)
+    config = setup.config
+    size_of = sizes_below(setup.samples_file.parent, config.data.max_image_pixels)
     candidates = CANDIDATES[model.ranks](
-        model=model, tokenizer=tokenizer, template=config.data.template, load_image=load_image, device=setup.device
+        model=model, encoder=setup.encoder, pictures=setup.pictures(model), size_of=size_of, device=setup.device
     )
     items = [to_item(sample, str(setup.samples_file)) for sample in samples]
     winners = rank(

@@ -1,17 +1,13 @@
-"""Prepared samples for evaluation: read, thinned out evenly, sharded over ranks, and their images found."""
+"""Prepared samples for evaluation: read, thinned out evenly, sharded over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
-from vltrain.data.images import decode_image, read_image
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_lines
-from vltrain.schema import SQUARE, Framing, Sample
+from vltrain.schema import Sample
 
 T = TypeVar("T")
 
@@ -46,17 +42,3 @@ def shard_samples(samples: list[Sample], rank: int, world_size: int) -> list[int
         range(len(samples)), key=lambda number: sum(len(turn.text) for turn in samples[number].turns[:-1])
     )
     return by_length[rank::world_size]
-
-
-def image_loader(
-    folder: Path, image_size: int, max_pixels: int, framing: Framing = SQUARE
-) -> Callable[[str], np.ndarray]:
-    """name -> uint8 [3, image_size, image_size] of the image file of that name in `folder`."""
-
-    def load(name: str) -> np.ndarray:
-        where = str(folder / name)
-        return decode_image(
-            read_image(folder / name, max_pixels, where, inside=folder), image_size, max_pixels, where, framing
-        )
-
-    return load

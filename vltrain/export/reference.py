@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from vltrain.config.schema import Config
-from vltrain.data.images import REDUCING_GAP
-from vltrain.data.text.conversation import encode_prompt, find_template, stop_ids
+from vltrain.data.images import REDUCING_GAP, sizes_below
+from vltrain.data.pictures import Pictures, pictures_below
+from vltrain.data.reading import image_reader, sample_encoder
+from vltrain.data.text.conversation import find_template
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.generate import Sampling, generate
 from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.questions import derived_max_new_tokens
-from vltrain.evaluate.samples import image_loader, read_samples, thin_out
+from vltrain.evaluate.samples import read_samples, thin_out
 from vltrain.inference.build import anywhere
 from vltrain.models.build import build_model
 from vltrain.models.interface import VisionLanguageModel
@@ -73,7 +75,7 @@ def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sa
     """Evenly spaced samples of a file, of those that `takes` says can be asked. Raises InputError for a malformed file,
     and where there is none."""
     every = read_samples(file)
-    template = find_template(config.data.template)
+    tokenizer, template = load_tokenizer(*tokenizer_sources(config)), find_template(config.data.template)
     askable = [
         sample
         for sample in every
@@ -86,7 +88,7 @@ def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sa
             f"{file}: none of its {len(every)} samples can be asked of the exported model alone (one question "
             "about one image); export it unproven: --proof none"
         )
-    most = config.eval.max_new_tokens or derived_max_new_tokens(every, load_tokenizer(*tokenizer_sources(config)))
+    most = config.eval.max_new_tokens or derived_max_new_tokens(every, tokenizer)
     return ProofData(file=file, samples=thin_out(askable, num_samples), max_new_tokens=most)
 
 
@@ -106,10 +108,10 @@ def model_of(config: Config, weights: Checkpoint | None) -> VisionLanguageModel:
 def spoken(config: Config, weights: Checkpoint | None, source: tuple[str, Any], data: ProofData) -> Iterator[Spoken]:
     """What the model says to each sample, in order. Raises InputError for an image that cannot be read."""
     speaker = Speaker(config, weights, source)
-    model = speaker.model
-    load = image_loader(data.file.parent, model.image_size, config.data.max_image_pixels, model.framing)
+    folder, limit = data.file.parent, config.data.max_image_pixels
+    load, size_of = pictures_below(folder, speaker.reader, limit).load, sizes_below(folder, limit)
     for sample in data.samples:
-        prompt = encode_prompt(sample, speaker.tokenizer, config.data.template, model.visual_tokens)
+        prompt = speaker.encoder.prompt(sample, size_of)
         yield speaker.say(prompt, {name: load(name) for name in prompt.images}, data.max_new_tokens)
 
 
@@ -118,8 +120,9 @@ class Speaker:
 
     def __init__(self, config: Config, weights: Checkpoint | None, source: tuple[str, Any]) -> None:
         self.model, self.tokenizer = model_of(config, weights), load_tokenizer(*source)
+        self.encoder, self.reader = sample_encoder(config, self.tokenizer, self.model), image_reader(config, self.model)
         self.settings = {
-            "stop_ids": stop_ids(self.tokenizer, config.data.template),
+            "stop_ids": self.encoder.stop_ids,
             "vocab_size": self.tokenizer.vocab_size,
             "batch_size": 1,
             "device": "cpu",
@@ -131,7 +134,9 @@ class Speaker:
         steps: list[Tensor] = []
         sampling = Sampling(max_new_tokens=min(max_new_tokens, MOST_NEW_TOKENS))
         with products_in_fp32(self.model, "cpu"), _listening(self.model.llm.lm_head, steps):
-            [ids] = generate(self.model, [prompt], images.__getitem__, sampling=sampling, **self.settings)
+            [ids] = generate(
+                self.model, [prompt], Pictures(self.reader, images.__getitem__), sampling=sampling, **self.settings
+            )
         size = self.model.image_size
         shown = [torch.from_numpy(images[name]) for name in prompt.images]
         pixels = torch.stack(shown) if shown else torch.empty(0, 3, size, size, dtype=torch.uint8)

@@ -10,6 +10,7 @@ import torch
 
 from vltrain.config.keys import checked_value
 from vltrain.config.stages import last_stage
+from vltrain.data.reading import sample_encoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.distributed.hardware import choose_dtype
@@ -73,8 +74,9 @@ def load(
     )
     if untuned is not None and weights is not None:
         load_trainable(model, weights)
+    encoder = sample_encoder(config, tokenizer, model)
     return LoadedModel(
-        model, tokenizer, config, run=folder, facts=facts, device=place, dtype=dtype, asked=asked, untuned=untuned
+        model, encoder, config, run=folder, facts=facts, device=place, dtype=dtype, asked=asked, untuned=untuned
     )
 
 

@@ -19,15 +19,17 @@ import numpy as np
 import torch
 
 from vltrain.config.schema import Config
+from vltrain.data.images import sizes_below
 from vltrain.data.loader import batch_of
+from vltrain.data.pictures import Pictures, pictures_below
+from vltrain.data.reading import image_reader
 from vltrain.data.text.asked import Asked
-from vltrain.data.text.conversation import encode_sample, stop_ids
-from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.evaluate.answering.generate import Sampling, Token, generate, generate_tokens
 from vltrain.evaluate.answering.precision import widened
-from vltrain.evaluate.samples import image_loader, read_samples
+from vltrain.evaluate.samples import read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken
-from vltrain.inference.pictures import ImageLike, squares
+from vltrain.inference.pictures import ImageLike, pictures_in
 from vltrain.inference.prompts import Prompts
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
@@ -51,7 +53,7 @@ class LoadedModel:
     def __init__(
         self,
         model: VisionLanguageModel,
-        tokenizer: Tokenizer,
+        encoder: SampleEncoder,
         config: Config,
         *,
         run: Path,
@@ -63,9 +65,9 @@ class LoadedModel:
     ) -> None:
         self.run, self.config, self.facts, self.device, self.asked = run, config, dict(facts), device, asked
         self.dtype = torch.float32 if config.eval.precision == "fp32" else dtype
-        self._model, self._tokenizer = model, tokenizer
-        self._prompts = Prompts(tokenizer, config, model.visual_tokens, max_positions(model.llm.config))
-        self._stop_ids = stop_ids(tokenizer, config.data.template)
+        self._model, self._encoder, self._tokenizer = model, encoder, encoder.tokenizer
+        self._reader = image_reader(config, model)
+        self._prompts = Prompts(encoder, config, max_positions(model.llm.config))
         self._lock = threading.RLock()
         if config.eval.precision == "fp32":
             self._widened = widened(model)
@@ -76,12 +78,12 @@ class LoadedModel:
     @property
     def multi_turn(self) -> bool:
         """Whether a conversation may have several questions; else each stands alone."""
-        return self._prompts.template.multi_turn
+        return self._encoder.multi_turn
 
     @property
     def needs_image(self) -> bool:
         """Whether a question must show an image."""
-        return self._prompts.template.needs_image
+        return self._encoder.needs_image
 
     @property
     def max_length(self) -> int | None:
@@ -203,15 +205,16 @@ class LoadedModel:
 
         Raises: InputError as `chat`, before it returns.
         """
-        pixels = squares(images, self._model, self.config.data.max_image_pixels)
-        prompt = self._prompts.encode(turns, len(pixels))
+        pictures = self._pictures_in(images)
+        prompt = self._prompts.encode(turns, [self._reader.size_of(one) for one in pictures])
         sampling = self._prompts.sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
         tokens = generate_tokens(
             self._model,
             prompt,
-            dict(zip(prompt.images, pixels)),
+            dict(zip(prompt.images, pictures)),
+            self._reader,
             sampling=sampling,
-            stop_ids=self._stop_ids,
+            stop_ids=self._encoder.stop_ids,
             vocab_size=self._tokenizer.vocab_size,
             device=self.device,
         )
@@ -244,25 +247,23 @@ class LoadedModel:
         Raises: InputError as `chat`.
         """
         remaining = iter(questions)
-        while batch := [
-            (turns, squares(images, self._model, self.config.data.max_image_pixels))
-            for turns, images in islice(remaining, batch_size)
-        ]:
-            prompts, pixels = [], {}
+        while batch := [(turns, self._pictures_in(images)) for turns, images in islice(remaining, batch_size)]:
+            prompts, pictures = [], {}
             for number, (turns, shown) in enumerate(batch):
-                segment = self._prompts.encode(turns, len(shown))
+                segment = self._prompts.encode(turns, [self._reader.size_of(one) for one in shown])
                 names = tuple(f"{number}/{name}" for name in segment.images)
                 prompts.append(replace(segment, images=names))
-                pixels.update(zip(names, shown))
+                pictures.update(zip(names, shown))
             samplings = [
                 self._prompts.sampling(len(prompt.input_ids), max_new_tokens, temperature, top_p, seed)
                 for prompt in prompts
             ]
-            yield from self._answer_batch(prompts, pixels, samplings)
+            yield from self._answer_batch(prompts, Pictures(self._reader, pictures.__getitem__), samplings)
 
-    def _answer_batch(
-        self, prompts: list[Segment], pixels: Mapping[str, np.ndarray], samplings: list[Sampling]
-    ) -> list[str]:
+    def _pictures_in(self, images: Sequence[ImageLike]) -> list[np.ndarray]:
+        return pictures_in(images, self._reader, self.config.data.max_image_pixels)
+
+    def _answer_batch(self, prompts: list[Segment], pictures: Pictures, samplings: list[Sampling]) -> list[str]:
         """Of one length of answers at a time: where an LLM has little room left, answers are shorter."""
         answers = [""] * len(prompts)
         for sampling in dict.fromkeys(samplings):
@@ -271,9 +272,9 @@ class LoadedModel:
                 found = generate(
                     self._model,
                     [prompts[number] for number in numbers],
-                    pixels.__getitem__,
+                    pictures,
                     sampling=sampling,
-                    stop_ids=self._stop_ids,
+                    stop_ids=self._encoder.stop_ids,
                     vocab_size=self._tokenizer.vocab_size,
                     batch_size=len(numbers),
                     device=self.device,
@@ -300,21 +301,16 @@ class LoadedModel:
             one if isinstance(one, Sample) else Sample.from_json(one, f"sample {number + 1}")
             for number, one in enumerate(samples)
         ]
-        segments = [
-            encode_sample(one, self._tokenizer, self.config.data.template, self._model.visual_tokens) for one in checked
-        ]
+        place, limit = Path(folder or ".").expanduser(), self.config.data.max_image_pixels
+        size_of = sizes_below(place, limit)
+        segments = [self._encoder.sample(one, size_of) for one in checked]
         for segment in segments:
             self._prompts.require_room(len(segment.input_ids), f"sample '{segment.sample_id}'")
-        load = image_loader(
-            Path(folder or ".").expanduser(),
-            self._model.image_size,
-            self.config.data.max_image_pixels,
-            self._model.framing,
-        )
+        load = pictures_below(place, self._reader, limit).load
         losses: list[float] = []
         for part in self._rows(segments):
             images = {name: load(name) for name in dict.fromkeys(name for segment in part for name in segment.images)}
-            batch = batch_of(part, images, self._model.image_size)
+            batch = batch_of(part, images, self._reader)
             with self._lock, torch.no_grad(), self._computing():
                 sums = self._model(batch.to(self.device)).segment_losses
             losses += (sums.float().cpu() / batch.label_lengths).tolist()

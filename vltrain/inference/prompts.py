@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from vltrain.config.keys import checked_value
 from vltrain.config.schema import Config, EvalConfig
-from vltrain.data.text.conversation import Template, encode_prompt, find_template
-from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.errors import InputError, require
 from vltrain.evaluate.answering.generate import Sampling
 from vltrain.schema import Sample, Segment, Turn
@@ -21,41 +20,36 @@ QUESTION = "question"  # the id of samples that are made here
 @dataclass(frozen=True)
 class Prompts:
     """Args:
-    visual_tokens: that an image takes.
     max_length: tokens that prompt and answer may have together; None: no bound.
     """
 
-    tokenizer: Tokenizer
+    encoder: SampleEncoder
     config: Config
-    visual_tokens: int
     max_length: int | None
 
-    @property
-    def template(self) -> Template:
-        return find_template(self.config.data.template)
-
-    def encode(self, turns: Sequence[Turn], num_images: int) -> Segment:
-        """The question's tokens. Raises InputError for what the template cannot ask."""
+    def encode(self, turns: Sequence[Turn], sizes: Sequence[tuple[int, int]]) -> Segment:
+        """The question's tokens; `sizes`: (height, width) of its images. Raises InputError for what the template cannot
+        ask."""
         turns = tuple(turns)
         if not turns or turns[-1].role != "user":
             raise InputError(
                 f"turns: found {f'a last turn by {turns[-1].role!r}' if turns else 'none'}, expected a "
                 "question, a user's turn, as the last"
             )
-        name = self.config.data.template
-        if self.template.needs_image and num_images == 0:
+        name = self.encoder.template
+        if self.encoder.needs_image and not sizes:
             raise InputError(f"the run's template {name!r} needs an image: name one (--image FILE, or images=[...])")
-        if not self.template.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
+        if not self.encoder.multi_turn and sum(turn.role == "user" for turn in turns) > 1:
             raise InputError(
                 f"the run's template {name!r} does not support conversations: ask one question at a time, found "
                 f"{len(turns)} turns"
             )
-        names = tuple(f"image {number + 1}" for number in range(num_images))
+        size_of = {f"image {number + 1}": size for number, size in enumerate(sizes)}
         try:
             asked = Sample(
-                id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=names
+                id=QUESTION, turns=(*turns, Turn(role="assistant", text="?")), images=tuple(size_of)
             )  # the answer is not read
-            return encode_prompt(asked, self.tokenizer, name, self.visual_tokens)
+            return self.encoder.prompt(asked, size_of.__getitem__)
         except InputError as error:
             raise InputError(str(error).replace(f"sample '{QUESTION}'", "the question", 1)) from None
 

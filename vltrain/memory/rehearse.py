@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vltrain.batch import Batch, ImageInputs
-from vltrain.data.loader import batch_of, blank_image
+from vltrain.data.loader import batch_of
+from vltrain.data.pictures import SquareReader
 from vltrain.memory.live import LiveMemory
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
@@ -110,8 +111,9 @@ def make_blip_pack(size: PackSize, visual_tokens: int, image_size: int, instruct
                 sample_id=f"segment-{number}", input_ids=input_ids, loss_mask=mask, images=names, instruction_ids=read
             )
         )
-    images = dict.fromkeys((name for segment in segments for name in segment.images), blank_image(image_size))
-    return batch_of(segments, images, image_size)
+    reader = SquareReader(size=image_size)
+    images = dict.fromkeys((name for segment in segments for name in segment.images), reader.blank())
+    return batch_of(segments, images, reader)
 
 
 def _segments_of(size: PackSize, visual_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -120,8 +120,9 @@ class VisionLanguageModel(nn.Module):
         """uint8 [N, 3, H, W] -> fp32, mean and deviation taken out."""
         raise NotImplementedError
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> states of each image [N, ...]. Without images no ViT pass happens."""
+    def encode_images(self, pixels: Any) -> Tensor:
+        """`Batch.pixels`, uint8 [N, 3, H, W] or a stock model's -> states of each image [N, ...]. Without images no
+        ViT pass happens."""
         raise NotImplementedError
 
     def look(self, states: Tensor, slots: Tensor, instruction_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,7 @@ from pathlib import Path
 from vltrain.config.schema import EASYVQA_ROOT, OWN, Config, DataConfig
 from vltrain.data.origin import PREPARED
 from vltrain.data.shards import FORMAT_VERSION
-from vltrain.data.text.conversation import fingerprint
-from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, require
 from vltrain.prepared.made_once import made_once
@@ -136,15 +135,15 @@ def _no_differences(config: Config, folder: Path) -> Callable[[], bool]:
     return lambda: folder.exists() and not samples_differ(config, folder, strict=True)
 
 
-def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> Path:
+def packed_folder(config: Config, encoder: SampleEncoder) -> Path:
     """Where the packs of a recipe are: a folder named after everything that they depend on but the samples, of which a
     root has one set."""
     data = config.data
     depends_on = [
         FORMAT_VERSION,
-        fingerprint(tokenizer, data.template),
+        encoder.fingerprint,
         data.template,
-        visual_tokens,
+        encoder.visual_tokens,
         data.pack_length,
         data.max_images,
     ]
@@ -157,8 +156,7 @@ def packed_folder(config: Config, tokenizer: Tokenizer, visual_tokens: int) -> P
 def ensure_packs(
     config: Config,
     folder: Path,
-    tokenizer: Tokenizer,
-    visual_tokens: int,
+    encoder: SampleEncoder,
     *,
     rebuild: bool = False,
     samples_are_ready: bool = False,
@@ -180,19 +178,19 @@ def ensure_packs(
         )
     if not folder.exists() or rebuild:
         is_good = (
-            (lambda: folder.exists() and not packs_differ(config, folder, samples, tokenizer, strict=True))
+            (lambda: folder.exists() and not packs_differ(config, folder, samples, encoder.tokenizer, strict=True))
             if rebuild
             else None
         )
         made_once(
-            lambda: _pack(config, samples, folder, visual_tokens, replace=rebuild),
+            lambda: _pack(config, samples, folder, encoder, replace=rebuild),
             folder,
             remedy=OTHER_ROOT,
             is_good=is_good,
         )
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    if differences := packs_differ(config, folder, samples, tokenizer):
+    if differences := packs_differ(config, folder, samples, encoder.tokenizer):
         found = f"{folder}: was packed from something else than {samples}: {'; '.join(differences)}"
         raise InputError(f"{found}. Nothing was changed; {REBUILD}, or {OTHER_ROOT}")
 
@@ -227,7 +225,7 @@ def _prepare(config: Config, *, replace: bool) -> None:
     )
 
 
-def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int, *, replace: bool) -> None:
+def _pack(config: Config, samples: Path, folder: Path, encoder: SampleEncoder, *, replace: bool) -> None:
     from data_prep.pack import OVER_LONG, PackSettings, pack
     from data_prep.sources.splits import overlap_of
 
@@ -239,7 +237,7 @@ def _pack(config: Config, samples: Path, folder: Path, visual_tokens: int, *, re
     settings = PackSettings(
         tokenizer=source,
         template=config.data.template,
-        visual_tokens=visual_tokens,
+        visual_tokens=encoder.visual_tokens,
         pack_length=config.data.pack_length,
         max_images=config.data.max_images,
         over_long=config.data.over_long,

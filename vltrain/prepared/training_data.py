@@ -11,9 +11,10 @@ import torch
 from vltrain.config.schema import Config
 from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
+from vltrain.data.reading import sample_encoder
 from vltrain.data.shards import PackedDataset, require_match
-from vltrain.data.text.conversation import fingerprint
-from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.encoder import SampleEncoder
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.distributed.hardware import device
 from vltrain.errors import InputError
@@ -28,39 +29,42 @@ from vltrain.train.run.fits import require_positions, require_qformer_positions,
 
 def ensure_training_data(
     config: Config, dtype: torch.dtype, *, rebuild: bool
-) -> tuple[Tokenizer, VisionLanguageModel, PackedDataset]:
-    """Tokenizer, outline of the model, and packs, made if missing. Raises InputError where they do not fit each other,
-    or are damaged."""
+) -> tuple[SampleEncoder, VisionLanguageModel, PackedDataset]:
+    """What encodes samples, outline of the model, and packs, made if missing. Raises InputError where they do not fit
+    each other, or are damaged."""
     tokenizer = load_tokenizer(*tokenizer_sources(config))
     outline = outline_model(config.model, device(), dtype)
     require_tokenizer_fits(config, tokenizer, outline)
     require_qformer_positions(config, outline)
-    dataset = _ensure_data(config, tokenizer, outline, rebuild=rebuild)
+    encoder = sample_encoder(config, tokenizer, outline)
+    dataset = _ensure_data(config, encoder, outline, rebuild=rebuild)
     require_positions(dataset, outline)
-    return tokenizer, outline, dataset
+    return encoder, outline, dataset
 
 
-def _ensure_data(config: Config, tokenizer: Tokenizer, outline: VisionLanguageModel, *, rebuild: bool) -> PackedDataset:
+def _ensure_data(
+    config: Config, encoder: SampleEncoder, outline: VisionLanguageModel, *, rebuild: bool
+) -> PackedDataset:
     """Samples and packs, made, made anew or checked.
 
     Raises: InputError if they are not of what the recipe names or not of one set, and for evaluations that would fail
     after the first step.
     """
-    dataset = open_packs(config, tokenizer, outline.visual_tokens) if config.data.train_packs is not None else None
+    dataset = open_packs(config, encoder) if config.data.train_packs is not None else None
     evaluates = config.eval.scorer is not None
     if evaluates:
         file = ensure_samples(config, config.data.eval_split, rebuild=rebuild)
         if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
             require_same_set(config, dataset.folder, file)
         every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
-        ask(answered, every, tokenizer, config, outline, str(file))
+        ask(answered, every, encoder, config, outline, file)
     if dataset is not None:
         return dataset
-    return open_packs(config, tokenizer, outline.visual_tokens, rebuild=rebuild, samples_are_ready=evaluates)
+    return open_packs(config, encoder, rebuild=rebuild, samples_are_ready=evaluates)
 
 
 def open_packs(
-    config: Config, tokenizer: Tokenizer, visual_tokens: int, *, rebuild: bool = False, samples_are_ready: bool = False
+    config: Config, encoder: SampleEncoder, *, rebuild: bool = False, samples_are_ready: bool = False
 ) -> PackedDataset:
     """Opens the packs to train on, made first if the recipe leaves that to us.
 
@@ -74,19 +78,19 @@ def open_packs(
     if config.data.train_packs is not None:
         folder = Path(config.data.train_packs)
         made = read_made_from(folder)
-        if made is not None and (changes := tokenizer_changes(made, tokenizer, config.data.template)):
+        if made is not None and (changes := tokenizer_changes(made, encoder.tokenizer, config.data.template)):
             raise InputError(
                 f"data.train_packs: {folder}: since they were packed, {'; '.join(changes)}; restore the "
                 "tokenizer, or pack the samples again"
             )
     else:
-        folder = packed_folder(config, tokenizer, visual_tokens)
-        ensure_packs(config, folder, tokenizer, visual_tokens, rebuild=rebuild, samples_are_ready=samples_are_ready)
+        folder = packed_folder(config, encoder)
+        ensure_packs(config, folder, encoder, rebuild=rebuild, samples_are_ready=samples_are_ready)
     dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
     require_match(
         dataset.manifest,
-        tokenizer_fingerprint=fingerprint(tokenizer, config.data.template),
-        visual_tokens=visual_tokens,
+        tokenizer_fingerprint=encoder.fingerprint,
+        visual_tokens=encoder.visual_tokens,
         template=config.data.template,
         pack_length=config.data.pack_length,
     )

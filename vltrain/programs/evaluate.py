@@ -41,6 +41,7 @@ from vltrain.config.command_line import (
 from vltrain.config.recipe import RECIPE, as_mapping
 from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
+from vltrain.data.reading import sample_encoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
@@ -62,9 +63,9 @@ from vltrain.launching.run_folder import why_not_writable
 from vltrain.metrics.base import RunContext
 from vltrain.metrics.loggers import open_loggers
 from vltrain.metrics.table import require_loggers
+from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import require_trained_set
-from vltrain.train.checkpoints.checkpoint import Checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.run.made_of import made_of
 
@@ -240,43 +241,44 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
         if rank == 0 and reason is None:
             place = folder / "eval" / split
             held.enter_context(one_writer(lock_inside(place), place, remedy="evaluate another split or run meanwhile"))
+        dtype = choose_dtype(config.train.precision, config.model.bits)
+        weights = checkpoint or weights_before(folder, config)
+        model = answering_model(config, tokenizer, weights, dtype=dtype, place=device())
         setup = SplitSetup(
             split=split,
             samples_file=samples_file,
-            tokenizer=tokenizer,
+            encoder=sample_encoder(config, tokenizer, model),
             config=config,
             device=device(),
             max_samples=max_samples,
         )
-        _answer(folder, settings, checkpoint, setup, facts, keeps=reason is None)
+        step = checkpoint.step if checkpoint is not None else 0
+        _answer(model, folder, settings, setup, {"step": step, **facts}, dtype=dtype, keeps=reason is None)
 
 
 def _answer(
+    model: VisionLanguageModel,
     folder: Path,
     settings: Settings,
-    checkpoint: Checkpoint | None,
     setup: SplitSetup,
     facts: dict[str, Any],
     *,
+    dtype: torch.dtype,
     keeps: bool,
 ) -> None:
     """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
     config, rank, world_size = setup.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    dtype, place = choose_dtype(config.train.precision, config.model.bits), device()
-    model = answering_model(
-        config, setup.tokenizer, checkpoint or weights_before(folder, config), dtype=dtype, place=place
-    )
+    place = device()
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
         join_process_group("nccl" if place.type == "cuda" else "gloo", JOIN_TIMEOUT)
         require_one_model()
-    step = checkpoint.step if checkpoint is not None else 0
     loggers = None
     if rank == 0 and keeps:
         loggers = open_loggers(config.train.loggers, RunContext(folder=folder, settings=as_mapping(config)))
     with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        report = evaluate_split(model, setup, ReportTo(step=step, loggers=loggers))
+        report = evaluate_split(model, setup, ReportTo(step=facts["step"], loggers=loggers))
     if loggers is not None:
         loggers.close()
     if report is not None:
@@ -284,5 +286,5 @@ def _answer(
             report,
             settings.options["json"],
             folder / "eval" / setup.split if keeps else None,
-            {"split": setup.split, "step": step, **facts},
+            {"split": setup.split, **facts},
         )

@@ -22,7 +22,9 @@ from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
+from vltrain.data.reading import sample_encoder
 from vltrain.data.shards import PackedDataset
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError, exits_cleanly
@@ -119,7 +121,8 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         require_qformer_positions(sized, model)
     except InputError as error:  # its memory can be planned all the same
         logger.warning("training will refuse this: %s", error)
-    packs, no_packs = _packs(config, tokenizer, no_tokenizer, model.visual_tokens)
+    encoder = None if tokenizer is None else sample_encoder(sized, tokenizer, model)
+    packs, no_packs = _packs(config, encoder, no_tokenizer)
     if packs is not None:
         require_positions(packs, model)
     index = None if packs is None else packs.index
@@ -198,21 +201,19 @@ def _tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
         return None, f"not looked for: {error}"
 
 
-def _packs(
-    config: Config, tokenizer: Tokenizer | None, no_tokenizer: str, visual_tokens: int
-) -> tuple[PackedDataset | None, str]:
+def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> tuple[PackedDataset | None, str]:
     """The packs to train on, if they are on this machine, and where they are or why there are none."""
     if config.data.train_packs is not None:
         folder = Path(config.data.train_packs)
-    elif tokenizer is None:
+    elif encoder is None:
         return None, no_tokenizer
     else:
-        folder = packed_folder(config, tokenizer, visual_tokens)
+        folder = packed_folder(config, encoder)
     if not folder.exists():
         return None, f"none at {folder}"
-    if config.data.train_packs is None and tokenizer is not None and read_made_from(folder) is not None:
+    if config.data.train_packs is None and encoder is not None and read_made_from(folder) is not None:
         samples = samples_file(config, config.data.train_split)
-        if samples.is_file() and (differences := packs_differ(config, folder, samples, tokenizer)):
+        if samples.is_file() and (differences := packs_differ(config, folder, samples, encoder.tokenizer)):
             return (
                 None,
                 f"not looked at: {folder} was packed from something else than {samples}: {'; '.join(differences)}",

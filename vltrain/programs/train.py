@@ -195,7 +195,7 @@ def _train(
     )
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each
     # other.
-    tokenizer, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
+    encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
     ds_json = fill_buckets(ds_json, count_trained(outline))
     # Once on each node, whose disk may hold other files than rank 0's.
@@ -213,10 +213,10 @@ def _train(
     start = RunStart(dtype=dtype, checkpoint=checkpoint, origin=origin, made_of=files)
     evaluation = None
     if samples is not None:
-        evaluation = SplitEvaluation(tokenizer=tokenizer, samples=samples, digest=digest, made_of=files)
+        evaluation = SplitEvaluation(encoder=encoder, samples=samples, digest=digest, made_of=files)
     trainer = _assemble(config, ds_json, world_size, dataset, start, evaluation, preemption)
     if trainer.rank == 0:
-        _describe(trainer, ds_json, tokenizer, outline, dataset)
+        _describe(trainer, ds_json, encoder.tokenizer, outline, dataset)
     trainer.train()
     trainer.monitor.close()
     if trainer.rank == 0:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from vltrain.data.text.tokenizer import Tokenizer
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.evaluate.run import ReportTo, SplitSetup, evaluate_split
 from vltrain.files.digest import file_digest
 from vltrain.train.run.identity import MADE_OF, FilesOf
@@ -25,7 +25,7 @@ class SplitEvaluation:
         made_of: digests of the files that weights and tokenizer come from, for metrics.json.
     """
 
-    tokenizer: Tokenizer
+    encoder: SampleEncoder
     samples: Path
     digest: str
     made_of: FilesOf
@@ -43,7 +43,7 @@ class SplitEvaluation:
         setup = SplitSetup(
             split=split,
             samples_file=self.samples,
-            tokenizer=self.tokenizer,
+            encoder=self.encoder,
             config=config,
             device=trainer.engine.device,
             max_samples=config.eval.max_samples,

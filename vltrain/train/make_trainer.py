@@ -13,6 +13,7 @@ import torch.distributed as dist
 from vltrain.config.schema import Config
 from vltrain.data.loader import StepLoader
 from vltrain.data.plan import PackCost, Plan
+from vltrain.data.reading import image_reader
 from vltrain.data.shards import PackedDataset
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.distributed.hardware import peak_flops
@@ -91,7 +92,7 @@ def make_trainer(
     belongs_to = run_identity(config, dataset, start.made_of, start.origin.facts if start.origin else None)
     ds_config = resolve_ds_config(ds_json, config, dist.get_world_size(), count_trained(model))
     _load_start(model, start, belongs_to, folder)
-    image_size, framing, flops = model.image_size, model.framing, model.flops()  # before ZeRO-3 has its parameters
+    reader, flops = image_reader(config, model), model.flops()  # before ZeRO-3 has its parameters
     plan = make_plan(config, dataset, pack_cost(flops), offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
     allocator = make_allocator(config, engine, plan, start.checkpoint)
@@ -99,12 +100,10 @@ def make_trainer(
         dataset,
         plan,
         rank,
-        image_size=image_size,
-        max_image_pixels=config.data.max_image_pixels,
+        reader,
         workers=config.data.workers,
         start_step=start.first_step,
         pin_memory=engine.device.type == "cuda",
-        framing=framing,
     )
     return Trainer(
         config=config,

@@ -18,9 +18,9 @@ import torch
 
 from vltrain.batch import tensor_of
 from vltrain.data.loader import batch_of, filler
-from vltrain.data.text.conversation import encode_candidate
-from vltrain.data.text.tokenizer import Tokenizer
-from vltrain.evaluate.answering.generate import DECODING_THREADS, LoadImage, Sync, encode_together, gather_pixels
+from vltrain.data.pictures import Pictures
+from vltrain.data.text.encoder import SampleEncoder, SizeOf
+from vltrain.evaluate.answering.generate import DECODING_THREADS, Sync, encode_together
 from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.rows import segment_sums
@@ -32,14 +32,14 @@ class RowCandidates:
     """A `CandidateModel`: each candidate is a padded row. Making one is a collective under ZeRO-3, where adapters are
     routed: they decide then.
 
-    model       in evaluation mode, plain or under DeepSpeed at any stage
-    load_image  name -> uint8 [3, H, W] of the model's image size
+    model     in evaluation mode, plain or under DeepSpeed at any stage
+    pictures  of the samples' images; size_of: how large those are
     """
 
     model: VisionLanguageModel
-    tokenizer: Tokenizer
-    template: str
-    load_image: LoadImage
+    encoder: SampleEncoder
+    pictures: Pictures
+    size_of: SizeOf
     device: torch.device | str
 
     def __post_init__(self) -> None:
@@ -49,10 +49,9 @@ class RowCandidates:
     @torch.no_grad()
     def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
         """See `CandidateModel`."""
-        rows = _rows_of(items, self.tokenizer, self.template, self.model.visual_tokens)
-        images = _images_of(items, self.load_image)
-        pixels, slots = gather_pixels(self.model, rows, images)
-        visual, slots = encode_together(self.model, pixels.to(self.device), slots.to(self.device), rows, sync)
+        rows = _rows_of(items, self.encoder, self.size_of)
+        images = _images_of(items, self.pictures)
+        visual, slots = encode_together(self.model, rows, images, self.pictures.reader, self.device, sync)
         input_ids, labelled, modality, left_out = self._pad(rows)
         num_rows, width = input_ids.shape
         embeds = self.model.embed(input_ids.flatten(), visual, slots).view(num_rows, width, -1)
@@ -84,14 +83,14 @@ class RowCandidates:
 class SegmentCandidates:
     """A `CandidateModel`: candidates are segments of one batch, and go through the training's forward.
 
-    model       in evaluation mode, plain or under DeepSpeed at any stage
-    load_image  name -> uint8 [3, H, W] of the model's image size
+    model     in evaluation mode, plain or under DeepSpeed at any stage
+    pictures  of the samples' images; size_of: how large those are
     """
 
     model: VisionLanguageModel
-    tokenizer: Tokenizer
-    template: str
-    load_image: LoadImage
+    encoder: SampleEncoder
+    pictures: Pictures
+    size_of: SizeOf
     device: torch.device | str
 
     def __post_init__(self) -> None:
@@ -100,11 +99,10 @@ class SegmentCandidates:
     @torch.no_grad()
     def candidate_losses(self, items: Sequence[RankingItem], sync: Sync) -> CandidateLosses:
         """See `CandidateModel`."""
-        rows = _rows_of(items, self.tokenizer, self.template, self.model.visual_tokens)
-        images = _images_of(items, self.load_image)
-        anyone_has_images = bool(sync(int(len(images) > 0)))
-        size = self.model.image_size
-        batch = batch_of(rows, images, size, blank=anyone_has_images) if rows else filler(anyone_has_images, size)
+        rows = _rows_of(items, self.encoder, self.size_of)
+        images = _images_of(items, self.pictures)
+        anyone_has_images, reader = bool(sync(int(len(images) > 0))), self.pictures.reader
+        batch = batch_of(rows, images, reader, blank=anyone_has_images) if rows else filler(anyone_has_images, reader)
         losses = self.model(batch.to(self.device)).segment_losses
         return CandidateLosses(losses[: len(rows)], batch.label_lengths[: len(rows)])
 
@@ -116,17 +114,13 @@ CANDIDATES: dict[str, type[RowCandidates] | type[SegmentCandidates]] = {
 """By `VisionLanguageModel.ranks`."""
 
 
-def _rows_of(items: Sequence[RankingItem], tokenizer: Tokenizer, template: str, visual_tokens: int) -> list[Segment]:
+def _rows_of(items: Sequence[RankingItem], encoder: SampleEncoder, size_of: SizeOf) -> list[Segment]:
     """A row per candidate, item after item."""
-    return [
-        encode_candidate(item.sample, text, item.whole, tokenizer, template, visual_tokens)
-        for item in items
-        for text in item.candidates
-    ]
+    return [encoder.candidate(item.sample, text, item.whole, size_of) for item in items for text in item.candidates]
 
 
-def _images_of(items: Sequence[RankingItem], load_image: LoadImage) -> dict[str, np.ndarray]:
+def _images_of(items: Sequence[RankingItem], pictures: Pictures) -> dict[str, np.ndarray]:
     """Each image that the items show, once, by name."""
     names = dict.fromkeys(name for item in items for name in item.sample.images)
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        return dict(zip(names, pool.map(load_image, names)))
+        return dict(zip(names, pool.map(pictures.load, names)))

@@ -29,6 +29,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaModel
 
 from vltrain.batch import listed, tensor_of
+from vltrain.data.loader import pixels_of
+from vltrain.data.pictures import ImageReader, Pictures
 from vltrain.errors import InputError
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, TEXT_MODALITY_TOKEN, Segment
@@ -79,7 +81,7 @@ def alone(value: int) -> int:
 def generate(
     model: VisionLanguageModel,
     prompts: Sequence[Segment],
-    load_image: LoadImage,
+    pictures: Pictures,
     *,
     sampling: Sampling,
     stop_ids: Collection[int],
@@ -92,19 +94,17 @@ def generate(
     """Answers `prompts`; runs in the caller's autocast context, on a model in evaluation mode.
 
     Args:
-        prompts: from `vltrain.data.text.conversation.encode_prompt`; their `images` name what stands at their image
-            runs.
+        prompts: from `SampleEncoder.prompt`; their `images` name what stands at their image runs.
         stop_ids: tokens that end an answer.
         vocab_size: the tokenizer's; the LLM's further rows mean nothing and are never chosen.
-        load_image: name -> uint8 [3, H, W] of the model's image size. Called in threads, once for each distinct image
-            of a batch.
+        pictures: those that the prompts name. Loaded in threads, once for each distinct image of a batch.
         sync: the largest of a whole number over all ranks (an all-reduce); under ZeRO-3 every rank must call `generate`
             with it.
         on_answered: told how many prompts each finished batch held.
 
     Returns: for each prompt, in its order, the new token ids without the token that ended them.
 
-    Raises: InputError if the model's outputs are not finite, naming the sample, and whatever `load_image` raises.
+    Raises: InputError if the model's outputs are not finite, naming the sample, and whatever loading an image raises.
     """
     assert not model.training, "generation with a model in training mode"
     # Similar lengths together, so that padding is small; questions about one image together, so that it is encoded
@@ -115,13 +115,13 @@ def generate(
     model.decide_routing()
     answers: list[list[int]] = [[] for _ in prompts]
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        images = _start_loading(pool, load_image, [prompts[index] for index in batches[0]]) if batches else {}
+        images = _start_loading(pool, pictures.load, [prompts[index] for index in batches[0]]) if batches else {}
         for number, indices in enumerate(batches):
             following = batches[number + 1] if number + 1 < len(batches) else []
-            images, loading = _start_loading(pool, load_image, [prompts[index] for index in following]), images
+            images, loading = _start_loading(pool, pictures.load, [prompts[index] for index in following]), images
             asked = [prompts[index] for index in indices]
-            pixels, slots = gather_pixels(model, asked, {name: future.result() for name, future in loading.items()})
-            visual, slots = encode_together(model, pixels.to(device), slots.to(device), asked, sync)
+            shown = {name: future.result() for name, future in loading.items()}
+            visual, slots = encode_together(model, asked, shown, pictures.reader, device, sync)
             decoder = DECODERS[model.writes](
                 model, asked, visual, slots, sampling, stop_ids, vocab_size, torch.device(device)
             )
@@ -138,6 +138,7 @@ def generate_tokens(
     model: VisionLanguageModel,
     prompt: Segment,
     images: Mapping[str, np.ndarray],
+    reader: ImageReader,
     *,
     sampling: Sampling,
     stop_ids: Collection[int],
@@ -149,13 +150,12 @@ def generate_tokens(
     Args: as of `generate`. The model's `decide_routing` was called since its weights changed. Each step runs in the
     autocast context of the
         `next` that asks for it.
-        images: by name, uint8 [3, H, W] of the model's image size, those that the prompt shows.
+        images: pictures of `reader` by name, those that the prompt shows.
 
     Raises: InputError if the model's outputs are not finite.
     """
     assert not model.training, "generation with a model in training mode"
-    pixels, slots = gather_pixels(model, [prompt], {name: images[name] for name in dict.fromkeys(prompt.images)})
-    visual, slots = encode_together(model, pixels.to(device), slots.to(device), [prompt], alone)
+    visual, slots = encode_together(model, [prompt], images, reader, device, alone)
     decoder = DECODERS[model.writes](
         model, [prompt], visual, slots, sampling, stop_ids, vocab_size, torch.device(device), with_logprobs=True
     )
@@ -170,36 +170,34 @@ def _start_loading(
     return {name: pool.submit(load_image, name) for name in names}
 
 
-def gather_pixels(
-    model: VisionLanguageModel, prompts: list[Segment], images: dict[str, np.ndarray]
-) -> tuple[Tensor, Tensor]:
-    """Each distinct image once: (uint8 [N, 3, H, W], int64 [K] which of them stands at each image run of the batch)."""
-    places = {name: place for place, name in enumerate(images)}
-    slots = torch.tensor([places[name] for prompt in prompts for name in prompt.images], dtype=torch.int64)
-    if not images:
-        return torch.empty(0, 3, model.image_size, model.image_size, dtype=torch.uint8), slots
-    return tensor_of(np.stack(list(images.values()))), slots
-
-
 def encode_together(
-    model: VisionLanguageModel, pixels: Tensor, slots: Tensor, prompts: Sequence[Segment], sync: Sync
+    model: VisionLanguageModel,
+    prompts: Sequence[Segment],
+    images: Mapping[str, np.ndarray],
+    reader: ImageReader,
+    device: torch.device | str,
+    sync: Sync,
 ) -> tuple[Tensor, Tensor]:
-    """Visual tokens of a batch's images; a blank image is encoded where only other ranks have images.
+    """Visual tokens of a batch's images, each distinct one encoded once; a blank image is encoded where only other
+    ranks have images.
 
-    Args: `pixels` and `slots` as of `gather_pixels`, of these prompts.
+    Args:
+        images: pictures of `reader` by name, those that the prompts show.
 
     Returns: ([M, V, d], int64 [K] which of them stands at each image run). A Q-Former looks at an image anew for every
     prompt.
     """
-    blank = bool(sync(int(len(pixels) > 0))) and len(pixels) == 0
-    states = model.encode_images(pixels.new_zeros(1, *pixels.shape[1:]) if blank else pixels)
+    pixels, slots = pixels_of(prompts, images, reader)
+    if bool(sync(int(len(pixels) > 0))) and len(pixels) == 0:
+        pixels = reader.stack([reader.blank()], [1])
+    states = model.encode_images(pixels.to(device))
     asked = [tensor_of(prompt.instruction_ids).long() for prompt in prompts for _ in prompt.images]
     instruction = (
         torch.nn.utils.rnn.pad_sequence(asked, batch_first=True, padding_value=-1)
         if asked
         else torch.empty(0, 2, dtype=torch.int64)
     )
-    return model.look(states, slots, instruction.to(slots.device))
+    return model.look(states, slots.to(device), instruction.to(device))
 
 
 class _Decoder:

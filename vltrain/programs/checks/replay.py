@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from vltrain.console import logged_from
+from vltrain.data.reading import sample_encoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
@@ -59,11 +60,11 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
     dtype = choose_dtype(
         config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None
     )
-    visual_tokens = outline_model(config.model, device(), dtype).visual_tokens
+    encoder = sample_encoder(config, tokenizer, outline_model(config.model, device(), dtype))
     if config.data.train_packs is None:  # those that it was trained on, whatever became of the samples; none are made
-        own_packs = str(packed_folder(config, tokenizer, visual_tokens))
+        own_packs = str(packed_folder(config, encoder))
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_packs=own_packs))
-    dataset = open_packs(config, tokenizer, visual_tokens)
+    dataset = open_packs(config, encoder)
     _, world_size = init_distributed()
     try:
         model = build_model(
