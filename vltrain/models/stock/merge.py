@@ -60,13 +60,14 @@ def _fold(adapter: Any, sublayer: nn.Module, rounding: Rounding) -> None:
     matrix, offset = adapter.linear_map()
     for linear in readers(sublayer).values():
         assert isinstance(linear, nn.Linear)
-        weight = linear.weight.double()
+        own: Any = linear.weight
+        weight = own.double()
         if offset is not None and offset.any():  # an untuned adapter's is zero
             bias: Any = linear.bias
             if bias is None:
                 bias = linear.bias = nn.Parameter(torch.zeros(len(weight)), requires_grad=False)
             rounding.put(bias, weight @ offset + bias.double())
-        rounding.put(linear.weight, weight @ matrix)
+        rounding.put(own, weight @ matrix)
 
 
 def _plain(network: PreTrainedModel) -> PreTrainedModel:
