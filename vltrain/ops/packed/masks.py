@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -65,6 +65,16 @@ class SegmentMask:
 
     packing: Packing
     rule: Rule = CAUSAL
+
+    ndim: ClassVar = 4
+    """As of the mask of T x T that it stands for: some families (PaliGemma) make their decoder's masks, and the decoder
+    its own of these."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """See `ndim`."""
+        num_tokens = int(self.packing.lengths.sum())
+        return 1, 1, num_tokens, num_tokens
 
     def group_masks(self) -> list[Tensor | None]:
         """Of each padded group: bool [1, 1, L, L] or [S, 1, L, L], may a query (second to last) see a key; None where
