@@ -21,7 +21,7 @@ IMAGE_SIZE = 16
 STOP = (49, 14)
 
 
-def tiny_model(attention: str = "sdpa", **adapter) -> MultimodalModel:
+def tiny_model(attention: str = "sdpa", llm: dict | None = None, **adapter) -> MultimodalModel:
     config = MmtConfig(
         vision=VisionConfig(
             config=dict(
@@ -44,6 +44,7 @@ def tiny_model(attention: str = "sdpa", **adapter) -> MultimodalModel:
                 num_key_value_heads=2,
                 max_position_embeddings=128,
                 initializer_range=0.3,
+                **(llm or {}),
             ),
             tokenizer="none",
             attention=attention,
@@ -155,6 +156,21 @@ def test_routed_adapters_answer_as_they_were_trained(batch_size):
     assert run(PROMPTS, batch_size, model=model) != expected
     del model.decide_routing
     assert run(PROMPTS, batch_size, model=model) == expected
+
+
+WINDOWED = {
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 5, "head_dim": 8, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 9.0},
+    "gemma3_text": {"sliding_window": 5, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in WINDOWED), ("mistral", "eager")])
+def test_llms_with_sliding_windows_answer_as_alone(name, attention):
+    kind = "router" if name == "mistral" else "bottleneck"
+    model = tiny_model(attention, {"model_type": name, **WINDOWED[name]}, kind=kind)
+    prompts = make_prompts(7)
+    assert run(prompts, 7, model) == run(prompts, 1, model) == [plain_answer(model, prompt) for prompt in prompts]
 
 
 def test_answers_do_not_depend_on_the_neighbours_or_their_order():

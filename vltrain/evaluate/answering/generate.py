@@ -3,7 +3,8 @@ of ranks.
 
 An answer depends on its own prompt, its own images and (when sampling) random numbers drawn from (seed, sample id);
 nothing of its neighbours reaches it. Prompts of a batch are padded on the right, where causality hides the padding
-during prefill, and the padding's keys are masked while decoding; rotary positions count real tokens only. What remains
+during prefill, and the padding's keys are masked while decoding (on the left where the LLM's attention has sliding
+windows, and masked there); rotary positions count real tokens only. What remains
 is the rounding of matrix products of different shapes. In fp32, about 1e-6 of a logit, only a tie of two tokens can
 fall either way; in bf16, about 1e-2, near-ties can too:
 `--eval.precision fp32` gives figures that are exact at any batch size, see `vltrain.evaluate.answering.precision`.
@@ -242,14 +243,18 @@ class _Decoder:
         ids = [row[self.num_left_out :] for row in ids]
         lengths = torch.tensor([len(row) for row in ids])
         width = int(lengths.max())
+        # Where attention counts columns back from a token, none may lie between a prompt and its answer.
+        self.pads_left = getattr(model.llm.config, "sliding_window", None) is not None
+        starts = width - lengths if self.pads_left else torch.zeros_like(lengths)
         self.input_ids = torch.zeros(len(ids), width, dtype=torch.int64)
-        for row, tokens in enumerate(ids):
-            self.input_ids[row, : len(tokens)] = tensor_of(tokens.astype(np.int64))
+        for row, (start, tokens) in enumerate(zip(starts.tolist(), ids)):
+            self.input_ids[row, start : start + len(tokens)] = tensor_of(tokens.astype(np.int64))
         self.rows = list(range(len(prompts)))
-        self.last = (lengths - 1).to(device)
+        self.starts, self.last = starts.to(device), (starts + lengths - 1).to(device)
         self.positions = (lengths + self.num_left_out).to(device)
         mask = torch.ones(len(ids), width + sampling.max_new_tokens, dtype=torch.int64)
-        mask[:, :width] = torch.arange(width) < lengths[:, None]
+        columns = torch.arange(width) - starts[:, None]
+        mask[:, :width] = (columns >= 0) & (columns < lengths[:, None])
         self.mask = mask.to(device)
         if sampling.temperature > 0:
             self.uniforms = torch.tensor([_uniforms(sampling, name) for name in self.sample_ids], dtype=torch.float64)
@@ -278,9 +283,10 @@ class _Decoder:
         embeds = self.model.embed(self.input_ids.flatten().to(self.device), self.visual, self.slots).view(
             num_rows, width, -1
         )
-        positions = (self.num_left_out + torch.arange(width, device=self.device)).expand(num_rows, width)
+        positions = self.num_left_out + (torch.arange(width, device=self.device) - self.starts[:, None]).clamp(min=0)
+        padding = {"attention_mask": self.mask[:, :width]} if self.pads_left else {}
         outputs = self.model.language_model(
-            embeds, self.modality, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: self.cache}
+            embeds, self.modality, position_ids=positions, use_cache=True, **padding, **{CACHE_ARGUMENT: self.cache}
         )
         last = outputs.last_hidden_state[torch.arange(num_rows, device=self.device), self.last]
         return self.model.llm.lm_head(last)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -87,8 +87,8 @@ class AdapterThenSublayer(nn.Module):
 
 def find_adapter(block: nn.Module, place: str) -> Adapter | None:
     """The adapter that `insert_adapters` put in at a block's `place`, the norm's or the sublayer's name; None: none."""
-    found: Any = getattr(block, place)
-    return found.adapter if isinstance(found, (NormThenAdapter, AdapterThenSublayer)) else None
+    found = getattr(block, place)
+    return cast(Adapter, found.adapter) if isinstance(found, (NormThenAdapter, AdapterThenSublayer)) else None
 
 
 def remove_adapter(block: nn.Module, place: str) -> None:

@@ -1,12 +1,18 @@
-"""Decoders built much like LLaMA: Qwen2 and 2.5, Qwen3, SmolLM3, Phi-3 and Phi-4, OLMo 2, Gemma."""
+"""Decoders built much like LLaMA: Qwen2 and 2.5, Qwen3, Mistral, SmolLM3, Phi-3 and Phi-4, OLMo 2, Gemma 1 to 3."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -62,6 +68,20 @@ QWEN3 = Language(
     bias_switches={"attention": ("attention_bias",)},
     targets=LLAMA.targets,
 )
+MISTRAL = Language(
+    title="Mistral",
+    model_types=("mistral",),
+    config=MistralConfig,
+    network=MistralForCausalLM,
+    published={
+        "mistral-7b": llama_sizes(4096, 14336, 32, 32, 8, 32768, "mistral7b", sliding_window=None),
+        "mistral-7b-v0.1": llama_sizes(4096, 14336, 32, 32, 8, 32000, "mistral7bv01", sliding_window=4096),
+    },
+    norms=LLAMA.norms,
+    readers=LLAMA.readers,
+    writers=LLAMA.writers,
+    targets=LLAMA.targets,
+)
 SMOLLM3 = Language(
     title="SmolLM3",
     model_types=("smollm3",),
@@ -113,6 +133,33 @@ GEMMA = Language(
         "gemma-7b": _tied(3072, 24576, 28, 16, 16, 256000, "gemma7b", head_dim=256),
     },
     norms=LLAMA.norms,
+    readers=LLAMA.readers,
+    writers=LLAMA.writers,
+    bias_switches={"attention": ("attention_bias",)},
+    targets=LLAMA.targets,
+)
+GEMMA2 = Language(
+    title="Gemma 2",
+    model_types=("gemma2",),
+    config=Gemma2Config,
+    network=Gemma2ForCausalLM,
+    published={
+        "gemma-2-2b": _tied(2304, 9216, 26, 8, 4, 256000, "gemma22b", head_dim=256),
+        "gemma-2-9b": _tied(3584, 14336, 42, 16, 8, 256000, "gemma29b", head_dim=256),
+    },
+    norms={"attention": "input_layernorm", "ffn": "pre_feedforward_layernorm"},
+    readers=LLAMA.readers,
+    writers=LLAMA.writers,
+    bias_switches={"attention": ("attention_bias",)},
+    targets=LLAMA.targets,
+)
+GEMMA3 = Language(
+    title="Gemma 3",
+    model_types=("gemma3_text",),
+    config=Gemma3TextConfig,
+    network=Gemma3ForCausalLM,
+    published={"gemma-3-1b": _tied(1152, 6912, 26, 4, 1, 262144, "gemma31b", head_dim=256, sliding_window=512)},
+    norms=GEMMA2.norms,
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches={"attention": ("attention_bias",)},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from vltrain.models.backbones.clip import CLIP
-from vltrain.models.backbones.decoders import GEMMA, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
+from vltrain.models.backbones.decoders import GEMMA, GEMMA2, GEMMA3, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3
 from vltrain.models.backbones.dino import DINOV2, DINOV2_WITH_REGISTERS, DINOV3
 from vltrain.models.backbones.family import Language, Tower
 from vltrain.models.backbones.llama import LLAMA
@@ -15,10 +15,13 @@ LANGUAGES: dict[str, Language] = {
     "llama": LLAMA,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "mistral": MISTRAL,
     "smollm3": SMOLLM3,
     "phi3": PHI3,
     "olmo2": OLMO2,
     "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
 }
 TOWERS: dict[str, Tower] = {
     "clip": CLIP,

@@ -255,7 +255,7 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
                     f"{prefix}{name}: found {value!r:.80}, {told}, so the network would compute something else "
                     "than its weights were trained for"
                 )
-        _check_attention(prefix, own)
+        _check_attention(prefix, own, known)
         heads, shared = getattr(section, "num_attention_heads", None), getattr(section, "num_key_value_heads", None)
         if heads is not None and shared is not None and heads % shared:
             raise _Named(
@@ -280,16 +280,15 @@ def _check_numbers(config: PreTrainedConfig, outer: str) -> None:
             _check_rotary(f"{prefix}rope_parameters", section, rope)
 
 
-def _check_attention(prefix: str, own: Mapping[str, Any]) -> None:
-    """Raises _Named for blocks that do not see all of their segment."""
-    if any(kind != "full_attention" for kind in own.get("layer_types") or ()):
-        raise _Named(f"{prefix}layer_types: found {own['layer_types']!r:.80}, expected full_attention in every block")
+def _check_attention(prefix: str, own: Mapping[str, Any], known: set[str]) -> None:
+    """Raises _Named for attention that is not causal, or has windows where the network (settings `known`) has none."""
+    kinds = ("full_attention", "sliding_attention") if "sliding_window" in known else ("full_attention",)
+    if any(kind not in kinds for kind in own.get("layer_types") or ()):
+        raise _Named(
+            f"{prefix}layer_types: found {own['layer_types']!r:.80}, expected {' or '.join(kinds)} in every block"
+        )
     if own.get("use_bidirectional_attention"):
         raise _Named(f"{prefix}use_bidirectional_attention: found true, expected false: tokens see those before them")
-    if own.get("sliding_window") is not None and own.get("use_sliding_window") is not False:
-        raise _Named(
-            f"{prefix}sliding_window: found {own['sliding_window']!r:.80}, expected null: windows are not supported"
-        )
 
 
 def _check_rotary(key: str, config: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
