@@ -1,6 +1,7 @@
 """Style, lint and types: what runs before the tests and before a commit is the same, and looks at all there is."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,9 +26,24 @@ def test_hooks_run_the_commands_of_ci():
         assert hook["pass_filenames"] is False
 
 
-def test_all_tests_begin_with_them():
-    text = (ROOT / "tests" / "run.sh").read_text()
-    assert text.index("setup_env.sh --with test") < text.index("bash tests/lint.sh") < text.index("-m pytest")
+@pytest.mark.parametrize(("lint", "tests", "words", "code"), [
+    (0, 0, [], 0), (1, 0, [], 1), (0, 3, [], 3), (1, 3, [], 3), (1, 0, ["tests/ops"], 0), (0, 4, ["-m", "slow"], 4),
+])  # fmt: skip
+def test_all_tests_go_with_them_and_either_fails_the_run(tmp_path, lint, tests, words, code):
+    """tests/run.sh itself, in a checkout where what it starts only says so."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "run.sh", tmp_path / "tests")
+    for name, exit_code in (("launch/setup_env.sh", 0), ("tests/lint.sh", lint), (".venv/bin/python", tests)):
+        script = tmp_path / name
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(f'#!/usr/bin/env bash\necho "{name} $*" | tee -a "$PWD/started"\nexit {exit_code}\n')
+        script.chmod(0o755)
+    ran = subprocess.run(["bash", "tests/run.sh", *words], cwd=tmp_path, capture_output=True, text=True)
+    started = (tmp_path / "started").read_text().splitlines()
+    assert ran.returncode == code, ran.stderr
+    assert started[0] == "launch/setup_env.sh --with test"
+    assert any(line.startswith(".venv/bin/python -m pytest") and line.endswith(" ".join(words)) for line in started)
+    assert ("tests/lint.sh " in started) == ("tests/lint.sh " in ran.stdout) == (not words)
     assert "bash tests/run.sh" in (ROOT / ".ci" / "run").read_text()
 
 

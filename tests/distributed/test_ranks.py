@@ -225,7 +225,7 @@ def test_srun_says_it_where_it_sets_pmis_variables_too():
 def test_a_rank_ends_before_the_interpreter_is_torn_down(tmp_path, ending, code):
     """Threads of gloo's that are still at work then would abort it: exit code 134, see `vltrain.cli.leave`."""
     script = tmp_path / "rank.py"
-    script.write_text(f'''
+    script.write_text(f"""
 import atexit, datetime, threading, time
 from vltrain.cli import leave
 from vltrain.distributed.ranks import join_process_group
@@ -242,7 +242,7 @@ def program():
 kept = TornDown()
 atexit.register(print, "atexit")
 leave(program)
-''')
+""")
     out, err = tmp_path / "out", tmp_path / "err"
     environment = {name: value for name, value in rank_environment(0, 1, 0).items() if name != "RANK"}
     assert start(str(script), [], environment, out, err).wait(120) == code, err.read_text()

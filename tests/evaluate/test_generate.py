@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import numpy as np
@@ -115,28 +116,36 @@ def plain_answer(model: MultimodalModel, prompt: Segment, max_new_tokens: int = 
 
 
 PROMPTS = make_prompts(40)
-PLAIN = [plain_answer(MODEL, prompt) for prompt in PROMPTS]
+
+
+@functools.cache
+def plain_answers() -> list[list[int]]:
+    """The plain loop's, to all prompts."""
+    return [plain_answer(MODEL, prompt) for prompt in PROMPTS]
 
 
 def test_the_reference_is_worth_comparing_with():
     """Answers differ from each other, in length too, and images change them."""
-    assert len({tuple(answer) for answer in PLAIN}) > 30
-    assert {0, 12} < {len(answer) for answer in PLAIN} and len({len(answer) for answer in PLAIN}) > 4
+    assert len({tuple(answer) for answer in plain_answers()}) > 30
+    assert {0, 12} < {len(answer) for answer in plain_answers()} and len(
+        {len(answer) for answer in plain_answers()}
+    ) > 4
     with_image = [number for number, prompt in enumerate(PROMPTS) if prompt.images]
     other = {name: IMAGES[name][::-1].copy() for name in IMAGES}
     changed = run([PROMPTS[number] for number in with_image], 16, load_image=other.__getitem__)
     assert (
-        sum(answer != PLAIN[number] for number, answer in zip(with_image, changed, strict=True)) > len(with_image) / 2
+        sum(answer != plain_answers()[number] for number, answer in zip(with_image, changed, strict=True))
+        > len(with_image) / 2
     )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16, 64])
 def test_greedy_answers_equal_the_plain_loop_at_any_batch_size(batch_size):
-    assert run(PROMPTS, batch_size) == PLAIN
+    assert run(PROMPTS, batch_size) == plain_answers()
 
 
 def test_greedy_answers_equal_the_plain_loop_with_eager_attention():
-    assert run(PROMPTS, 16, model=tiny_model("eager")) == PLAIN
+    assert run(PROMPTS, 16, model=tiny_model("eager")) == plain_answers()
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -175,7 +184,7 @@ def test_llms_with_sliding_windows_answer_as_alone(name, attention):
 
 def test_answers_do_not_depend_on_the_neighbours_or_their_order():
     shuffled = np.random.default_rng(3).permutation(len(PROMPTS))[:11]
-    assert run([PROMPTS[number] for number in shuffled], 4) == [PLAIN[number] for number in shuffled]
+    assert run([PROMPTS[number] for number in shuffled], 4) == [plain_answers()[number] for number in shuffled]
 
 
 def test_sampled_answers_depend_on_seed_and_sample_alone():
@@ -185,12 +194,12 @@ def test_sampled_answers_depend_on_seed_and_sample_alone():
         assert run(PROMPTS, batch_size, sampling=sampling) == expected
     assert run(PROMPTS[5:9], 4, sampling=sampling) == expected[5:9]
     assert run(PROMPTS, 16, sampling={**sampling, "seed": 8}) != expected
-    assert expected != PLAIN
+    assert expected != plain_answers()
 
 
 def test_a_cold_or_narrow_nucleus_is_greedy():
-    assert run(PROMPTS, 16, sampling={"temperature": 1e-4}) == PLAIN
-    assert run(PROMPTS, 16, sampling={"temperature": 1.0, "top_p": 1e-9}) == PLAIN
+    assert run(PROMPTS, 16, sampling={"temperature": 1e-4}) == plain_answers()
+    assert run(PROMPTS, 16, sampling={"temperature": 1.0, "top_p": 1e-9}) == plain_answers()
 
 
 @pytest.mark.parametrize(
@@ -224,14 +233,16 @@ def test_each_distinct_image_of_a_batch_is_loaded_and_encoded_once(monkeypatch):
 
     encode = MODEL.encode_images
     monkeypatch.setattr(MODEL, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
-    assert run(PROMPTS, len(PROMPTS), load_image=load_image) == PLAIN
+    assert run(PROMPTS, len(PROMPTS), load_image=load_image) == plain_answers()
     assert sorted(loaded) == sorted(IMAGES)
     assert encoded == [len(IMAGES)]
 
 
 def test_text_only_prompts_need_no_image_and_no_prompts_no_answers():
     text = [number for number, prompt in enumerate(PROMPTS) if not prompt.images]
-    assert run([PROMPTS[number] for number in text], 8, load_image={}.__getitem__) == [PLAIN[number] for number in text]
+    assert run([PROMPTS[number] for number in text], 8, load_image={}.__getitem__) == [
+        plain_answers()[number] for number in text
+    ]
     assert run([], 8) == []
 
 
@@ -278,13 +289,13 @@ def test_ranks_that_sync_make_the_same_forwards_and_the_answers_stay(shares):
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers == [PLAIN[share] for share in shares]
+    assert answers == [plain_answers()[share] for share in shares]
     assert ranks[0].calls == ranks[1].calls
     assert ("vision" in ranks[0].calls) == bool(PROMPTS[shares[0]])
 
 
 def test_rows_of_the_vocabulary_that_the_tokenizer_lacks_are_never_chosen():
-    assert max(max(answer, default=0) for answer in PLAIN) >= 40
+    assert max(max(answer, default=0) for answer in plain_answers()) >= 40
     answers = run(PROMPTS, 16, vocab_size=40)
     assert max(max(answer, default=0) for answer in answers) == 39
 

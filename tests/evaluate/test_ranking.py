@@ -3,6 +3,7 @@ model made up."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,8 +77,15 @@ def plain_losses(model: MultimodalModel, item: RankingItem) -> list[tuple[float,
     return losses
 
 
-PLAIN = [plain_losses(MODEL, item) for item in ITEMS]
-WINNERS = [min(range(len(losses)), key=lambda place: losses[place][0]) for losses in PLAIN]
+@functools.cache
+def plain_item_losses() -> list[list[tuple[float, int]]]:
+    """The plain loop's, of all items."""
+    return [plain_losses(MODEL, item) for item in ITEMS]
+
+
+@functools.cache
+def plain_winners() -> list[int]:
+    return [min(range(len(losses)), key=lambda place: losses[place][0]) for losses in plain_item_losses()]
 
 
 def flat(losses: list[list[tuple[float, int]]]) -> tuple[list[float], list[int]]:
@@ -87,21 +95,26 @@ def flat(losses: list[list[tuple[float, int]]]) -> tuple[list[float], list[int]]
 
 def test_the_reference_is_worth_comparing_with():
     """Winners differ, the shortest candidate does not always win, and images matter."""
-    assert len(set(WINNERS)) >= 4
-    per_token = [min(range(len(losses)), key=lambda place: losses[place][0] / losses[place][1]) for losses in PLAIN]
-    assert sum(one != other for one, other in zip(per_token, WINNERS)) >= 3
-    assert any(losses[winner][1] > min(count for _, count in losses) for winner, losses in zip(WINNERS, PLAIN))
+    assert len(set(plain_winners())) >= 4
+    per_token = [
+        min(range(len(losses)), key=lambda place: losses[place][0] / losses[place][1]) for losses in plain_item_losses()
+    ]
+    assert sum(one != other for one, other in zip(per_token, plain_winners())) >= 3
+    assert any(
+        losses[winner][1] > min(count for _, count in losses)
+        for winner, losses in zip(plain_winners(), plain_item_losses())
+    )
     with_image = next(number for number, item in enumerate(ITEMS) if item.sample.images)
     other = candidates_of(MODEL, {name: pixels[::-1].copy() for name, pixels in IMAGES.items()}.__getitem__)
     shown = other.candidate_losses([ITEMS[with_image]], alone).loss_sums.tolist()
-    assert max(abs(one - loss) for one, (loss, _) in zip(shown, PLAIN[with_image])) > 1e-3
+    assert max(abs(one - loss) for one, (loss, _) in zip(shown, plain_item_losses()[with_image])) > 1e-3
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_losses_of_a_padded_batch_equal_the_plain_loops(whole):
     items = [replace(item, whole=whole) for item in ITEMS]
     found = candidates_of(MODEL).candidate_losses(items, alone)
-    sums, counts = flat(PLAIN if whole else [plain_losses(MODEL, item) for item in items])
+    sums, counts = flat(plain_item_losses() if whole else [plain_losses(MODEL, item) for item in items])
     assert found.num_tokens.tolist() == counts
     torch.testing.assert_close(found.loss_sums.double(), torch.tensor(sums, dtype=torch.float64), rtol=2e-6, atol=2e-5)
 
@@ -133,13 +146,13 @@ def test_losses_equal_those_of_training_on_a_packed_row():
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 1000])
 def test_winners_are_the_plain_loops_at_any_batch_size(batch_size):
-    assert rank(candidates_of(MODEL), ITEMS, batch_size=batch_size) == WINNERS
+    assert rank(candidates_of(MODEL), ITEMS, batch_size=batch_size) == plain_winners()
 
 
 def test_winners_do_not_depend_on_neighbours_or_their_order():
     shuffled = np.random.default_rng(3).permutation(len(ITEMS))[:9]
     assert rank(candidates_of(MODEL), [ITEMS[number] for number in shuffled], batch_size=11) == [
-        WINNERS[number] for number in shuffled
+        plain_winners()[number] for number in shuffled
     ]
 
 
@@ -231,7 +244,7 @@ def test_ranks_that_sync_make_the_same_forwards_and_the_winners_stay(shares):
         thread.start()
     for thread in threads:
         thread.join()
-    assert winners == [WINNERS[share] for share in shares]
+    assert winners == [plain_winners()[share] for share in shares]
     assert ranks[0].calls == ranks[1].calls
     assert ("vision" in ranks[0].calls) == bool(ITEMS[shares[0]])
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.distributed as dist
-from test_generate import IMAGES, PLAIN, PROMPTS, STOP, VOCABULARY, make_prompts, tiny_model
-from test_ranking import ITEMS, WINNERS, candidates_of
+from test_generate import IMAGES, PROMPTS, STOP, VOCABULARY, make_prompts, plain_answers, tiny_model
+from test_ranking import ITEMS, candidates_of, plain_winners
 
 from tests.support.reading import pictures
 from vltrain.batch import Batch
@@ -88,7 +88,7 @@ def train(engine: Engine, rank: int, share: slice | None) -> list[float]:
 def main() -> None:
     rank, world_size = init_distributed()
     share = slice(0, 10) if rank == 0 else slice(10, 12)  # one rank is done long before the other
-    untuned = [tokens[:MAX_NEW_TOKENS] for tokens in PLAIN[share]], WINNERS[share]
+    untuned = [tokens[:MAX_NEW_TOKENS] for tokens in plain_answers()[share]], plain_winners()[share]
     undisturbed = train(make_engine(world_size), rank, None)
     engine = make_engine(world_size)
     assert is_sharded(engine.model) and answer(engine.model, share) == untuned

@@ -82,10 +82,10 @@ def outcome(name: str) -> dict:
         told[f"answers {batch_size}"] = sum(
             one == other
             for one, other in zip(
-                test_generate.run(test_generate.PROMPTS, batch_size, model), test_generate.PLAIN, strict=True
+                test_generate.run(test_generate.PROMPTS, batch_size, model), test_generate.plain_answers(), strict=True
             )
         )
-    told["prompts"] = len(test_generate.PLAIN)
+    told["prompts"] = len(test_generate.plain_answers())
     return told
 
 

@@ -12,10 +12,13 @@ from tests.support.blip import QUERIES, blip_config, make_tokenizers
 from tests.support.tiny import SETTINGS, VISUAL_TOKENS, make_segments, write_packs
 from vltrain.config.command_line import load_settings
 from vltrain.config.recipe import dump_config
+from vltrain.config.schema import Config
 from vltrain.data.text.encoder import TemplateEncoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.memory import plan as memory_plan
 from vltrain.memory.plan import GIB, parameters_by_part
+from vltrain.memory.rehearse import Activations, PackSize
 from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
 from vltrain.models.instructblip.sizes import BLIPS
@@ -33,6 +36,23 @@ def planned(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((tmp_path / "plan.json").read_text())
 
 
+@pytest.fixture
+def one_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan runs the model with checkpointing and without, of which it counts the recipe's own. Of large models only
+    that one is run here; of small ones both (below, and tests/memory)."""
+    rehearse, done = memory_plan._rehearse, {}
+
+    def once(config: Config, pack: PackSize, *others: Any, checkpointing: bool) -> Activations:
+        del checkpointing
+        key = str((config.model, pack))
+        if key not in done:
+            done[key] = rehearse(config, pack, *others, checkpointing=config.train.activation_checkpointing)
+        return done[key]
+
+    monkeypatch.setattr(memory_plan, "_rehearse", once)
+
+
+@pytest.mark.usefixtures("one_rehearsal")
 def test_the_papers_recipe_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, ds = str(ROOT / "launch" / "recipes" / f"{PAPER}.yaml"), str(ROOT / "ds_configs" / "zero2.json")
     plan = planned(tmp_path, recipe, "--ds", ds, "--gpus", "8")
@@ -87,6 +107,7 @@ def test_published_counts_of_trained_parameters(changes: list[str], llm: str | N
     assert parameters_by_part(build_model(model, device="meta"))["all"]["trainable"] == trained
 
 
+@pytest.mark.usefixtures("one_rehearsal")
 def test_adapters_on_four_bits_on_one_gpu(tmp_path: Path) -> None:
     """LaVIN reports 9 GB for its lite run, with batches of short samples; with its own 512 tokens the plan stays
     below."""
@@ -98,6 +119,7 @@ def test_adapters_on_four_bits_on_one_gpu(tmp_path: Path) -> None:
     assert 4 * GIB < plan["memory_per_rank"]["peak_bytes"] < 9 * GIB
 
 
+@pytest.mark.usefixtures("one_rehearsal")
 def test_everything_tuned_on_eight_gpus(tmp_path: Path) -> None:
     """20 bytes a parameter are cut up: weights twice, gradients and both averages, each fp32."""
     plan = planned(
@@ -184,6 +206,7 @@ def test_a_recipe_is_a_file_or_a_name() -> None:
     assert find_recipe("some/where.yaml") == Path("some/where.yaml")
 
 
+@pytest.mark.usefixtures("one_rehearsal")
 def test_an_instructblip_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA of rank 8 on every sublayer of the Q-Former is the paper's 2.126M; AdaLoRA starts from rank 12 and keeps two
     averages of each number."""
