@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = tuple(
     """
     errors console files families shipped schema batch config distributed ops data models metrics evaluate receipts
-    memory train inference harness export serve doctor prepared launching programs api cli __main__
+    memory train inference harness export serve audit doctor prepared launching programs api cli __main__
     """.split()
 )
 FILES = sorted(path for folder in ("vltrain", "data_prep", "launch") for path in (ROOT / folder).rglob("*.py"))
@@ -203,7 +203,7 @@ MOST_PARAMETERS = 8
 MANY_PARAMETERS = set(
     """
     vltrain.config.command_line.load_settings
-    vltrain.evaluate.answering.decoding.Decoder.__init__ vltrain.evaluate.answering.generate.generate
+    vltrain.evaluate.answering.generate._Decoder.__init__ vltrain.evaluate.answering.generate.generate
     vltrain.export.formats.modeling_vltrain_mmt.VltrainMmtProcessor.__init__
     vltrain.inference.model.LoadedModel.__init__
     vltrain.ops.attention.packed_sdpa_forward vltrain.ops.attention.packed_varlen_forward

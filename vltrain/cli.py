@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("data_prep.pack", "samples -> tokenised, packed shards"),
     "peek": ("data_prep.peek", "show what is in packed shards, token by token"),
     "plan": ("vltrain.programs.plan", "parameters, memory per GPU and disk of a recipe, before it is run"),
+    "audit": ("vltrain.programs.audit", "show that packed training of a model is exact, on a small random copy of it"),
     "train": ("vltrain.programs.train", "train a recipe"),
     "submit": ("vltrain.programs.submit", "check a recipe and its memory plan, and submit it to Slurm"),
     "ablate": ("vltrain.programs.studies.ablate", "train and evaluate every row of a table of recipes"),

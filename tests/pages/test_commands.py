@@ -40,6 +40,7 @@ ELSEWHERE = {
     "vltrain serve": ("tests/serve/test_program.py", 'startswith("vltrain serve ")'),
     "vltrain importance": ("tests/programs/test_qformer_train.py", "importance"),
     "vltrain doctor": ("tests/programs/test_doctor.py", "doctor"),
+    "vltrain audit": ("tests/audit/test_program.py", "vltrain audit"),
 }
 SCRIPTS = ("tests/run.sh", "tests/lowest.sh", "tests/fake_cuda.sh")  # which run the tests themselves
 PROGRAMS = {"train_mmt": "quickstart", "train_qformer": "qformer_shapes"}  # of launch/, with their default recipes

@@ -173,11 +173,17 @@ def _is_settled(found: os.stat_result) -> bool:
 
 def _entries_of(folder: str, algorithm: Algorithm) -> str | None:
     """The cache file for the files of a folder; None where there can be no cache."""
+    place = cache_folder("digests")
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder or "."))).hexdigest()
+    return None if place is None else os.path.join(place, f"{name[:32]}.{algorithm}.npy")
+
+
+def cache_folder(name: str) -> str | None:
+    """Where vltrain keeps `name` for this user, which may not be there yet; None where there can be no cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as its specification says
         base = os.path.join(os.path.expanduser("~"), ".cache")
-    name = hashlib.sha256(os.fsencode(os.path.realpath(folder or "."))).hexdigest()
-    return os.path.join(base, "vltrain", "digests", f"{name[:32]}.{algorithm}.npy") if os.path.isabs(base) else None
+    return os.path.join(base, "vltrain", name) if os.path.isabs(base) else None
 
 
 def _read(entries: str, algorithm: Algorithm) -> Known:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.backbones.family import Network
@@ -62,8 +63,8 @@ class VisionLanguageModel(nn.Module):
     """There if the LLM has routed adapters."""
 
     @property
-    def writes(self) -> Literal["decoder-only", "encoder-decoder", "whole model"]:
-        """How answers are generated; `whole model`: by the family's own forward, which reads image tokens itself."""
+    def writes(self) -> Literal["decoder-only", "encoder-decoder"]:
+        """How answers are generated."""
         return "decoder-only"
 
     @property
@@ -216,6 +217,10 @@ class Architecture:
     weight_files    see `vltrain.models.build.weight_files`
     sizes           what can be planned with in the place of weights
     not_compilable  what of a section `train.compile` cannot do, in words; None: nothing
+    whole           transformers' config of what of it is a whole network of theirs: all of it, or its LLM; None:
+                    nothing is, so that there is nothing to compare with (`vltrain audit`)
+    resized         (section, small config of `whole`) -> the section with that in the place of its sources, tuned as it
+                    is; None: it cannot be
     """
 
     build: Build
@@ -223,3 +228,5 @@ class Architecture:
     weight_files: Callable[[Any], dict[str, dict[str, Path]]]
     sizes: tuple[PublishedSizes, ...] = ()
     not_compilable: Callable[[Any], str | None] = lambda model: f"the architecture {model.architecture}"
+    whole: Callable[[Any], PreTrainedConfig | None] = lambda model: None
+    resized: Callable[[Any, PreTrainedConfig], Any] | None = None

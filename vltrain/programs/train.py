@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vltrain.audit.recipe import require_audited
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
 from vltrain.config.older_runs import as_begun
 from vltrain.config.recipe import as_mapping, dump_config
@@ -145,7 +146,7 @@ def run_stages(whole: Run, preemption: Preemption) -> None:
 
 
 def _require_runnable(settings: Settings) -> dict[str, Any]:
-    """DeepSpeed's JSON, after what shows a mistake before hours of preparation."""
+    """DeepSpeed's JSON, after what shows a mistake before hours of preparation, the model's audit last."""
     config = settings.config
     ds_json = load_ds_json(settings.options["ds"])
     require_source(config.data)
@@ -155,6 +156,8 @@ def _require_runnable(settings: Settings) -> dict[str, Any]:
     require_loggers(config.train.loggers)
     if config.eval.scorer is not None:
         require_scorer(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        require_audited(config.model)
     return ds_json
 
 

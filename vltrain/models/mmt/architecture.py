@@ -12,6 +12,7 @@ from vltrain.models.backbones.table import LANGUAGES, TOWERS
 from vltrain.models.interface import Architecture, PublishedSizes
 from vltrain.models.mmt.build import build_mmt, check_sources, weight_files
 from vltrain.models.pretrained.clip_state import ACTIVATIONS
+from vltrain.models.pretrained.readers import language_config
 
 
 def _published(families: Mapping[str, Family]) -> dict[str, Network]:
@@ -46,6 +47,7 @@ ARCHITECTURE = Architecture(
     build=build_mmt,
     check_sources=check_sources,
     weight_files=weight_files,
+    whole=lambda model: language_config("model.llm", model.llm.source, model.llm.config),
     sizes=(
         PublishedSizes(
             name="vision",

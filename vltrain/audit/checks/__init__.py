@@ -1,0 +1,1 @@
+"""What an audit compares, a file a subject."""

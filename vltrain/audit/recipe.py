@@ -1,0 +1,110 @@
+"""What a recipe's model, or a model by its name, is audited as; and the audit that runs by itself before a first
+step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vltrain.audit.findings import Report
+from vltrain.audit.run import audit, config_of, model_values
+from vltrain.audit.small.config import shrink
+from vltrain.audit.stored import store_report, stored_report
+from vltrain.config.model.base import ModelConfig
+from vltrain.config.stages import load_stages
+from vltrain.errors import InputError
+from vltrain.models.architectures import architecture_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A model to audit. `tunings`: by what they are, in words, the ways a recipe tunes it; {}: the usual ones."""
+
+    name: str
+    config: PreTrainedConfig
+    tunings: dict[str, ModelConfig] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the findings follow from, plain values."""
+        return {
+            "config": self.config.to_dict(),
+            "tunings": {title: section.identity() for title, section in self.tunings.items()},
+        }
+
+
+def audits_of(name: str) -> list[Report]:
+    """The reports of a model (folder or hub name) or of a recipe's models, each once. Raises InputError."""
+    return [_answer(one) for one in _questions_of(name)]
+
+
+def require_audited(model: ModelConfig) -> None:
+    """Audits a recipe's model unless it was audited before, and logs how it came out.
+
+    Raises: InputError for a model that fails, in one line: what, by how much, and where.
+    """
+    question = question_of(model)
+    if question is None:
+        return
+    report = stored_report(question.identity)
+    if report is None:
+        report = _answer(question, trainer=False)
+        store_report(question.identity, report)
+        logger.info("audit: %s: %d checks passed in %.0f s", report.kind, report.num_passed, report.seconds)
+    if not report.passed:
+        raise InputError(f"audit: {report.refusal()}; vltrain audit {question.name} shows all of it")
+
+
+def question_of(model: ModelConfig) -> Question | None:
+    """A recipe's model as a question; None for an architecture of which nothing is a whole network of transformers'."""
+    architecture = architecture_of(model)
+    config = architecture.whole(model)
+    if config is None:
+        return None
+    name = next((source for source in reversed(model.bases.values()) if source), config.model_type)
+    tunings = {} if architecture.resized is None else {"as the recipe tunes it": model}
+    return Question(name=name, config=config, tunings=tunings)
+
+
+def _questions_of(name: str) -> list[Question]:
+    if not _is_recipe(name):
+        where, values = model_values(name)
+        return [Question(name=name, config=config_of(where, values))]
+    parts = load_stages(["--recipe", name], options={}, program="vltrain audit").parts
+    questions = [(part.config.model, question_of(part.config.model)) for part in parts]
+    for model, question in questions:
+        if question is None:
+            raise InputError(
+                f"{name}: model.architecture: found {model.architecture}, expected mmt or stock: no class of "
+                "transformers is a whole of this one, to compare it with"
+            )
+    return [
+        question
+        for place, (_, question) in enumerate(questions)
+        if question is not None and question not in [before for _, before in questions[:place]]
+    ]
+
+
+def _is_recipe(name: str) -> bool:
+    """A file, a row of one, or the name of one that comes with vltrain; everything else is a model's."""
+    path = Path(name.rpartition("#")[0] or name)
+    if path.is_dir():
+        return False
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return True
+    return "/" not in name and "://" not in name
+
+
+def _answer(question: Question, *, trainer: bool = True) -> Report:
+    tunings: dict[str, ModelConfig] = {}
+    for title, model in question.tunings.items():
+        resized = architecture_of(model).resized
+        assert resized is not None, "question_of asked for it"
+        tunings[title] = resized(model, shrink(question.config).config)
+    return audit(question.name, question.config, tunings, trainer=trainer)

@@ -1,0 +1,1 @@
+"""A small random copy of a model: its config shrunken, weights that make every mechanism matter, pictures for it."""
