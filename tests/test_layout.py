@@ -203,7 +203,7 @@ MOST_PARAMETERS = 8
 MANY_PARAMETERS = set(
     """
     vltrain.config.command_line.load_settings
-    vltrain.evaluate.answering.generate._Decoder.__init__ vltrain.evaluate.answering.generate.generate
+    vltrain.evaluate.answering.decoding.Decoder.__init__ vltrain.evaluate.answering.generate.generate
     vltrain.export.formats.modeling_vltrain_mmt.VltrainMmtProcessor.__init__
     vltrain.inference.model.LoadedModel.__init__
     vltrain.ops.attention.packed_sdpa_forward vltrain.ops.attention.packed_varlen_forward

@@ -18,7 +18,8 @@ from vltrain.config.recipe import build_config
 from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.candidates import SegmentCandidates
-from vltrain.evaluate.answering.generate import Sampling, generate
+from vltrain.evaluate.answering.decoding import Sampling
+from vltrain.evaluate.answering.generate import generate
 from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.answering.ranking import RankingItem, rank
 from vltrain.models.build import build_model

@@ -12,7 +12,8 @@ import torch
 from tests.support.reading import pictures
 from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
+from vltrain.evaluate.answering.decoding import Sampling, sample_tokens
+from vltrain.evaluate.answering.generate import generate
 from vltrain.models.build import build_model
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment

@@ -12,7 +12,8 @@ from tests.support.blip import IMAGE_SIZE, blip_config, make_batch, make_samples
 from tests.support.reading import pictures, ranked
 from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.evaluate.answering.candidates import SegmentCandidates
-from vltrain.evaluate.answering.generate import Sampling, alone, generate
+from vltrain.evaluate.answering.decoding import Sampling, alone
+from vltrain.evaluate.answering.generate import generate
 from vltrain.evaluate.answering.ranking import RankingItem, rank
 from vltrain.models.build import build_model
 from vltrain.schema import IMAGE_TOKEN, Sample, Turn

@@ -18,7 +18,7 @@ from vltrain.data.loader import collate
 from vltrain.data.text.conversation import encode_prompt, encode_sample
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.candidates import RowCandidates
-from vltrain.evaluate.answering.generate import alone
+from vltrain.evaluate.answering.decoding import alone
 from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem, rank, to_item
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.schema import PackedRow, Sample, Turn

@@ -12,7 +12,8 @@ from test_ranking import ITEMS, candidates_of, plain_winners
 from tests.support.reading import pictures
 from vltrain.batch import Batch
 from vltrain.config.schema import OptimConfig
-from vltrain.evaluate.answering.generate import Sampling, alone, generate
+from vltrain.evaluate.answering.decoding import Sampling, alone
+from vltrain.evaluate.answering.generate import generate
 from vltrain.evaluate.answering.ranking import rank as rank_candidates
 from vltrain.evaluate.run import is_sharded, largest_over_ranks
 from vltrain.models.mmt.model import MultimodalModel

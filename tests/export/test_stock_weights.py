@@ -12,10 +12,16 @@ from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.export.formats.lora import targets_of, write_peft_folder, write_updates
 from vltrain.models.build import build_model
-from vltrain.models.stock.as_lora import dora_tensors, factors_of, lora_updates, projector_modules, require_low_rank
 from vltrain.models.stock.build import empty_stock
-from vltrain.models.stock.merge import merged_network
-from vltrain.models.stock.readers import readers
+from vltrain.models.stock.fold.as_lora import (
+    dora_tensors,
+    factors_of,
+    lora_updates,
+    projector_modules,
+    require_low_rank,
+)
+from vltrain.models.stock.fold.merge import merged_network
+from vltrain.models.stock.fold.readers import readers
 
 PIECES = (Piece((1,), 5, 6), Piece((), 4, 7), Piece((2, 1), 3, 5))
 

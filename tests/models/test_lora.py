@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.support.reading import pictures
 from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, PeftConfig, VisionConfig
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.generate import Sampling, generate
+from vltrain.evaluate.answering.decoding import Sampling
+from vltrain.evaluate.answering.generate import generate
 from vltrain.models.build import build_model, count_parameters
 from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.model import MultimodalModel

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.support.stock import IMAGE, Piece, row_of, tiny
+from tests.support.stock import CONFIGS, IMAGE, Piece, row_of, tiny
 from vltrain.batch import Batch
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.models.build import build_model
 from vltrain.models.stock.model import StockModel
 from vltrain.models.stock.source import network_class
 
-FAMILIES = ("llava", "llava_siglip", "smolvlm", "qwen3_vl", "qwen2_5_vl", "internvl")
 PIECES = (Piece((1,), 3, 9), Piece((), 2, 6), Piece((0, 1), 5, 4), Piece((1,), 1, 3))
 NO_ADAPTERS = AdapterConfig(vision="none", llm="none")
 
@@ -48,12 +47,15 @@ def plain_of(model: StockModel) -> Any:
 
 def alone(name: str, plain: Any, row: Batch) -> torch.Tensor:
     """Summed loss of one sample by transformers' whole forward, images included."""
-    kinds = {"mm_token_type_ids": (row.input_ids == IMAGE).long()[None]} if name.startswith("qwen") else {}
+    shown = (row.input_ids == IMAGE).long()[None]
+    kinds = {"mm_token_type_ids": shown} if name.startswith("qwen") else {}
+    kinds |= {"token_type_ids": shown} if name == "gemma3" else {}
+    kinds |= {"token_type_ids": (row.blocks < 0).long()[None]} if name == "paligemma" else {}
     logits = plain(input_ids=row.input_ids[None], use_cache=False, **row.pixels.tensors, **kinds).logits[0]
     return F.cross_entropy(logits, row.labels, reduction="sum")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_packed_rows_losses_and_gradients_are_those_of_each_sample_alone(name: str) -> None:
     model = stock(name, tune="full", adapter=NO_ADAPTERS)
     plain = plain_of(model)

@@ -15,7 +15,8 @@ from vltrain.data.images import decode_image
 from vltrain.data.text.conversation import encode_prompt, stop_ids
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
-from vltrain.evaluate.answering.generate import Sampling, generate
+from vltrain.evaluate.answering.decoding import Sampling
+from vltrain.evaluate.answering.generate import generate
 from vltrain.models.build import build_model
 from vltrain.programs.export import export
 from vltrain.schema import Sample, Turn

@@ -20,7 +20,7 @@ from PIL import Image
 from vltrain.data.images import open_rgb
 from vltrain.data.text.asked import Asked
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.generate import Token
+from vltrain.evaluate.answering.decoding import Token
 from vltrain.inference.answer import AnswerStream
 from vltrain.inference.model import LoadedModel
 from vltrain.schema import Turn

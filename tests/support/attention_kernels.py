@@ -31,9 +31,13 @@ def check(*tensors: Tensor, starts: tuple[Tensor, ...] = (), head_multiple: int 
         )
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool) -> Tensor:
-    """One segment. `query` [Lq, H, D], `key` and `value` [Lk, H_kv, D]; the mask is aligned to the lower right
-    corner."""
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool, window: tuple[int | None, ...] = (-1,)
+) -> Tensor:
+    """One segment. `query` [Lq, H, D], `key` and `value` [Lk, H_kv, D]; the mask is aligned to the lower right corner.
+
+    window: how many keys before its own place a query sees first of all; all where that is -1 or None.
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(repeats, 1) for states in (key, value))
     exact = torch.promote_types(query.dtype, torch.float32)
@@ -42,12 +46,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None, causa
     )
     if causal:
         seen = torch.ones(len(query), len(key), dtype=torch.bool).tril(len(key) - len(query))
+        if window[0] not in (-1, None):
+            seen &= ~seen.tril(len(key) - len(query) - window[0] - 1)
         scores = scores.masked_fill(~seen, -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.to(exact)).to(query.dtype)
 
 
 def attend_packed(
-    name: str, query, key, value, starts_q, starts_k, longest_q, longest_k, scale, causal, **limits
+    name: str, query, key, value, starts_q, starts_k, longest_q, longest_k, scale, causal, window=(-1,), **limits
 ) -> Tensor:
     check(query, key, value, starts=(starts_q, starts_k), **limits)
     ends_q, ends_k = starts_q.tolist(), starts_k.tolist()
@@ -58,7 +64,7 @@ def attend_packed(
         max(q.stop - q.start for q, _ in spans) <= longest_q and max(k.stop - k.start for _, k in spans) <= longest_k
     ), "max_seqlen too small"
     CALLS.append((name, len(spans)))
-    return torch.cat([attend(query[q], key[k], value[k], scale, causal) for q, k in spans])
+    return torch.cat([attend(query[q], key[k], value[k], scale, causal, window) for q, k in spans])
 
 
 def attend_batch(name: str, query, key, value, scale, causal, **limits) -> Tensor:
@@ -77,7 +83,7 @@ def varlen_attn_2_11(
 ):
     assert query.shape[1] == key.shape[1], "no grouped-query attention"
     return attend_packed(
-        "varlen 2.11", query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size == (-1, 0)
+        "varlen 2.11", query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[1] == 0, window_size
     )
 
 
@@ -103,7 +109,7 @@ def varlen_attn_2_12(
             "Expect query and key/value to have the same number of heads. Try setting enable_gqa=True for GQA."
         )
     return attend_packed(
-        "varlen 2.12", query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size == (-1, 0)
+        "varlen 2.12", query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[1] == 0, window_size
     )
 
 
@@ -136,6 +142,7 @@ def flash_2_varlen(
         max_seqlen_k,
         softmax_scale,
         causal,
+        window_size,
         head_multiple=1,
     )
 
@@ -182,7 +189,7 @@ def flash_3_varlen(
     return_attn_probs=False,
 ):
     return attend_packed(
-        "flash 3", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+        "flash 3", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size
     )
 
 
@@ -246,6 +253,7 @@ def flash_4_varlen(
         max_seqlen_k,
         softmax_scale,
         causal,
+        window_size,
         longest_head=128,
     )
     return out, None

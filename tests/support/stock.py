@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vltrain.batch import Batch, ImageInputs
 from vltrain.config.model.stock import StockConfig, StockSection
+from vltrain.families.table import family_of
 from vltrain.schema import IGNORE_INDEX
 
 IMAGE, VIDEO, START, END = 299, 298, 297, 296
@@ -64,7 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {
         "model_type": "qwen3_vl",
         "vision_config": {**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
-        "text_config": {**TEXT, "rope_parameters": _mrope(3, 3, 2, mrope_interleaved=True)},
+        "text_config": {**TEXT, "num_hidden_layers": 3, "rope_parameters": _mrope(3, 3, 2, mrope_interleaved=True)},
         **QWEN_IDS,
     },
     "qwen2_5_vl": {
@@ -87,8 +88,34 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_token_id": IMAGE,
         "mm_tokens_per_image": 4,
     },
+    "paligemma": {
+        "model_type": "paligemma",
+        "vision_config": {"model_type": "siglip_vision_model", **VIT, "projection_dim": 64},
+        "text_config": {"model_type": "gemma", **TEXT},
+        "image_token_id": IMAGE,
+        "projection_dim": 64,
+    },
+    "qwen3_5": {
+        "model_type": "qwen3_5",
+        "vision_config": {**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
+        "text_config": {
+            **TEXT,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": _mrope(1, 1, 0, mrope_interleaved=True, partial_rotary_factor=0.25),
+        },
+        **QWEN_IDS,
+    },
 }
-VISUAL_TOKENS = {"llava": 16, "llava_siglip": 16}  # else 4 from a square of 32 x 32 pixels
+VISUAL_TOKENS = {
+    "llava": 16,
+    "llava_siglip": 16,
+    "paligemma": 16,
+    "vipllava": 16,
+}  # else 4 from a square of 32 x 32 pixels
 
 
 def tiny(name: str, **changes: Any) -> StockConfig:
@@ -143,7 +170,8 @@ def piece_ids(name: str, piece: Piece, seed: int) -> Tensor:
 
 def positions_of(core: Any, ids: Tensor, images: ImageInputs) -> Tensor:
     """Positions of one sample, as its family counts them: [L], or [4, L] for Qwen-VL (text, and three axes)."""
-    plain = torch.arange(len(ids))
+    family = family_of(core.config.model_type)
+    plain = torch.arange(len(ids)) + family.first_position
     if not hasattr(core, "get_rope_index"):
         return plain
     kinds = (ids == IMAGE).long()[None]
@@ -152,15 +180,23 @@ def positions_of(core: Any, ids: Tensor, images: ImageInputs) -> Tensor:
     return torch.cat([plain[None], found[:, 0]])
 
 
-def row_of(name: str, core: Any, pieces: Sequence[Piece], seed: int = 0, blank: bool = False) -> Batch:
-    """A packed row of samples, each distinct picture once. `blank`: with a picture that no token shows."""
+def row_of(
+    name: str, core: Any, pieces: Sequence[Piece], seed: int = 0, *, blank: bool = False, answered: bool = True
+) -> Batch:
+    """A packed row of samples, each distinct picture once.
+
+    Args:
+        blank: with a picture that no token shows.
+        answered: the text behind the pictures is the answer, and has labels; else there are none.
+    """
     numbers = list(dict.fromkeys(number for piece in pieces for number in piece.images))
     ids = [piece_ids(name, piece, seed + place) for place, piece in enumerate(pieces)]
     positions = [positions_of(core, row, image_inputs(name, piece.images)) for row, piece in zip(ids, pieces)]
     labels = []
     for row, piece in zip(ids, pieces):
         own = torch.full((len(row),), IGNORE_INDEX)
-        own[-piece.after - 1 : -1] = row[-piece.after :]
+        if answered:
+            own[-piece.after - 1 : -1] = row[-piece.after :]
         labels.append(own)
     joined = torch.cat(labels)
     images = image_inputs(name, numbers or ([7] if blank else []))
@@ -176,12 +212,29 @@ def row_of(name: str, core: Any, pieces: Sequence[Piece], seed: int = 0, blank: 
         ),
         sample_ids=tuple(str(place) for place in range(len(pieces))),
         num_label_tokens=int((joined != IGNORE_INDEX).sum()),
-        blocks=_blocks(flat) if name == "gemma3" else torch.empty(0, dtype=torch.int64),
+        blocks=_blocks(name, flat, joined),
     )
 
 
-def _blocks(ids: Tensor) -> Tensor:
-    """A number for each run of image tokens, -1 elsewhere."""
-    shown = ids == IMAGE
-    begins = shown & ~torch.cat([torch.zeros(1, dtype=torch.bool), shown[:-1]])
-    return torch.where(shown, begins.long().cumsum(0) - 1, -1)
+def _blocks(name: str, ids: Tensor, labels: Tensor) -> Tensor:
+    """A number for each run of image tokens, or for what stands in front of an answer, -1 elsewhere; [0] where the
+    family is causal throughout."""
+    kind = family_of(name).blocks
+    if kind is None:
+        return torch.empty(0, dtype=torch.int64)
+    answers = torch.cat([torch.zeros(1, dtype=torch.bool), labels[:-1] != IGNORE_INDEX])
+    inside = ids == IMAGE if kind == "images" else ~answers
+    begins = inside & ~torch.cat([torch.zeros(1, dtype=torch.bool), inside[:-1]])
+    return torch.where(inside, begins.long().cumsum(0) - 1, -1)
+
+
+def section(name: str, changes: dict[str, Any]) -> StockConfig:
+    """The section of a tiny random one with the recipe's keys `changes` ({"stock.tune": ..., "adapter.llm": ...})."""
+    model = tiny(name)
+    for key, value in changes.items():
+        *sections, leaf = key.split(".")
+        place: Any = model
+        for one in sections:
+            place = getattr(place, one)
+        setattr(place, leaf, tuple(value) if isinstance(value, list) else value)
+    return model

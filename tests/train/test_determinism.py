@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support import kinds
 from tests.support.reading import pictures
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.generate import Sampling, generate, sample_tokens
+from vltrain.evaluate.answering.decoding import Sampling, sample_tokens
+from vltrain.evaluate.answering.generate import generate
 from vltrain.ops.rows import place_rows, segment_sums, take_rows
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 from vltrain.train.determinism import set_determinism

@@ -27,7 +27,8 @@ from vltrain.data.reading import image_reader
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.evaluate.answering.candidates import CANDIDATES
-from vltrain.evaluate.answering.generate import Sampling, Sync, alone, generate
+from vltrain.evaluate.answering.decoding import Sampling, Sync, alone
+from vltrain.evaluate.answering.generate import generate
 from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.answering.ranking import rank, to_item
 from vltrain.evaluate.gallery import draw_card

@@ -23,7 +23,8 @@ from vltrain.data.text.conversation import find_template
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.generate import Sampling, generate
+from vltrain.evaluate.answering.decoding import Sampling
+from vltrain.evaluate.answering.generate import generate
 from vltrain.evaluate.answering.precision import products_in_fp32
 from vltrain.evaluate.questions import derived_max_new_tokens
 from vltrain.evaluate.samples import read_samples, thin_out

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from vltrain.evaluate.answering.generate import Token
+from vltrain.evaluate.answering.decoding import Token
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no whole character, or not yet
 OnToken = Callable[[int, float], None]

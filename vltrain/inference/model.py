@@ -25,7 +25,8 @@ from vltrain.data.pictures import Pictures, pictures_below
 from vltrain.data.reading import image_reader
 from vltrain.data.text.asked import Asked
 from vltrain.data.text.encoder import SampleEncoder
-from vltrain.evaluate.answering.generate import Sampling, Token, generate, generate_tokens
+from vltrain.evaluate.answering.decoding import Sampling, Token
+from vltrain.evaluate.answering.generate import generate, generate_tokens
 from vltrain.evaluate.answering.precision import widened
 from vltrain.evaluate.samples import read_samples
 from vltrain.inference.answer import Answer, AnswerStream, OnToken

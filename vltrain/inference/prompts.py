@@ -9,7 +9,7 @@ from vltrain.config.keys import checked_value
 from vltrain.config.schema import Config, EvalConfig
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.errors import InputError, require
-from vltrain.evaluate.answering.generate import Sampling
+from vltrain.evaluate.answering.decoding import Sampling
 from vltrain.schema import Sample, Segment, Turn
 
 # that an answer may have where neither caller nor recipe says it: a model that learned to end its answers needs fewer

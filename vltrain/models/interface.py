@@ -63,8 +63,8 @@ class VisionLanguageModel(nn.Module):
     """There if the LLM has routed adapters."""
 
     @property
-    def writes(self) -> Literal["decoder-only", "encoder-decoder"]:
-        """How answers are generated."""
+    def writes(self) -> Literal["decoder-only", "encoder-decoder", "whole model"]:
+        """How answers are generated; `whole model`: by the family's own forward, which reads image tokens itself."""
         return "decoder-only"
 
     @property

@@ -7,6 +7,7 @@ the signature of what it is the truth of.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -83,11 +84,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, segment_lengths: Tensor, scaling: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: Tensor,
+    scaling: float | None = None,
+    *,
+    seen: Callable[[int, int, int], bool] = lambda segment, query, key: key <= query,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention within each segment of a row, one segment and one head at a time.
+    """Attention within each segment of a row, one segment and one head at a time.
 
-    `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D] -> [1, T, H, D].
+    Args:
+        query: [1, H, T, D]; key, value: [1, H_kv, T, D].
+        seen: (segment, query's place in it, key's place in it) -> does the query see the key?
+        softcap, sinks: see `vltrain.ops.attention.packed_sdpa_forward`.
+
+    Returns: [1, T, H, D].
     """
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     share = query.shape[1] // key.shape[1]
@@ -95,12 +109,16 @@ def packed_attention(
         *(states[0].double().split(segment_lengths.tolist(), dim=1) for states in (query, key, value)), strict=True
     )
     rows = []
-    for q_HLD, k_HLD, v_HLD in segments:
-        length = q_HLD.shape[1]
-        future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    for number, (q_HLD, k_HLD, v_HLD) in enumerate(segments):
+        places = range(q_HLD.shape[1])
+        hidden = torch.tensor([[not seen(number, i, j) for j in places] for i in places], device=query.device)
         heads = []
         for head, q_LD in enumerate(q_HLD):
-            scores = (q_LD @ k_HLD[head // share].t() * scaling).masked_fill(future, -math.inf)
-            heads.append(scores.softmax(-1) @ v_HLD[head // share])
+            scores = q_LD @ k_HLD[head // share].t() * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.masked_fill(hidden, -math.inf).exp()
+            beside = 0.0 if sinks is None else sinks[head].double().exp()
+            heads.append(weights / (weights.sum(-1, keepdim=True) + beside) @ v_HLD[head // share])
         rows.append(torch.stack(heads, dim=1))
     return torch.cat(rows)[None]

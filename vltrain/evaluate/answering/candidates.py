@@ -20,7 +20,8 @@ from vltrain.batch import tensor_of
 from vltrain.data.loader import batch_of, filler
 from vltrain.data.pictures import Pictures
 from vltrain.data.text.encoder import SampleEncoder, SizeOf
-from vltrain.evaluate.answering.generate import DECODING_THREADS, Sync, encode_together
+from vltrain.evaluate.answering.decoding import Sync
+from vltrain.evaluate.answering.generate import DECODING_THREADS, encode_together
 from vltrain.evaluate.answering.ranking import CandidateLosses, RankingItem
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.rows import segment_sums

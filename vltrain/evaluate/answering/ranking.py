@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vltrain.batch import listed
 from vltrain.errors import InputError
-from vltrain.evaluate.answering.generate import Sync, alone
+from vltrain.evaluate.answering.decoding import Sync, alone
 from vltrain.evaluate.scorers.choices import needs_choices
 from vltrain.evaluate.scorers.question import question_of
 from vltrain.schema import Sample

@@ -44,13 +44,15 @@ def prepare_decoder(decoder: PreTrainedModel, implementation: str) -> None:
         )
     if implementation not in ("eager", PACKED_SDPA) and (reason := beyond_kernels(decoder)):
         raise InputError(f"attention '{implementation}': found an LLM that {reason}; use 'auto' or 'sdpa'")
-    fresh = [mixer for mixer in mixers if not isinstance(mixer, GroupedMixer)]
-    for mixer in fresh:
-        mixer.__class__ = _grouped(type(mixer))
-        # DeepSpeed gathers its weights at once: its parts run once a group, and ranks differ in their groups.
-        mixer.__dict__["_z3_leaf"] = True
-    if fresh:
+    for mixer in mixers:
+        if not isinstance(mixer, GroupedMixer):
+            mixer.__class__ = _mixed(GroupedMixer, type(mixer))
+            # DeepSpeed gathers its weights at once: its parts run once a group, and ranks differ in their groups.
+            mixer.__dict__["_z3_leaf"] = True
+    if mixers and not any(hook is _announce for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_announce, with_kwargs=True)
+        for layer in _layers(decoder):
+            layer.__class__ = _mixed(InformingLayer, type(layer))
 
 
 def beyond_kernels(decoder: PreTrainedModel, *, blocks: bool = False) -> str | None:
@@ -76,9 +78,10 @@ class GroupedMixer:
     [1, T, d] instead of on the row. The class alone changes: parameters, names and children stay."""
 
     expects_packing = False
+    handed_down: Packing | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        packing: Packing | None = kwargs.pop("packing", None)
+        packing: Packing | None = kwargs.pop("packing", None) or self.handed_down
         inner: Any = super().forward  # pyright: ignore[reportAttributeAccessIssue] of the class it is mixed into
         if packing is None:
             if self.expects_packing:
@@ -93,12 +96,12 @@ class GroupedMixer:
         if "attention_mask" in named:
             named["attention_mask"] = None  # which hides padding, and a group's stands where causality does
         padded = {name: _padded_rows(value, packing) for name, value in named.items()}
-        outputs, more = [], []
+        outputs, more = [], ()
         for part, num_segments, length in packing.parts():
             output = inner(**{name: _group_rows(value, part, num_segments, length) for name, value in padded.items()})
             if isinstance(output, tuple):
-                output, *more = output
-                assert not any(isinstance(one, Tensor) for one in more), "a mixer with more than one output"
+                # Behind the states stands what only a call with a cache is asked for.
+                output, more = output[0], (None,) * (len(output) - 1)
             outputs.append(output.flatten(0, 1))
         mixed = from_padded(torch.cat(outputs), packing)[None]
         return (mixed, *more) if more else mixed
@@ -128,9 +131,20 @@ def _group_rows(value: Any, part: slice, num_segments: int, length: int) -> Any:
     return tuple(_group_rows(one, part, num_segments, length) for one in value) if isinstance(value, tuple) else value
 
 
+class InformingLayer:
+    """Mixed into the class of a layer that holds mixers: lets them know of the packing that it is given, as not every
+    layer hands on what it does not know. Part of its forward, since hooks do not run in recomputation."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self.modules():  # pyright: ignore[reportAttributeAccessIssue] of the class it is mixed into
+            if isinstance(module, GroupedMixer):
+                module.handed_down = kwargs.get("packing")
+        return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @cache
-def _grouped(mixer: type[nn.Module]) -> type[nn.Module]:
-    return type(mixer.__name__, (GroupedMixer, mixer), {"__module__": mixer.__module__})
+def _mixed(mixin: type, module: type[nn.Module]) -> type[nn.Module]:
+    return type(module.__name__, (mixin, module), {"__module__": module.__module__})
 
 
 def _announce(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -139,6 +153,15 @@ def _announce(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     for module in decoder.modules():
         if isinstance(module, GroupedMixer):
             module.expects_packing = kwargs.get("packing") is not None
+
+
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    """The outermost layers that hold mixers."""
+    return [
+        module for module in decoder.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+        and any(isinstance(inner, GroupedMixer) for inner in module.modules())
+    ]  # fmt: skip
 
 
 def _mixers(decoder: PreTrainedModel) -> list[nn.Module]:
@@ -155,6 +178,8 @@ def _mixers(decoder: PreTrainedModel) -> list[nn.Module]:
     for name, module in modules.items():
         if module in found or not _takes_cache(module) or _holds_mixers(module) or _is_attention(module):
             continue
+        if module is decoder or isinstance(module, GradientCheckpointingLayer):
+            continue  # without a mixer: it hands its cache to nobody
         number = next((int(part) for part in name.split(".") if part.isdecimal()), None)
         if number is None or number >= len(kinds) or kinds[number] not in RECURRENT_LAYERS:
             raise InputError(

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from vltrain.config.model.stock import StockConfig
 from vltrain.models.interface import Architecture
 from vltrain.models.stock.build import build_stock, check_sources, weight_files
+from vltrain.models.stock.published import STOCK
 from vltrain.models.stock.source import stock_config
 
 SMALL_RANK, SMALL_WIDTH = 4, 4
@@ -32,6 +33,7 @@ ARCHITECTURE = Architecture(
     build=build_stock,
     check_sources=check_sources,
     weight_files=weight_files,
+    sizes=(STOCK,),
     whole=lambda model: stock_config(model.stock),
     resized=_resized,
 )

@@ -18,19 +18,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vltrain.config.model.stock import StockConfig
+from vltrain.families.table import family_of
 from vltrain.models.adapters import Adapter
+from vltrain.models.backbones.head import replace_head
 from vltrain.models.backbones.llm import checkpoint_blocks
+from vltrain.models.backbones.packed_decoder import beyond_kernels, prepare_decoder
 from vltrain.models.interface import Place
 from vltrain.models.materialise import assert_materialised, empty_model
 from vltrain.models.peft.lora import peft_parameters
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.models.stock.model import StockModel
-from vltrain.models.stock.parts import Parts, Ties, holders, part_of, parts_of, units
+from vltrain.models.stock.parts import Parts, Ties, holders, part_of, units
+from vltrain.models.stock.reach import unreached
 from vltrain.models.stock.source import KEY, network_class, stock_config
 from vltrain.models.stock.tuning import Tuner, require_hits
 from vltrain.models.stock.weights import StockWeights, open_stock
 from vltrain.ops.attention_choice import choose_attention
-from vltrain.ops.loss import LossHead
 
 BLOCK_PARTS = ("vision", "llm")
 
@@ -50,15 +53,15 @@ def build_stock(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         network = empty_stock(model)
-        ties = Ties(network)
+        dead = unreached(network.config)
         weights = None if on_meta else open_stock(model, network)
         prepare(network, model, runs_on, dtype, log=not on_meta)
         built = StockModel(network)
-        _finish(built, model, weights, ties, dtype, place)
+        _finish(built, model, weights, dead, dtype, place)
         if activation_checkpointing:
             for part in (built.parts.decoder, built.parts.tower):
                 checkpoint_blocks(part, {"use_reentrant": False})
-    _assert_trainable(built, trained_parts(model))
+    _assert_trainable(built, trained_parts(model), dead)
     if not on_meta:
         assert_materialised(built)
     return (built if on_meta or place is not None else built.to(device)).train()
@@ -71,17 +74,22 @@ def empty_stock(model: StockConfig) -> PreTrainedModel:
     attention: Any = "eager" if model.stock.attention == "eager" else None  # transformers' own choice
     network = empty_model(network_class(config), config, attention)
     network.tie_weights()
+    for module in network.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module._z3_leaf = True  # pyright: ignore[reportArgumentType] it reads its output layer without calling it
     return network
 
 
 def prepare(
     network: PreTrainedModel, model: StockConfig, runs_on: torch.device | str, dtype: torch.dtype, *, log: bool
 ) -> None:
-    """Gives the decoder attention that keeps segments apart, and the head that computes losses, in place."""
+    """Readies the decoder for packed rows and puts in the head that computes losses, in place."""
     decoder = network.get_decoder()
-    chosen = choose_attention(model.stock.attention, decoder.config, runs_on, dtype, f"{KEY}.attention", log=log)
-    decoder.set_attn_implementation(chosen)
-    network.set_output_embeddings(LossHead.take_over(parts_of(network).head))
+    has_blocks = family_of(network.config.model_type).blocks is not None
+    beyond = beyond_kernels(decoder, blocks=has_blocks)
+    key, requested = f"{KEY}.attention", model.stock.attention
+    prepare_decoder(decoder, choose_attention(requested, decoder.config, runs_on, dtype, key, beyond=beyond, log=log))
+    replace_head(network)
 
 
 def check_sources(model: StockConfig) -> None:
@@ -123,9 +131,15 @@ def _units(network: PreTrainedModel, parts: Parts) -> Iterator[_Unit]:
 
 
 def _finish(
-    built: StockModel, model: StockConfig, weights: StockWeights | None, ties: Ties, dtype: torch.dtype, place: Place
+    built: StockModel,
+    model: StockConfig,
+    weights: StockWeights | None,
+    dead: frozenset[str],
+    dtype: torch.dtype,
+    place: Place,
 ) -> None:
     network, parts = built.network, built.parts
+    ties = Ties(network)
     trained = trained_parts(model)
     frozen = {16: torch.bfloat16, 32: torch.float32}.get(model.bits or 0, dtype)
     tuner = Tuner(model, parts)
@@ -136,7 +150,10 @@ def _finish(
             whole = f"{unit.name}.{name}" if name else unit.name
             _load(whole, inner, weights, part_of(f"{whole}.weight") in trained, frozen)
         ties.renew()
-        if unit.block_of is not None:
+        names = {f"{unit.name}.{name}": parameter for name, parameter in unit.module.named_parameters()}
+        for name in dead & names.keys():
+            names[name].requires_grad_(False)
+        if unit.block_of is not None and not dead.issuperset(names):
             if weights is not None and unit.block_of not in trained and model.bits in QUANTISED_BITS:
                 quantise_linears(unit.module, model.bits)
             tuner.insert(unit.module, unit.block_of, unit.number)
@@ -162,13 +179,15 @@ def _load(name: str, module: nn.Module, weights: StockWeights | None, trained: b
     module.requires_grad_(trained)
 
 
-def _assert_trainable(built: StockModel, parts: set[str]) -> None:
-    """By module and by name: what is trained are whole adapters, peft's factors, and a part's own weights if it is."""
+def _assert_trainable(built: StockModel, parts: set[str], dead: frozenset[str]) -> None:
+    """By module and by name: what is trained are whole adapters, peft's factors, and of a part's own weights, if it is,
+    those that anything depends on."""
     adapters = {one for module in built.modules() if isinstance(module, Adapter) for one in module.parameters()}
     added = adapters | peft_parameters(built.network)
     wrong = []
     for name, parameter in built.named_parameters():
-        expected = parameter in added or part_of(name) in parts - {"adapter", "peft"}
+        is_used = name.removeprefix("network.").replace(".sublayer.", ".").replace(".base_layer.", ".") not in dead
+        expected = parameter in added or (is_used and part_of(name) in parts - {"adapter", "peft"})
         if parameter.requires_grad != expected:
             wrong.append(name)
     assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong[:8]}"

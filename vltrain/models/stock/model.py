@@ -11,16 +11,17 @@ even if no token shows one, so that ranks never differ in which parameters a bac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vltrain.batch import Batch, ImageInputs
+from vltrain.families.table import family_of
 from vltrain.models.flops import Flops
 from vltrain.models.interface import LossOutput, VisionLanguageModel
-from vltrain.models.stock.features import encode, placed, unseen
+from vltrain.models.stock.features import Features, encode
 from vltrain.models.stock.flops import count_flops
 from vltrain.models.stock.parts import Parts, holders, part_of, parts_of
 from vltrain.ops.attention import packing_arguments
@@ -41,6 +42,27 @@ class Decoder:
         return self.model.config
 
 
+class ImageEncoder(nn.Module):
+    """A core's `get_image_features`, which is a method and no forward: a module of its own, without parameters, so that
+    ZeRO-3 gathers what the method reads."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self._network = [network]  # whose parameters are not this module's
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the core and what leads to the tower hold themselves, such as LLaVA-NeXT's newline."""
+        [network] = self._network
+        parts = parts_of(network)
+        called = (parts.tower, parts.decoder)
+        around = [module for _, module in holders(network, parts) if module not in called]
+        return [parameter for module in around for parameter in module.parameters(recurse=False)]
+
+    def forward(self, images: ImageInputs) -> Features:
+        """See `vltrain.models.stock.features.encode`."""
+        return encode(self._network[0].base_model, images)
+
+
 class StockModel(VisionLanguageModel):
     """A model of transformers, prepared: its decoder's attention keeps segments apart, its head computes losses.
 
@@ -55,6 +77,11 @@ class StockModel(VisionLanguageModel):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
+        self.image_encoder = ImageEncoder(network)
+
+    @property
+    def writes(self) -> Literal["whole model"]:
+        return "whole model"
 
     @property
     def parts(self) -> Parts:
@@ -81,22 +108,42 @@ class StockModel(VisionLanguageModel):
     def part_of(cls, name: str) -> str:
         return part_of(name)
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
-        """Parameters of modules below that are read without calling these: images are encoded by a method of the core,
-        not by its forward. ZeRO-3 has to gather them for this module."""
-        parts = self.parts
-        return [
-            parameter
-            for _, module in holders(self.network, parts) if module is not parts.decoder and module is not parts.tower
-            for parameter in module.parameters(recurse=False)
-        ]  # fmt: skip
-
     def flops(self) -> Flops:
         return count_flops(self.parts)
 
-    def encode_images(self, pixels: ImageInputs) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What `get_image_features` gives for N images together; None without images, and then no tower runs."""
-        return encode(self.parts.core, pixels) if len(pixels) else None
+    def encode_images(self, pixels: ImageInputs) -> Any:
+        """`Features` of N images together; None without images, and then no tower runs."""
+        return self.image_encoder(pixels) if len(pixels) else None
+
+    def look(self, states: Any, slots: Tensor, instruction_ids: Tensor) -> tuple[Any, Tensor]:
+        return states, slots
+
+    def read(self, input_ids: Tensor, features: Features | None, slots: Tensor, **arguments: Any) -> Tensor:
+        """The family's own forward without its head.
+
+        Args:
+            input_ids: int64 [B, L], the model's own, an image's tokens included.
+            features, slots: of the images that they show, int64 [K], run by run; None: no rank shows any.
+            arguments: of transformers' forward: positions, masks, a cache.
+
+        Returns: final states [B, L, d].
+        """
+        if features is not None:
+            arguments["mm_encoder_outputs"] = {"image": features.placed(slots)}
+        return self.parts.core(input_ids=input_ids, **arguments).last_hidden_state
+
+    def token_types(self, input_ids: Tensor, blocks: Tensor) -> dict[str, Tensor]:
+        """The argument that says which tokens are an image's, or a prefix's, for a forward that is not of a packed row:
+        transformers takes a missing one for text, and says nothing.
+
+        Args: `input_ids` and `blocks` int64 [B, L], see `vltrain.batch.Batch`.
+        """
+        family = family_of(self.config.model_type)
+        if family.token_type_argument is None:
+            return {}
+        if family.blocks == "prefix":  # which is type 0, and what is to be written type 1
+            return {family.token_type_argument: (blocks < 0).long()}
+        return {family.token_type_argument: (input_ids == self.config.image_token_id).long()}
 
     def forward(self, batch: Batch) -> LossOutput:
         """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
@@ -104,38 +151,28 @@ class StockModel(VisionLanguageModel):
         if batch.input_ids.device.type == "cpu":
             self._check(batch, batch.pixels)
         features = self.encode_images(batch.pixels)
-        hidden = self._hidden_states(batch, features, batch.pixels.tokens)
+        positions = batch.position_ids.unsqueeze(-2)
+        states = self.read(
+            batch.input_ids[None], features, batch.image_slots, position_ids=positions, use_cache=False,
+            **self._packing(batch),
+        )[0]  # fmt: skip
         labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
-        loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
+        loss_sum, token_losses = self.llm.lm_head(states[labelled], batch.labels[labelled])
         if batch.is_filler:
             loss_sum = loss_sum * 0.0
-        if features is not None and not len(batch.image_slots):
-            loss_sum = loss_sum + unseen(features)
         owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        segment_losses = segment_sums(
-            token_losses, to_device(owner, hidden.device)[labelled], len(batch.segment_lengths)
-        )
-        return LossOutput(loss_sum, segment_losses)
+        owner = to_device(owner, states.device)[labelled]
+        return LossOutput(loss_sum, segment_sums(token_losses, owner, len(batch.segment_lengths)))
 
-    def _hidden_states(self, batch: Batch, features: Any, tokens: Tensor) -> Tensor:
-        """Final states [T, d] of the row, its segments isolated from each other."""
+    def _packing(self, batch: Batch) -> dict[str, Any]:
         decoder = self.llm.model
-        arguments: dict[str, Any] = packing_arguments(
+        return packing_arguments(
             decoder.config._attn_implementation,
             batch.segment_lengths,
             batch.input_ids.device,
             decoder.get_input_embeddings().weight.dtype,
-            **({"blocks": batch.blocks} if batch.blocks.numel() else {}),
+            blocks=batch.blocks.cpu(),
         )
-        if features is not None and len(batch.image_slots):
-            arguments["mm_encoder_outputs"] = {"image": placed(features, tokens, batch.image_slots.cpu())}
-        outputs = self.parts.core(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids.unsqueeze(-2),
-            use_cache=False,
-            **arguments,
-        )
-        return outputs.last_hidden_state[0]
 
     def _check(self, batch: Batch, images: ImageInputs) -> None:
         """The loader's promises that the forward relies on. On a device the checks would wait for it."""

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from vltrain.config.model.stock import StockSection
 from vltrain.errors import InputError, nearest
+from vltrain.families.table import family_of
 from vltrain.files.locate import locate
 from vltrain.models.pretrained.checkpoint_config import read_values
 from vltrain.models.pretrained.quiet import quiet_transformers
@@ -77,7 +78,7 @@ def network_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _config_class(where: str, values: dict[str, Any]) -> type[PreTrainedConfig]:
     model_type = values.get("model_type")
     known = list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)  # asking the classes would import hundreds of modules
-    if model_type in known:
+    if isinstance(model_type, str) and model_type in known:
         return CONFIG_MAPPING[model_type]
     if "auto_map" in values:
         raise InputError(
@@ -97,6 +98,9 @@ def _config_class(where: str, values: dict[str, Any]) -> type[PreTrainedConfig]:
 def _require_usable(where: str, config: PreTrainedConfig) -> None:
     """Raises InputError for kinds of models that are refused."""
     kind = config.model_type
+    refused = family_of(kind).refused
+    if refused is not None:
+        raise InputError(f"{where}: a model of type {kind!r} cannot be trained: {refused}")
     text = config.get_text_config()
     if config.is_encoder_decoder or text.is_encoder_decoder:
         raise InputError(

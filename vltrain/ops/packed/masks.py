@@ -76,6 +76,17 @@ class SegmentMask:
         num_tokens = int(self.packing.lengths.sum())
         return 1, 1, num_tokens, num_tokens
 
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(Tensor, name) and not name.startswith("__"):
+            raise InputError(
+                f"this LLM's attention reads its mask by itself ({name}), which packed rows cannot be given; expected "
+                "one that hands it to transformers' attention interface"
+            )
+        raise AttributeError(name)
+
+    def __getitem__(self, places: Any) -> Any:
+        return self.__getattr__("select")
+
     def group_masks(self) -> list[Tensor | None]:
         """Of each padded group: bool [1, 1, L, L] or [S, 1, L, L], may a query (second to last) see a key; None where
         plain causality says all. Computed once a row and rule."""
@@ -127,9 +138,25 @@ class SegmentMask:
         return allowed | together
 
 
-def row_mask(packing: Packing) -> Tensor:
-    """bool [1, T], all true: the mask of a packed row, as a decoder takes it. It carries the packing."""
-    mask: Any = torch.ones(1, int(packing.lengths.sum()), dtype=torch.bool, device=packing.device)
+class RowMask(Tensor):
+    """bool [1, T], all true: the mask of a packed row, as a decoder takes it. It carries the packing, and so does what
+    a decoder makes of it (another dtype, a view)."""
+
+    packing: Packing
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(made, RowMask) and "packing" not in vars(made):
+            given = next((one for one in args if isinstance(one, RowMask)), None)
+            if given is not None and given.shape == made.shape and "packing" in vars(given):
+                made.packing = given.packing
+        return made
+
+
+def row_mask(packing: Packing) -> RowMask:
+    """The `RowMask` of a row."""
+    mask = torch.ones(1, int(packing.lengths.sum()), dtype=torch.bool, device=packing.device).as_subclass(RowMask)
     mask.packing = packing
     return mask
 

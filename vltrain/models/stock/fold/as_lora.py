@@ -20,8 +20,8 @@ from vltrain.models.adapters.table import adapter_kind
 from vltrain.models.mmt.as_lora import Update, has_adapters, update_of
 from vltrain.models.peft.layers import NAME, has_lora
 from vltrain.models.peft.lora import low_rank_factors
+from vltrain.models.stock.fold.readers import linears_of, plain_name
 from vltrain.models.stock.model import StockModel
-from vltrain.models.stock.readers import linears_of, plain_name
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """By a linear layer's name, s B and A, float64."""

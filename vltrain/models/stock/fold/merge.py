@@ -20,8 +20,8 @@ from vltrain.models.materialise import empty_model
 from vltrain.models.mmt.merge import Rounding
 from vltrain.models.peft.low_rank import merge_updates
 from vltrain.models.quantise import dequantise_linears
+from vltrain.models.stock.fold.readers import adapted_sublayers, plain_name, readers
 from vltrain.models.stock.model import StockModel
-from vltrain.models.stock.readers import adapted_sublayers, plain_name, readers
 from vltrain.models.stock.source import network_class
 
 # Settings of transformers' configs that give linear layers of their blocks a bias.

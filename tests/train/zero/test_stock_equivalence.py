@@ -1,0 +1,106 @@
+"""Vision-language models of transformers: the same losses, gradients and weights however the work is spread, over 12
+steps of mixed images and text; compared with a plain loop in one process that feeds one sample at a time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.processes import run_ranks
+from tests.support.stock import row_of, section
+from tests.train.plain_loop import relative_difference
+from tests.train.worker import GRADIENT_STEP
+from tests.train.zero.stock_worker import OPTIM, SAMPLES, STEPS
+from tests.train.zero.test_equivalence import GRADIENT_TOLERANCE, TOLERANCE, stage
+from vltrain.models.build import build_model
+from vltrain.train.optim import parameter_groups
+
+ADAPTERS = {"adapter.vision": "both", "adapter.llm": "both", "adapter.dim": 8, "stock.projector.train": True}
+UPDATES = {"adapter.vision": "none", "adapter.llm": "none", "stock.vision.peft.kind": "lora"}
+KINDS: dict[str, dict[str, Any]] = {
+    "llava": {"stock.tune": "full", "adapter.vision": "none", "adapter.llm": "none"},
+    "smolvlm": {**UPDATES, "stock.llm.peft.kind": "dora", "stock.projector.train": True},
+    "qwen3_vl": ADAPTERS,
+}
+
+
+def plain_run(family: str, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """No DeepSpeed, no packing, no accumulation."""
+    model = build_model(section(family, changes))
+    core = model.parts.core
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), OPTIM, model.part_of), betas=OPTIM.betas, eps=OPTIM.eps
+    )
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    losses, result = [], {}
+    for step in range(STEPS):
+        samples = SAMPLES[1:2] * 3 if step % 4 == 3 else SAMPLES
+        alone = [
+            row_of(family, core, [piece], seed=10 * place + number)
+            for place, pieces in enumerate(samples) for number, piece in enumerate(pieces)
+        ]  # fmt: skip
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        loss = sum(model(row).loss_sum for row in alone) / sum(row.num_label_tokens for row in alone)
+        loss.backward()
+        if step == GRADIENT_STEP:
+            result.update({f"gradient/{name}": parameter.grad.clone() for name, parameter in trained.items()})
+        optimizer.step()
+        losses.append(loss.item())
+    result.update({f"weight/{name}": parameter.detach() for name, parameter in trained.items()})
+    return {**result, "losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+@functools.cache
+def reference(family: str) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
+    found = plain_run(family, KINDS[family])
+    assert found["losses"][-4:].mean() < found["losses"][:4].mean(), "it does not learn"
+    assert all(value.any() for name, value in found.items() if name.startswith("gradient/")), "not all is reached"
+    return found
+
+
+def assert_same_as_plain(families: list[str], stages: tuple[int, ...], world_size: int, folder: Path) -> None:
+    told = [
+        {
+            "family": family,
+            "changes": KINDS[family],
+            "ds": stage(number),
+            "output": str(folder / f"{family}-{number}"),
+            "checkpointing": number == 3,
+        }
+        for family in families for number in stages
+    ]  # fmt: skip
+    file = folder / "scenarios.json"
+    file.write_text(json.dumps(told))
+    run_ranks("tests.train.zero.stock_worker", [str(file)], world_size, folder / "log")
+    for one in told:
+        found, expected = load_file(f"{one['output']}.safetensors"), reference(one["family"])
+        what = f"{Path(one['output']).name} on {world_size} rank(s)"
+        assert found.keys() == expected.keys(), what
+        assert relative_difference(found["losses"], expected["losses"]) <= TOLERANCE, what
+        gradients = {name: value for name, value in expected.items() if name.startswith("gradient/")}
+        least = max(value.abs().max().item() for value in gradients.values()) / 1000
+        worst = {name: relative_difference(found[name], value, least) for name, value in gradients.items()}
+        bad = {name: value for name, value in worst.items() if not value <= GRADIENT_TOLERANCE}
+        assert not bad, f"{what}: {bad}"
+
+
+def test_two_ranks_under_zero3_give_the_plain_loops_losses_and_gradients(tmp_path: Path) -> None:
+    assert_same_as_plain(["qwen3_vl"], (3,), 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("family", KINDS)
+def test_every_stage_and_number_of_ranks_gives_the_plain_loops_losses_and_gradients(
+    family: str, world_size: int, tmp_path: Path
+) -> None:
+    """Slow, since each is a run of twelve steps: a minute in all."""
+    assert_same_as_plain([family], (0, 1, 2, 3), world_size, tmp_path)
