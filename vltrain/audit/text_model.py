@@ -19,7 +19,7 @@ from vltrain.audit.small.sizes import VOCABULARY
 from vltrain.audit.small.weights import disturb
 from vltrain.audit.subject import RESERVED, Subject, Tuning, copy_weights
 from vltrain.batch import Batch
-from vltrain.evaluate.answering.generate import CACHE_ARGUMENT
+from vltrain.evaluate.answering.decoding import CACHE_ARGUMENT
 from vltrain.models.backbones.head import replace_head
 from vltrain.models.backbones.packed_decoder import prepare_decoder
 from vltrain.models.interface import LossOutput, VisionLanguageModel
