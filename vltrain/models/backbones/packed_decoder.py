@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vltrain.errors import InputError
+from vltrain.ops import attention_choice
 from vltrain.ops.packed.masks import PACKED_SDPA
 from vltrain.ops.packed.packing import Packing, from_padded, to_padded
 
@@ -61,16 +62,11 @@ def beyond_kernels(decoder: PreTrainedModel, *, blocks: bool = False) -> str | N
     Args:
         blocks: whether its rows have blocks of tokens that see each other both ways.
     """
-    config: Any = decoder.config
     if blocks:
         return "lets the tokens of an image see each other both ways"
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        return "attends in chunks"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"caps its attention's logits at {config.attn_logit_softcapping}"
     if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in decoder.named_parameters()):
         return "has attention sinks"
-    return None
+    return attention_choice.beyond_kernels(decoder.config)
 
 
 class GroupedMixer:
