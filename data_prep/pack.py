@@ -28,47 +28,20 @@ from data_prep.parallel import usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
 from data_prep.spool import Spool
-from data_prep.tokens import Tokens, read_tokens, tokenised, write_tokens
+from data_prep.tokens import PackSettings, Tokens, read_tokens, tokenised, write_tokens
+from vltrain.config.model.base import ProcessorPlaces
 from vltrain.config.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
 from vltrain.console import start_logging, watched
 from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
-from vltrain.data.shards import Manifest, ShardFile
-from vltrain.data.text.conversation import TEMPLATES, find_template
-from vltrain.data.text.encoder import SampleEncoder, TemplateEncoder
+from vltrain.data.shards import FORMAT_VERSION, STOCK_FORMAT, Manifest, ShardFile
+from vltrain.data.text.conversation import PROCESSOR, TEMPLATES, find_template
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.instruction import InstructionSource
-from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
 
 OVER_LONG = "over_long.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackSettings:
-    """How samples become packs.
-
-    Args:
-        tokenizer: any notation of `vltrain.files.locate`.
-        template: a name of `vltrain.data.text.conversation.TEMPLATES`.
-        visual_tokens: V, tokens that an image takes.
-        pack_length: tokens that a pack holds.
-        max_images: images that a pack may hold; None: no bound.
-        seed: of the assignment to packs.
-        over_long: "error" or "drop", for samples that do not fit into a pack.
-        max_image_pixels: larger images are refused.
-        instruction: the Q-Former's tokenizer, for templates that one reads.
-    """
-
-    tokenizer: str
-    template: str = "mmt"
-    visual_tokens: int
-    pack_length: int
-    max_images: int | None = None
-    seed: int = 0
-    over_long: str = "error"
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    instruction: InstructionSource | None = None
 
 
 def pack(
@@ -116,8 +89,7 @@ def merge_parts(
 def _begin(samples: Path, settings: PackSettings, workers: int | None) -> _Given:
     _require_sensible(settings)
     workers = workers or usable_cores()
-    loaded, before = load_tokenizer(settings.tokenizer, settings.instruction), look(samples)
-    encoder = TemplateEncoder(loaded, settings.template, settings.visual_tokens)
+    encoder, before = settings.encoder(), look(samples)
     origin = _origin(samples, before, encoder, settings)
     images = PackedImages(samples.parent, workers, settings.max_image_pixels)
     return _Given(samples, settings, encoder, workers, before, images, origin)
@@ -211,7 +183,7 @@ def _require_sensible(settings: PackSettings) -> None:
         ("pack length", settings.pack_length),
         ("images per pack", settings.max_images),
     ):
-        if value is not None and value < 1:
+        if value is not None and value < 1 and (name != "visual tokens" or settings.processor is None):
             raise InputError(f"{name}: found {value}, expected at least 1")
     if over_long not in ("error", "drop"):
         raise InputError(f"over-long: found '{over_long}', expected 'error' or 'drop'")
@@ -238,8 +210,9 @@ def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebui
     """Assigns all samples to packs and writes the shards."""
     settings, facts = given.settings, given.facts()
     pack_length, max_images = settings.pack_length, settings.max_images
-    with write_shards(output, replace=rebuild) as writer:
-        spool = Spool(writer.folder)
+    version = FORMAT_VERSION if settings.processor is None else STOCK_FORMAT
+    with write_shards(output, replace=rebuild, version=version) as writer:
+        spool = Spool(writer.folder, counts_matter=given.encoder.counts_matter)
         spool.fill(tokens)
         fits = spool.fitting(pack_length, max_images)
         extra_files = _list_over_long(spool, fits, settings, writer.folder)
@@ -334,10 +307,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser(arguments: list[str] | None) -> CommandLine:
     parser = CommandLine("pack", "Tokenise and pack samples.", arguments, EXAMPLES)
     parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
-    parser.add_argument("--tokenizer", required=True, help="folder, file, hub name, asset:// or package://")
+    parser.add_argument("--tokenizer", help="folder, file, hub name, asset:// or package://")
     parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
+    parser.add_argument("--visual-tokens", type=whole(1, MOST_SIZE), help="tokens that an image takes in the model")
     parser.add_argument(
-        "--visual-tokens", type=whole(1, MOST_SIZE), required=True, help="tokens that an image takes in the model"
+        "--processor",
+        help="for a stock model, in the place of the three above: folder or hub name of its processor and config.json",
     )
     parser.add_argument(
         "--qformer-tokenizer", help="for an InstructBLIP: the tokenizer by which its Q-Former reads prompts"
@@ -368,17 +343,27 @@ def _parser(arguments: list[str] | None) -> CommandLine:
 
 
 def _settings_of(given: Namespace) -> PackSettings:
-    read_with = given.qformer_tokenizer
+    read_with, place = given.qformer_tokenizer, given.processor
+    if place is None and None in (given.tokenizer, given.visual_tokens):
+        raise InputError(
+            "--tokenizer, --visual-tokens: found neither both nor a --processor; expected both, or of a stock model "
+            "its --processor"
+        )
+    if place is not None and (given.tokenizer, given.visual_tokens, given.template) != (None, None, "mmt"):
+        raise InputError("--processor: it brings tokenizer, template and visual tokens; leave those out")
     return PackSettings(
-        tokenizer=given.tokenizer,
-        template=given.template,
-        visual_tokens=given.visual_tokens,
+        tokenizer=place or given.tokenizer,
+        template=PROCESSOR if place else given.template,
+        visual_tokens=given.visual_tokens or 0,
         pack_length=given.pack_length,
         max_images=given.max_images,
         seed=given.seed,
         over_long=given.over_long,
         max_image_pixels=given.max_image_pixels,
         instruction=InstructionSource(source=read_with, max_tokens=given.qformer_tokens) if read_with else None,
+        processor=ProcessorPlaces(key="--processor", source=place, model=place, config={}, options={})
+        if place
+        else None,
     )
 
 

@@ -6,15 +6,17 @@ modality tokens are named.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.command_line import CommandLine, whole
 from vltrain.config.ranges import MOST_STEPS
-from vltrain.data.shards import PackedDataset
+from vltrain.data.shards import STOCK_FORMAT, PackedDataset
 from vltrain.data.text.conversation import find_template, fingerprint
-from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
+from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.files.locate import locate
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
 MODALITY = {TEXT_MODALITY_TOKEN: "[u_text]", IMAGE_MODALITY_TOKEN: "[u_image]"}
@@ -34,12 +36,26 @@ def describe(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
     start = 0
     for length, name in zip(row.segment_lengths.tolist(), row.sample_ids, strict=True):
         tokens, losses = row.input_ids[start : start + length].tolist(), row.loss_mask[start : start + length].tolist()
-        lines.append(
-            f"--- {name} ({length} tokens, at "
-            f"{start})\n{_segment(tokens, losses, row.image_ids.tolist(), slots, dataset, tokenizer)}"
+        shown = (
+            _stock_segment(tokens, losses, tokenizer)
+            if dataset.manifest.format_version == STOCK_FORMAT
+            else _segment(tokens, losses, row.image_ids.tolist(), slots, dataset, tokenizer)
         )
+        lines.append(f"--- {name} ({length} tokens, at {start})\n{shown}")
         start += length
     return "\n".join(lines)
+
+
+def _stock_segment(tokens: list[int], losses: list[bool], tokenizer: Tokenizer) -> str:
+    """As `_segment`, of a stock model, whose special tokens are shown as they are, runs of one as one."""
+    names, text = tokenizer.special_names(), ""
+    for (has_loss, number), run in itertools.groupby(
+        zip(tokens, losses, strict=True), key=lambda one: (one[1], one[0] if one[0] in names else -1)
+    ):
+        ids = [token for token, _ in run]
+        words = tokenizer.decode(ids) if number < 0 else names[number] + (f" x {len(ids)} " if len(ids) > 1 else "")
+        text += f">>{words}<<" if has_loss else words
+    return text.replace("<<>>", "")
 
 
 def _segment(
@@ -86,6 +102,9 @@ def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
     """The tokenizer that the packs name. Raises InputError if another one is there by now, whose words would be
     shown."""
     manifest = dataset.manifest
+    if manifest.format_version == STOCK_FORMAT:
+        print("packed with a processor, whose settings are not named here: whether it still is that is not compared")
+        return TransformersTokenizer(locate(manifest.tokenizer))
     tokenizer = load_tokenizer(manifest.tokenizer)
     if find_template(manifest.template).instruction:
         print(

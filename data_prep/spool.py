@@ -6,7 +6,9 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,32 +23,37 @@ logger = logging.getLogger(__name__)
 
 
 class Spool:
-    """All tokenised samples: their tokens in two flat files, the rest in memory.
+    """All tokenised samples: their tokens in flat files, the rest in memory.
 
     lengths [n] tokens, num_labels [n] of them predicted, num_images [n], instruction_lengths [n]; `paths` are the
-    distinct image paths, `image_refs` each sample's, one after another.
+    distinct image paths, `image_refs` each sample's, one after another, `image_tokens` their placeholders where they
+    differ.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._files = (folder / "tokens.spool", folder / "mask.spool", folder / "instruction.spool")
+    def __init__(self, folder: Path, *, counts_matter: bool = False) -> None:
+        """`counts_matter`: an image that stands alone in its sample is another than one of several."""
+        self._files = {
+            name: folder / f"{name}.spool"
+            for name in ("input_ids", "loss_mask", "instruction_ids", "position_ids", "blocks")
+        }
+        self._counts_matter = counts_matter
+        self._position_rows = 0
         self.ids: list[str] = []
         self.paths: dict[str, int] = {}
         self.spelling = Spelling()
 
     def fill(self, parts: Iterable[Tokens]) -> None:
         """Takes all samples; InputError if there is none or an id comes twice."""
-        lengths, num_labels, num_images, image_refs, instructions = (array("q") for _ in range(5))
+        lengths, num_labels, num_images, image_refs, instructions, image_tokens = (array("q") for _ in range(6))
         seen: set[str] = set()
         cuts = 0
-        with (
-            self._files[0].open("wb") as tokens,
-            self._files[1].open("wb") as mask,
-            self._files[2].open("wb") as instruction,
-        ):
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(path.open("wb")) for name, path in self._files.items()}
             for part in parts:
-                tokens.write(part.input_ids)
-                mask.write(part.loss_mask)
-                instruction.write(part.instruction_ids)
+                for name, file in files.items():
+                    file.write(getattr(part, name))
+                self._position_rows = max(self._position_rows, part.position_rows)
+                image_tokens.extend(part.image_tokens)
                 lengths.extend(part.lengths)
                 num_labels.extend(part.num_labels)
                 instructions.extend(part.instruction_lengths)
@@ -72,17 +79,13 @@ class Spool:
         self.lengths, self.num_labels, self.num_images, self.image_refs, self.instruction_lengths = (
             np.frombuffer(one, np.int64) for one in (lengths, num_labels, num_images, image_refs, instructions)
         )
+        self.image_tokens = np.frombuffer(image_tokens, np.int64)
         self._starts, self._image_starts, self._instruction_starts = (
             np.cumsum(one) - one for one in (self.lengths, self.num_images, self.instruction_lengths)
         )
-        # Slicing a memmap takes ten times as long as slicing an array.
-        self._tokens, self._mask = (
-            np.asarray(np.memmap(file, dtype, "r")) for file, dtype in zip(self._files, (np.int32, bool))
-        )
-        has_instruction = self.instruction_lengths.any()
-        self._instruction = (
-            np.asarray(np.memmap(self._files[2], np.int32, "r")) if has_instruction else np.empty(0, np.int32)
-        )
+        self._flat = {
+            name: _mapped(path, bool if name == "loss_mask" else np.int32) for name, path in self._files.items()
+        }
 
     def assign(
         self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool
@@ -107,22 +110,51 @@ class Spool:
     def row(self, samples: np.ndarray, image_ids: np.ndarray) -> PackedRow:
         """The pack of some samples. `image_ids` int64 [paths]: the stored image behind each path."""
         spans = [slice(self._starts[sample], self._starts[sample] + self.lengths[sample]) for sample in samples]
-        shown = np.concatenate([image_ids[self.refs(sample)] for sample in samples])
-        distinct, slots = np.unique(shown, return_inverse=True)
+        flat = self._flat
         lengths, starts = self.instruction_lengths[samples], self._instruction_starts[samples]
-        instructions = [self._instruction[start : start + length] for start, length in zip(starts, lengths)]
+        instructions = [flat["instruction_ids"][start : start + length] for start, length in zip(starts, lengths)]
         return PackedRow(
-            input_ids=np.concatenate([self._tokens[span] for span in spans]),
-            loss_mask=np.concatenate([self._mask[span] for span in spans]),
+            input_ids=np.concatenate([flat["input_ids"][span] for span in spans]),
+            loss_mask=np.concatenate([flat["loss_mask"][span] for span in spans]),
             segment_lengths=self.lengths[samples].astype(np.int32),
-            image_ids=distinct,
-            image_slots=slots.astype(np.int32),
             sample_ids=tuple(self.ids[int(sample)] for sample in samples),
             instruction_ids=np.concatenate(instructions),
             instruction_lengths=lengths.astype(np.int32) if lengths.any() else np.empty(0, np.int32),
+            position_ids=self._positions(spans),
+            blocks=np.concatenate([flat["blocks"][span] for span in spans]),
+            **self._shown(samples, image_ids),
         )
 
+    def _positions(self, spans: list[slice]) -> np.ndarray:
+        """int32 [R, T], [0, 0] where there is none: each sample's rows lie together on disk."""
+        rows = self._position_rows
+        if not rows:
+            return np.empty((0, 0), np.int32)
+        own = [self._flat["position_ids"][rows * span.start : rows * span.stop].reshape(rows, -1) for span in spans]
+        return np.concatenate(own, axis=1)
+
+    def _shown(self, samples: np.ndarray, image_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The images of a pack: each once; where that matters, those that stand alone in a sample apart and first."""
+        firsts, counts = self._image_starts[samples], self.num_images[samples]
+        own: list[np.ndarray] = [np.arange(first, first + count) for first, count in zip(firsts, counts)]
+        runs = np.concatenate(own)
+        kinds = np.repeat(np.minimum(counts, 2), counts) if self._counts_matter else np.ones(len(runs), np.int64)
+        shown = image_ids[self.image_refs[runs]]
+        most = len(image_ids) + 1
+        distinct, first_runs, slots = np.unique(kinds * most + shown, return_index=True, return_inverse=True)
+        found = {"image_ids": distinct % most, "image_slots": slots.astype(np.int32)}
+        if len(self.image_tokens):
+            found["image_tokens"] = self.image_tokens[runs[first_runs]].astype(np.int32)
+            found["image_counts"] = (distinct // most).astype(np.int32)
+        return found
+
     def remove(self) -> None:
-        del self._tokens, self._mask, self._instruction
-        for file in self._files:
+        self._flat = {}
+        for file in self._files.values():
             file.unlink()
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    """A flat file, mapped; as an array, since slicing a memmap takes ten times as long. Empty where it is."""
+    flat: Any = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    return np.asarray(flat)

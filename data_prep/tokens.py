@@ -2,6 +2,7 @@
 
 tokens.bin, mask.bin     int32 tokens and bool loss mask of all samples, one after another
 instruction.bin          int32 tokens by which a Q-Former reads their prompts, likewise
+positions.bin            int32 positions of a stock model's samples, all rows of each; blocks.bin likewise
 samples.jsonl            per chunk of samples their ids, images and lengths in tokens
 """
 
@@ -18,15 +19,63 @@ import numpy as np
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
+from data_prep.prepare import MAX_IMAGE_PIXELS
+from vltrain.config.model.base import ProcessorPlaces
 from vltrain.console import Progress
 from vltrain.data.images import sizes_below
-from vltrain.data.text.encoder import SampleEncoder
+from vltrain.data.text.encoder import SampleEncoder, TemplateEncoder
+from vltrain.data.text.instruction import InstructionSource
 from vltrain.data.text.spelling import Spelling
+from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
 from vltrain.schema import Sample, Segment
 
 _LINES_PER_CHUNK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSettings:
+    """How samples become packs.
+
+    Args:
+        tokenizer: any notation of `vltrain.files.locate`.
+        template: a name of `vltrain.data.text.conversation.TEMPLATES`.
+        visual_tokens: V, tokens that an image takes.
+        pack_length: tokens that a pack holds.
+        max_images: images that a pack may hold; None: no bound.
+        seed: of the assignment to packs.
+        over_long: "error" or "drop", for samples that do not fit into a pack.
+        max_image_pixels: larger images are refused.
+        instruction: the Q-Former's tokenizer, for templates that one reads.
+        processor: of a stock model, which decides tokens in the place of tokenizer, template and visual tokens.
+    """
+
+    tokenizer: str
+    template: str = "mmt"
+    visual_tokens: int
+    pack_length: int
+    max_images: int | None = None
+    seed: int = 0
+    over_long: str = "error"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    instruction: InstructionSource | None = None
+    processor: ProcessorPlaces | None = None
+
+    def encoder(self) -> SampleEncoder:
+        """What makes tokens of samples. Raises InputError for what cannot be loaded."""
+        if self.processor is None:
+            loaded = load_tokenizer(self.tokenizer, self.instruction)
+            return TemplateEncoder(loaded, self.template, self.visual_tokens)
+        from vltrain.data.stock.encoder import StockEncoder  # loads transformers and torch
+        from vltrain.data.stock.source import StockSource
+
+        return StockEncoder(StockSource.of(self.processor))
+
+
+def stock_places(place: str) -> ProcessorPlaces:
+    """Those of a folder or hub name that has a stock model's processor and its config.json."""
+    return ProcessorPlaces(key="--processor", source=place, model=place, config={}, options={})
 
 
 @dataclass(kw_only=True)
@@ -43,6 +92,11 @@ class Tokens:
     input_ids: bytes = b""  # int32
     loss_mask: bytes = b""  # bool
     instruction_ids: bytes = b""  # int32
+    # Of a stock model's samples: rows of positions, and placeholders of each image.
+    position_rows: int = 0
+    image_tokens: list[int] = field(default_factory=list)
+    position_ids: bytes = b""  # int32
+    blocks: bytes = b""  # int32
 
 
 def tokenised(
@@ -106,11 +160,31 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, encoder: SampleEncoder,
         input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
         loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
         instruction_ids=b"".join(segment.instruction_ids.tobytes() for segment in segments),
+        position_rows=max((len(segment.position_ids) for segment in segments), default=0),
+        image_tokens=[count for segment in segments for count in segment.image_tokens.tolist()],
+        position_ids=b"".join(segment.position_ids.tobytes() for segment in segments),
+        blocks=b"".join(segment.blocks.tobytes() for segment in segments),
     )
 
 
-_FILES = {"tokens.bin": "input_ids", "mask.bin": "loss_mask", "instruction.bin": "instruction_ids"}
-_TOLD = ("ids", "images", "lengths", "num_labels", "instruction_lengths", "instruction_cuts", "spelling")
+_FILES = {
+    "tokens.bin": "input_ids",
+    "mask.bin": "loss_mask",
+    "instruction.bin": "instruction_ids",
+    "positions.bin": "position_ids",
+    "blocks.bin": "blocks",
+}
+_TOLD = (
+    "ids",
+    "images",
+    "lengths",
+    "num_labels",
+    "instruction_lengths",
+    "instruction_cuts",
+    "spelling",
+    "position_rows",
+    "image_tokens",
+)
 
 
 def write_tokens(chunks: Iterable[Tokens], folder: Path) -> None:
@@ -121,17 +195,21 @@ def write_tokens(chunks: Iterable[Tokens], folder: Path) -> None:
         for chunk in chunks:
             for field, file in files.items():
                 file.write(getattr(chunk, field))
-            samples.write(json.dumps({name: getattr(chunk, name) for name in _TOLD}) + "\n")
+            told = {name: getattr(chunk, name) for name in _TOLD}
+            samples.write(json.dumps({**told, "num_blocks": len(chunk.blocks) // 4}) + "\n")
 
 
 def read_tokens(folder: Path) -> Iterator[Tokens]:
     """What `write_tokens` wrote, chunk by chunk."""
     with ExitStack() as stack:
-        tokens, mask, instruction = (stack.enter_context((folder / name).open("rb")) for name in _FILES)
+        tokens, mask, instruction, positions, blocks = (
+            stack.enter_context((folder / name).open("rb")) for name in _FILES
+        )
         for _, told in read_lines(folder / "samples.jsonl"):
-            total = sum(told["lengths"])
+            total, num_blocks = sum(told["lengths"]), told.pop("num_blocks")
             told["images"] = [tuple(one) for one in told["images"]]
             yield Tokens(
                 **told, input_ids=tokens.read(4 * total), loss_mask=mask.read(total),
                 instruction_ids=instruction.read(4 * sum(told["instruction_lengths"])),
+                position_ids=positions.read(4 * total * told["position_rows"]), blocks=blocks.read(4 * num_blocks),
             )  # fmt: skip

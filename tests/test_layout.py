@@ -271,6 +271,8 @@ OWN_JSON = {
     "vltrain/distributed/watchdog.py",
     "vltrain/metrics/step_log.py",
     "vltrain/receipts/manifest.py",
+    "vltrain/data/stock/layouts.py",
+    "vltrain/data/stock/source.py",
     "vltrain/data/text/backend.py",
     "vltrain/data/text/tokenizer.py",
     "vltrain/models/pretrained/hugging_face.py",

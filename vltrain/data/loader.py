@@ -67,7 +67,7 @@ def _stacked(row: PackedRow, pictures: list[np.ndarray], reader: ImageReader, wh
 
 def _require_tokens(pixels: torch.Tensor | ImageInputs, expected: np.ndarray, where: str) -> None:
     """Raises InputError where images take other numbers of tokens than the text has places for."""
-    if isinstance(pixels, ImageInputs) and (found := listed(pixels.tokens)) != expected.tolist():
+    if isinstance(pixels, ImageInputs) and (found := listed(pixels.tokens)[: len(expected)]) != expected.tolist():
         raise InputError(
             f"{where}: its images take {found} tokens, but were tokenised with {expected.tolist()}: the processor "
             "makes something else of them now; pack the samples again"
@@ -103,16 +103,23 @@ def batch_of(
 
 def images_of(segments: Sequence[Segment], reader: ImageReader) -> tuple[list[str], dict[str, np.ndarray]]:
     """(names of the distinct images that segments show, `image_slots`, `image_tokens` and `image_counts` of a
-    `PackedRow` that shows them). A name comes once for each count of images, where that matters."""
-    distinct: dict[tuple[str, int], int] = {}
-    slots: list[int] = []
-    tokens: dict[int, int] = {}
-    for segment in segments:
-        count = len(segment.images) if reader.counts_matter else 1
-        slots += [distinct.setdefault((name, count), len(distinct)) for name in segment.images]
-        tokens.update(zip(slots[len(slots) - len(segment.images) :], segment.image_tokens.tolist()))
-    arrays = {"image_slots": slots, "image_tokens": list(tokens.values()), "image_counts": [one for _, one in distinct]}
-    return [name for name, _ in distinct], {name: np.array(values, np.int32) for name, values in arrays.items()}
+    `PackedRow` that shows them). Where it matters whether an image stands alone in its sample (count 1) or not (2), it
+    comes once for each, those that do first."""
+    runs = [
+        (min(len(segment.images), 2) if reader.counts_matter else 1, name)
+        for segment in segments
+        for name in segment.images
+    ]
+    distinct = sorted(dict.fromkeys(runs), key=lambda run: run[0])  # stable: else in the order of the runs
+    places = {run: place for place, run in enumerate(distinct)}
+    of_runs = [tokens for segment in segments for tokens in segment.image_tokens.tolist()]
+    tokens = dict(zip(runs, of_runs))
+    arrays = {
+        "image_slots": [places[run] for run in runs],
+        "image_tokens": [tokens[run] for run in distinct if run in tokens],
+        "image_counts": [count for count, _ in distinct],
+    }
+    return [name for _, name in distinct], {name: np.array(values, np.int32) for name, values in arrays.items()}
 
 
 def pixels_of(
@@ -126,7 +133,9 @@ def pixels_of(
 
 
 def _assemble(row: PackedRow, pixels: torch.Tensor | ImageInputs) -> Batch:
-    assert len(pixels) == max(len(row.image_ids), min(len(pixels), 1)), (len(pixels), len(row.image_ids))
+    # A stock model's may be one more than the row shows, see `StockReader.stack`.
+    more = len(pixels) - len(row.image_ids)
+    assert more == 0 or (more == 1 and (len(row.image_ids) == 0 or isinstance(pixels, ImageInputs))), more
     lengths = row.segment_lengths.astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     input_ids = row.input_ids.astype(np.int64)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vltrain.data.text.conversation import PROCESSOR
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.record import FileRecord, digest_of, read_record
@@ -151,9 +152,10 @@ def rendered_digest(tokenizer: Tokenizer, template: str) -> str | None:
 
     Raises: InputError if it writes something else each time: what is trained on must be what is asked.
     """
-    if template != "chat":
+    if template not in ("chat", PROCESSOR):
         return None
-    rendered = {json.dumps([_rendered(tokenizer, roles) for roles in _ROLES]) for _ in range(8)}
+    in_lists = template == PROCESSOR
+    rendered = {json.dumps([_rendered(tokenizer, roles, in_lists) for roles in _ROLES]) for _ in range(8)}
     if len(rendered) > 1:
         raise InputError("the tokenizer's chat template is not deterministic; use one that is, or data.template: mmt")
     return digest_of(rendered.pop().encode()).hex()
@@ -163,9 +165,11 @@ _ROLES = (("user", "assistant"), ("user", "assistant", "user", "assistant"), ("s
 """Conversations of which a template writes each in a way of its own: first and later turns, and with a system turn."""
 
 
-def _rendered(tokenizer: Tokenizer, roles: tuple[str, ...]) -> str:
+def _rendered(tokenizer: Tokenizer, roles: tuple[str, ...], in_lists: bool) -> str:
+    texts = [f"turn {number}" for number in range(len(roles))]
+    contents = [[{"type": "text", "text": text}] if in_lists else text for text in texts]
     try:
-        return tokenizer.render_chat([{"role": role, "content": f"turn {number}"} for number, role in enumerate(roles)])
+        return tokenizer.render_chat([{"role": role, "content": said} for role, said in zip(roles, contents)])
     except InputError as error:  # of templates without system turns, or for one question and answer
         return str(error)
 

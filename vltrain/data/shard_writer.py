@@ -15,12 +15,14 @@ import pyarrow as pa
 
 from vltrain.data.folder import new_folder
 from vltrain.data.shards import (
+    FORMAT_VERSION,
     IMAGE_SCHEMA,
     INDEX,
     INDEX_SCHEMA,
     MANIFEST,
-    PACK_SCHEMA,
     ROWS_PER_BATCH,
+    SCHEMAS,
+    STOCK_FORMAT,
     Manifest,
     ShardFile,
 )
@@ -31,15 +33,17 @@ FILE_BYTES = 256 << 20  # a new file is begun when one has grown to this
 
 
 @contextmanager
-def write_shards(output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = False) -> Generator[ShardWriter]:
+def write_shards(
+    output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = False, version: int = FORMAT_VERSION
+) -> Generator[ShardWriter]:
     """Gives a writer; the folder `output` exists once the block has ended without an error and the writer was finished,
-    with `replace` in the place of an older one.
+    with `replace` in the place of an older one. `version`: a key of `SCHEMAS`.
 
     Raises:
         InputError: `output` exists or cannot be written.
     """
     with new_folder(output, replace=replace) as folder:
-        writer = ShardWriter(folder, file_bytes)
+        writer = ShardWriter(folder, file_bytes, version)
         try:
             yield writer
         finally:
@@ -50,9 +54,9 @@ def write_shards(output: Path, file_bytes: int = FILE_BYTES, *, replace: bool = 
 class ShardWriter:
     """Takes images and packs in any order of calls; `finish` writes index and manifest."""
 
-    def __init__(self, folder: Path, file_bytes: int) -> None:
-        self.folder = folder
-        self._packs = _Files(folder, "packs", PACK_SCHEMA, file_bytes)
+    def __init__(self, folder: Path, file_bytes: int, version: int) -> None:
+        self.folder, self._version = folder, version
+        self._packs = _Files(folder, "packs", SCHEMAS[version], file_bytes)
         self._images = _Files(folder, "images", IMAGE_SCHEMA, file_bytes)
         self._index = {name: array("q") for name in INDEX_SCHEMA.names}
         self._image_ids: dict[bytes, int] = {}
@@ -69,7 +73,11 @@ class ShardWriter:
         """Appends a pack; its `image_ids` are what `add_image` gave."""
         lengths = row.segment_lengths.astype(np.int64)
         assert lengths.sum() == len(row.input_ids) == len(row.loss_mask)
-        self._packs.add(tuple(getattr(row, name) for name in PACK_SCHEMA.names), 4 * len(row.input_ids))
+        values = {name: getattr(row, name) for name in SCHEMAS[self._version].names}
+        if self._version == STOCK_FORMAT:
+            values["position_ids"] = row.position_ids.reshape(-1)
+        num_bytes = 4 * (len(row.input_ids) + row.position_ids.size + len(row.blocks))
+        self._packs.add(tuple(values.values()), num_bytes)
         facts = (len(row.input_ids), row.loss_mask.sum(), len(row.image_ids), len(lengths), (lengths**2).sum())
         for column, value in zip(self._index.values(), facts, strict=True):
             column.append(int(value))
@@ -92,7 +100,8 @@ class ShardWriter:
         num_packs = len(index["num_tokens"])
         totals = {name: int(index[name].sum()) for name in ("num_samples", "num_tokens", "num_label_tokens")}
         files = (describe(self.folder / INDEX, num_packs), *self._packs.close(), *self._images.close(), *extra_files)
-        manifest = Manifest(num_packs=num_packs, num_images=len(self._image_ids), files=files, **totals, **facts)
+        told: dict[str, Any] = {**totals, **facts, "format_version": self._version}
+        manifest = Manifest(num_packs=num_packs, num_images=len(self._image_ids), files=files, **told)
         (self.folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
         return manifest
 

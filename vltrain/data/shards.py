@@ -20,7 +20,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,33 @@ from vltrain.files.digest import sha256_of
 from vltrain.files.strict_json import is_object, parse_json, read_text
 from vltrain.schema import PackedRow
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, STOCK_FORMAT = 2, 3
+"""Of most models' packs; of a stock model's, which have more columns."""
 MANIFEST, INDEX = "manifest.json", "index.arrow"
 ROWS_PER_BATCH = 64
 FILE_NAME = re.compile(r"[A-Za-z0-9_]+(-[0-9]+)?\.[a-z]+")
-PACK_SCHEMA = pa.schema(
+_COLUMNS = {
+    "input_ids": pa.list_(pa.int32()),
+    "loss_mask": pa.list_(pa.bool_()),
+    "segment_lengths": pa.list_(pa.int32()),
+    "image_ids": pa.list_(pa.int64()),
+    "image_slots": pa.list_(pa.int32()),
+    "sample_ids": pa.list_(pa.string()),
+    "instruction_ids": pa.list_(pa.int32()),
+    "instruction_lengths": pa.list_(pa.int32()),
+}
+PACK_SCHEMA = pa.schema(_COLUMNS)
+STOCK_SCHEMA = pa.schema(
     {
-        "input_ids": pa.list_(pa.int32()),
-        "loss_mask": pa.list_(pa.bool_()),
-        "segment_lengths": pa.list_(pa.int32()),
-        "image_ids": pa.list_(pa.int64()),
-        "image_slots": pa.list_(pa.int32()),
-        "sample_ids": pa.list_(pa.string()),
-        "instruction_ids": pa.list_(pa.int32()),
-        "instruction_lengths": pa.list_(pa.int32()),
+        **_COLUMNS,
+        "position_ids": pa.list_(pa.int32()),  # row after row
+        "blocks": pa.list_(pa.int32()),
+        "image_tokens": pa.list_(pa.int32()),
+        "image_counts": pa.list_(pa.int32()),
     }
 )
+SCHEMAS = {FORMAT_VERSION: PACK_SCHEMA, STOCK_FORMAT: STOCK_SCHEMA}
+"""Of packs, by format version."""
 IMAGE_SCHEMA = pa.schema({"data": pa.large_binary()})
 INDEX_SCHEMA = pa.schema(
     {
@@ -77,7 +88,8 @@ class ShardFile:
 class Manifest:
     """What a set of shards holds and what it was made with.
 
-    tokenizer_fingerprint, template, visual_tokens and pack_length must agree with the model that trains on it.
+    tokenizer_fingerprint, template, visual_tokens and pack_length must agree with the model that trains on it;
+    visual_tokens is 0 where they depend on an image's size.
     `lost` is what the vocabulary loses of the samples' texts (`vltrain.data.text.spelling`), None and not written where
     that is nothing.
     `over_long` counts the samples left out because they do not fit into a pack; over_long.jsonl lists them.
@@ -141,9 +153,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(
             f"{path}: its checksum is {found}, expected the one of its content: it was changed or damaged; {_REMAKE}"
         )
-    if fields.get("format_version") != FORMAT_VERSION:
+    if fields.get("format_version") not in SCHEMAS:
+        known = " and ".join(map(str, SCHEMAS))
         raise InputError(
-            f"{path}: format version {fields.get('format_version')}, this program reads {FORMAT_VERSION}; {_REMAKE}"
+            f"{path}: format version {fields.get('format_version')}, this program reads {known}; {_REMAKE}"
         )
     try:
         fields["files"] = tuple(ShardFile(**file) for file in fields["files"])
@@ -254,12 +267,17 @@ class PackedDataset:
     def row(self, number: int) -> PackedRow:
         """Pack `number`; its arrays are read-only views of the mapped file."""
         batch, place = self._packs.find(number)
-        values = {name: batch.column(name)[place].values for name in PACK_SCHEMA.names}
-        return PackedRow(
+        values = {name: batch.column(name)[place].values for name in SCHEMAS[self.manifest.format_version].names}
+        row = PackedRow(
             sample_ids=tuple(values.pop("sample_ids").to_pylist()),
             loss_mask=values.pop("loss_mask").to_numpy(zero_copy_only=False),
             **{name: value.to_numpy(zero_copy_only=True) for name, value in values.items()},
         )
+        if self.manifest.format_version == FORMAT_VERSION:
+            return row
+        positions = row.position_ids
+        shape = (-1, len(row.input_ids)) if len(positions) else (0, 0)
+        return replace(row, position_ids=positions.reshape(shape))
 
     def sample_ids(self, number: int) -> tuple[str, ...]:
         """Ids of the samples in pack `number`."""

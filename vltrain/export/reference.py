@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vltrain.config.schema import Config
 from vltrain.data.images import REDUCING_GAP, sizes_below
 from vltrain.data.pictures import Pictures, pictures_below
-from vltrain.data.reading import image_reader, sample_encoder
+from vltrain.data.reading import image_reader, recipe_tokenizer, sample_encoder
 from vltrain.data.text.conversation import find_template
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
@@ -54,8 +54,8 @@ class Spoken:
 
     ids     int64 [A], its answer without the token that ended it
     text    the same as text, stripped
-    logits  fp32 [S, the tokenizer's vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's
-            tokens, and before the one that ended it
+    logits  fp32 [S, vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's tokens, and
+            before the one that ended it
     prompt  int64 [L], placeholders below zero
     read    int64 [I], what a Q-Former reads; empty where there is none
     draft   pixels that either edge of a JPEG keeps where it is decoded at a fraction of its size
@@ -76,7 +76,7 @@ def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sa
     """Evenly spaced samples of a file, of those that `takes` says can be asked. Raises InputError for a malformed file,
     and where there is none."""
     every = read_samples(file)
-    tokenizer, template = load_tokenizer(*tokenizer_sources(config)), find_template(config.data.template)
+    tokenizer, template = recipe_tokenizer(config), find_template(config.data.template)
     askable = [
         sample
         for sample in every
@@ -120,7 +120,8 @@ class Speaker:
     """A model of ours that answers one prompt at a time, and tells its logits."""
 
     def __init__(self, config: Config, weights: Checkpoint | None, source: tuple[str, Any]) -> None:
-        self.model, self.tokenizer = model_of(config, weights), load_tokenizer(*source)
+        self.model = model_of(config, weights)
+        self.tokenizer = load_tokenizer(*source) if config.model.processor is None else recipe_tokenizer(config)
         self.encoder, self.reader = sample_encoder(config, self.tokenizer, self.model), image_reader(config, self.model)
         self.settings = {
             "stop_ids": self.encoder.stop_ids,
@@ -144,7 +145,7 @@ class Speaker:
         return Spoken(
             ids=torch.tensor(ids, dtype=torch.int64),
             text=self.tokenizer.decode(ids).strip(),
-            logits=torch.cat(steps).float()[:, : self.tokenizer.vocab_size],
+            logits=torch.cat(steps).float(),
             prompt=torch.from_numpy(prompt.input_ids).long(),
             read=torch.from_numpy(prompt.instruction_ids).long(),
             pixels=pixels,

@@ -11,7 +11,21 @@ FAMILIES: tuple[Family, ...] = (
         token_type_argument="mm_token_type_ids",
     ),
     Family(model_types=("gemma3",), blocks="images", token_type_argument="token_type_ids"),
-    Family(model_types=("paligemma",), blocks="prefix", first_position=1, token_type_argument="token_type_ids"),
+    Family(
+        model_types=("paligemma",),
+        blocks="prefix",
+        first_position=1,
+        token_type_argument="token_type_ids",
+        # What PaliGemmaProcessor makes of a prompt, and the answer as its `suffix`.
+        chat_template=(
+            "{% for message in messages %}{% if message['role'] == 'user' %}"
+            "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+            "{{ bos_token }}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+            "{{ part['text'] }}{% endfor %}{{ '\n' }}{% elif message['role'] == 'assistant' %}"
+            "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}"
+            "{% else %}{{ raise_exception('PaliGemma knows no system turn') }}{% endif %}{% endfor %}"
+        ),
+    ),
     Family(
         model_types=("mllama",),
         refused="its LLM reads images by cross-attention, which packs do not isolate",

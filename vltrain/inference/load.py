@@ -10,9 +10,7 @@ import torch
 
 from vltrain.config.keys import checked_value
 from vltrain.config.stages import last_stage
-from vltrain.data.reading import sample_encoder
-from vltrain.data.text.tokenizer import load_tokenizer
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.distributed.hardware import choose_dtype
 from vltrain.distributed.hardware import device as own_device
 from vltrain.errors import InputError
@@ -63,7 +61,7 @@ def load(
     weights = _tuned(folder, checkpoint, adapters)
     facts = weights_used(folder, config, weights, made_of(config), changed)
     asked = how_run_was_asked(folder, config)
-    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    tokenizer = recipe_tokenizer(config)
     dtype = choose_dtype(config.train.precision, config.model.bits, place=place)
     before = weights_before(folder, config) if weights is None or keep_untuned else None
     model = answering_model(config, tokenizer, before if keep_untuned else weights or before, dtype=dtype, place=place)

@@ -243,6 +243,7 @@ def _pack(config: Config, samples: Path, folder: Path, encoder: SampleEncoder, *
         over_long=config.data.over_long,
         max_image_pixels=config.data.max_image_pixels,
         instruction=instruction,
+        processor=config.model.processor,
     )
     manifest = pack(samples, folder, settings, rebuild=replace)
     if manifest.over_long:

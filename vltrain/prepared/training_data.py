@@ -11,11 +11,9 @@ import torch
 from vltrain.config.schema import Config
 from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
-from vltrain.data.reading import sample_encoder
+from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.text.encoder import SampleEncoder
-from vltrain.data.text.tokenizer import load_tokenizer
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
 from vltrain.distributed.hardware import device
 from vltrain.errors import InputError
 from vltrain.evaluate.questions import ask
@@ -32,7 +30,7 @@ def ensure_training_data(
 ) -> tuple[SampleEncoder, VisionLanguageModel, PackedDataset]:
     """What encodes samples, outline of the model, and packs, made if missing. Raises InputError where they do not fit
     each other, or are damaged."""
-    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    tokenizer = recipe_tokenizer(config)
     outline = outline_model(config.model, device(), dtype)
     require_tokenizer_fits(config, tokenizer, outline)
     require_qformer_positions(config, outline)

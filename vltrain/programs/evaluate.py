@@ -41,9 +41,7 @@ from vltrain.config.command_line import (
 from vltrain.config.recipe import RECIPE, as_mapping
 from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
-from vltrain.data.reading import sample_encoder
-from vltrain.data.text.tokenizer import load_tokenizer
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine, require_one_model
 from vltrain.distributed.preemption import Preemption
@@ -225,7 +223,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
             else f"{checkpoint.path} (step {checkpoint.step}, {checkpoint.digest[:12]})"
         )
         logger.info("weights: %s", told)
-    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    tokenizer = recipe_tokenizer(config)
     # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
     max_samples = config.eval.max_samples if "eval.max_samples" in settings.overrides else None
     samples_file = ensure_samples(config, split)

@@ -22,11 +22,10 @@ from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
-from vltrain.data.reading import sample_encoder
+from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.encoder import SampleEncoder
-from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.atomic import write_json
 from vltrain.memory.plan import (
@@ -192,11 +191,11 @@ def _number(options: dict[str, str | None], name: str, kind: type[int] | type[fl
 
 def _tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
     """The recipe's tokenizer, if it is on this machine, or why not."""
-    source, instruction = tokenizer_sources(config)
+    source = config.model.tokenizers.source
     try:
         if not is_here(source, ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
             return None, f"not looked for: the tokenizer of {source} is not on this machine"
-        return load_tokenizer(source, instruction), ""
+        return recipe_tokenizer(config), ""
     except InputError as error:
         return None, f"not looked for: {error}"
 

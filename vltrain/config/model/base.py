@@ -32,6 +32,22 @@ class TokenizerPlaces:
     instruction_tokens: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProcessorPlaces:
+    """Where a stock model's processor is, which reads samples and images in the place of a template and of squares.
+
+    key      the key that names it
+    model    where the model is, whose config is asked; None: `config` is that
+    options  of the image processor, other than its own
+    """
+
+    key: str
+    source: str
+    model: str | None
+    config: dict[str, Any]
+    options: dict[str, Any]
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The model."""
@@ -79,6 +95,11 @@ class ModelConfig:
     def tokenizers(self) -> TokenizerPlaces:
         """Where the tokenizers are."""
         raise NotImplementedError
+
+    @property
+    def processor(self) -> ProcessorPlaces | None:
+        """What reads samples and images; None: `data.template`, and squares of the ViT's size."""
+        return None
 
     @property
     def bases(self) -> dict[str, str | None]:

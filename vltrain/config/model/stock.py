@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from vltrain.config.model.base import IdleKey, ModelConfig, TokenizerPlaces
+from vltrain.config.model.base import IdleKey, ModelConfig, ProcessorPlaces, TokenizerPlaces
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.config.ranges import MOST_SIZE, check_ranges, number
 from vltrain.errors import InputError, require
@@ -131,6 +131,17 @@ class StockConfig(ModelConfig):
         source = self.stock.processor or self.stock.source
         assert source is not None, "StockSection asks for one of them"
         return TokenizerPlaces(key="model.stock.processor", source=source)
+
+    @property
+    def processor(self) -> ProcessorPlaces:
+        stock = self.stock
+        return ProcessorPlaces(
+            key="model.stock.processor",
+            source=self.tokenizers.source,
+            model=stock.source,
+            config=stock.config,
+            options=stock.processor_options,
+        )
 
     @property
     def bases(self) -> dict[str, str | None]:

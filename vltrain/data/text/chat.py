@@ -27,8 +27,9 @@ import hashlib
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import tokenizers
 
@@ -40,7 +41,8 @@ from vltrain.schema import IMAGE_TOKEN, Turn, unescape_markers
 
 # Of a plane that is nobody's, so that no vocabulary's normalizer knows them: content begins, content ends, an image,
 # and from the last on the special tokens that the template wrote.
-_BEGIN, _END, _IMAGE, _FIRST_SPECIAL = (chr(0xFFF00), chr(0xFFF01), chr(0xFFF02), 0xFF000)
+BEGIN, END, _IMAGE, _FIRST_SPECIAL = (chr(0xFFF00), chr(0xFFF01), chr(0xFFF02), 0xFF000)
+_ROOM, _MORE_SPECIAL = 0xF00, 0x100000
 _MARKS = re.compile(f"[{chr(_FIRST_SPECIAL)}-{chr(0xFFFFD)}]")
 _PROBE = (
     Turn(role="user", text="Image: N/A\nred?"),
@@ -55,8 +57,12 @@ _SPANS = (
 _METHOD = "turns tokenised at once"
 
 
+Message: TypeAlias = Mapping[str, Any]
+"""Role and content of a turn, as chat templates take it."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Rendered:
+class Rendered:
     """A conversation as the template wrote it. `text`: special tokens and images as single marks; `contents`: [begin,
     end) of each turn's."""
 
@@ -66,30 +72,9 @@ class _Rendered:
 
 def chat_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
     """The pieces of a conversation. Raises InputError for a template that cannot be trained on, see the module."""
-    encoder = _encoder(tokenizer)
-    turns = name_missing_image(turns)
-    messages = [{"role": turn.role, "content": _content(turn)} for turn in turns]
-    whole = encoder.render(messages)
-    ids, offsets = encoder.encode(whole)
-    encoder.require_own_ids(messages, whole, ids)
-    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-    prompt_length, gap = encoder.prompt_end(messages, whole, ids)
-    given = 0
-    for number in answers:
-        begin, end = whole.contents[number]
-        bound = whole.contents[number + 1][0] if number + 1 < len(turns) else len(whole.text)
-        begin -= len(gap) if whole.text[:begin].endswith(gap) else 0
-        first = next(place for place, (start, stop) in enumerate(offsets) if stop > begin or start >= begin)
-        spans = offsets[first][0] < begin
-        if number == answers[-1] and prompt_length is not None:
-            first, spans = prompt_length, False
-        behind = bisect_left(offsets, end, lo=first, key=lambda span: span[0])
-        closing = encoder.closing(ids, offsets, behind, bound)
-        yield Piece(_expand(ids[given:first], visual_tokens))
-        fault = _SPANS if spans or (number == answers[-1] and prompt_length is None) else ""
-        yield Piece(ids[first:closing], predicted=True, opens_answer=True, num_closing=closing - behind, fault=fault)
-        given = closing
-    yield Piece(_expand(ids[given:], visual_tokens))
+    messages = [{"role": turn.role, "content": _content(turn)} for turn in name_missing_image(turns)]
+    for piece in _encoder(tokenizer).pieces(messages):
+        yield piece if piece.predicted else Piece(_expand(piece.ids, visual_tokens))
 
 
 def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -101,7 +86,7 @@ def chat_stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def answer_prefix(tokenizer: Tokenizer) -> str:
     """What a prompt has behind the text that the template renders with its generation prompt: mostly nothing."""
     encoder = _encoder(tokenizer)
-    messages = [{"role": turn.role, "content": turn.text} for turn in _PROBE[:2]]
+    messages: Sequence[Message] = [{"role": turn.role, "content": turn.text} for turn in _PROBE[:2]]
     whole = encoder.render(messages)
     _, gap = encoder.prompt_end(messages, whole, encoder.encode(whole)[0])
     begin = len(encoder.render(messages[:-1], True).text)
@@ -117,6 +102,11 @@ def chat_fingerprint(tokenizer: Tokenizer) -> str:
         except InputError as error:  # of templates for one question and answer
             texts.append(str(error))
     return hashlib.sha256(json.dumps([tokenizer.fingerprint, _METHOD, texts]).encode()).hexdigest()
+
+
+def _special_mark(place: int) -> str:
+    """Of the special token at that place: of a further plane that is nobody's where the first is full."""
+    return chr(_FIRST_SPECIAL + place) if place < _ROOM else chr(_MORE_SPECIAL + place - _ROOM)
 
 
 def _content(turn: Turn) -> str:
@@ -135,30 +125,33 @@ def _expand(ids: list[int], visual_tokens: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4)
-def _encoder(tokenizer: Tokenizer) -> _ChatEncoder:
+def _encoder(tokenizer: Tokenizer) -> ChatEncoder:
     if not isinstance(tokenizer, TransformersTokenizer):
         raise InputError("this tokenizer has no chat template; use template 'mmt' or a tokenizer that brings one")
-    return _ChatEncoder(tokenizer)
+    return ChatEncoder(tokenizer)
 
 
-class _ChatEncoder:
+class ChatEncoder:
     """A tokenizer's backend in which special tokens are written as marks, and nothing else becomes one."""
 
-    def __init__(self, tokenizer: TransformersTokenizer) -> None:
+    def __init__(self, tokenizer: TransformersTokenizer, control: Collection[str] = ()) -> None:
+        """`control`: further added tokens that no turn's text becomes."""
         self.tokenizer = tokenizer
-        self.opens_answers = tokenizer.render_chat(_asked(), True) != tokenizer.render_chat(_asked())
+        asked: list[Message] = [{"role": "user", "content": self.content(_PROBE[0].text)}]
+        self.opens_answers = tokenizer.render_chat(asked, True) != tokenizer.render_chat(asked)
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend)
         added = self._backend.get_added_tokens_decoder()
         # What the template writes is control, also where the tokenizer does not call it special.
         written = {
             number
             for number, token in added.items()
-            if token.content in (tokenizer.chat_template or "") and not token.content.isspace()
+            if (token.content in (tokenizer.chat_template or "") and not token.content.isspace())
+            or token.content in control
         }
         special = {number: token for number, token in sorted(added.items()) if token.special or number in written}
         make_special(self._backend, [token.content for token in special.values()])
         self._ends = tokenizer.special_ids | special.keys()
-        marks = {number: chr(_FIRST_SPECIAL + place) for place, number in enumerate(special)}
+        marks = {number: _special_mark(place) for place, number in enumerate(special)}
         flags = ("single_word", "lstrip", "rstrip", "normalized")
         self._backend.add_tokens(  # pyright: ignore[reportUnknownMemberType] its stub says a list, not of what
             [
@@ -177,17 +170,55 @@ class _ChatEncoder:
         plain = (number for number, token in special.items() if not any(getattr(token, flag) for flag in flags))
         self._stand_in = next(((special[number].content, number) for number in plain), None)
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> _Rendered:
+    def content(self, text: str) -> Any:
+        """A text as the template takes it."""
+        return text
+
+    def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
+        """A conversation that ends with an answer. Raises InputError for a template that cannot be trained on."""
+        whole = self.render(messages)
+        ids, offsets = self.encode(whole)
+        self.require_own_ids(messages, whole, ids)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        prompt_length, gap = self.prompt_end(messages, whole, ids)
+        given = 0
+        for number in answers:
+            begin, end = whole.contents[number]
+            bound = whole.contents[number + 1][0] if number + 1 < len(messages) else len(whole.text)
+            begin -= len(gap) if whole.text[:begin].endswith(gap) else 0
+            first = next(place for place, (start, stop) in enumerate(offsets) if stop > begin or start >= begin)
+            spans = offsets[first][0] < begin
+            if number == answers[-1] and prompt_length is not None:
+                first, spans = prompt_length, False
+            behind = bisect_left(offsets, end, lo=first, key=lambda span: span[0])
+            closing = self.closing(ids, offsets, behind, bound)
+            yield Piece(ids[given:first])
+            fault = _SPANS if spans or (number == answers[-1] and prompt_length is None) else ""
+            answer = Piece(ids[first:closing], predicted=True, opens_answer=True, num_closing=closing - behind)
+            yield self.ended(answer)._replace(fault=fault)
+            given = closing
+        yield Piece(ids[given:])
+
+    def ended(self, answer: Piece) -> Piece:
+        """The answer with what ends it."""
+        if not answer.num_closing:
+            raise InputError(
+                "the tokenizer's chat template ends an assistant turn with no special token, so generation could not "
+                "stop; use 'mmt'"
+            )
+        return answer
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
         """The conversation with marks in it. Raises InputError where the template did not write each content, whole and
         in order."""
-        marked = [{**message, "content": f"{_BEGIN}{message['content']}{_END}"} for message in messages]
+        marked = [{**message, "content": f"{BEGIN}{message['content']}{END}"} for message in messages]
         rendered = self.tokenizer.render_chat(marked, add_generation_prompt)
         text = ""
         contents: list[tuple[int, int]] = []
         for message in messages:
-            markup, begun, rest = rendered.partition(_BEGIN)
-            content, ended, rendered = rest.partition(_END)
-            if not begun or not ended or content != message["content"] or _END in markup:
+            markup, begun, rest = rendered.partition(BEGIN)
+            content, ended, rendered = rest.partition(END)
+            if not begun or not ended or content != message["content"] or END in markup:
                 raise InputError(
                     "the tokenizer's chat template drops or reorders turns, or writes only a part of one "
                     f"({content[:40]!r}); use template 'mmt'"
@@ -195,16 +226,16 @@ class _ChatEncoder:
             text += self._mark(markup)
             contents.append((len(text), len(text) + len(content)))
             text += content
-        if _BEGIN in rendered:
+        if BEGIN in rendered:
             raise InputError("the tokenizer's chat template writes a turn twice; use template 'mmt'")
-        return _Rendered(text=text + self._mark(rendered), contents=contents)
+        return Rendered(text=text + self._mark(rendered), contents=contents)
 
-    def encode(self, rendered: _Rendered) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, rendered: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids with IMAGE_TOKEN for each image, their places in the text)."""
         found = self._backend.encode(rendered.text, add_special_tokens=False)
         return [self._meant.get(number, number) for number in found.ids], found.offsets
 
-    def require_own_ids(self, messages: list[dict[str, str]], rendered: _Rendered, ids: list[int]) -> None:
+    def require_own_ids(self, messages: Sequence[Message], rendered: Rendered, ids: list[int]) -> None:
         """The tokenizer by itself renders and tokenises these messages to the same. Raises InputError."""
         own = self.tokenizer.render_chat(messages)
         if self.unmarked(rendered.text) != own:
@@ -221,7 +252,7 @@ class _ChatEncoder:
                 "tokenised at once, these turns are other tokens than the tokenizer's own; use template 'mmt'"
             )
 
-    def prompt_end(self, messages: list[dict[str, str]], whole: _Rendered, ids: list[int]) -> tuple[int | None, str]:
+    def prompt_end(self, messages: Sequence[Message], whole: Rendered, ids: list[int]) -> tuple[int | None, str]:
         """(tokens of the prompt by itself, or None where they are no prefix of `ids`; the space between its text and
         the last answer).
 
@@ -242,22 +273,20 @@ class _ChatEncoder:
         # trained.
         ends = [len(prompt)] if not gap.strip() else [begin, len(whole.text[:begin].rstrip(" "))]
         for end in ends:
-            asked, _ = self.encode(_Rendered(text=whole.text[:end], contents=[]))
+            asked, _ = self.encode(Rendered(text=whole.text[:end], contents=[]))
             if asked == ids[: len(asked)]:
                 return len(asked), whole.text[end:begin]
         return None, whole.text[ends[-1] : begin]
 
     def closing(self, ids: list[int], offsets: list[tuple[int, int]], behind: int, bound: int) -> int:
-        """The place behind the special token that ends the answer whose content ends before token `behind`."""
+        """The place behind the special token that ends the answer whose content ends before token `behind`; that itself
+        where none does."""
         for place in range(behind, len(ids)):
             if ids[place] in self._ends:
                 return place + 1
             if offsets[place][0] >= bound:
                 break
-        raise InputError(
-            "the tokenizer's chat template ends an assistant turn with no special token, so generation could not "
-            "stop; use 'mmt'"
-        )
+        return behind
 
     def unmarked(self, text: str) -> str:
         """A rendered text as the template wrote it."""
@@ -265,7 +294,3 @@ class _ChatEncoder:
 
     def _mark(self, markup: str) -> str:
         return self._spelled.sub(lambda found: self._mark_of[found[0]], markup)
-
-
-def _asked() -> list[dict[str, str]]:
-    return [{"role": "user", "content": _PROBE[0].text}]

@@ -27,16 +27,25 @@ images in front of that.
 from __future__ import annotations
 
 import functools
-import itertools
-from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vltrain.data.text.chat import chat_fingerprint, chat_pieces, chat_stop_ids
-from vltrain.data.text.pieces import IMAGE_PREFIX, MARKER, Piece, name_missing_image, system_in_question
+from vltrain.data.text.pieces import (
+    IMAGE_PREFIX,
+    MARKER,
+    Piece,
+    answered_by,
+    candidate_of,
+    ids_and_mask,
+    name_missing_image,
+    prompt_of,
+    require_askable,
+    system_in_question,
+)
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, nearest
 from vltrain.schema import (
@@ -47,7 +56,6 @@ from vltrain.schema import (
     Sample,
     Segment,
     Turn,
-    escape_markers,
     unescape_markers,
 )
 
@@ -137,6 +145,12 @@ def _only_eos(tokenizer: Tokenizer) -> tuple[int, ...]:
     return (tokenizer.eos_id,)
 
 
+def _processors_pieces(turns: tuple[Turn, ...], tokenizer: Tokenizer, visual_tokens: int) -> Iterator[Piece]:
+    raise InputError(f"template '{PROCESSOR}' is a stock model's own processor's: it is no other model's")
+
+
+PROCESSOR = "processor"
+"""The template of stock models: see `vltrain.data.stock`."""
 TEMPLATES: dict[str, Template] = {
     "mmt": Template(pieces=_mmt_pieces, stop_ids=_only_eos),
     "chat": Template(pieces=chat_pieces, stop_ids=chat_stop_ids, fingerprint=chat_fingerprint),
@@ -157,6 +171,7 @@ TEMPLATES: dict[str, Template] = {
         needs_image=True,
         padded=True,
     ),
+    PROCESSOR: Template(pieces=_processors_pieces, stop_ids=_only_eos, modality=False),
 }
 
 
@@ -193,7 +208,7 @@ def encode_sample(
     """
     pieces = list(_pieces(sample, tokenizer, template, visual_tokens))
     if askable:
-        _require_askable(sample, pieces, template)
+        require_askable(pieces, _where(sample, template))
     return _join(sample, pieces, tokenizer, template)
 
 
@@ -203,9 +218,8 @@ def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str, visual_to
     `loss_mask` [L] is true on earlier answers, as in training.
     """
     pieces = list(_pieces(sample, tokenizer, template, visual_tokens))
-    _require_askable(sample, pieces, template)
-    last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
-    return _join(sample, pieces[:last_answer], tokenizer, template)
+    require_askable(pieces, _where(sample, template))
+    return _join(sample, prompt_of(pieces), tokenizer, template)
 
 
 def encode_candidate(
@@ -216,14 +230,9 @@ def encode_candidate(
     Args:
         whole: `text` is the whole answer, so the tokens that end it are predicted too; else they are left out.
     """
-    answered = replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=escape_markers(text))))
-    pieces = list(_pieces(answered, tokenizer, template, visual_tokens))
-    _require_askable(sample, pieces, template)
-    last_answer = max(number for number, piece in enumerate(pieces) if piece.opens_answer)
-    given = [piece._replace(predicted=False) for piece in pieces[:last_answer]]
-    ids = pieces[last_answer].ids
-    asked = Piece(ids if whole else ids[: len(ids) - pieces[last_answer].num_closing], predicted=True)
-    return _join(sample, [*given, asked], tokenizer, template)
+    pieces = list(_pieces(answered_by(sample, text), tokenizer, template, visual_tokens))
+    require_askable(pieces, _where(sample, template))
+    return _join(sample, candidate_of(pieces, whole), tokenizer, template)
 
 
 def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: int) -> Iterator[Piece]:
@@ -234,18 +243,15 @@ def _pieces(sample: Sample, tokenizer: Tokenizer, template: str, visual_tokens: 
     try:
         yield from found.pieces(sample.turns, tokenizer, visual_tokens)
     except InputError as error:
-        raise InputError(f"sample '{sample.id}', template '{template}': {error}") from None
+        raise InputError(f"{_where(sample, template)}: {error}") from None
 
 
-def _require_askable(sample: Sample, pieces: list[Piece], template: str) -> None:
-    fault = next((piece.fault for piece in pieces if piece.fault), None)
-    if fault is not None:
-        raise InputError(f"sample '{sample.id}', template '{template}': {fault}")
+def _where(sample: Sample, template: str) -> str:
+    return f"sample '{sample.id}', template '{template}'"
 
 
 def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: str) -> Segment:
-    ids = array("i", itertools.chain.from_iterable(piece.ids for piece in pieces))
-    mask = bytearray().join((b"\1" if piece.predicted else b"\0") * len(piece.ids) for piece in pieces)
+    ids, mask = ids_and_mask(pieces)
     instruction: dict[str, Any] = {}
     if find_template(template).instruction:
         if tokenizer.instruction is None:
@@ -256,8 +262,8 @@ def _join(sample: Sample, pieces: list[Piece], tokenizer: Tokenizer, template: s
         instruction = {"instruction_ids": np.array(read, np.int32), "instruction_cut": cut}
     return Segment(
         sample_id=sample.id,
-        input_ids=np.frombuffer(ids, np.int32),
-        loss_mask=np.frombuffer(mask, bool),
+        input_ids=ids,
+        loss_mask=mask,
         images=sample.images,
         **instruction,
     )

@@ -30,6 +30,7 @@ class SampleEncoder(Protocol):
     visual_tokens  placeholders that every image takes; 0 where they depend on its size
     multi_turn     whether a conversation may have several questions
     needs_image    whether a question must show an image
+    counts_matter  whether what an image takes depends on whether it stands alone in its sample
     padded         whether samples are rows of an encoder-decoder's batch instead of segments of a pack
     stop_ids       ids after which a generated answer is complete
     fingerprint    SHA-256 (hex) of all that decides the tokens; shards that were packed with another are refused
@@ -45,6 +46,8 @@ class SampleEncoder(Protocol):
     def multi_turn(self) -> bool: ...
     @property
     def needs_image(self) -> bool: ...
+    @property
+    def counts_matter(self) -> bool: ...
     @property
     def padded(self) -> bool: ...
     @property
@@ -75,6 +78,7 @@ class TemplateEncoder:
     tokenizer: Tokenizer
     template: str
     visual_tokens: int
+    counts_matter: bool = False
 
     @property
     def _template(self) -> Template:

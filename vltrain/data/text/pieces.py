@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from array import array
+from dataclasses import replace
 from typing import NamedTuple
 
-from vltrain.schema import IMAGE_MARKER, SYSTEM, Turn
+import numpy as np
+
+from vltrain.errors import InputError
+from vltrain.schema import IMAGE_MARKER, SYSTEM, Sample, Turn, escape_markers
 
 IMAGE_PREFIX = "Image: "
 NO_IMAGE = "Image: N/A\n"
@@ -25,6 +31,38 @@ class Piece(NamedTuple):
     opens_answer: bool = False
     num_closing: int = 0
     fault: str = ""
+
+
+def prompt_of(pieces: list[Piece]) -> list[Piece]:
+    """Everything before the last answer."""
+    return pieces[: max(number for number, piece in enumerate(pieces) if piece.opens_answer)]
+
+
+def candidate_of(pieces: list[Piece], whole: bool) -> list[Piece]:
+    """Everything up to the last answer, which alone is predicted; `whole`: with what ends it."""
+    given = prompt_of(pieces)
+    ids, num_closing = pieces[len(given)].ids, pieces[len(given)].num_closing
+    asked = Piece(ids if whole else ids[: len(ids) - num_closing], predicted=True)
+    return [*(piece._replace(predicted=False) for piece in given), asked]
+
+
+def require_askable(pieces: list[Piece], where: str) -> None:
+    """Raises InputError where an answer's prompt by itself would have other tokens."""
+    fault = next((piece.fault for piece in pieces if piece.fault), None)
+    if fault is not None:
+        raise InputError(f"{where}: {fault}")
+
+
+def ids_and_mask(pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids int32 [L], loss_mask bool [L])."""
+    ids = array("i", itertools.chain.from_iterable(piece.ids for piece in pieces))
+    mask = bytearray().join((b"\1" if piece.predicted else b"\0") * len(piece.ids) for piece in pieces)
+    return np.frombuffer(ids, np.int32), np.frombuffer(mask, bool)
+
+
+def answered_by(sample: Sample, text: str) -> Sample:
+    """The sample with `text` in the place of its last answer."""
+    return replace(sample, turns=(*sample.turns[:-1], Turn(role="assistant", text=escape_markers(text))))
 
 
 def name_missing_image(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from vltrain.data.text.backend import load_outer, make_special, reset_backend, rows_of, state_of
+from vltrain.data.text.backend import OuterTokenizer, load_outer, make_special, reset_backend, rows_of, state_of
 from vltrain.data.text.instruction import InstructionSource, InstructionTokenizer
 from vltrain.data.text.tokenizer_files import (
     JSON,
@@ -115,11 +116,15 @@ class Tokenizer(ABC):
             for library, _ in states
         }
 
+    def special_names(self) -> dict[int, str]:
+        """Special tokens as a text of markup spells them, by id."""
+        return {}
+
     @abstractmethod
     def unknown_parts(self, text: str) -> list[str]:
         """The parts of `text` that become the unknown token, in order."""
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """The chat template's text for `messages` (role, content), the same on every day."""
         raise InputError("this tokenizer has no chat template; use template 'mmt' or a tokenizer that brings one")
 
@@ -168,13 +173,23 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TransformersTokenizer(Tokenizer):
-    """Any fast tokenizer that transformers can load, GGUF files included. `files`: what its folder's files say, checked
-    against it."""
+    """Any fast tokenizer that transformers can load, GGUF files included."""
 
-    def __init__(self, name: str, gguf_file: str | None = None, files: TokenizerFiles | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        gguf_file: str | None = None,
+        files: TokenizerFiles | None = None,
+        processors: tuple[OuterTokenizer, str | None] | None = None,
+    ) -> None:
+        """Args:
+        files: what its folder's files say, checked against it.
+        processors: the tokenizer of a processor that was loaded from `name`, and its chat template, taken for the
+            folder's.
+        """
         where = f"{name}/{gguf_file}" if gguf_file else name
         try:
-            self._outer = load_outer(name, gguf_file=gguf_file)
+            self._outer = load_outer(name, gguf_file=gguf_file) if processors is None else processors[0]
         except Exception as error:  # on damaged files its readers raise whatever their parsing happens to run into
             detail = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"{where}: no tokenizer could be loaded from there ({detail[0]})") from None
@@ -208,7 +223,9 @@ class TransformersTokenizer(Tokenizer):
         self.special_ids = special | frozenset(self.end_ids)
         saved_template = self._outer.chat_template
         self.chat_template = default_template(saved_template, where)
-        if files is not None and (by_files := files.chat_template()) is not None and self.chat_template is None:
+        if processors is not None:
+            saved_template = self.chat_template = processors[1]
+        elif files is not None and (by_files := files.chat_template()) is not None and self.chat_template is None:
             saved_template = self.chat_template = by_files
         model = json.loads(self._outer.backend_tokenizer.to_str())["model"]
         self.unk_id = model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token") or "")
@@ -243,6 +260,10 @@ class TransformersTokenizer(Tokenizer):
             if number == self.unk_id
         ]
 
+    def special_names(self) -> dict[int, str]:
+        added = self._outer.added_tokens_decoder
+        return {number: added[number].content for number in self.special_ids if number in added}
+
     @property
     def backend(self) -> str:
         """The backend's own JSON."""
@@ -254,7 +275,7 @@ class TransformersTokenizer(Tokenizer):
         template = self.chat_template
         return template if template is None or "strftime_now" not in template else _SAME_EVERY_DAY + template
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         if self.chat_template is None:
             return super().render_chat(messages)
         settings = {
@@ -264,7 +285,7 @@ class TransformersTokenizer(Tokenizer):
         }
         try:
             # Templates of thinking models open a chain of thought unless told otherwise; others know no such word.
-            return self._outer.apply_chat_template(messages, **settings, enable_thinking=False)
+            return self._outer.apply_chat_template(list(messages), **settings, enable_thinking=False)
         except Exception as error:  # a template is a program, in Jinja's sandbox, and may fail in any way a program can
             raise InputError(
                 f"the tokenizer's chat template refuses these turns: {str(error) or type(error).__name__}"

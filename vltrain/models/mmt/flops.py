@@ -1,6 +1,4 @@
-"""How much arithmetic a training step needs, as `vltrain.models.flops` counts it: of tower, neck and LLM together.
-Not counted: a tower's own pooler.
-"""
+"""How much arithmetic a training step needs, as `vltrain.models.flops` counts it: of tower, neck and LLM together."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ import tempfile
 from pathlib import Path
 
 from vltrain.console import logged_from
-from vltrain.data.reading import sample_encoder
-from vltrain.data.text.tokenizer import load_tokenizer
-from vltrain.data.text.tokenizer_sources import tokenizer_sources
+from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
 from vltrain.distributed.machine import require_machine
 from vltrain.errors import InputError
@@ -56,7 +54,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
         weights_before(run, config)
     origin = find_origin(config, checkpoint)
     limit_threads(1)
-    tokenizer = load_tokenizer(*tokenizer_sources(config))
+    tokenizer = recipe_tokenizer(config)
     dtype = choose_dtype(
         config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None
     )

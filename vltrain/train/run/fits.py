@@ -9,7 +9,7 @@ import numpy as np
 
 from vltrain.config.schema import Config
 from vltrain.data.shards import PackedDataset
-from vltrain.data.text.conversation import TEMPLATES
+from vltrain.data.text.conversation import PROCESSOR, TEMPLATES
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.models.interface import VisionLanguageModel
@@ -28,7 +28,7 @@ def require_tokenizer_fits(config: Config, tokenizer: Tokenizer, model: VisionLa
             f"the tokenizer has {tokenizer.vocab_size} tokens (ids up to {tokenizer.vocab_size - 1}) but the "
             f"LLM embeds {rows}: they do not belong together ({places.key})"
         )
-    any_plain = [name for name, template in TEMPLATES.items() if not template.instruction]
+    any_plain = [name for name, template in TEMPLATES.items() if not template.instruction and name != PROCESSOR]
     wanted = any_plain if model.template is None else [model.template]
     if config.data.template not in wanted:
         raise InputError(
