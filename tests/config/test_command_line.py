@@ -87,7 +87,7 @@ def test_a_later_option_wins():
         (["--model.adapter.vision", "sideways"], ["'sideways'", "one of none, attention, ffn, both"]),
         (["--optim.lr", "nan"], ["optim.lr", "a finite number"]),
         (["--optim.lr", "null"], ["optim.lr", "'null'", "a finite number"]),
-        (["--model.llm.peft.kind", "lorra"], ["'lorra'", "one of lora, adaption_prompt or null"]),
+        (["--model.llm.peft.kind", "lorra"], ["'lorra'", "one of lora, dora, rslora, pissa, adaption_prompt or null"]),
         (
             ["--model.llm.peft.kind", "lora", "--model.llm.peft.targets", "[1]"],
             ["targets", "a list, each of it a text"],

@@ -19,13 +19,15 @@ transformers.utils.import_utils.is_torch_cuda_available = lambda: (
 
 from tests.support import attention_kernels
 from vltrain.models import build
+from vltrain.models.backbones.packed_decoder import prepare_decoder
 from vltrain.models.compiled import compile_blocks
 from vltrain.models.mmt import build as mmt_build
-from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN
+from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, packing_arguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate"))
 import test_generate
+from tiny_families import tiny_decoder
 from tiny_models import mixed_batch, randomise_adapters, tiny_config
 
 
@@ -61,6 +63,21 @@ def difference(found, expected) -> float:
     return max(float((one - other).abs().max() / other.abs().max().clamp(min=1e-12)) for one, other in pairs)
 
 
+def windowed(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A sum over the states of a packed row of tiny_families' Mistral, and its gradients."""
+    model = tiny_decoder("mistral").double()
+    model.config._attn_implementation = name  # set by the method, flash-attn would ask for a GPU
+    prepare_decoder(model.model, name)
+    lengths = torch.tensor([13, 1, 9])
+    ids = torch.randint(3, 300, (1, 23), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])[None]
+    arguments = packing_arguments(name, lengths, ids.device, torch.float64)
+    states = model.model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).last_hidden_state
+    total = (states * torch.linspace(-1, 1, states.shape[-1], dtype=torch.float64)).sum()
+    total.backward()
+    return total.detach(), gradients(model)
+
+
 def outcome(name: str) -> dict:
     calls, told = attention_kernels.CALLS, {}
     attention_kernels.EXACT = True
@@ -73,6 +90,9 @@ def outcome(name: str) -> dict:
         told[key] = difference(train(name, **settings), train(PACKED_SDPA, **{**settings, "compiled": False}))
         told[f"{key} calls"] = len(calls)
     told["kernel"], told["segments"] = calls[0]
+    calls.clear()
+    told["window"] = difference(windowed(name), windowed(PACKED_SDPA))
+    told["window calls"] = len(calls)
     attention_kernels.EXACT = False
     (loss, _), (plain_loss, _) = (train(one, False, torch.bfloat16, False) for one in (name, PACKED_SDPA))
     told["bf16"] = float((loss - plain_loss).abs() / plain_loss)

@@ -46,5 +46,6 @@ def test_a_packed_row_and_answers_are_those_of_packed_sdpa(results, name) -> Non
     assert len(ways) == (3 if name == "varlen" else 2)
     assert [found[f"{way} calls"] for way in ways] == [2 * layers if way == "checkpointing" else layers for way in ways]
     assert max(found[way] for way in ways) < 1e-9
+    assert found["window calls"] == 2 and found["window"] < 1e-9
     assert found["bf16"] < 1e-2
     assert found["answers 1"] == found["answers 7"] == found["prompts"] > 30

@@ -13,7 +13,7 @@ import torch
 from tiny_models import LLM, make_batch, randomise_adapters, tiny_config
 from transformers import AutoModel, AutoModelForCausalLM
 
-from vltrain.config.model.mmt import PeftConfig
+from vltrain.config.model.mmt import LOW_RANK, PeftConfig
 from vltrain.errors import InputError
 from vltrain.models.backbones.siglip import SIGLIP
 from vltrain.models.backbones.table import LANGUAGES, TOWERS
@@ -116,6 +116,12 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
     **{name: ({"llm": llm(name), "adapter": {"llm": "both"}}, 2) for name in LLMS},
     "qwen2, full": ({"llm": llm("qwen2"), "tune": "full"}, 2),
     "phi3, lora": ({"llm": llm("phi3", peft=PeftConfig(kind="lora", targets=("qkv_proj", "down_proj")))}, 2),
+    "olmo2, dora": ({"llm": llm("olmo2", peft=PeftConfig(kind="dora")), "adapter": {"llm": "both"}}, 2),
+    "gemma, pissa": ({"llm": llm("gemma", peft=PeftConfig(kind="pissa", targets=("o_proj", "up_proj")))}, 2),
+    "olmo2 and dinov3, 4 bits": (
+        {"llm": llm("olmo2"), "vision": vit("dinov3_vit", pool=4), "adapter": BOTH, "bits": 4},
+        1,
+    ),
     "olmo2, routed": ({"llm": llm("olmo2"), "adapter": {"kind": "router", "vision_kind": "repadapter", **BOTH}}, 2),
     "siglip": ({"vision": vit("siglip_vision_model", pool=2), "adapter": BOTH}, 4),
     "siglip pooler, full": ({"vision": vit("siglip_vision_model", tokens="pooler"), "tune": "full"}, 1),
@@ -146,6 +152,30 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_samples(name: str, monke
         [gradient - alone[name] for name, gradient in together.items()], alone.values(),
     ))  # fmt: skip
     assert off <= 1e-5 * size
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_every_kind_of_lora_starts_as_the_network_and_merges_into_it(kind: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rank": 4, "targets": ("q_proj", "down_proj")}
+    torch.manual_seed(0)
+    model, plain = (
+        build_model(tiny_config(llm=llm("qwen2", **peft), adapter={"llm": "none"}, seed=3))
+        for peft in ({"peft": PeftConfig(kind=kind, **settings)}, {})  # pyright: ignore[reportArgumentType]
+    )
+    batch = make_batch([(7, [0]), (5, [])], num_images=1)
+    torch.testing.assert_close(model(batch).loss_sum, plain(batch).loss_sum, rtol=1e-5, atol=1e-5)
+    _, found = gradients(model, [batch])
+    assert len([name for name in found if "lora_" in name]) == 2 * 2 * (3 if kind == "dora" else 2)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    layer = model.llm.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == (16 / 4**0.5 if kind == "rslora" else 16 / 4)
+    loss = model.eval()(batch).loss_sum
+    assert abs(loss - plain(batch).loss_sum) > 0.01
+    merge_adapters(model)
+    assert type(model.llm.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    torch.testing.assert_close(model(batch).loss_sum, loss, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LLMS)

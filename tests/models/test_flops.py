@@ -7,6 +7,7 @@ from tiny_models import LLM, VISION, counted_flops, make_batch, tiny_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vltrain.config.model.mmt import NeckConfig
 from vltrain.models.build import build_model
 from vltrain.models.flops import Flops
 
@@ -21,6 +22,16 @@ CASES = {
     "vision trained": {"vision": {"train": True}},
     "llm trained": {"llm": {"train": True}},
     "full": {"tune": "full"},
+    "phi3 behind a SigLIP": {
+        "vision": {"config": {**VISION, "model_type": "siglip_vision_model"}, "tokens": "patches", "tap_every": 4},
+        "llm": {"config": {**LLM, "model_type": "phi3", "pad_token_id": 0}},
+        "neck": NeckConfig(kind="mlp"),
+    },
+    "olmo2 behind a DINOv3, adapters everywhere": {
+        "vision": {"config": {**VISION, "model_type": "dinov3_vit", "num_register_tokens": 2}},
+        "llm": {"config": {**LLM, "model_type": "olmo2", "pad_token_id": 0}},
+        "adapter": {"vision": "both", "llm": "both"},
+    },
 }
 
 

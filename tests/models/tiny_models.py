@@ -43,8 +43,7 @@ def tiny_config(
         vision=VisionConfig(**{"config": VISION, "tap_every": 2, **vision}),
         llm=LLMConfig(**{"config": LLM, "tokenizer": "none", **llm}),
         adapter=AdapterConfig(**{"dim": 4, **(adapter or {})}),
-        neck=NeckConfig(dim=6),
-        **model,
+        **{"neck": NeckConfig(dim=6), **model},
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
 from tests.support import attention_kernels
 from vltrain.errors import InputError
@@ -279,6 +279,36 @@ def test_sizes_and_dropout_that_a_kernel_lacks(machine, sizes, chosen, refused) 
     for name, said in refused.items():
         with pytest.raises(InputError, match=said):
             choose_attention(name, config, "cuda", BF16)
+
+
+@pytest.mark.parametrize(
+    ("config", "beyond", "reason"),
+    [
+        (Gemma2Config(head_dim=64, attn_logit_softcapping=50.0), None, "caps its attention's logits at 50.0"),
+        (Llama4TextConfig(head_dim=64, num_hidden_layers=4), None, "attends in chunks"),
+        (CONFIG, "has attention sinks", "has attention sinks"),
+    ],
+)
+def test_what_no_kernel_computes_runs_by_sdpa(machine, caplog, config, beyond, reason) -> None:
+    machine((9, 0), ALL)
+    with caplog.at_level(logging.INFO, logger="vltrain"):
+        assert choose_attention("auto", config, "cuda", BF16, beyond=beyond) == PACKED_SDPA
+    whole = f"this LLM {reason}, which none of these kernels computes"
+    assert caplog.messages == [f"attention of packed rows: sdpa (of flash-attn and varlen: {whole})"]
+    for name in (*NAMES.values(), "varlen"):
+        with pytest.raises(InputError, match=f"found '{name}', but {whole}. Use 'auto' or 'sdpa'"):
+            choose_attention(name, config, "cuda", BF16, beyond=beyond)
+
+
+def test_windows_need_a_varlen_that_has_them(machine, monkeypatch) -> None:
+    machine((9, 0))
+    windowed = MistralConfig(hidden_size=256, num_attention_heads=4, head_dim=64, sliding_window=64)
+    assert choose_attention("auto", windowed, "cuda", BF16) == PACKED_VARLEN
+    monkeypatch.setattr(attention_choice, "varlen_offers", lambda option=None: option is None)
+    assert choose_attention("auto", windowed, "cuda", BF16) == PACKED_SDPA
+    assert choose_attention("auto", CONFIG, "cuda", BF16) == PACKED_VARLEN
+    with pytest.raises(InputError, match="attends in sliding windows, and the varlen_attn of torch .* has none"):
+        choose_attention("varlen", windowed, "cuda", BF16)
 
 
 def test_forced_ones_that_can_run_and_the_outline(machine, caplog) -> None:

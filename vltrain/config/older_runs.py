@@ -26,6 +26,7 @@ ADDED: dict[str, Any] = {
     "model.adapter.vision_kind": None,
     "model.instructblip.preprocessing": "square",
     "model.vision.blocks": None,
+    "model.vision.image_size": None,
     "model.vision.pool": 1,
     "model.vision.preprocessing": "square",
     "model.vision.tokens": "cls",

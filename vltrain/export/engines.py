@@ -1,4 +1,4 @@
-"""Which programs load a LoRA of a LLaMA, by what their loaders refuse, and what they want to be told.
+"""Which programs load a LoRA of an LLM, by what their loaders refuse, and what they want to be told.
 
 peft       whatever it wrote, constants (`lora_bias`) too
 vllm       no constants; a rank up to --max-lora-rank, of which it knows the values below
@@ -34,7 +34,7 @@ ENGINES = {
     "peft": Engine(
         title="peft",
         takes_constant=True,
-        how="PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(BASE), 'FOLDER/llm')",
+        how="PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), 'FOLDER/llm')",
     ),
     "vllm": Engine(
         title="vLLM",

@@ -54,8 +54,8 @@ class Spoken:
 
     ids     int64 [A], its answer without the token that ended it
     text    the same as text, stripped
-    logits  fp32 [S, vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's tokens, and
-            before the one that ended it
+    logits  fp32 [S, the tokenizer's vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's
+            tokens, and before the one that ended it
     prompt  int64 [L], placeholders below zero
     read    int64 [I], what a Q-Former reads; empty where there is none
     draft   pixels that either edge of a JPEG keeps where it is decoded at a fraction of its size
@@ -145,7 +145,7 @@ class Speaker:
         return Spoken(
             ids=torch.tensor(ids, dtype=torch.int64),
             text=self.tokenizer.decode(ids).strip(),
-            logits=torch.cat(steps).float(),
+            logits=torch.cat(steps).float()[:, : self.tokenizer.vocab_size],
             prompt=torch.from_numpy(prompt.input_ids).long(),
             read=torch.from_numpy(prompt.instruction_ids).long(),
             pixels=pixels,

@@ -7,12 +7,13 @@ from vltrain.errors import InputError
 from vltrain.export.format import Format
 from vltrain.export.formats.adapters import ADAPTERS
 from vltrain.export.formats.instructblip import PEFT, WHOLE
+from vltrain.export.formats.llava import LLAVA
 from vltrain.export.formats.lora import LORA
 from vltrain.export.formats.merged import MERGED
 from vltrain.export.formats.mmt import MMT
 
 FORMATS: dict[str, dict[str, Format]] = {
-    "mmt": {"mmt": MMT, "lora": LORA, "merged": MERGED, "adapters": ADAPTERS},
+    "mmt": {"mmt": MMT, "lora": LORA, "merged": MERGED, "llava": LLAVA, "adapters": ADAPTERS},
     "instructblip": {"peft": PEFT, "whole": WHOLE, "adapters": ADAPTERS},
 }
 OF_ALL = {"adapters": ADAPTERS}  # what an architecture has that has nothing of its own here

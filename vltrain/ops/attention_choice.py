@@ -89,12 +89,12 @@ def choose_attention(
         config: of the LLaMA, for the length of its heads and its dropout.
         device: of the forwards.
         dtype: of matrix products.
-        beyond: what of the LLM's attention the kernels cannot compute, in words
+        beyond: what of the LLM's attention the kernels cannot compute, beside what its config says, in words
             (`vltrain.models.backbones.packed_decoder.beyond_kernels`); None: nothing.
 
     Raises: InputError if an implementation is asked for that cannot run.
     """
-    device = torch.device(device)
+    device, beyond = torch.device(device), beyond or beyond_kernels(config)
     if device.type == "meta":
         return "eager" if requested == "eager" else PACKED_SDPA
     if requested in KERNELS and (reason := why_not(requested, config, device, dtype, beyond)):
@@ -112,6 +112,15 @@ def choose_attention(
     if log:
         logger.info("attention of packed rows: %s (%s)", chosen, because)
     return IMPLEMENTATIONS.get(chosen, chosen)
+
+
+def beyond_kernels(config: Any) -> str | None:
+    """What of an LLM's attention the variable-length kernels cannot compute, as its config says it, in words; None:
+    nothing."""
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return "attends in chunks"
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return None if softcap is None else f"caps its attention's logits at {softcap}"
 
 
 def why_not(name: str, config: Any, device: torch.device, dtype: torch.dtype, beyond: str | None = None) -> str | None:

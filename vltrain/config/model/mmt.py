@@ -13,6 +13,8 @@ from vltrain.config.model.base import IdleKey, ModelConfig, TokenizerPlaces
 from vltrain.config.ranges import MOST_SIZE, check_ranges, named, number
 from vltrain.errors import require
 
+LOW_RANK = ("lora", "dora", "rslora", "pissa")
+"""Kinds of `PeftConfig` that are low-rank updates of linear layers."""
 Placement = Literal["none", "attention", "ffn", "both"]
 
 
@@ -112,16 +114,18 @@ class VisionConfig:
 class PeftConfig:
     """What peft adds to the LLM's blocks, beside the adapters or instead of them; always trained."""
 
-    kind: Literal["lora", "adaption_prompt"] | None = None
-    """lora: low-rank updates of linear layers; adaption_prompt: LLaMA-Adapter's gated prompts; null: neither."""
+    kind: Literal["lora", "dora", "rslora", "pissa", "adaption_prompt"] | None = None
+    """lora: low-rank updates of linear layers; dora: LoRA that learns the rows' lengths apart; rslora: LoRA scaled by
+    alpha / sqrt(rank); pissa: LoRA whose factors begin as the weights' largest singular values; adaption_prompt:
+    LLaMA-Adapter's gated prompts; null: none."""
     rank: int = number(8, 1, MOST_SIZE)
-    """lora: rank r of the updates."""
+    """lora and its kin: rank r of the updates."""
     alpha: float = number(16.0, 0, 1e6, open_low=True)
-    """lora: the updates are scaled by alpha / rank."""
+    """lora and its kin: the updates are scaled by alpha / rank (rslora: alpha / sqrt(rank))."""
     dropout: float = number(0.0, 0, 1, open_high=True)
-    """lora: dropout on the input of the updates."""
+    """lora and its kin: dropout on the input of the updates."""
     targets: tuple[str, ...] = named("vltrain.models.peft.lora.TARGETS", ("q_proj", "v_proj"))
-    """lora: which linear layers of every block."""
+    """lora and its kin: which linear layers of every block."""
     adapter_len: int = number(10, 1, MOST_SIZE)
     """adaption_prompt: learned prompts in each adapted block."""
     adapter_layers: int | None = number(None, 1, MOST_SIZE)
@@ -205,6 +209,16 @@ class MmtConfig(ModelConfig):
     peft's layers (a first stage, see `stages`); both with what `vision.train` and `llm.train` add; full: everything
     that carries gradient."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        packed = self.bits in (4, 8) and not self.trains("llm")
+        require(
+            not packed or self.llm.peft.kind not in ("dora", "pissa"),
+            "model.llm.peft.kind",
+            self.llm.peft.kind,
+            f"lora or rslora: it reads the weights that model.bits {self.bits} packs",
+        )
+
     def trains(self, network: str) -> bool:
         return network == "projector" or self.tune == "full" or getattr(self, network).train
 
@@ -229,8 +243,8 @@ class MmtConfig(ModelConfig):
 
     @classmethod
     def idle_keys(cls) -> Iterator[IdleKey]:
-        def peft_is_not(kind: str) -> Callable[[Any], bool]:
-            return lambda model: model.llm.peft.kind != kind
+        def peft_is_none_of(*kinds: str) -> Callable[[Any], bool]:
+            return lambda model: model.llm.peft.kind not in kinds
 
         of_adapters = [f"model.adapter.{entry.name}" for entry in fields(AdapterConfig)]
         of_peft = [f"model.llm.peft.{entry.name}" for entry in fields(PeftConfig)]
@@ -258,9 +272,10 @@ class MmtConfig(ModelConfig):
                 yield key, lambda model: model.adapter.vision == model.adapter.llm == "none", nowhere
         in_no_vision = "model.adapter.vision is none"
         yield "model.adapter.vision_kind", lambda model: model.adapter.vision == "none", in_no_vision
-        for kind, names in (
-            ("lora", ("rank", "alpha", "dropout", "targets")),
-            ("adaption_prompt", ("adapter_len", "adapter_layers")),
+        for kinds, names in (
+            (LOW_RANK, ("rank", "alpha", "dropout", "targets")),
+            (("adaption_prompt",), ("adapter_len", "adapter_layers")),
         ):
             for name in names:
-                yield f"model.llm.peft.{name}", peft_is_not(kind), f"model.llm.peft.kind is not {kind}"
+                told = f"model.llm.peft.kind is not {' or '.join(kinds)}"
+                yield f"model.llm.peft.{name}", peft_is_none_of(*kinds), told

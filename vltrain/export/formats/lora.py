@@ -1,8 +1,8 @@
-"""The [cls]-tap model's adapters and LoRA as peft's folders, one for the LLM and one for the ViT, with what stands
-beside the networks.
+"""An `mmt` model's adapters and LoRA as peft's folders, one for the LLM and one for the ViT, with what stands beside
+the networks.
 
-    llm/, vision/     adapter_config.json, adapter_model.safetensors: on the run's frozen LlamaForCausalLM and
-                      CLIPVisionModel; a network without adapters has none
+    llm/, vision/     adapter_config.json, adapter_model.safetensors: on the run's frozen LLM and ViT, as transformers
+                      has them; a network without adapters has none
     neck.safetensors, multimodal.json, tokenizer, image processor, generation config     see
     `vltrain.export.formats.parts`
 
@@ -34,7 +34,7 @@ from vltrain.export.formats.parts import (
     LOGITS,
     generation_config,
     mmt_of,
-    refuse_tokens,
+    require_square_pixels,
     tuned_model,
     write_beside,
     write_image_processor,
@@ -62,7 +62,6 @@ from vltrain.models.quantise import dequantise_linears
 
 def _refuse(source: Source, choices: Choices) -> None:
     model = mmt_of(source)
-    refuse_tokens(model)
     require_low_rank(model)
     if choices.engine is not None:
         require_engine(choices.engine, model)
@@ -71,6 +70,7 @@ def _refuse(source: Source, choices: Choices) -> None:
 @torch.no_grad()
 def _write(folder: Path, source: Source, choices: Choices) -> Written:
     built, model = tuned_model(source), mmt_of(source)
+    require_square_pixels(built)
     notes = []
     for part in PARTS:
         if not lora_rank(model, part):
@@ -90,9 +90,8 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     write_beside(folder, built, source)
     notes += who_loads(model)
     if lora_rank(model, "vision"):
-        notes.append(
-            "vision: peft loads it: PeftModel.from_pretrained(CLIPVisionModel.from_pretrained(BASE), 'FOLDER/vision')"
-        )
+        loaded = f"{type(built.vision.clip).__name__}.from_pretrained(BASE)"
+        notes.append(f"vision: peft loads it: PeftModel.from_pretrained({loaded}, 'FOLDER/vision')")
     facts = {
         "rank": {part: lora_rank(model, part) for part in PARTS},
         "constant": any(has_constant(model, part) for part in PARTS),
@@ -219,16 +218,16 @@ LOAD = (
     """\
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CLIPVisionModel, LlamaForCausalLM
 
-llm = LlamaForCausalLM.from_pretrained(f"{base}/llm", dtype="float32")  # the frozen LLM and ViT that the run tuned
-vision = CLIPVisionModel.from_pretrained(f"{base}/vision", dtype="float32")
+described = json.loads(Path(folder, "multimodal.json").read_text())
+classes = {part: getattr(transformers, name) for part, name in described["classes"].items()}
+llm = classes["llm"].from_pretrained(f"{base}/llm", dtype="float32")  # the frozen LLM and ViT that the run tuned
+vision = classes["vision"].from_pretrained(f"{base}/vision", dtype="float32")
 if os.path.isdir(f"{folder}/llm"):
     llm = PeftModel.from_pretrained(llm, f"{folder}/llm")
 if os.path.isdir(f"{folder}/vision"):
@@ -240,7 +239,7 @@ llm, vision = llm.eval(), vision.eval()
 
 LORA = Format(
     summary="adapters and LoRA as peft's folders, of the LLM and of the ViT, with the neck beside them",
-    loads="PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(BASE), FOLDER/llm), engines that serve LoRA "
+    loads="PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER/llm), engines that serve LoRA "
         "(--engine)",
     write=_write, refuse=_refuse, options=frozenset({"dtype", "engine"}),
     proof=Proof(load=LOAD, ask=ASK, logits=LOGITS, base=_base),

@@ -1,9 +1,9 @@
-"""The [cls]-tap model as two plain networks, adapters and LoRA folded in, that any server loads; with what stands
-beside them.
+"""An `mmt` model as two plain networks, adapters and LoRA folded in, that any server loads; with what stands beside
+them.
 
-    llm/        LlamaForCausalLM (with `attention_bias`, `mlp_bias` where adapters have biases), tokenizer, generation
-                config
-    vision/     CLIPVisionModel, preprocessor_config.json
+    llm/        the LLM's class of transformers (biases of projections switched on in its config where adapters have
+                biases), tokenizer, generation config
+    vision/     the tower's class, preprocessor_config.json
     neck.safetensors, multimodal.json      see `vltrain.export.formats.parts`
 
 Products are taken in float64 and rounded to the dtype asked for; what that changed is told. llama.cpp's own converter
@@ -25,11 +25,13 @@ from vltrain.export.formats.parts import (
     EMBED,
     LOGITS,
     generation_config,
+    require_square_pixels,
     tuned_model,
     write_beside,
     write_image_processor,
     write_tokenizer,
 )
+from vltrain.models.backbones.table import language_of
 from vltrain.models.mmt.merge import Rounding, merge_adapters
 
 CONVERT = "llama.cpp makes a GGUF of it: python convert_hf_to_gguf.py FOLDER/llm --outtype q8_0"
@@ -38,6 +40,7 @@ CONVERT = "llama.cpp makes a GGUF of it: python convert_hf_to_gguf.py FOLDER/llm
 @torch.no_grad()
 def _write(folder: Path, source: Source, choices: Choices) -> Written:
     built = tuned_model(source)
+    require_square_pixels(built)
     rounding = merge_adapters(built)
     if choices.dtype != "fp32":
         rounding = Rounding()
@@ -51,13 +54,14 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     built.vision.clip.save_pretrained(folder / "vision")
     write_image_processor(folder / "vision", built)
     write_beside(folder, built, source)
-    biases = [switch for switch in ("attention_bias", "mlp_bias") if getattr(llm.config, switch)]
+    switches = {one for names in language_of(llm.config).bias_switches.values() for one in names}
+    biases = sorted(switch for switch in switches if getattr(llm.config, switch))
     told = {"largest": rounding.largest, "relative": rounding.relative}
     notes = (
         f"rounding to {choices.dtype} changed a weight by {rounding.largest:.2g} at most, all together by "
         f"{rounding.relative:.2g} of their norm",
-        f"llm: LlamaForCausalLM {'with ' + ' and '.join(biases) if biases else 'without biases'}; {CONVERT}",
-        "vision: CLIPVisionModel; neck.safetensors and multimodal.json say what lies between",
+        f"llm: {type(llm).__name__}{' with ' + ' and '.join(biases) if biases else ''}; {CONVERT}",
+        f"vision: {type(built.vision.clip).__name__}; neck.safetensors and multimodal.json say what lies between",
     )
     return Written(notes=notes, facts={"rounding": told})
 
@@ -81,17 +85,18 @@ import json
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
-llm = LlamaForCausalLM.from_pretrained(f"{folder}/llm").eval()
-vision = CLIPVisionModel.from_pretrained(f"{folder}/vision").eval()
+described = json.loads(Path(folder, "multimodal.json").read_text())
+llm = AutoModelForCausalLM.from_pretrained(f"{folder}/llm").eval()
+vision = AutoModel.from_pretrained(f"{folder}/vision").eval()
 """
     + EMBED
 )
 
 MERGED = Format(
     summary="LLM and ViT with everything folded in, as two plain folders of transformers, with the neck beside them",
-    loads="LlamaForCausalLM.from_pretrained(FOLDER/llm), CLIPVisionModel.from_pretrained(FOLDER/vision), any server",
+    loads="AutoModelForCausalLM.from_pretrained(FOLDER/llm), AutoModel.from_pretrained(FOLDER/vision), any server",
     write=_write, refuse=refuse_unmergeable, options=frozenset({"dtype"}), needs_tuned=False,
     proof=Proof(load=LOAD, ask=ASK, logits=LOGITS),
 )  # fmt: skip

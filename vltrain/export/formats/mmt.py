@@ -23,10 +23,13 @@ from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_t
 from vltrain.errors import InputError
 from vltrain.export.format import Choices, Format, Proof, Source
 from vltrain.export.formats import modeling_vltrain_mmt as modeling
-from vltrain.export.formats.parts import generation_config, mmt_of, refuse_tokens, tuned_model
+from vltrain.export.formats.parts import generation_config, mmt_of, tuned_model
 from vltrain.export.formats.stock_tokenizer import mark_ends, open_stock, require_same_ids
 from vltrain.files.strict_json import read_object
 from vltrain.models.adapters.table import adapter_kind
+from vltrain.models.backbones.clip import CLIP
+from vltrain.models.backbones.llama import LLAMA
+from vltrain.models.backbones.table import language_of
 from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.model import MultimodalModel
 
@@ -37,7 +40,6 @@ MODELS = ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel")
 def refuse_unmergeable(source: Source, choices: Choices) -> None:
     """Raises InputError, by the recipe alone, for adapters and prompts that no weight can take in."""
     model = mmt_of(source)
-    refuse_tokens(model)
     for part, placement in (("llm", model.adapter.llm), ("vision", model.adapter.vision)):
         kind = adapter_kind(model.adapter, part)
         if placement != "none" and not hasattr(kind, "linear_map"):
@@ -54,9 +56,38 @@ def refuse_unmergeable(source: Source, choices: Choices) -> None:
         )
 
 
+def _refuse(source: Source, choices: Choices) -> None:
+    refuse_unmergeable(source, choices)
+    model = mmt_of(source)
+    for key, found, expected in (
+        ("vision.tokens", model.vision.tokens, ("cls",)),
+        ("neck.kind", model.neck.kind, ("bottleneck", "linear")),
+    ):
+        if found not in expected:
+            raise InputError(
+                f"model.{key}: found {found!r}, expected {' or '.join(expected)}, which is all that this format can "
+                "write; take --format merged"
+            )
+
+
+def _require_writable(model: MultimodalModel) -> None:
+    """Raises InputError for families that the folder's own code does not know."""
+    found = {
+        "vision tower": (model.vision.tower.title, CLIP.title),
+        "LLM": (language_of(model.llm.config).title, LLAMA.title),
+    }
+    for what, (has, expected) in found.items():
+        if has != expected:
+            raise InputError(
+                f"export: the run's {what}: found {has}, expected {expected}, which is all that this format can write; "
+                "take --format merged"
+            )
+
+
 @torch.no_grad()
 def _write(folder: Path, source: Source, choices: Choices) -> None:
     built, tokenizer = tuned_model(source), load_tokenizer(*source.tokenizer)
+    _require_writable(built)
     merge_adapters(built)
     template = source.config.data.template
     network = _network(built)
@@ -151,7 +182,7 @@ def _write_processor(
 MMT = Format(
     summary="the whole [cls]-tap model, adapters merged, with its processor and one modelling file",
     loads="AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True), AutoProcessor alike",
-    write=_write, refuse=refuse_unmergeable, options=frozenset({"dtype"}), needs_tuned=False,
+    write=_write, refuse=_refuse, options=frozenset({"dtype"}), needs_tuned=False,
     proof=Proof(
         load='''\
 from PIL import Image

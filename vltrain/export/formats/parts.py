@@ -1,9 +1,10 @@
-"""What `lora` and `merged` folders of the [cls]-tap model have in common: what stands beside the two networks, and how
-the whole is put together.
+"""What `lora` and `merged` folders of an `mmt` model have in common: what stands beside the two networks, and how the
+whole is put together.
 
-neck.safetensors      fp32: `modality_embedding.weight` [2, d] (text, image); the neck, `down.*` and `up.*`, or `weight`
-                      and `bias`
-multimodal.json       which states of the ViT are read, how a prompt is laid out, how images become pixels
+neck.safetensors      fp32: `modality_embedding.weight` [2, d] (text, image); the neck, `down.*` and `up.*`,
+                      `linear_1.*` and `linear_2.*`, or `weight` and `bias`
+multimodal.json       transformers' classes of both networks, which states of the ViT are read, how a prompt is laid
+                      out, how images become pixels
 preprocessor_config.json, tokenizer.json, generation_config.json     as transformers reads them
 """
 
@@ -25,10 +26,8 @@ from vltrain.export.formats.stock_tokenizer import mark_ends, open_stock, requir
 from vltrain.export.reference import model_of
 from vltrain.files.atomic import write_json
 from vltrain.files.tensors import save_file
-from vltrain.models.backbones.clip import CLIP
-from vltrain.models.backbones.llama import LLAMA
-from vltrain.models.backbones.table import language_of
 from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.mmt.visual_tokens import ClsTaps, Patches, VisualTokens
 from vltrain.models.pretrained.preprocessor import CLIP_KINDS
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
@@ -37,28 +36,41 @@ NECK, DESCRIPTION = "neck.safetensors", "multimodal.json"
 # `folder` they make the LLM's input of ids and pixels.
 EMBED = '''\
 neck = load_file(f"{folder}/neck.safetensors")
-every = json.loads(Path(folder, "multimodal.json").read_text())["tap_every"]
 
 
 def linear(x, name):
     return torch.nn.functional.linear(x, neck[f"{name}weight"], neck[f"{name}bias"])
 
 
+def see(pixel_values):
+    """The LLM's visual tokens [K, V, d] of images [K, 3, H, W]."""
+    seen = vision(pixel_values=pixel_values.to(vision.dtype), output_hidden_states=True)
+    if described["tokens"] == "cls":  # the [cls] states
+        every = described["tap_every"]
+        features = torch.stack([state[:, 0] for state in seen.hidden_states[every::every]], dim=1)
+    elif described["tokens"] == "pooler":
+        features = seen.pooler_output[:, None]
+    else:
+        patches = seen.hidden_states[described["blocks"]][:, described["prefix"] :]
+        pool, side = described["pool"], int(patches.shape[1] ** 0.5) // described["pool"]
+        features = patches.unflatten(1, (side, pool, side, pool)).mean(dim=(2, 4)).flatten(1, 2)
+    features = features.float()
+    if "down.weight" in neck:
+        return linear(torch.nn.functional.silu(linear(features, "down.")), "up.")
+    if "linear_1.weight" in neck:
+        return linear(torch.nn.functional.gelu(linear(features, "linear_1.")), "linear_2.")
+    return linear(features, "")
+
+
 def embed(prompt, pixel_values):
     """The LLM's input [1, L, d] of ids [L] (-1: visual token; -2, -3: modality, text or image), images [K, 3, H, W]."""
-    table = llm.get_input_embeddings().weight
-    embeds = table[prompt.clamp(min=0)].float()
+    table = llm.get_input_embeddings()
+    embeds = table(prompt.clamp(min=0)).float()
     for row, place in enumerate((-2, -3)):
         embeds[prompt == place] = neck["modality_embedding.weight"][row]
     if len(pixel_values):
-        states = vision(pixel_values=pixel_values.to(vision.dtype), output_hidden_states=True).hidden_states
-        features = torch.stack([state[:, 0] for state in states[every::every]], dim=1).float()  # the [cls] states
-        if "down.weight" in neck:
-            features = linear(torch.nn.functional.silu(linear(features, "down.")), "up.")
-        else:
-            features = linear(features, "")
-        embeds[prompt == -1] = features.flatten(0, 1)
-    return embeds[None].to(table.dtype)
+        embeds[prompt == -1] = see(pixel_values).flatten(0, 1)
+    return embeds[None].to(table.weight.dtype)
 '''
 ASK = """\
 prompt, pixel_values, answer = case["prompt"], case["pixel_values"], None
@@ -81,10 +93,9 @@ def write_beside(folder: Path, model: MultimodalModel, source: Source) -> None:
     write_json(
         folder / DESCRIPTION,
         {
+            "classes": {"llm": type(model.llm).__name__, "vision": type(model.vision.clip).__name__},
             "visual_tokens": model.visual_tokens,
-            "tap_every": model.vision.tap_every,
-            "features": "[cls] of hidden_states[tap_every::tap_every] of the ViT, without a final norm, through the "
-            "neck (down, SiLU, up; or one matrix)",
+            **_features(model.vision),
             "template": config.data.template,
             "prompt": "[modality] [BOS] 'Image: ' [visual tokens] '\\n' question; without image [modality] [BOS] "
             "'Image: N/A\\n' question"
@@ -108,8 +119,26 @@ def write_beside(folder: Path, model: MultimodalModel, source: Source) -> None:
     )
 
 
+def _features(vision: VisualTokens) -> dict[str, Any]:
+    """Which states of the tower are the visual tokens."""
+    neck = "through the neck (down, SiLU, up; linear_1, GELU, linear_2; or one matrix)"
+    if isinstance(vision, ClsTaps):
+        told = f"[cls] of hidden_states[tap_every::tap_every] of the ViT, without a final norm, {neck}"
+        return {"tokens": "cls", "tap_every": vision.tap_every, "features": told}
+    if isinstance(vision, Patches):
+        told = f"hidden_states[blocks] of the ViT behind the first `prefix` rows, means of pool x pool of them, {neck}"
+        where = {"blocks": vision.num_live, "prefix": vision.num_prefix, "pool": vision.pool}
+        return {"tokens": "patches", **where, "features": told}
+    return {"tokens": "pooler", "features": f"pooler_output of the ViT, {neck}"}
+
+
 def write_image_processor(folder: Path, model: MultimodalModel) -> None:
     """Writes preprocessor_config.json: the ViT's pixels as transformers makes them."""
+    write_json(folder / "preprocessor_config.json", image_processor_settings(model))
+
+
+def image_processor_settings(model: MultimodalModel) -> dict[str, Any]:
+    """Of transformers' image processor that makes the ViT's pixels."""
     size, framing = model.image_size, model.vision.framing
     square = {"height": size, "width": size}
     resize = (
@@ -117,7 +146,7 @@ def write_image_processor(folder: Path, model: MultimodalModel) -> None:
         if framing.shorter_edge is None
         else {"size": {"shortest_edge": framing.shorter_edge}, "crop_size": square}
     )
-    settings: dict[str, Any] = {
+    return {
         "image_processor_type": CLIP_KINDS[0],
         "do_resize": True,
         **resize,
@@ -130,7 +159,6 @@ def write_image_processor(folder: Path, model: MultimodalModel) -> None:
         "image_mean": model.vision.mean.flatten().tolist(),
         "image_std": model.vision.std.flatten().tolist(),
     }
-    write_json(folder / "preprocessor_config.json", settings)
 
 
 def write_tokenizer(folder: Path, source: Source) -> Tokenizer:
@@ -169,9 +197,7 @@ def generation_config(
 def tuned_model(source: Source) -> MultimodalModel:
     """The run's model in fp32 on the CPU, weights in 16 bits widened; quantised layers stay what they are. Raises
     InputError."""
-    built = cast(MultimodalModel, model_of(source.config, source.weights))
-    require_writable(built)
-    return built.float()
+    return cast(MultimodalModel, model_of(source.config, source.weights)).float()
 
 
 def mmt_of(source: Source) -> MmtConfig:
@@ -179,24 +205,11 @@ def mmt_of(source: Source) -> MmtConfig:
     return cast(MmtConfig, source.config.model)
 
 
-def refuse_tokens(model: MmtConfig) -> None:
-    """Raises InputError for visual tokens that folders with the whole network can't hold."""
-    if model.vision.tokens != "cls":
+def require_square_pixels(model: MultimodalModel) -> None:
+    """Raises InputError for a tower that reads images in another form than transformers' `pixel_values` [N, 3, H, W],
+    which is all that folders with two networks describe."""
+    if model.vision.tower.embed is not None:
         raise InputError(
-            f"model.vision.tokens: found {model.vision.tokens!r}, expected cls, which is all that this format can "
-            "write; take --format adapters"
+            f"export: the run's vision tower is a {model.vision.tower.title}, which reads rows of patches instead of "
+            "squares; take --format adapters"
         )
-
-
-def require_writable(model: MultimodalModel) -> None:
-    """Raises InputError for families that folders with the whole network can't hold: their files say CLIP and LLaMA."""
-    found = {
-        "vision tower": (model.vision.tower.title, CLIP.title),
-        "LLM": (language_of(model.llm.config).title, LLAMA.title),
-    }
-    for what, (has, expected) in found.items():
-        if has != expected:
-            raise InputError(
-                f"export: the run's {what}: found {has}, expected {expected}, which is all that this format can write; "
-                "take --format adapters"
-            )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vltrain.errors import InputError
+from vltrain.ops import attention_choice
 from vltrain.ops.packed.masks import PACKED_SDPA
 from vltrain.ops.packed.packing import Packing, from_padded, to_padded
 
@@ -47,8 +48,9 @@ def prepare_decoder(decoder: PreTrainedModel, implementation: str) -> None:
     for mixer in mixers:
         if not isinstance(mixer, GroupedMixer):
             mixer.__class__ = _mixed(GroupedMixer, type(mixer))
-            # DeepSpeed gathers its weights at once: its parts run once a group, and ranks differ in their groups.
+            # ZeRO-3 gathers its weights at once: its parts run once a group, and ranks differ in their groups.
             mixer.__dict__["_z3_leaf"] = True
+            mixer.register_forward_pre_hook(_states_in_front, with_kwargs=True)
     if mixers and not any(hook is _announce for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_announce, with_kwargs=True)
         for layer in _layers(decoder):
@@ -61,16 +63,11 @@ def beyond_kernels(decoder: PreTrainedModel, *, blocks: bool = False) -> str | N
     Args:
         blocks: whether its rows have blocks of tokens that see each other both ways.
     """
-    config: Any = decoder.config
     if blocks:
         return "lets the tokens of an image see each other both ways"
-    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        return "attends in chunks"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"caps its attention's logits at {config.attn_logit_softcapping}"
     if any(name.rpartition(".")[2] in ("sinks", "sink") for name, _ in decoder.named_parameters()):
         return "has attention sinks"
-    return None
+    return attention_choice.beyond_kernels(decoder.config)
 
 
 class GroupedMixer:
@@ -129,6 +126,22 @@ def _group_rows(value: Any, part: slice, num_segments: int, length: int) -> Any:
     if isinstance(value, _PaddedRows):
         return value.states[part].unflatten(0, (num_segments, length))
     return tuple(_group_rows(one, part, num_segments, length) for one in value) if isinstance(value, tuple) else value
+
+
+def _states_in_front(
+    mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hands a mixer its states by position and with a gradient: ZeRO-3 takes a leaf's gradients when that of its first
+    argument is there, and otherwise before they are."""
+    if not args:
+        first = next(iter(inspect.signature(mixer.forward).parameters), "")
+        name = "hidden_states" if "hidden_states" in kwargs else first
+        args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+    states, *others = args
+    partitioned = any(hasattr(one, "ds_id") and one.requires_grad for one in mixer.parameters())
+    if partitioned and torch.is_grad_enabled() and not states.requires_grad:
+        states = states.detach().requires_grad_()
+    return (states, *others), kwargs
 
 
 class InformingLayer:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from vltrain.config.model.mmt import MmtConfig
 from vltrain.models.adapters import is_routed
+from vltrain.models.backbones.clip import CLIP
 from vltrain.models.backbones.family import Family, Network
 from vltrain.models.backbones.table import LANGUAGES, TOWERS
 from vltrain.models.interface import Architecture, PublishedSizes
@@ -25,7 +26,9 @@ def _published(families: Mapping[str, Family]) -> dict[str, Network]:
 
 
 def _assume_vision(model: MmtConfig, name: str) -> MmtConfig:
-    config = {**_published(TOWERS)[name].config, "hidden_act": ACTIVATIONS[model.vision.kind or "clip"]}
+    config = _published(TOWERS)[name].config
+    if name in CLIP.published:
+        config = {**config, "hidden_act": ACTIVATIONS[model.vision.kind or "clip"]}
     return replace(model, vision=replace(model.vision, source=None, kind=None, config=config))
 
 
@@ -59,7 +62,7 @@ ARCHITECTURE = Architecture(
         ),
         PublishedSizes(
             name="llm",
-            what="LLaMA",
+            what="LLM",
             example="llama-2-7b",
             key="model.llm.source",
             networks=_published(LANGUAGES),

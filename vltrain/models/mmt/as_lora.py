@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vltrain.config.model.mmt import AdapterConfig, MmtConfig
+from vltrain.config.model.mmt import LOW_RANK, AdapterConfig, MmtConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.bottleneck import RepAdapter
 from vltrain.models.adapters.table import adapter_kind, find_adapter, plain_name
@@ -67,11 +67,13 @@ def require_low_rank(model: MmtConfig) -> None:
                 "model.adapter.residual: found False: without the residual, the update of the layer behind has full "
                 f"rank; {whole}"
             )
-    if model.llm.peft.kind == "adaption_prompt":
-        raise InputError(
-            "model.llm.peft.kind: found 'adaption_prompt': its prompts depend on the states, which no LoRA "
-            f"does; {apart}"
-        )
+    no_lora = {
+        "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {apart}",
+        "dora": f"it scales the rows of the weights, which no LoRA does; {whole}",
+        "pissa": f"its factors began as a part of the weights, and a LoRA applies to the whole ones; {whole}",
+    }
+    if model.llm.peft.kind in no_lora:
+        raise InputError(f"model.llm.peft.kind: found '{model.llm.peft.kind}': {no_lora[model.llm.peft.kind]}")
     if model.tune == "full" or model.vision.train or model.llm.train:
         key = (
             "model.tune: found 'full'"
@@ -95,7 +97,7 @@ def has_constant(model: MmtConfig, part: str) -> bool:
 
 def lora_rank(model: MmtConfig, part: str) -> int:
     """The largest rank of the updates of `llm` or `vision`; 0 where it has none."""
-    own = model.llm.peft if part == "llm" and model.llm.peft.kind == "lora" else None
+    own = model.llm.peft if part == "llm" and model.llm.peft.kind in LOW_RANK else None
     if not has_adapters(model.adapter, part):
         return own.rank if own is not None else 0
     placement = getattr(model.adapter, part)

@@ -1,4 +1,6 @@
-"""How much arithmetic a training step needs, as `vltrain.models.flops` counts it: of tower, neck and LLM together."""
+"""How much arithmetic a training step needs, as `vltrain.models.flops` counts it: of tower, neck and LLM together.
+Not counted: a tower's own pooler.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,10 @@ ViT.
 
 lora             W x + (alpha / r) B A x for chosen linear layers of every block (Hu et al. 2021,
                  https://arxiv.org/abs/2106.09685). B
-                 starts at zero. Merges into W.
+                 starts at zero. Merges into W. Its kin: dora (Liu et al. 2024, https://arxiv.org/abs/2402.09353), whose
+                 rows are scaled to lengths learned apart; rslora (Kalajdzievski 2023,
+                 https://arxiv.org/abs/2312.03732), scaled by alpha / sqrt(r); pissa (Meng et al. 2024,
+                 https://arxiv.org/abs/2404.02948), whose factors begin as W's largest singular values, taken out of it.
 adaption_prompt  LLaMA-Adapter (Zhang et al. 2023, https://arxiv.org/abs/2303.16199): in the topmost blocks every token
 also attends to
                  learned prompts, by a softmax of their own that a gate scales, which starts at zero. The gate is one
@@ -29,7 +32,15 @@ from vltrain.errors import InputError, nearest
 from vltrain.models.backbones.family import Language
 from vltrain.models.backbones.llama import LLAMA
 from vltrain.models.backbones.table import LANGUAGES
-from vltrain.models.peft.layers import NAME, attention_with_prompts, has_adalora, has_lora, has_prompts, lora_linear
+from vltrain.models.peft.layers import (
+    NAME,
+    LoraKind,
+    attention_with_prompts,
+    has_adalora,
+    has_lora,
+    has_prompts,
+    lora_linear,
+)
 from vltrain.models.random import seeded
 
 TARGETS = tuple(dict.fromkeys(target for language in LANGUAGES.values() for target in language.targets))
@@ -47,9 +58,11 @@ def insert_peft(
     Raises: InputError for targets that the family lacks, prompts that do not fit it, more blocks than there are, and
     heads that peft's prompts cannot serve.
     """
-    if config.kind == "lora":
-        _insert_lora(block, number, config, seed, language)
-    elif config.kind == "adaption_prompt":
+    if config.kind is None:
+        return
+    if config.kind != "adaption_prompt":
+        _insert_lora(block, number, config, config.kind, seed, language)
+    else:
         if not language.prompts:
             raise InputError(
                 f"model.llm.peft.kind: found adaption_prompt, which peft does not know in a {language.title}; take lora"
@@ -57,7 +70,9 @@ def insert_peft(
         _insert_prompts(block, number, num_blocks, config, seed)
 
 
-def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int, language: Language) -> None:
+def _insert_lora(
+    block: nn.Module, number: int, config: PeftConfig, kind: LoraKind, seed: int, language: Language
+) -> None:
     for target in config.targets:
         if target not in language.targets:
             raise InputError(
@@ -68,7 +83,7 @@ def _insert_lora(block: nn.Module, number: int, config: PeftConfig, seed: int, l
         parent, _, leaf = name.rpartition(".")
         if leaf in config.targets:
             with seeded(seed, f"peft/{number}/{leaf}"):
-                layer = lora_linear(linear, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+                layer = lora_linear(linear, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=kind)
             setattr(block.get_submodule(parent), leaf, layer)
 
 
