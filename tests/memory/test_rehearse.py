@@ -1,6 +1,7 @@
 """What a rehearsal without memory says a pack keeps, against what autograd really saves: same model, same batch, real
 tensors."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch import nn
 
 from tests.models.tiny_models import LLM, make_batch, tiny_config
 from tests.support.blip import IMAGE_SIZE, QUERIES, blip_config
-from vltrain.batch import Batch
-from vltrain.config.model.mmt import MmtConfig, PeftConfig
+from tests.support.stock import tiny
+from vltrain.batch import Batch, ImageInputs
+from vltrain.config.model.mmt import PeftConfig
+from vltrain.config.model.stock import NetworkConfig
 from vltrain.memory.live import LiveMemory
-from vltrain.memory.rehearse import PackSize, make_blip_pack, make_pack, rehearse
+from vltrain.memory.rehearse import PackSize, make_blip_pack, make_pack, make_stock_pack, rehearse
 from vltrain.models.build import build_model
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -25,18 +28,26 @@ MID_SIZE = {
     "vocab_size": 1000,
 }
 SIZE = PackSize(num_tokens=300, num_images=4, num_label_tokens=120, num_segments=6, origin="")
-MODELS: dict[str, MmtConfig] = {
+MODELS: dict[str, Any] = {
     "adapters": tiny_config(),
     "mid-size": tiny_config(llm={"config": MID_SIZE}),
     "everything": tiny_config(llm={"config": MID_SIZE}, tune="full"),
     "router": tiny_config(adapter={"kind": "router", "llm": "both"}),
     "lora": tiny_config(llm={"peft": PeftConfig(kind="lora")}, adapter={"llm": "none"}),
+    "stock-smolvlm": tiny("smolvlm", llm=NetworkConfig(train=True)),
+    "stock-qwen3_vl": tiny("qwen3_vl", tune="full"),
     "instructblip-llama": blip_config("llama", llm__mode="full").model,
     "instructblip-t5": blip_config("t5", qformer__mode="full", llm__mode="lora").model,
 }
 
 
-def made_pack(config: MmtConfig) -> Batch:
+def made_pack(config: Any) -> Batch:
+    if config.architecture == "stock":
+        batch = make_stock_pack(replace(SIZE, num_tokens=2000, num_images=2), build_model(config, device="meta"))
+        assert isinstance(batch.pixels, ImageInputs)
+        for name, one in batch.pixels.tensors.items():
+            batch.pixels.tensors[name] = torch.randn(one.shape) if one.is_meta else one  # pyright: ignore[reportIndexIssue] a dict
+        return batch
     return (
         make_blip_pack(SIZE, QUERIES, IMAGE_SIZE, 16)
         if config.architecture == "instructblip"
@@ -50,6 +61,7 @@ def given(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
         *model.parameters(),
         *model.buffers(),
         *(value for value in vars(batch).values() if isinstance(value, torch.Tensor)),
+        *(batch.pixels.tensors.values() if isinstance(batch.pixels, ImageInputs) else ()),
     ]
 
 
@@ -98,7 +110,13 @@ def test_in_bf16_layer_norms_keep_fp32_as_on_cuda() -> None:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [("mid-size", False), ("everything", True), ("instructblip-llama", True), ("instructblip-t5", False)],
+    [
+        ("mid-size", False),
+        ("everything", True),
+        ("stock-qwen3_vl", True),
+        ("instructblip-llama", True),
+        ("instructblip-t5", False),
+    ],
 )
 def test_the_peak_is_that_of_a_real_step(name: str, checkpointing: bool) -> None:
     """A real forward and backward under the same count of live tensors, gradients dropped as they come."""

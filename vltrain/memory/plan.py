@@ -19,7 +19,7 @@ from torch import nn
 
 from vltrain.config.schema import Config
 from vltrain.data.shards import Index
-from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_pack, rehearse
+from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_pack, make_stock_pack, rehearse
 from vltrain.memory.weights import WeightPlan
 from vltrain.memory.zero import FP32, ZeroMemory, zero_memory
 from vltrain.models.build import build_model, count_parameters
@@ -107,6 +107,8 @@ def _rehearse(
     if model.instruction is not None:
         instruction_tokens = config.model.tokenizers.instruction_tokens
         batch = make_blip_pack(pack, model.visual_tokens, model.image_size, instruction_tokens)
+    elif model.nominal_images(0) is not None:
+        batch = make_stock_pack(pack, model)
     else:
         batch = make_pack(pack, model.visual_tokens, model.image_size)
     return rehearse(model, batch, dtype, weights.computed_dtype)

@@ -24,6 +24,7 @@ from vltrain.data.loader import batch_of
 from vltrain.data.pictures import SquareReader
 from vltrain.memory.live import LiveMemory
 from vltrain.models.interface import VisionLanguageModel
+from vltrain.models.without_numbers import Answers, take_numbers
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, Segment
 
 
@@ -91,6 +92,15 @@ def make_pack(size: PackSize, visual_tokens: int, image_size: int) -> Batch:
     )
 
 
+def make_stock_pack(size: PackSize, model: VisionLanguageModel) -> Batch:
+    """The same for a model that reads its own image tokens, and images as its processor hands them over."""
+    squares = make_pack(size, model.visual_tokens, 1)
+    images = model.nominal_images(len(squares.image_slots))
+    assert images is not None, "asked of a model with a processor"
+    input_ids = torch.where(squares.input_ids == IMAGE_TOKEN, model.image_token, squares.input_ids.clamp(min=0))
+    return replace(squares, input_ids=input_ids, pixels=images)
+
+
 def make_blip_pack(size: PackSize, visual_tokens: int, image_size: int, instruction_tokens: int) -> Batch:
     """The same for an InstructBLIP: images in front, an answer at each segment's end, and a prompt of
     `instruction_tokens` at most for the Q-Former."""
@@ -141,7 +151,7 @@ def rehearse(
         frozen_dtype: of each frozen parameter as it is computed with; trained ones are fp32.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weights = _give_fake_weights(model, mode, frozen_dtype)
+    weights = take_numbers(model, mode, frozen_dtype)
     with mode:
         batch.pixels = _fake(batch.pixels)
     if dtype == torch.bfloat16:
@@ -150,10 +160,11 @@ def rehearse(
     for weight in weights:
         if weight.requires_grad:  # where gradients are gathered is ZeRO's affair
             weight.register_post_accumulate_grad_hook(_drop_gradient)
-    given = (value for value in vars(batch).values() if isinstance(value, Tensor))
+    given = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    given += batch.pixels.tensors.values() if isinstance(batch.pixels, ImageInputs) else ()
     live = LiveMemory(ignored=[*weights, *model.buffers(), *given])
     seen = _watch(model, live)
-    with live:
+    with Answers(), live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             output = model(batch)
         kept = live.live_bytes
@@ -167,30 +178,11 @@ def rehearse(
 def _fake(pixels: Tensor | ImageInputs) -> Tensor | ImageInputs:
     if isinstance(pixels, Tensor):
         return torch.empty(pixels.shape, dtype=pixels.dtype)
-    tensors = {name: torch.empty_like(one) if one.is_floating_point() else one for name, one in pixels.tensors.items()}
+    tensors = {
+        name: torch.empty(one.shape, dtype=one.dtype) if one.is_floating_point() else one
+        for name, one in pixels.tensors.items()
+    }
     return replace(pixels, tensors=tensors)  # whole numbers are sizes, which the model reads
-
-
-def _give_fake_weights(
-    model: nn.Module, mode: FakeTensorMode, frozen_dtype: Callable[[nn.Parameter], torch.dtype]
-) -> list[nn.Parameter]:
-    """Puts fake parameters and buffers in the place of the outline's, in place; what was shared stays shared."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    with mode:
-        for module in model.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                if parameter not in made:
-                    dtype = torch.float32 if parameter.requires_grad else frozen_dtype(parameter)
-                    made[parameter] = nn.Parameter(
-                        torch.empty(parameter.shape, dtype=dtype), requires_grad=parameter.requires_grad
-                    )
-                module._parameters[name] = made[parameter]
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    return list(made.values())
 
 
 def _watch(model: VisionLanguageModel, live: LiveMemory) -> dict[str, int]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from vltrain.batch import ImageInputs
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.backbones.family import Network
 from vltrain.models.flops import Flops
 from vltrain.ops.attention import PACKED_SDPA
-from vltrain.schema import Framing
+from vltrain.schema import IMAGE_TOKEN, Framing
 
 Place = Callable[[nn.Module], None] | None
 
@@ -71,6 +72,16 @@ class VisionLanguageModel(nn.Module):
     def visual_tokens(self) -> int:
         """Visual tokens per image."""
         raise NotImplementedError
+
+    @property
+    def image_token(self) -> int:
+        """The id that stands in the places of visual tokens."""
+        return IMAGE_TOKEN
+
+    def nominal_images(self, count: int) -> ImageInputs | None:
+        """What a batch holds of so many images of usual size, without numbers (whole numbers, which are sizes, are
+        there); None where it holds squares of `image_size`."""
+        return None
 
     @property
     def image_size(self) -> int:

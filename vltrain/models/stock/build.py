@@ -29,7 +29,7 @@ from vltrain.models.peft.lora import peft_parameters
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.models.stock.model import StockModel
 from vltrain.models.stock.parts import Parts, Ties, holders, part_of, units
-from vltrain.models.stock.reach import unreached
+from vltrain.models.stock.reach import reach_of
 from vltrain.models.stock.source import KEY, network_class, stock_config
 from vltrain.models.stock.tuning import Tuner, require_hits
 from vltrain.models.stock.weights import StockWeights, open_stock
@@ -53,7 +53,7 @@ def build_stock(
     on_meta = torch.device(device).type == "meta"
     with torch.device("meta") if on_meta else nullcontext():
         network = empty_stock(model)
-        dead = unreached(network.config)
+        dead = reach_of(network.config).unused
         weights = None if on_meta else open_stock(model, network)
         prepare(network, model, runs_on, dtype, log=not on_meta)
         built = StockModel(network)

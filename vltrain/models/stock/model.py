@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vltrain.batch import Batch, ImageInputs
+from vltrain.errors import InputError
 from vltrain.families.table import family_of
 from vltrain.models.flops import Flops
 from vltrain.models.interface import LossOutput, VisionLanguageModel
 from vltrain.models.stock.features import Features, encode
 from vltrain.models.stock.flops import count_flops
 from vltrain.models.stock.parts import Parts, holders, part_of, parts_of
+from vltrain.models.stock.reach import Reach, reach_of
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.rows import nonzero_indices, segment_sums
 from vltrain.ops.transfer import to_device
@@ -90,6 +92,27 @@ class StockModel(VisionLanguageModel):
     @property
     def config(self) -> Any:
         return self.network.config
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of an image of the size that the tower was made for; others take more or fewer."""
+        return max(1, self._reach.tokens)
+
+    @property
+    def image_token(self) -> int:
+        return self.config.image_token_id
+
+    def nominal_images(self, count: int) -> ImageInputs:
+        if not self._reach.tensors:
+            raise InputError(
+                f"a model of type {self.config.model_type!r}: how much memory its images take cannot be told without "
+                "a picture from its processor"
+            )
+        return self._reach.images(count)
+
+    @property
+    def _reach(self) -> Reach:
+        return reach_of(self.config)
 
     @property
     def llm(self) -> Decoder:  # pyright: ignore[reportIncompatibleVariableOverride] a view, not a module of its own
