@@ -152,7 +152,7 @@ def _shrink_value(key: str, value: Any, own: int, known: dict[int, int], tokens:
         return value
     if key in FIXED:
         return FIXED[key]
-    if "vocab_size" in key and value > VOCABULARY:
+    if key == "vocab_size" or ("vocab_size" in key and value > VOCABULARY):
         return VOCABULARY
     if key == "out_hidden_size":
         return HIDDEN  # a tower's, into the language model

@@ -86,6 +86,10 @@ class StockModel(VisionLanguageModel):
         return "whole model"
 
     @property
+    def template(self) -> str:
+        return "processor"
+
+    @property
     def parts(self) -> Parts:
         return parts_of(self.network)
 
