@@ -64,8 +64,8 @@ class Batch:
     pixels          uint8 [N, 3, H, W] resized, not normalised (the model does that on its device); or a stock
                     model's `ImageInputs`, run k having `tokens[image_slots[k]]` placeholders
     image_slots     int64 [K]
-    blocks          int64 [T]          tokens of one number in a segment see each other both ways, -1: causal; [0] where
-                                       all are causal
+    blocks          int64 [T]          on the CPU: tokens of one number in a segment see each other both ways, -1:
+                                       causal; [0] where all are causal
     instruction_ids int64 [S, I]       what a Q-Former reads, -1 where padded; I is 0 where there is none
     sample_ids      S strings
     num_label_tokens                   labels that carry loss
@@ -85,7 +85,7 @@ class Batch:
     blocks: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     is_filler: bool = False
 
-    _MOVED: ClassVar = ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids", "blocks")
+    _MOVED: ClassVar = ("input_ids", "labels", "position_ids", "pixels", "image_slots", "instruction_ids")
 
     def to(self, device: torch.device | str) -> Batch:
         """Moves what the model computes on; lengths stay on the CPU."""

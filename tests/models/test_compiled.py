@@ -1,13 +1,18 @@
 """Compiled blocks: the same losses and gradients, one graph for rows of all lengths, and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_multimodal import build, gradients
+from tiny_families import tiny_decoder
 from tiny_models import make_batch, mixed_batch
 
 from tests.support import tiny
 from vltrain.errors import InputError
+from vltrain.models.backbones.packed_decoder import prepare_decoder
 from vltrain.models.compiled import compile_blocks, require_compilable, uncompiled
+from vltrain.ops.attention import PACKED_SDPA, packing_arguments
 
 ROWS = [
     mixed_batch(),
@@ -67,6 +72,32 @@ def test_losses_and_gradients_are_those_of_plain_blocks_and_rows_of_new_lengths_
         model(make_batch([(length, [0, 1]), (length + 3, []), (2, [])], num_images=2)).loss_sum.backward()
         model(make_batch([(length, []), (5, [])], num_images=0)).loss_sum.backward()
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+def test_masks_of_segments_go_through_one_graph():
+    """Gemma 2: a window in one layer of two, a softcap in both."""
+    from torch._dynamo.utils import counters
+
+    model, plain = tiny_decoder("gemma2"), tiny_decoder("gemma2")
+    for one in (model, plain):
+        prepare_decoder(one.model, PACKED_SDPA)
+    counters.clear()
+    compile_blocks(SimpleNamespace(compilable_blocks=list(model.model.layers)), "aot_eager")
+    graphs = []
+    for lengths in ([9, 4, 12], [3, 17], [20, 8, 5, 2], [11, 13]):
+        ids = torch.randint(3, 300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        found = []
+        for one in (model, plain):
+            one.zero_grad()
+            arguments = packing_arguments(PACKED_SDPA, torch.tensor(lengths), ids.device, torch.float32)
+            states = one.model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).last_hidden_state
+            states.square().sum().backward()
+            found.append((states.detach(), gradients(one)))
+        assert_equal_outcome(found[:1], found[1:])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 3, graphs
 
 
 def test_evaluation_runs_as_it_is_written():

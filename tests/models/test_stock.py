@@ -50,7 +50,7 @@ def alone(name: str, plain: Any, row: Batch) -> torch.Tensor:
     shown = (row.input_ids == IMAGE).long()[None]
     kinds = {"mm_token_type_ids": shown} if name.startswith("qwen") else {}
     kinds |= {"token_type_ids": shown} if name == "gemma3" else {}
-    kinds |= {"token_type_ids": (row.blocks < 0).long()[None]} if name == "paligemma" else {}
+    kinds |= {"token_type_ids": (row.blocks < 0).long()[None]} if name.startswith("paligemma") else {}
     logits = plain(input_ids=row.input_ids[None], use_cache=False, **row.pixels.tensors, **kinds).logits[0]
     return F.cross_entropy(logits, row.labels, reduction="sum")
 

@@ -95,6 +95,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_token_id": IMAGE,
         "projection_dim": 64,
     },
+    "paligemma2": {
+        "model_type": "paligemma",
+        "vision_config": {"model_type": "siglip_vision_model", **VIT, "projection_dim": 64},
+        "text_config": {"model_type": "gemma2", **TEXT, "sliding_window": 8, "attn_logit_softcapping": 2.0},
+        "image_token_id": IMAGE,
+        "projection_dim": 64,
+    },
     "qwen3_5": {
         "model_type": "qwen3_5",
         "vision_config": {**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
@@ -114,6 +121,7 @@ VISUAL_TOKENS = {
     "llava": 16,
     "llava_siglip": 16,
     "paligemma": 16,
+    "paligemma2": 16,
     "vipllava": 16,
 }  # else 4 from a square of 32 x 32 pixels
 
@@ -219,7 +227,7 @@ def row_of(
 def _blocks(name: str, ids: Tensor, labels: Tensor) -> Tensor:
     """A number for each run of image tokens, or for what stands in front of an answer, -1 elsewhere; [0] where the
     family is causal throughout."""
-    kind = family_of(name).blocks
+    kind = family_of(CONFIGS[name]["model_type"]).blocks
     if kind is None:
         return torch.empty(0, dtype=torch.int64)
     answers = torch.cat([torch.zeros(1, dtype=torch.bool), labels[:-1] != IGNORE_INDEX])

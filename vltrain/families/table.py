@@ -14,6 +14,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         model_types=("paligemma",),
         blocks="prefix",
+        block_rule="over_window",
         first_position=1,
         token_type_argument="token_type_ids",
         # What PaliGemmaProcessor makes of a prompt, and the answer as its `suffix`.

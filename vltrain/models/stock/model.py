@@ -198,7 +198,8 @@ class StockModel(VisionLanguageModel):
             batch.segment_lengths,
             batch.input_ids.device,
             decoder.get_input_embeddings().weight.dtype,
-            blocks=batch.blocks.cpu(),
+            blocks=batch.blocks,
+            block_rule=family_of(self.config.model_type).block_rule,
         )
 
     def _check(self, batch: Batch, images: ImageInputs) -> None:
