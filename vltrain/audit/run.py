@@ -116,8 +116,7 @@ def _findings(subject: Subject, ways: list[Tuning], trainer: bool) -> list[Findi
     for tuning in ways:
         findings += check_alone(subject, tuning)
         findings += check_tuning(tuning, free)
-        if tuning.merged is not None:
-            findings.append(check_export(subject, tuning.title, tuning.model, tuning.merged()))
+        findings += check_export(subject, tuning)
     if trainer:
         findings.append(check_trainer(subject, 3, VOCABULARY - RESERVED))
     return findings

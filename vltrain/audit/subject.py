@@ -54,15 +54,14 @@ class Tuning:
     model    ours, tuned this way, in training mode
     rows     by what they are, in words: packed rows whose backward must reach all that is trained
     trained  names of the parameters that are meant to be trained
-    merged   gives the model's weights, all that was tuned folded in, by the reference's names; None: they are its own
-             and nothing is folded
+    merged   gives transformers' own network with all that was tuned in its weights; None: nothing is folded
     """
 
     title: str
     model: VisionLanguageModel
     rows: Mapping[str, Batch]
     trained: frozenset[str]
-    merged: Callable[[], dict[str, Tensor]] | None = None
+    merged: Callable[[], Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -142,6 +141,17 @@ def packed_states(subject: Subject, pieces: Sequence[Piece]) -> list[Tensor]:
     with torch.no_grad(), outputs_of([decoder_of(subject.model)]) as made:
         subject.model(subject.row(pieces))
     return list(made[0][0].split([len(one.input_ids) for one in pieces]))
+
+
+@contextmanager
+def outputs_of_calls(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What a module gave, call by call."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, arguments, output: seen.append(output.detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -97,18 +97,19 @@ def text_tunings(subject: Subject) -> list[Tuning]:
     rows = {"a row of text": subject.row(subject.pieces)}
     names = frozenset(subject.names)
 
-    def own() -> dict[str, Tensor]:
-        return {subject.names[name]: one for name, one in subject.model.named_parameters()}
-
-    whole = Tuning(title="all weights", model=subject.model, rows=rows, trained=names, merged=own)
+    whole = Tuning(
+        title="all weights",
+        model=subject.model,
+        rows=rows,
+        trained=names,
+        merged=partial(merged_lora, subject.model, subject),
+    )
     tuned = copy.deepcopy(subject.model)
     settings = LoraConfig(r=RANK, target_modules=linears_of(tuned.llm), init_lora_weights=False)
     with seeded(0, "lora"):
         inject_adapter_in_model(settings, tuned.llm)
     added = frozenset(name for name, one in tuned.named_parameters() if one.requires_grad)
-    lora = Tuning(
-        title="LoRA", model=tuned, rows=rows, trained=added, merged=partial(merged_lora, tuned, subject.names)
-    )
+    lora = Tuning(title="LoRA", model=tuned, rows=rows, trained=added, merged=partial(merged_lora, tuned, subject))
     return [whole, lora]
 
 
@@ -119,15 +120,20 @@ def linears_of(llm: Any) -> list[str]:
 
 
 @torch.no_grad()
-def merged_lora(model: VisionLanguageModel, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights with peft's updates folded in by peft, by the reference's names."""
+def merged_lora(model: VisionLanguageModel, subject: Subject) -> Any:
+    """transformers' network with the model's weights, peft's updates folded into them by peft."""
+    merged = copy.deepcopy(subject.reference)
+    theirs = dict(merged.named_parameters())
     layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
     for layer in layers:
         layer.merge()
-    plain = {name.replace(".base_layer.", "."): one.detach().clone() for name, one in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        plain = subject.names.get(name.replace(".base_layer.", "."))
+        if plain is not None:
+            theirs[plain].copy_(parameter)
     for layer in layers:
         layer.unmerge()
-    return {names[name]: one for name, one in plain.items() if name in names}
+    return merged
 
 
 def _arguments(piece: Piece) -> dict[str, Any]:

@@ -3,6 +3,7 @@ processor."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,8 @@ from vltrain.audit.small.pictures import image_processor, pictures, tensors_of, 
 from vltrain.audit.small.sizes import VOCABULARY
 from vltrain.audit.small.weights import disturb
 from vltrain.audit.subject import RESERVED, Subject, Tuning, copy_weights
-from vltrain.audit.text_model import RANK, merged_lora
+from vltrain.audit.text_model import RANK
+from vltrain.audit.vision_answers import Shown, decode
 from vltrain.batch import Batch, ImageInputs
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.config.model.stock import LowRankConfig, NetworkConfig, StockConfig, StockSection
@@ -26,6 +28,7 @@ from vltrain.families.family import Family
 from vltrain.families.table import family_of
 from vltrain.models.build import build_model
 from vltrain.models.stock.build import trained_parts
+from vltrain.models.stock.fold.merge import merged_network
 from vltrain.models.stock.source import network_class
 from vltrain.schema import IGNORE_INDEX
 
@@ -93,6 +96,11 @@ class VisionPieces:
         positions, _ = core.get_rope_index(ids[None], **{name: one for name, one in given.items() if name in known})
         return positions[:, 0]
 
+    def prompts(self) -> list[Piece]:
+        """Questions: the segments without what they answer, in the order in which `generate` takes them."""
+        asked = [_question(piece) for piece in self.pieces]
+        return sorted(asked, key=lambda one: (len(one.input_ids), one.images))
+
     def types(self, ids: Tensor) -> Tensor:
         """int64 [L]: 1 where an image stands."""
         return (ids == self.config.image_token_id).long()
@@ -131,6 +139,19 @@ class VisionPieces:
         return given
 
 
+def _question(piece: Piece) -> Piece:
+    """A segment up to where its labels begin."""
+    labelled = int((piece.labels != IGNORE_INDEX).nonzero()[0]) + 1
+    end = labelled if piece.images else len(piece.input_ids) // 2
+    return replace(
+        piece,
+        input_ids=piece.input_ids[:end],
+        labels=piece.labels[:end],
+        position_ids=piece.position_ids[..., :end],
+        blocks=piece.blocks[:end] if not len(piece.blocks) or piece.images else piece.blocks[:end].clamp(max=-1),
+    )
+
+
 def stock_model(config: PreTrainedConfig, **tuned: Any) -> StockConfig:
     """A recipe's model of random weights of a small config, without adapters unless `tuned` has some."""
     adapter = tuned.pop("adapter", None) or AdapterConfig(vision="none", llm="none")
@@ -140,7 +161,7 @@ def stock_model(config: PreTrainedConfig, **tuned: Any) -> StockConfig:
 
 def vision_subject(config: PreTrainedConfig) -> Subject:
     """Of a small config of a vision-language model. Raises InputError for one that `stock` refuses."""
-    model = build_model(stock_model(config, tune="full"))
+    model: Any = build_model(stock_model(config, tune="full"))
     reference = network_class(config)._from_config(config, attn_implementation="eager").train()
     disturb(model, model.llm.lm_head)
     made = VisionPieces(config, reference)
@@ -152,6 +173,8 @@ def vision_subject(config: PreTrainedConfig) -> Subject:
         pieces=made.pieces,
         row=made.row,
         arguments=made.arguments,
+        prompts=made.prompts(),
+        decode=partial(decode, model, Shown(made)),
     )
     copy_weights(subject)
     return subject
@@ -161,7 +184,7 @@ def usual_tunings(config: PreTrainedConfig) -> dict[str, StockConfig]:
     """By what they are, in words: the ways to tune that a model is audited with where no recipe names its own."""
     lora = NetworkConfig(peft=LowRankConfig(kind="lora", rank=RANK))
     return {
-        "adapters": stock_model(config, adapter=AdapterConfig(dim=8, vision="both", llm="both")),
+        "adapters": stock_model(config, adapter=AdapterConfig(dim=8, bias=False, vision="attention", llm="both")),
         "LoRA": stock_model(config, vision=lora, llm=lora),
         "projector": stock_model(config, tune="projector"),
         "all weights": stock_model(config, tune="full"),
@@ -170,11 +193,10 @@ def usual_tunings(config: PreTrainedConfig) -> dict[str, StockConfig]:
 
 def vision_tuning(title: str, section: Any, subject: Subject) -> Tuning:
     """A small model tuned as a section says, with rows that every rank may get."""
-    model = build_model(section)
+    model: Any = build_model(section)
     disturb(model, model.llm.lm_head)
     beside = subject.row([piece for piece in subject.pieces if not piece.images])
     parts = trained_parts(section)
-    merged = partial(merged_lora, model, subject.names) if title == "LoRA" else None
     return Tuning(
         title=title,
         model=model,
@@ -184,5 +206,5 @@ def vision_tuning(title: str, section: Any, subject: Subject) -> Tuning:
             "a filler": replace(beside, is_filler=True),
         },
         trained=frozenset(name for name, _ in model.named_parameters() if model.part_of(name) in parts),
-        merged=merged,
+        merged=lambda: merged_network(copy.deepcopy(model))[0],
     )
