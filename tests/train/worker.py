@@ -1,7 +1,7 @@
 """Runs the training scenarios of a JSON file in this rank's process.
 
 A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}, and
-"blip": llama or t5 for an InstructBLIP. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0
+"blip": llama or t5 for an InstructBLIP; "recipe": a file of settings, of any model. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0
 writes, per scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the
 final weights. With "listens" signals are heard, and rank r keeps the number of steps that it has done in
 `OUTPUT/progress.r`.
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from tests.support.blip import blip_config
 from tests.support.tiny import tiny_config
+from vltrain.config.command_line import load_settings
 from vltrain.data.shards import PackedDataset
 from vltrain.distributed.hardware import choose_dtype, device
 from vltrain.models.build import build_model
@@ -42,7 +43,11 @@ def run(
 ) -> None:
     folder = Path(scenario["output"])
     changes = {"output": str(folder), **scenario["changes"]}
-    config = blip_config(scenario["blip"], **changes) if "blip" in scenario else tiny_config(**changes)
+    if "recipe" in scenario:
+        words = [word for key, value in changes.items() for word in (f"--{key.replace('__', '.')}", json.dumps(value))]
+        config = load_settings(["--recipe", scenario["recipe"], *words], program="worker").config
+    else:
+        config = blip_config(scenario["blip"], **changes) if "blip" in scenario else tiny_config(**changes)
     set_determinism(config.train.deterministic)
     dataset = PackedDataset(scenario["packs"])
     checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
