@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.models.test_stock import NO_ADAPTERS, plain_of, stock
+from tests.support.processes import on_ranks
 from tests.support.stock import IMAGE, Piece, image_inputs, row_of
 from vltrain.batch import ImageInputs
 from vltrain.data.pictures import Pictures
@@ -84,3 +86,9 @@ def test_answers_are_transformers_own_at_any_batch_size(name: str) -> None:
             batch_size=batch_size, device="cpu",
         )  # fmt: skip
         assert found == expected, f"{batch_size} at once"
+
+
+def test_two_ranks_under_zero3_answer_as_one_and_train_on() -> None:
+    for done in on_ranks(str(Path(__file__).with_name("stock_zero3_worker.py"))):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.splitlines()[-1] == "fine"

@@ -29,7 +29,8 @@ def stock_recipe(kind: str, folder: Path, model: dict[str, Any], **sections: dic
     settings: dict[str, Any] = {
         "model": {"architecture": "stock", "stock": stock, "adapter": sections.pop("adapter", {"dim": 8})},
         "data": {
-            "source": "samples", "input": str(folder), "root": str(folder / "data"), "pack_length": 256, "workers": 0,
+            "source": "samples", "template": "processor", "input": str(folder), "root": str(folder / "data"),
+            "pack_length": 256, "workers": 0,
             **sections.pop("data", {}),
         },
         "train": {

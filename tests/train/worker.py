@@ -1,10 +1,10 @@
 """Runs the training scenarios of a JSON file in this rank's process.
 
 A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dotted key: value}, "resume": bool}, and
-"blip": llama or t5 for an InstructBLIP; "recipe": a file of settings, of any model. Rank r writes AdaLoRA's decisions to `OUTPUT/masks.r.safetensors`; rank 0
-writes, per scenario, `OUTPUT/result.safetensors` with the losses, gradient norms, the gradients of one step and the
-final weights. With "listens" signals are heard, and rank r keeps the number of steps that it has done in
-`OUTPUT/progress.r`.
+"blip": llama or t5 for an InstructBLIP, or "recipe": a file of settings, of any model. Rank r writes AdaLoRA's
+decisions to `OUTPUT/masks.r.safetensors`; rank 0 writes, per scenario, `OUTPUT/result.safetensors` with the losses,
+gradient norms, the gradients of one step and the final weights. With "listens" signals are heard, and rank r keeps the
+number of steps that it has done in `OUTPUT/progress.r`.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def run(
     folder = Path(scenario["output"])
     changes = {"output": str(folder), **scenario["changes"]}
     if "recipe" in scenario:
-        words = [word for key, value in changes.items() for word in (f"--{key.replace('__', '.')}", json.dumps(value))]
+        words = [word for key, value in changes.items() for word in (f"--{key.replace('__', '.')}", str(value))]
         config = load_settings(["--recipe", scenario["recipe"], *words], program="worker").config
     else:
         config = blip_config(scenario["blip"], **changes) if "blip" in scenario else tiny_config(**changes)
