@@ -95,6 +95,11 @@ def _llava(kind: str, processor: str, images: str, template: str, values: dict[s
         "model_type": kind, "vision_config": {"model_type": "clip_vision_model", **VIT},
         "text_config": {"model_type": "llama", **TEXT}, "vision_feature_layer": -2, **values,
     }  # fmt: skip
+    if kind == "llava_onevision":
+        own_tower = {"model_type": "siglip_vision_model", **VIT}
+        config |= {
+            "vision_config": own_tower, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"
+        }  # fmt: skip
     sizes = {**CLIP, "image_grid_pinpoints": PINPOINTS} if kind != "llava" else CLIP
     if kind == "llava_onevision":
         sizes = {"size": SQUARE, "image_grid_pinpoints": PINPOINTS, **HALF}

@@ -176,7 +176,7 @@ def _load(place: str, key: str, model_type: str) -> Any:
         told = next(iter((str(error).strip() or type(error).__name__).splitlines()))
         advice = ""
         if "orchvision" in str(error):
-            advice = "; its images need torchvision, in a build that fits torch's (setup_env.sh --torchvision)"
+            advice = "; its images need torchvision, of the build that torch is of (not beside a +cpu torch)"
         raise InputError(f"{key}: {place}: no processor could be loaded from there ({told[:300]}){advice}") from None
     finally:
         transformers_logging.set_verbosity(level)
