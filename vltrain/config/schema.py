@@ -55,7 +55,7 @@ class DataConfig:
     train_packs: str | None = None
     """A folder of packed shards to train on, instead of the one under `root`."""
     template: str = named("vltrain.data.text.conversation.TEMPLATES", "mmt")
-    """How turns become tokens."""
+    """How turns become tokens; of a stock model `processor`: as its own does."""
     pack_length: int = number(1024, 8, MOST_TOKENS)
     """Tokens a pack may hold: what a micro-step of one rank trains on."""
     max_images: int | None = number(None, 1, MOST_SIZE)
