@@ -1,5 +1,5 @@
 """`vltrain audit`: what we make of a model, packed, against what transformers makes of each sample alone, on a small
 random copy of the model's own config.
 
-Imports: errors, files, families, shipped, schema, batch, config, data, ops, models, evaluate.
+Imports: errors, files, families, shipped, schema, batch, config, ops, data, models, evaluate.
 """
