@@ -12,8 +12,10 @@ from PIL import Image
 
 from tests.support.blip import blip_config, make_tokenizers
 from tests.support.peft_folders import moved, save_run
+from tests.support.processors import config_of, make_processor
 from tests.support.tiny import IMAGE_SIZE, tiny_config
 from tests.support.vocabularies import make_sentencepiece, make_transformers
+from vltrain.config.recipe import build_config
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.models.build import build_model
 
@@ -99,3 +101,26 @@ def write_samples(folder: Path, size: int) -> None:
             }
         )
     (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def stock_run(folder: Path, name: str, *, by: float = 0.3, **changes: Any) -> Path:
+    """The same of a stock model with a processor of `tests.support.processors`; `changes` as of `mmt_run`."""
+    make_processor(name, folder / "processor")
+    settings = {
+        "model__architecture": "stock",
+        "model__stock__config": config_of(name),
+        "model__stock__processor": str(folder / "processor"),
+        "model__adapter__dim": 4,
+        "model__adapter__bias": False,
+        "data__template": "processor",
+        "data__root": str(folder / "data"),
+        "data__pack_length": 2048,
+        "eval__max_new_tokens": 4,
+        "eval__scorer": "exact",
+        "output": str(folder / "run"),
+        **changes,
+    }
+    config = build_config({key.replace("__", "."): value for key, value in settings.items()})
+    write_samples(folder / "data" / "samples", 40)
+    save_run(folder / "run", config, moved(build_model(config.model), by))
+    return folder / "run"

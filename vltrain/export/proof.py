@@ -100,14 +100,7 @@ def _write_job(
                 "draft": one.draft if proof.drafts else None,
             }
         )
-        given = {
-            "answer_ids": one.ids,
-            "prompt": one.prompt,
-            "read": one.read,
-            "pixels": one.pixels,
-            "pixel_values": one.pixel_values,
-        }
-        tensors |= {f"{number}.{name}": value for name, value in given.items()}
+        tensors |= {f"{number}.{name}": value for name, value in one.tensors().items()}
     save_file(tensors, job / "cases.safetensors")
     told = {
         "folder": str(folder.resolve()),

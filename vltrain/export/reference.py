@@ -7,7 +7,7 @@ Everything is computed in fp32 (`vltrain.evaluate.answering.precision`) on the C
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vltrain.batch import ImageInputs
 from vltrain.config.schema import Config
 from vltrain.data.images import REDUCING_GAP, sizes_below
 from vltrain.data.pictures import Pictures, pictures_below
@@ -31,6 +32,7 @@ from vltrain.evaluate.samples import read_samples, thin_out
 from vltrain.inference.build import anywhere
 from vltrain.models.build import build_model
 from vltrain.models.interface import VisionLanguageModel
+from vltrain.models.stock.model import StockModel
 from vltrain.schema import Sample, Segment
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
 from vltrain.train.run.adapters_folder import open_adapters
@@ -60,6 +62,8 @@ class Spoken:
     read    int64 [I], what a Q-Former reads; empty where there is none
     draft   pixels that either edge of a JPEG keeps where it is decoded at a fraction of its size
     pixels  uint8 [K, 3, H, W], the images as squares; pixel_values: fp32, the same normalised
+    given   of a stock model: by name, what the forward of transformers takes beside the ids of prompt and answer
+    read_again  of a stock model: what `AdaptersReader` makes the prompt of, beside its ids
     """
 
     ids: Tensor
@@ -70,6 +74,19 @@ class Spoken:
     pixels: Tensor
     pixel_values: Tensor
     draft: int
+    given: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    read_again: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a clean process gets of it, by the names that a `Proof` uses."""
+        plain = {
+            "answer_ids": self.ids,
+            "prompt": self.prompt,
+            "read": self.read,
+            "pixels": self.pixels,
+            "pixel_values": self.pixel_values,
+        }
+        return {**plain, **{f"given.{name}": one for name, one in self.given.items()}, **self.read_again}
 
 
 def proof_data(config: Config, file: Path, num_samples: int, takes: Callable[[Sample], bool]) -> ProofData:
@@ -139,19 +156,41 @@ class Speaker:
             [ids] = generate(
                 self.model, [prompt], Pictures(self.reader, images.__getitem__), sampling=sampling, **self.settings
             )
-        size = self.model.image_size
-        shown = [torch.from_numpy(images[name]) for name in prompt.images]
-        pixels = torch.stack(shown) if shown else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        return Spoken(
-            ids=torch.tensor(ids, dtype=torch.int64),
-            text=self.tokenizer.decode(ids).strip(),
-            logits=torch.cat(steps).float()[:, : self.tokenizer.vocab_size],
-            prompt=torch.from_numpy(prompt.input_ids).long(),
-            read=torch.from_numpy(prompt.instruction_ids).long(),
-            pixels=pixels,
-            pixel_values=self.model.normalise(pixels),
-            draft=REDUCING_GAP * (self.model.framing.shorter_edge or size),
-        )
+        told = {
+            "ids": torch.tensor(ids, dtype=torch.int64),
+            "text": self.tokenizer.decode(ids).strip(),
+            "logits": torch.cat(steps).float()[:, : self.tokenizer.vocab_size],
+            "prompt": torch.from_numpy(prompt.input_ids).long(),
+            "read": torch.from_numpy(prompt.instruction_ids).long(),
+        }
+        shown = [images[name] for name in prompt.images]
+        stacked = self.reader.stack(shown, [len(shown)] * len(shown))
+        if isinstance(stacked, ImageInputs):
+            return Spoken(
+                **told, **_NO_SQUARES, given=self._given(prompt, ids, stacked), read_again=_again(prompt, shown)
+            )
+        draft = REDUCING_GAP * (self.model.framing.shorter_edge or self.model.image_size)
+        return Spoken(**told, pixels=stacked, pixel_values=self.model.normalise(stacked), draft=draft)
+
+    def _given(self, prompt: Segment, answer: list[int], images: ImageInputs) -> dict[str, Tensor]:
+        """Of the family's own names: the images' tensors, and which tokens are theirs."""
+        assert isinstance(self.model, StockModel)
+        ids = torch.tensor([[*prompt.input_ids.tolist(), *answer]])
+        blocks = torch.full_like(ids, -1)
+        blocks[:, : len(prompt.blocks)] = torch.from_numpy(prompt.blocks)
+        return {**images.tensors, **self.model.token_types(ids, blocks)}
+
+
+_LAID = ("position_ids", "blocks", "image_tokens")  # of a stock model's prompt
+_NO_SQUARES = {
+    "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8), "pixel_values": torch.empty(0, 3, 0, 0), "draft": 0
+}  # fmt: skip
+
+
+def _again(prompt: Segment, pictures: list[np.ndarray]) -> dict[str, Tensor]:
+    shown = {f"picture.{number}": torch.from_numpy(picture.copy()) for number, picture in enumerate(pictures)}
+    laid = {name: torch.from_numpy(getattr(prompt, name)) for name in _LAID}
+    return {**shown, **laid}
 
 
 class AdaptersReader(Speaker):
@@ -163,8 +202,9 @@ class AdaptersReader(Speaker):
         super().__init__(config, checkpoint, tokenizer_sources(config))
 
     def say_case(self, case: Mapping[str, Tensor], max_new_tokens: int) -> Spoken:
-        """`case`: prompt, read and pixels as in `Spoken`."""
-        images = {str(number): one.numpy() for number, one in enumerate(case["pixels"])}
+        """`case`: prompt, read and pixels as in `Spoken`, or what `read_again` has."""
+        pictures = case["pixels"] if "position_ids" not in case else _pictures(case)
+        images = {str(number): one.numpy() for number, one in enumerate(pictures)}
         ids = case["prompt"].numpy().astype(np.int32)
         read = case["read"].numpy().astype(np.int32)
         prompt = Segment(
@@ -174,7 +214,13 @@ class AdaptersReader(Speaker):
             images=tuple(images),
             instruction_ids=read,
         )
+        if "position_ids" in case:
+            prompt = replace(prompt, **{name: case[name].numpy() for name in _LAID})
         return self.say(prompt, images, max_new_tokens)
+
+
+def _pictures(case: Mapping[str, Tensor]) -> list[Tensor]:
+    return [case[f"picture.{number}"] for number in range(len(case["image_tokens"]))]
 
 
 class _listening:

@@ -11,10 +11,13 @@ from vltrain.export.formats.llava import LLAVA
 from vltrain.export.formats.lora import LORA
 from vltrain.export.formats.merged import MERGED
 from vltrain.export.formats.mmt import MMT
+from vltrain.export.formats.stock.formats import LORA as STOCK_LORA
+from vltrain.export.formats.stock.formats import MERGED as STOCK_MERGED
 
 FORMATS: dict[str, dict[str, Format]] = {
     "mmt": {"mmt": MMT, "lora": LORA, "merged": MERGED, "llava": LLAVA, "adapters": ADAPTERS},
     "instructblip": {"peft": PEFT, "whole": WHOLE, "adapters": ADAPTERS},
+    "stock": {"merged": STOCK_MERGED, "lora": STOCK_LORA, "adapters": ADAPTERS},
 }
 OF_ALL = {"adapters": ADAPTERS}  # what an architecture has that has nothing of its own here
 # What is called otherwise elsewhere.

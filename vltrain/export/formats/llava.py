@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from vltrain.data.text.chat import answer_prefix
 from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
@@ -35,6 +35,7 @@ from vltrain.export.questions import as_asked
 from vltrain.models.mmt.merge import merge_adapters
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.mmt.visual_tokens import Patches
+from vltrain.models.pretrained.quiet import quiet_transformers
 from vltrain.schema import Sample
 
 WHOLE = "take --format merged, which has no such limits"
@@ -161,8 +162,12 @@ def _processor(built: MultimodalModel, source: Source, tokenizer: Tokenizer, sto
     square = {"height": built.image_size, "width": built.image_size}
     settings = {**image_processor_settings(built), "crop_size": square}
     del settings["image_processor_type"]
+    with quiet_transformers():  # without torchvision it says that it takes Pillow
+        from transformers import CLIPImageProcessor
+
+        image_processor = CLIPImageProcessor(**settings)
     return LlavaProcessor(
-        CLIPImageProcessor(**settings),
+        image_processor,
         stock,
         patch_size=built.vision.clip.config.patch_size,
         vision_feature_select_strategy="default" if built.vision.num_prefix else "full",
