@@ -3,7 +3,7 @@
 #   bash tests/run.sh                  style, lint and types (tests/lint.sh), then all tests but the slow ones
 #   bash tests/run.sh -m slow          the slow ones: real runs, some of them long
 #   bash tests/run.sh tests/train -k resume
-# A process per core works through the files of tests; -n 0: one after the other. Style, lint and types are looked at meanwhile and
+# A process per core, and one for when others wait, work through the files of tests; -n 0: one after the other. Style, lint and types are looked at meanwhile and
 # shown at the end; they fail the run as a test does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false
 # Containers like to set it: each of some hundred processes would compile the package anew.
 unset PYTHONDONTWRITEBYTECODE
-tests() { .venv/bin/python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile --no-loadscope-reorder "$@"; }
+tests() { .venv/bin/python -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" --dist loadfile --no-loadscope-reorder "$@"; }
 
 if [ $# -gt 0 ]; then tests "$@"; exit; fi
 said=$(mktemp)

@@ -158,7 +158,7 @@ class Held(TrainerCallback):
             self.losses.append(output.loss.detach())  # read later: the device need not be waited for
 
 
-def _arguments(config: Config, dtype: torch.dtype, batch_size: int, folder: Path) -> dict[str, Any]:
+def training_arguments(config: Config, dtype: torch.dtype, batch_size: int, folder: Path) -> dict[str, Any]:
     """Trainer's settings that make it optimise as the recipe does."""
     optim = config.optim
     return {
@@ -218,7 +218,7 @@ def padding_trainer(
     model = PaddedModel(peer_model(config, dtype))
     trainer = (GroupedTrainer if grouped else Trainer)(
         model=model,
-        args=TrainingArguments(**_arguments(config, dtype, batch_size, folder)),
+        args=TrainingArguments(**training_arguments(config, dtype, batch_size, folder)),
         train_dataset=samples.segments,
         data_collator=PaddingCollator(samples, model.model.image_size, config.data.max_image_pixels, length),
     )
@@ -251,7 +251,7 @@ def trl_trainer(config: Config, samples: Samples, dtype: torch.dtype, *, pack_le
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     llm = peer_model(config, dtype).llm
     arguments = {
-        **_arguments(config, dtype, 1, folder),
+        **training_arguments(config, dtype, 1, folder),
         "packing": True,
         "max_length": pack_length,
         "remove_unused_columns": True,

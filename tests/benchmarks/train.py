@@ -105,7 +105,7 @@ def measure(
         competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick, compiled, only)
         peaks: list[float] = []
         calls: dict[str, Callable[[], Any]] = {"matrix product": lambda: peaks.append(measured_gemm_flops(dtype))}
-        calls |= {name: _timed(competitor.step) for name, competitor in competitors.items()}
+        calls |= {name: timed(competitor.step) for name, competitor in competitors.items()}
         tell(f"{data}, {precision}: {len(samples.segments)} samples, {', '.join(competitors)}")
         warm_up = 3 if compiled else 1
         results = alternate(calls, runs, warm_up)
@@ -137,7 +137,7 @@ def _utilisation(
     }
 
 
-def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
+def timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
     def run() -> tuple[int, float]:
         start = time.perf_counter()
         tokens = step()

@@ -27,6 +27,7 @@ from vltrain.data.text.conversation import TEMPLATES
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.report import SCORERS
 from vltrain.launching.launcher import find_program
+from vltrain.memory.sizes import assume_sizes
 from vltrain.models.adapters import ADAPTERS
 from vltrain.models.build import build_model, count_parameters
 from vltrain.models.mmt import build
@@ -355,6 +356,8 @@ def test_a_recipes_model_builds_and_trains_what_its_formula_says(
     model = config.model
     if model.architecture == "instructblip":
         pytest.skip("counted in tests/models/test_qformer.py")
+    if model.architecture == "stock":
+        pytest.skip("counted below")
     if not is_here(model.llm.source, weights):
         pytest.skip(f"not on this machine: {model.llm.source}")
     monkeypatch.chdir(weights)
@@ -370,6 +373,33 @@ def test_a_recipes_model_builds_and_trains_what_its_formula_says(
     }[model.vision.source]
     if not model.llm.source.startswith("weights/"):  # hollow weights bring no tokenizer
         assert tokens_of(model.llm.tokenizer or model.llm.source) <= built.llm.config.vocab_size
+
+
+# Blocks and width of what reads images, as far as it is used (LLaVA takes the last but one block's states); blocks,
+# width, FFN, and widths of queries and of keys of the LLM.
+STOCK = {
+    "smolvlm_256m": ((12, 768), (30, 576, 1536, 576, 192)),
+    "qwen2_5_vl_3b": ((32, 1280), (36, 2048, 11008, 2048, 256)),
+    "qwen3_vl_4b": ((24, 1024), (36, 2560, 9728, 4096, 1024)),
+    "internvl3_5_2b": ((24, 1024), (28, 2048, 6144, 2048, 1024)),
+    "gemma_3_4b": ((27, 1152), (34, 2560, 10240, 2048, 1024)),
+    "llava_1_5_7b": ((23, 1024), (32, 4096, 11008, 4096, 4096)),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_stock_model_is_planned_by_its_name_with_adapters_and_with_lora(name: str) -> None:
+    (vit_blocks, vit_width), (blocks, width, ffn, queries, keys) = STOCK[name]
+    adapters, lora = (config_of(ROOT / "launch" / "recipes" / f"{name}{end}.yaml") for end in ("", "_lora"))
+    expected = vit_blocks * bottleneck(vit_width, 16, 2) + blocks * bottleneck(width, 16, 2)
+    attention = 2 * (width + queries) + 2 * (width + keys)  # queries and output, keys and values
+    updates = 16 * blocks * (attention + 3 * (width + ffn))
+    for config, trained in ((adapters, expected), (lora, updates)):
+        sized, told = assume_sizes(config.model)
+        assert len(told) == 1 and f"sizes of {name.split('_')[0]}" in told[0].replace("qwen2.5", "qwen2")
+        counted = count_parameters(build_model(sized, device="meta"))
+        assert sum(number for _, number in counted.values()) == trained
+    assert (lora.data, lora.eval) == (adapters.data, adapters.eval)
 
 
 def test_the_papers_networks(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
