@@ -30,24 +30,26 @@ def test_groups_split_by_decay_and_part():
         return torch.nn.Parameter(torch.zeros(*shape))
 
     named = {
-        "neck.up.weight": parameter(3, 2),
-        "neck.up.bias": parameter(3),
+        "adapter.up.weight": parameter(3, 2),
+        "adapter.up.bias": parameter(3),
         "vision.w": parameter(2, 2),
         "vision.b": parameter(2),
+        "projector.w": parameter(2, 2),
         "frozen": torch.nn.Parameter(torch.zeros(4, 4), requires_grad=False),
     }
-    optim = OptimConfig(lr=1e-2, vision_lr=1e-3, weight_decay=0.02)
+    optim = OptimConfig(lr=1e-2, vision_lr=1e-3, projector_lr=2e-3, weight_decay=0.02)
     groups = parameter_groups(named.items(), optim, lambda name: name.split(".")[0])
     found = {(group["peak_lr"], group["weight_decay"]): [id(p) for p in group["params"]] for group in groups}
     assert found == {
-        (1e-2, 0.02): [id(named["neck.up.weight"])],
-        (1e-2, 0.0): [id(named["neck.up.bias"])],
+        (1e-2, 0.02): [id(named["adapter.up.weight"])],
+        (1e-2, 0.0): [id(named["adapter.up.bias"])],
+        (2e-3, 0.02): [id(named["projector.w"])],
         (1e-3, 0.02): [id(named["vision.w"])],
         (1e-3, 0.0): [id(named["vision.b"])],
     }
     optimizer = torch.optim.AdamW(groups)
     assert set_learning_rates(optimizer, 0.5) == pytest.approx(5e-3)
-    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([5e-4, 5e-3])
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([5e-4, 1e-3, 5e-3])
 
 
 def test_a_linear_decay_goes_by_steps_or_by_epochs():
