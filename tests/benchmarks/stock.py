@@ -135,9 +135,12 @@ def write_packs(photos: Photos, config: Config, folder: Path) -> PackedDataset:
     for name, data in photos.files.items():
         (raw / "images" / name).write_bytes(data)
     settings = PackSettings(
-        tokenizer=config.model.tokenizers.source, template="processor", visual_tokens=0, pack_length=config.data.pack_length,
+        tokenizer=config.model.tokenizers.source,
+        template="processor",
+        visual_tokens=0,
+        pack_length=config.data.pack_length,
         processor=config.model.processor,
-    )  # fmt: skip
+    )
     pack(raw / "train.jsonl", folder / "packs", settings, workers=1)
     return PackedDataset(folder / "packs", verify=False)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from packaging.version import Version
 
+from tests.benchmarks import stock
 from tests.benchmarks.measure import alternate, median_ratio
 from tests.benchmarks.ours import benchmark_config, sizes
 from tests.benchmarks.peers import GroupedTrainer, PaddedModel, PaddingCollator, peer_model
@@ -74,6 +75,26 @@ def test_padded_competitors_train_on_the_same_loss(tmp_path, length):
     padded = PaddedModel(peer_model(config, torch.float32))
     theirs = padded(**PaddingCollator(samples, model.image_size, 10**6, length)(samples.segments)).loss
     assert float(theirs.detach()) == pytest.approx(ours / num_labels, rel=1e-5)
+
+
+def test_a_stock_competitor_trains_on_the_same_loss_and_the_same_text(tmp_path, monkeypatch):
+    """Same network, weights and pictures: our packs have a plain loop's losses, and TRL's text our tokens."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos = stock.make_photos(5, longest=100)
+    assert 0 < len(photos.files) < 5
+    config = stock.stock_config(tmp_path, 512, 512, quick=True, precision="fp32")
+    dataset = stock.write_packs(photos, config, tmp_path)
+    model, network = build_model(config.model), stock.peer_network(config, torch.float32)
+    assert stock.loss_difference(model, network, photos, config, dataset) < 1e-5
+    with torch.no_grad():
+        network.get_output_embeddings().weight.mul_(1.01)
+    assert stock.loss_difference(model, network, photos, config, dataset) > 1e-5
+    processor, text = stock.processor_of(config), next(sample for sample in photos.samples if not sample.images)
+    row = next(dataset.row(number) for number in range(len(dataset)) if text.id in dataset.row(number).sample_ids)
+    place = row.sample_ids.index(text.id)
+    start = int(row.segment_lengths[:place].sum())
+    ids = row.input_ids[start : start + int(row.segment_lengths[place])].tolist()
+    assert ids == processor.tokenizer("".join(stock.as_text(text, processor)), add_special_tokens=False).input_ids
 
 
 def test_the_grouped_competitor_pads_less_and_shows_every_sample_once(tmp_path):
