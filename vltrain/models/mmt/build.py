@@ -124,18 +124,16 @@ def _preprocessing(model: MmtConfig, config: PreTrainedConfig) -> Preprocessing:
             f"model.vision.image_size: found {vision.image_size}, expected null or {own}: the positions of a "
             f"{tower.title} fit no other square"
         )
+    patch = config.patch_size
+    if vision.image_size is not None and vision.image_size != own and vision.image_size % patch:
+        raise InputError(
+            f"model.vision.image_size: {vision.image_size} pixels, expected a multiple of a patch's {patch}"
+        )
     size = vision.image_size or (None if tower.any_size else own)
     plain = Preprocessing(mean=tower.mean, std=tower.std, image_size=size or own)
     if vision.source is None or vision.preprocessing == "square":
-        found = plain
-    else:
-        found = read_preprocessing("model.vision", vision.source, locate(vision.source), size, tower.processors, plain)
-    if found.image_size is not None and found.image_size % config.patch_size:
-        raise InputError(
-            f"model.vision.image_size: {found.image_size} pixels, expected a multiple of the patches' "
-            f"{config.patch_size}"
-        )
-    return found
+        return plain
+    return read_preprocessing("model.vision", vision.source, locate(vision.source), size, tower.processors, plain)
 
 
 def _empty_llm(model: MmtConfig, device: torch.device | str, dtype: torch.dtype, *, log: bool = True) -> Any:
