@@ -4,18 +4,20 @@ step."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vltrain.audit.checks.processor import has_processor
 from vltrain.audit.findings import Report
-from vltrain.audit.run import audit, config_of, model_values
+from vltrain.audit.run import audit, config_of, is_vision, model_values
 from vltrain.audit.small.config import shrink
 from vltrain.audit.stored import store_report, stored_report
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.stages import load_stages
+from vltrain.data.stock.source import StockSource
 from vltrain.errors import InputError
 from vltrain.models.architectures import architecture_of
 
@@ -24,17 +26,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A model to audit. `tunings`: by what they are, in words, the ways a recipe tunes it; {}: the usual ones."""
+    """A model to audit. `tunings`: by what they are, in words, the ways a recipe tunes it; {}: the usual ones.
+    `processor`: where its processor is, if it has one."""
 
     name: str
     config: PreTrainedConfig
     tunings: dict[str, ModelConfig] = field(default_factory=dict)
+    processor: StockSource | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the findings follow from, plain values."""
         return {
             "config": self.config.to_dict(),
+            "processor": None if self.processor is None else asdict(self.processor),
             "tunings": {title: section.identity() for title, section in self.tunings.items()},
         }
 
@@ -69,13 +74,18 @@ def question_of(model: ModelConfig) -> Question | None:
         return None
     name = next((source for source in reversed(model.bases.values()) if source), config.model_type)
     tunings = {} if architecture.resized is None else {"as the recipe tunes it": model}
-    return Question(name=name, config=config, tunings=tunings)
+    processor = None if model.processor is None else StockSource.of(model.processor)
+    return Question(name=name, config=config, tunings=tunings, processor=processor)
 
 
 def _questions_of(name: str) -> list[Question]:
     if not _is_recipe(name):
         where, values = model_values(name)
-        return [Question(name=name, config=config_of(where, values))]
+        processor = None
+        if has_processor(name):
+            processor = StockSource(key="MODEL", processor=name, model=name, config="{}", options="{}")
+        config = config_of(where, values)
+        return [Question(name=name, config=config, processor=processor if is_vision(config) else None)]
     parts = load_stages(["--recipe", name], options={}, program="vltrain audit").parts
     questions = [(part.config.model, question_of(part.config.model)) for part in parts]
     for model, question in questions:
@@ -107,4 +117,4 @@ def _answer(question: Question, *, trainer: bool = True) -> Report:
         resized = architecture_of(model).resized
         assert resized is not None, "question_of asked for it"
         tunings[title] = resized(model, shrink(question.config).config)
-    return audit(question.name, question.config, tunings, trainer=trainer)
+    return audit(question.name, question.config, tunings, processor=question.processor, trainer=trainer)

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from vltrain.audit.checks.export import check_export
 from vltrain.audit.checks.generation import check_generation
 from vltrain.audit.checks.packing import check_alone, check_packing
+from vltrain.audit.checks.processor import check_processor
 from vltrain.audit.checks.trainer import check_trainer
 from vltrain.audit.checks.training import check_shares, check_tuning
 from vltrain.audit.findings import Finding, Report
@@ -27,6 +28,7 @@ from vltrain.audit.subject import RESERVED, Subject, Tuning
 from vltrain.audit.text_model import text_subject, text_tunings
 from vltrain.audit.vision_model import usual_tunings, vision_subject, vision_tuning
 from vltrain.config.model.base import ModelConfig
+from vltrain.data.stock.source import StockSource
 from vltrain.errors import InputError, nearest
 from vltrain.files.locate import locate
 from vltrain.models.pretrained.checkpoint_config import read_values
@@ -68,14 +70,25 @@ def config_of(where: str, values: Mapping[str, Any]) -> PreTrainedConfig:
         ) from None
 
 
+def is_vision(config: PreTrainedConfig) -> bool:
+    """Whether it is of a vision-language model."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def audit(
-    name: str, config: PreTrainedConfig, tunings: Mapping[str, ModelConfig] | None = None, *, trainer: bool = True
+    name: str,
+    config: PreTrainedConfig,
+    tunings: Mapping[str, ModelConfig] | None = None,
+    *,
+    processor: StockSource | None = None,
+    trainer: bool = True,
 ) -> Report:
     """All checks on a small copy of a model of that config.
 
     Args:
         name: of the model, for the report.
         tunings: by what they are, in words: ways to tune the small copy of a vision-language model; None: the usual.
+        processor: where the model's is; None: it has none, and nothing is said of it.
         trainer: also run transformers' Trainer.
 
     Raises: InputError for a model that cannot be audited: of another kind, or refused.
@@ -91,7 +104,8 @@ def audit(
                 f"{name}: no small copy of a model of type {config.model_type!r} can be made ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]})"
             ) from None
-        findings = _findings(subject, ways, trainer)
+        findings = [] if processor is None else [check_processor(config, processor)]
+        findings += _findings(subject, ways, trainer)
     return Report(
         model=name,
         kind=config.model_type,
@@ -125,7 +139,7 @@ def _findings(subject: Subject, ways: list[Tuning], trainer: bool) -> list[Findi
 def _subject(
     name: str, config: PreTrainedConfig, tunings: Mapping[str, ModelConfig] | None
 ) -> tuple[Subject, list[Tuning]]:
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if is_vision(config):
         small = shrink(config).config
         subject = vision_subject(small)
         ways: Mapping[str, ModelConfig] = tunings or usual_tunings(small)

@@ -54,7 +54,8 @@ class Tuning:
     model    ours, tuned this way, in training mode
     rows     by what they are, in words: packed rows whose backward must reach all that is trained
     trained  names of the parameters that are meant to be trained
-    merged   gives transformers' own network with all that was tuned in its weights; None: nothing is folded
+    merged   gives transformers' own network with all that was tuned in its weights, once: the model may be used up;
+             None: nothing is folded
     """
 
     title: str

@@ -3,7 +3,6 @@ processor."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
@@ -206,5 +205,5 @@ def vision_tuning(title: str, section: Any, subject: Subject) -> Tuning:
             "a filler": replace(beside, is_filler=True),
         },
         trained=frozenset(name for name, _ in model.named_parameters() if model.part_of(name) in parts),
-        merged=lambda: merged_network(copy.deepcopy(model))[0],
+        merged=lambda: merged_network(model)[0],
     )

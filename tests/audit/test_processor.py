@@ -1,0 +1,64 @@
+"""A processor that stands beside a config belongs to it, or the audit says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from tests.support.processors import config_of, make_processor
+from vltrain.audit.checks.processor import WHAT, check_processor, has_processor
+from vltrain.audit.recipe import question_of, require_audited
+from vltrain.audit.stored import stored_report
+from vltrain.config.model.mmt import AdapterConfig
+from vltrain.config.model.stock import LowRankConfig, NetworkConfig, StockConfig, StockSection
+
+
+def check(name: str, folder: Path, **images: object):
+    source = make_processor(name, folder, **images)
+    values = config_of(name)
+    (folder / "config.json").write_text(json.dumps(values))
+    return check_processor(CONFIG_MAPPING[values["model_type"]].from_dict(values), source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llava", "qwen3_vl", *(pytest.param(one, marks=pytest.mark.slow) for one in ("smolvlm", "gemma3", "internvl"))],
+)
+def test_it_writes_as_many_placeholders_as_the_model_makes_vectors(name, tmp_path):
+    found = check(name, tmp_path)
+    assert found.passed, found.where
+    assert has_processor(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "images"), [("llava", {"crop_size": {"height": 64, "width": 64}}), ("qwen3_vl", {"merge_size": 1})]
+)
+def test_one_for_other_sizes_is_told(name, images, tmp_path):
+    found = check(name, tmp_path, **images)
+    assert found.passed is False and found.where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "smolvlm"])
+def test_a_recipe_of_stock(name, tmp_path, monkeypatch):
+    """As a run audits its model before anything is prepared, tuned as its recipe says."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_processor(name, tmp_path / "processor")
+    section = StockSection(
+        config=config_of(name),
+        processor=str(tmp_path / "processor"),
+        llm=NetworkConfig(peft=LowRankConfig(kind="dora", rank=64)),
+    )
+    model = StockConfig(stock=section, adapter=AdapterConfig(dim=64, vision="both", llm="none"))
+    question = question_of(model)
+    require_audited(model)
+    report = stored_report(question.identity)
+    assert report.passed
+    titles = {one.what for one in report.findings}
+    assert {"gradient packed = alone (as the recipe tunes it)", WHAT} <= titles
+
+
+def test_a_folder_without_one(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert not has_processor(str(tmp_path))
