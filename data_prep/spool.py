@@ -8,7 +8,6 @@ from array import array
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -84,7 +83,7 @@ class Spool:
             np.cumsum(one) - one for one in (self.lengths, self.num_images, self.instruction_lengths)
         )
         self._flat = {
-            name: _mapped(path, bool if name == "loss_mask" else np.int32) for name, path in self._files.items()
+            name: _mapped(path, np.bool_ if name == "loss_mask" else np.int32) for name, path in self._files.items()
         }
 
     def assign(
@@ -154,7 +153,6 @@ class Spool:
             file.unlink()
 
 
-def _mapped(path: Path, dtype: type) -> np.ndarray:
+def _mapped(path: Path, dtype: type[np.int32] | type[np.bool_]) -> np.ndarray:
     """A flat file, mapped; as an array, since slicing a memmap takes ten times as long. Empty where it is."""
-    flat: Any = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-    return np.asarray(flat)
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)

@@ -35,7 +35,8 @@ class StockChat(ChatEncoder):
         own: dict[str, Any] = processor.inner.__dict__
         named = {one for name, one in own.items() if name.endswith("_token") and isinstance(one, str)}
         self._plain_roles = frozenset[str]()
-        super().__init__(processor.tokenizer, {*named, self._image_token})
+        tokenizer = processor.tokenizer
+        super().__init__(tokenizer, {*named, self._image_token})
         outer, bare = processor.inner.tokenizer, processor.tokenizer.encode_markup("a")
         around = [int(one) for one in outer("a")["input_ids"]]
         place = next((start for start in range(len(around)) if around[start : start + len(bare)] == bare), None)
@@ -48,6 +49,8 @@ class StockChat(ChatEncoder):
         self._plain_roles = frozenset(role for role in ("system", "assistant") if not self._takes_lists(role))
         self._trims = self._rendered_of("  a  ") == self._rendered_of("a")
         self._ends_answers = self._has_ends()
+        asked: list[Message] = [self._message("user", self.content("a"))]
+        self._in_front = [] if self.begins_itself(tokenizer.render_chat(asked)) else self._front
 
     def content(self, text: str) -> Any:
         return [{"type": "text", "text": text}]
@@ -84,20 +87,14 @@ class StockChat(ChatEncoder):
 
     def ids(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Of a rendered conversation, with what the tokenizer puts in front."""
-        rendered = self.render(messages, add_generation_prompt)
-        return [*self.front(rendered), *self.encode(rendered)[0]]
+        return [*self._in_front, *self.encode(self.render(messages, add_generation_prompt))[0]]
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[Piece]:
         found = list(super().pieces(messages))
-        front = self.front(self.render(messages))
-        if front:
-            yield Piece(front)
+        if self._in_front:
+            yield Piece(self._in_front)
         # What stands behind a last answer that the template does not end is nobody's.
         yield from found if self._ends_answers else found[:-1]
-
-    def front(self, rendered: Rendered) -> list[int]:
-        """What the tokenizer puts in front of a text that does not begin with it."""
-        return [] if self._bos and self.unmarked(rendered.text[:1]) == self._bos else self._front
 
     def ended(self, answer: Piece) -> Piece:
         if answer.num_closing:

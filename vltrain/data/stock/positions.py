@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vltrain.batch import listed, tensor_of
+from vltrain.batch import tensor_of
 from vltrain.data.stock.layouts import Layout, facts_of
 from vltrain.data.stock.processor import StockProcessor
 from vltrain.errors import InputError
@@ -32,6 +32,8 @@ class Positions:
             # A method of a network that needs its config alone: the network is not built.
             self._rope = model.__new__(model)
             object.__setattr__(self._rope, "config", processor.config)
+            self._takes = inspect.signature(self._rope.get_rope_index).parameters
+            self._of_images: list[int] = list(processor.inner.image_token_ids)
 
     def of(self, ids: np.ndarray, layouts: list[Layout]) -> np.ndarray:
         """int32 [R, L], or [0, 0] where they count from 0.
@@ -44,13 +46,12 @@ class Positions:
             first = self._processor.family.first_position
             return np.arange(first, first + len(ids), dtype=np.int32)[None] if first else np.empty((0, 0), np.int32)
         asked = tensor_of(ids.astype(np.int64))[None]
-        kinds = torch.tensor(self._processor.inner.create_mm_token_type_ids([listed(asked[0])]))
-        known = inspect.signature(self._rope.get_rope_index).parameters
+        kinds = tensor_of(np.isin(ids, self._of_images).astype(np.int64))[None]
         given = {"mm_token_type_ids": kinds, **facts_of(layouts)}
         try:
             with torch.no_grad():
                 found, _ = self._rope.get_rope_index(
-                    input_ids=asked, **{name: value for name, value in given.items() if name in known}
+                    input_ids=asked, **{name: value for name, value in given.items() if name in self._takes}
                 )
         except Exception as error:  # what a family's code runs into without the network that it is a method of
             told = " ".join(str(error).split())[:200]
