@@ -147,3 +147,9 @@ def test_the_roofline_page_shows_what_is_counted(capsys):
     page = (ROOT / "tests" / "benchmarks" / "roofline.md").read_text()
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|") and line not in page]
     assert not missing, "python -m tests.benchmarks.roofline has other figures than the page"
+
+
+def test_masks_beside_plain_causal_attention(tmp_path):
+    rows = run_quick("masks", tmp_path)["masks"]
+    assert [row["attention"] for row in rows][0] == "causal" and len(rows) == 7
+    assert rows[0]["times plain causal"] == 1.0 and all(row["ms"] > 0 for row in rows)

@@ -1,0 +1,116 @@
+"""What the masks of packed attention cost beside plain causal attention, forward and backward of one layer.
+
+    python -m tests.benchmarks.masks [--json OUT]
+
+A row of segments of ScienceQA's lengths, 9 heads of 64 with 3 of keys (SmolLM2-135M's), fp32 on a CPU and bf16 on a
+GPU. `one mask of the row` is plain causal attention as transformers' SDPA computes it with a mask of T x T, the other
+way to keep segments apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.benchmarks.measure import alternate, command, median_ratio, report, settled
+from tests.benchmarks.samples import scienceqa_lengths
+from vltrain.ops.attention import PACKED_SDPA, packed_sdpa_forward, packing_arguments
+from vltrain.ops.packed.masks import CAUSAL, Rule, SegmentMask
+
+HEADS, KV_HEADS, WIDTH = 9, 3, 64
+WINDOW, IMAGE = 128, 64
+
+
+def row_lengths(num_tokens: int) -> list[int]:
+    """Segments that fill a row."""
+    lengths: list[int] = []
+    for length in scienceqa_lengths(1000).tolist():
+        if sum(lengths) + length <= num_tokens:
+            lengths.append(length)
+    return lengths
+
+
+def image_blocks(lengths: list[int]) -> Tensor:
+    """An image in front of every other segment."""
+    rows = [torch.full((length,), -1) for length in lengths]
+    for row in rows[::2]:
+        row[:IMAGE] = 0
+    return torch.cat(rows)
+
+
+def competitors(num_tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
+    """Seconds of one forward and backward, by name; what a row needs once is made in it."""
+    lengths = row_lengths(num_tokens)
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(1, heads, sum(lengths), WIDTH, generator=generator).to(device, dtype).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    sinks = torch.zeros(HEADS, device=device, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(1, sum(lengths), HEADS, WIDTH, generator=generator).to(device, dtype)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    def packed(rule: Rule = CAUSAL, blocks: Tensor | None = None, **options: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            arguments = packing_arguments(PACKED_SDPA, torch.tensor(lengths), device, dtype, blocks=blocks)
+            arguments["attention_mask"] = SegmentMask(arguments["packing"], rule)
+            return packed_sdpa_forward(nn.Module(), *states, **arguments, **options)[0]
+
+        return run
+
+    def whole() -> Tensor:
+        mask = ((owner[:, None] == owner) & torch.ones(len(owner), len(owner), dtype=torch.bool).tril()).to(device)
+        key, value = (one.repeat_interleave(HEADS // KV_HEADS, 1) for one in states[1:])
+        return F.scaled_dot_product_attention(states[0], key, value, attn_mask=mask).transpose(1, 2)
+
+    ways = {
+        "causal": packed(),
+        f"window of {WINDOW}": packed(Rule("window", WINDOW)),
+        f"chunks of {WINDOW}": packed(Rule("chunk", WINDOW)),
+        f"image blocks of {IMAGE}": packed(blocks=image_blocks(lengths)),
+        "softcap": packed(softcap=50.0),
+        "sinks": packed(s_aux=sinks),
+        "one mask of the row": whole,
+    }
+    return {name: _timed(run, upstream, device) for name, run in ways.items()}
+
+
+def _timed(run: Callable[[], Tensor], upstream: Tensor, device: torch.device) -> Callable[[], float]:
+    def seconds() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run().backward(upstream)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def main() -> None:
+    parser = command(__doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="of the row (default: 4096)")
+    given = settled(parser.parse_args())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    results = alternate(competitors(600 if given.quick else given.tokens, device, dtype), given.runs)
+    rows = [
+        {
+            "attention": name,
+            "ms": 1e3 * statistics.median(seconds),
+            "times plain causal": median_ratio(seconds, results["causal"]),
+        }
+        for name, seconds in results.items()
+    ]
+    report({"masks": rows}, given)
+
+
+if __name__ == "__main__":
+    main()
