@@ -137,7 +137,27 @@ ROWS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS_NEWER if "dinov2" in name else ()) for name in ROWS])
+# Attention of most families alone: tests/models/test_packed_decoder.py.
+SLOW_ROWS = {
+    "llama",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma",
+    "mistral",
+    "gemma2",
+    "siglip",
+    "clip pooler",
+    "siglip2, full",
+}
+
+
+def _row(name: str) -> Any:
+    needed = [NEEDS_NEWER] if "dinov2" in name else []
+    return pytest.param(name, marks=[*needed, *([pytest.mark.slow] if name in SLOW_ROWS else [])])
+
+
+@pytest.mark.parametrize("name", [_row(name) for name in ROWS])
 def test_a_packed_row_has_the_loss_and_gradients_of_its_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, visual_tokens = ROWS[name]
     monkeypatch.setattr(tiny_models, "VISUAL_TOKENS", visual_tokens)
