@@ -84,6 +84,7 @@ def test_parts_are_trained_as_the_recipe_says() -> None:
         ({"config": {"model_type": "llama"}}, "no vision-language model"),
         ({"config": {"model_type": "qwen9_vl"}}, "did you mean|newer releases know more"),
         ({"config": {"model_type": "phi3_v", "auto_map": {}}}, "runs code of its own folder"),
+        ({"config": {**CONFIGS["llava"], "image_token_id": 300}}, "image_token_id: found 300, expected an id below"),
         ({"config": {"model_type": "mllama"}}, "cross-attention"),
         ({"config": {"model_type": "udop"}}, "encoder-decoder"),
     ],

@@ -120,6 +120,11 @@ def _require_usable(where: str, config: PreTrainedConfig) -> None:
         raise InputError(
             f"{where}: a model of type {kind!r} has no image_token_id, so nothing says where an image's tokens stand"
         )
+    if not 0 <= config.image_token_id < text.vocab_size:
+        raise InputError(
+            f"{where}: image_token_id: found {config.image_token_id!r:.80}, expected an id below vocab_size = "
+            f"{text.vocab_size}"
+        )
 
 
 def _require_separable(where: str, network: PreTrainedModel) -> None:
