@@ -4,13 +4,13 @@ step."""
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vltrain.audit.checks.processor import has_processor
+from vltrain.audit.checks.processor import FILES, has_processor
 from vltrain.audit.findings import Report
 from vltrain.audit.run import audit, config_of, is_vision, model_values
 from vltrain.audit.small.config import shrink
@@ -19,6 +19,7 @@ from vltrain.config.model.base import ModelConfig
 from vltrain.config.stages import load_stages
 from vltrain.data.stock.source import StockSource
 from vltrain.errors import InputError
+from vltrain.memory.sizes import assume_sizes, is_here
 from vltrain.models.architectures import architecture_of
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def _questions_of(name: str) -> list[Question]:
         config = config_of(where, values)
         return [Question(name=name, config=config, processor=processor if is_vision(config) else None)]
     parts = load_stages(["--recipe", name], options={}, program="vltrain audit").parts
-    questions = [(part.config.model, question_of(part.config.model)) for part in parts]
+    questions = [(part.config.model, _planned(part.config.model)) for part in parts]
     for model, question in questions:
         if question is None:
             raise InputError(
@@ -99,6 +100,19 @@ def _questions_of(name: str) -> list[Question]:
         for place, (_, question) in enumerate(questions)
         if question is not None and question not in [before for _, before in questions[:place]]
     ]
+
+
+def _planned(model: ModelConfig) -> Question | None:
+    """A recipe's model as a question, with published sizes where it is not on this machine, and without a processor
+    that is not."""
+    sized, assumed = assume_sizes(model)
+    for line in assumed:
+        logger.info("%s", line)
+    question = question_of(sized)
+    if question is None or question.processor is None or is_here(question.processor.processor, FILES):
+        return question
+    logger.info("the processor %s is not on this machine, and nothing is said of it", question.processor.processor)
+    return replace(question, processor=None)
 
 
 def _is_recipe(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from vltrain.audit.subject import RESERVED, Subject, Tuning
 from vltrain.audit.text_model import text_subject, text_tunings
 from vltrain.audit.vision_model import usual_tunings, vision_subject, vision_tuning
 from vltrain.config.model.base import ModelConfig
+from vltrain.console import logged_from
 from vltrain.data.stock.source import StockSource
 from vltrain.errors import InputError, nearest
 from vltrain.files.locate import locate
@@ -94,7 +96,11 @@ def audit(
     Raises: InputError for a model that cannot be audited: of another kind, or refused.
     """
     started = time.monotonic()
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+    with (
+        quiet_transformers(),
+        logged_from(logging.WARNING, "vltrain.ops"),  # which attention it takes is nobody's
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
             subject, ways = _subject(name, config, tunings)
         except InputError:

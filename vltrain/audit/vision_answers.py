@@ -13,7 +13,7 @@ from torch import Tensor
 from vltrain.audit.pieces import Piece
 from vltrain.audit.small.pictures import tensors_of
 from vltrain.audit.small.sizes import VOCABULARY
-from vltrain.audit.subject import outputs_of_calls
+from vltrain.audit.subject import RESERVED, outputs_of_calls
 from vltrain.batch import ImageInputs
 from vltrain.data.pictures import Pictures
 from vltrain.evaluate.answering.decoding import Sampling
@@ -59,7 +59,7 @@ def decode(model: VisionLanguageModel, shown: Shown, prompts: Sequence[Piece], s
             Pictures(reader, lambda name: np.array([int(name)])),
             sampling=Sampling(max_new_tokens=steps),
             stop_ids=(),
-            vocab_size=VOCABULARY,
+            vocab_size=VOCABULARY - RESERVED,  # text alone
             batch_size=len(asked),
             device="cpu",
         )
