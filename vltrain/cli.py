@@ -103,8 +103,8 @@ def leave(program: Callable[[], int]) -> NoReturn:
         if not isinstance(leaving.code, int):
             raise
         code = leaving.code
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     if code == EXIT_INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process only ends now: a second Ctrl-C would show where

@@ -80,7 +80,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> None:
     mark_ends(stock, tokenizer)
     require_same_ids(lambda text: stock(text, add_special_tokens=False, split_special_tokens=True).input_ids, tokenizer)
     tokens = _add_tokens(stock)
-    network = _network(built, tokens)
+    network: Any = _network(built, tokens)
     pad = stock.pad_token_id if stock.pad_token_id is not None else tokenizer.eos_id
     rows = network.config.text_config.vocab_size
     network.generation_config = generation_config(source, tokenizer, rows, pad)
@@ -137,7 +137,7 @@ def _network(built: MultimodalModel, tokens: tuple[int, int, int]) -> LlavaForCo
     named |= {f"model.language_model.{name}": value for name, value in llm.model.state_dict().items()}
     named |= {"model.language_model.embed_tokens.weight": table, "lm_head.weight": table if is_tied else head}
     with torch.device("meta"):
-        network = LlavaForConditionalGeneration(config)
+        network: Any = LlavaForConditionalGeneration(config)
     network.load_state_dict(named, strict=True, assign=True)
     if is_tied:
         network.lm_head.weight = network.get_input_embeddings().weight
@@ -155,6 +155,7 @@ def _processor(built: MultimodalModel, source: Source, tokenizer: Tokenizer, sto
             setattr(stock, name, False)
     if source.config.data.template == "chat":
         assert isinstance(tokenizer, TransformersTokenizer), "a tokenizer with a chat template"
+        assert tokenizer.dated_chat_template is not None, "the template chat is of such"
         template = chat_template(tokenizer.dated_chat_template, answer_prefix(tokenizer))
     else:
         template = mmt_template("" if tokenizer.bos_id is None else stock.convert_ids_to_tokens(tokenizer.bos_id))
