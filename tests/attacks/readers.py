@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.tokens import tokenised
 from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, right, told
 from tests.attacks.inputs import TOKENIZER, chat, pack_words, picture, prepare_words, sample, write_json, write_jsonl
+from vltrain.data.text.encoder import TemplateEncoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.predictions import read_predictions
 from vltrain.evaluate.report import score_samples, write_report
@@ -303,9 +304,9 @@ def separators_packed_in_parts(folder: Path) -> Shown:
 def readers_of_lines(folder: Path, content: bytes) -> list[Callable[[], Any]]:
     """Whoever reads a samples file: packing, evaluation; and whoever reads JSON and answers."""
     (folder / "x.jsonl").write_bytes(content)
-    tokenizer = load_tokenizer(TOKENIZER)
+    encoder = TemplateEncoder(load_tokenizer(TOKENIZER), "mmt", 4)
     return [
-        lambda: list(tokenised(folder / "x.jsonl", tokenizer, "mmt", 4, 1)), lambda: read_samples(folder / "x.jsonl"),
+        lambda: list(tokenised(folder / "x.jsonl", encoder, 50_000_000, 1)), lambda: read_samples(folder / "x.jsonl"),
         lambda: read_predictions(folder / "x.jsonl"), lambda: load_ds_json(folder / "x.jsonl"),
     ]  # fmt: skip
 

@@ -31,9 +31,10 @@ from vltrain.config.recipe import build_config, read_recipe
 from vltrain.data.packing import pack_lengths
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import Index
-from vltrain.memory.rehearse import PackSize, _give_fake_weights, make_pack
+from vltrain.memory.rehearse import PackSize, make_pack
 from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model
+from vltrain.models.without_numbers import take_numbers
 from vltrain.train.make_trainer import pack_cost
 
 RECIPE = Path(__file__).parents[2] / "launch" / "recipes" / "llama2_7b_diht_scienceqa.yaml"
@@ -110,7 +111,7 @@ def block_traffic(config: Any, fused: bool, checkpointing: bool) -> np.ndarray:
             activation_checkpointing=checkpointing,
         )
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        _give_fake_weights(model, mode, lambda _: torch.bfloat16)
+        take_numbers(model, mode, lambda _: torch.bfloat16)
         size = PackSize(num_tokens=TOKENS, num_images=0, num_label_tokens=1, num_segments=SEGMENTS, origin="")
         with Traffic() as traffic, torch.autocast("cpu", dtype=torch.bfloat16):
             model(make_pack(size, model.visual_tokens, model.image_size)).loss_sum.backward()

@@ -29,6 +29,8 @@ PUBLISHED = {
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
     "tinyllama-1.1b": 1_100_048_384,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
@@ -147,9 +149,9 @@ def test_weights_that_are_here_are_read(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_an_error_with_what_is_known() -> None:
     with pytest.raises(
-        InputError, match=r"model.llm.source: 'weights/mistral-7b' is not on this machine.*llama-2-7b.*--llm-size"
+        InputError, match=r"model.llm.source: 'weights/falcon-7b' is not on this machine.*llama-2-7b.*--llm-size"
     ):
-        assumed(llm="weights/mistral-7b")
+        assumed(llm="weights/falcon-7b")
     with pytest.raises(InputError, match="--vision-size: unknown size 'vit-l/14_336', did you mean 'vit-l/14-336'"):
         assume_sizes(MmtConfig(), vision="vit-l/14_336")
 
