@@ -134,6 +134,7 @@ def test_signals_at_50_random_moments(packs, tmp_path):
     preempt_often(packs, tmp_path, num_signals=50, num_steps=400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", [pytest.param("rank", marks=pytest.mark.slow), "group"])
 def test_under_deepspeeds_launcher(packs, tmp_path, whom):
     """A signal to a rank comes out as the code; its launcher ends with a code of its own when itself is told to end,

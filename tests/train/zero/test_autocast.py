@@ -109,6 +109,7 @@ def assert_equal(results: dict[tuple[str, int, bool], dict[str, torch.Tensor]]) 
             )
 
 
+@pytest.mark.slow
 def test_as_on_cuda_every_stage_and_way_of_tuning_gives_the_same_bits(tmp_path):
     """Ways other than adapters at the stage that cuts weights up. Checkpointed blocks, too, equal those that keep their
     activations."""
