@@ -13,6 +13,7 @@ makes a GGUF file of llm/.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,14 +57,25 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
     write_beside(folder, built, source)
     switches = {one for names in language_of(llm.config).bias_switches.values() for one in names}
     biases = sorted(switch for switch in switches if getattr(llm.config, switch))
-    told = {"largest": rounding.largest, "relative": rounding.relative}
     notes = (
-        f"rounding to {choices.dtype} changed a weight by {rounding.largest:.2g} at most, all together by "
-        f"{rounding.relative:.2g} of their norm",
+        rounding_note(choices, rounding),
         f"llm: {type(llm).__name__}{' with ' + ' and '.join(biases) if biases else ''}; {CONVERT}",
         f"vision: {type(built.vision.clip).__name__}; neck.safetensors and multimodal.json say what lies between",
     )
-    return Written(notes=notes, facts={"rounding": told})
+    return Written(notes=notes, facts=rounding_facts(rounding))
+
+
+def rounding_note(choices: Choices, rounding: Rounding) -> str:
+    """What writing the weights in the dtype asked for changed, in words."""
+    return (
+        f"rounding to {choices.dtype} changed a weight by {rounding.largest:.2g} at most, all together by "
+        f"{rounding.relative:.2g} of their norm"
+    )
+
+
+def rounding_facts(rounding: Rounding) -> dict[str, Any]:
+    """The same as plain JSON."""
+    return {"rounding": {"largest": rounding.largest, "relative": rounding.relative}}
 
 
 def round_weights(network: nn.Module, choices: Choices, rounding: Rounding) -> None:

@@ -99,8 +99,8 @@ def remove_adapter(block: nn.Module, place: str) -> None:
 
 
 def plain_name(name: str) -> str:
-    """A module's name in a block as it was before adapters were put in."""
-    return ".".join(part for part in name.split(".") if part != "sublayer")
+    """A module's or parameter's name as it was before adapters and low-rank updates were put in."""
+    return ".".join(part for part in name.split(".") if part not in ("sublayer", "base_layer"))
 
 
 def find_module(block: nn.Module, name: str) -> Any:

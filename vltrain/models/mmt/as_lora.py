@@ -31,6 +31,7 @@ from vltrain.models.peft.lora import lora_factors, outer_linears, require_no_pro
 from vltrain.models.quantise import FrozenLinear
 
 PARTS = ("llm", "vision")
+WHOLE, APART = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
 
 
 @dataclass(frozen=True)
@@ -48,29 +49,34 @@ def has_adapters(config: AdapterConfig, part: str) -> bool:
     return getattr(config, part) != "none"
 
 
+def require_low_rank_adapter(config: AdapterConfig, part: str) -> None:
+    """Raises InputError, by the recipe alone, if adapters stand in `llm` or `vision` that are no low-rank update of the
+    layers behind them."""
+    if not has_adapters(config, part):
+        return
+    kind = adapter_kind(config, part)
+    if not hasattr(kind, "low_rank_map"):
+        key = "vision_kind" if part == "vision" and config.vision_kind is not None else "kind"
+        raise InputError(
+            f"model.adapter.{key}: found '{getattr(config, key)}': a {kind.__name__} is not linear, as a LoRA must be; "
+            f"{APART}"
+        )
+    if issubclass(kind, RepAdapter) and not config.residual:
+        raise InputError(
+            "model.adapter.residual: found False: without the residual, the update of the layer behind has full rank; "
+            f"{WHOLE}"
+        )
+
+
 def require_low_rank(model: MmtConfig) -> None:
     """Raises InputError, by the recipe alone, if what is tuned is no low-rank update of linear layers, naming what is
     not."""
-    whole, apart = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
     for part in PARTS:
-        kind = adapter_kind(model.adapter, part)
-        if not has_adapters(model.adapter, part):
-            continue
-        if not hasattr(kind, "low_rank_map"):
-            key = "vision_kind" if part == "vision" and model.adapter.vision_kind is not None else "kind"
-            raise InputError(
-                f"model.adapter.{key}: found '{getattr(model.adapter, key)}': a {kind.__name__} is not linear, as a "
-                f"LoRA must be; {apart}"
-            )
-        if issubclass(kind, RepAdapter) and not model.adapter.residual:
-            raise InputError(
-                "model.adapter.residual: found False: without the residual, the update of the layer behind has full "
-                f"rank; {whole}"
-            )
+        require_low_rank_adapter(model.adapter, part)
     no_lora = {
-        "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {apart}",
-        "dora": f"it scales the rows of the weights, which no LoRA does; {whole}",
-        "pissa": f"its factors began as a part of the weights, and a LoRA applies to the whole ones; {whole}",
+        "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {APART}",
+        "dora": f"it scales the rows of the weights, which no LoRA does; {WHOLE}",
+        "pissa": f"its factors began as a part of the weights, and a LoRA applies to the whole ones; {WHOLE}",
     }
     if model.llm.peft.kind in no_lora:
         raise InputError(f"model.llm.peft.kind: found '{model.llm.peft.kind}': {no_lora[model.llm.peft.kind]}")
@@ -81,12 +87,12 @@ def require_low_rank(model: MmtConfig) -> None:
             else f"model.{'vision' if model.vision.train else 'llm'}.train: found True"
         )
         raise InputError(
-            f"{key}: the networks' own weights are tuned too, and a LoRA applies to the untuned ones; {whole}"
+            f"{key}: the networks' own weights are tuned too, and a LoRA applies to the untuned ones; {WHOLE}"
         )
     if not any(lora_rank(model, part) for part in PARTS):
         raise InputError(
             "model.adapter.vision and model.adapter.llm are none, and model.llm.peft.kind is null: there is no "
-            f"LoRA to export; {whole}"
+            f"LoRA to export; {WHOLE}"
         )
 
 

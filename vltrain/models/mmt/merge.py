@@ -73,7 +73,7 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
     """
     require_no_prompts(model.llm)
     for adapter in (module for module in model.modules() if isinstance(module, Adapter)):
-        _require_linear(adapter)
+        require_linear(adapter)
     clip, llm = model.vision.clip, model.llm
     networks: tuple[tuple[Any, Blocks, list[nn.Module]], ...] = (
         (clip, model.vision.tower, tower_blocks(clip)),
@@ -139,11 +139,12 @@ def _switch_biases_on(config: Any, family: Blocks, sublayer: str, blocks: list[n
             _with_zero_bias(linear)
 
 
-def _require_linear(adapter: Adapter) -> None:
+def require_linear(adapter: Adapter) -> None:
+    """Raises InputError for an adapter that no layer behind it can take in."""
     if not hasattr(adapter, "linear_map"):
         raise InputError(
             f"a {type(adapter).__name__} is not linear and cannot be merged into the layer behind it; keep "
-            "the adapters apart"
+            "the adapters apart (--format adapters)"
         )
 
 

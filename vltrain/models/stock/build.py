@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from vltrain.config.model.stock import StockConfig
 from vltrain.families.table import family_of
 from vltrain.models.adapters import Adapter
+from vltrain.models.adapters.table import plain_name
 from vltrain.models.backbones.head import replace_head
 from vltrain.models.backbones.llm import checkpoint_blocks
 from vltrain.models.backbones.packed_decoder import beyond_kernels, prepare_decoder
@@ -186,7 +187,7 @@ def _assert_trainable(built: StockModel, parts: set[str], dead: frozenset[str]) 
     added = adapters | peft_parameters(built.network)
     wrong = []
     for name, parameter in built.named_parameters():
-        is_used = name.removeprefix("network.").replace(".sublayer.", ".").replace(".base_layer.", ".") not in dead
+        is_used = plain_name(name.removeprefix("network.")) not in dead
         expected = parameter in added or (is_used and part_of(name) in parts - {"adapter", "peft"})
         if parameter.requires_grad != expected:
             wrong.append(name)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from vltrain.config.model.stock import StockConfig
 from vltrain.export.format import Choices, Format, Proof, Source, Written
 from vltrain.export.formats.lora import targets_of, write_peft_folder, write_updates
-from vltrain.export.formats.merged import round_weights
+from vltrain.export.formats.merged import round_weights, rounding_facts, rounding_note
 from vltrain.export.formats.parts import generation_config
 from vltrain.export.formats.stock.processor import write_processor
 from vltrain.export.reference import model_of
@@ -56,12 +56,8 @@ def _write_merged(folder: Path, source: Source, choices: Choices) -> Written:
         round_weights(network, choices, rounding)
     _write_beside(folder, source, network)
     network.save_pretrained(folder)
-    told = {"largest": rounding.largest, "relative": rounding.relative}
-    note = (
-        f"rounding to {choices.dtype} changed a weight by {rounding.largest:.2g} at most, all together by "
-        f"{rounding.relative:.2g} of their norm"
-    )
-    return Written(notes=(f"{type(network).__name__}, nothing of vltrain's in it", note), facts={"rounding": told})
+    notes = f"{type(network).__name__}, nothing of vltrain's in it", rounding_note(choices, rounding)
+    return Written(notes=notes, facts=rounding_facts(rounding))
 
 
 def _write_beside(folder: Path, source: Source, network: PreTrainedModel) -> None:

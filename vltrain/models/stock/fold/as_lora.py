@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from vltrain.config.model.stock import NETWORKS, StockConfig
 from vltrain.errors import InputError
-from vltrain.models.adapters.bottleneck import RepAdapter
-from vltrain.models.adapters.table import adapter_kind
-from vltrain.models.mmt.as_lora import Update, has_adapters, update_of
+from vltrain.models.adapters.table import plain_name
+from vltrain.models.mmt.as_lora import WHOLE, Update, has_adapters, require_low_rank_adapter, update_of
 from vltrain.models.peft.layers import NAME, has_lora
 from vltrain.models.peft.lora import low_rank_factors
-from vltrain.models.stock.fold.readers import linears_of, plain_name
+from vltrain.models.stock.fold.readers import linears_of
 from vltrain.models.stock.model import StockModel
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -30,41 +29,28 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 def require_low_rank(model: StockConfig) -> None:
     """Raises InputError, by the recipe alone, if what is tuned is no low-rank update of linear layers (and a projector
     beside them), naming what is not."""
-    whole, apart = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
     for part in NETWORKS:
         if model.trains(part):
             raise InputError(
-                f"model.stock: the {part}'s own weights are tuned too, and a LoRA applies to the untuned ones; {whole}"
+                f"model.stock: the {part}'s own weights are tuned too, and a LoRA applies to the untuned ones; {WHOLE}"
             )
-        if not has_adapters(model.adapter, part):
-            continue
-        kind = adapter_kind(model.adapter, part)
-        if not hasattr(kind, "low_rank_map"):
-            raise InputError(
-                f"model.adapter.kind: found '{model.adapter.kind}': a {kind.__name__} is not linear, as a LoRA must "
-                f"be; {apart}"
-            )
-        if issubclass(kind, RepAdapter) and not model.adapter.residual:
-            raise InputError(
-                "model.adapter.residual: found False: without the residual, the update of the layer behind has full "
-                f"rank; {whole}"
-            )
+        require_low_rank_adapter(model.adapter, part)
     tuned = [part for part in NETWORKS if has_adapters(model.adapter, part) or _kind(model, part) is not None]
     if not model.places_adapters or not tuned:
         raise InputError(
-            f"model: neither adapters nor low-rank updates are in it, so there is no LoRA to export; {whole}"
+            f"model: neither adapters nor low-rank updates are in it, so there is no LoRA to export; {WHOLE}"
         )
     if uses_dora(model):
-        _require_dora_alone(model, whole)
+        _require_dora_alone(model)
 
 
-def _require_dora_alone(model: StockConfig, whole: str) -> None:
+def _require_dora_alone(model: StockConfig) -> None:
     settings = [getattr(model.stock, part).peft for part in NETWORKS if _kind(model, part) is not None]
     same = len({(one.kind, one.rank, one.alpha) for one in settings}) == 1
     if not same or any(has_adapters(model.adapter, part) for part in NETWORKS):
         raise InputError(
             "model.stock: found dora beside adapters or other updates, which one folder of peft's cannot hold; "
-            f"expected dora alone, of one rank and alpha; {whole}"
+            f"expected dora alone, of one rank and alpha; {WHOLE}"
         )
 
 

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vltrain.errors import InputError
+from vltrain.models.adapters.table import plain_name
 from vltrain.models.materialise import empty_model
-from vltrain.models.mmt.merge import Rounding
+from vltrain.models.mmt.merge import Rounding, require_linear
 from vltrain.models.peft.low_rank import merge_updates
 from vltrain.models.quantise import dequantise_linears
-from vltrain.models.stock.fold.readers import adapted_sublayers, plain_name, readers
+from vltrain.models.stock.fold.readers import adapted_sublayers, readers
 from vltrain.models.stock.model import StockModel
 from vltrain.models.stock.source import network_class
 
@@ -42,11 +43,7 @@ def merged_network(model: StockModel) -> tuple[PreTrainedModel, Rounding]:
     for block in model.blocks:
         for _, adapter, sublayer in adapted_sublayers(block):
             readers(sublayer)
-            if not hasattr(adapter, "linear_map"):
-                raise InputError(
-                    f"a {type(adapter).__name__} is not linear and cannot be merged into the layer behind it; keep "
-                    "the adapters apart (--format adapters)"
-                )
+            require_linear(adapter)
     dequantise_linears(model.network)
     merge_updates(model.network, rounding.put)
     for block in model.blocks:
@@ -88,16 +85,13 @@ def _with_biases(network: PreTrainedModel, needed: set[str]) -> PreTrainedModel:
     """An empty network of the family whose layers have those biases, and as few more as its config can say."""
     config = copy.deepcopy(network.config)
     lacking = needed - _biases(config)
-    switched: list[tuple[Any, str]] = []
-    for part, name in _switches(config) if lacking else ():
-        setattr(part, name, True)
-        if lacking & _biases(config):
-            switched.append((part, name))
-            lacking -= _biases(config)
-        else:
-            setattr(part, name, False)
+    for part, name in _switches(config):
         if not lacking:
             break
+        setattr(part, name, True)
+        still = lacking - _biases(config)
+        setattr(part, name, still != lacking)
+        lacking = still
     if lacking:
         first = sorted(lacking)[0]
         raise InputError(

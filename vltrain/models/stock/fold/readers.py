@@ -13,7 +13,7 @@ from torch import nn
 
 from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
-from vltrain.models.adapters.table import AdapterThenSublayer, NormThenAdapter
+from vltrain.models.adapters.table import AdapterThenSublayer, NormThenAdapter, plain_name
 from vltrain.models.peft.lora import outer_linears
 
 _READS = re.compile(
@@ -66,11 +66,6 @@ def linears_of(block: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter | Non
         behind |= dict.fromkeys(readers(sublayer).values(), adapter)
     for name, linear in outer_linears(block):
         yield plain_name(name), linear, behind.get(linear)
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name as transformers has it, without what adapters and updates put into it."""
-    return ".".join(word for word in name.split(".") if word not in ("sublayer", "base_layer"))
 
 
 def _refuse(sublayer: nn.Module, name: str) -> None:
