@@ -20,13 +20,14 @@ from vltrain.audit.small.weights import disturb
 from vltrain.audit.subject import RESERVED, Subject, Tuning, copy_weights
 from vltrain.batch import Batch
 from vltrain.evaluate.answering.decoding import CACHE_ARGUMENT
+from vltrain.models.adapters.table import plain_name
 from vltrain.models.backbones.head import replace_head
+from vltrain.models.backbones.llm import packed_hidden_states, packed_losses
 from vltrain.models.backbones.packed_decoder import prepare_decoder
 from vltrain.models.interface import LossOutput, VisionLanguageModel
 from vltrain.models.random import seeded
-from vltrain.ops.attention import PACKED_SDPA, packing_arguments
-from vltrain.ops.rows import segment_sums
-from vltrain.schema import IGNORE_INDEX
+from vltrain.ops.attention import PACKED_SDPA
+from vltrain.ops.rows import owners
 
 PROMPTS = (11, 4, 17)  # tokens
 RANK = 4
@@ -57,16 +58,9 @@ class TextModel(VisionLanguageModel):
     def forward(self, batch: Batch) -> LossOutput:
         """Losses of one packed row of text."""
         embeds = self.llm.get_input_embeddings()(batch.input_ids)
-        arguments = packing_arguments(PACKED_SDPA, batch.segment_lengths, embeds.device, embeds.dtype)
-        outputs = self.llm.get_decoder()(
-            inputs_embeds=embeds[None], position_ids=batch.position_ids[None], use_cache=False, **arguments
-        )
-        labelled = (batch.labels != IGNORE_INDEX).nonzero().squeeze(-1)
-        loss_sum, losses = self.llm.get_output_embeddings()(
-            outputs.last_hidden_state[0][labelled], batch.labels[labelled]
-        )
-        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        return LossOutput(loss_sum, segment_sums(losses, owner[labelled], len(batch.segment_lengths)))
+        states = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
+        owner = owners(batch.segment_lengths, states.device)
+        return LossOutput(*packed_losses(self.llm.get_output_embeddings(), states, batch, owner))
 
 
 def text_subject(config: PreTrainedConfig) -> Subject:
@@ -128,7 +122,7 @@ def merged_lora(model: VisionLanguageModel, subject: Subject) -> Any:
     for layer in layers:
         layer.merge()
     for name, parameter in model.named_parameters():
-        plain = subject.names.get(name.replace(".base_layer.", "."))
+        plain = subject.names.get(plain_name(name))
         if plain is not None:
             theirs[plain].copy_(parameter)
     for layer in layers:

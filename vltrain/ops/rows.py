@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vltrain.ops.transfer import to_device
+
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """`rows[index]`, where an index may come several times.
@@ -39,6 +41,11 @@ def place_rows(states: Tensor, rows: Tensor, holds: Tensor) -> Tensor:
         holds: bool [T].
     """
     return _PlacedRows.apply(states, rows, holds)
+
+
+def owners(segment_lengths: Tensor, device: torch.device) -> Tensor:
+    """int64 [T]: the segment of each token of a packed row. `segment_lengths` int64 [S] on the CPU."""
+    return to_device(torch.repeat_interleave(torch.arange(len(segment_lengths)), segment_lengths), device)
 
 
 def segment_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:

@@ -9,16 +9,22 @@ from torch import Tensor, nn
 
 from tests.support.third_architecture.settings import ProjectorConfig
 from vltrain.batch import Batch
-from vltrain.models.backbones.llm import empty_language, llm_blocks, llm_units, packed_hidden_states, prepare_llm
+from vltrain.models.backbones.llm import (
+    empty_language,
+    llm_blocks,
+    llm_units,
+    packed_hidden_states,
+    packed_losses,
+    prepare_llm,
+)
 from vltrain.models.backbones.towers import empty_tower, tower_units
 from vltrain.models.flops import Flops, llm_flops
 from vltrain.models.interface import Architecture, LossOutput, Place, VisionLanguageModel
 from vltrain.models.materialise import RandomWeights
 from vltrain.models.pretrained.readers import language_config, tower_config
 from vltrain.models.random import seeded
-from vltrain.ops.rows import nonzero_indices, place_rows, segment_sums, take_rows
-from vltrain.ops.transfer import to_device
-from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN, SQUARE
+from vltrain.ops.rows import owners, place_rows, take_rows
+from vltrain.schema import IMAGE_TOKEN, SQUARE
 
 
 class Projector(VisionLanguageModel):
@@ -72,12 +78,8 @@ class Projector(VisionLanguageModel):
         visual = self.encode_images(batch.pixels)
         embeds = self.embed(batch.input_ids, visual, batch.image_slots) + 0.0 * self.projector.weight.sum()
         hidden = packed_hidden_states(self.llm, embeds, batch.position_ids, batch.segment_lengths)
-        labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
-        loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
-        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = to_device(owner, hidden.device)[labelled]
-        losses = segment_sums(token_losses, owner, len(batch.segment_lengths))
-        return LossOutput(loss_sum * 0.0 if batch.is_filler else loss_sum, losses)
+        owner = owners(batch.segment_lengths, hidden.device)
+        return LossOutput(*packed_losses(self.llm.lm_head, hidden, batch, owner))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vltrain.batch import Batch
 from vltrain.models.adapters import Routing
 from vltrain.models.backbones.head import replace_head
 from vltrain.models.backbones.packed_decoder import prepare_decoder
@@ -14,6 +15,8 @@ from vltrain.models.backbones.table import language_of
 from vltrain.models.materialise import empty_model
 from vltrain.ops.attention import packing_arguments
 from vltrain.ops.liger import install_liger
+from vltrain.ops.rows import nonzero_indices, segment_sums
+from vltrain.schema import IGNORE_INDEX
 
 
 def empty_language(config: PreTrainedConfig, attention: str) -> Any:
@@ -65,9 +68,27 @@ def packed_hidden_states(llm: Any, embeds: Tensor, position_ids: Tensor, segment
 
     Returns: [T, d].
     """
-    arguments = packing_arguments(llm.config._attn_implementation, segment_lengths, embeds.device, embeds.dtype)
-    outputs = llm.model(inputs_embeds=embeds[None], position_ids=position_ids[None], use_cache=False, **arguments)
+    decoder = llm.get_decoder()
+    arguments = packing_arguments(decoder.config._attn_implementation, segment_lengths, embeds.device, embeds.dtype)
+    outputs = decoder(inputs_embeds=embeds[None], position_ids=position_ids[None], use_cache=False, **arguments)
     return outputs.last_hidden_state[0]
+
+
+def packed_losses(head: nn.Module, states: Tensor, batch: Batch, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of a packed row.
+
+    Args:
+        head: a `vltrain.ops.loss.LossHead`.
+        states: [T, d], final ones.
+        owner: int64 [T], see `vltrain.ops.rows.owners`.
+
+    Returns: (their sum, fp32 scalar, of a filler zero; fp32 [S], the same by segment, detached).
+    """
+    labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
+    loss_sum, token_losses = head(states[labelled], batch.labels[labelled])
+    if batch.is_filler:
+        loss_sum = loss_sum * 0.0
+    return loss_sum, segment_sums(token_losses, owner[labelled], len(batch.segment_lengths))
 
 
 def llm_blocks(llm: Any) -> list[nn.Module]:

@@ -33,7 +33,7 @@ from vltrain.models.interface import InstructionSizes, LossOutput, VisionLanguag
 from vltrain.models.peft.low_rank import is_low_rank, orthogonality
 from vltrain.models.pretrained.preprocessor import Preprocessing
 from vltrain.models.quantise import num_weights
-from vltrain.ops.rows import nonzero_indices, place_rows, segment_sums, take_rows
+from vltrain.ops.rows import nonzero_indices, owners, place_rows, segment_sums, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -211,8 +211,7 @@ class InstructBlip(VisionLanguageModel):
         """
         if batch.input_ids.device.type == "cpu":
             self._check(batch)
-        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = to_device(owner, batch.input_ids.device)
+        owner = owners(batch.segment_lengths, batch.input_ids.device)
         runs = nonzero_indices(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[
             :: self.visual_tokens
         ]

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from vltrain.batch import Batch
 from vltrain.models.adapters import Routing
-from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states
+from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states, packed_losses
 from vltrain.models.backbones.towers import tower_blocks
 from vltrain.models.flops import Flops
 from vltrain.models.interface import LossOutput, VisionLanguageModel
 from vltrain.models.mmt.flops import count_flops
 from vltrain.models.mmt.visual_tokens import VisualTokens
 from vltrain.models.peft.lora import is_peft_parameter
-from vltrain.ops.rows import nonzero_indices, place_rows, segment_sums, take_rows
+from vltrain.ops.rows import owners, place_rows, take_rows
 from vltrain.ops.transfer import to_device
 from vltrain.schema import IGNORE_INDEX, IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
 
@@ -123,15 +123,9 @@ class MultimodalModel(VisionLanguageModel):
             self._check(batch)
         assert isinstance(batch.pixels, Tensor), "squares"
         embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
-        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = to_device(owner, embeds.device)
+        owner = owners(batch.segment_lengths, embeds.device)
         hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)
-        labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
-        loss_sum, token_losses = self.llm.lm_head(hidden[labelled], batch.labels[labelled])
-        if batch.is_filler:
-            loss_sum = loss_sum * 0.0
-        segment_losses = segment_sums(token_losses, owner[labelled], len(batch.segment_lengths))
-        return LossOutput(loss_sum, segment_losses)
+        return LossOutput(*packed_losses(self.llm.lm_head, hidden, batch, owner))
 
     def _hidden_states(self, embeds: Tensor, position_ids: Tensor, segment_lengths: Tensor, owner: Tensor) -> Tensor:
         if self.routing is None:

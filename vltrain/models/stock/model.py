@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vltrain.batch import Batch, ImageInputs
 from vltrain.errors import InputError
 from vltrain.families.table import family_of
+from vltrain.models.backbones.llm import packed_losses
 from vltrain.models.flops import Flops
 from vltrain.models.interface import LossOutput, VisionLanguageModel
 from vltrain.models.stock.features import Features, encode
@@ -27,8 +27,7 @@ from vltrain.models.stock.flops import count_flops
 from vltrain.models.stock.parts import Parts, holders, part_of, parts_of
 from vltrain.models.stock.reach import Reach, reach_of
 from vltrain.ops.attention import packing_arguments
-from vltrain.ops.rows import nonzero_indices, segment_sums
-from vltrain.ops.transfer import to_device
+from vltrain.ops.rows import owners
 from vltrain.schema import IGNORE_INDEX, SQUARE
 
 
@@ -183,13 +182,8 @@ class StockModel(VisionLanguageModel):
             batch.input_ids[None], features, batch.image_slots, position_ids=positions, use_cache=False,
             **self._packing(batch),
         )[0]  # fmt: skip
-        labelled = nonzero_indices(batch.labels != IGNORE_INDEX, batch.num_label_tokens)
-        loss_sum, token_losses = self.llm.lm_head(states[labelled], batch.labels[labelled])
-        if batch.is_filler:
-            loss_sum = loss_sum * 0.0
-        owner = torch.repeat_interleave(torch.arange(len(batch.segment_lengths)), batch.segment_lengths)
-        owner = to_device(owner, states.device)[labelled]
-        return LossOutput(loss_sum, segment_sums(token_losses, owner, len(batch.segment_lengths)))
+        owner = owners(batch.segment_lengths, states.device)
+        return LossOutput(*packed_losses(self.llm.lm_head, states, batch, owner))
 
     def _packing(self, batch: Batch) -> dict[str, Any]:
         decoder = self.llm.model
