@@ -203,7 +203,7 @@ def test_every_program_on_a_page_is_run():
         "INSIDE.blocks" in (ROOT / "tests/serve/test_program.py").read_text()
         and "DATA.blocks" in (ROOT / "tests/programs/test_newcomer.py").read_text()
     )
-    assert set().union(*(page.languages() for page in PAGES)) == {"bash", "python", "json", "text"}
+    assert set().union(*(page.languages() for page in PAGES)) == {"bash", "python", "json", "yaml", "text"}
 
 
 @pytest.fixture
