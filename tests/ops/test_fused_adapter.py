@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,7 +299,7 @@ def test_an_adapter_module_gives_the_same_by_either_implementation(norm, bias):
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter)
         before = (torch.nn.LayerNorm(48) if norm == "layer" else RmsNorm(48)).requires_grad_(norm != "frozen rms")
-        module = NormThenAdapter(OrderedDict(norm=before, adapter=adapter)).to(DEVICE)
+        module = NormThenAdapter(before, adapter).to(DEVICE)
         x = torch.randn(2, 7, 48, device=DEVICE, requires_grad=True)
         y = module(x)
         y.square().sum().backward()

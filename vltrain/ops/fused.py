@@ -45,6 +45,11 @@ def runs_fused(impl: str, states: Tensor, dim: int, dropout: float) -> bool:
     return impl == "triton" or (states.is_cuda and has_kernel and dim <= MAX_DIM and dropout == 0)
 
 
+def may_run_fused(impl: str, dim: int, dropout: float) -> bool:
+    """Whether states could come for which `runs_fused` is true: with `auto`, of a CUDA device that is here."""
+    return impl == "triton" or (impl == "auto" and torch.cuda.is_available() and dim <= MAX_DIM and dropout == 0)
+
+
 def _out_dtype(states: Tensor) -> torch.dtype:
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype

@@ -51,8 +51,8 @@ class AdapterConfig:
     llm: Placement = "attention"
     """Where adapters are inserted in each LLM block: before which sublayers."""
     impl: Literal["auto", "torch", "triton"] = "auto"
-    """What computes it. triton: one fused kernel, in the LLM together with the RMSNorm before it where that is frozen
-    and whole; torch: plain operations; auto: triton on CUDA where the kernel can do it, else torch."""
+    """What computes it. triton: one fused kernel, together with the RMSNorm before it where that is frozen, whole and
+    read by nothing else; torch: plain operations; auto: triton on CUDA where the kernel can do it, else torch."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "model.adapter")

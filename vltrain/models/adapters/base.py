@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
+from vltrain.models.adapters.norms import RmsForm, rms_form
 from vltrain.models.adapters.routing import Routing
 
 
@@ -25,11 +26,24 @@ class Adapter(nn.Module):
 
     takes_norm: ClassVar[bool] = False
     """Whether its forward can be given the norm before it, to run both in one kernel."""
+    norm_form: RmsForm | None = None
+    """What that norm computes, where the kernel knows it: see `take_norm`."""
 
     def __init__(self, width: int, config: AdapterConfig, routing: Routing | None = None) -> None:
         super().__init__()
         self.width, self.dim, self.dropout, self.scale = width, config.dim, config.dropout, config.scale
         self.has_bias = config.bias
+
+    def may_fuse(self) -> bool:
+        """Whether the fused kernel may compute it, here and with its settings."""
+        return False
+
+    def take_norm(self, norm: nn.Module) -> bool:
+        """Looks at the norm right before it, which its forward will be given. Returns whether the kernel takes it in: a
+        frozen RMSNorm, where the kernel may run."""
+        frozen = not any(parameter.requires_grad for parameter in norm.parameters())
+        self.norm_form = rms_form(norm) if self.may_fuse() and frozen else None
+        return self.norm_form is not None
 
     def reset_parameters(self) -> None:
         """Draws the starting weights from torch's generator; the adapter is the identity afterwards."""

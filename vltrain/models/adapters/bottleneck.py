@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,16 +11,11 @@ from torch import Tensor, nn
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.base import Adapter, require_divisible
+from vltrain.models.adapters.norms import normalised
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.quantise import num_weights
 from vltrain.ops.adapter import bottleneck_adapter, grouped_matrix
-from vltrain.ops.fused import fused_adapter, require_fused, runs_fused
-
-
-def _is_frozen_rms_norm(norm: nn.Module) -> bool:
-    """Whether the kernel can take in this norm. One that ZeRO-3 has partitioned and not gathered is empty (see
-    `NormThenAdapter`), and is called."""
-    return hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad and norm.weight.numel() > 0
+from vltrain.ops.fused import fused_adapter, may_run_fused, require_fused, runs_fused
 
 
 class BottleneckAdapter(Adapter):
@@ -51,15 +48,21 @@ class BottleneckAdapter(Adapter):
             nn.init.xavier_uniform_(group)
         self.zero(self.down_bias, self.up_weight, self.up_bias)
 
+    def may_fuse(self) -> bool:
+        on_meta = torch.get_default_device().type == "meta"  # an outline runs nowhere
+        return not on_meta and may_run_fused(self.impl, self.dim, self.dropout)
+
     def forward(self, z: Tensor, norm: nn.Module | None = None) -> Tensor:
         """`z` [..., d] -> [..., d]: g(z), or g(norm(z)), in one kernel where that can be."""
         fused = runs_fused(self.impl, z, self.dim, self.dropout)
         if norm is not None:
-            if fused and _is_frozen_rms_norm(norm):
+            form = self.norm_form
+            # A weight that ZeRO-3 has partitioned and not gathered is empty, see `NormThenAdapter`.
+            if fused and form is not None and cast(Tensor, norm.weight).numel() > 0:
                 return fused_adapter(
-                    z, *self._dense(), scale=self.scale, norm_weight=norm.weight, eps=norm.variance_epsilon
+                    z, *self._dense(), scale=self.scale, norm_weight=form.weight_of(norm), eps=form.eps
                 )
-            z = norm(z)
+            z = normalised(norm, z)
         if fused:
             return fused_adapter(z, *self._dense(), scale=self.scale)
         weights = (self.down_weight, self.down_bias, self.up_weight, self.up_bias)
@@ -126,11 +129,14 @@ class RepAdapter(BottleneckAdapter):
         """`z` [..., d] -> [..., d]: f(z), or f(norm(z))."""
         if self.residual:
             return super().forward(z, norm)
-        z = z if norm is None else norm(z)
+        z = z if norm is None else normalised(norm, z)
         hidden = F.linear(z, grouped_matrix(self.down_weight), self.down_bias)
         if self.active_dropout > 0:
             hidden = F.dropout(hidden, self.active_dropout)
         return self.scale * F.linear(hidden, grouped_matrix(self.up_weight), self.up_bias)
+
+    def may_fuse(self) -> bool:
+        return self.residual and super().may_fuse()
 
     def low_rank_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if not self.residual:

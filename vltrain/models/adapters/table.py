@@ -20,6 +20,7 @@ from vltrain.errors import InputError, nearest
 from vltrain.models.adapters.base import Adapter
 from vltrain.models.adapters.bottleneck import BottleneckAdapter, RepAdapter
 from vltrain.models.adapters.loha import LohaAdapter, LohaRouterAdapter, LohaSiluAdapter
+from vltrain.models.adapters.norms import give_back, take
 from vltrain.models.adapters.router import ConcatRouterAdapter, RouterAdapter, WeightedBottleneckAdapter
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.random import seeded
@@ -61,6 +62,11 @@ class NormThenAdapter(nn.Sequential):
     """A block's norm and the adapter behind it: by turns, or in one kernel where the adapter has one that takes in the
     norm."""
 
+    def __init__(self, norm: nn.Module, adapter: Adapter) -> None:
+        super().__init__(OrderedDict(norm=norm, adapter=adapter))
+        if adapter.takes_norm:
+            adapter.take_norm(norm)
+
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """Parameters of modules below that the forward reads without calling them, which ZeRO-3 therefore has to gather
         for this module."""
@@ -72,17 +78,43 @@ class NormThenAdapter(nn.Sequential):
 
 
 class AdapterThenSublayer(nn.Module):
-    """An adapter and the sublayer that it stands in front of, where no norm does. Called as the sublayer is."""
+    """An adapter and the sublayer that it stands in front of. Called as the sublayer is.
 
-    def __init__(self, adapter: Adapter, sublayer: nn.Module) -> None:
+    Args:
+        norm: of the block, right before it; nothing else reads its states. Where the adapter's kernel takes it in, it
+            hands its input on (`TakenNorm`). None: there is none, or others read it too.
+    """
+
+    def __init__(self, adapter: Adapter, sublayer: nn.Module, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.adapter, self.sublayer = adapter, sublayer
+        self._norms: list[nn.Module] = []  # a child of the block's, not of this module
+        if norm is not None and adapter.takes_norm and adapter.take_norm(norm):
+            take(norm)
+            self._norms.append(norm)
+
+    @property
+    def took_norm(self) -> bool:
+        """Whether the adapter computes the norm before it, too."""
+        return bool(self._norms)
+
+    def give_norm_back(self) -> None:
+        """Lets the norm compute again, in place: the adapter leaves the block."""
+        while self._norms:
+            give_back(self._norms.pop())
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """See `NormThenAdapter`."""
+        return [parameter for norm in self._norms for parameter in norm.parameters()]
+
+    def _adapted(self, states: Tensor) -> Tensor:
+        return self.adapter(states, *self._norms)
 
     def forward(self, *given: Any, **named: Any) -> Any:
         """The states [..., d] are the first argument, or `hidden_states`."""
         if given:
-            return self.sublayer(self.adapter(given[0]), *given[1:], **named)
-        return self.sublayer(**{**named, "hidden_states": self.adapter(named["hidden_states"])})
+            return self.sublayer(self._adapted(given[0]), *given[1:], **named)
+        return self.sublayer(**{**named, "hidden_states": self._adapted(named["hidden_states"])})
 
 
 def find_adapter(block: nn.Module, place: str) -> Adapter | None:
@@ -95,6 +127,8 @@ def remove_adapter(block: nn.Module, place: str) -> None:
     """Takes out the adapter at a block's `place`, if there is one."""
     found: Any = getattr(block, place)
     if isinstance(found, (NormThenAdapter, AdapterThenSublayer)):
+        if isinstance(found, AdapterThenSublayer):
+            found.give_norm_back()
         setattr(block, place, found.norm if isinstance(found, NormThenAdapter) else found.sublayer)
 
 
@@ -165,9 +199,7 @@ def insert_adapters(
         setattr(
             block,
             place,
-            NormThenAdapter(OrderedDict(norm=found, adapter=adapter))
-            if behind_norm
-            else AdapterThenSublayer(adapter, found),
+            NormThenAdapter(found, adapter) if behind_norm else AdapterThenSublayer(adapter, found),
         )
 
 

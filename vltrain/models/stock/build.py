@@ -161,6 +161,7 @@ def _finish(
         if place is not None:
             place(unit.module)
     require_hits(tuner)
+    tuner.log_fused()
     for name, module in holders(network, parts):
         is_trained = part_of(f"{name}.parameter") in trained
         if weights is not None:

@@ -8,6 +8,7 @@ in front of a sublayer, whatever norms there are around it.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -16,12 +17,16 @@ from torch import nn
 
 from vltrain.config.model.stock import NETWORKS, LowRankConfig, StockConfig
 from vltrain.errors import InputError
+from vltrain.models.adapters import Adapter
 from vltrain.models.adapters.table import AdapterThenSublayer, make_adapter
 from vltrain.models.peft.layers import lora_linear
 from vltrain.models.peft.lora import peft_parameters
 from vltrain.models.quantise import QUANTISED_BITS
 from vltrain.models.random import seeded
+from vltrain.models.stock.norms import norms_before
 from vltrain.models.stock.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 _FFN = re.compile(r"mlp|feed_forward|ffn|ff$|moe|experts")
 _MIXER = re.compile(r"attn|attention|mamba|mixer|conv|ssm|recurrent|temporal_block")
@@ -35,6 +40,8 @@ class Tuner:
         self.model = model
         self.blocks = {"vision": parts.tower_blocks, "llm": parts.decoder_blocks}
         self.hits: dict[str, set[str]] = {part: set() for part in NETWORKS}
+        self._config = parts.core.config
+        self._fused = {part: [0, 0] for part in NETWORKS}  # adapters that take a norm in, and all that may
         for part in NETWORKS if model.places_adapters else ():
             placement = getattr(model.adapter, part)
             if placement != "none" and not self.blocks[part]:
@@ -66,7 +73,31 @@ class Tuner:
             for place in names:
                 with seeded(self.model.seed, f"adapter/{part}/{number}/{place}"):
                     adapter = make_adapter(width_of(block), self.model.adapter, part=part)
-                setattr(block, place, AdapterThenSublayer(adapter, block.get_submodule(place)))
+                self._put_in(block, part, number, place, adapter)
+
+    def _put_in(self, block: nn.Module, part: str, number: int, place: str, adapter: Adapter) -> None:
+        norm = None
+        if adapter.may_fuse():
+            name = norms_before(self._config)[part][number].get(place)
+            norm = block.get_submodule(name) if name is not None and _NORM.search(name) else None
+        put_in = AdapterThenSublayer(adapter, block.get_submodule(place), norm)
+        setattr(block, place, put_in)
+        self._fused[part][0] += put_in.took_norm
+        self._fused[part][1] += adapter.may_fuse()
+
+    def log_fused(self) -> None:
+        """Says where the adapters' kernel takes a norm in; nothing where no adapter may run fused."""
+        for part, (taken, adapters) in self._fused.items():
+            if adapters:
+                logger.info(
+                    "fused adapter kernel, %s: %d of %d adapters compute the RMSNorm before them, too; %s",
+                    part,
+                    taken,
+                    adapters,
+                    "the others have none that is frozen and read by them alone"
+                    if taken < adapters
+                    else "no norm is left",
+                )
 
     def _insert_updates(self, block: nn.Module, part: str, number: int, peft: LowRankConfig) -> None:
         assert peft.kind is not None

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vltrain.errors import InputError
-from vltrain.models.adapters.table import plain_name
+from vltrain.models.adapters.table import plain_name, remove_adapter
 from vltrain.models.materialise import empty_model
 from vltrain.models.mmt.merge import Rounding, require_linear
 from vltrain.models.peft.low_rank import merge_updates
@@ -49,7 +49,7 @@ def merged_network(model: StockModel) -> tuple[PreTrainedModel, Rounding]:
     for block in model.blocks:
         for name, adapter, sublayer in list(adapted_sublayers(block)):
             _fold(adapter, sublayer, rounding)
-            setattr(block, name, sublayer)
+            remove_adapter(block, name)
     return _plain(model.network), rounding
 
 
