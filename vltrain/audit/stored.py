@@ -10,12 +10,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import peft
-import torch
-import transformers
 
 from vltrain.audit.findings import Report
 from vltrain.errors import InputError
@@ -57,5 +54,5 @@ def _versions() -> dict[str, str]:
     own = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         own.update(path.read_bytes())
-    libraries = {one.__name__: one.__version__ for one in (torch, transformers, peft)}
+    libraries = {one: metadata.version(one) for one in ("torch", "transformers", "peft")}
     return {**libraries, "vltrain": own.hexdigest()}

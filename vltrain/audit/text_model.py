@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
@@ -25,6 +23,7 @@ from vltrain.models.backbones.head import replace_head
 from vltrain.models.backbones.llm import packed_hidden_states, packed_losses
 from vltrain.models.backbones.packed_decoder import prepare_decoder
 from vltrain.models.interface import LossOutput, VisionLanguageModel
+from vltrain.models.peft.layers import load_peft
 from vltrain.models.random import seeded
 from vltrain.ops.attention import PACKED_SDPA
 from vltrain.ops.rows import owners
@@ -99,9 +98,9 @@ def text_tunings(subject: Subject) -> list[Tuning]:
         merged=partial(merged_lora, subject.model, subject),
     )
     tuned = copy.deepcopy(subject.model)
-    settings = LoraConfig(r=RANK, target_modules=linears_of(tuned.llm), init_lora_weights=False)
+    settings = load_peft().LoraConfig(r=RANK, target_modules=linears_of(tuned.llm), init_lora_weights=False)
     with seeded(0, "lora"):
-        inject_adapter_in_model(settings, tuned.llm)
+        load_peft().inject_adapter_in_model(settings, tuned.llm)
     added = frozenset(name for name, one in tuned.named_parameters() if one.requires_grad)
     lora = Tuning(title="LoRA", model=tuned, rows=rows, trained=added, merged=partial(merged_lora, tuned, subject))
     return [whole, lora]
@@ -118,7 +117,7 @@ def merged_lora(model: VisionLanguageModel, subject: Subject) -> Any:
     """transformers' network with the model's weights, peft's updates folded into them by peft."""
     merged = copy.deepcopy(subject.reference)
     theirs = dict(merged.named_parameters())
-    layers = [one for one in model.modules() if isinstance(one, LoraLayer)]
+    layers = [one for one in model.modules() if isinstance(one, load_peft().tuners.lora.LoraLayer)]
     for layer in layers:
         layer.merge()
     for name, parameter in model.named_parameters():

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainerCallback
 
 from vltrain.audit.findings import Finding
 from vltrain.audit.subject import Subject
+from vltrain.models.peft.layers import load_peft
 from vltrain.schema import IGNORE_INDEX
 
 TOKENS = 32
@@ -67,23 +67,28 @@ def _exact(model: Any, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return gradients
 
 
-class _Keep(TrainerCallback):
-    """Takes the gradients before the optimizer's step."""
+def _keeper(callback: Any) -> Any:
+    """Takes the gradients before the optimizer's step. `callback`: transformers' TrainerCallback, which is imported
+    where it is needed alone."""
 
-    def __init__(self) -> None:
-        self.gradients: dict[str, Tensor] = {}
+    class Keep(callback):
+        def __init__(self) -> None:
+            self.gradients: dict[str, Tensor] = {}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        model = named["model"]
-        self.gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            model = named["model"]
+            self.gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+    return Keep()
 
 
 def _by_trainer(model: Any, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     kept = {name: one.detach().clone() for name, one in model.named_parameters()}
-    keep = _Keep()
+    load_peft()  # which the Trainer imports, too, aloud
     # What it imports on the way (DeepSpeed) writes to the terminal.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         library = importlib.import_module("transformers")
+        keep = _keeper(library.TrainerCallback)
         arguments = library.TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=1,
