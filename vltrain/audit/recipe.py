@@ -10,13 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vltrain.audit.checks.processor import FILES, has_processor
+from vltrain.audit.checks.processor import FILES, has_processor, require_readable
 from vltrain.audit.findings import Report
 from vltrain.audit.run import audit, config_of, is_vision, model_values
 from vltrain.audit.small.config import shrink
 from vltrain.audit.stored import store_report, stored_report
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.stages import load_stages
+from vltrain.data.stock.encoder import StockEncoder
 from vltrain.data.stock.source import StockSource
 from vltrain.errors import InputError
 from vltrain.memory.sizes import assume_sizes, is_here
@@ -37,10 +38,11 @@ class Question:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the findings follow from, plain values."""
+        """What the findings follow from, plain values. Raises InputError for a processor that cannot be loaded."""
+        source = self.processor
         return {
             "config": self.config.to_dict(),
-            "processor": None if self.processor is None else asdict(self.processor),
+            "processor": None if source is None else [asdict(source), StockEncoder(source).fingerprint],
             "tunings": {title: section.identity() for title, section in self.tunings.items()},
         }
 
@@ -53,11 +55,14 @@ def audits_of(name: str) -> list[Report]:
 def require_audited(model: ModelConfig) -> None:
     """Audits a recipe's model unless it was audited before, and logs how it came out.
 
-    Raises: InputError for a model that fails, in one line: what, by how much, and where.
+    Raises: InputError for a processor that can't be used, and for a model that fails, in one line: what, by how much,
+    and where.
     """
     question = question_of(model)
     if question is None:
         return
+    if question.processor is not None:
+        require_readable(question.processor)
     report = stored_report(question.identity)
     if report is None:
         report = _answer(question, trainer=False)

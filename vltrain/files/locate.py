@@ -2,8 +2,8 @@
 
 `asset://NAME` names a file or folder shipped in `vltrain/assets`; `package://MODULE/PATH` one inside an installed
 package, found without importing it (importing may be slow or have side effects); a path that exists is itself; what is
-left and looks like `name` or `owner/name` is taken for a Hugging Face hub name and returned as it is. Nothing is
-downloaded here.
+left and looks like `name` or `owner/name` is taken for a Hugging Face hub name and returned as it is, if it can be read
+(`vltrain.files.hub`). Nothing is downloaded here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def locate(source: str) -> str:
     """The local path that `source` means, or `source` itself where it is a hub name.
 
     Raises:
-        InputError: an asset, package or path that does not exist, or a text that can be none of them.
+        InputError: an asset, package or path that does not exist, a text that can be none of them, or a hub name of
+            which nothing can be read.
     """
     scheme, separator, rest = source.partition("://")
     if separator:
@@ -40,6 +41,9 @@ def locate(source: str) -> str:
         raise InputError(
             f"'{source}': no such file or folder (looked from {os.getcwd()}), and it cannot be a hub name (owner/name)"
         )
+    from vltrain.files.hub import require_reachable  # most names are none of the hub's, whose package takes a while
+
+    require_reachable(source)
     return source
 
 

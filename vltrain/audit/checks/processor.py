@@ -1,5 +1,6 @@
-"""The processor and the model agree: as many placeholders for a picture as the model makes vectors of it, with the
-config's own sizes of images and patches and small widths."""
+"""The processor and the model agree: the chat template writes a picture where a question shows one, and there are as
+many placeholders for it as the model makes vectors of it, with the config's own sizes of images and patches and small
+widths."""
 
 from __future__ import annotations
 
@@ -11,15 +12,22 @@ from transformers import PreTrainedConfig
 from vltrain.audit.findings import Finding
 from vltrain.audit.small.config import shrink
 from vltrain.audit.small.pictures import pictures, tokens_of
+from vltrain.data.stock.encoder import StockEncoder
 from vltrain.data.stock.layouts import layouts_of
-from vltrain.data.stock.processor import StockProcessor
+from vltrain.data.stock.processor import StockProcessor, stock_processor
 from vltrain.data.stock.source import StockSource, find
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
 from vltrain.models.stock.source import network_class
+from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 WHAT = "placeholders of the processor = vectors of the model"
+_ASKED = Sample(
+    id="a picture and a question",
+    images=("picture",),
+    turns=(Turn(role="user", text=f"{IMAGE_MARKER}\nred?"), Turn(role="assistant", text="yes")),
+)
 
 
 def has_processor(place: str) -> bool:
@@ -27,12 +35,24 @@ def has_processor(place: str) -> bool:
     return any(find(locate(place), name) is not None for name in FILES)
 
 
+def require_readable(source: StockSource) -> None:
+    """Raises InputError unless the processor can be loaded, and its chat template writes a question about a picture."""
+    processor = stock_processor(source)
+    picture = next(iter(pictures()))
+    try:
+        StockEncoder(source).sample(_ASKED, lambda _: (picture.height, picture.width))
+    except InputError as error:
+        told = str(error).removeprefix(f"sample '{_ASKED.id}': ")
+        raise InputError(f"{source.key}: {processor.where}: {_ASKED.id} can't be packed: {told}") from None
+
+
 @torch.no_grad()
 def check_processor(config: PreTrainedConfig, source: StockSource) -> Finding:
     """One finding. `config`: of the model, as large as it is."""
     network: Any = network_class(config)._from_config(shrink(config, keep_pictures=True).config).eval()
     try:
-        where = _difference(network.base_model, StockProcessor(source))
+        require_readable(source)
+        where = _difference(network.base_model, stock_processor(source))
     except InputError as error:
         where = str(error)
     return Finding(what=WHAT, passed=not where, bound=None, where=where)
@@ -48,7 +68,10 @@ def _difference(core: Any, processor: StockProcessor) -> str:
             made = tokens_of(core, {name: one for name, one in tensors.items() if torch.is_tensor(one)})
         except Exception as error:  # a family's own code, given sizes that are not its own
             told = " ".join(str(error).split())[:200]
-            return f"{name}: the model refuses what the processor makes of it ({type(error).__name__}: {told})"
+            return (
+                f"{name}: the model refuses what the processor makes of it ({type(error).__name__}: {told}); take the "
+                "processor that belongs to the model"
+            )
         if written != made:
             return f"{name}: {written} placeholders, {made} vectors; take the processor that belongs to the model"
     return ""

@@ -66,7 +66,11 @@ class StockProcessor:
         """Raises: InputError for a folder without a processor, one that runs code of its own or needs packages that
         are not installed, and one that does not belong to the model."""
         require_transformers()
-        self._source, self.where = source, locate(source.processor)
+        self._source = source
+        try:
+            self.where = locate(source.processor)
+        except InputError as error:
+            raise InputError(f"{source.key}: {error}") from None
         self.config, self.family = model_config(source), family(source)
         self.image_token_id: int = self.config.image_token_id
         self.inner: Any = _load(self.where, source.key, self.config.model_type)
@@ -98,7 +102,13 @@ class StockProcessor:
                     f"model.stock.processor_options.{name}: the {type(images).__name__} of {self.where} has no such "
                     f"setting; {nearest(name, [one for one in known if not one.startswith('_')])}"
                 )
-        merged = self.inner._merge_kwargs(tokenizer_init_kwargs=self.inner.tokenizer.init_kwargs, images_kwargs=given)
+        try:
+            merged = self.inner._merge_kwargs(
+                tokenizer_init_kwargs=self.inner.tokenizer.init_kwargs, images_kwargs=given
+            )
+        except Exception as error:  # its checks of types raise errors of several kinds
+            told = " ".join(str(error).split())[:300]
+            raise InputError(f"model.stock.processor_options: found {given!r:.200}: {told}") from None
         return {**merged["images_kwargs"], "return_tensors": "pt"}
 
     def _require_one_model(self) -> None:

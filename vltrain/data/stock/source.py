@@ -105,11 +105,15 @@ def _fetched(place: str, name: str) -> Path | None:
     from transformers.utils import hub
 
     reach: Any = hub
-    found: str | None = reach.cached_file(
-        place,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    try:
+        found: str | None = reach.cached_file(
+            place,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except (OSError, ValueError) as error:  # the hub knows no such name
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"'{place}': {told}") from None
     return None if found is None else Path(found)
