@@ -117,7 +117,7 @@ def merged_lora(model: VisionLanguageModel, subject: Subject) -> Any:
     """transformers' network with the model's weights, peft's updates folded into them by peft."""
     merged = copy.deepcopy(subject.reference)
     theirs = dict(merged.named_parameters())
-    layers = [one for one in model.modules() if isinstance(one, load_peft().tuners.lora.LoraLayer)]
+    layers: list[Any] = [one for one in model.modules() if isinstance(one, load_peft().tuners.lora.LoraLayer)]
     for layer in layers:
         layer.merge()
     for name, parameter in model.named_parameters():
