@@ -74,3 +74,12 @@ def read_only(tmp_path):
 
     yield copied
     subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's tiles of 4 queries in every row, of which some are kept for backward and some are not."""
+    from vltrain.ops.packed import tiled
+
+    for name, value in {"TILE": 4, "KEPT_KEYS": 6, "SMALLEST_WIDTH": 1, "SHORTEST": 0, "LONGEST_CAUSAL": 10**9}.items():
+        monkeypatch.setattr(tiled, name, value)

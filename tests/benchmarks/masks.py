@@ -3,8 +3,8 @@
     python -m tests.benchmarks.masks [--json OUT]
 
 A row of segments of ScienceQA's lengths, 9 heads of 64 with 3 of keys (SmolLM2-135M's), fp32 on a CPU and bf16 on a
-GPU. `one mask of the row` is plain causal attention as transformers' SDPA computes it with a mask of T x T, the other
-way to keep segments apart.
+GPU; on a CPU both by padded groups (SDPA) and in tiles, whichever a run would choose. `one mask of the row` is plain
+causal attention as transformers' SDPA computes it with a mask of T x T, the other way to keep segments apart.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from tests.benchmarks.measure import alternate, command, median_ratio, report, settled
 from tests.benchmarks.samples import scienceqa_lengths
-from vltrain.ops.attention import PACKED_SDPA, packed_sdpa_forward, packing_arguments
+from vltrain.ops.attention import PACKED_SDPA, packed_sdpa_forward, packed_tiled_forward, packing_arguments
+from vltrain.ops.packed import tiled
 from vltrain.ops.packed.masks import CAUSAL, Rule, SegmentMask
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
 WINDOW, IMAGE = 128, 64
+TILED = ", in tiles"
 
 
 def row_lengths(num_tokens: int) -> list[int]:
@@ -44,9 +46,11 @@ def image_blocks(lengths: list[int]) -> Tensor:
     return torch.cat(rows)
 
 
-def competitors(num_tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """Seconds of one forward and backward, by name; what a row needs once is made in it."""
-    lengths = row_lengths(num_tokens)
+def competitors(
+    num_tokens: int, device: torch.device, dtype: torch.dtype, length: int | None
+) -> dict[str, Callable[[], float]]:
+    """Seconds of one forward and backward, by name; what a row needs once is made in it. `length`: of all segments."""
+    lengths = row_lengths(num_tokens) if length is None else [length] * max(1, num_tokens // length)
     generator = torch.Generator().manual_seed(0)
     states = [
         torch.randn(1, heads, sum(lengths), WIDTH, generator=generator).to(device, dtype).requires_grad_()
@@ -56,11 +60,13 @@ def competitors(num_tokens: int, device: torch.device, dtype: torch.dtype) -> di
     upstream = torch.randn(1, sum(lengths), HEADS, WIDTH, generator=generator).to(device, dtype)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
-    def packed(rule: Rule = CAUSAL, blocks: Tensor | None = None, **options: Any) -> Callable[[], Tensor]:
+    def packed(
+        rule: Rule = CAUSAL, blocks: Tensor | None = None, *, forward: Any = packed_sdpa_forward, **options: Any
+    ) -> Callable[[], Tensor]:
         def run() -> Tensor:
             arguments = packing_arguments(PACKED_SDPA, torch.tensor(lengths), device, dtype, blocks=blocks)
             arguments["attention_mask"] = SegmentMask(arguments["packing"], rule)
-            return packed_sdpa_forward(nn.Module(), *states, **arguments, **options)[0]
+            return forward(nn.Module(), *states, **arguments, **options)[0]
 
         return run
 
@@ -69,15 +75,18 @@ def competitors(num_tokens: int, device: torch.device, dtype: torch.dtype) -> di
         key, value = (one.repeat_interleave(HEADS // KV_HEADS, 1) for one in states[1:])
         return F.scaled_dot_product_attention(states[0], key, value, attn_mask=mask).transpose(1, 2)
 
-    ways = {
-        "causal": packed(),
-        f"window of {WINDOW}": packed(Rule("window", WINDOW)),
-        f"chunks of {WINDOW}": packed(Rule("chunk", WINDOW)),
-        f"image blocks of {IMAGE}": packed(blocks=image_blocks(lengths)),
-        "softcap": packed(softcap=50.0),
-        "sinks": packed(s_aux=sinks),
-        "one mask of the row": whole,
+    cases: dict[str, dict[str, Any]] = {
+        "causal": {},
+        f"window of {WINDOW}": {"rule": Rule("window", WINDOW)},
+        f"chunks of {WINDOW}": {"rule": Rule("chunk", WINDOW)},
+        f"image blocks of {IMAGE}": {"blocks": image_blocks(lengths)},
+        "softcap": {"softcap": 50.0},
+        "sinks": {"s_aux": sinks},
     }
+    ways = {name: packed(**case) for name, case in cases.items()}
+    if device.type == "cpu":
+        ways |= {f"{name}{TILED}": packed(**case, forward=packed_tiled_forward) for name, case in cases.items()}
+    ways["one mask of the row"] = whole
     return {name: _timed(run, upstream, device) for name, run in ways.items()}
 
 
@@ -97,15 +106,20 @@ def _timed(run: Callable[[], Tensor], upstream: Tensor, device: torch.device) ->
 def main() -> None:
     parser = command(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="of the row (default: 4096)")
+    parser.add_argument("--length", type=int, help="of all segments (default: ScienceQA's lengths)")
     given = settled(parser.parse_args())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    results = alternate(competitors(600 if given.quick else given.tokens, device, dtype), given.runs)
+    tiled.SHORTEST, tiled.LONGEST_CAUSAL = 0, 10**9
+    results = alternate(competitors(600 if given.quick else given.tokens, device, dtype, given.length), given.runs)
     rows = [
         {
             "attention": name,
             "ms": 1e3 * statistics.median(seconds),
             "times plain causal": median_ratio(seconds, results["causal"]),
+            "SDPA's, times that in tiles": (
+                median_ratio(results[name.removesuffix(TILED)], seconds) if name.endswith(TILED) else None
+            ),
         }
         for name, seconds in results.items()
     ]

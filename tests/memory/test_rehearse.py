@@ -95,10 +95,12 @@ def test_a_rehearsal_keeps_what_autograd_saves(name: str) -> None:
     assert said.kept == pytest.approx(found, rel=0.01)
 
 
-def test_in_bf16_layer_norms_keep_fp32_as_on_cuda() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "tiled"])
+def test_in_bf16_layer_norms_keep_fp32_as_on_cuda(attention: str) -> None:
     """The LLM has none, so that there a CPU's run keeps the same; a ViT of a CPU keeps half as much around its
     norms."""
-    config = tiny_config(vision={"tap_every": 5}, llm={"config": MID_SIZE}, adapter={"vision": "none"})
+    llm = {"config": MID_SIZE, "attention": attention}
+    config = tiny_config(vision={"tap_every": 5}, llm=llm, adapter={"vision": "none"})
     assert config.vision.tap_every == 5
     size = PackSize(num_tokens=300, num_images=0, num_label_tokens=120, num_segments=6, origin="")
     said = rehearse(

@@ -16,7 +16,7 @@ from vltrain.errors import InputError
 from vltrain.models.backbones.head import logit_transform, replace_head
 from vltrain.models.backbones.llm import checkpoint_blocks
 from vltrain.models.backbones.packed_decoder import GroupedMixer, beyond_kernels, prepare_decoder
-from vltrain.ops.attention import PACKED_SDPA, packing_arguments
+from vltrain.ops.attention import PACKED_SDPA, PACKED_TILED, packing_arguments
 from vltrain.ops.loss import LogitTransform
 
 LENGTHS = (13, 1, 5, 11, 20, 9)
@@ -93,6 +93,16 @@ def test_a_packed_row_is_its_segments_alone(name: str) -> None:
 def test_eager_too(name: str) -> None:
     model, stock = prepared(name, "eager"), tiny_decoder(name)
     assert_same(model, stock, packed(model, "eager"), alone(stock))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "gpt_oss", "llama4_text", "falcon_h1"])
+def test_tiles_too(name: str, recomputed: bool, small_tiles: None) -> None:
+    """With softcap, windows, chunks and sinks; with activation checkpointing."""
+    model, stock = prepared(name, PACKED_TILED).train(), tiny_decoder(name)
+    if recomputed:
+        checkpoint_blocks(decoder_of(model), {"use_reentrant": False})
+    assert_same(model, stock, packed(model, PACKED_TILED), alone(stock))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from tests.support import attention_kernels
 from vltrain.ops import attention, reference
 from vltrain.ops.attention import (
     PACKED_SDPA,
+    PACKED_TILED,
     PACKED_VARLEN,
     packed_sdpa_forward,
+    packed_tiled_forward,
     packed_varlen_forward,
     packing_arguments,
 )
@@ -59,19 +61,20 @@ def varlen(monkeypatch: pytest.MonkeyPatch):
     return put
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "2_10", "2_11", "2_12"])
+@pytest.mark.parametrize("kernel", ["sdpa", "tiled", "2_10", "2_11", "2_12"])
 @pytest.mark.parametrize("lengths", [[1], [9], [4, 4, 4], [1, 7, 2, 30, 3, 3, 1]])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
 def test_values_and_gradients_are_those_of_each_segment_alone(
-    lengths: list[int], heads: int, kv_heads: int, kernel: str, varlen
+    lengths: list[int], heads: int, kv_heads: int, kernel: str, varlen, small_tiles: None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, sum(lengths), count, 8) for count in (heads, kv_heads, kv_heads)]
     ours = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     scaling = 8**-0.5 if kernel == "2_10" else 0.3
-    forward, name = (packed_sdpa_forward, PACKED_SDPA) if kernel == "sdpa" else (packed_varlen_forward, PACKED_VARLEN)
-    if kernel != "sdpa":
+    ours_alone = {"sdpa": (packed_sdpa_forward, PACKED_SDPA), "tiled": (packed_tiled_forward, PACKED_TILED)}
+    forward, name = ours_alone.get(kernel, (packed_varlen_forward, PACKED_VARLEN))
+    if kernel not in ours_alone:
         varlen(kernel)
     arguments = packing_arguments(name, torch.tensor(lengths), torch.device("cpu"), torch.float64)
     result, weights = forward(
@@ -81,7 +84,7 @@ def test_values_and_gradients_are_those_of_each_segment_alone(
         *(tensor.transpose(1, 2) for tensor in theirs), torch.tensor(lengths), scaling=scaling
     )
     assert weights is None
-    if kernel != "sdpa":
+    if kernel not in ours_alone:
         assert [(f"varlen {kernel.replace('_', '.')}", len(lengths))] == attention_kernels.CALLS
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)

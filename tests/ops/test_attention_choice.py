@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralCon
 from tests.support import attention_kernels
 from vltrain.errors import InputError
 from vltrain.ops import attention_choice
-from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN
+from vltrain.ops.attention import PACKED_SDPA, PACKED_TILED, PACKED_VARLEN
 from vltrain.ops.attention_choice import choose_attention
 
 ALL = ("flash-attn", "flash-attn-3", "flash-attn-4")
@@ -61,8 +61,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
             None,
             (),
             True,
-            PACKED_SDPA,
-            "sdpa (of flash-attn and varlen: the model runs on 'cpu', and it needs a CUDA device)",
+            PACKED_TILED,
+            "tiled (of flash-attn and varlen: the model runs on 'cpu', and it needs a CUDA device)",
         ),
         ("cuda:0", FP32, (9, 0), ALL, True, PACKED_SDPA, "products are in float32 (train.precision)"),
         (
@@ -126,14 +126,15 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
     ],
 )
 def test_automatic_choice_and_its_reason(
-    machine, caplog, device, dtype, capability, packages, varlen, chosen, reason
+    machine, caplog, device, dtype, capability, packages, varlen, chosen, reason, monkeypatch
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     if capability is not None:
         machine(capability, packages, varlen)
     with caplog.at_level(logging.INFO, logger="vltrain"):
         assert choose_attention("auto", CONFIG, device, dtype) == chosen
     (line,) = caplog.messages
-    name = {PACKED_SDPA: "sdpa", PACKED_VARLEN: "varlen"}.get(chosen, chosen)
+    name = {PACKED_SDPA: "sdpa", PACKED_TILED: "tiled", PACKED_VARLEN: "varlen"}.get(chosen, chosen)
     assert line.startswith(f"attention of packed rows: {name} (") and reason in line
 
 
@@ -336,3 +337,30 @@ def test_no_package_is_imported_that_does_not_fit(machine) -> None:
     choose_attention("auto", CONFIG, "cuda", BF16)
     machine_modules = {"flash_attn", "flash_attn.cute", "flash_attn_interface"}
     assert not machine_modules & set(sys.modules)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("get_num_threads", lambda: 8, "tiled: it was measured with 2 threads at most, not 8"),
+        ("backends.mkl.is_available", lambda: False, "tiled: it was measured with MKL's products"),
+    ],
+)
+def test_tiles_only_where_they_were_measured_to_be_faster(monkeypatch, caplog, attribute, value, reason) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(f"torch.{attribute}", value)
+    with caplog.at_level(logging.INFO, logger="vltrain"):
+        assert choose_attention("auto", CONFIG, "cpu", BF16) == PACKED_SDPA
+    assert reason in caplog.text
+    assert choose_attention("tiled", CONFIG, "cpu", BF16) == choose_attention("tiled", CONFIG, "meta", BF16)
+    assert choose_attention("tiled", CONFIG, "cpu", BF16) == PACKED_TILED
+
+
+def test_tiles_that_cannot_be(monkeypatch) -> None:
+    with pytest.raises(InputError, match="found 'tiled', but the model runs on 'cuda', and it is made for CPUs"):
+        choose_attention("tiled", CONFIG, "cuda", BF16)
+    dropping = LlamaConfig(hidden_size=256, num_attention_heads=4, attention_dropout=0.1)
+    with pytest.raises(InputError, match="attention_dropout of 0.1, and it has none. Use 'auto' or 'sdpa'"):
+        choose_attention("tiled", dropping, "cpu", FP32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert choose_attention("auto", dropping, "cpu", FP32) == PACKED_SDPA

@@ -24,8 +24,10 @@ from vltrain.errors import InputError
 from vltrain.ops import reference
 from vltrain.ops.attention import (
     PACKED_SDPA,
+    PACKED_TILED,
     PACKED_VARLEN,
     packed_sdpa_forward,
+    packed_tiled_forward,
     packed_varlen_forward,
     packing_arguments,
 )
@@ -195,10 +197,11 @@ def case(heads: int, kv_heads: int) -> tuple[list[Tensor], list[Tensor]]:
     return [*ours, sinks], [tensor.detach().clone().requires_grad_() for tensor in (*ours, sinks)]
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "tiled"])
 @pytest.mark.parametrize("kind", ["causal", "window", "chunk", "blocks"])
 @pytest.mark.parametrize("softcap, with_sinks", [(None, False), (0.7, False), (None, True), (0.7, True)])
 def test_values_and_gradients_are_those_of_each_segment_alone(
-    kind: str, softcap: float | None, with_sinks: bool
+    kind: str, softcap: float | None, with_sinks: bool, kernel: str, small_tiles: None
 ) -> None:
     ours, theirs = case(4, 2)
     blocks = torch.tensor(sum(BLOCKS, [])) if kind == "blocks" else None
@@ -211,7 +214,8 @@ def test_values_and_gradients_are_those_of_each_segment_alone(
         near = {"window": key > query - WINDOW, "chunk": key // WINDOW == query // WINDOW}.get(kind, True)
         return together or (key <= query and near)
 
-    result, _ = packed_sdpa_forward(
+    forward = packed_sdpa_forward if kernel == "sdpa" else packed_tiled_forward
+    result, _ = forward(
         torch.nn.Module(),
         *(tensor.transpose(1, 2) for tensor in ours[:3]),
         scaling=0.3,
@@ -255,7 +259,14 @@ def test_varlen_has_windows(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Non
         )
 
 
-@pytest.mark.parametrize("forward, name", [(packed_sdpa_forward, PACKED_SDPA), (packed_varlen_forward, PACKED_VARLEN)])
+@pytest.mark.parametrize(
+    "forward, name",
+    [
+        (packed_sdpa_forward, PACKED_SDPA),
+        (packed_tiled_forward, PACKED_TILED),
+        (packed_varlen_forward, PACKED_VARLEN),
+    ],
+)
 def test_an_argument_that_is_not_known_is_an_error(forward: Callable[..., Any], name: str) -> None:
     states = [torch.randn(1, 2, 5, 8)] * 3
     arguments = packing_arguments(name, torch.tensor([2, 3]), torch.device("cpu"), torch.float32)

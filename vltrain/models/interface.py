@@ -19,7 +19,7 @@ from vltrain.batch import ImageInputs
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.backbones.family import Network
 from vltrain.models.flops import Flops
-from vltrain.ops.attention import PACKED_SDPA
+from vltrain.ops.attention import PACKED_SDPA, PACKED_TILED
 from vltrain.schema import IMAGE_TOKEN, Framing
 
 Place = Callable[[nn.Module], None] | None
@@ -112,7 +112,8 @@ class VisionLanguageModel(nn.Module):
     @property
     def fp32_attention(self) -> str:
         """The LLM's attention where products are in fp32, which flash kernels do not know: transformers' name."""
-        return "eager" if self.llm.config._attn_implementation == "eager" else PACKED_SDPA
+        chosen = self.llm.config._attn_implementation
+        return chosen if chosen in ("eager", PACKED_TILED) else PACKED_SDPA
 
     @classmethod
     def part_of(cls, name: str) -> str:

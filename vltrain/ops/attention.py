@@ -8,10 +8,12 @@ computed is chosen in `vltrain.ops.attention_choice`. All are exact:
                      a layer asks for none: a mask of T x T would cost T / L times the work, and keep CUDA from its
                      flash kernel. Sliding windows, chunks and blocks get a mask of L x L; a softcap or sinks, which
                      torch's attention does not know, are computed in plain operations.
+`tiled`              rows of queries at a time against the keys that they see, on CPUs (`vltrain.ops.packed.tiled`).
+                     Knows all that `sdpa` does but dropout; rows that SDPA computes faster go to it.
 `eager`              softmax over T x T scores with a mask, in plain operations; to look at, not to train with.
 
-`sdpa` and `varlen` are registered in transformers' own table of attention functions; a call that says nothing of
-segments (generation with a key-value cache) goes to transformers' own attention. An argument that could change what
+`sdpa`, `tiled` and `varlen` are registered in transformers' own table of attention functions; a call that says nothing
+of segments (generation with a key-value cache) goes to transformers' own attention. An argument that could change what
 attention computes and is not known here is an error.
 """
 
@@ -32,8 +34,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from vltrain.errors import InputError
-from vltrain.ops.packed.masks import PACKED_SDPA, PACKED_VARLEN, SegmentMask, row_mask, segment_mask
+from vltrain.ops.packed.masks import PACKED_SDPA, PACKED_TILED, PACKED_VARLEN, SegmentMask, row_mask, segment_mask
 from vltrain.ops.packed.packing import BlockRule, Packing, from_padded, to_padded
+from vltrain.ops.packed.tiled import Scores, tiled_attention, tiles_of, worth_tiling
 
 WITHOUT_EFFECT = frozenset({
     "packing", "position_ids", "position_embeddings", "cache", "cache_position", "past_key_values", "use_cache",
@@ -74,13 +77,13 @@ def packing_arguments(
         segment_lengths: int64 [S] on the CPU, all positive, summing to T.
         device, dtype: of the hidden states.
         blocks: int64 [T] on the CPU, or [0] or None for no blocks: tokens of a segment that have one number from 0 on
-            see each other both ways. Of ours, `sdpa` and `eager` alone can do that.
+            see each other both ways. Of ours, `sdpa`, `tiled` and `eager` can do that.
         block_rule: in which layers they do.
     """
     if blocks is not None and not len(blocks):
         blocks = None
     packing = Packing(segment_lengths, device, blocks, block_rule)
-    if implementation in (PACKED_SDPA, "eager"):
+    if implementation in (PACKED_SDPA, PACKED_TILED, "eager"):
         return {"packing": packing, "attention_mask": row_mask(packing)}
     assert blocks is None, f"{implementation} cannot show blocks both ways"
     if implementation == PACKED_VARLEN:
@@ -124,6 +127,43 @@ def packed_sdpa_forward(
     if mask is None:
         return _unpacked(module, query, key, value, attention_mask, how, kwargs)
     assert len(query) == 1, "a packed row is a batch of one"
+    return _grouped_attention(query, key, value, mask, how), None
+
+
+def packed_tiled_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed rows on a CPU, in tiles. Arguments: see `packed_sdpa_forward`.
+
+    Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
+    """
+    how = _Softmax(dropout, scaling, softcap, s_aux)
+    mask = _checked_mask(attention_mask, sliding_window, kwargs)
+    if mask is None:
+        return _unpacked(module, query, key, value, attention_mask, how, kwargs)
+    assert len(query) == 1, "a packed row is a batch of one"
+    assert not dropout, "tiles have no dropout"
+    dtype = _product_dtype(value)
+    if how.is_plain and not worth_tiling(mask, query.shape[-1], dtype):
+        return _grouped_attention(query, key, value, mask, how), None
+    query, key, value = (states[0].to(dtype) for states in (query, key, value))
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
+    return tiled_attention(query, key, value, tiles_of(mask), scores, s_aux).to(dtype)[None], None
+
+
+def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, how: _Softmax) -> Tensor:
+    """Attention of a packed row by padded groups: `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D] -> [1, T, H,
+    D]."""
     packing = mask.packing
     query, key, value = (to_padded(states[0].transpose(0, 1), packing) for states in (query, key, value))  # [P, H, D]
     outputs = []
@@ -131,7 +171,7 @@ def packed_sdpa_forward(
         q, k, v = (states[part].unflatten(0, (num_segments, length)).transpose(1, 2) for states in (query, key, value))
         output = _group_attention(q, k, v, allowed, how)  # [S, H, L, D]
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    return from_padded(torch.cat(outputs), packing)[None], None
+    return from_padded(torch.cat(outputs), packing)[None]
 
 
 def _group_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, how: _Softmax) -> Tensor:
@@ -244,13 +284,18 @@ def packed_varlen_forward(
     assert len(query) == 1, "a packed row is a batch of one"
     assert not dropout, "varlen_attn has no dropout"
     assert how.is_plain and mask.rule.kind != "chunk", "varlen_attn knows windows alone"
-    # Autocast does not reach into custom operations, and a rotary embedding in fp32 leaves queries and keys in it.
-    autocast = torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if autocast else value.dtype
+    dtype = _product_dtype(value)
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, H, D]
     packing = mask.packing
     window = mask.rule.size if mask.rule.kind == "window" else None
     return causal_varlen(query, key, value, packing.starts, packing.longest, scaling, window)[None], None
+
+
+def _product_dtype(value: Tensor) -> torch.dtype:
+    """That of autocast, which does not reach into custom operations: a rotary embedding in fp32 leaves queries and keys
+    in it."""
+    autocast = torch.is_autocast_enabled(value.device.type)
+    return torch.get_autocast_dtype(value.device.type) if autocast else value.dtype
 
 
 def causal_varlen(
@@ -304,3 +349,4 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
 AttentionInterface.register(PACKED_VARLEN, packed_varlen_forward)
+AttentionInterface.register(PACKED_TILED, packed_tiled_forward)

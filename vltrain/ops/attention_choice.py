@@ -5,12 +5,15 @@ sizes and packages.
 
     flash_attention_3  flash_attention_4  flash_attention_2   flash-attn's kernels, where a package of them is installed
     varlen                                                    torch's own build of such a kernel, from torch 2.10
+    tiled                                                     queries in tiles, on a CPU
     sdpa                                                      torch's attention over segments as a padded batch,
                                                               anywhere
 
 and says in the log why not those before it. Compute capability sorts the first three out: 3 is Hopper's, 4 Hopper's and
 Blackwell's, 2 runs from Ampere on. A package counts once the functions that are needed have been imported from it:
 flash-attn 2 and 4 share an import name, and either may have been built for another torch.
+
+`tiled` itself hands rows to `sdpa` whose segments that computes faster (`vltrain.ops.packed.tiled.worth_tiling`).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vltrain.errors import InputError
-from vltrain.ops.attention import PACKED_SDPA, PACKED_VARLEN, varlen_offers
+from vltrain.ops.attention import PACKED_SDPA, PACKED_TILED, PACKED_VARLEN, varlen_offers
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,9 @@ PACKAGES = {
     "flash_attention_3": Package("flash-attn-3", "flash_attn_interface", "its build from flash-attn's folder hopper"),
     "flash_attention_4": Package("flash-attn-4", "flash_attn.cute", "pip install flash-attn-4"),
 }
-IMPLEMENTATIONS = {"sdpa": PACKED_SDPA, "varlen": PACKED_VARLEN}
+IMPLEMENTATIONS = {"sdpa": PACKED_SDPA, "tiled": PACKED_TILED, "varlen": PACKED_VARLEN}
+TILED_THREADS = 2
+"""Up to which `tiled` was measured: SDPA spreads over more of them, as its work needs no large products."""
 
 
 def choose_attention(
@@ -83,7 +88,8 @@ def choose_attention(
     """Settles `auto` of the setting `key` and returns transformers' name of the implementation, logging (`log`) the
     choice and its reason.
 
-    An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`.
+    An outline on the meta device runs nowhere, so that it may be asked for anything and stands for it with `sdpa`, or
+    with `tiled`, which keeps more in memory.
 
     Args:
         config: of the LLaMA, for the length of its heads and its dropout.
@@ -96,7 +102,9 @@ def choose_attention(
     """
     device, beyond = torch.device(device), beyond or beyond_kernels(config)
     if device.type == "meta":
-        return "eager" if requested == "eager" else PACKED_SDPA
+        return {"eager": "eager", "tiled": PACKED_TILED}.get(requested, PACKED_SDPA)
+    if requested == "tiled" and (reason := why_not_tiled(config, device)):
+        raise InputError(f"{key}: found 'tiled', but {reason}. Use 'auto' or 'sdpa'")
     if requested in KERNELS and (reason := why_not(requested, config, device, dtype, beyond)):
         raise InputError(f"{key}: found '{requested}', but {reason}. Use 'auto' or 'sdpa'")
     chosen, because = requested, f"{key} asks for it"
@@ -109,6 +117,9 @@ def choose_attention(
                 break
             reasons[name] = reason
         because = _because(reasons) or "it is installed and fits"
+        if chosen == "sdpa" and device.type == "cpu":
+            reason = why_not_tiled(config, device) or _why_not_measured()
+            chosen, because = ("sdpa", f"{because}; tiled: {reason}") if reason else ("tiled", because)
     if log:
         logger.info("attention of packed rows: %s (%s)", chosen, because)
     return IMPLEMENTATIONS.get(chosen, chosen)
@@ -153,6 +164,22 @@ def why_not(name: str, config: Any, device: torch.device, dtype: torch.dtype, be
             return f"this LLM attends in sliding windows, and the varlen_attn of torch {torch.__version__} has none"
         return None
     return _why_no_package(name)
+
+
+def why_not_tiled(config: Any, device: torch.device) -> str | None:
+    """Why `tiled` cannot run here, or None."""
+    if device.type != "cpu":
+        return f"the model runs on '{device}', and it is made for CPUs"
+    dropout = getattr(config, "attention_dropout", 0.0)
+    return f"this LLM has an attention_dropout of {dropout}, and it has none" if dropout else None
+
+
+def _why_not_measured() -> str | None:
+    """Why nobody knows that `tiled` is faster here, or None."""
+    if not torch.backends.mkl.is_available():
+        return "it was measured with MKL's products, which this torch does not have"
+    threads = torch.get_num_threads()
+    return None if threads <= TILED_THREADS else f"it was measured with {TILED_THREADS} threads at most, not {threads}"
 
 
 def _why_no_package(name: str) -> str | None:

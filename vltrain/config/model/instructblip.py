@@ -91,7 +91,7 @@ class InstructBlipConfig:
     """A folder of peft's, LoRA or AdaLoRA, as `vltrain export` or peft itself writes it, that the tuned parameters
     start from; layers, ranks and scaling must be the recipe's. null: untrained updates."""
     attention: Literal[
-        "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+        "auto", "eager", "sdpa", "tiled", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = "auto"
     """Attention of a LLaMA's packed rows, as `model.llm.attention`. T5's is transformers' own."""
     kernels: Literal["auto", "torch", "liger"] = "auto"

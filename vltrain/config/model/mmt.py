@@ -149,10 +149,11 @@ class LLMConfig:
     tokenizer: str | None = None
     """Where the tokenizer is, if not beside the weights; required with random weights."""
     attention: Literal[
-        "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+        "auto", "eager", "sdpa", "tiled", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = "auto"
     """Attention of packed rows; auto: where products are in bf16 on CUDA a flash-attn that is installed and fits the
-    GPU, else torch's own variable-length kernel (torch 2.10), else SDPA over segments as a padded batch."""
+    GPU, else torch's own variable-length kernel (torch 2.10), else SDPA over segments as a padded batch; on a CPU with
+    one or two threads `tiled`, vltrain's own, in whose favour SDPA is left where that was measured to be faster."""
     kernels: Literal["auto", "torch", "liger"] = "auto"
     """What computes norms, rotary embedding and SwiGLU; auto: Liger's kernels on CUDA where they are installed (extra
     `gpu`), else torch."""

@@ -67,7 +67,7 @@ class StockSection:
     processor_options: dict[str, Any] = field(default_factory=dict)
     """Settings of its image processor that differ from its own, e.g. `max_pixels`, `size`, `do_pan_and_scan`."""
     attention: Literal[
-        "auto", "eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+        "auto", "eager", "sdpa", "tiled", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = "auto"
     """Attention of the LLM's packed rows, as `model.llm.attention`."""
     tune: Literal["adapters", "projector", "full"] = "adapters"

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vltrain.errors import InputError
 from vltrain.ops import attention_choice
-from vltrain.ops.packed.masks import PACKED_SDPA
+from vltrain.ops.packed.masks import PACKED_SDPA, PACKED_TILED
 from vltrain.ops.packed.packing import Packing, from_padded, to_padded
 
 CACHES = frozenset({"cache", "cache_params", "past_key_values", "past_key_value", "layer_past"})
@@ -43,7 +43,7 @@ def prepare_decoder(decoder: PreTrainedModel, implementation: str) -> None:
             f"{type(decoder).__name__} has an attention of its own, which packed rows cannot be given; expected one "
             "that transformers' attention interface reaches"
         )
-    if implementation not in ("eager", PACKED_SDPA) and (reason := beyond_kernels(decoder)):
+    if implementation not in ("eager", PACKED_SDPA, PACKED_TILED) and (reason := beyond_kernels(decoder)):
         raise InputError(f"attention '{implementation}': found an LLM that {reason}; use 'auto' or 'sdpa'")
     for mixer in mixers:
         if not isinstance(mixer, GroupedMixer):

@@ -25,6 +25,9 @@ from vltrain.ops.packed.packing import Packing
 # Not "..._sdpa": transformers refuses names with that in them for models whose attention its own SDPA cannot compute.
 PACKED_SDPA = "vltrain_packed"
 PACKED_VARLEN = "vltrain_packed_varlen"
+PACKED_TILED = "vltrain_packed_tiled"
+Places = Any
+"""Whole numbers that are broadcast: a tensor, or an array of numpy's."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,17 @@ class Rule:
     kind: Literal["causal", "window", "chunk"] = "causal"
     size: int = 0
 
-    def allowed(self, query: Tensor, key: Tensor) -> Tensor:
+    def allowed(self, query: Places, key: Places) -> Places:
         """bool, of positions int64 that are broadcast."""
         return (key <= query) & self.near(query, key)
 
-    def near(self, query: Tensor, key: Tensor) -> Tensor:
+    def near(self, query: Places, key: Places) -> Places:
         """The same without causality, of a key behind the query too."""
         if self.kind == "window":
             return key > query - self.size
         if self.kind == "chunk":
             return key // self.size == query // self.size
-        return torch.ones_like(key <= query)
+        return (key <= query) | True
 
     def is_causal_at(self, length: int) -> bool:
         """Whether it is plain causality in a segment of that length."""
@@ -108,13 +111,23 @@ class SegmentMask:
             lengths = packing.lengths
             owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
             place = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths)[owner]
-            blocks = packing.blocks if self._sees_blocks else None
+            blocks = self.blocks
             allowed = self._seen(place, None if blocks is None else blocks.to("cpu")) & (owner[:, None] == owner)
             allowed = allowed[None, None].to(packing.device)
             packing.masks[name] = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
         mask = packing.masks[name]
         assert mask is not None
         return mask
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is plain causality in all segments of the row."""
+        return self.blocks is None and self.rule.is_causal_at(self.packing.longest)
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """The row's, where tokens of one see each other under this rule."""
+        return self.packing.blocks if self._sees_blocks else None
 
     @property
     def _sees_blocks(self) -> bool:
@@ -128,11 +141,17 @@ class SegmentMask:
 
     def _seen(self, place: Tensor, blocks: Tensor | None) -> Tensor:
         """bool [..., L, L], of places int64 [L] in segments, and blocks int64 [..., L]."""
-        query, key = place[:, None], place[None, :]
+        of = (None, None) if blocks is None else (blocks[..., :, None], blocks[..., None, :])
+        return self.sees(place[:, None], place[None, :], *of)
+
+    def sees(
+        self, query: Places, key: Places, query_block: Places | None = None, key_block: Places | None = None
+    ) -> Places:
+        """bool, of places in one segment and numbers of blocks, int64, that are broadcast."""
         allowed = self.rule.allowed(query, key)
-        if blocks is None:
+        if query_block is None or key_block is None:
             return allowed
-        together = (blocks[..., :, None] == blocks[..., None, :]) & (blocks >= 0)[..., None, :]
+        together = (query_block == key_block) & (key_block >= 0)
         if self.packing.block_rule != "over_window":
             together = together & self.rule.near(query, key)
         return allowed | together
@@ -222,4 +241,5 @@ def packed_eager_mask(*, attention_mask: Tensor | None = None, **arguments: Any)
 
 AttentionMaskInterface.register(PACKED_SDPA, packed_mask)
 AttentionMaskInterface.register(PACKED_VARLEN, packed_mask)
+AttentionMaskInterface.register(PACKED_TILED, packed_mask)
 AttentionMaskInterface.register("eager", packed_eager_mask)

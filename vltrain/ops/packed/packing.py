@@ -34,6 +34,7 @@ class Packing:
     lengths  int64 [S] on the CPU.
     blocks   int64 [T] on the CPU, or None: tokens of a segment with one number from 0 on see each other both ways.
     masks    what `vltrain.ops.packed.masks` made for this row, kept for the layers that ask for the same.
+    tiles    what `vltrain.ops.packed.tiled` made of them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Packing:
         self.blocks = blocks
         self.block_rule: BlockRule = block_rule
         self.masks: dict[Any, Tensor | None] = {}
+        self.tiles: dict[Any, list[Any]] = {}
 
     @cached_property
     def starts(self) -> Tensor:
