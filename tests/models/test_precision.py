@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.support import kinds
 from tests.support.precision import CudaLists, Products
+from vltrain.ops import attention_choice
 
 MOST_FP32 = 0.01  # of all multiplications
 # Where T5's bias of positions is trained, a CPU takes torch's plain attention, which multiplies in fp32; CUDA's
@@ -32,7 +33,8 @@ def most_fp32() -> float:
 
 
 @pytest.mark.parametrize("name", kinds.NAMES)
-def test_products_are_bf16_and_none_mixes_dtypes(name, most_fp32):
+def test_products_are_bf16_and_none_mixes_dtypes(name, most_fp32, monkeypatch):
+    monkeypatch.setattr(attention_choice, "TILED_THREADS", 0)  # a CPU's tiles multiply in fp32, and CUDA has none
     model, batch = kinds.make(name, dtype=torch.bfloat16)
     with Products() as products:
         with CudaLists(), torch.autocast("cpu", torch.bfloat16):

@@ -96,7 +96,9 @@ ZERO: dict[str, Any] = {
     "stage3_gather_16bit_weights_on_model_save": _off(
         False, "it has no effect: checkpoints are vltrain's own, whole and in fp32"
     ),
-    "stage3_module_granularity_threshold": COUNT,
+    "stage3_module_granularity_threshold": _off(
+        0, "it makes modules leaves by their size, with which DeepSpeed 0.19 stops at the first forward"
+    ),
     "stage3_use_all_reduce_for_fetch_params": FLAG,
     "stage3_allgather_sequential": FLAG,
     "offload_param": _OFFLOAD_PARAM,
@@ -139,7 +141,6 @@ OF_STAGES: dict[str, tuple[tuple[int, ...], Any]] = {
     "stage3_prefetch_bucket_size": ((3,), 50_000_000),
     "stage3_param_persistence_threshold": ((3,), 100_000),
     "stage3_model_persistence_threshold": ((3,), 2**63 - 1),
-    "stage3_module_granularity_threshold": ((3,), 0),
     "sub_group_size": ((3,), 1_000_000_000),
     **dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), ((3,), 1_000_000_000)),
     **dict.fromkeys(
