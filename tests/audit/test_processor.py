@@ -60,7 +60,7 @@ def test_a_recipe_of_stock(name, tmp_path, monkeypatch):
     report = stored_report(question.identity)
     assert report.passed
     titles = {one.what for one in report.findings}
-    assert {"gradient packed = alone (as the recipe tunes it)", WHAT} <= titles
+    assert {"gradient packed = alone", WHAT} <= titles
 
 
 def test_a_folder_without_one(tmp_path):

@@ -49,7 +49,6 @@ def test_mistakes(tmp_path, capsys):
         "no config.json": [str(tmp_path.parent)],
         "expected one model or recipe": [],
         "no recipe of that name": ["quickstrat"],
-        "expected mmt or stock": ["qformer_shapes"],
         "a file in a folder that exists": [str(tmp_path), "--json", str(tmp_path / "none" / "a.json")],
     }
     for said, words in cases.items():
@@ -73,7 +72,8 @@ def test_before_a_first_step_once_for_a_config(tmp_path, monkeypatch):
     recipe.require_audited(model)
     recipe.require_audited(model)
     assert len(asked) == 1
-    model.llm.source, model.llm.config = None, {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model.llm.source, model.llm.tokenizer = None, "asset://tiny_llama"
+    model.llm.config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     recipe.require_audited(model)
     assert len(asked) == 2
     monkeypatch.setattr(stored, "_versions", lambda: {"torch": "another"})

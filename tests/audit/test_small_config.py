@@ -6,7 +6,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from tests.audit.configs import LANGUAGE, VISION, config_of
-from vltrain.audit.pieces import LENGTHS
+from vltrain.audit.samples import TEXT
 from vltrain.audit.small.config import shrink
 from vltrain.audit.small.sizes import VOCABULARY, in_proportion
 
@@ -25,7 +25,7 @@ def test_every_kind_of_layer_stays_in_its_order(kind):
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "cohere2"])
 def test_windows_are_shorter_than_the_segments(kind):
-    assert 1 < shrink(config_of(kind)).config.sliding_window < sorted(LENGTHS)[-2]
+    assert 1 < shrink(config_of(kind)).config.sliding_window < sorted(length for (length,) in TEXT)[-2]
 
 
 def test_a_window_that_is_not_there_stays_away():

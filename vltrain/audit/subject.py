@@ -1,186 +1,195 @@
-"""What is audited: a small model as we train it, beside the same one as transformers' own classes compute it."""
+"""What is audited: a small model as we train it, beside the same one as transformers' own classes compute it.
+
+Ours is what `Architecture.build` makes of a section, its rows what the loader makes of segments. Beside it stands a
+`Reference`: transformers' networks, untouched, with the same weights; of what was put into ours, adapters are called by
+hooks, and peft's layers are peft's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from vltrain.audit.pieces import Piece
+from vltrain.audit.small.weights import disturb
 from vltrain.batch import Batch
+from vltrain.data.loader import batch_of, filler
+from vltrain.data.pictures import Pictures
+from vltrain.models.adapters.routing import Routing
+from vltrain.models.adapters.table import AdapterThenSublayer, NormThenAdapter
 from vltrain.models.interface import VisionLanguageModel
-from vltrain.schema import IGNORE_INDEX
+from vltrain.models.peft.layers import has_adalora, has_lora, has_prompts
+from vltrain.schema import Segment
 
-RESERVED = 64
-"""Ids at the small vocabulary's end, where the special tokens are."""
+
+class Reference(nn.Module, ABC):
+    """transformers' own classes, eager attention, in training mode without dropout.
+
+    num_apart  tokens at a segment's beginning that are no part of its sequence here
+    routing    of routed adapters that were put in
+    """
+
+    num_apart = 0
+    routing: Routing | None = None
+    llm: Any
+
+    @abstractmethod
+    def predictions(self, segment: Segment) -> Tensor:
+        """Logits [A, rows of the head] of the A tokens of a segment that are to be predicted, the segment alone."""
 
 
 @dataclass(kw_only=True)
-class Subject:
-    """A model, and what it is compared with.
+class Made:
+    """What an architecture's file here gives.
 
-    kind       its model_type
-    model      ours, in training mode, all of its own weights trained; `forward` takes a packed row
-    reference  transformers' own class with the same weights, eager attention, in training mode without dropout
-    names      name of a parameter of `model` -> its name in `reference`
-    pieces     the segments that are packed
-    row        segments -> a packed row
-    arguments  a segment -> what the reference's forward takes for it alone, as a batch of one
-    prompts    segments to answer
-    decode     (prompts, steps) -> (tokens int64 [B, steps], logits [B, steps, rows of the head]) of a padded batch
+    kind       what it is, in words
+    model      ours, as built
+    reference  with weights of its own still
+    roots      modules of ours, and the reference's that compute the same
+    folded     gives a reference of the model's weights with all that was tuned folded in, saved and loaded by
+               transformers; the model may be used up. Raises InputError for what cannot be folded
     """
 
     kind: str
     model: VisionLanguageModel
-    reference: Any
-    names: Mapping[str, str]
-    pieces: Sequence[Piece]
-    row: Callable[[Sequence[Piece]], Batch]
-    arguments: Callable[[Piece], dict[str, Any]]
-    prompts: Sequence[Piece] = ()
-    decode: Callable[[Sequence[Piece], int], tuple[Tensor, Tensor]] | None = None
+    reference: Reference
+    roots: Sequence[tuple[nn.Module, nn.Module]]
+    segments: Sequence[Segment]
+    pictures: Pictures
+    folded: Callable[[], Reference]
 
 
 @dataclass(kw_only=True)
-class Tuning:
-    """One way to tune a model.
-
-    title    in words
-    model    ours, tuned this way, in training mode
-    rows     by what they are, in words: packed rows whose backward must reach all that is trained
+class Subject(Made):
+    """title    how it is tuned, in words; "": there is nothing to tell it from
     trained  names of the parameters that are meant to be trained
-    merged   gives transformers' own network with all that was tuned in its weights, once: the model may be used up;
-             None: nothing is folded
+    paired   by name of a trained parameter: the reference's
+    added    those that are no network's own
     """
 
     title: str
-    model: VisionLanguageModel
-    rows: Mapping[str, Batch]
     trained: frozenset[str]
-    merged: Callable[[], Any] | None = None
+    paired: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    added: frozenset[str] = frozenset()
 
+    def row(self, segments: Sequence[Segment], *, blank: bool = False) -> Batch:
+        """A packed row, made by the loader. `blank`: see `vltrain.data.loader.batch_of`."""
+        shown = {name: self.pictures.load(name) for one in segments for name in one.images}
+        return batch_of(segments, shown, self.pictures.reader, blank)
 
-@dataclass(kw_only=True)
-class Outcome:
-    """What a model made of segments: each one's final states [L, d] and summed loss, and the gradient of the losses'
-    sum by the reference's names. `layers`: each segment's states [L, d] after each layer of the decoder."""
-
-    states: list[Tensor]
-    losses: list[float]
-    gradients: dict[str, Tensor]
-    layers: list[list[Tensor]] = field(default_factory=list)
-
-
-def packed_outcome(subject: Subject, pieces: Sequence[Piece]) -> Outcome:
-    """Of one packed row."""
-    model, row = subject.model, subject.row(pieces)
-    model.zero_grad(set_to_none=True)
-    decoder = decoder_of(model)
-    with outputs_of([*layers_of(decoder), decoder]) as made:
-        output = model(row)
-    output.loss_sum.backward()
-    *layers, states = made
-    lengths = [len(one.input_ids) for one in pieces]
-    return Outcome(
-        states=list(states[0].split(lengths)),
-        losses=output.segment_losses.tolist(),
-        gradients={subject.names[name]: one.grad for name, one in model.named_parameters() if one.grad is not None},
-        layers=[list(one[0].split(lengths)) for one in layers],
-    )
-
-
-def reference_outcome(subject: Subject, pieces: Sequence[Piece]) -> Outcome:
-    """Of each segment alone, by transformers' own classes; the loss is cross-entropy of their logits."""
-    reference = subject.reference
-    reference.zero_grad(set_to_none=True)
-    states, losses, layers = [], [], []
-    decoder = decoder_of(reference)
-    for piece in pieces:
-        with outputs_of([*layers_of(decoder), decoder]) as made:
-            loss, value = reference_loss(reference, subject, piece)
-        if piece.num_labels:
-            loss.backward()
-        *of_layers, last = (one[0] for one in made)
-        states.append(last)
-        losses.append(value)
-        layers.append(of_layers)
-    gradients = {name: one.grad for name, one in reference.named_parameters() if one.grad is not None}
-    return Outcome(
-        states=states, losses=losses, gradients=gradients, layers=[list(one) for one in zip(*layers, strict=True)]
-    )
-
-
-def reference_loss(reference: Any, subject: Subject, piece: Piece) -> tuple[Tensor, float]:
-    """The summed loss of a segment alone, with its graph and as a number."""
-    logits = reference(**subject.arguments(piece), use_cache=False).logits[0]
-    labelled = piece.labels != IGNORE_INDEX
-    loss = F.cross_entropy(logits[labelled].float(), piece.labels[labelled], reduction="sum")
-    return loss, loss.item()
-
-
-def decoder_of(network: Any) -> Any:
-    """The decoder, of ours or of transformers' model."""
-    network = network.llm if isinstance(network, VisionLanguageModel) else network
-    return network.get_decoder() if hasattr(network, "get_decoder") else network.model
-
-
-def layers_of(decoder: Any) -> list[nn.Module]:
-    """The layers of a decoder; [] where it calls them otherwise."""
-    for name in ("layers", "h", "blocks", "block"):
-        if isinstance(layers := getattr(decoder, name, None), nn.ModuleList):
-            return list(layers)
-    return []
-
-
-def packed_states(subject: Subject, pieces: Sequence[Piece]) -> list[Tensor]:
-    """The final states [L, d] of each segment of a packed row."""
-    with torch.no_grad(), outputs_of([decoder_of(subject.model)]) as made:
-        subject.model(subject.row(pieces))
-    return list(made[0][0].split([len(one.input_ids) for one in pieces]))
-
-
-@contextmanager
-def outputs_of_calls(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module gave, call by call."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, arguments, output: seen.append(output.detach()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What modules gave last (the first of several values), in the modules' order."""
-    last: dict[int, Tensor] = {}
-    seen: list[Tensor] = []
-
-    def keep(place: int) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            first = output if isinstance(output, Tensor) else output[0]
-            if isinstance(first, Tensor):
-                last[place] = first.detach()
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
-    try:
-        yield seen
-    finally:
-        seen.extend(last[place] for place in sorted(last))
-        for handle in handles:
-            handle.remove()
+    def rows(self) -> dict[str, Batch]:
+        """By what they are, in words: rows whose backward must reach all that is trained."""
+        text = [one for one in self.segments if not one.images]
+        if len(text) == len(self.segments):
+            return {"a row of text": self.row(text)}
+        return {
+            "a row with images": self.row(self.segments),
+            "a row of text, with an image for other ranks' sake": self.row(text, blank=True),
+            "a filler": filler(True, self.pictures.reader),
+        }
 
 
 @torch.no_grad()
-def copy_weights(subject: Subject) -> None:
-    """Gives the reference the weights of the model."""
-    theirs = dict(subject.reference.named_parameters())
-    for name, parameter in subject.model.named_parameters():
-        theirs[subject.names[name]].copy_(parameter)
+def make_subject(made: Made, title: str, trained_parts: set[str]) -> Subject:
+    """Gives both the same random weights, of which every mechanism matters, and the reference what is put into ours."""
+    model, reference = made.model, made.reference
+    head = model.llm.lm_head
+    disturb(model, head)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = frozenset(
+        name for name in names.values() if model.part_of(name) in trained_parts and ".ranknum." not in name
+    )
+    pairing = _Pairing(names, model.routing, reference)
+    for ours, theirs in made.roots:
+        pairing.pair(ours, theirs)
+    pairing.put_in()
+    reference.requires_grad_(False)
+    for name, parameter in pairing.found.items():
+        parameter.requires_grad_(name in trained)
+    lost = trained - pairing.found.keys()
+    assert not lost, f"parameters that the reference lacks: {sorted(lost)[:4]}"
+    values = {name: getattr(made, name) for name in made.__dataclass_fields__}
+    return Subject(**values, title=title, trained=trained, paired=pairing.found, added=frozenset(pairing.added))
+
+
+class _Pairing:
+    """Walks two networks side by side. found: by name of a parameter of ours, the reference's."""
+
+    def __init__(self, names: Mapping[int, str], routing: Routing | None, reference: Reference) -> None:
+        self.names, self.routing, self.reference = names, routing, reference
+        self.found: dict[str, nn.Parameter] = {}
+        self.added: set[str] = set()
+        self.later: list[Callable[[], None]] = []
+        if routing is not None:
+            reference.routing = Routing()
+
+    def pair(self, given: Any, theirs: Any, parent: Any = None, name: str = "") -> None:
+        """Copies weights, and notes what is to be put in once all have theirs."""
+        ours: Any = given
+        if isinstance(ours, NormThenAdapter):
+            self.later.append(partial(self._behind, given.adapter, theirs))
+            ours = ours.norm
+        elif isinstance(ours, AdapterThenSublayer):
+            self.later.append(partial(self._before, ours.adapter, theirs))
+            self.pair(ours.sublayer, theirs, parent, name)
+            return
+        if has_lora(ours) or has_adalora(ours) or has_prompts(ours):
+            inner = ours.model if has_prompts(ours) else ours.get_base_layer()
+            self.later.insert(0, partial(self._around, ours, inner, theirs, parent, name))
+            ours = inner
+        for own, parameter in ours.named_parameters(recurse=False):
+            counterpart = getattr(theirs, own)
+            counterpart.copy_(parameter)
+            self.found[self.names[id(parameter)]] = counterpart
+        for child, module in ours.named_children():
+            self.pair(module, getattr(theirs, child), theirs, child)
+
+    def put_in(self) -> None:
+        """Adapters and updates."""
+        for put in self.later:
+            put()
+
+    def _copied(self, module: nn.Module, shared: dict[int, Any]) -> Any:
+        if self.routing is not None:
+            shared[id(self.routing)] = self.reference.routing
+        kept = {id(one) for value in shared.values() if isinstance(value, nn.Module) for one in value.parameters()}
+        copied = copy.deepcopy(module, dict(shared))
+        theirs = dict(copied.named_parameters())
+        for name, parameter in module.named_parameters():
+            if (counterpart := theirs.get(name)) is not None and id(counterpart) not in kept:
+                self.found[self.names[id(parameter)]] = counterpart
+                self.added.add(self.names[id(parameter)])
+        return copied
+
+    def _around(self, ours: nn.Module, inner: nn.Module, theirs: nn.Module, parent: Any, name: str) -> None:
+        setattr(parent, name, self._copied(ours, {id(inner): theirs}))
+
+    def _behind(self, adapter: nn.Module, norm: nn.Module) -> None:
+        copied = self._copied(adapter, {})
+        norm.register_forward_hook(lambda module, given, output: copied(output))
+
+    def _before(self, adapter: nn.Module, sublayer: nn.Module) -> None:
+        copied = self._copied(adapter, {})
+
+        def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            if given:
+                return (copied(given[0]), *given[1:]), named
+            return given, {**named, "hidden_states": copied(named["hidden_states"])}
+
+        sublayer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def reloaded(network_class: type[PreTrainedModel], config: Any, weights: Mapping[str, Tensor], folder: str) -> Any:
+    """A network of transformers with those weights, saved in a folder and loaded by transformers alone."""
+    network: Any = network_class._from_config(copy.deepcopy(config), attn_implementation="eager")
+    network.load_state_dict(weights, strict=False)
+    network.save_pretrained(folder)
+    again: Any = network_class
+    return again.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).train()

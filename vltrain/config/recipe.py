@@ -121,6 +121,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return _read(path, ())
 
 
+def has_rows(path: Path) -> bool:
+    """Whether the recipe at `path` is a whole table. Raises InputError as `read_recipe`."""
+    file, row = _split_row(path)
+    content = _open(file) if row is None else None
+    return is_mapping(content) and ROWS in content
+
+
 def read_table(path: Path) -> Table:
     """The table at `path`. Raises InputError as `read_recipe`, and for a recipe that has no rows."""
     content = _open(path)

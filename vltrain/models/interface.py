@@ -229,10 +229,10 @@ class Architecture:
     weight_files    see `vltrain.models.build.weight_files`
     sizes           what can be planned with in the place of weights
     not_compilable  what of a section `train.compile` cannot do, in words; None: nothing
-    whole           transformers' config of what of it is a whole network of theirs: all of it, or its LLM; None:
-                    nothing is, so that there is nothing to compare with (`vltrain audit`)
-    resized         (section, small config of `whole`) -> the section with that in the place of its sources, tuned as it
-                    is; None: it cannot be
+    trained_parts   the parts (`VisionLanguageModel.PARTS`) whose parameters a section trains
+    configs         transformers' configs of the networks that it is made of, by name; {}: it is not audited
+    resized         (section, small configs under the names of `configs`) -> the section with these in the place of its
+                    sources, random and in fp32, tuned as it is; None: it is not audited (`vltrain audit`)
     """
 
     build: Build
@@ -240,5 +240,6 @@ class Architecture:
     weight_files: Callable[[Any], dict[str, dict[str, Path]]]
     sizes: tuple[PublishedSizes, ...] = ()
     not_compilable: Callable[[Any], str | None] = lambda model: f"the architecture {model.architecture}"
-    whole: Callable[[Any], PreTrainedConfig | None] = lambda model: None
-    resized: Callable[[Any, PreTrainedConfig], Any] | None = None
+    trained_parts: Callable[[Any], set[str]] = lambda model: set()
+    configs: Callable[[Any], Mapping[str, PreTrainedConfig]] = lambda model: {}
+    resized: Callable[[Any, Mapping[str, PreTrainedConfig]], Any] | None = None

@@ -3,18 +3,19 @@ alone? Shown on a small random copy of its own config, in seconds, on a CPU, wit
 
     vltrain audit MODEL|RECIPE [--json FILE|-]
         MODEL: a folder with config.json, or a hub name, of a language model or a vision-language model;
-        RECIPE: a file or a name of launch/recipes; of one in stages each model once
+        RECIPE: a file or a name of launch/recipes; of a table its rows, of one in stages its stages, each model once
 
 examples:
     vltrain audit Qwen/Qwen3-VL-4B-Instruct
     vltrain audit quickstart
     vltrain audit folder-with-config.json --json audit.json
 
-A line a check, with the size of the largest relative difference, at most 1e-5 in fp32: packed = alone, for states, loss
-and gradient; a gradient over ranks and micro-steps = the whole; generation in a padded batch = alone; frozen weights
-stay, trained ones are reached; merged and exported = trained. The last line but one tells what transformers' own
-Trainer would make of the gradient. --json writes the same as data to a file, or with - prints it in place of the
-lines. Exit code 0; 1 where a check fails; 2 for a mistake on the command line and for a model that is refused.
+A line a check, with the size of the largest relative difference, at most 1e-5 in fp32: packed = alone, for positions,
+embeddings (visual tokens included), states, loss and gradient; a gradient over ranks and micro-steps = the whole;
+generation in a padded batch = alone; frozen weights stay, trained ones are reached; merged and exported = trained. Of a
+model without a recipe the last line but one tells what transformers' own Trainer would make of the gradient. --json
+writes the same as data to a file, or with - prints it in place of the lines. Exit code 0; 1 where a check fails; 2 for
+a mistake on the command line and for a model that is refused.
 """
 
 from __future__ import annotations

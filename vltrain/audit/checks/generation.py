@@ -1,49 +1,88 @@
-"""Answers of a padded batch = each prompt alone: the logits of every step, with a cache and padding, against
-transformers' own forward over prompt and answer without either."""
+"""Answers of a padded batch = each prompt alone: the logits of every step, by the way that runs answer, against
+transformers' own forward over prompt and answer without cache or padding."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vltrain.audit.checks.compare import worst_row
 from vltrain.audit.findings import BOUND, Finding
-from vltrain.audit.pieces import Piece
+from vltrain.audit.samples import LAST_TEXT, answered, question_of
 from vltrain.audit.subject import Subject
+from vltrain.evaluate.answering.decoding import Sampling
+from vltrain.evaluate.answering.generate import generate
+from vltrain.models.adapters.base import Adapter
+from vltrain.schema import Segment
 
 STEPS = 6
+DROPOUT = 0.5
 
 
 def check_generation(subject: Subject) -> list[Finding]:
-    """One finding."""
-    assert subject.decode is not None, "a subject that answers"
-    prompts = list(subject.prompts)
+    """One finding. While answering, every dropout would be large if evaluation mode did not switch it off."""
+    asked = [one for segment in subject.segments if (one := question_of(segment)) is not None]
+    prompts = sorted(asked, key=lambda one: (len(one.input_ids), one.images))  # as `generate` takes them
     subject.model.eval()
     try:
-        tokens, logits = subject.decode(prompts, STEPS)
+        with _dropouts(subject.model):
+            tokens, logits = _answers(subject, prompts)
     finally:
         subject.model.train()
-    alone = [_alone(subject, prompt, answer) for prompt, answer in zip(prompts, tokens, strict=True)]
+    with torch.no_grad():
+        alone = [subject.reference.predictions(answered(prompt, np.array(answer)))
+                 for prompt, answer in zip(prompts, tokens, strict=True)]  # fmt: skip
     worst, row = worst_row(list(logits), alone)
-    where = f"prompt {row + 1} of {len(prompts)}, of {len(prompts[row].input_ids)} tokens" if worst > BOUND else ""
-    first = next((step for step in range(STEPS) if worst_row([logits[row][step]], [alone[row][step]])[0] > BOUND), 0)
+    where = ""
+    if worst > BOUND:
+        step = next(step for step in range(STEPS) if worst_row([logits[row][step]], [alone[row][step]])[0] > BOUND / 10)
+        where = (
+            f"prompt {row + 1} of {len(prompts)}, of {len(prompts[row].input_ids)} tokens, from step {step + 1} of "
+            f"{STEPS} on"
+        )
     return [
         Finding(
-            what="generation in a padded batch = alone",
-            passed=worst <= BOUND,
-            difference=worst,
-            where=f"{where}, from step {first + 1} of {STEPS} on" if where else "",
+            what="generation in a padded batch = alone", passed=worst <= BOUND, difference=worst, where=where
         )
-    ]
+    ]  # fmt: skip
 
 
-@torch.no_grad()
-def _alone(subject: Subject, prompt: Piece, answer: Tensor) -> Tensor:
-    """Logits [steps, rows of the head] that follow the prompt and each token of its answer but the last."""
-    blocks = F.pad(prompt.blocks, (0, len(answer) - 1), value=-1) if len(prompt.blocks) else prompt.blocks
-    whole = replace(prompt, input_ids=torch.cat([prompt.input_ids, answer[:-1]]), blocks=blocks)
-    logits = subject.reference(**subject.arguments(whole), use_cache=False).logits[0]
-    return logits[len(prompt.input_ids) - 1 :]
+def _answers(subject: Subject, prompts: Sequence[Segment]) -> tuple[list[list[int]], Tensor]:
+    """(tokens of each prompt, logits [B, steps, rows of the head])."""
+    seen: list[Tensor] = []
+    handle = subject.model.llm.lm_head.register_forward_hook(
+        lambda module, given, output: seen.append(output.detach())
+    )  # fmt: skip
+    try:
+        answers = generate(
+            subject.model,
+            prompts,
+            subject.pictures,
+            sampling=Sampling(max_new_tokens=STEPS),
+            stop_ids=(),
+            vocab_size=LAST_TEXT,
+            batch_size=len(prompts),
+            device="cpu",
+        )
+    finally:
+        handle.remove()
+    return answers, torch.stack(seen, 1)
+
+
+@contextmanager
+def _dropouts(model: nn.Module) -> Iterator[None]:
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "dropout" if isinstance(module, Adapter) else None
+        if name is not None:
+            before.append((module, name, getattr(module, name)))
+            setattr(module, name, DROPOUT)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -4,6 +4,7 @@ the exact one. Told, not judged: it is not how we train."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import tempfile
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vltrain.audit.findings import Finding
-from vltrain.audit.subject import Subject
+from vltrain.audit.samples import FIRST_TEXT, LAST_TEXT
 from vltrain.models.peft.layers import load_peft
 from vltrain.schema import IGNORE_INDEX
 
@@ -22,11 +23,13 @@ TOKENS = 32
 LABELS = (2, 30)  # of each micro-batch
 
 
-def check_trainer(subject: Subject, first: int, last: int) -> Finding:
-    """One finding. `first`, `last`: the ids of text go from one to before the other."""
-    model = subject.reference
+def check_trainer(network: Any) -> Finding:
+    """One finding. `network`: of transformers, with its head; a copy is trained."""
+    model = copy.deepcopy(network).requires_grad_(True)
     generator = torch.Generator().manual_seed(1)
-    samples = [_sample(torch.randint(first, last, (TOKENS,), generator=generator), labels) for labels in LABELS]
+    samples = [
+        _sample(torch.randint(FIRST_TEXT, LAST_TEXT, (TOKENS,), generator=generator), labels) for labels in LABELS
+    ]
     exact = _exact(model, samples)
     try:
         found = _by_trainer(model, samples)
@@ -83,7 +86,6 @@ def _keeper(callback: Any) -> Any:
 
 
 def _by_trainer(model: Any, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    kept = {name: one.detach().clone() for name, one in model.named_parameters()}
     load_peft()  # which the Trainer imports, too, aloud
     # What it imports on the way (DeepSpeed) writes to the terminal.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -110,8 +112,4 @@ def _by_trainer(model: Any, samples: list[dict[str, Tensor]]) -> dict[str, Tenso
             callbacks=[keep],
         )
         trainer.train()
-    with torch.no_grad():
-        for name, one in model.named_parameters():
-            one.copy_(kept[name])
-    model.zero_grad(set_to_none=True)
     return keep.gradients

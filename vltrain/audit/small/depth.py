@@ -10,7 +10,8 @@ from vltrain.audit.small.sizes import DEPTH_NAMES
 
 LEAST, MOST = 2, 8
 PERIODS = ("attn_layer_period", "expert_layer_period", "decoder_sparse_step", "interleave_moe_layer_step",
-           "moe_layer_interval", "full_attention_interval", "cross_layer_interval", "moe_layer_freq")  # fmt: skip
+           "moe_layer_interval", "full_attention_interval", "cross_layer_interval", "moe_layer_freq",
+           "cross_attention_frequency")  # fmt: skip
 INDICES = re.compile(r".*(index|indexes|indices|idxs|_layers|_layer_ids|moe_layers)$")
 
 

@@ -16,7 +16,7 @@ CHUNK = 8
 HIDDEN_NAMES = ("hidden_size", "d_model", "n_embd", "dim_model", "embed_dim")
 HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_sliding_attention_heads")
 KEY_NAMES = ("num_key_value_heads", "num_kv_heads", "num_query_groups", "multi_query_group_num")
-DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "num_decoder_layers")
 EXPERT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 FIXED: dict[str, int] = {
@@ -63,7 +63,7 @@ WIDTHS = re.compile(
     r"|image_token_embed_dim$|out_dim$|n_embed$"
 )
 FEEDS = re.compile(
-    r".*intermediate_size(_mlp)?$|.*ffn_dim$|ffn_hidden_size$|dim_ff$|n_inner$|dff$|.*ffn_dim_multiplier_$"
+    r"d_ff$|.*intermediate_size(_mlp)?$|.*ffn_dim$|ffn_hidden_size$|dim_ff$|n_inner$|dff$|.*ffn_dim_multiplier_$"
 )
 EXPERT_FEEDS = re.compile(r"(moe|expert|shared).*(intermediate_size|ffn_hidden_size|expert_dim)$")
 NO_CHANCE = re.compile(r".*dropout.*|.*_pdrop$|.*layerdrop$|.*jitter_noise$|.*drop_path_rate$|dropout_p$")

@@ -13,6 +13,7 @@ import transformers
 
 from vltrain.config.model.base import ProcessorPlaces
 from vltrain.errors import InputError
+from vltrain.families.config import config_from
 from vltrain.families.family import Family
 from vltrain.families.table import family_of
 from vltrain.files.locate import locate
@@ -77,15 +78,7 @@ def model_config(source: StockSource) -> Any:
         if path is None:
             raise InputError(f"{place}: it has no config.json, which says what kind of model it is")
         values, where = read_object(path), str(path)
-    kind = values.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        found = f"{kind!r:.80}, which transformers {transformers.__version__} lacks"
-        raise InputError(f"{where}: model_type: found {found}")
-    known: Any = transformers.CONFIG_MAPPING
-    try:
-        return known[kind].from_dict(values)
-    except Exception as error:  # whatever transformers' code runs into with such values
-        raise InputError(f"{where}: no config can be made of it ({' '.join(str(error).split())[:300]})") from None
+    return config_from(where, values)
 
 
 def family(source: StockSource) -> Family:

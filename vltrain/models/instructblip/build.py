@@ -31,7 +31,7 @@ from vltrain.ops.liger import choose_kernels, install_liger
 from vltrain.ops.loss import LossHead
 from vltrain.schema import SQUARE
 
-ALWAYS_TRAINED = ("bridge",)
+ALWAYS_TRAINED = {"bridge", "peft"}
 
 
 @torch.no_grad()
@@ -128,17 +128,13 @@ def _finish(
 ) -> None:
     blip, llm = model.instructblip, network.language_model
     frozen = {16: torch.bfloat16, 32: torch.float32}.get(model.bits, dtype)
-    trained_parts = {
-        part
-        for part, mode in (("vision", blip.vision), ("qformer", blip.qformer.mode), ("llm", blip.llm.mode))
-        if mode == "full"
-    }
+    parts = trained_parts(model)
     kind = "t5" if hasattr(llm, "shared") else "llama"
     start = (
         PeftFolder(blip.adapters, blip, network.config) if weights is not None and blip.adapters is not None else None
     )
     for part, name, unit, is_block in blip_units(network):
-        trained = part in trained_parts or part in ALWAYS_TRAINED
+        trained = part in parts
         if weights is not None:
             weights.fill(name, unit, torch.float32 if trained else frozen)
         unit.requires_grad_(trained)
@@ -166,19 +162,23 @@ def _finish(
         place(network.vision_model.post_layernorm)
 
 
+def trained_parts(model: BlipModelConfig) -> set[str]:
+    """The parts (`InstructBlip.PARTS`) whose parameters a recipe trains; of peft's, not the rank that AdaLoRA's layers
+    divide by."""
+    blip = model.instructblip
+    modes = {"vision": blip.vision, "qformer": blip.qformer.mode, "llm": blip.llm.mode}
+    return ALWAYS_TRAINED | {part for part, mode in modes.items() if mode == "full"}
+
+
 def _assert_trainable(model: InstructBlip, config: BlipModelConfig) -> None:
     """By name: the bridge, networks tuned in full, and factors exactly where the recipe's targets are."""
     blip = config.instructblip
     kind = "t5" if model.is_encoder_decoder else "llama"
-    full = {
-        part
-        for part, mode in (("vision", blip.vision), ("qformer", blip.qformer.mode), ("llm", blip.llm.mode))
-        if mode == "full"
-    }
+    parts = trained_parts(config)
     wrong = []
     for name, parameter in model.named_parameters():
         part = model.part_of(name)
-        expected = part in full or part == "bridge" or (part == "peft" and ".lora_" in name)
+        expected = part in parts and (part != "peft" or ".lora_" in name)
         wrong += [name] if parameter.requires_grad != expected else []
     assert not wrong, f"parameters that are trained but should not be, or the other way round: {wrong[:8]}"
     for root, network, tuning in (("qformer", "qformer", blip.qformer), ("llm", kind, blip.llm)):

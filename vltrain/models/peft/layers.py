@@ -51,8 +51,12 @@ def lora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float, k
     layer = peft.tuners.lora.Linear(linear, NAME, config=settings, r=rank, lora_alpha=alpha)
     for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
         # It reads the layer's weight without calling the layer; ZeRO-3 asks for such.
-        magnitude.borrowed_parameters = partial(list, linear.parameters())
+        magnitude.borrowed_parameters = partial(_parameters_of, linear)
     return layer
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters())
 
 
 def adalora_linear(linear: nn.Module, *, rank: int, alpha: float, dropout: float) -> nn.Module:

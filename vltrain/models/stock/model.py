@@ -109,7 +109,7 @@ class StockModel(VisionLanguageModel):
         if not self._reach.tensors:
             raise InputError(
                 f"a model of type {self.config.model_type!r}: how much memory its images take cannot be told without "
-                "a picture from its processor"
+                f"a picture from its processor (tried {'; '.join(self._reach.misfits) or 'nothing, as it takes none'})"
             )
         return self._reach.images(count)
 

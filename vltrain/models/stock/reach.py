@@ -33,12 +33,14 @@ class Reach:
             not found
     joined  the dimension along which pictures are joined, by name
     tokens  visual tokens of the picture
+    misfits where none was found: what each kind of picture ran into
     """
 
     unused: frozenset[str] = frozenset()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     joined: int = 0
     tokens: int = 0
+    misfits: tuple[str, ...] = ()
 
     def images(self, count: int) -> ImageInputs:
         """So many pictures; floating-point numbers are on the meta device."""
@@ -57,6 +59,9 @@ def reach_of(config: PreTrainedConfig) -> Reach:
     return _FOUND[key]
 
 
+# What a family's code runs into with a picture in another family's form: one dimension more or less, or no sizes.
+# Anything else is a fault.
+MISFITS = (TypeError, ValueError, AttributeError, RuntimeError)
 _FOUND: dict[str, Reach] = {}  # by config: a run asks several times
 
 
@@ -68,6 +73,7 @@ def _explore(config: PreTrainedConfig) -> Reach:
         take_numbers(network, without_numbers, lambda parameter: torch.float32)
         parts = parts_of(network)
         known = inspect.signature(parts.core.get_image_features).parameters
+        misfits: list[str] = []
         for tensors, joined in _pictures(parts):
             if not tensors.keys() <= known.keys():
                 continue
@@ -80,14 +86,15 @@ def _explore(config: PreTrainedConfig) -> Reach:
                     torch.stack(
                         [rows_of(layer).sum() for layer in (features, *(output.get(DEEP) or ()))]
                     ).sum().backward()
-            except Exception:
+            except MISFITS as error:
+                misfits.append(f"{' and '.join(tensors)}: {type(error).__name__}: {' '.join(str(error).split())[:80]}")
                 continue
             unused = frozenset(
                 name for name, parameter in network.named_parameters()
                 if parameter.grad is None and part_of(name) != "llm"
             )  # fmt: skip
             return Reach(unused, tensors, joined, len(features))
-    return Reach()
+    return Reach(misfits=tuple(misfits))
 
 
 def _pictures(parts: Parts) -> Iterator[tuple[dict[str, Tensor], int]]:

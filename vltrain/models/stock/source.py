@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from vltrain.config.model.stock import StockSection
-from vltrain.errors import InputError, nearest
+from vltrain.errors import InputError
+from vltrain.families.config import cannot_make, config_class
 from vltrain.families.table import family_of
 from vltrain.files.locate import locate
 from vltrain.models.pretrained.checkpoint_config import read_values
@@ -50,23 +51,24 @@ def stock_config(section: StockSection) -> PreTrainedConfig:
         place = stock_place(section)
         where = f"{KEY}.source: {Path(place, 'config.json') if Path(place).is_dir() else place}"
         values = read_values(KEY, section.source, place, {})
-    config_class = _config_class(where, values)
+    known = _vision_class(where, values)
     try:
         with quiet_transformers():
-            config = config_class.from_dict(values)
+            config = known.from_dict(values)
             _require_usable(where, config)
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 network = network_class(config)._from_config(config)
     except InputError:
         raise
     except Exception as error:  # whatever transformers' code runs into with such values
-        told = " ".join(str(error).split())[:400]
-        raise InputError(
-            f"{where}: no {config_class.__name__.removesuffix('Config')} can be made of it "
-            f"({type(error).__name__}: {told})"
-        ) from None
+        raise cannot_make(where, known, error) from None
     _require_separable(where, network)
     return config
+
+
+def require_stock(where: str, config: PreTrainedConfig) -> None:
+    """Raises InputError for a config of a kind of models that is refused."""
+    _require_usable(where, config)
 
 
 def network_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -75,24 +77,15 @@ def network_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
-def _config_class(where: str, values: dict[str, Any]) -> type[PreTrainedConfig]:
-    model_type = values.get("model_type")
-    known = list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)  # asking the classes would import hundreds of modules
-    if isinstance(model_type, str) and model_type in known:
-        return CONFIG_MAPPING[model_type]
-    if "auto_map" in values:
+def _vision_class(where: str, values: dict[str, Any]) -> type[PreTrainedConfig]:
+    found = config_class(where, values)
+    if (
+        values["model_type"] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    ):  # the classes would be imported, if asked
         raise InputError(
-            f"{where}: a model of type {model_type!r:.80} runs code of its own folder (auto_map), which is not run "
-            f"here; take a conversion to transformers' own classes"
+            f"{where}: a model of type {values['model_type']!r} is no vision-language model of transformers"
         )
-    if not isinstance(model_type, str):
-        raise InputError(f"{where}: model_type: found {model_type!r:.80}, expected a name such as llava or qwen3_vl")
-    if model_type in CONFIG_MAPPING:
-        raise InputError(f"{where}: a model of type {model_type!r} is no vision-language model of transformers")
-    raise InputError(
-        f"{where}: model_type: transformers {transformers.__version__} knows no vision-language model of type "
-        f"{model_type!r:.80}; {nearest(model_type, known)}; newer releases know more (pip install -U transformers)"
-    )
+    return found
 
 
 def _require_usable(where: str, config: PreTrainedConfig) -> None:

@@ -1,0 +1,57 @@
+"""Whole models as recipes tune them: all checks pass on `mmt` and `instructblip`, every adapter, update and kind of
+visual tokens."""
+
+import pytest
+
+from tests.audit.recipes import CLIP, blip, both, mmt, subject
+from vltrain.audit.recipe import question_of
+from vltrain.audit.run import audit
+from vltrain.config.model.mmt import NeckConfig, PeftConfig
+from vltrain.models.adapters.table import ADAPTERS
+
+LORA = {"targets": ("q_proj", "v_proj")}
+TOWERS = {
+    "clip": {},
+    "siglip": {"config": {**CLIP, "model_type": "siglip_vision_model"}, "tokens": "pooler"},
+    "siglip2": {"config": {"model_type": "siglip2_vision_model"}, "tokens": "patches"},
+    "dinov2": {"config": {**CLIP, "model_type": "dinov2"}, "tokens": "patches", "pool": 2, "image_size": 448},
+    "dinov3": {"config": {**CLIP, "model_type": "dinov3_vit", "patch_size": 16}, "tokens": "cls", "tap_every": 5},
+}
+RECIPES = {
+    **{f"adapter {kind}": mmt(adapter={"kind": kind, "vision": "both", "llm": "both"}) for kind in ADAPTERS},
+    **{f"tower {kind}": mmt(vision=section, neck=NeckConfig(kind="mlp")) for kind, section in TOWERS.items()},
+    **{
+        kind: mmt(llm={"peft": PeftConfig(kind=kind, **LORA)}, adapter={"llm": "none"})
+        for kind in ("lora", "dora", "rslora", "pissa")
+    },
+    "prompts": mmt(llm={"peft": PeftConfig(kind="adaption_prompt")}, adapter={"vision": "none", "llm": "none"}),
+    "gemma2, without a norm's place": mmt(llm={"config": {"model_type": "gemma2"}}, adapter={"bias": False}),
+    "olmo2, post-norm": mmt(llm={"config": {"model_type": "olmo2"}}, adapter={"llm": "both"}),
+    "neck alone": mmt(tune="neck"),
+    "all weights": mmt(tune="full"),
+    "blip lora": blip(**both("lora")),
+    "blip adalora": blip(**both("adalora")),
+    "blip full": blip(**both("full"), vision="full"),
+    "blip t5 lora": blip("instructblip-flan-t5-xl", **both("lora")),
+    "blip t5 adalora": blip("instructblip-flan-t5-xl", **both("adalora")),
+}
+QUICK = ("adapter loha_router", "prompts", "blip adalora", "blip t5 lora")
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in RECIPES]
+)
+def test_all_checks_pass(name):
+    report = audit(name, question_of(RECIPES[name]).ways)
+    assert report.passed, report.to_text()
+    titles = [one.what for one in report.findings]
+    for said in ("embeddings packed", "gradient packed", "2 ranks", "generation", "are reached", "exported"):
+        assert any(said in title for title in titles), said
+
+
+def test_a_small_copy_is_tuned_as_its_recipe_says():
+    made = subject(mmt(adapter={"kind": "router", "llm": "both"}, llm={"peft": PeftConfig(kind="lora", **LORA)}))
+    parts = {made.model.part_of(name) for name in made.trained}
+    assert parts == {"adapter", "peft", "neck", "modality"}
+    assert made.trained == {name for name, one in made.model.named_parameters() if one.requires_grad}
+    assert made.reference.num_apart == 1

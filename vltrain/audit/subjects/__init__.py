@@ -1,0 +1,1 @@
+"""What each architecture is compared with, a file each."""
