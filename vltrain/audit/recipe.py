@@ -18,7 +18,7 @@ from vltrain.audit.run import audit
 from vltrain.audit.small.config import shrink
 from vltrain.audit.stored import store_report, stored_report
 from vltrain.audit.subjects import stock, text
-from vltrain.audit.subjects.table import SUBJECTS, Section
+from vltrain.audit.subjects.table import SUBJECTS, Section, is_known
 from vltrain.config.command_line import load_settings
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.recipe import has_rows, read_table
@@ -99,7 +99,7 @@ def question_of(model: ModelConfig) -> Question | None:
     """A recipe's model as a question; None for an architecture that says nothing to audit it by."""
     architecture = architecture_of(model)
     configs = architecture.configs(model)
-    if not configs or architecture.resized is None or model.architecture not in SUBJECTS:
+    if not configs or architecture.resized is None or not is_known(model):
         return None
     small = architecture.resized(model, {name: shrink(one).config for name, one in configs.items()})
     name = next((source for source in reversed(model.bases.values()) if source), model.architecture)

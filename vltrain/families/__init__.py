@@ -1,4 +1,4 @@
 """What families of stock vision-language models need said beside their config: one value a family that needs a word.
 
-Imports: .
+Imports: errors.
 """

@@ -1,4 +1,4 @@
-"""A recipe's settings for a small copy of its networks: what `Architecture.resized` of every architecture has in common."""
+"""A recipe's settings for a small copy of its networks: what `Architecture.resized` of all have in common."""
 
 from __future__ import annotations
 

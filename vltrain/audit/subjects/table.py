@@ -26,3 +26,8 @@ def subject_of(section: Section, title: str = "") -> Subject:
     else:
         parts = architecture_of(cast(ModelConfig, section)).trained_parts(section)
     return make_subject(SUBJECTS[section.architecture](section), title, parts)
+
+
+def is_known(section: Section) -> bool:
+    """Whether there is something to compare it with."""
+    return SUBJECTS.get(section.architecture) is not None
