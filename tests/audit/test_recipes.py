@@ -10,11 +10,12 @@ from vltrain.config.model.mmt import NeckConfig, PeftConfig
 from vltrain.models.adapters.table import ADAPTERS
 
 LORA = {"targets": ("q_proj", "v_proj")}
+DINOV2 = {name: size for name, size in CLIP.items() if name != "intermediate_size"}
 TOWERS = {
     "clip": {},
     "siglip": {"config": {**CLIP, "model_type": "siglip_vision_model"}, "tokens": "pooler"},
     "siglip2": {"config": {"model_type": "siglip2_vision_model"}, "tokens": "patches"},
-    "dinov2": {"config": {**CLIP, "model_type": "dinov2"}, "tokens": "patches", "pool": 2, "image_size": 448},
+    "dinov2": {"config": {**DINOV2, "model_type": "dinov2"}, "tokens": "patches", "pool": 2, "image_size": 448},
     "dinov3": {"config": {**CLIP, "model_type": "dinov3_vit", "patch_size": 16}, "tokens": "cls", "tap_every": 5},
 }
 RECIPES = {

@@ -124,8 +124,9 @@ def _question_by_name(name: str) -> Question:
 def ways_of(name: str, config: PreTrainedConfig) -> dict[str, Section]:
     """The usual ways to tune a small copy of a model. Raises InputError for one of another kind, or refused."""
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        require_stock(name, config)
-        return {**stock.usual_tunings(shrink(config).config)}
+        small = shrink(config).config  # whose special tokens lie in its vocabulary, where a class's defaults may not
+        require_stock(name, small)
+        return {**stock.usual_tunings(small)}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {**text.usual_tunings(shrink(config).config)}
     raise InputError(

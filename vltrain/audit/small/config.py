@@ -38,6 +38,7 @@ from vltrain.audit.small.sizes import (
 )
 
 IMAGES = ("vision", "image", "vit", "visual", "high_res", "low_res", "perception", "qformer", "perceiver", "projector")
+STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 OTHERS = ("audio", "vq_", "speech", "dit_", "expert")
 
 
@@ -67,6 +68,8 @@ def shrink(config: PreTrainedConfig, *, keep_pictures: bool = False) -> Small:
     if not keep_pictures:
         shrink_pictures(small)
     small.pop("transformers_version", None)
+    for name in STAGES:  # of a backbone, by its depth: its class counts them anew
+        small.pop(name, None)
     made = type(config).from_dict(copy.deepcopy(small))
     made.architectures = config.architectures
     return Small(config=made, tokens=tokens)

@@ -29,6 +29,12 @@ class MmtReference(Reference):
         self.tower, self.neck, self.modality, self.llm = tower, neck, modality, llm
         self.load = loaded_by(size)
 
+    def train(self, mode: bool = True) -> MmtReference:
+        """The tower stays in evaluation mode: while training, DINOv3's moves its positions at random."""
+        super().train(mode)
+        self.tower.eval()
+        return self
+
     @property
     def num_apart(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] a view
         """The modality token, where it decides and no other token sees it."""
