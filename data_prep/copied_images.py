@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from data_prep.sources.raw import ImageSource
-from vltrain.data.images import DARK, is_dark, read_image_and_status
+from vltrain.data.images import DARK, is_dark, open_rgb, read_image_and_status
 from vltrain.files.record import digest_of, stat_in
 
 Images = dict[str, tuple[ImageSource, str]]
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 def copy_or_draw(
     images: list[Named], folder: Path, max_pixels: int, roots: tuple[Path, ...]
 ) -> tuple[list[Done], list[str]]:
-    """Decodes each image file and copies it into `folder`, or draws there what is to be drawn. Returns also the files
-    that come out dark."""
+    """Copies each image file into `folder`, or draws there what is to be drawn, and decodes it once. Returns also the
+    files that come out dark."""
     done: list[Done] = []
     dark: list[str] = []
     for name, (source, sample_id) in images:
@@ -39,6 +39,7 @@ def copy_or_draw(
                 dark.append(path)
         else:
             data = source()
+            open_rgb(data, max_pixels, f"sample '{sample_id}', drawn image {name}")
         copy = folder / name
         _make_folder(copy.parent)
         with open(copy, "wb") as file:

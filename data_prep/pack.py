@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.command_line import CommandLine, add_quiet_option, whole
-from data_prep.packed_images import PackedImages
+from data_prep.packed_images import PackedImages, decoded_before
 from data_prep.parallel import usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
@@ -91,7 +91,8 @@ def _begin(samples: Path, settings: PackSettings, workers: int | None) -> _Given
     workers = workers or usable_cores()
     encoder, before = settings.encoder(), look(samples)
     origin = _origin(samples, before, encoder, settings)
-    images = PackedImages(samples.parent, workers, settings.max_image_pixels)
+    limit = settings.max_image_pixels
+    images = PackedImages(samples.parent, workers, limit, decoded_before(samples.parent, limit))
     return _Given(samples, settings, encoder, workers, before, images, origin)
 
 

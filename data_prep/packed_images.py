@@ -1,29 +1,44 @@
-"""The images of samples that are packed: read and decoded once, in several processes, and recorded with their
-digests."""
+"""The images of samples that are packed: read in several processes, decoded unless preparing the samples did that, and
+recorded with their digests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from data_prep.copied_images import warn_of_dark_images
 from data_prep.parallel import in_chunks, ordered_map
 from vltrain.console import Progress
 from vltrain.data.images import is_dark, read_image_and_status
-from vltrain.data.origin import SAMPLES
+from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, read_prepared
 from vltrain.errors import InputError
-from vltrain.files.record import FILE, FileRecord, Seen, digest_of, stat_in
+from vltrain.files.record import FILE, FileRecord, Seen, digest_of, read_record, stat_in
 
 _IMAGES_PER_CHUNK = 16
 Wanted = tuple[int, str, str]
 """An image's number, its path below the samples' folder, and a sample that shows it."""
 
 
-class PackedImages:
-    """Those below `root`. `record`: of all that were read."""
+def decoded_before(folder: Path, max_pixels: int) -> dict[str, bytes]:
+    """Digests of the images in a folder of samples that were decoded when those were prepared, under no larger limit,
+    by name. Empty where no record says so."""
+    with suppress(InputError):  # of a damaged record: its images are decoded again
+        made = read_prepared(folder)
+        if made is not None and not made.adopted and (made.max_image_pixels or max_pixels + 1) <= max_pixels:
+            record = read_record(folder / SAMPLES_RECORD, made.files)
+            rows = zip(record.places, record.names, record.digests, strict=True)
+            return {name: digest for place, name, digest in rows if place == SAMPLES}
+    return {}
 
-    def __init__(self, root: Path, workers: int, max_pixels: int) -> None:
+
+class PackedImages:
+    """Those below `root`. `record`: of all that were read; `decoded`: digests by name, of those that were decoded
+    before and are not decoded again while they are what they were."""
+
+    def __init__(self, root: Path, workers: int, max_pixels: int, decoded: Mapping[str, bytes]) -> None:
         self.root = root
+        self._decoded = decoded
         self.record = FileRecord()
         self._workers, self._max_pixels = workers, max_pixels
         self._expected: dict[str, bytes] | None = None
@@ -39,7 +54,7 @@ class PackedImages:
         decode = self._expected is None
         checked = ordered_map(
             _check_images,
-            in_chunks(wanted, _IMAGES_PER_CHUNK),
+            in_chunks(((*one, self._decoded.get(one[1])) for one in wanted), _IMAGES_PER_CHUNK),
             self._workers,
             (str(self.root), self._max_pixels, decode),
         )
@@ -60,22 +75,23 @@ class PackedImages:
 
 
 def _check_images(
-    wanted: list[Wanted], root: str, max_pixels: int, decode: bool
+    wanted: list[tuple[int, str, str, bytes | None]], root: str, max_pixels: int, decode: bool
 ) -> tuple[list[tuple[int, str, bytes, Seen]], list[str]]:
-    """Reads and, if `decode`, decodes images; returns them with what was seen of their files, and the paths of those
-    that come out dark."""
+    """Reads images and, if `decode`, decodes those that have not the digest given; returns them with what was seen of
+    their files, and the paths of those that come out dark."""
     checked: list[tuple[int, str, bytes, Seen]] = []
     dark: list[str] = []
     folder = Path(root)
-    for ref, name, sample_id in wanted:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+    for ref, name, sample_id, known in wanted:
+        if name.startswith("/") or ".." in name.split("/"):
             raise InputError(
                 f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the "
                 "samples' folder"
             )
         where = f"sample '{sample_id}', image {folder / name}"
         data, status = read_image_and_status(folder / name, max_pixels, where, inside=folder)
-        if decode and is_dark(data, max_pixels, where):
+        digest = digest_of(data)
+        if decode and digest != known and is_dark(data, max_pixels, where):
             dark.append(name)
-        checked.append((ref, name, data, Seen(FILE, digest_of(data), stat_in(status))))
+        checked.append((ref, name, data, Seen(FILE, digest, stat_in(status))))
     return checked, dark

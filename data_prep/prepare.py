@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from data_prep.command_line import CommandLine, add_quiet_option, whole
 from data_prep.copied_images import Images, Named, copy_or_draw, link_or_copy, warn_of_dark_images
@@ -159,7 +159,10 @@ def _prepare_whole(
         places, options = (
             {name: str(value) for name, value in one.items()} for one in (reading.places, wanted.options)
         )
-        prepared = Prepared(source=wanted.source, places=places, options=options, settled=wanted.settled)
+        prepared = Prepared(
+            source=wanted.source, places=places, options=options, settled=wanted.settled,
+            max_image_pixels=wanted.max_image_pixels,
+        )  # fmt: skip
         write_prepared(folder, prepared, record)
     if share is not None:
         remove_parts(output)
@@ -253,7 +256,7 @@ def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], r
     seen: set[str] = set()
     overlap = SplitOverlap()
     with ExitStack() as stack:
-        files: dict[str, TextIO] = {}
+        files: dict[str, BinaryIO] = {}
         for raw in watched(
             reading.watch(SOURCES[wanted.source](wanted.input, wanted.options)), title="samples", unit="sample"
         ):
@@ -266,7 +269,7 @@ def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], r
                 if name not in sources:
                     sources[name] = image_source
                     yield name, (image_source, sample.id)
-                elif sources[name] != image_source:
+                elif sources[name] is not image_source and sources[name] != image_source:  # paths compare slowly
                     raise InputError(
                         f"sample '{sample.id}': image name '{name}' stands for both {sources[name]} and {image_source}"
                     )
@@ -275,7 +278,7 @@ def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], r
                 continue
             overlap.add(raw.split, sample, names)
             if raw.split not in files:
-                files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("w", encoding="utf-8"))
+                files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("wb"))
             files[raw.split].write(_line(sample, names))
     if not counts:
         place = f" from {wanted.input}" if wanted.input else ""
@@ -284,13 +287,11 @@ def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], r
         logger.warning("source '%s': %s", wanted.source, line)
 
 
-def _line(sample: Sample, images: list[str]) -> str:
-    line = _as_json({**sample.to_json(), "images": images}) + "\n"
+def _line(sample: Sample, images: list[str]) -> bytes:
     try:
-        line.encode()
+        return (_as_json({**sample.to_json(), "images": images}) + "\n").encode()
     except UnicodeEncodeError as error:
         raise InputError(f"sample '{sample.id}': its metadata is not valid text ({error})") from None
-    return line
 
 
 @functools.lru_cache(maxsize=1 << 16)

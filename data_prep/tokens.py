@@ -8,14 +8,13 @@ samples.jsonl            per chunk of samples their ids, images and lengths in t
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
@@ -23,15 +22,18 @@ from data_prep.prepare import MAX_IMAGE_PIXELS
 from vltrain.config.model.base import ProcessorPlaces
 from vltrain.console import Progress
 from vltrain.data.images import sizes_below
-from vltrain.data.text.encoder import SampleEncoder, TemplateEncoder
+from vltrain.data.text.encoder import SampleEncoder, SizeOf, TemplateEncoder
 from vltrain.data.text.instruction import InstructionSource
-from vltrain.data.text.spelling import Spelling
+from vltrain.data.text.spelling import NOTHING_LOST, Lost, Spelling, lost_of
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
-from vltrain.schema import Sample, Segment
+from vltrain.schema import Sample, question_and_answer
 
 _LINES_PER_CHUNK = 512
+# Questions and answers that are remembered with their tokens, in a process, and how long both together are at most, in
+# characters: some 20 MB.
+_MOST_KNOWN, _SHORT = 1 << 14, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,30 +142,86 @@ def _lines(stream: BinaryIO, first: int, last: int) -> Iterator[tuple[int, bytes
         number += 1
 
 
+class _Encoded(NamedTuple):
+    """A tokenised conversation, whichever sample it is of; see `Segment`."""
+
+    input_ids: bytes
+    loss_mask: bytes
+    instruction_ids: bytes
+    instruction_cut: int
+    position_ids: bytes
+    position_rows: int
+    blocks: bytes
+    image_tokens: list[int]
+    lost: Lost
+
+
 def _tokenise(lines: list[tuple[int, bytes]], file: str, encoder: SampleEncoder, max_pixels: int) -> Tokens:
-    segments: list[Segment] = []
-    spelling, ends, size_of = Spelling(), encoder.stop_ids, sizes_below(Path(file).parent, max_pixels)
+    """One pass over the lines. A question and its answer that came before, about whatever images, are not encoded
+    again where every image takes as many tokens; all else, and what is no sample, goes by `Sample.from_json`."""
+    rows: list[_Encoded] = []
+    ids: list[str] = []
+    images: list[tuple[str, ...]] = []
+    spelling, size_of = Spelling(), sizes_below(Path(file).parent, max_pixels)
+    ends, known = encoder.stop_ids, _known(encoder)
     for number, line in lines:
         if is_blank(line, number):
             continue
-        sample = Sample.from_json(parse_line(line, file, number), f"{file}:{number}")
-        segments.append(encoder.sample(sample, size_of, askable=True))
-        spelling.add(sample, segments[-1], encoder.tokenizer, ends)
+        record = parse_line(line, file, number)
+        texts = question_and_answer(record) if encoder.visual_tokens else None
+        row = known.get(texts) if texts is not None else None
+        if row is None:
+            sample = Sample.from_json(record, f"{file}:{number}")
+            row = _encode(sample, encoder, size_of, ends)
+            if texts is not None and len(texts[0]) + len(texts[1]) <= _SHORT:
+                if len(known) == _MOST_KNOWN:
+                    known.clear()
+                known[texts] = row
+        ids.append(record["id"])
+        images.append(tuple(record.get("images", ())))
+        if row.lost is not NOTHING_LOST:
+            spelling.add(ids[-1], row.lost)
+        rows.append(row)
+    return _columns(ids, images, rows, spelling)
+
+
+@functools.lru_cache(maxsize=1)
+def _known(encoder: SampleEncoder) -> dict[tuple[str, str], _Encoded]:
+    """Of one encoder, questions and answers that were met."""
+    return {}
+
+
+def _encode(sample: Sample, encoder: SampleEncoder, size_of: SizeOf, ends: tuple[int, ...]) -> _Encoded:
+    one = encoder.sample(sample, size_of, askable=True)
+    return _Encoded(
+        one.input_ids.tobytes(),
+        one.loss_mask.tobytes(),
+        one.instruction_ids.tobytes(),
+        one.instruction_cut,
+        one.position_ids.tobytes(),
+        len(one.position_ids),
+        one.blocks.tobytes(),
+        one.image_tokens.tolist(),
+        lost_of(sample, one, encoder.tokenizer, ends),
+    )
+
+
+def _columns(ids: list[str], images: list[tuple[str, ...]], rows: list[_Encoded], spelling: Spelling) -> Tokens:
     return Tokens(
-        ids=[segment.sample_id for segment in segments],
-        images=[segment.images for segment in segments],
-        lengths=[len(segment.input_ids) for segment in segments],
-        num_labels=[int(np.count_nonzero(segment.loss_mask)) for segment in segments],
-        instruction_lengths=[len(segment.instruction_ids) for segment in segments],
-        instruction_cuts=sum(segment.instruction_cut > 0 for segment in segments),
+        ids=ids,
+        images=images,
+        lengths=[len(row.loss_mask) for row in rows],
+        num_labels=[row.loss_mask.count(1) for row in rows],
+        instruction_lengths=[len(row.instruction_ids) // 4 for row in rows],
+        instruction_cuts=sum(row.instruction_cut > 0 for row in rows),
         spelling=spelling.to_json(),
-        input_ids=b"".join(segment.input_ids.tobytes() for segment in segments),
-        loss_mask=b"".join(segment.loss_mask.tobytes() for segment in segments),
-        instruction_ids=b"".join(segment.instruction_ids.tobytes() for segment in segments),
-        position_rows=max((len(segment.position_ids) for segment in segments), default=0),
-        image_tokens=[count for segment in segments for count in segment.image_tokens.tolist()],
-        position_ids=b"".join(segment.position_ids.tobytes() for segment in segments),
-        blocks=b"".join(segment.blocks.tobytes() for segment in segments),
+        input_ids=b"".join(row.input_ids for row in rows),
+        loss_mask=b"".join(row.loss_mask for row in rows),
+        instruction_ids=b"".join(row.instruction_ids for row in rows),
+        position_rows=max((row.position_rows for row in rows), default=0),
+        image_tokens=[count for row in rows for count in row.image_tokens],
+        position_ids=b"".join(row.position_ids for row in rows),
+        blocks=b"".join(row.blocks for row in rows),
     )
 
 

@@ -173,6 +173,28 @@ class Sample:
             raise InputError(f"{where}: {error}") from None
 
 
+def question_and_answer(record: Any) -> tuple[str, str] | None:
+    """Both texts of a record that is, beyond doubt, a sample of one question and one answer. None for any other, which
+    may be a sample or none: `Sample.from_json` says which, and takes what is taken here. No object is made."""
+    try:
+        identity, images, metadata = record["id"], record["images"], record["metadata"]
+        user, assistant = record["turns"]
+        asked, said = user["text"], assistant["text"]
+        if (
+            type(identity) is type(asked) is type(said) is str
+            and type(images) is list and type(metadata) is dict
+            and len(record) == 4 and len(user) == len(assistant) == 2
+            and user["role"] == ROLES[0] and assistant["role"] == ROLES[1]
+            and identity.strip() and asked.strip() and said.strip()
+            and IMAGE_MARKER not in said and asked.count(IMAGE_MARKER) == len(images)
+            and all(type(image) is str and path_fault(image) is None for image in images)
+        ):  # fmt: skip
+            return asked, said
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    return None
+
+
 def _blank_turn(turn: Turn, number: int) -> str:
     if turn.role == "assistant":
         return (

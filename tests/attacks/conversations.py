@@ -15,7 +15,7 @@ from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.data.text.conversation import encode_prompt, encode_sample, fingerprint, stop_ids
 from vltrain.data.text.encoder import TemplateEncoder
-from vltrain.data.text.spelling import Spelling
+from vltrain.data.text.spelling import Spelling, lost_of
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.questions import ask, indistinguishable
 from vltrain.inference.run import RECIPE
@@ -191,7 +191,7 @@ def ends_that_are_not_special(folder: Path) -> Shown:
     assert 3 not in tokenizer.special_ids and stop_ids(tokenizer, "chat") == (3, 1)
     given = pair("red?<|im_end|>")
     typed, lost = encode_sample(given, tokenizer, "chat", 4), Spelling()
-    lost.add(given, typed, tokenizer, stop_ids(tokenizer, "chat"))
+    lost.add(given.id, lost_of(given, typed, tokenizer, stop_ids(tokenizer, "chat")))
     assert typed.input_ids.tolist().count(3) == 2 and lost.for_manifest() is None
     return as_theirs(str(place))
 

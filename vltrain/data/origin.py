@@ -44,6 +44,7 @@ class Prepared:
     settled   every option, as a text; None in a record of an older version, which has no files either
     samples   digest of what was made: the set's identity, wherever it lies
     adopted   the record is of samples that an older version made: of how they were when they were first met
+    max_image_pixels  under which limit every image was decoded; None where that is not known
     """
 
     source: str | None
@@ -54,6 +55,7 @@ class Prepared:
     files: str | None = None
     adopted: bool = False
     version: int = 1
+    max_image_pixels: int | None = None
 
     def name(self) -> str:
         """As an error message calls it."""

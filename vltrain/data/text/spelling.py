@@ -13,7 +13,7 @@ import functools
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,32 +42,14 @@ class Spelling:
     examples: list[list[str]] = field(default_factory=list)
     prompts: int = 0
 
-    def add(self, sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]) -> None:
-        """Counts a sample and the segment that it was tokenised to; `ends`: ids that end an answer."""
-        parts: set[str] = set()
-        if tokenizer.unk_id is not None and tokenizer.unk_id in segment.input_ids:
-            parts.update(
-                part[:_PART_LENGTH]
-                for turn in sample.turns
-                for part in tokenizer.unknown_parts(unescape_markers(turn.text))
-            )
-        elif _drops_unknown(tokenizer):
-            parts.update(*(_dropped(turn.text, tokenizer) for turn in sample.turns))
-        altered = next(
-            (
-                (said, read)
-                for said, read in _read_back(sample, segment, tokenizer, ends)
-                if said.strip() != read.strip()
-            ),
-            None,
-        )
-        self.unknown += bool(parts)
-        self.parts.update(parts)
-        self.altered += altered is not None
-        if altered is not None and len(self.examples) < MOST_EXAMPLES:
-            self.examples.append([sample.id, *(text[:_EXAMPLE_LENGTH] for text in altered)])
-        if tokenizer.instruction is not None:
-            self.prompts += tokenizer.instruction.num_unknown(segment.instruction_ids.tolist()) > 0
+    def add(self, sample_id: str, lost: Lost) -> None:
+        """Counts what is lost of a sample."""
+        self.unknown += bool(lost.parts)
+        self.parts.update(lost.parts)
+        self.altered += lost.altered is not None
+        if lost.altered is not None and len(self.examples) < MOST_EXAMPLES:
+            self.examples.append([sample_id, *(text[:_EXAMPLE_LENGTH] for text in lost.altered)])
+        self.prompts += lost.prompt
 
     def merge(self, other: dict[str, Any]) -> None:
         """Adds the counts of `to_json`."""
@@ -89,6 +71,36 @@ class Spelling:
             return None
         most = sorted(self.parts.items(), key=lambda one: (-one[1], one[0]))[:MOST_PARTS]
         return {**vars(self), "parts": dict(most)}
+
+
+class Lost(NamedTuple):
+    """What is lost of one sample: parts that are unknown; an answer that reads otherwise, and how; whether the
+    Q-Former cannot spell the prompt."""
+
+    parts: frozenset[str] = frozenset()
+    altered: tuple[str, str] | None = None
+    prompt: bool = False
+
+
+def lost_of(sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collection[int]) -> Lost:
+    """What of a sample its segment does not say; `ends`: ids that end an answer."""
+    parts: set[str] = set()
+    if tokenizer.unk_id is not None and tokenizer.unk_id in segment.input_ids:
+        parts.update(
+            part[:_PART_LENGTH]
+            for turn in sample.turns
+            for part in tokenizer.unknown_parts(unescape_markers(turn.text))
+        )
+    elif _drops_unknown(tokenizer):
+        parts.update(*(_dropped(turn.text, tokenizer) for turn in sample.turns))
+    both = _read_back(sample, segment, tokenizer, ends)
+    altered = next(((said, read) for said, read in both if said.strip() != read.strip()), None)
+    instruction = tokenizer.instruction
+    prompt = instruction is not None and instruction.num_unknown(segment.instruction_ids.tolist()) > 0
+    return Lost(frozenset(parts), altered, prompt) if parts or altered or prompt else NOTHING_LOST
+
+
+NOTHING_LOST = Lost()
 
 
 def _read_back(
