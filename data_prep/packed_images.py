@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_prep.copied_images import warn_of_dark_images
 from data_prep.parallel import in_chunks, ordered_map
+from data_prep.prepare import IMAGES
 from vltrain.console import Progress
 from vltrain.data.images import is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, read_prepared
@@ -28,7 +29,8 @@ def decoded_before(folder: Path, max_pixels: int) -> dict[str, bytes]:
         if made is not None and not made.adopted and (made.max_image_pixels or max_pixels + 1) <= max_pixels:
             record = read_record(folder / SAMPLES_RECORD, made.files)
             rows = zip(record.places, record.names, record.digests, strict=True)
-            return {name: digest for place, name, digest in rows if place == SAMPLES}
+            # what else lies there, the samples, is no image
+            return {name: digest for place, name, digest in rows if place == SAMPLES and name.startswith(f"{IMAGES}/")}
     return {}
 
 

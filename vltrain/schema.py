@@ -188,6 +188,7 @@ def question_and_answer(record: Any) -> tuple[str, str] | None:
             and identity.strip() and asked.strip() and said.strip()
             and IMAGE_MARKER not in said and asked.count(IMAGE_MARKER) == len(images)
             and all(type(image) is str and path_fault(image) is None for image in images)
+            and "".join((identity, *images, asked, said)).encode()  # a lone surrogate is an error
         ):  # fmt: skip
             return asked, said
     except (KeyError, TypeError, ValueError, AttributeError):
