@@ -97,7 +97,7 @@ ZERO: dict[str, Any] = {
         False, "it has no effect: checkpoints are vltrain's own, whole and in fp32"
     ),
     "stage3_module_granularity_threshold": _off(
-        0, "it makes modules leaves by their size, with which DeepSpeed 0.19 stops at the first forward"
+        0, "it makes modules leaves by their size, with which DeepSpeed 0.19 crashed when it was tried"
     ),
     "stage3_use_all_reduce_for_fetch_params": FLAG,
     "stage3_allgather_sequential": FLAG,
