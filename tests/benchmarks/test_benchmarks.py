@@ -151,5 +151,5 @@ def test_the_roofline_page_shows_what_is_counted(capsys):
 
 def test_masks_beside_plain_causal_attention(tmp_path):
     rows = run_quick("masks", tmp_path)["masks"]
-    assert [row["attention"] for row in rows][0] == "causal" and len(rows) == 7
+    assert rows[0]["attention"] == "causal" and len(rows) == 13
     assert rows[0]["times plain causal"] == 1.0 and all(row["ms"] > 0 for row in rows)

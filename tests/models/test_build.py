@@ -184,9 +184,9 @@ def test_kernels_are_logged_by_the_model_and_not_by_its_outline(
     assert not caplog.messages
     build_model(model)
     attention, kernels = caplog.messages
-    assert attention.startswith("attention of packed rows: sdpa (") and kernels.startswith(
-        "norms, rotary embedding and SwiGLU of the LLM: torch"
-    )
+    assert attention.startswith(
+        ("attention of packed rows: sdpa (", "attention of packed rows: tiled (")
+    ) and kernels.startswith("norms, rotary embedding and SwiGLU of the LLM: torch")
 
 
 def test_attention_is_chosen_for_the_device_of_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:

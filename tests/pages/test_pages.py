@@ -16,7 +16,7 @@ MOST_WORDS = {
     "launch/README.md": 2500,
     "launch/TROUBLESHOOTING.md": 2000,
     "data_prep/README.md": 1600,
-    "vltrain/README.md": 2300,
+    "vltrain/README.md": 2600,
 }
 
 

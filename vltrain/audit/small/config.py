@@ -39,6 +39,7 @@ from vltrain.audit.small.sizes import (
 
 IMAGES = ("vision", "image", "vit", "visual", "high_res", "low_res", "perception", "qformer", "perceiver", "projector")
 STAGES = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+SPREAD = 0.1  # of random weights, at most: a wide net of larger ones amplifies rounding beyond what is to be seen
 OTHERS = ("audio", "vq_", "speech", "dit_", "expert")
 
 
@@ -147,6 +148,8 @@ def _shrink_value(key: str, value: Any, own: int, known: dict[int, int], tokens:
         many = value if isinstance(value, list) else [value]
         mapped = [tokens.get(one, one) if _is_number(one) else one for one in many]
         return mapped if isinstance(value, list) else mapped[0]
+    if key.endswith("initializer_range") and isinstance(value, float):
+        return min(value, SPREAD)
     if NO_CHANCE.match(key) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return type(value)(0)
     if isinstance(value, list) and value and all(_is_number(one) for one in value) and FEEDS.match(key):

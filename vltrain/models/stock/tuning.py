@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from vltrain.config.model.stock import NETWORKS, LowRankConfig, StockConfig
@@ -77,13 +78,14 @@ class Tuner:
 
     def _put_in(self, block: nn.Module, part: str, number: int, place: str, adapter: Adapter) -> None:
         norm = None
-        if adapter.may_fuse():
+        fuses = adapter.may_fuse() and torch.get_default_device().type != "meta"  # an outline runs nowhere
+        if fuses:
             name = norms_before(self._config)[part][number].get(place)
             norm = block.get_submodule(name) if name is not None and _NORM.search(name) else None
         put_in = AdapterThenSublayer(adapter, block.get_submodule(place), norm)
         setattr(block, place, put_in)
         self._fused[part][0] += put_in.took_norm
-        self._fused[part][1] += adapter.may_fuse()
+        self._fused[part][1] += fuses
 
     def log_fused(self) -> None:
         """Says where the adapters' kernel takes a norm in; nothing where no adapter may run fused."""
