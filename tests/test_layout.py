@@ -206,8 +206,7 @@ MANY_PARAMETERS = set(
     vltrain.evaluate.answering.decoding.Decoder.__init__ vltrain.evaluate.answering.generate.generate
     vltrain.export.formats.modeling_vltrain_mmt.VltrainMmtProcessor.__init__
     vltrain.inference.model.LoadedModel.__init__
-    vltrain.ops.attention.packed_sdpa_forward vltrain.ops.attention.packed_tiled_forward
-    vltrain.ops.attention.packed_varlen_forward
+    vltrain.ops.attention._of_packed_rows.forward
     vltrain.ops.triton_adapter._ vltrain.ops.triton_adapter.run_backward vltrain.ops.triton_adapter.run_forward
     vltrain.train.checkpoints.checkpoint.save_checkpoint
     vltrain.train.run.provenance.write_provenance

@@ -30,6 +30,12 @@ class Finding:
         assert "\n" not in f"{self.what}{self.where}", "a finding is one line"
 
 
+def compared(what: str, difference: float, where: str) -> Finding:
+    """A finding that passes up to BOUND; `where`: where it arises, which a check that passes leaves out."""
+    passed = difference <= BOUND
+    return Finding(what=what, passed=passed, difference=difference, where="" if passed else where)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """All findings about a model. `model`: its source; `kind`: its model_type; `small`: parameters of the copy that was

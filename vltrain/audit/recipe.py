@@ -4,7 +4,6 @@ step."""
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from vltrain.audit.checks.processor import FILES, has_processor, require_readabl
 from vltrain.audit.findings import Report
 from vltrain.audit.run import audit
 from vltrain.audit.small.config import shrink
-from vltrain.audit.small.sizes import SIDE
 from vltrain.audit.stored import store_report, stored_report
 from vltrain.audit.subjects import stock, text
 from vltrain.audit.subjects.table import SUBJECTS, Section, is_known
@@ -104,19 +102,9 @@ def question_of(model: ModelConfig) -> Question | None:
     if not configs or architecture.resized is None or not is_known(model):
         return None
     small = architecture.resized(model, {name: shrink(one).config for name, one in configs.items()})
-    small = replace(small, **_fitting_groups(small))
     name = next((source for source in reversed(model.bases.values()) if source), model.architecture)
     processor = None if model.processor is None else (StockSource.of(model.processor), configs["model"])
     return Question(name=name, ways={AS_TUNED: small}, processor=processor)
-
-
-def _fitting_groups(small: Section) -> dict[str, Any]:
-    """The section's adapters with groups that divide a small copy's widths, whatever divides the model's own."""
-    adapter = getattr(small, "adapter", None)
-    if adapter is None:
-        return {}
-    names = ("groups", "down_groups")
-    return {"adapter": replace(adapter, **{name: math.gcd(getattr(adapter, name), SIDE) for name in names})}
 
 
 def _question_by_name(name: str) -> Question:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -86,7 +85,8 @@ def _findings(subject: Subject, *, brief: bool, trainer: bool) -> list[Finding]:
     except Exception as error:  # a family's own code, given a packed row
         where = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return [Finding(what="takes a packed row", passed=False, bound=None, where=where)]
-    told = [check_trainer(_stock(subject))] if trainer and _stock(subject) is not None else []
+    network = subject.reference.reads_ids
+    told = [check_trainer(network)] if trainer and network is not None else []
     findings = list(packing.findings)
     if not brief:
         findings += check_shares(subject, packing.gradients)
@@ -94,9 +94,3 @@ def _findings(subject: Subject, *, brief: bool, trainer: bool) -> list[Finding]:
     findings += check_tuning(subject, packing.free)
     findings += check_export(subject)
     return [*findings, *told]
-
-
-def _stock(subject: Subject) -> Any:
-    """The one network of transformers that reads ids alone; None where there is none."""
-    found: Any = getattr(subject.reference, "network", subject.reference.llm)
-    return None if subject.kind.startswith(("instructblip", "mmt")) else found

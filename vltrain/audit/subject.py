@@ -40,6 +40,12 @@ class Reference(nn.Module, ABC):
     routing: Routing | None = None
     llm: Any
 
+    @property
+    def reads_ids(self) -> Any:
+        """The one network of transformers', with its head, where that reads token ids by itself; None: there is
+        none."""
+        return None
+
     @abstractmethod
     def predictions(self, segment: Segment) -> Tensor:
         """Logits [A, rows of the head] of the A tokens of a segment that are to be predicted, the segment alone."""

@@ -23,14 +23,7 @@ from vltrain.config.schema import Config
 from vltrain.errors import InputError
 from vltrain.models.architectures import architecture_of
 from vltrain.models.interface import VisionLanguageModel
-from vltrain.ops.attention import (
-    PACKED_SDPA,
-    PACKED_TILED,
-    PACKED_VARLEN,
-    packed_sdpa_forward,
-    packed_tiled_forward,
-    packed_varlen_forward,
-)
+from vltrain.ops.attention import FORWARDS
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +53,8 @@ def require_compilable(config: Config, zero_stage: int) -> None:
 
 def compile_blocks(model: VisionLanguageModel, backend: str = "inductor") -> None:
     """Compiles every block that runs, in place, at its first forward; parameters and their names stay what they are."""
-    attentions = {
-        PACKED_SDPA: packed_sdpa_forward, PACKED_TILED: packed_tiled_forward, PACKED_VARLEN: packed_varlen_forward
-    }  # fmt: skip
     theirs = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("flash_attention_")]
-    attentions |= dict.fromkeys(theirs, flash_attention_forward)
-    for name, attention in attentions.items():
+    for name, attention in {**FORWARDS, **dict.fromkeys(theirs, flash_attention_forward)}.items():
         AttentionInterface.register(name, torch.compiler.disable(attention))
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 8 * GRAPHS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -11,12 +12,17 @@ from vltrain.config.model.mmt import AdapterConfig
 from vltrain.models.adapters.table import adapter_kind
 
 RANK, WIDTH = 4, 4
+SIDE = 64
+"""Of the networks of a small copy: all their widths are multiples of it."""
 Updates = TypeVar("Updates", bound=Any)
 
 
 def resized_adapter(adapter: AdapterConfig) -> AdapterConfig:
-    """Adapters that small layers hold, of the same kinds in the same places, without dropout."""
+    """Adapters that small layers hold, of the same kinds in the same places, without dropout; their groups divide a
+    small width, whatever divides the model's own."""
     known = adapter_kind(adapter, "llm").settings | adapter_kind(adapter, "vision").settings
+    groups = {name: math.gcd(getattr(adapter, name), SIDE) for name in ("groups", "down_groups")}
+    adapter = replace(adapter, **groups)
     small = {"dim": WIDTH * adapter.groups * adapter.down_groups, "rank": RANK}  # others have no effect
     fitting = {name: min(getattr(adapter, name), most) for name, most in small.items() if name in known}
     return replace(adapter, **fitting, dropout=0.0, impl="auto")

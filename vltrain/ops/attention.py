@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,6 +38,7 @@ from vltrain.ops.packed.masks import PACKED_SDPA, PACKED_TILED, PACKED_VARLEN, S
 from vltrain.ops.packed.packing import BlockRule, Packing, from_padded, to_padded
 from vltrain.ops.packed.tiled import Scores, tiled_attention, tiles_of, worth_tiling
 
+Forward = Callable[..., tuple[Tensor, None]]
 WITHOUT_EFFECT = frozenset({
     "packing", "position_ids", "position_embeddings", "cache", "cache_position", "past_key_values", "use_cache",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "num_items_in_batch",
@@ -47,7 +48,7 @@ WITHOUT_EFFECT = frozenset({
 
 @dataclass(frozen=True)
 class _Softmax:
-    """How scores become weights; see `packed_sdpa_forward`."""
+    """How scores become weights; see `_of_packed_rows`."""
 
     dropout: float
     scaling: float | None
@@ -97,68 +98,55 @@ def packing_arguments(
     }
 
 
-def packed_sdpa_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows. `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D].
+def _of_packed_rows(attend: Callable[[Tensor, Tensor, Tensor, SegmentMask, _Softmax], Tensor]) -> Forward:
+    """transformers' attention function that computes packed rows by `attend`: (`query` [1, H, T, D], `key` and `value`
+    [1, H_kv, T, D], mask, how scores become weights) -> [1, T, H, D]."""
 
-    Args:
-        attention_mask: what `vltrain.ops.packed.masks` made of the row's; anything else means that no row is packed.
-        sliding_window: as the mask has it.
-        softcap: scores s become softcap * tanh(s / softcap).
-        s_aux: [H], logits of an imagined key without value, one a head (sinks).
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """For packed rows; `query` [1, H, T, D], `key` and `value` [1, H_kv, T, D].
 
-    Returns: ([1, T, H, D], None).
+        Args:
+            attention_mask: what `vltrain.ops.packed.masks` made of the row's; anything else means that no row is
+                packed.
+            sliding_window: as the mask has it.
+            softcap: scores s become softcap * tanh(s / softcap).
+            s_aux: [H], logits of an imagined key without value, one a head (sinks).
 
-    Raises: InputError for an argument that is not known here.
-    """
-    how = _Softmax(dropout, scaling, softcap, s_aux)
-    mask = _checked_mask(attention_mask, sliding_window, kwargs)
-    if mask is None:
-        return _unpacked(module, query, key, value, attention_mask, how, kwargs)
-    assert len(query) == 1, "a packed row is a batch of one"
-    return _grouped_attention(query, key, value, mask, how), None
+        Returns: ([1, T, H, D], None); of tiles and `varlen` in autocast's dtype, or that of `value` without autocast.
+
+        Raises: InputError for an argument that is not known here.
+        """
+        how = _Softmax(dropout, scaling, softcap, s_aux)
+        mask = _checked_mask(attention_mask, sliding_window, kwargs)
+        if mask is None:
+            return _unpacked(module, query, key, value, attention_mask, how, kwargs)
+        assert len(query) == 1, "a packed row is a batch of one"
+        return attend(query, key, value, mask, how), None
+
+    return forward
 
 
-def packed_tiled_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows on a CPU, in tiles. Arguments: see `packed_sdpa_forward`.
-
-    Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
-    """
-    how = _Softmax(dropout, scaling, softcap, s_aux)
-    mask = _checked_mask(attention_mask, sliding_window, kwargs)
-    if mask is None:
-        return _unpacked(module, query, key, value, attention_mask, how, kwargs)
-    assert len(query) == 1, "a packed row is a batch of one"
-    assert not dropout, "tiles have no dropout"
+def _tiled_attention(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, how: _Softmax) -> Tensor:
+    """On a CPU, in tiles where those are faster than padded groups."""
+    assert not how.dropout, "tiles have no dropout"
     dtype = _product_dtype(value)
     if how.is_plain and not worth_tiling(mask, query.shape[-1], dtype):
-        return _grouped_attention(query, key, value, mask, how), None
+        return _grouped_attention(query, key, value, mask, how)
     query, key, value = (states[0].to(dtype) for states in (query, key, value))
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
-    return tiled_attention(query, key, value, tiles_of(mask), scores, s_aux).to(dtype)[None], None
+    scores = Scores(query.shape[-1] ** -0.5 if how.scaling is None else how.scaling, how.softcap)
+    return tiled_attention(query, key, value, tiles_of(mask), scores, how.sinks).to(dtype)[None]
 
 
 def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, how: _Softmax) -> Tensor:
@@ -260,35 +248,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, how: 
     return F.dropout(weights, how.dropout, training=how.dropout > 0) @ value
 
 
-def packed_varlen_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function for packed rows on torch's `varlen_attn`. Arguments: see `packed_sdpa_forward`.
-
-    Returns: ([1, T, H, D], None), in autocast's dtype, or that of `value` without autocast.
-    """
-    how = _Softmax(dropout, scaling, softcap, s_aux)
-    mask = _checked_mask(attention_mask, sliding_window, kwargs)
-    if mask is None:
-        return _unpacked(module, query, key, value, attention_mask, how, kwargs)
-    assert len(query) == 1, "a packed row is a batch of one"
-    assert not dropout, "varlen_attn has no dropout"
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, mask: SegmentMask, how: _Softmax) -> Tensor:
+    """By torch's `varlen_attn`."""
+    assert not how.dropout, "varlen_attn has no dropout"
     assert how.is_plain and mask.rule.kind != "chunk", "varlen_attn knows windows alone"
     dtype = _product_dtype(value)
     query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, H, D]
     packing = mask.packing
     window = mask.rule.size if mask.rule.kind == "window" else None
-    return causal_varlen(query, key, value, packing.starts, packing.longest, scaling, window)[None], None
+    return causal_varlen(query, key, value, packing.starts, packing.longest, how.scaling, window)[None]
 
 
 def _product_dtype(value: Tensor) -> torch.dtype:
@@ -347,6 +315,14 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa_forward)
-AttentionInterface.register(PACKED_VARLEN, packed_varlen_forward)
-AttentionInterface.register(PACKED_TILED, packed_tiled_forward)
+packed_sdpa_forward = _of_packed_rows(_grouped_attention)
+packed_tiled_forward = _of_packed_rows(_tiled_attention)
+packed_varlen_forward = _of_packed_rows(_varlen_attention)
+FORWARDS: Mapping[str, Forward] = {
+    PACKED_SDPA: packed_sdpa_forward,
+    PACKED_TILED: packed_tiled_forward,
+    PACKED_VARLEN: packed_varlen_forward,
+}
+"""Ours, by the names in transformers' table."""
+for _name, _forward in FORWARDS.items():
+    AttentionInterface.register(_name, _forward)

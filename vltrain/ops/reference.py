@@ -99,7 +99,7 @@ def packed_attention(
     Args:
         query: [1, H, T, D]; key, value: [1, H_kv, T, D].
         seen: (segment, query's place in it, key's place in it) -> does the query see the key?
-        softcap, sinks: see `vltrain.ops.attention.packed_sdpa_forward`.
+        softcap, sinks: see `vltrain.ops.attention._of_packed_rows`.
 
     Returns: [1, T, H, D].
     """

@@ -7,7 +7,7 @@ import torch
 
 from vltrain.audit.checks.compare import apart
 from vltrain.audit.checks.packing import loss_of
-from vltrain.audit.findings import BOUND, Finding
+from vltrain.audit.findings import Finding, compared
 from vltrain.audit.subject import Subject
 from vltrain.errors import InputError
 from vltrain.models.pretrained.quiet import quiet_transformers
@@ -25,5 +25,4 @@ def check_export(subject: Subject) -> list[Finding]:
         return [Finding(what=what, passed=None, bound=None, where=f"cannot be folded: {error}")]
     found = torch.stack([loss_of(again, one) for one in subject.segments]).to(losses.dtype)
     size = apart(found, losses)
-    where = "" if size <= BOUND else "transformers computes something else from the folder than the trained model"
-    return [Finding(what=what, passed=size <= BOUND, difference=size, where=where)]
+    return [compared(what, size, "transformers computes something else from the folder than the trained model")]

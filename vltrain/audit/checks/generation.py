@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vltrain.audit.checks.compare import worst_row
-from vltrain.audit.findings import BOUND, Finding
+from vltrain.audit.findings import BOUND, Finding, compared
 from vltrain.audit.samples import LAST_TEXT, answered, question_of
 from vltrain.audit.subject import Subject
 from vltrain.evaluate.answering.decoding import Sampling
@@ -44,11 +44,7 @@ def check_generation(subject: Subject) -> list[Finding]:
             f"prompt {row + 1} of {len(prompts)}, of {len(prompts[row].input_ids)} tokens, from step {step + 1} of "
             f"{STEPS} on"
         )
-    return [
-        Finding(
-            what="generation in a padded batch = alone", passed=worst <= BOUND, difference=worst, where=where
-        )
-    ]  # fmt: skip
+    return [compared("generation in a padded batch = alone", worst, where)]
 
 
 def _answers(subject: Subject, prompts: Sequence[Segment]) -> tuple[list[list[int]], Tensor]:

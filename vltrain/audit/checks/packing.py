@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vltrain.audit.checks.compare import apart, worst_named, worst_row
-from vltrain.audit.findings import BOUND, Finding
+from vltrain.audit.findings import BOUND, Finding, compared
 from vltrain.audit.samples import with_other_text
 from vltrain.audit.subject import Reference, Subject
 from vltrain.audit.trace import Trace, by_segment, final_states, traced
@@ -131,17 +131,12 @@ def check_packing(subject: Subject, *, brief: bool = False) -> Packing:
     where = found[-1].where if any(one.passed is False for one in found) else ""
     if states > BOUND and not where:
         where = _where(subject, worst, packed, alone)
-    found.append(_finding("states packed = alone", states, where))
+    found.append(compared("states packed = alone", states, where))
     found += [_losses(subject, packed, alone, where if states > BOUND else ""), _gradients(subject, packed, alone)]
     if brief:
         found = found[-2:]
     free = {name for name in subject.trained - alone.gradients.keys() if name not in subject.added}
     return Packing(findings=found, gradients=packed.gradients, free=frozenset(free))
-
-
-def _finding(what: str, difference: float, where: str) -> Finding:
-    passed = difference <= BOUND
-    return Finding(what=what, passed=passed, difference=difference, where="" if passed else where)
 
 
 def _inputs(subject: Subject, packed: Outcome, alone: Outcome) -> list[Finding]:
@@ -166,7 +161,7 @@ def _inputs(subject: Subject, packed: Outcome, alone: Outcome) -> list[Finding]:
     if packed.embeds and alone.embeds:
         size, worst = worst_row(packed.embeds, alone.embeds)
         where = _where_embedded(subject, worst, packed.embeds, alone.embeds) if size > BOUND else ""
-        found.append(_finding("embeddings packed = alone", size, where))
+        found.append(compared("embeddings packed = alone", size, where))
     return found
 
 
@@ -177,7 +172,7 @@ def _losses(subject: Subject, packed: Outcome, alone: Outcome, where: str) -> Fi
     if size <= BOUND < whole:
         where = "each segment's loss agrees, but the row's is not their sum over labels"
     told = where or "states agree, so the head differs (bias, scale or softcap)"
-    return _finding("loss packed = alone", max(size, whole), told)
+    return compared("loss packed = alone", max(size, whole), told)
 
 
 def _gradients(subject: Subject, packed: Outcome, alone: Outcome) -> Finding:
@@ -190,7 +185,7 @@ def _gradients(subject: Subject, packed: Outcome, alone: Outcome) -> Finding:
         return Finding(what="gradient packed = alone", passed=False, difference=size, where=where)
     scale = _common_factor(packed.gradients, alone.gradients)
     told = f"largest in {name}" if scale is None else f"all of it is {scale:.4g} times as large as transformers'"
-    return _finding("gradient packed = alone", size, told)
+    return compared("gradient packed = alone", size, told)
 
 
 def _common_factor(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float | None:

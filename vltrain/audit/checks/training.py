@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vltrain.audit.checks.compare import worst_named
 from vltrain.audit.checks.packing import gradients_of
-from vltrain.audit.findings import BOUND, Finding
+from vltrain.audit.findings import Finding, compared
 from vltrain.audit.subject import Subject
 from vltrain.batch import Batch
 from vltrain.schema import Segment
@@ -63,15 +63,12 @@ def check_shares(subject: Subject, packed: Mapping[str, Tensor]) -> list[Finding
     shared = _gradients(subject, [segments[start::SHARES] for start in range(SHARES)], total)
     turned = _gradients(subject, [segments[::-1]], total)
     return [
-        _finding("gradient of 2 ranks x 2 micro-steps = whole", *worst_named(shared, whole)),
-        _finding("gradient in another order = whole", *worst_named(turned, whole)),
+        compared(what, size, f"largest in {name}")
+        for what, (size, name) in (
+            ("gradient of 2 ranks x 2 micro-steps = whole", worst_named(shared, whole)),
+            ("gradient in another order = whole", worst_named(turned, whole)),
+        )
     ]
-
-
-def _finding(what: str, size: float, name: str) -> Finding:
-    return Finding(
-        what=what, passed=size <= BOUND, difference=size, where="" if size <= BOUND else f"largest in {name}"
-    )
 
 
 def _gradients(subject: Subject, packs: Sequence[Sequence[Segment]], total: int) -> dict[str, Tensor]:

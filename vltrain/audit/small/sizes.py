@@ -6,8 +6,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-HIDDEN, HEADS, HEAD = 128, 4, 32  # the language model's: width, heads, entries of a head
-SIDE = 64  # width of everything else: tower, projector, resampler
+from vltrain.models.resized import SIDE
+
+HIDDEN, HEADS, HEAD = 2 * SIDE, 4, 32  # the language model's: width, heads, entries of a head; SIDE: all else's width
 FEED, EXPERT, LATENT, STATE = 96, 32, 16, 8
 VOCABULARY = 384
 WINDOW = 6  # tokens: shorter than the audit's segments, so that it matters

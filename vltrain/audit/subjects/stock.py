@@ -72,6 +72,10 @@ class StockReference(Reference):
     def llm(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride] a view
         return self.network
 
+    @property
+    def reads_ids(self) -> Any:
+        return self.network
+
     def types(self, ids: Tensor) -> Tensor:
         """int64 [L]: 1 where an image stands."""
         return (ids == self.network.config.image_token_id).long()

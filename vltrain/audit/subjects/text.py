@@ -96,6 +96,10 @@ class TextReference(Reference):
         super().__init__()
         self.llm = network
 
+    @property
+    def reads_ids(self) -> Any:
+        return self.llm
+
     def predictions(self, segment: Segment) -> Tensor:
         ids = torch.from_numpy(segment.input_ids).long()
         logits = self.llm(input_ids=ids[None], use_cache=False).logits[0, :-1]

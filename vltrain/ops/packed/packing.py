@@ -63,6 +63,12 @@ class Packing:
         """Tokens of the longest segment."""
         return int(self.lengths.max())
 
+    @cached_property
+    def typical(self) -> float:
+        """Tokens of the segment that a typical pair of query and key is in."""
+        lengths = self.lengths.double()
+        return float((lengths**3).sum() / (lengths**2).sum())
+
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(number of segments, padded length) of each group; their products sum to P."""

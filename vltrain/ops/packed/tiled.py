@@ -25,7 +25,7 @@ TILE = 64
 """Most rows of queries in a tile."""
 KEPT_KEYS = 512
 SMALLEST_WIDTH, SHORTEST, LONGEST_CAUSAL = 64, 128, 640
-"""See `worth_tiling`; tokens of the segment that a typical pair of query and key is in."""
+"""See `worth_tiling`; tokens, as `Packing.typical`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def worth_tiling(mask: SegmentMask, width: int, dtype: torch.dtype) -> bool:
         return True
     if width < SMALLEST_WIDTH:
         return False
-    typical = float((mask.packing.lengths.double() ** 3).sum() / (mask.packing.lengths.double() ** 2).sum())
+    typical = mask.packing.typical
     return typical >= SHORTEST and (typical <= LONGEST_CAUSAL or not mask.is_causal)
 
 
