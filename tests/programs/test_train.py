@@ -120,6 +120,7 @@ def test_a_finished_run_is_left_as_it_is(trained):
     before = {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()}
     for again in on_ranks("launch/train_mmt.py", "--ds", "ds_configs/zero2.json", *words):
         assert again.returncode == 0, again.stderr[-3000:]
+    assert re.search("model.llm.attention: (sdpa|tiled), as the run began", (folder / "run.log").read_text())
     assert {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()} == before
     assert len((folder / "log.jsonl").read_text().splitlines()) == NUM_STEPS
 

@@ -20,6 +20,7 @@ from vltrain.models.adapters.routing import Routing
 from vltrain.models.backbones.family import Network
 from vltrain.models.flops import Flops
 from vltrain.ops.attention import PACKED_SDPA, PACKED_TILED
+from vltrain.ops.liger import Kernels
 from vltrain.schema import IMAGE_TOKEN, Framing
 
 Place = Callable[[nn.Module], None] | None
@@ -62,6 +63,8 @@ class VisionLanguageModel(nn.Module):
     """How an image becomes the square that the ViT reads."""
     routing: Routing | None = None
     """There if the LLM has routed adapters."""
+    kernels: Kernels = "torch"
+    """Of norms, rotary embedding and MLPs of the LLM."""
 
     @property
     def writes(self) -> Literal["decoder-only", "encoder-decoder", "whole model"]:

@@ -125,6 +125,11 @@ def choose_attention(
     return IMPLEMENTATIONS.get(chosen, chosen)
 
 
+def setting_of(implementation: str) -> str:
+    """How the setting names what transformers calls so, as `choose_attention` returned it."""
+    return next((name for name, known in IMPLEMENTATIONS.items() if known == implementation), implementation)
+
+
 def beyond_kernels(config: Any) -> str | None:
     """What of an LLM's attention the variable-length kernels cannot compute, as its config says it, in words; None:
     nothing."""

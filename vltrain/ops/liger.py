@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from vltrain.ops.fused import interpreted
 
 logger = logging.getLogger(__name__)
 
+Kernels = Literal["liger", "torch"]
 _plain_rotary = modeling_llama.apply_rotary_pos_emb
 
 
@@ -37,7 +38,7 @@ def choose_kernels(
     *,
     lacking: str | None = None,
     log: bool = True,
-) -> str:
+) -> Kernels:
     """Settles `auto` of the setting `key` and returns `liger` or `torch`, logging (`log`) the choice.
 
     Args:

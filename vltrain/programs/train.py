@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ from vltrain.train.run.identity import (
     run_identity,
     tell_unknown_files,
 )
+from vltrain.train.run.kernels import kernels_as_begun
 from vltrain.train.run.length import require_reachable
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.origin import Origin, find_origin, require_same_frozen, with_peft_folder
@@ -217,7 +219,7 @@ def _train(
     evaluation = None
     if samples is not None:
         evaluation = SplitEvaluation(encoder=encoder, samples=samples, digest=digest, made_of=files)
-    trainer = _assemble(config, ds_json, world_size, dataset, start, evaluation, preemption)
+    trainer = _assemble(config, ds_json, world_size, dataset, start, evaluation, preemption, settings.given)
     if trainer.rank == 0:
         _describe(trainer, ds_json, encoder.tokenizer, outline, dataset)
     trainer.train()
@@ -236,10 +238,11 @@ def _assemble(
     start: RunStart,
     evaluation: SplitEvaluation | None,
     preemption: Preemption,
+    given: Collection[str],
 ) -> Trainer:
     """Model, loggers and trainer. A collective."""
     model = build_model(
-        config.model,
+        kernels_as_begun(config.model, start.checkpoint, given, device()),
         dtype=start.dtype,
         activation_checkpointing=config.train.activation_checkpointing,
         runs_on=device(),

@@ -31,6 +31,7 @@ from vltrain.train.checkpoints.selection import BestTracker, name_best
 from vltrain.train.determinism import step_seed
 from vltrain.train.guard import StepReading, StepResult
 from vltrain.train.optim import lr_factor, set_learning_rates
+from vltrain.train.run.kernels import KEPT, chosen_kernels
 from vltrain.train.safety import make_safety
 from vltrain.train.zero.engine import Engine
 
@@ -247,7 +248,7 @@ class Trainer:
             "selection": self.best.state(),
             "guard": self.safety.guard.state(),
         }
-        return {**kept, "precision": self.engine.precision}
+        return {**kept, "precision": self.engine.precision, KEPT: chosen_kernels(self.engine.model)}
 
     def run_evaluation(self, steps_done: int) -> None:
         """Evaluates in evaluation mode, takes its metric into account, and goes back to training. A collective."""

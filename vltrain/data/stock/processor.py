@@ -185,8 +185,8 @@ def _load(place: str, key: str, model_type: str) -> Any:
     except Exception as error:  # on damaged or foreign files its readers raise whatever they run into
         told = next(iter((str(error).strip() or type(error).__name__).splitlines()))
         advice = ""
-        if "orchvision" in str(error):
-            advice = "; its images need torchvision, of the build that torch is of (not beside a +cpu torch)"
+        if "orchvision" in str(error) or "num2words" in str(error):
+            advice = "; what it lacks comes with: bash launch/setup_env.sh --with vision"
         raise InputError(f"{key}: {place}: no processor could be loaded from there ({told[:300]}){advice}") from None
     finally:
         transformers_logging.set_verbosity(level)

@@ -54,9 +54,10 @@ def build_blip(
         _finish(network, model, weights, dtype, place)
         llm = network.language_model
         llm.lm_head = LossHead.take_over(llm.lm_head)
+        built = InstructBlip(network, _preprocessing(model.instructblip, config.vision_config.image_size))
         if _wants_liger(model, llm, runs_on, log=not on_meta):
             install_liger(llm)
-        built = InstructBlip(network, _preprocessing(model.instructblip, config.vision_config.image_size))
+            built.kernels = "liger"
         for part in (built.qformer, built.llm, built.vision) if activation_checkpointing else ():
             checkpoint_blocks(part, {"use_reentrant": False})
     _assert_trainable(built, model)

@@ -33,7 +33,7 @@ from vltrain.models.pretrained.readers import language_config, open_language, op
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
 from vltrain.models.random import seeded
 from vltrain.ops.attention_choice import choose_attention
-from vltrain.ops.liger import choose_kernels
+from vltrain.ops.liger import Kernels, choose_kernels
 
 MODALITY_STD = 0.02  # as LLaMA's own token embeddings
 
@@ -69,6 +69,7 @@ def build_mmt(
             modality_embedding = nn.Embedding(2, llm.config.hidden_size)
             nn.init.normal_(modality_embedding.weight, std=MODALITY_STD)
     built = MultimodalModel(vision, neck, modality_embedding, llm, routing)
+    built.kernels = kernels
     _assert_trainable(built, trained_parts(model))
     if on_meta:
         return built.train()
@@ -109,7 +110,7 @@ def _empty_tower(model: MmtConfig) -> Any:
     return empty_tower(config, "eager" if model.llm.attention == "eager" else "sdpa")
 
 
-def _kernels(model: MmtConfig, config: PreTrainedConfig, runs_on: torch.device | str, *, log: bool) -> str:
+def _kernels(model: MmtConfig, config: PreTrainedConfig, runs_on: torch.device | str, *, log: bool) -> Kernels:
     language = language_of(config)
     lacking = None if language.liger else f"it has none for a {language.title}"
     return choose_kernels(model.llm.kernels, runs_on, getattr(config, "hidden_act", ""), lacking=lacking, log=log)
