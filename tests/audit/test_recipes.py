@@ -6,7 +6,7 @@ import pytest
 from tests.audit.recipes import CLIP, blip, both, mmt, subject
 from vltrain.audit.recipe import question_of
 from vltrain.audit.run import audit
-from vltrain.config.model.mmt import NeckConfig, PeftConfig
+from vltrain.config.model.mmt import NeckConfig, PeftConfig, TowerPeftConfig
 from vltrain.models.adapters.table import ADAPTERS
 
 LORA = {"targets": ("q_proj", "v_proj")}
@@ -22,7 +22,11 @@ RECIPES = {
     **{f"adapter {kind}": mmt(adapter={"kind": kind, "vision": "both", "llm": "both"}) for kind in ADAPTERS},
     **{f"tower {kind}": mmt(vision=section, neck=NeckConfig(kind="mlp")) for kind, section in TOWERS.items()},
     **{
-        kind: mmt(llm={"peft": PeftConfig(kind=kind, **LORA)}, adapter={"llm": "none"})
+        kind: mmt(
+            vision={"peft": TowerPeftConfig(kind=kind, targets=("q_proj", "fc1"))},
+            llm={"peft": PeftConfig(kind=kind, **LORA)},
+            adapter={"llm": "none"},
+        )
         for kind in ("lora", "dora", "rslora", "pissa")
     },
     "prompts": mmt(llm={"peft": PeftConfig(kind="adaption_prompt")}, adapter={"vision": "none", "llm": "none"}),
@@ -36,7 +40,7 @@ RECIPES = {
     "blip t5 lora": blip("instructblip-flan-t5-xl", **both("lora")),
     "blip t5 adalora": blip("instructblip-flan-t5-xl", **both("adalora")),
 }
-QUICK = ("adapter loha_router", "prompts", "blip adalora", "blip t5 lora")
+QUICK = ("adapter loha_router", "dora", "prompts", "blip adalora", "blip t5 lora")
 
 
 @pytest.mark.parametrize(

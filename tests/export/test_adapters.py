@@ -27,6 +27,7 @@ KINDS = {
     "prompts": {
         "model__llm__peft__kind": "adaption_prompt",
         "model__llm__peft__adapter_len": 2,
+        "model__vision__peft__kind": "pissa",
         "model__adapter__llm": "none",
     },
     "4 bits": {"model__bits": 4},

@@ -29,6 +29,9 @@ POOLER = {**PATCHES, "model__vision__tokens": "pooler"}
 BOTH = {"model__adapter__llm": "both", "model__adapter__vision": "both"}
 UNBIASED = {**BOTH, "model__adapter__bias": False}
 LORA = {"model__llm__peft__kind": "lora", "model__llm__peft__targets": ("o_proj", "up_proj")}
+TOWER = {"model__vision__peft__rank": 3, "model__vision__peft__targets": ("v_proj", "fc1")}
+PISSA, RSLORA = ({**TOWER, "model__vision__peft__kind": kind} for kind in ("pissa", "rslora"))
+DORA = {"model__vision__peft__kind": "dora", "model__vision__peft__targets": ("o_proj", "down_proj")}
 MLP = {"model__neck__kind": "mlp", "model__neck__dim": 128}
 SHAPE = {**PATCHES, **MLP}  # LLaVA's
 TINY_GEMMA = {"head_dim": 8, "sliding_window": 4}
@@ -49,13 +52,13 @@ def of_pair(folder: Path, vision: str, llm: str, changes: dict[str, Any], **size
 
 CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
     "merged, siglip, qwen2": ("merged", "siglip_vision_model", "qwen2", {**SHAPE, "model__vision__pool": 2}, {}),
-    "merged, dinov3, phi3": ("merged", "dinov3_vit", "phi3", {**UNBIASED, **PATCHES}, {}),
+    "merged, dinov3, phi3": ("merged", "dinov3_vit", "phi3", {**UNBIASED, **PATCHES, **DORA}, {}),
     "merged, clip, gemma2": ("merged", "clip_vision_model", "gemma2", UNBIASED, TINY_GEMMA),
-    "lora, dinov2, gemma3": ("lora", "dinov2", "gemma3_text", UNBIASED, TINY_GEMMA),
-    "lora, siglip, olmo2": ("lora", "siglip_vision_model", "olmo2", {**BOTH, **LORA, **POOLER}, {}),
+    "lora, dinov2, gemma3": ("lora", "dinov2", "gemma3_text", {**UNBIASED, **PISSA}, TINY_GEMMA),
+    "lora, siglip, olmo2": ("lora", "siglip_vision_model", "olmo2", {**BOTH, **LORA, **PISSA, **POOLER}, {}),
     "llava, clip, llama": ("llava", "clip_vision_model", "llama", {**SHAPE, **BOTH}, {"tie_word_embeddings": True}),
     "llava, siglip, qwen3": (
-        "llava", "siglip_vision_model", "qwen3", {**SHAPE, **LORA, "model__vision__blocks": 3},
+        "llava", "siglip_vision_model", "qwen3", {**SHAPE, **LORA, **RSLORA, "model__vision__blocks": 3},
         {"vocab_size": 800, "tie_word_embeddings": True},
     ),
     "llava, dinov2, gemma": ("llava", "dinov2", "gemma", {**SHAPE, **UNBIASED}, {"head_dim": 8}),

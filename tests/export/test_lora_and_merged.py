@@ -30,6 +30,11 @@ PEFT = {
     "model__llm__peft__rank": 3,
     "model__llm__peft__targets": ("q_proj", "o_proj"),
 }
+TOWER = {
+    "model__vision__peft__kind": "pissa",
+    "model__vision__peft__rank": 3,
+    "model__vision__peft__targets": ("q_proj", "fc2"),
+}
 
 
 def tuned_run(folder: Path, **changes: Any) -> tuple[Places, Any]:
@@ -51,7 +56,7 @@ def tuned_run(folder: Path, **changes: Any) -> tuple[Places, Any]:
 
 @pytest.mark.parametrize("form", ["lora", "merged"])
 def test_a_clean_process_with_stock_libraries_says_what_the_run_says(form: str, tmp_path: Path, capsys: Any) -> None:
-    places, _ = tuned_run(tmp_path, **PEFT)
+    places, _ = tuned_run(tmp_path, **PEFT, **TOWER)
     export(places.run, tmp_path / "out", form, proof_samples=2)
     proof = json.loads((tmp_path / "out" / "proof.json").read_text())
     assert (
@@ -66,7 +71,7 @@ def test_a_clean_process_with_stock_libraries_says_what_the_run_says(form: str, 
         assert (
             "vLLM, SGLang, llama.cpp do not: it has a constant" in told
             and "model.adapter.bias false" in told
-            and origin["rank"] == {"llm": 7, "vision": 4}
+            and origin["rank"] == {"llm": 7, "vision": 4 + 2 * 3}
         )
 
 
@@ -79,11 +84,18 @@ def test_a_clean_process_with_stock_libraries_says_what_the_run_says(form: str, 
         {"model__adapter__llm": "ffn", "model__adapter__vision": "none", "model__adapter__bias": False, **PEFT},
         {"model__adapter__kind": "repadapter", "model__adapter__scale": 0.5},
         {"model__adapter__llm": "none", "model__neck__kind": "linear", "model__neck__dim": 128, **PEFT},
-        {"model__bits": 4, "model__adapter__llm": "both", **PEFT},
+        {
+            "model__adapter__llm": "none",
+            "model__adapter__vision": "none",
+            **PEFT,
+            **TOWER,
+            "model__llm__peft__kind": "pissa",
+        },
+        {"model__bits": 4, "model__adapter__llm": "both", **PEFT, **TOWER, "model__vision__peft__kind": "lora"},
         {"model__bits": 8, "model__adapter__bias": False},
         {"model__bits": 16, "train__precision": "bf16"},
     ],
-    ids=["both", "ffn", "repadapter", "linear neck", "4 bits", "8 bits", "16 bits"],
+    ids=["both", "ffn", "repadapter", "linear neck", "PiSSA", "4 bits", "8 bits", "16 bits"],
 )
 def test_every_kind_of_tuning_is_proven(changes: dict[str, Any], form: str, tmp_path: Path) -> None:
     places, _ = tuned_run(tmp_path, **changes)

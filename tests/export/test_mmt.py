@@ -28,6 +28,12 @@ KINDS = {
         "model__neck__kind": "linear",
         "model__neck__dim": 128,
     },
+    "lora in both": {
+        "model__llm__peft__kind": "pissa",
+        "model__vision__peft__kind": "dora",
+        "model__vision__peft__targets": ("q_proj", "out_proj", "fc1"),
+        "model__adapter__llm": "none",
+    },
     "tied head": {"llm_config": {"tie_word_embeddings": True}},
     "all tuned": {"model__tune": "full", "by": 0.05},
     "4 bits": {"model__bits": 4},

@@ -23,6 +23,7 @@ LORA = {
     "model__adapter__llm": "none",
     "model__adapter__vision": "none",
 }
+TOWER = {"model__vision__peft__kind": "lora", "model__vision__peft__targets": ("k_proj", "fc2")}
 
 
 def with_identity(run):
@@ -50,8 +51,14 @@ def begun(run, place, folder):
 
 @pytest.mark.parametrize(
     "form, changes",
-    [("adapters", {}), ("adapters", {"model__adapter__kind": "router"}), ("lora", LORA)],
-    ids=["adapters", "router", "lora"],
+    [
+        ("adapters", {}),
+        ("adapters", {"model__adapter__kind": "router", **TOWER}),
+        ("lora", LORA),
+        ("lora", {**LORA, **TOWER}),
+        ("lora", {**LORA, **TOWER, "model__llm__peft__kind": None, "model__llm__peft__targets": ("q_proj", "v_proj")}),
+    ],
+    ids=["adapters", "router", "lora", "lora in both", "lora in the tower"],
 )
 def test_a_new_run_of_the_paper_s_model_begins_with_the_weights(form, changes, tmp_path):
     run = with_identity(mmt_run(tmp_path, **changes))

@@ -10,17 +10,20 @@ from tiny_models import LLM, randomise_adapters, tiny_config
 from torch import Tensor
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from vltrain.config.model.mmt import MmtConfig, PeftConfig
+from vltrain.config.model.mmt import MmtConfig, PeftConfig, TowerPeftConfig
 from vltrain.errors import InputError
 from vltrain.export.formats.lora import write_updates
 from vltrain.models.build import build_model
-from vltrain.models.mmt.as_lora import has_constant, lora_rank, lora_updates, require_low_rank
+from vltrain.models.mmt.as_lora import factors_of, has_adapters, has_constant, lora_rank, lora_updates, require_low_rank
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.peft.lora import peft_parameters
 from vltrain.models.quantise import dequantise_linears
 
 LORA = PeftConfig(kind="lora", rank=3, alpha=5.0, targets=("q_proj", "o_proj", "up_proj", "down_proj"))
+PISSA = PeftConfig(kind="pissa", rank=3, alpha=5.0, targets=LORA.targets)
+TOWER = {"rank": 3, "alpha": 5.0, "targets": ("q_proj", "out_proj", "fc1", "fc2")}
 BOTH = {"vision": "both", "llm": "both"}
+NONE = {"vision": "none", "llm": "none"}
 CASES: dict[str, dict[str, Any]] = {
     "attention": {},
     "ffn": {"adapter": {"vision": "ffn", "llm": "ffn"}},
@@ -33,6 +36,27 @@ CASES: dict[str, dict[str, Any]] = {
     "without biases, LoRA": {"adapter": {"bias": False}, "llm": {"peft": LORA}},
     "4 bits": {"adapter": BOTH, "bits": 4, "llm": {"peft": LORA}},
     "8 bits": {"adapter": {"bias": False, **BOTH}, "bits": 8},
+    "LoRA in both": {
+        "adapter": NONE,
+        "llm": {"peft": LORA},
+        "vision": {"peft": TowerPeftConfig(kind="rslora", **TOWER)},
+    },
+    "PiSSA in both": {
+        "adapter": NONE,
+        "llm": {"peft": PISSA},
+        "vision": {"peft": TowerPeftConfig(kind="pissa", **TOWER)},
+    },
+    "adapters and PiSSA": {
+        "adapter": BOTH,
+        "llm": {"peft": PISSA},
+        "vision": {"peft": TowerPeftConfig(kind="pissa", **TOWER)},
+    },
+    "4 bits, LoRA in both": {
+        "adapter": {"llm": "none"},
+        "bits": 4,
+        "llm": {"peft": LORA},
+        "vision": {"peft": TowerPeftConfig(kind="lora", **TOWER)},
+    },
 }
 
 
@@ -46,8 +70,8 @@ def built(**changes: Any) -> tuple[MmtConfig, MultimodalModel]:
         if ".adapter." in name:
             parameter.data.mul_(4)
     generator = torch.Generator().manual_seed(0)  # of twelve the worst rounds to 1.3e-5, this one to 2e-6
-    tuned = peft_parameters(model.llm)  # a set: in its order every process would draw other weights
-    for parameter in model.llm.parameters():
+    tuned = peft_parameters(model)  # a set: in its order every process would draw other weights
+    for parameter in (*model.llm.parameters(), *model.vision.parameters()):
         if parameter in tuned:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return config, model
@@ -62,9 +86,10 @@ def plain(config: MmtConfig) -> MultimodalModel:
 
 
 def settings(config: MmtConfig, part: str) -> dict[str, Any]:
-    alone = config.adapter.llm == "none" and part == "llm"
+    peft = getattr(config, part).peft
+    alone = not has_adapters(config.adapter, part) and peft.kind != "pissa"
     return {
-        "lora_alpha": config.llm.peft.alpha if alone else None,
+        "lora_alpha": peft.alpha if alone else None,
         **({"task_type": "CAUSAL_LM"} if part == "llm" else {}),
     }
 
@@ -83,7 +108,8 @@ def with_peft(network: Any, folder: Path) -> Any:
 def export(model: MultimodalModel, config: MmtConfig, part: str, folder: Path) -> None:
     folder.mkdir()
     network = model.llm if part == "llm" else model.vision.clip
-    write_updates(folder, dict(lora_updates(model, part)), network, settings(config, part), torch.float32)
+    taken_out = factors_of(build_model(config), part) if getattr(config, part).peft.kind == "pissa" else {}
+    write_updates(folder, dict(lora_updates(model, part, taken_out)), network, settings(config, part), torch.float32)
 
 
 @torch.no_grad()
@@ -175,6 +201,11 @@ def test_layers_of_some_blocks_are_named_whole(tmp_path: Path) -> None:
             {"adapter": {"llm": "none"}, "llm": {"peft": PeftConfig(kind="adaption_prompt")}},
             "model.llm.peft.kind: found 'adaption_prompt'",
         ),
+        (
+            {"vision": {"peft": TowerPeftConfig(kind="dora")}},
+            "model.vision.peft.kind: found 'dora': it scales the rows",
+        ),
+        ({"llm": {"peft": PISSA}, "bits": 16}, "model.llm.peft.kind: found 'pissa' with model.bits 16"),
         ({"llm": {"train": True}}, "model.llm.train: found True"),
         ({"tune": "full"}, "model.tune: found 'full'"),
         ({"adapter": {"vision": "none", "llm": "none"}}, "there is no LoRA to export"),

@@ -22,6 +22,7 @@ CHANGES = {
     "train__save_every_steps": 3,
     "model__adapter__dropout": 0.1,
     "model__tune": "full",
+    "model__vision__peft__kind": "pissa",
     "optim__lr": 1e-3,
     "data__workers": 1,
 }

@@ -106,10 +106,13 @@ def block_flops(block: nn.Module, family: Blocks, grad: bool) -> Count:
     normed_cost, normed_grad = _place(layers.attention_place, grad)
     query = linear_flops(layers.queries, needs_grad=normed_grad)
     key = normed_cost + sum(linear_flops(linear, needs_grad=normed_grad) for linear in layers.keys_values)
-    mixed_grad = normed_grad or is_trained(layers.queries, *layers.keys_values)
-    # Scores and their use: two products of `width` numbers each; backward, two for each of those.
+    projections = layers.queries, *layers.keys_values
+    needs = [normed_grad or is_trained(one) for one in (projections if len(projections) > 1 else 3 * projections)]
+    mixed_grad = any(needs)
+    # Scores and their use: two products of `width` numbers each; backward one for each of queries, keys and values that
+    # needs a gradient, and one for the weights where queries or keys do.
     width = layers.attention_out.in_features
-    pair = 4.0 * width * (3 if mixed_grad else 1)
+    pair = 2.0 * width * (2 + sum(needs) + any(needs[:2]))
     # Prompts have a gradient, so both of their products have both of theirs.
     query += layers.prompts * 4.0 * width * 3
     mixed_grad = mixed_grad or layers.prompts > 0

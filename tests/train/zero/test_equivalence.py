@@ -28,7 +28,13 @@ CHANGES = {
     "optim__warmup_epochs": 0.5,
 }
 ADAPTERS = {**CHANGES}
-LORA = {**CHANGES, "model__llm__peft__kind": "lora", "model__adapter__llm": "none"}
+LORA = {
+    **CHANGES,
+    "model__llm__peft__kind": "lora",
+    "model__adapter__llm": "none",
+    "model__vision__peft__kind": "dora",
+    "model__vision__peft__targets": ("k_proj", "fc2"),
+}
 PROMPTS = {**CHANGES, "model__llm__peft__kind": "adaption_prompt", "model__llm__peft__adapter_len": 3}
 FULL = {**CHANGES, "model__tune": "full", "optim__clip": 0.5, "optim__lr": 1e-3}
 CHECKPOINTED = {**FULL, "train__activation_checkpointing": True}

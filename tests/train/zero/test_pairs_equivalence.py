@@ -32,6 +32,7 @@ PAIRS = {
     "phi3": {  # one matrix for queries, keys and values; DoRA, which reads its weight without calling the layer
         **ONE_TOKEN, "model__vision__config": {**VIT, "model_type": "dinov3_vit", "num_register_tokens": 2},
         "model__llm__config": {**LLM, "model_type": "phi3"}, "model__adapter__llm": "none",
+        "model__vision__peft__kind": "pissa", "model__vision__peft__targets": ("o_proj", "down_proj"),
         "model__llm__peft__kind": "dora", "model__llm__peft__targets": ("qkv_proj", "down_proj"),
     },
 }  # fmt: skip

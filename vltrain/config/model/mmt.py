@@ -1,6 +1,6 @@
 """What a recipe may say of Multimodal Model Tuning: keys directly below `model`, where `model.architecture` is `mmt`.
 
-ViT, neck and LLM; adapters behind their norms; peft's layers in the LLM.
+ViT, neck and LLM; adapters behind their norms; peft's layers in ViT and LLM.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from vltrain.errors import require
 
 LOW_RANK = ("lora", "dora", "rslora", "pissa")
 """Kinds of `PeftConfig` that are low-rank updates of linear layers."""
+READS_WEIGHTS = ("dora", "pissa")
+"""Those that read the weights of the layers that they update."""
 Placement = Literal["none", "attention", "ffn", "both"]
 
 
@@ -64,6 +66,26 @@ class AdapterConfig:
 
 
 @dataclass(kw_only=True)
+class TowerPeftConfig:
+    """Low-rank updates by peft in the ViT's blocks, beside the adapters or instead of them; always trained."""
+
+    kind: Literal["lora", "dora", "rslora", "pissa"] | None = None
+    """As `model.llm.peft.kind`, which has prompts besides; null: no updates."""
+    rank: int = number(8, 1, MOST_SIZE)
+    """Rank r of the updates."""
+    alpha: float = number(16.0, 0, 1e6, open_low=True)
+    """The updates are scaled by alpha / rank (rslora: alpha / sqrt(rank))."""
+    dropout: float = number(0.0, 0, 1, open_high=True)
+    """Dropout on the input of the updates."""
+    targets: tuple[str, ...] = named("vltrain.models.peft.lora.TOWER_TARGETS", ("q_proj", "v_proj"))
+    """Which linear layers of every block that is read; all families have the default's."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "model.vision.peft")
+        _require_distinct("model.vision.peft.targets", self.targets)
+
+
+@dataclass(kw_only=True)
 class VisionConfig:
     """The image encoder: a ViT (CLIP, SigLIP, SigLIP 2, DINOv2, DINOv3), some of whose states are the visual tokens."""
 
@@ -91,6 +113,7 @@ class VisionConfig:
     """patches: after how many blocks; null: after all but the last."""
     pool: int = number(1, 1, MOST_SIZE)
     """patches: the mean of each square of `pool` x `pool` patches is one visual token."""
+    peft: TowerPeftConfig = field(default_factory=TowerPeftConfig)
     train: bool = False
     """Also tune the ViT's own weights."""
 
@@ -133,8 +156,11 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "model.llm.peft")
-        distinct = 0 < len(self.targets) == len(set(self.targets))
-        require(distinct, "model.llm.peft.targets", list(self.targets), "one or more layers, each once")
+        _require_distinct("model.llm.peft.targets", self.targets)
+
+
+def _require_distinct(key: str, targets: tuple[str, ...]) -> None:
+    require(0 < len(targets) == len(set(targets)), key, list(targets), "one or more layers, each once")
 
 
 @dataclass(kw_only=True)
@@ -212,13 +238,14 @@ class MmtConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        packed = self.bits in (4, 8) and not self.trains("llm")
-        require(
-            not packed or self.llm.peft.kind not in ("dora", "pissa"),
-            "model.llm.peft.kind",
-            self.llm.peft.kind,
-            f"lora or rslora: it reads the weights that model.bits {self.bits} packs",
-        )
+        for part, peft in (("vision", self.vision.peft), ("llm", self.llm.peft)):
+            packed = self.bits in (4, 8) and not self.trains(part)
+            require(
+                not packed or peft.kind not in READS_WEIGHTS,
+                f"model.{part}.peft.kind",
+                peft.kind,
+                f"lora or rslora: it reads the weights that model.bits {self.bits} packs",
+            )
 
     def trains(self, network: str) -> bool:
         return network == "projector" or self.tune == "full" or getattr(self, network).train
@@ -240,15 +267,18 @@ class MmtConfig(ModelConfig):
         for name, default in (("tokens", "cls"), ("blocks", None), ("pool", 1), ("image_size", None)):
             if identity["vision"][name] == default:
                 del identity["vision"][name]
+        if self.vision.peft == TowerPeftConfig():  # nor updates in the ViT
+            del identity["vision"]["peft"]
         return identity
 
     @classmethod
     def idle_keys(cls) -> Iterator[IdleKey]:
-        def peft_is_none_of(*kinds: str) -> Callable[[Any], bool]:
-            return lambda model: model.llm.peft.kind not in kinds
+        def peft_is_none_of(part: str, *kinds: str) -> Callable[[Any], bool]:
+            return lambda model: getattr(model, part).peft.kind not in kinds
 
         of_adapters = [f"model.adapter.{entry.name}" for entry in fields(AdapterConfig)]
-        of_peft = [f"model.llm.peft.{entry.name}" for entry in fields(PeftConfig)]
+        sections = (("llm", PeftConfig), ("vision", TowerPeftConfig))
+        of_peft = [f"model.{part}.peft.{entry.name}" for part, section in sections for entry in fields(section)]
         for key in (*of_peft, *of_adapters):
             yield (
                 key,
@@ -273,10 +303,12 @@ class MmtConfig(ModelConfig):
                 yield key, lambda model: model.adapter.vision == model.adapter.llm == "none", nowhere
         in_no_vision = "model.adapter.vision is none"
         yield "model.adapter.vision_kind", lambda model: model.adapter.vision == "none", in_no_vision
-        for kinds, names in (
-            (LOW_RANK, ("rank", "alpha", "dropout", "targets")),
-            (("adaption_prompt",), ("adapter_len", "adapter_layers")),
+        of_low_rank = ("rank", "alpha", "dropout", "targets")
+        for part, kinds, names in (
+            ("llm", LOW_RANK, of_low_rank),
+            ("llm", ("adaption_prompt",), ("adapter_len", "adapter_layers")),
+            ("vision", LOW_RANK, of_low_rank),
         ):
             for name in names:
-                told = f"model.llm.peft.kind is not {' or '.join(kinds)}"
-                yield f"model.llm.peft.{name}", peft_is_none_of(*kinds), told
+                told = f"model.{part}.peft.kind is not {' or '.join(kinds)}"
+                yield f"model.{part}.peft.{name}", peft_is_none_of(part, *kinds), told

@@ -44,11 +44,14 @@ from vltrain.files.locate import locate
 from vltrain.files.tensors import save_file
 from vltrain.models.mmt.as_lora import (
     PARTS,
+    Factors,
     Update,
+    factors_of,
     has_adapters,
     has_constant,
     lora_rank,
     lora_updates,
+    peft_kind,
     require_low_rank,
 )
 from vltrain.models.mmt.model import MultimodalModel
@@ -69,6 +72,7 @@ def _refuse(source: Source, choices: Choices) -> None:
 
 @torch.no_grad()
 def _write(folder: Path, source: Source, choices: Choices) -> Written:
+    taken_out = _taken_out(source)
     built, model = tuned_model(source), mmt_of(source)
     require_square_pixels(built)
     notes = []
@@ -76,7 +80,7 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
         if not lora_rank(model, part):
             continue
         (folder / part).mkdir()
-        updates = dict(lora_updates(built, part))
+        updates = dict(lora_updates(built, part, taken_out.get(part, {})))
         write_updates(folder / part, updates, _network(built, part), _settings(source, part), choices.torch_dtype)
         layers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in updates))
         constant = ", with a constant (lora_bias)" if has_constant(model, part) else ""
@@ -164,9 +168,18 @@ def _settings(source: Source, part: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"base_model_name_or_path": _stock_base(source, part), "lora_alpha": None}
     if part == "llm":
         settings["task_type"] = "CAUSAL_LM"
-        if not has_adapters(model.adapter, part):
-            settings["lora_alpha"] = model.llm.peft.alpha
+    if not has_adapters(model.adapter, part) and peft_kind(model, part) != "pissa":  # whose rank is another
+        settings["lora_alpha"] = getattr(model, part).peft.alpha
     return settings
+
+
+def _taken_out(source: Source) -> dict[str, Factors]:
+    """What PiSSA took out of the frozen weights, by part and layer; nothing without it."""
+    parts = [part for part in PARTS if peft_kind(mmt_of(source), part) == "pissa"]
+    if not parts:
+        return {}
+    untuned = tuned_model(dataclasses.replace(source, checkpoint=None, before=None))
+    return {part: factors_of(untuned, part) for part in parts}
 
 
 def _stock_base(source: Source, part: str) -> str | None:
@@ -205,8 +218,10 @@ def _write_base(source: Source, base: Path) -> None:
     """Writes the networks that are not there yet."""
     untuned = dataclasses.replace(source, checkpoint=None, before=None)
     adapter = dataclasses.replace(mmt_of(source).adapter, vision="none", llm="none")
-    llm = dataclasses.replace(mmt_of(source).llm, peft=dataclasses.replace(mmt_of(source).llm.peft, kind=None))
-    model = dataclasses.replace(mmt_of(source), adapter=adapter, llm=llm)
+    plain = {part: dataclasses.replace(getattr(mmt_of(source), part)) for part in PARTS}
+    for section in plain.values():
+        section.peft = dataclasses.replace(section.peft, kind=None)
+    model = dataclasses.replace(mmt_of(source), adapter=adapter, **plain)
     built = tuned_model(dataclasses.replace(untuned, config=dataclasses.replace(source.config, model=model)))
     dequantise_linears(built)
     for part in PARTS:

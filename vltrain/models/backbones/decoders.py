@@ -49,7 +49,6 @@ QWEN2 = Language(
     norms=LLAMA.norms,
     readers=LLAMA.readers,
     writers=LLAMA.writers,
-    targets=LLAMA.targets,
 )
 QWEN3 = Language(
     title="Qwen3",
@@ -66,7 +65,6 @@ QWEN3 = Language(
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches={"attention": ("attention_bias",)},
-    targets=LLAMA.targets,
 )
 MISTRAL = Language(
     title="Mistral",
@@ -80,7 +78,6 @@ MISTRAL = Language(
     norms=LLAMA.norms,
     readers=LLAMA.readers,
     writers=LLAMA.writers,
-    targets=LLAMA.targets,
 )
 SMOLLM3 = Language(
     title="SmolLM3",
@@ -92,7 +89,6 @@ SMOLLM3 = Language(
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches=LLAMA.bias_switches,
-    targets=LLAMA.targets,
 )
 PHI3 = Language(
     title="Phi-3",
@@ -106,7 +102,6 @@ PHI3 = Language(
     norms=LLAMA.norms,
     readers={"attention": ("self_attn.qkv_proj",), "ffn": ("mlp.gate_up_proj",)},
     writers=LLAMA.writers,
-    targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
 )
 OLMO2 = Language(
     title="OLMo 2",
@@ -121,7 +116,6 @@ OLMO2 = Language(
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches={"attention": ("attention_bias",)},
-    targets=LLAMA.targets,
 )
 GEMMA = Language(
     title="Gemma",
@@ -136,7 +130,6 @@ GEMMA = Language(
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches={"attention": ("attention_bias",)},
-    targets=LLAMA.targets,
 )
 GEMMA2 = Language(
     title="Gemma 2",
@@ -151,7 +144,6 @@ GEMMA2 = Language(
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches={"attention": ("attention_bias",)},
-    targets=LLAMA.targets,
 )
 GEMMA3 = Language(
     title="Gemma 3",
@@ -163,5 +155,4 @@ GEMMA3 = Language(
     readers=LLAMA.readers,
     writers=LLAMA.writers,
     bias_switches={"attention": ("attention_bias",)},
-    targets=LLAMA.targets,
 )

@@ -89,18 +89,22 @@ class Blocks(Family):
         """By sublayer, the module of a block that an adapter in front of it is put into."""
         return {sublayer: self.norms.get(sublayer, name) for sublayer, name in self.sublayers.items()}
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Last names of the blocks' linear layers, which low-rank updates may be put into."""
+        layers = [layer for sublayer in self.sublayers for layer in (*self.readers[sublayer], self.writers[sublayer])]
+        return tuple(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Language(Blocks):
     """A family of decoder-only LLMs: `model.embed_tokens`, blocks in `model.layers`, `model.norm`, `lm_head`.
 
-    targets     last names of the blocks' linear layers, which LoRA may update
     blip_targets  the linear layers of InstructBLIP's `targets`
     prompts     whether peft's LLaMA-Adapter (adaption_prompt) fits its attention
     liger       whether Liger's kernels (`vltrain.ops.liger`) are of its modules
     """
 
-    targets: tuple[str, ...]
     blip_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prompts: bool = False
     liger: bool = False

@@ -58,7 +58,6 @@ LLAMA = Language(
     },
     writers={"attention": "self_attn.o_proj", "ffn": "mlp.down_proj"},
     bias_switches={"attention": ("attention_bias",), "ffn": ("mlp_bias",)},
-    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     blip_targets={
         "attn": ("self_attn.q_proj", "self_attn.v_proj"),
         "ffn": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),

@@ -98,6 +98,7 @@ def _resized_vision(model: MmtConfig, small: PreTrainedConfig) -> VisionConfig:
         vision,
         source=None,
         kind=None,
+        peft=resized_updates(vision.peft),
         config=sizes,
         preprocessing="checkpoint",
         image_size=(patches + vision.pool) * small.patch_size if given else None,

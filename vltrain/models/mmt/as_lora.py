@@ -3,7 +3,8 @@
 Behind an adapter g(z) = z + s U D z + b a linear layer (W, c) computes W g(z) + c = (W z + c) + B A z + W b: LoRA's
 update with A = D, B = s W U, and a constant W b, which adapters without biases (`model.adapter.bias: false`) do not
 have. LoRA by peft inside of the layer, W' = W + t B' A', is part of the W that the adapter's output meets, and an
-update of its own besides: A = [D; A'], B = [s W' U, t B'], constant W' b.
+update of its own besides: A = [D; A'], B = [s W' U, t B'], constant W' b. PiSSA's factors begin as a part of the
+layer's own weight: t B' A' - t B0 A0 is what was added to it, an update of twice the rank.
 
 Products are taken in float64, of the weights that are served: dequantised where the frozen ones are in 4 or 8 bits. An
 adapter that several layers read is written for each of them.
@@ -11,9 +12,10 @@ adapter that several layers read is written for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from types import MappingProxyType
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +29,15 @@ from vltrain.models.backbones.llm import llm_blocks
 from vltrain.models.backbones.table import LANGUAGES, TOWERS, language_of
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.peft.layers import NAME, has_lora
-from vltrain.models.peft.lora import lora_factors, outer_linears, require_no_prompts
+from vltrain.models.peft.lora import low_rank_factors, outer_linears, require_no_prompts
 from vltrain.models.quantise import FrozenLinear
 
 PARTS = ("llm", "vision")
 WHOLE, APART = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
+_NO_LORA = {
+    "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {APART}",
+    "dora": f"it scales the rows of the weights, which no LoRA does; {WHOLE}",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class Update:
     down: Tensor
     up: Tensor
     constant: Tensor | None
+
+    def less(self, taken_out: tuple[Tensor, Tensor]) -> Update:
+        """Without what the layer's factors were before tuning, see `factors_of`."""
+        up, down = taken_out
+        return Update(torch.cat([self.down, down]), torch.cat([self.up, -up], dim=1), self.constant)
+
+
+Factors: TypeAlias = Mapping[str, tuple[Tensor, Tensor]]
+"""By a linear layer's name, s B and A, float64."""
 
 
 def has_adapters(config: AdapterConfig, part: str) -> bool:
@@ -68,18 +83,23 @@ def require_low_rank_adapter(config: AdapterConfig, part: str) -> None:
         )
 
 
+def require_whole(key: str, kind: str | None, bits: int | None) -> None:
+    """Raises InputError for PiSSA in 16 bits: what is left of the weights is rounded once more, which no LoRA on the
+    weights themselves does."""
+    if kind == "pissa" and bits == 16:
+        raise InputError(
+            f"{key}: found 'pissa' with model.bits 16, which rounds what its factors leave of the weights; {WHOLE}"
+        )
+
+
 def require_low_rank(model: MmtConfig) -> None:
     """Raises InputError, by the recipe alone, if what is tuned is no low-rank update of linear layers, naming what is
     not."""
     for part in PARTS:
         require_low_rank_adapter(model.adapter, part)
-    no_lora = {
-        "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {APART}",
-        "dora": f"it scales the rows of the weights, which no LoRA does; {WHOLE}",
-        "pissa": f"its factors began as a part of the weights, and a LoRA applies to the whole ones; {WHOLE}",
-    }
-    if model.llm.peft.kind in no_lora:
-        raise InputError(f"model.llm.peft.kind: found '{model.llm.peft.kind}': {no_lora[model.llm.peft.kind]}")
+        if (kind := peft_kind(model, part)) in _NO_LORA:
+            raise InputError(f"model.{part}.peft.kind: found '{kind}': {_NO_LORA[kind]}")
+        require_whole(f"model.{part}.peft.kind", kind, model.bits)
     if model.tune == "full" or model.vision.train or model.llm.train:
         key = (
             "model.tune: found 'full'"
@@ -91,9 +111,14 @@ def require_low_rank(model: MmtConfig) -> None:
         )
     if not any(lora_rank(model, part) for part in PARTS):
         raise InputError(
-            "model.adapter.vision and model.adapter.llm are none, and model.llm.peft.kind is null: there is no "
-            f"LoRA to export; {WHOLE}"
+            "model.adapter.vision and model.adapter.llm are none, and model.vision.peft.kind and model.llm.peft.kind "
+            f"null: there is no LoRA to export; {WHOLE}"
         )
+
+
+def peft_kind(model: MmtConfig, part: str) -> str | None:
+    """What peft puts into `llm` or `vision`."""
+    return getattr(model, part).peft.kind
 
 
 def has_constant(model: MmtConfig, part: str) -> bool:
@@ -103,29 +128,47 @@ def has_constant(model: MmtConfig, part: str) -> bool:
 
 def lora_rank(model: MmtConfig, part: str) -> int:
     """The largest rank of the updates of `llm` or `vision`; 0 where it has none."""
-    own = model.llm.peft if part == "llm" and model.llm.peft.kind in LOW_RANK else None
+    peft = getattr(model, part).peft
+    own_rank = peft.rank * (2 if peft.kind == "pissa" else 1) if peft.kind in LOW_RANK else 0
     if not has_adapters(model.adapter, part):
-        return own.rank if own is not None else 0
+        return own_rank
     placement = getattr(model.adapter, part)
     sublayers = ("attention", "ffn") if placement == "both" else (placement,)
     families: Iterable[Blocks] = LANGUAGES.values() if part == "llm" else TOWERS.values()
     readers = (layer for family in families for sublayer in sublayers for layer in family.readers[sublayer])
     behind = {layer.rpartition(".")[2] for layer in readers}
-    targets = set(own.targets) if own is not None else set()
-    return max(
-        model.adapter.dim + (own.rank if own is not None and behind & targets else 0),
-        own.rank if own is not None else 0,
-    )
+    return max(model.adapter.dim + (own_rank if behind & set(peft.targets) else 0), own_rank)
 
 
 @torch.no_grad()
-def lora_updates(model: MultimodalModel, part: str) -> Iterator[tuple[str, Update]]:
+def factors_of(model: MultimodalModel, part: str) -> Factors:
+    """The factors of every layer of `llm` or `vision` with an update, as they are now: of an untuned model what PiSSA
+    took out of the weights."""
+    return {name: scaled_factors(linear) for name, linear, _ in _linears(model, part) if has_lora(linear)}
+
+
+@torch.no_grad()
+def lora_updates(
+    model: MultimodalModel, part: str, taken_out: Factors = MappingProxyType({})
+) -> Iterator[tuple[str, Update]]:
     """Name in transformers' network, and update of each linear layer of `llm` or `vision` that has one.
+
+    Args:
+        taken_out: of PiSSA's layers, `factors_of` before tuning.
 
     Raises: InputError for adapters that are no linear map, or that do not hand on what goes in, and for prompts.
     """
     if part == "llm":
         require_no_prompts(model.llm)
+    for name, linear, adapter in _linears(model, part):
+        if adapter is not None or has_lora(linear):
+            update = update_of(linear, adapter)
+            yield name, update.less(taken_out[name]) if name in taken_out else update
+
+
+def _linears(model: MultimodalModel, part: str) -> Iterator[tuple[str, Any, nn.Module | None]]:
+    """(name in transformers' network, linear layer, the adapter whose output it reads) of all in the blocks."""
+    if part == "llm":
         prefix, blocks, family = "model.layers", llm_blocks(model.llm), cast(Blocks, language_of(model.llm.config))
     else:
         family = model.vision.tower
@@ -134,21 +177,26 @@ def lora_updates(model: MultimodalModel, part: str) -> Iterator[tuple[str, Updat
         before = {layer: family.places[sublayer] for sublayer, layers in family.readers.items() for layer in layers}
         for name, linear in ((plain_name(name), linear) for name, linear in outer_linears(block)):
             adapter = find_adapter(block, before[name]) if name in before else None
-            if adapter is not None or has_lora(linear):
-                yield f"{prefix}.{number}.{name}", update_of(linear, adapter)
+            yield f"{prefix}.{number}.{name}", linear, adapter
 
 
-def update_of(linear: nn.Module, adapter: nn.Module | None) -> Update:
+def scaled_factors(linear: Any) -> tuple[Tensor, Tensor]:
+    """(s B, A) of a linear layer with LoRA or one of its kin, float64."""
+    first, second = low_rank_factors(linear)
+    return linear.scaling[NAME] * second.double(), first.double()
+
+
+def update_of(linear: Any, adapter: nn.Module | None) -> Update:
     """Of a linear layer with LoRA, behind an adapter, or both. Raises InputError for an adapter that is no low-rank
     map."""
-    own = lora_factors(linear)
+    own = has_lora(linear)
     weight = _weight(linear.get_base_layer() if own else linear)
     downs, ups, constant = [], [], None
     if own:
-        first, second = (factor.weight.double() for factor in own)
-        downs.append(first)
-        ups.append(linear.scaling[NAME] * second)
-        weight = weight + ups[0] @ first
+        up, down = scaled_factors(linear)
+        downs.append(down)
+        ups.append(up)
+        weight = weight + up @ down
     if adapter is not None:
         down, up, offset = _low_rank(adapter)
         downs.insert(0, down)

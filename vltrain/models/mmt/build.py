@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from vltrain.config.model.mmt import MmtConfig, PeftConfig
+from vltrain.config.model.mmt import MmtConfig, PeftConfig, TowerPeftConfig
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
 from vltrain.models.adapters import Adapter, Routing, Sites, insert_adapters, is_routed
@@ -27,7 +27,7 @@ from vltrain.models.materialise import RandomWeights, Weights, assert_materialis
 from vltrain.models.mmt.model import MultimodalModel
 from vltrain.models.mmt.neck import make_neck
 from vltrain.models.mmt.visual_tokens import VISUAL_TOKENS, VisualTokens
-from vltrain.models.peft.lora import insert_peft, peft_parameters
+from vltrain.models.peft.lora import insert_lora, insert_peft, peft_parameters
 from vltrain.models.pretrained.preprocessor import Preprocessing, read_preprocessing
 from vltrain.models.pretrained.readers import language_config, open_language, open_tower, tower_config
 from vltrain.models.quantise import QUANTISED_BITS, quantise_linears
@@ -86,7 +86,10 @@ def as_placed(model: MmtConfig) -> MmtConfig:
     if model.tune != "neck":
         return model
     adapter = dataclasses.replace(model.adapter, vision="none", llm="none")
-    return dataclasses.replace(model, adapter=adapter, llm=dataclasses.replace(model.llm, peft=PeftConfig()))
+    vision = dataclasses.replace(model.vision, peft=TowerPeftConfig())
+    return dataclasses.replace(
+        model, adapter=adapter, vision=vision, llm=dataclasses.replace(model.llm, peft=PeftConfig())
+    )
 
 
 def check_sources(model: MmtConfig) -> None:
@@ -184,6 +187,8 @@ def _finish_vision(
                 seed=model.seed,
                 part="vision",
             )
+            if (peft := model.vision.peft).kind is not None:
+                insert_lora(unit, f"peft/vision/{name}", peft, peft.kind, model.seed, vision.tower, "model.vision.peft")
         if place is not None:
             place(unit)
 
@@ -214,8 +219,6 @@ def _finish_llm(
                 routing=routing,
             )
             insert_peft(unit, number, len(blocks), model.llm.peft, model.seed, language)
-            for parameter in peft_parameters(unit):  # peft takes over the dtype of what it wraps
-                parameter.data = parameter.data.float()
         if place is not None:
             place(unit)
 
@@ -252,9 +255,7 @@ def _assert_trainable(model: MultimodalModel, parts: set[str]) -> None:
     adapters = {
         parameter for module in model.modules() if isinstance(module, Adapter) for parameter in module.parameters()
     }
-    expected = (
-        adapters | peft_parameters(model.llm) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
-    )
+    expected = adapters | peft_parameters(model) | {*model.neck.parameters(), *model.modality_embedding.parameters()}
     for part, module in (("vision", model.vision), ("llm", model.llm)):
         expected |= set(module.parameters()) if part in parts else set()
     unused = model.vision.unused_parameters()

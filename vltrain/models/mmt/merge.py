@@ -83,7 +83,7 @@ def merge_adapters(model: MultimodalModel) -> Rounding:
         _require_biases(family, blocks)
     rounding = Rounding()
     dequantise_linears(model)
-    merge_updates(model.llm, rounding.put)
+    merge_updates(model, rounding.put)
     for network, family, blocks in networks:
         for sublayer in family.sublayers:
             got_bias = [_merge(block, family, sublayer, rounding) for block in blocks]

@@ -1,5 +1,5 @@
-"""LoRA and LLaMA-Adapter inside the LLM, both peft's: rivals of the adapters behind its norms, partners of those in the
-ViT.
+"""LoRA inside ViT and LLM and LLaMA-Adapter inside the LLM, all peft's: rivals of the adapters behind their norms, and
+partners of those in the other network.
 
 lora             W x + (alpha / r) B A x for chosen linear layers of every block (Hu et al. 2021,
                  https://arxiv.org/abs/2106.09685). B
@@ -27,11 +27,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vltrain.config.model.mmt import PeftConfig
+from vltrain.config.model.mmt import PeftConfig, TowerPeftConfig
 from vltrain.errors import InputError, nearest
-from vltrain.models.backbones.family import Language
+from vltrain.models.backbones.family import Blocks, Language
 from vltrain.models.backbones.llama import LLAMA
-from vltrain.models.backbones.table import LANGUAGES
+from vltrain.models.backbones.table import LANGUAGES, TOWERS
 from vltrain.models.peft.layers import (
     NAME,
     LoraKind,
@@ -44,6 +44,7 @@ from vltrain.models.peft.layers import (
 from vltrain.models.random import seeded
 
 TARGETS = tuple(dict.fromkeys(target for language in LANGUAGES.values() for target in language.targets))
+TOWER_TARGETS = tuple(dict.fromkeys(target for tower in TOWERS.values() for target in tower.targets))
 
 
 def insert_peft(
@@ -61,7 +62,7 @@ def insert_peft(
     if config.kind is None:
         return
     if config.kind != "adaption_prompt":
-        _insert_lora(block, number, config, config.kind, seed, language)
+        insert_lora(block, f"peft/{number}", config, config.kind, seed, language, "model.llm.peft")
     else:
         if not language.prompts:
             raise InputError(
@@ -70,21 +71,37 @@ def insert_peft(
         _insert_prompts(block, number, num_blocks, config, seed)
 
 
-def _insert_lora(
-    block: nn.Module, number: int, config: PeftConfig, kind: LoraKind, seed: int, language: Language
+def insert_lora(
+    block: nn.Module,
+    name: str,
+    config: PeftConfig | TowerPeftConfig,
+    kind: LoraKind,
+    seed: int,
+    family: Blocks,
+    key: str,
 ) -> None:
+    """Puts low-rank updates into the linear layers of a block that `config` names, in place.
+
+    Args:
+        name: the block's, from which with `seed` their factors are drawn.
+        family: the network's.
+        key: where `config` stands in a recipe.
+
+    Raises: InputError for targets that the network's blocks lack.
+    """
+    linears = {layer.rpartition(".")[2]: layer for layer, _ in outer_linears(block)}
+    known = [target for target in family.targets if target in linears]
     for target in config.targets:
-        if target not in language.targets:
+        if target not in known:
             raise InputError(
-                f"model.llm.peft.targets: a {language.title}'s blocks have no linear layer '{target}', "
-                f"{nearest(target, language.targets)}"
+                f"{key}.targets: a {family.title}'s blocks have no linear layer '{target}', {nearest(target, known)}"
             )
-    for name, linear in list(block.named_modules()):
-        parent, _, leaf = name.rpartition(".")
-        if leaf in config.targets:
-            with seeded(seed, f"peft/{number}/{leaf}"):
-                layer = lora_linear(linear, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=kind)
-            setattr(block.get_submodule(parent), leaf, layer)
+        parent = block.get_submodule(linears[target].rpartition(".")[0])
+        with seeded(seed, f"{name}/{target}"):
+            linear = getattr(parent, target)
+            layer = lora_linear(linear, rank=config.rank, alpha=config.alpha, dropout=config.dropout, kind=kind)
+        setattr(parent, target, layer)
+    keep_in_fp32(block)
 
 
 def _insert_prompts(block: nn.Module, number: int, num_blocks: int, config: PeftConfig, seed: int) -> None:
@@ -103,6 +120,7 @@ def _insert_prompts(block: nn.Module, number: int, num_blocks: int, config: Peft
     if number >= num_blocks - num_adapted:
         with seeded(seed, f"peft/{number}/adaption_prompt"):
             block.self_attn = attention_with_prompts(attention, config.adapter_len)
+        keep_in_fp32(block)
 
 
 def is_peft_parameter(name: str) -> bool:
@@ -110,10 +128,10 @@ def is_peft_parameter(name: str) -> bool:
     return ".lora_" in name or ".adaption_" in name
 
 
-def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
-    """What is trained of the layers that this module put in, found by module."""
+def peft_parameters(root: nn.Module) -> set[nn.Parameter]:
+    """What is trained of the layers that this module put in below `root`, found by module."""
     parameters: set[nn.Parameter] = set()
-    for module in llm.modules():
+    for module in root.modules():
         if has_lora(module):
             parameters |= {*module.lora_A.parameters(), *module.lora_B.parameters()}
             magnitudes: Any = module.lora_magnitude_vector  # of DoRA
@@ -121,6 +139,12 @@ def peft_parameters(llm: nn.Module) -> set[nn.Parameter]:
         elif has_prompts(module):
             parameters |= {module.adaption_prompt, module.adaption_gate}
     return parameters
+
+
+def keep_in_fp32(root: nn.Module) -> None:
+    """Makes what is trained of peft's layers fp32, in place: peft takes over the dtype of what it wraps."""
+    for parameter in peft_parameters(root):
+        parameter.data = parameter.data.float()
 
 
 def lora_factors(linear: nn.Module) -> tuple[nn.Linear, ...]:

@@ -21,7 +21,7 @@ from vltrain.errors import InputError
 from vltrain.models.adapters import Adapter
 from vltrain.models.adapters.table import AdapterThenSublayer, make_adapter
 from vltrain.models.peft.layers import lora_linear
-from vltrain.models.peft.lora import peft_parameters
+from vltrain.models.peft.lora import keep_in_fp32
 from vltrain.models.quantise import QUANTISED_BITS
 from vltrain.models.random import seeded
 from vltrain.models.stock.norms import norms_before
@@ -112,8 +112,7 @@ class Tuner:
             with seeded(self.model.seed, f"peft/{part}/{number}/{name}"):
                 layer = lora_linear(linear, rank=peft.rank, alpha=peft.alpha, dropout=peft.dropout, kind=peft.kind)
             setattr(block.get_submodule(parent), leaf, layer)
-        for parameter in peft_parameters(block):  # peft takes over the dtype of what it wraps
-            parameter.data = parameter.data.float()
+        keep_in_fp32(block)
 
 
 def require_hits(tuner: Tuner) -> None:

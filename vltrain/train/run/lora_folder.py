@@ -1,13 +1,13 @@
 """The folder that `vltrain export --format lora` writes of a run of the [cls]-tap model, read back as trained weights
 for `train.init_from`.
 
-    llm/adapter_config.json, llm/adapter_model.safetensors    peft's, of the LLM
+    llm/adapter_config.json, llm/adapter_model.safetensors    peft's, of the LLM; vision/, of the ViT
     neck.safetensors                                          neck and modality embedding
     vltrain_origin.json                                       which run it is of, and which network its weights belong
                                                               to
 
-Only of a run whose LLM has LoRA and that has no adapters: these are written as low-rank updates of the layers behind
-them, and what they were cannot be told from that. (`--format adapters` keeps the weights themselves.)
+Only of a run that has LoRA and no adapters: these are written as low-rank updates of the layers behind them, and what
+they were cannot be told from that. (`--format adapters` keeps the weights themselves.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from vltrain.train.checkpoints.checkpoint import Checkpoint
 from vltrain.train.run.identity import value_at
 
 EXPORTED = "vltrain_origin.json"  # in an exported folder: which weights it was made of
-NECK, UPDATES, SETTINGS = "neck.safetensors", "llm/adapter_model.safetensors", "llm/adapter_config.json"
+NECK, UPDATES, SETTINGS = "neck.safetensors", "adapter_model.safetensors", "adapter_config.json"
+ROOTS = {"llm": "llm.", "vision": "vision.clip."}
+"""By the name of a part and of its folder, what the names of its parameters begin with."""
 KEY = "train.init_from"
 
 
@@ -49,7 +51,7 @@ class LoraFolder(Checkpoint):
 
 def is_lora_folder(place: Path) -> bool:
     """Whether a folder is one of `vltrain export --format lora`, of the [cls]-tap model."""
-    return (place / EXPORTED).is_file() and (place / NECK).is_file() and (place / "llm").is_dir()
+    return (place / EXPORTED).is_file() and (place / NECK).is_file() and any((place / part).is_dir() for part in ROOTS)
 
 
 def open_lora_folder(place: Path) -> LoraFolder:
@@ -67,14 +69,18 @@ def open_lora_folder(place: Path) -> LoraFolder:
             f"{KEY}: {place}: its weights were rounded to {origin['dtype']}; export the run with --dtype fp32, "
             "or --format adapters"
         )
-    updates, neck = _read(place / UPDATES), _read(place / NECK)
-    tensors = {
-        f"llm.{name.removeprefix(ROOT)}".replace(".weight", f".{NAME}.weight"): value for name, value in updates.items()
-    }
+    tensors, files = {}, []
+    for part in (part for part in ROOTS if (place / part).is_dir()):
+        tensors |= {
+            f"{ROOTS[part]}{name.removeprefix(ROOT)}".replace(".weight", f".{NAME}.weight"): value
+            for name, value in _read(place / part / UPDATES).items()
+        }
+        files += [place / part / SETTINGS, place / part / UPDATES]
     tensors |= {
-        name if name.startswith("modality_embedding.") else f"neck.{name}": value for name, value in neck.items()
+        name if name.startswith("modality_embedding.") else f"neck.{name}": value
+        for name, value in _read(place / NECK).items()
     }
-    digest = hashlib.sha256("".join(sha256_of(place / name) for name in (SETTINGS, UPDATES, NECK)).encode()).hexdigest()
+    digest = hashlib.sha256("".join(map(sha256_of, (*files, place / NECK))).encode()).hexdigest()
     return LoraFolder(
         path=place, step=tuned["step"], belongs_to=belongs_to, digest=digest, tensors=tensors, is_origin=True
     )
@@ -86,7 +92,7 @@ def _require_lora_alone(place: Path, belongs_to: dict[str, Any]) -> None:
 
     adapters = [part for part in ("llm", "vision") if said(f"adapter.{part}") != "none"]
     own = said("tune") != "adapters" or said("vision.train") or said("llm.train")
-    if adapters or own or said("llm.peft.kind") != "lora":
+    if adapters or own or {said(f"{part}.peft.kind") for part in ROOTS} - {None} != {"lora"}:
         what = (
             f"adapters in {' and '.join(adapters)}, which are written as updates of the layers behind them"
             if adapters

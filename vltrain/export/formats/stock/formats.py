@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vltrain.config.model.stock import StockConfig
@@ -24,6 +23,7 @@ from vltrain.export.formats.merged import round_weights, rounding_facts, roundin
 from vltrain.export.formats.parts import generation_config
 from vltrain.export.formats.stock.processor import write_processor
 from vltrain.export.reference import model_of
+from vltrain.models.mmt.as_lora import Factors
 from vltrain.models.mmt.merge import Rounding
 from vltrain.models.stock.build import empty_stock
 from vltrain.models.stock.fold.as_lora import (
@@ -113,7 +113,7 @@ def _lora_notes(source: Source, layers: list[str], rank: int, constant: bool, sa
     return notes
 
 
-def _taken_out(source: Source) -> dict[str, tuple[Tensor, Tensor]]:
+def _taken_out(source: Source) -> Factors:
     """What PiSSA took out of the base's weights, by layer; nothing without it."""
     parts = [part for part in ("llm", "vision") if getattr(_section(source).stock, part).peft.kind == "pissa"]
     if not parts:

@@ -1,13 +1,12 @@
 """Adapters and low-rank updates of a vision-language model as one LoRA of transformers' own network, which is what they
 are: see `vltrain.models.mmt.as_lora`, whose arithmetic it is.
 
-PiSSA's factors begin as a part of the layer's own weight W: B A - B0 A0 is what was added to it, a LoRA of twice the
-rank. DoRA scales the rows of W + s B A and is none: it is written as peft's DoRA, where nothing else is in the model.
+DoRA scales the rows of W + s B A and is none: it is written as peft's DoRA, where nothing else is in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,14 +15,20 @@ from torch import Tensor, nn
 from vltrain.config.model.stock import NETWORKS, StockConfig
 from vltrain.errors import InputError
 from vltrain.models.adapters.table import plain_name
-from vltrain.models.mmt.as_lora import WHOLE, Update, has_adapters, require_low_rank_adapter, update_of
+from vltrain.models.mmt.as_lora import (
+    WHOLE,
+    Factors,
+    Update,
+    has_adapters,
+    require_low_rank_adapter,
+    require_whole,
+    scaled_factors,
+    update_of,
+)
 from vltrain.models.peft.layers import NAME, has_lora
 from vltrain.models.peft.lora import low_rank_factors
 from vltrain.models.stock.fold.readers import linears_of
 from vltrain.models.stock.model import StockModel
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""By a linear layer's name, s B and A, float64."""
 
 
 def require_low_rank(model: StockConfig) -> None:
@@ -35,6 +40,7 @@ def require_low_rank(model: StockConfig) -> None:
                 f"model.stock: the {part}'s own weights are tuned too, and a LoRA applies to the untuned ones; {WHOLE}"
             )
         require_low_rank_adapter(model.adapter, part)
+        require_whole(f"model.stock.{part}.peft.kind", _kind(model, part), model.bits)
     tuned = [part for part in NETWORKS if has_adapters(model.adapter, part) or _kind(model, part) is not None]
     if not model.places_adapters or not tuned:
         raise InputError(
@@ -64,14 +70,10 @@ def uses_dora(model: StockConfig) -> bool:
 
 
 @torch.no_grad()
-def factors_of(model: StockModel) -> dict[str, tuple[Tensor, Tensor]]:
+def factors_of(model: StockModel) -> Factors:
     """The factors of every layer with an update, as they are now: of an untuned model what PiSSA took out of the
     weights."""
-    return {
-        name: (linear.scaling[NAME] * second.double(), first.double())
-        for name, linear, _ in _linears(model) if has_lora(linear)
-        for first, second in [low_rank_factors(linear)]
-    }  # fmt: skip
+    return {name: scaled_factors(linear) for name, linear, _ in _linears(model) if has_lora(linear)}
 
 
 @torch.no_grad()
@@ -88,10 +90,7 @@ def lora_updates(model: StockModel, taken_out: Factors) -> Iterator[tuple[str, U
         if adapter is None and not has_lora(linear):
             continue
         update = update_of(linear, adapter)
-        if name in taken_out:
-            up, down = taken_out[name]
-            update = Update(torch.cat([update.down, down]), torch.cat([update.up, -up], dim=1), update.constant)
-        yield name, update
+        yield name, update.less(taken_out[name]) if name in taken_out else update
 
 
 def dora_tensors(model: StockModel) -> dict[str, Tensor]:
