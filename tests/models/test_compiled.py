@@ -6,11 +6,13 @@ import pytest
 import torch
 from test_multimodal import build, gradients
 from tiny_families import tiny_decoder
-from tiny_models import make_batch, mixed_batch
+from tiny_models import make_batch, mixed_batch, randomise_adapters
 
 from tests.support import tiny
+from tests.support.stock import Piece, row_of, section
 from vltrain.errors import InputError
 from vltrain.models.backbones.packed_decoder import prepare_decoder
+from vltrain.models.build import build_model
 from vltrain.models.compiled import compile_blocks, require_compilable, uncompiled
 from vltrain.ops.attention import PACKED_SDPA, packing_arguments
 
@@ -22,9 +24,9 @@ ROWS = [
 ]
 
 
-def outcome(model) -> list:
+def outcome(model, rows=ROWS) -> list:
     found = []
-    for batch in ROWS:
+    for batch in rows:
         model.zero_grad()
         loss = model(batch).loss_sum
         loss.backward()
@@ -83,7 +85,8 @@ def test_masks_of_segments_go_through_one_graph():
     for one in (model, plain):
         prepare_decoder(one.model, PACKED_SDPA)
     counters.clear()
-    compile_blocks(SimpleNamespace(compilable_blocks=list(model.model.layers)), "aot_eager")
+    blocks = list(model.model.layers)
+    compile_blocks(SimpleNamespace(compilable_blocks=blocks, blocks=blocks), "aot_eager")
     graphs = []
     for lengths in ([9, 4, 12], [3, 17], [20, 8, 5, 2], [11, 13]):
         ids = torch.randint(3, 300, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
@@ -98,6 +101,54 @@ def test_masks_of_segments_go_through_one_graph():
         assert_equal_outcome(found[:1], found[1:])
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[1:] == [graphs[1]] * 3, graphs
+
+
+STOCK = {  # adapters before every sublayer with LoRA behind them, or all weights
+    "gemma3": {"adapter.llm": "both", "stock.llm.peft.kind": "lora", "stock.llm.peft.targets": ["o_proj", "up_proj"]},
+    "llava": {"stock.tune": "full", "adapter.vision": "none", "adapter.llm": "none"},
+    "qwen3_vl": {"adapter.llm": "both", "stock.llm.peft.kind": "dora", "stock.projector.train": True},
+}
+PACKS = [
+    [Piece((1,), 3, 5), Piece((), 2, 6)],
+    [Piece((), 4, 7)],
+    [Piece((2, 1), 2, 4), Piece((2,), 5, 3)],
+    [Piece((), 9, 4), Piece((3,), 11, 2), Piece((), 2, 2)],
+    [Piece((4,), 2, 13)],
+]
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == "llava" else pytest.param(name, marks=pytest.mark.slow) for name in STOCK]
+)
+def test_a_stock_models_llm_gives_the_losses_and_gradients_of_plain_blocks_by_few_graphs(family, caplog):
+    from torch._dynamo.utils import counters
+
+    model = build_model(section(family, STOCK[family]))
+    tower = model.parts.tower_blocks
+    randomise_adapters(model)
+    rows = [row_of(family, model.parts.core, pieces, seed=10 * place) for place, pieces in enumerate(PACKS)]
+    expected = [outcome(model, [row]) for row in rows]
+    counters.clear()
+    with caplog.at_level("INFO"):
+        compile_blocks(model, "aot_eager")
+    assert f"{len(model.parts.decoder_blocks)} of {len(model.blocks)} blocks are compiled" in caplog.text
+    assert all(block._compiled_call_impl is None for block in tower), "whose sizes change with each image"
+    graphs = []
+    for row, plain in zip(rows, expected, strict=True):
+        assert_equal_outcome(outcome(model, [row]), plain)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] and len(set(graphs[1:])) == 1, f"new graphs for new contents: {graphs}"
+
+
+@pytest.mark.parametrize("family, said", [("qwen3_5", "Qwen3_5GatedDeltaNet"), ("gemma3", None)])
+def test_an_llm_that_mixes_tokens_otherwise_is_not_compiled(family, said):
+    config = tiny.tiny_config(train__compile=True)
+    config.model = section(family, {})
+    if said is None:
+        require_compilable(config, 2)
+        return
+    with pytest.raises(InputError, match=f"train.compile: found true together with an LLM with {said}, .*; leave one"):
+        require_compilable(config, 2)
 
 
 def test_evaluation_runs_as_it_is_written():

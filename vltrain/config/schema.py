@@ -135,9 +135,10 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
-    """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes). With ZeRO 0 to 2, networks in
-    16 or 32 bits, and without activation checkpointing. It fuses norms, rotary embedding and SwiGLU itself: in
-    training they are not Liger's."""
+    """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes); of a stock model those of its
+    LLM, whose tower stays plain: its sizes change with each image. With ZeRO 0 to 2, networks in 16 or 32 bits, and
+    without activation checkpointing. It fuses norms, rotary embedding and SwiGLU itself: in training they are not
+    Liger's."""
     deterministic: bool = True
     """The same run on the same machine gives the same bits, on a GPU too; evaluation and replay obey it as well. false:
     faster gradients of attention, whose sums then come in any order. On a CPU it changes nothing."""

@@ -1,4 +1,4 @@
-"""torch.compile for the transformer blocks of ViT and LLM.
+"""torch.compile for the transformer blocks of ViT and LLM; of a stock model for those of its LLM.
 
 Blocks are compiled, not the model: all of a network's share one graph, whose sizes are symbols, so that packs of any
 length go through it.
@@ -56,10 +56,16 @@ def compile_blocks(model: VisionLanguageModel, backend: str = "inductor") -> Non
     theirs = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("flash_attention_")]
     for name, attention in {**FORWARDS, **dict.fromkeys(theirs, flash_attention_forward)}.items():
         AttentionInterface.register(name, torch.compiler.disable(attention))
+    blocks = model.compilable_blocks
     torch._dynamo.config.recompile_limit = GRAPHS
     torch._dynamo.config.accumulated_recompile_limit = 8 * GRAPHS
-    logger.info("blocks are compiled, norms, rotary embedding and SwiGLU with them; evaluation runs as it is written")
-    for block in model.compilable_blocks:
+    logger.info(
+        "%d of %d blocks are compiled, norms, rotary embedding and SwiGLU with them; %sevaluation runs as written",
+        len(blocks),
+        len(model.blocks),
+        "the others and " if len(blocks) < len(model.blocks) else "",
+    )
+    for block in blocks:
         block.compile(dynamic=True, backend=backend)
 
 

@@ -36,7 +36,7 @@ def prepare_decoder(decoder: PreTrainedModel, implementation: str) -> None:
 
     Raises: InputError if it has parts that cannot keep segments apart.
     """
-    mixers = _mixers(decoder)
+    mixers = mixers_of(decoder)
     decoder.set_attn_implementation(implementation)
     if decoder.config._attn_implementation != implementation:
         raise InputError(
@@ -177,7 +177,7 @@ def _layers(decoder: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
-def _mixers(decoder: PreTrainedModel) -> list[nn.Module]:
+def mixers_of(decoder: PreTrainedModel) -> list[nn.Module]:
     """The modules that mix tokens in another way than by attention.
 
     Raises: InputError for one that cannot be told from attention, or mixes in both ways.

@@ -8,9 +8,10 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from vltrain.config.model.stock import StockConfig
+from vltrain.models.backbones.packed_decoder import mixers_of
 from vltrain.models.interface import Architecture
 from vltrain.models.resized import resized_adapter, resized_updates
-from vltrain.models.stock.build import build_stock, check_sources, trained_parts, weight_files
+from vltrain.models.stock.build import build_stock, check_sources, empty_stock, trained_parts, weight_files
 from vltrain.models.stock.published import STOCK
 from vltrain.models.stock.source import stock_config
 
@@ -30,6 +31,16 @@ def _resized(model: StockConfig, small: Mapping[str, PreTrainedConfig]) -> Stock
     return replace(model, stock=section, adapter=resized_adapter(model.adapter), bits=None)
 
 
+def _not_compilable(model: StockConfig) -> str | None:
+    mixers = mixers_of(empty_stock(model).get_decoder())
+    if not mixers:
+        return None
+    return (
+        f"an LLM with {type(mixers[0]).__name__}, which mixes tokens otherwise than by attention (linear attention, "
+        "Mamba, a short convolution) and runs on groups of segments, whose number and lengths every row has anew"
+    )
+
+
 ARCHITECTURE = Architecture(
     build=build_stock,
     check_sources=check_sources,
@@ -38,4 +49,5 @@ ARCHITECTURE = Architecture(
     trained_parts=trained_parts,
     configs=lambda model: {"model": stock_config(model.stock)},
     resized=_resized,
+    not_compilable=_not_compilable,
 )

@@ -130,6 +130,12 @@ class StockModel(VisionLanguageModel):
         parts = self.parts
         return [*parts.tower_blocks, *parts.decoder_blocks]
 
+    @property
+    def compilable_blocks(self) -> list[nn.Module]:
+        """The LLM's alone: what goes through a tower's changes its shape with the size of each image, and how a family
+        cuts it up changes with it."""
+        return list(self.parts.decoder_blocks)
+
     @classmethod
     def part_of(cls, name: str) -> str:
         return part_of(name)
