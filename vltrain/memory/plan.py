@@ -10,7 +10,7 @@ rather than higher.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,11 +82,12 @@ def plan_memory(
     """
     model = build_model(config.model, device="meta")
     weights = WeightPlan(model, bits, dtype)
+    leaves = ds_config.get("zero_optimization", {}).get("leaf_module", {})
     zero = zero_memory(
         ds_config,
         world_size,
         frozen=weights.frozen_by_kind(),
-        largest_module=_largest_module(model),
+        largest_module=_largest_module(model, leaves.get("classes", [])),
         groups=[[weights.as_kept(parameter) for parameter in group] for group in groups(model)],
     )
     unpacked = weights.unpacked_bytes
@@ -142,9 +143,13 @@ def _sizeable(kinds: dict[str, int]) -> dict[str, int]:
     return {kind: num_bytes for kind, num_bytes in kinds.items() if num_bytes}
 
 
-def _largest_module(model: VisionLanguageModel) -> int:
-    """Numbers in the largest set of parameters that one module owns itself, which ZeRO-3 gathers at once."""
-    return max(sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules())
+def _largest_module(model: VisionLanguageModel, leaves: Collection[str]) -> int:
+    """Numbers in the largest set of parameters that ZeRO-3 gathers at once: what one module owns itself, or all of a
+    leaf (`vltrain.train.zero.ds_config.leaf_classes`)."""
+    return max(
+        sum(parameter.numel() for parameter in module.parameters(recurse=type(module).__name__ in leaves))
+        for module in model.modules()
+    )
 
 
 def largest_pack(config: Config, visual_tokens: int, index: Index | None) -> PackSize:

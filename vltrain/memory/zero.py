@@ -13,7 +13,7 @@ compares a device with a
          name and never holds); small parameters also whole; and what is gathered for the blocks at work.
 
 A bucket has the size that the JSON gives it, however few numbers are trained; where it says "auto", one of all that is
-trained (`vltrain.train.zero.ds_config.fill_buckets`). Trade-off: what collectives' libraries allocate is not
+trained (`vltrain.train.zero.ds_config.fill_in`). Trade-off: what collectives' libraries allocate is not
 counted.
 """
 

@@ -97,6 +97,16 @@ class VisionLanguageModel(nn.Module):
         raise NotImplementedError
 
     @property
+    def llm_blocks(self) -> list[nn.Module]:
+        """The LLM's transformer blocks, first to last."""
+        raise NotImplementedError
+
+    @property
+    def llm_block_classes(self) -> set[str]:
+        """Names of their classes."""
+        return {type(block).__name__ for block in self.llm_blocks}
+
+    @property
     def compilable_blocks(self) -> list[nn.Module]:
         """Those that `train.compile` compiles; [] where `Architecture.not_compilable` says why."""
         return []

@@ -112,7 +112,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     model_config, assumed = assume_sizes(config.model, **{name: options[f"{name}-size"] for name in size_options()})
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
-    ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model))
+    ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model), model.llm_block_classes)
     tokenizer, no_tokenizer = _tokenizer(config)
     if tokenizer is not None:
         require_tokenizer_fits(sized, tokenizer, model)

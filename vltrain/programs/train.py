@@ -66,7 +66,7 @@ from vltrain.train.run.provenance import make_run_folder, write_provenance
 from vltrain.train.run.resume import checkpoint_to_resume
 from vltrain.train.run.stage import Stage, is_finished, mark_finished
 from vltrain.train.trainer import Trainer
-from vltrain.train.zero.ds_config import fill_buckets, load_ds_json, resolve_ds_config, zero_stage
+from vltrain.train.zero.ds_config import fill_in, load_ds_json, resolve_ds_config, zero_stage
 from vltrain.train.zero.engine import init_distributed, partitioner, shutdown_distributed
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _train(
     # other.
     encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
     require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
-    ds_json = fill_buckets(ds_json, count_trained(outline))
+    ds_json = fill_in(ds_json, count_trained(outline), outline.llm_block_classes)
     # Once on each node, whose disk may hold other files than rank 0's.
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, checkpoint)

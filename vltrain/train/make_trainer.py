@@ -90,7 +90,7 @@ def make_trainer(
     assert (start.origin is None) == (config.train.init_from is None), "whoever makes a trainer finds its origin"
     folder, rank, loggers = Path(config.output), dist.get_rank(), loggers or Loggers()
     belongs_to = run_identity(config, dataset, start.made_of, start.origin.facts if start.origin else None)
-    ds_config = resolve_ds_config(ds_json, config, dist.get_world_size(), count_trained(model))
+    ds_config = resolve_ds_config(ds_json, config, dist.get_world_size(), count_trained(model), model.llm_block_classes)
     _load_start(model, start, belongs_to, folder)
     reader, flops = image_reader(config, model), model.flops()  # before ZeRO-3 has its parameters
     plan = make_plan(config, dataset, pack_cost(flops), offloads_optimizer(ds_config))

@@ -20,7 +20,7 @@ from tests.train.worker import GRADIENT_STEP
 from tests.train.worker import main as run_scenarios
 from vltrain.batch import Batch
 from vltrain.config.schema import Config, OptimConfig
-from vltrain.models.build import build_model
+from vltrain.models.build import build_model, count_trained
 from vltrain.train.optim import parameter_groups
 from vltrain.train.zero.ds_config import resolve_ds_config
 from vltrain.train.zero.engine import Engine, partitioner
@@ -47,9 +47,11 @@ def run(scenario: dict[str, Any], rank: int, world_size: int) -> None:
     model = build_model(
         model_config, activation_checkpointing=scenario.get("checkpointing", False), place=partitioner(ds)
     )
+    ds = resolve_ds_config(scenario["ds"], config, world_size, count_trained(model), model.llm_block_classes)
     groups = parameter_groups(model.named_parameters(), OPTIM, model.part_of)
     core = model.parts.core
     engine = Engine(model, groups, ds, betas=OPTIM.betas, eps=OPTIM.eps, autocast_dtype=torch.float32)
+    assert engine.stage < 3 or all(block._z3_leaf for block in model.llm_blocks), "blocks are not gathered whole"
     losses, result = [], {}
     for step in range(STEPS):
         rows = rows_of_step(scenario["family"], core, step)

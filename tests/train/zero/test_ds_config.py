@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vltrain.config.model.mmt import MmtConfig
 from vltrain.config.schema import Config, OptimConfig, TrainConfig
 from vltrain.errors import InputError
-from vltrain.train.zero.ds_config import LARGEST_BUCKETS, fill_buckets, load_ds_json, resolve_ds_config
+from vltrain.train.zero.ds_config import LARGEST_BUCKETS, fill_in, leaf_classes, load_ds_json, resolve_ds_config
 
 SHIPPED = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 CONFIG = Config(train=TrainConfig(packs_per_step=6), optim=OptimConfig(lr=2e-3, clip=1.0))
@@ -86,9 +87,9 @@ def test_buckets_follow_what_is_trained(num_trained: int, reduce: int, allgather
         before = json.dumps(raw)
         zero = resolve_ds_config(raw, CONFIG, world_size=2, num_trained=num_trained)["zero_optimization"]
         assert zero["reduce_bucket_size"] == reduce and zero.get("allgather_bucket_size", allgather) == allgather
-        assert fill_buckets(raw, num_trained)["zero_optimization"] == {
+        assert fill_in(raw, num_trained)["zero_optimization"] == {
             **raw["zero_optimization"],
-            **{key: zero[key] for key in LARGEST_BUCKETS if key in zero},
+            **{key: zero[key] for key in (*LARGEST_BUCKETS, "leaf_module") if key in zero},
         }
         assert json.dumps(raw) == before
 
@@ -100,7 +101,30 @@ def test_buckets_with_numbers_stay_and_without_a_model_stay_open() -> None:
         "allgather_bucket_size": 1000,
     }
     assert resolve_ds_config({"zero_optimization": zero}, CONFIG, 2)["zero_optimization"] == zero
-    assert fill_buckets({}, 1000) == {}
+    assert fill_in({}, 1000) == {}
+
+
+BLOCKS = {"LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize(
+    ("said", "leaves"),
+    [({}, ["LlamaDecoderLayer"]), ({"leaf_module": {"classes": "auto"}}, ["LlamaDecoderLayer"]),
+     ({"leaf_module": {"classes": []}}, [])],
+)  # fmt: skip
+def test_zero3_gathers_blocks_whole_unless_told_otherwise(said: dict[str, Any], leaves: list[str]) -> None:
+    raw = {"zero_optimization": {"stage": 3, **said}}
+    assert leaf_classes(resolve_ds_config(raw, CONFIG, 2, 1000, BLOCKS)) == leaves
+    assert "leaf_module" not in resolve_ds_config(raw, CONFIG, 2)["zero_optimization"], "no model, so no blocks yet"
+    assert "leaf_module" not in resolve_ds_config(load_ds_json(None), CONFIG, 2, 1000, BLOCKS)["zero_optimization"]
+
+
+def test_leaves_are_blocks_of_the_llm_at_zero3_alone() -> None:
+    leaves = {"leaf_module": {"classes": ["CLIPEncoderLayer"]}}
+    with pytest.raises(InputError, match="found 'CLIPEncoderLayer', expected LlamaDecoderLayer"):
+        resolve_ds_config({"zero_optimization": {"stage": 3, **leaves}}, CONFIG, 2, 1000, BLOCKS)
+    with pytest.raises(InputError, match="leaf_module"):
+        resolve_ds_config({"zero_optimization": {"stage": 2, **leaves}}, CONFIG, 2)
 
 
 def test_equal_numbers_are_accepted():

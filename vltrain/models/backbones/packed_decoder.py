@@ -9,7 +9,7 @@ does neither is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,7 +50,7 @@ def prepare_decoder(decoder: PreTrainedModel, implementation: str) -> None:
             mixer.__class__ = _mixed(GroupedMixer, type(mixer))
             # ZeRO-3 gathers its weights at once: its parts run once a group, and ranks differ in their groups.
             mixer.__dict__["_z3_leaf"] = True
-            mixer.register_forward_pre_hook(_states_in_front, with_kwargs=True)
+            mixer.register_forward_pre_hook(states_in_front, with_kwargs=True)
     if mixers and not any(hook is _announce for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_announce, with_kwargs=True)
         for layer in _layers(decoder):
@@ -128,11 +128,11 @@ def _group_rows(value: Any, part: slice, num_segments: int, length: int) -> Any:
     return tuple(_group_rows(one, part, num_segments, length) for one in value) if isinstance(value, tuple) else value
 
 
-def _states_in_front(
+def states_in_front(
     mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hands a mixer its states by position and with a gradient: ZeRO-3 takes a leaf's gradients when that of its first
-    argument is there, and otherwise before they are."""
+    """A hook: hands a module that ZeRO-3 gathers whole its states by position and with a gradient, since DeepSpeed
+    takes a leaf's gradients when that of its first argument is there, and otherwise before they are."""
     if not args:
         first = next(iter(inspect.signature(mixer.forward).parameters), "")
         name = "hidden_states" if "hidden_states" in kwargs else first
@@ -142,6 +142,13 @@ def _states_in_front(
     if partitioned and torch.is_grad_enabled() and not states.requires_grad:
         states = states.detach().requires_grad_()
     return (states, *others), kwargs
+
+
+def gather_whole(model: nn.Module, leaves: Collection[str]) -> None:
+    """Readies the modules of these classes for ZeRO-3 to make leaves of them, in place."""
+    for module in model.modules():
+        if type(module).__name__ in leaves:
+            module.register_forward_pre_hook(states_in_front, with_kwargs=True)
 
 
 class InformingLayer:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from vltrain.batch import Batch
-from vltrain.models.backbones.llm import packed_hidden_states
+from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states
 from vltrain.models.flops import Flops
 from vltrain.models.instructblip.flops import count_flops
 from vltrain.models.interface import InstructionSizes, LossOutput, VisionLanguageModel
@@ -94,6 +94,10 @@ class InstructBlip(VisionLanguageModel):
         return self.config.num_query_tokens
 
     @property
+    def llm_blocks(self) -> list[nn.Module]:
+        return [*self.llm.encoder.block, *self.llm.decoder.block] if self.is_encoder_decoder else llm_blocks(self.llm)
+
+    @property
     def image_size(self) -> int:
         return self.config.vision_config.image_size
 
@@ -138,10 +142,7 @@ class InstructBlip(VisionLanguageModel):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        stacks = (
-            (self.llm.encoder.block, self.llm.decoder.block) if self.is_encoder_decoder else (self.llm.model.layers,)
-        )
-        return [*self.vision.encoder.layers, *(block for stack in stacks for block in stack)]
+        return [*self.vision.encoder.layers, *self.llm_blocks]
 
     @property
     def template(self) -> str:

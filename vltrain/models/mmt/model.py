@@ -63,7 +63,11 @@ class MultimodalModel(VisionLanguageModel):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return [*tower_blocks(self.vision.clip), *llm_blocks(self.llm)]
+        return [*tower_blocks(self.vision.clip), *self.llm_blocks]
+
+    @property
+    def llm_blocks(self) -> list[nn.Module]:
+        return llm_blocks(self.llm)
 
     @property
     def compilable_blocks(self) -> list[nn.Module]:

@@ -126,6 +126,10 @@ class StockModel(VisionLanguageModel):
         return self.network.get_encoder("image")
 
     @property
+    def llm_blocks(self) -> list[nn.Module]:
+        return list(self.parts.decoder_blocks)
+
+    @property
     def blocks(self) -> list[nn.Module]:
         parts = self.parts
         return [*parts.tower_blocks, *parts.decoder_blocks]

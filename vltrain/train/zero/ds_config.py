@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +61,47 @@ def offloads_optimizer(raw: dict[str, Any]) -> bool:
     return raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
-def fill_buckets(raw: dict[str, Any], num_trained: int) -> dict[str, Any]:
-    """The JSON with numbers for the buckets that say "auto": all of `num_trained` parameters in one, up to
-    `LARGEST_BUCKETS`."""
+def fill_in(raw: dict[str, Any], num_trained: int, blocks: Collection[str] = ()) -> dict[str, Any]:
+    """The JSON with what follows from the model.
+
+    Buckets that say "auto" hold all of `num_trained` parameters, up to `LARGEST_BUCKETS`. At ZeRO-3
+    `leaf_module.classes` ("auto" where the JSON is silent) become the classes of the LLM's blocks: a block's weights
+    are gathered together, where DeepSpeed would gather for each of its modules, with hooks of their own.
+
+    Args:
+        blocks: names of those classes.
+
+    Raises: InputError for leaves of other classes: DeepSpeed takes a leaf's gradients when that of its first argument
+        is there, which is seen to for the LLM's blocks alone.
+    """
     filled = copy.deepcopy(raw)
     zero = filled.get("zero_optimization", {})
     wanted = max(ALIGNMENT, math.ceil(num_trained / ALIGNMENT) * ALIGNMENT)
     for key, largest in LARGEST_BUCKETS.items():
         if zero.get(key) == AUTO:
             zero[key] = min(wanted, largest)
+    if zero_stage(filled) == 3:
+        leaves = zero.setdefault("leaf_module", {}).setdefault("classes", AUTO)
+        zero["leaf_module"]["classes"] = found = sorted(blocks) if leaves == AUTO else leaves
+        if others := [name for name in found if name not in blocks]:
+            raise InputError(
+                f"DeepSpeed's 'zero_optimization.leaf_module.classes': found {others[0]!r}, expected "
+                f'{", ".join(sorted(blocks)) or "none"} (the blocks of this LLM), [] or "auto"'
+            )
     return filled
 
 
+def leaf_classes(resolved: dict[str, Any]) -> list[str]:
+    """Classes of the modules whose weights ZeRO-3 gathers together."""
+    return resolved.get("zero_optimization", {}).get("leaf_module", {}).get("classes", [])
+
+
 def resolve_ds_config(
-    raw: dict[str, Any], config: Config, world_size: int, num_trained: int | None = None
+    raw: dict[str, Any],
+    config: Config,
+    world_size: int,
+    num_trained: int | None = None,
+    blocks: Collection[str] = (),
 ) -> dict[str, Any]:
     """Fills the "auto" values of a DeepSpeed configuration from the recipe and the model.
 
@@ -83,6 +111,7 @@ def resolve_ds_config(
         world_size: number of ranks.
         num_trained: trained parameters of the model. None: there is none yet and all else is checked; buckets that say
             "auto" go on saying so.
+        blocks: classes of its LLM's blocks, see `fill_in`.
 
     Returns:
         A configuration of numbers only, ready for `deepspeed.initialize`; see `num_trained`.
@@ -92,7 +121,14 @@ def resolve_ds_config(
             "auto" nobody fills, and a feature that is refused, see `vltrain.train.zero.ds_schema`.
     """
     check_ds_json(raw)
-    resolved = copy.deepcopy(raw) if num_trained is None else fill_buckets(raw, num_trained)
+    resolved = copy.deepcopy(raw) if num_trained is None else fill_in(raw, num_trained, blocks)
+    if zero_stage(raw) != 3 and "leaf_module" in raw.get("zero_optimization", {}):
+        raise InputError(
+            f"DeepSpeed's 'zero_optimization.leaf_module' would have no effect at stage {zero_stage(raw)}: weights are "
+            "gathered at stage 3 alone; remove it"
+        )
+    if num_trained is None:
+        resolved.get("zero_optimization", {}).pop("leaf_module", None)  # of no meaning where weights are only cut up
     zero_stage(resolved)
     _resolve_optimizer(resolved, config)
     _resolve_precision(resolved)

@@ -116,7 +116,7 @@ ZERO: dict[str, Any] = {
     "override_module_apply": _off(True),
     "parameter_alignment": _off(False),
     "save_muon_momentum_buffer_in_memory": _off(False),
-    "leaf_module": Off(_OWN),
+    "leaf_module": {"classes": Value(list, auto=True)},
     "mics_shard_size": _off(-1),
     "mics_hierarchical_params_gather": _off(False),
     **{

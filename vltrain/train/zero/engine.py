@@ -32,9 +32,10 @@ from vltrain.distributed.hardware import device
 from vltrain.distributed.machine import require_one_model
 from vltrain.distributed.ranks import adopt_ranks, join_process_group
 from vltrain.errors import InputError
+from vltrain.models.backbones.packed_decoder import gather_whole
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.transfer import to_device
-from vltrain.train.zero.ds_config import offloads_optimizer, zero_stage
+from vltrain.train.zero.ds_config import leaf_classes, offloads_optimizer, zero_stage
 
 # DeepSpeed chooses its accelerator at import. Only then is the variable ours: found later, or by a child, it means that
 # the user asks for one.
@@ -175,6 +176,7 @@ class Engine:
         for module in model.modules():  # DeepSpeed leaves them where they are if the parameters are partitioned already
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
+        gather_whole(model, leaf_classes(ds_config))
         optimizer = _build_optimizer(groups, ds_config, betas, eps)
         with prints_are_logged("DeepSpeed"):
             self._engine, *_ = deepspeed.initialize(
@@ -248,8 +250,8 @@ class Engine:
         assert apply or not self.applied, "DeepSpeed took a step that it was told to drop"
         self._grad_norm = self._engine.get_global_grad_norm()
         if self.stage == 3:
-            # ZeRO-3 keeps the last step's gradient of a parameter that the next step does not reach (the ViT's, in a
-            # step without images) and would use it again; the other stages take zeros, and so must this one.
+            # It keeps the last step's gradient of a parameter that the next step does not reach (the ViT's, in a step
+            # without images) and would use it again; the other stages take zeros.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def grad_norm(self) -> torch.Tensor | float:
@@ -385,8 +387,7 @@ def _build_optimizer(
         return DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
     except Exception as error:  # the C++ extension is compiled here: any of a tool chain's failures may surface
         raise InputError(
-            f"optimizer offload needs DeepSpeed's CPUAdam, which could not be built ({error}); it wants a C++ "
-            "compiler and ninja"
+            f"optimizer offload needs DeepSpeed's CPUAdam, which could not be built ({error}); it wants C++ and ninja"
         ) from error
 
 
