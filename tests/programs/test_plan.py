@@ -130,6 +130,19 @@ def test_everything_tuned_on_eight_gpus(tmp_path: Path) -> None:
     cut_up = sum(held[kind] for kind in ("trained weights", "master weights", "optimizer states", "gradients"))
     assert cut_up == pytest.approx(20 * trained / 8, rel=1e-4)
     assert plan["cards"]["24 GB"]["verdict"] == "too small" and plan["cards"]["141 GB"]["verdict"] == "fits"
+    beside, total = plan["zero_2"], plan["parameters"]["all"]["total"]
+    assert beside["gathered_bytes_per_micro_step"] == pytest.approx(2 * 4 * total * 7 / 8, rel=1e-4)
+    assert beside["peak_gib"] > plan["memory_per_rank"]["peak_gib"] and beside["cards"]["24 GB"] == "too small"
+    advice = next(line for line in describe(plan).splitlines() if line.startswith("peak with ZeRO-2"))
+    assert advice.endswith("the better choice where it fits"), "it needs a larger card"
+
+
+@pytest.mark.usefixtures("one_rehearsal")
+def test_zero_2_is_named_where_it_fits_the_same_cards(tmp_path: Path) -> None:
+    plan = planned(tmp_path, PAPER, "--ds", str(ROOT / "ds_configs" / "zero3.json"), "--gpus", "8")
+    assert set(plan["zero_2"]["cards"].values()) == {"fits"}
+    assert "GiB: the better choice on these cards" in describe(plan)
+    assert planned(tmp_path, PAPER, "--gpus", "8")["zero_2"] is None
 
 
 @pytest.fixture

@@ -69,6 +69,7 @@ def plan_memory(
     pack: PackSize,
     bits: int | None,
     dtype: torch.dtype,
+    activations: dict[str, Activations] | None = None,
 ) -> MemoryPlan:
     """What one rank needs to train a recipe whose model can be built on the meta device.
 
@@ -77,6 +78,7 @@ def plan_memory(
         groups: the optimizer's groups of a model's trained parameters.
         pack: the largest.
         bits, dtype: of frozen weights (None: dtype), of matrix products.
+        activations: of another plan of this recipe and pack; None: they are found.
 
     Raises: InputError for settings of ZeRO that are not planned for, and for bits without effect.
     """
@@ -91,7 +93,7 @@ def plan_memory(
         groups=[[weights.as_kept(parameter) for parameter in group] for group in groups(model)],
     )
     unpacked = weights.unpacked_bytes
-    activations = {
+    activations = activations or {
         name: _rehearse(config, pack, bits, dtype, checkpointing=name == "recomputed")
         for name in ("kept", "recomputed")
     }

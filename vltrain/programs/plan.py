@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
-from vltrain.data.shards import PackedDataset
+from vltrain.data.shards import Index, PackedDataset
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -39,6 +40,7 @@ from vltrain.memory.plan import (
     plan_memory,
     step_flops,
 )  # fmt: skip
+from vltrain.memory.rehearse import PackSize
 from vltrain.memory.sizes import assume_sizes, is_here, size_options
 from vltrain.models.build import build_model, count_parameters, count_trained
 from vltrain.models.interface import VisionLanguageModel
@@ -46,7 +48,7 @@ from vltrain.prepared.ensure_data import packed_folder
 from vltrain.prepared.origins import packs_differ, samples_file
 from vltrain.train.optim import parameter_groups
 from vltrain.train.run.fits import require_positions, require_qformer_positions, require_tokenizer_fits
-from vltrain.train.zero.ds_config import load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
+from vltrain.train.zero.ds_config import as_zero2, load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 
 logger = logging.getLogger(__name__)
 
@@ -113,29 +115,22 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
     ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model), model.llm_block_classes)
-    tokenizer, no_tokenizer = _tokenizer(config)
-    if tokenizer is not None:
-        require_tokenizer_fits(sized, tokenizer, model)
-    try:
-        require_qformer_positions(sized, model)
-    except InputError as error:  # its memory can be planned all the same
-        logger.warning("training will refuse this: %s", error)
-    encoder = None if tokenizer is None else sample_encoder(sized, tokenizer, model)
-    packs, no_packs = _packs(config, encoder, no_tokenizer)
-    if packs is not None:
-        require_positions(packs, model)
-    index = None if packs is None else packs.index
-    pack = largest_pack(config, model.visual_tokens, index)
+    pack, index, no_packs = _pack_to_plan(config, sized, model)
 
     def groups(outline: VisionLanguageModel) -> list[list[nn.Parameter]]:
         return [
             group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, outline.part_of)
         ]
 
-    memory = plan_memory(sized, ds_config, num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
+    memory_of = partial(plan_memory, sized, world_size=num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
+    memory = memory_of(ds_config)
     parameters = parameters_by_part(model)
     per_checkpoint = checkpoint_bytes(parameters["all"]["trainable"], adalora_size(model))
     cards = CARDS_GIB if memory_gib is None else {f"{memory_gib:g} GiB": memory_gib}
+    zero2 = None
+    if zero_stage(ds_config) == 3:
+        at_zero2 = resolve_ds_config(as_zero2(ds_json), config, num_gpus, count_trained(model))
+        zero2 = _zero2(memory_of(at_zero2, activations=memory.activations), num_gpus, cards)
     return {
         "recipe": str(settings.recipe),
         "gpus": num_gpus,
@@ -149,6 +144,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         "parameters": parameters,
         "full_qformer_tuning": _share(model),
         "memory_per_rank": _memory_to_json(memory),
+        "zero_2": zero2,
         "cards": {name: {"gib": gib, "verdict": memory.verdict(gib)} for name, gib in cards.items()},
         "disk": {
             "checkpoint_bytes": per_checkpoint,
@@ -158,6 +154,25 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         "packs": no_packs,
         "flops_per_step": step_flops(config, model, pack, index),
     }
+
+
+def _pack_to_plan(config: Config, sized: Config, model: VisionLanguageModel) -> tuple[PackSize, Index | None, str]:
+    """The largest pack, the index of the packs there are, and where these are or why there are none. `sized`: the
+    recipe with the sizes that are planned."""
+    tokenizer, no_tokenizer = _tokenizer(config)
+    if tokenizer is not None:
+        require_tokenizer_fits(sized, tokenizer, model)
+    try:
+        require_qformer_positions(sized, model)
+    except InputError as error:  # its memory can be planned all the same
+        logger.warning("training will refuse this: %s", error)
+    encoder = None if tokenizer is None else sample_encoder(sized, tokenizer, model)
+    packs, no_packs = _packs(config, encoder, no_tokenizer)
+    if packs is not None:
+        require_positions(packs, model)
+    index = None if packs is None else packs.index
+    pack = largest_pack(config, model.visual_tokens, index)
+    return pack, index, no_packs
 
 
 def _share(model: VisionLanguageModel) -> dict[str, float] | None:
@@ -220,6 +235,19 @@ def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> 
     return PackedDataset(folder, verify=False), str(folder)
 
 
+def _zero2(memory: MemoryPlan, num_gpus: int, cards: dict[str, float]) -> dict[str, Any]:
+    """What ZeRO-2 needs, and what ZeRO-3 gathers over the network that ZeRO-2 does not: each weight for the forward and
+    again for the backward of a micro-step."""
+    weights = sum(
+        number for kind, number in memory.held.items() if kind.startswith(("frozen weights", "trained weights"))
+    )
+    return {
+        "peak_gib": round(memory.peak / GIB, 3),
+        "gathered_bytes_per_micro_step": 2 * weights * (num_gpus - 1) // num_gpus,
+        "cards": {name: memory.verdict(gib) for name, gib in cards.items()},
+    }
+
+
 def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:
     activations = {
         name: {**asdict(entry), "kept": entry.kept, "peak": entry.peak} for name, entry in memory.activations.items()
@@ -269,6 +297,7 @@ def describe(plan: dict[str, Any]) -> str:
         lines += [f"  {kind:42}{num_bytes / GIB:14.2f} GiB{num_bytes:18,}" for kind, num_bytes in kinds.items()]
     lines += ["", f"{'peak on each GPU':44}{memory['peak_gib']:14.2f} GiB"]
     lines += [f"  on {name:39}{card['gib']:14.1f} GiB: {card['verdict']}" for name, card in plan["cards"].items()]
+    lines += _zero2_instead(plan["zero_2"], plan["cards"])
     both = memory["activations_bytes"]
     lines += [
         "",
@@ -291,3 +320,17 @@ def describe(plan: dict[str, Any]) -> str:
         f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"
     ]
     return "\n".join(lines)
+
+
+def _zero2_instead(other: dict[str, Any] | None, cards: dict[str, Any]) -> list[str]:
+    if other is None:
+        return []
+    gathered = other["gathered_bytes_per_micro_step"] / GIB
+    no_worse = all(other["cards"][name] == card["verdict"] for name, card in cards.items())
+    advice = "the better choice on these cards" if no_worse else "the better choice where it fits"
+    return [
+        "",
+        f"{'peak with ZeRO-2':44}{other['peak_gib']:14.2f} GiB: {advice}",
+        f"  {'what ZeRO-3 gathers in a micro-step':42}{gathered:14.2f} GiB, and ZeRO-2 does not",
+        *(f"  on {name:39}{card['gib']:14.1f} GiB: {other['cards'][name]}" for name, card in cards.items()),
+    ]

@@ -56,6 +56,13 @@ def zero_stage(raw: dict[str, Any]) -> int:
     return stage
 
 
+def as_zero2(raw: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of ZeRO-3 for ZeRO-2: without what only that reads, and with buckets for what is trained."""
+    zero = raw.get("zero_optimization", {})
+    kept = {key: zero[key] for key in ("overlap_comm", "contiguous_gradients", "offload_optimizer") if key in zero}
+    return {**raw, "zero_optimization": {**kept, "stage": 2, **dict.fromkeys(LARGEST_BUCKETS, AUTO)}}
+
+
 def offloads_optimizer(raw: dict[str, Any]) -> bool:
     """Whether the optimizer's states are kept in CPU memory."""
     return raw.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
