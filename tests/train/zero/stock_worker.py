@@ -1,8 +1,9 @@
 """Trains tiny vision-language models of transformers on hand-made rows, in this rank's process, under DeepSpeed.
 
-A scenario is {"name", "family", "changes", "ds", "output"}. Each step has the rows of `rows_of_step`, dealt out to the
-ranks in turn; where a rank has none left it computes a filler, and where it has no picture while another has one, a
-blank one. Rank 0 writes losses, the gradients of one step and the final weights to `OUTPUT.safetensors`.
+A scenario is {"family", "changes", "ds", "output"}, with "checkpointing" or "optim", settings other than `OPTIM`. Each
+step has the rows of `rows_of_step`, dealt out to the ranks in turn; where a rank has none left it computes a filler,
+and where it has no picture while another has one, a blank one. Rank 0 writes losses, the gradients of one step and the
+final weights to `OUTPUT.safetensors`.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ def rows_of_step(family: str, core: Any, step: int) -> list[Batch]:
 
 def run(scenario: dict[str, Any], rank: int, world_size: int) -> None:
     model_config = section(scenario["family"], scenario["changes"])
-    config = Config(model=model_config, optim=OPTIM)
+    optim = dataclasses.replace(OPTIM, **scenario.get("optim", {}))
+    config = Config(model=model_config, optim=optim)
     ds = resolve_ds_config(scenario["ds"], config, world_size)
     model = build_model(
         model_config, activation_checkpointing=scenario.get("checkpointing", False), place=partitioner(ds)
     )
     ds = resolve_ds_config(scenario["ds"], config, world_size, count_trained(model), model.llm_block_classes)
-    groups = parameter_groups(model.named_parameters(), OPTIM, model.part_of)
+    groups = parameter_groups(model.named_parameters(), optim, model.part_of)
     core = model.parts.core
-    engine = Engine(model, groups, ds, betas=OPTIM.betas, eps=OPTIM.eps, autocast_dtype=torch.float32)
+    engine = Engine(model, groups, ds, betas=optim.betas, eps=optim.eps, autocast_dtype=torch.float32)
     assert engine.stage < 3 or all(block._z3_leaf for block in model.llm_blocks), "blocks are not gathered whole"
     losses, result = [], {}
     for step in range(STEPS):
