@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -51,6 +51,40 @@ class ImageInputs:
         return replace(self, tensors={name: one.pin_memory() for name, one in self.tensors.items()})
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageFeatures:
+    """What the frozen image part of a model made of N distinct images (`train.keep_image_features`), in their pixels'
+    place.
+
+    rows     [sum of lengths, ...], the vectors of one image behind those of the other
+    lengths  int64 [N], on the CPU: vectors of each image
+    form     how a stock model's forward takes them, plain JSON; None: as they are
+    """
+
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    form: Any = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def first(self, count: int) -> ImageFeatures:
+        """Of the first `count` images."""
+        return replace(self, rows=self.rows[: int(self.lengths[:count].sum())], lengths=self.lengths[:count])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageFeatures:
+        """Moves what the model computes on; `lengths` stays on the CPU."""
+        return replace(self, rows=self.rows.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> ImageFeatures:
+        """See `Batch.pin_memory`."""
+        return replace(self, rows=self.rows.pin_memory())
+
+
+Shown: TypeAlias = torch.Tensor | ImageInputs | ImageFeatures
+"""A batch's distinct images, see `Batch.pixels`."""
+
+
 @dataclass(kw_only=True)
 class Batch:
     """One packed row as tensors, ready for the model. A filler (weight zero) stands in where a rank has no pack.
@@ -62,7 +96,7 @@ class Batch:
     segment_lengths int64 [S]          on the CPU
     label_lengths   int64 [S]          on the CPU: labels that carry loss, by segment; an encoder-decoder asks for it
     pixels          uint8 [N, 3, H, W] resized, not normalised (the model does that on its device); or a stock
-                    model's `ImageInputs`, run k having `tokens[image_slots[k]]` placeholders
+                    model's `ImageInputs`, run k having `tokens[image_slots[k]]` placeholders; or `ImageFeatures`
     image_slots     int64 [K]
     blocks          int64 [T]          on the CPU: tokens of one number in a segment see each other both ways, -1:
                                        causal; [0] where all are causal
@@ -76,7 +110,7 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor
     segment_lengths: torch.Tensor
-    pixels: torch.Tensor | ImageInputs
+    pixels: Shown
     image_slots: torch.Tensor
     sample_ids: tuple[str, ...]
     num_label_tokens: int

@@ -37,6 +37,7 @@ ADDED: dict[str, Any] = {
     "model.vision.tokens": "cls",
     "optim.projector_lr": None,
     "train.init_from": None,
+    "train.keep_image_features": False,
     "train.loggers": ("tensorboard",),
 }
 """Every setting that was added since the first runs, by dotted name, with the value that does what was done without it.

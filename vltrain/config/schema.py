@@ -134,6 +134,10 @@ class TrainConfig:
     fast at it or `model.bits` is 16, else fp32."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    keep_image_features: bool = False
+    """Encode each image of the packs once, before the first step, and read its features from disk in every epoch
+    (`features-KEY` in the packs' folder, which runs of the same tower share). Nothing that encodes images may be
+    trained: of mmt and instructblip the ViT without neck and Q-Former, of stock tower and projector."""
     compile: bool = False
     """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes); of a stock model those of its
     LLM, whose tower stays plain: its sizes change with each image. With ZeRO 0 to 2, networks in 16 or 32 bits, and

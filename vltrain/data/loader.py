@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from vltrain.batch import Batch, ImageInputs, listed, tensor_of
+from vltrain.batch import Batch, ImageFeatures, ImageInputs, Shown, listed, tensor_of
+from vltrain.data.kept.store import KeptImages
 from vltrain.data.pictures import ImageReader
 from vltrain.data.plan import FILLER, Plan, StepPlan
 from vltrain.data.shards import PackedDataset
@@ -132,7 +133,7 @@ def pixels_of(
     return pixels, tensor_of(shown["image_slots"].astype(np.int64))
 
 
-def _assemble(row: PackedRow, pixels: torch.Tensor | ImageInputs) -> Batch:
+def _assemble(row: PackedRow, pixels: Shown) -> Batch:
     # A stock model's may be one more than the row shows, see `StockReader.stack`.
     more = len(pixels) - len(row.image_ids)
     assert more == 0 or (more == 1 and (len(row.image_ids) == 0 or isinstance(pixels, ImageInputs))), more
@@ -176,23 +177,27 @@ def _padded(ids: np.ndarray, lengths: np.ndarray, num_rows: int) -> torch.Tensor
     return tensor_of(rows)
 
 
-def filler(image: bool, reader: ImageReader) -> Batch:
+def filler(image: bool, reader: ImageReader, kept: KeptImages | None = None) -> Batch:
     """A batch of two tokens and no label for a rank without a pack; with `image`, one blank picture that no slot refers
-    to."""
-    batch = collate(reader.filler_row(image), [reader.blank()] if image else [], reader)
+    to, or of `kept` the features of some image."""
+    row = reader.filler_row(image)
+    if kept is None:
+        batch = collate(row, [reader.blank()] if image else [], reader)
+    else:
+        batch = _assemble(row, kept.of_row(row, blank=image, where="a filler"))
     batch.is_filler = True
     return batch
 
 
-Fetched: TypeAlias = tuple[PackedRow, torch.Tensor | ImageInputs] | str
+Fetched: TypeAlias = tuple[PackedRow, Shown] | str
 """A row and what the model is given of its images, or an error's text."""
 
 
 class _Fetcher(Dataset[Fetched]):
     """Runs in workers, on (pack number, whether the micro-step has images)."""
 
-    def __init__(self, dataset: PackedDataset, reader: ImageReader) -> None:
-        self._dataset, self._reader = dataset, reader
+    def __init__(self, dataset: PackedDataset, reader: ImageReader, kept: KeptImages | None) -> None:
+        self._dataset, self._reader, self._kept = dataset, reader, kept
 
     def __getitem__(self, item: tuple[int, bool]) -> Fetched:
         # An exception would come out of the DataLoader with the worker's traceback in its message.
@@ -206,9 +211,12 @@ class _Fetcher(Dataset[Fetched]):
                 "this file system and at the host's memory"
             )
 
-    def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, torch.Tensor | ImageInputs]:
+    def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, Shown]:
         row = self._dataset.row(number)
         samples = f"pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
+        if self._kept is not None:
+            where = f"{self._dataset.folder}: {samples}"
+            return row, _shared(self._kept.of_row(row, blank=has_images, where=where))
         pictures = [
             self._reader.decode(self._dataset.image(image_id), f"{self._dataset.folder}: image {image_id} of {samples}")
             for image_id in row.image_ids.tolist()
@@ -218,7 +226,7 @@ class _Fetcher(Dataset[Fetched]):
         return row, _shared(_stacked(row, pictures, self._reader, f"{self._dataset.folder}: {samples}"))
 
 
-def _shared(pixels: torch.Tensor | ImageInputs) -> torch.Tensor | ImageInputs:
+def _shared(pixels: Shown) -> Shown:
     """The same, in a worker in memory that it shares with the trainer.
 
     Shared here and not, as the queue would, in its thread on the way out: that tells nobody if it fails, and the
@@ -226,7 +234,10 @@ def _shared(pixels: torch.Tensor | ImageInputs) -> torch.Tensor | ImageInputs:
 
     Raises: InputError if there is no room for it.
     """
-    tensors = [pixels] if isinstance(pixels, torch.Tensor) else [pixels.tokens, *pixels.tensors.values()]
+    if isinstance(pixels, ImageInputs):
+        tensors = [pixels.tokens, *pixels.tensors.values()]
+    else:
+        tensors = [pixels.lengths, pixels.rows] if isinstance(pixels, ImageFeatures) else [pixels]
     if get_worker_info() is None:
         return pixels
     num_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -281,6 +292,7 @@ class StepLoader:
         start_step: int = 0,
         pin_memory: bool = False,
         while_waiting: Callable[[], None] = lambda: None,
+        kept: KeptImages | None = None,
     ) -> None:
         """Args:
         reader: makes of the images what the model is given.
@@ -289,12 +301,13 @@ class StepLoader:
         them.
         while_waiting: called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it
         may raise.
+        kept: features that are read in the images' place; None: images are decoded.
         """
         self.while_waiting = while_waiting
         self._plan, self._rank, self._reader, self._start_step = plan, rank, reader, start_step
-        self._pin_memory = pin_memory
+        self._pin_memory, self._kept = pin_memory, kept
         self._loader: DataLoader[Fetched] | None = DataLoader(
-            _Fetcher(dataset, reader),
+            _Fetcher(dataset, reader, kept),
             sampler=_PlanSampler(plan, rank, start_step),
             batch_size=None,
             num_workers=workers,
@@ -336,7 +349,7 @@ class StepLoader:
         for number in range(self._start_step, self._plan.num_steps):
             step = self._plan.step(number)
             batches = [
-                filler(has_images, self._reader) if pack == FILLER else self._unwrap(fetched)
+                filler(has_images, self._reader, self._kept) if pack == FILLER else self._unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
             if self._pin_memory:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,6 +47,10 @@ class ImageReader(Protocol):
         each."""
         ...
 
+    def facts(self) -> Any:
+        """What decides what an image becomes, plain JSON."""
+        ...
+
     def filler_row(self, image: bool) -> PackedRow:
         """Two tokens without label, for a rank that has no pack; `image`: a batch with a blank picture."""
         ...
@@ -81,6 +85,9 @@ class SquareReader:
     def stack(self, pictures: Sequence[np.ndarray], counts: Sequence[int]) -> torch.Tensor:
         """uint8 [N, 3, size, size]."""
         return tensor_of(np.stack(pictures) if pictures else np.empty((0, 3, self.size, self.size), np.uint8))
+
+    def facts(self) -> Any:
+        return {"size": self.size, "framing": asdict(self.framing)}
 
     def filler_row(self, image: bool) -> PackedRow:
         return PackedRow(

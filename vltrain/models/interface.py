@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from vltrain.batch import ImageInputs
+from vltrain.batch import ImageFeatures, ImageInputs
 from vltrain.models.adapters.routing import Routing
 from vltrain.models.backbones.family import Network
 from vltrain.models.flops import Flops
@@ -42,6 +42,27 @@ class InstructionSizes(NamedTuple):
 
     vocab_size: int
     positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePart:
+    """What of a network reads images alone and may be frozen as a whole: its result is the same in every epoch then.
+
+    weights  names of the parameters and buffers that compute it
+    facts    what it depends on beside them, plain JSON
+    flops_per_image  of the forward
+    """
+
+    weights: frozenset[str]
+    facts: Mapping[str, Any]
+    flops_per_image: float
+
+
+def weights_below(network: nn.Module, *names: str) -> frozenset[str]:
+    """Names of the parameters and buffers of the modules of these names."""
+    inside = tuple(f"{name}." for name in names)
+    every = (*network.named_parameters(), *network.named_buffers())
+    return frozenset(name for name, _ in every if name.startswith(inside))
 
 
 class VisionLanguageModel(nn.Module):
@@ -147,8 +168,18 @@ class VisionLanguageModel(nn.Module):
         raise NotImplementedError
 
     def encode_images(self, pixels: Any) -> Tensor:
-        """`Batch.pixels`, uint8 [N, 3, H, W] or a stock model's -> states of each image [N, ...]. Without images no
-        ViT pass happens."""
+        """`Batch.pixels`, uint8 [N, 3, H, W], a stock model's or features -> states of each image [N, ...]. Without
+        images no ViT pass happens, and of features none either."""
+        raise NotImplementedError
+
+    def image_part(self) -> ImagePart | None:
+        """What `image_features` computes with; None: the network has no such part. To be asked before ZeRO-3 cuts
+        parameters up."""
+        return None
+
+    def image_features(self, pixels: Any) -> ImageFeatures:
+        """What the image part makes of one or more images, uint8 [N, 3, H, W] or a stock model's; `encode_images` goes
+        on from it to the same states as from pixels."""
         raise NotImplementedError
 
     def look(self, states: Tensor, slots: Tensor, instruction_ids: Tensor) -> tuple[Tensor, Tensor]:

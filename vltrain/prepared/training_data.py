@@ -22,7 +22,7 @@ from vltrain.models.build import outline_model
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import ensure_packs, ensure_samples, packed_folder
 from vltrain.prepared.origins import require_same_set
-from vltrain.train.run.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.train.run.fits import kept_image_part, require_positions, require_qformer_positions, require_tokenizer_fits
 
 
 def ensure_training_data(
@@ -34,9 +34,11 @@ def ensure_training_data(
     outline = outline_model(config.model, device(), dtype)
     require_tokenizer_fits(config, tokenizer, outline)
     require_qformer_positions(config, outline)
+    kept_image_part(config, outline)
     encoder = sample_encoder(config, tokenizer, outline)
     dataset = _ensure_data(config, encoder, outline, rebuild=rebuild)
     require_positions(dataset, outline)
+    kept_image_part(config, outline, dataset)
     return encoder, outline, dataset
 
 

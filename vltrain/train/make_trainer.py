@@ -31,7 +31,9 @@ from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
 from vltrain.train.checkpoints.selection import BestTracker, measured_by
 from vltrain.train.guard import QUARANTINE
+from vltrain.train.kept_features import FeatureMaker
 from vltrain.train.optim import parameter_groups
+from vltrain.train.run.fits import kept_image_part, run_flops
 from vltrain.train.run.identity import FilesOf, require_same_run, run_id, run_identity
 from vltrain.train.run.origin import Origin
 from vltrain.train.trainer import Trainer
@@ -92,9 +94,13 @@ def make_trainer(
     belongs_to = run_identity(config, dataset, start.made_of, start.origin.facts if start.origin else None)
     ds_config = resolve_ds_config(ds_json, config, dist.get_world_size(), count_trained(model), model.llm_block_classes)
     _load_start(model, start, belongs_to, folder)
-    reader, flops = image_reader(config, model), model.flops()  # before ZeRO-3 has its parameters
+    reader, flops = image_reader(config, model), run_flops(config, model)  # before ZeRO-3 has its parameters
+    part = kept_image_part(config, model, dataset)
     plan = make_plan(config, dataset, pack_cost(flops), offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
+    kept = None
+    if part is not None:
+        kept = FeatureMaker(config=config, engine=engine, dataset=dataset, reader=reader, part=part).kept()
     allocator = make_allocator(config, engine, plan, start.checkpoint)
     loader = StepLoader(
         dataset,
@@ -104,6 +110,7 @@ def make_trainer(
         workers=config.data.workers,
         start_step=start.first_step,
         pin_memory=engine.device.type == "cuda",
+        kept=kept,
     )
     return Trainer(
         config=config,

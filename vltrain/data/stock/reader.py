@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,9 @@ class StockReader:
         alone = [[image] for image, count in zip(images, counts) if count == 1]
         together = images[len(alone) :]
         return [*alone, *([together if len(together) > 1 else together * 2] if together else [])]
+
+    def facts(self) -> Any:
+        return self._processor.facts()
 
     def filler_row(self, image: bool) -> PackedRow:
         rows = positions_of(self._processor).rows

@@ -32,14 +32,9 @@ def count_flops(model: Any) -> Flops:
 
 def _image_flops(model: Any) -> tuple[float, bool]:
     """(operations per image in ViT, Q-Former and projection, do the visual tokens need a gradient?)"""
-    vision, sizes = model.vision, model.config.vision_config
-    num_rows = vision.embeddings.num_positions
-    per_row, width, grad = _rows(vision.encoder, _trained(vision.embeddings))
-    total = (
-        num_rows * (per_row + num_rows * _pair(width, grad))
-        + 2.0 * (num_rows - 1) * sizes.hidden_size * 3 * sizes.patch_size**2
-    )
-    grad = grad or _trained(vision.post_layernorm)
+    num_rows = model.vision.embeddings.num_positions
+    total, grad = vision_flops(model)
+    grad = grad or _trained(model.vision.post_layernorm)
     queries = model.visual_tokens
     looked_at_grad, grad = grad, grad or _trained(model.queries)
     for layer in model.qformer.encoder.layer:
@@ -58,6 +53,15 @@ def _image_flops(model: Any) -> tuple[float, bool]:
         )
     total += queries * linear_flops(model.projection, needs_grad=grad)
     return total, grad or _trained(model.projection)
+
+
+def vision_flops(model: Any) -> tuple[float, bool]:
+    """(operations per image in the ViT, do its states need a gradient?)"""
+    vision, sizes = model.vision, model.config.vision_config
+    num_rows = vision.embeddings.num_positions
+    per_row, width, grad = _rows(vision.encoder, _trained(vision.embeddings))
+    patches = 2.0 * (num_rows - 1) * sizes.hidden_size * 3 * sizes.patch_size**2
+    return num_rows * (per_row + num_rows * _pair(width, grad)) + patches, grad
 
 
 def _rows(stack: nn.Module, grad: bool) -> tuple[float, int, bool]:

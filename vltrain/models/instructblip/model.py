@@ -25,11 +25,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from vltrain.batch import Batch
+from vltrain.batch import Batch, ImageFeatures, ImageInputs
 from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states
 from vltrain.models.flops import Flops
-from vltrain.models.instructblip.flops import count_flops
-from vltrain.models.interface import InstructionSizes, LossOutput, VisionLanguageModel
+from vltrain.models.instructblip.flops import count_flops, vision_flops
+from vltrain.models.interface import ImagePart, InstructionSizes, LossOutput, VisionLanguageModel, weights_below
 from vltrain.models.peft.low_rank import is_low_rank, orthogonality
 from vltrain.models.pretrained.preprocessor import Preprocessing
 from vltrain.models.quantise import num_weights
@@ -152,11 +152,24 @@ class InstructBlip(VisionLanguageModel):
     def flops(self) -> Flops:
         return count_flops(self)
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> the ViT's normed states [N, P, d_v]. Without images no ViT pass happens."""
+    def encode_images(self, pixels: Tensor | ImageFeatures) -> Tensor:
+        """uint8 [N, 3, H, W] or features -> the ViT's normed states [N, P, d_v]. Without images no ViT pass happens."""
         if len(pixels) == 0:
             return self.projection.weight.new_empty(0, 0, self.config.vision_config.hidden_size)
+        if isinstance(pixels, ImageFeatures):
+            return self.vision.post_layernorm(pixels.rows.unflatten(0, (len(pixels), -1)))
         return self.vision(pixel_values=self.normalise(pixels)).last_hidden_state
+
+    def image_part(self) -> ImagePart:
+        """The ViT without the norm behind it, which is always trained."""
+        facts = {"config": self.config.vision_config.to_dict(), "attention": self.vision.config._attn_implementation}
+        weights = weights_below(self, "vision.embeddings", "vision.encoder")
+        return ImagePart(weights=weights, facts=facts, flops_per_image=vision_flops(self)[0])
+
+    def image_features(self, pixels: Tensor) -> ImageFeatures:
+        """The ViT's states before the norm behind it, P rows [d_v] an image."""
+        states = self.vision.encoder(inputs_embeds=self.vision.embeddings(self.normalise(pixels))).last_hidden_state
+        return ImageFeatures(rows=states.flatten(0, 1), lengths=torch.full((len(states),), states.shape[1]))
 
     def ask_images(self, states: Tensor, slots: Tensor, instruction_ids: Tensor) -> Tensor:
         """The visual tokens of K (image, prompt) pairs.
@@ -216,11 +229,13 @@ class InstructBlip(VisionLanguageModel):
         runs = nonzero_indices(batch.input_ids == IMAGE_TOKEN, len(batch.image_slots) * self.visual_tokens)[
             :: self.visual_tokens
         ]
-        assert isinstance(batch.pixels, Tensor), "squares"
+        assert not isinstance(batch.pixels, ImageInputs), "squares"
         visual = self.ask_images(
             self.encode_images(batch.pixels), batch.image_slots, batch.instruction_ids[owner[runs]]
         )
         embeds = self.embed(batch.input_ids, visual, torch.arange(len(visual), device=visual.device))
+        if len(batch.pixels) and not len(visual):
+            embeds = embeds + visual.sum() * 0.0  # the graph of what ran for nothing, through the LLM as on other ranks
         if self.is_encoder_decoder:
             hidden, labels, owner = self._decode(batch, embeds)
         else:
@@ -230,8 +245,6 @@ class InstructBlip(VisionLanguageModel):
         loss_sum, token_losses = self.llm.lm_head(hidden, labels)
         if batch.is_filler:
             loss_sum = loss_sum * 0.0
-        if len(batch.pixels) and not len(visual):
-            loss_sum = loss_sum + visual.sum() * 0.0  # the graph of what ran for nothing
         segment_losses = segment_sums(token_losses, owner, len(batch.segment_lengths))
         return LossOutput(loss_sum, segment_losses, orthogonality(self) if penalise else None)
 

@@ -9,12 +9,25 @@ from typing import Any
 
 from torch import nn
 
-from vltrain.models.flops import Flops, block_flops, llm_flops, matrix_flops
+from vltrain.models.flops import Count, Flops, block_flops, llm_flops, matrix_flops
 from vltrain.models.mmt.visual_tokens import VisualTokens
 
 
 def vision_flops(vision: VisualTokens, neck: nn.Module) -> tuple[float, bool]:
     """(operations per image, do the features need a gradient?) of the ViT up to its last tap, and of the neck."""
+    total, count = _tower_flops(vision)
+    for linear in (module for module in neck.modules() if isinstance(module, nn.Linear)):
+        total += vision.num_tokens * matrix_flops(linear.weight, needs_grad=count.needs_grad)
+        count = replace(count, needs_grad=count.needs_grad or linear.weight.requires_grad)
+    return total, count.needs_grad
+
+
+def tower_flops(vision: VisualTokens) -> float:
+    """Operations per image of the ViT up to its last tap."""
+    return _tower_flops(vision)[0]
+
+
+def _tower_flops(vision: VisualTokens) -> tuple[float, Count]:
     num_rows = vision.num_rows
     patch = vision.clip.get_submodule(vision.tower.patch)
     total = vision.grid**2 * matrix_flops(patch.weight, needs_grad=False)
@@ -30,10 +43,7 @@ def vision_flops(vision: VisualTokens, neck: nn.Module) -> tuple[float, bool]:
         grad = count.needs_grad
     count = block_flops(last, vision.tower, grad)
     total += vision.last_rows * (count.query + num_rows * count.pair) + num_rows * count.key
-    for linear in (module for module in neck.modules() if isinstance(module, nn.Linear)):
-        total += vision.num_tokens * matrix_flops(linear.weight, needs_grad=count.needs_grad)
-        count = replace(count, needs_grad=count.needs_grad or linear.weight.requires_grad)
-    return total, count.needs_grad
+    return total, count
 
 
 def count_flops(vision: VisualTokens, neck: nn.Module, modality_embedding: nn.Embedding, llm: Any) -> Flops:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vltrain.batch import Batch
+from vltrain.batch import Batch, ImageFeatures, ImageInputs
 from vltrain.models.adapters import Routing
 from vltrain.models.backbones.llm import llm_blocks, packed_hidden_states, packed_losses
 from vltrain.models.backbones.towers import tower_blocks
 from vltrain.models.flops import Flops
-from vltrain.models.interface import LossOutput, VisionLanguageModel
-from vltrain.models.mmt.flops import count_flops
+from vltrain.models.interface import ImagePart, LossOutput, VisionLanguageModel, weights_below
+from vltrain.models.mmt.flops import count_flops, tower_flops
 from vltrain.models.mmt.visual_tokens import VisualTokens
 from vltrain.models.peft.lora import is_peft_parameter
 from vltrain.ops.rows import owners, place_rows, take_rows
@@ -94,11 +94,27 @@ class MultimodalModel(VisionLanguageModel):
     def flops(self) -> Flops:
         return count_flops(self.vision, self.neck, self.modality_embedding, self.llm)
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> visual tokens [N, V, d]. Without images no ViT pass happens."""
+    def encode_images(self, pixels: Tensor | ImageFeatures) -> Tensor:
+        """uint8 [N, 3, H, W] or features -> visual tokens [N, V, d]. Without images no ViT pass happens."""
         if len(pixels) == 0:
             return self.llm.model.embed_tokens.weight.new_empty(0, self.visual_tokens, self.llm.config.hidden_size)
+        if isinstance(pixels, ImageFeatures):
+            return self.neck(pixels.rows.unflatten(0, (-1, self.visual_tokens)))
         return self.neck(self.vision(pixels))
+
+    def image_part(self) -> ImagePart:
+        vision = self.vision
+        facts = {
+            "tokens": [type(vision).__name__, vision.num_live, vision.num_tokens, vision.image_size],
+            "config": vision.clip.config.to_dict(),
+            "attention": vision.clip.config._attn_implementation,
+        }
+        return ImagePart(weights=weights_below(self, "vision"), facts=facts, flops_per_image=tower_flops(vision))
+
+    def image_features(self, pixels: Tensor) -> ImageFeatures:
+        """The ViT's states that become visual tokens, V rows [d_vision] an image."""
+        states = self.vision(pixels)
+        return ImageFeatures(rows=states.flatten(0, 1), lengths=torch.full((len(states),), states.shape[1]))
 
     def embed(self, input_ids: Tensor, visual: Tensor, image_slots: Tensor) -> Tensor:
         """The LLM's input: token embeddings, with the vectors that belong there in the placeholders' places.
@@ -125,7 +141,7 @@ class MultimodalModel(VisionLanguageModel):
         """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
         if batch.input_ids.device.type == "cpu":
             self._check(batch)
-        assert isinstance(batch.pixels, Tensor), "squares"
+        assert not isinstance(batch.pixels, ImageInputs), "squares"
         embeds = self.embed(batch.input_ids, self.encode_images(batch.pixels), batch.image_slots)
         owner = owners(batch.segment_lengths, embeds.device)
         hidden = self._hidden_states(embeds, batch.position_ids, batch.segment_lengths, owner)

@@ -21,14 +21,7 @@ from vltrain.models.stock.parts import Parts
 
 def count_flops(parts: Parts) -> Flops:
     """The `Flops` of a whole model, given which of its parameters are trained now."""
-    per_patch, pair, needs_grad = _blocks_flops(parts.tower_blocks, parts.tower.config, False)
-    patches, tokens = patches_and_tokens(parts)
-    outside = [module for name, module in parts.core.named_children() if module is not parts.decoder]
-    blocks = {linear for block in parts.tower_blocks for linear in block.modules()}
-    between = [linear for root in outside for linear in root.modules() if linear not in blocks]
-    bridge = sum(linear_flops(one, needs_grad=needs_grad) for one in between if isinstance(one, nn.Linear))
-    needs_grad = needs_grad or is_trained(*between)
-    per_image = patches * (per_patch + patches * pair) + tokens * bridge
+    per_image, needs_grad = image_flops(parts)
     embeds = parts.decoder.get_input_embeddings().weight.requires_grad
     per_token, per_pair, needs_grad = _blocks_flops(parts.decoder_blocks, parts.decoder.config, needs_grad or embeds)
     return Flops(
@@ -37,6 +30,17 @@ def count_flops(parts: Parts) -> Flops:
         per_image=per_image,
         per_label=matrix_flops(parts.head.weight, needs_grad=needs_grad),
     )
+
+
+def image_flops(parts: Parts) -> tuple[float, bool]:
+    """(operations per image in tower and projector, do its tokens need a gradient?)"""
+    per_patch, pair, needs_grad = _blocks_flops(parts.tower_blocks, parts.tower.config, False)
+    patches, tokens = patches_and_tokens(parts)
+    outside = [module for name, module in parts.core.named_children() if module is not parts.decoder]
+    blocks = {linear for block in parts.tower_blocks for linear in block.modules()}
+    between = [linear for root in outside for linear in root.modules() if linear not in blocks]
+    bridge = sum(linear_flops(one, needs_grad=needs_grad) for one in between if isinstance(one, nn.Linear))
+    return patches * (per_patch + patches * pair) + tokens * bridge, needs_grad or is_trained(*between)
 
 
 def patches_and_tokens(parts: Parts) -> tuple[int, int]:

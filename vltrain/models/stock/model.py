@@ -16,14 +16,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vltrain.batch import Batch, ImageInputs
+from vltrain.batch import Batch, ImageFeatures, ImageInputs
 from vltrain.errors import InputError
 from vltrain.families.table import family_of
 from vltrain.models.backbones.llm import packed_losses
 from vltrain.models.flops import Flops
-from vltrain.models.interface import LossOutput, VisionLanguageModel
+from vltrain.models.interface import ImagePart, LossOutput, VisionLanguageModel
 from vltrain.models.stock.features import Features, encode
-from vltrain.models.stock.flops import count_flops
+from vltrain.models.stock.flops import count_flops, image_flops
 from vltrain.models.stock.parts import Parts, holders, part_of, parts_of
 from vltrain.models.stock.reach import Reach, reach_of
 from vltrain.ops.attention import packing_arguments
@@ -147,9 +147,26 @@ class StockModel(VisionLanguageModel):
     def flops(self) -> Flops:
         return count_flops(self.parts)
 
-    def encode_images(self, pixels: ImageInputs) -> Any:
+    def encode_images(self, pixels: ImageInputs | ImageFeatures) -> Any:
         """`Features` of N images together; None without images, and then no tower runs."""
-        return self.image_encoder(pixels) if len(pixels) else None
+        if len(pixels) == 0:
+            return None
+        return Features.kept(pixels) if isinstance(pixels, ImageFeatures) else self.image_encoder(pixels)
+
+    def image_part(self) -> ImagePart:
+        """All but decoder and head."""
+        parts = self.parts
+        others = {*parts.decoder.parameters(), *parts.decoder.buffers(), *parts.head.parameters()}
+        every = (*self.named_parameters(), *self.named_buffers())
+        return ImagePart(
+            weights=frozenset(name for name, weight in every if weight not in others),
+            facts={"config": self.config.to_dict(), "attention": parts.tower.config._attn_implementation},
+            flops_per_image=image_flops(parts)[0],
+        )
+
+    def image_features(self, pixels: ImageInputs) -> ImageFeatures:
+        """What the projector leaves, the further layers of some families beside it: rows [layers, d]."""
+        return self.encode_images(pixels).as_kept()
 
     def look(self, states: Any, slots: Tensor, instruction_ids: Tensor) -> tuple[Any, Tensor]:
         return states, slots
@@ -183,10 +200,10 @@ class StockModel(VisionLanguageModel):
 
     def forward(self, batch: Batch) -> LossOutput:
         """Losses of one packed row. Under bf16 the caller runs it inside `torch.autocast`."""
-        assert isinstance(batch.pixels, ImageInputs), "pixels of a stock model come from its own processor"
-        if batch.input_ids.device.type == "cpu":
-            self._check(batch, batch.pixels)
+        assert not isinstance(batch.pixels, Tensor), "pixels of a stock model come from its own processor"
         features = self.encode_images(batch.pixels)
+        if batch.input_ids.device.type == "cpu":
+            self._check(batch, features)
         positions = batch.position_ids.unsqueeze(-2)
         states = self.read(
             batch.input_ids[None], features, batch.image_slots, position_ids=positions, use_cache=False,
@@ -206,7 +223,7 @@ class StockModel(VisionLanguageModel):
             block_rule=family_of(self.config.model_type).block_rule,
         )
 
-    def _check(self, batch: Batch, images: ImageInputs) -> None:
+    def _check(self, batch: Batch, features: Features | None) -> None:
         """The loader's promises that the forward relies on. On a device the checks would wait for it."""
         num_labels, num_tokens = int((batch.labels != IGNORE_INDEX).sum()), len(batch.input_ids)
         assert num_labels == batch.num_label_tokens, f"{num_labels} labels, the batch says {batch.num_label_tokens}"
@@ -214,5 +231,5 @@ class StockModel(VisionLanguageModel):
             f"segments of {batch.segment_lengths.tolist()} in a row of {num_tokens}"
         )
         places = int((batch.input_ids == self.config.image_token_id).sum())
-        shown = int(images.tokens[batch.image_slots].sum())
+        shown = int(features.tokens[batch.image_slots].sum()) if features is not None else 0
         assert places == shown, f"{places} visual places for image runs of {shown} tokens"

@@ -4,6 +4,7 @@ plans, before it starts."""
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from vltrain.data.shards import PackedDataset
 from vltrain.data.text.conversation import PROCESSOR, TEMPLATES
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
-from vltrain.models.interface import VisionLanguageModel
+from vltrain.models.flops import Flops
+from vltrain.models.interface import ImagePart, VisionLanguageModel
 from vltrain.models.positions import max_positions
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,37 @@ def require_qformer_positions(config: Config, model: VisionLanguageModel) -> Non
             f"model.instructblip.qformer_tokens: found {reads}, but the Q-Former has positions for "
             f"{model.instruction.positions}"
         )
+
+
+def kept_image_part(
+    config: Config, model: VisionLanguageModel, dataset: PackedDataset | None = None
+) -> ImagePart | None:
+    """Whose features `train.keep_image_features` keeps; None where it is off. `model` may be an outline.
+
+    Raises: InputError for a model that has no such part or trains something in it, and for packs without images.
+    """
+    if not config.train.keep_image_features:
+        return None
+    key, part = "train.keep_image_features", model.image_part()
+    if part is None:
+        raise InputError(f"{key}: found true, but the architecture {config.model.architecture} has nothing to keep")
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    inside = sorted(part.weights & trained)
+    if inside:
+        parts = ", ".join(dict.fromkeys(map(model.part_of, inside)))
+        raise InputError(
+            f"{key}: found true, but what encodes images is trained, so features change with every step: {parts} "
+            f"({len(inside)} parameters, the first {inside[0]}); train nothing in it, or leave it out"
+        )
+    if dataset is not None and dataset.manifest.num_images == 0:
+        raise InputError(f"{key}: has no effect: {dataset.folder} shows no image; leave it out")
+    return part
+
+
+def run_flops(config: Config, model: VisionLanguageModel) -> Flops:
+    """What a training step of the recipe costs, see `VisionLanguageModel.flops`; nothing for what is kept."""
+    flops, part = model.flops(), kept_image_part(config, model)
+    return flops if part is None else replace(flops, per_image=max(0.0, flops.per_image - part.flops_per_image))
 
 
 def require_positions(dataset: PackedDataset, model: VisionLanguageModel) -> None:

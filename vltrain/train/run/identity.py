@@ -50,6 +50,8 @@ def run_identity(
         origin: where its trained weights began, see `vltrain.train.run.origin`; None: fresh.
     """
     train = {name: getattr(config.train, name) for name in IN_TRAIN}
+    if config.train.keep_image_features:  # images are encoded in other company, which rounds otherwise
+        train["keep_image_features"] = True
     identity = {
         "model": config.model.identity(),
         "optim": dataclasses.asdict(config.optim),

@@ -1,0 +1,1 @@
+"""Features of images, kept on disk: what a run reads in the place of pictures."""
