@@ -11,7 +11,7 @@ from torch import nn
 from tests.models.tiny_models import LLM, make_batch, tiny_config
 from tests.support.blip import IMAGE_SIZE, QUERIES, blip_config
 from tests.support.stock import tiny
-from vltrain.batch import Batch, ImageInputs
+from vltrain.batch import Batch, ImageFeatures, ImageInputs
 from vltrain.config.model.mmt import PeftConfig
 from vltrain.config.model.stock import NetworkConfig
 from vltrain.memory.live import LiveMemory
@@ -62,6 +62,7 @@ def given(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
         *model.buffers(),
         *(value for value in vars(batch).values() if isinstance(value, torch.Tensor)),
         *(batch.pixels.tensors.values() if isinstance(batch.pixels, ImageInputs) else ()),
+        *([batch.pixels.rows] if isinstance(batch.pixels, ImageFeatures) else ()),
     ]
 
 
@@ -93,6 +94,18 @@ def test_a_rehearsal_keeps_what_autograd_saves(name: str) -> None:
     )
     found = saved_bytes(build_model(config), batch, torch.float32)
     assert said.kept == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["mmt", "instructblip-llama"])
+def test_with_kept_features_the_vit_keeps_nothing(name: str) -> None:
+    config = MODELS[name] if name != "mmt" else tiny_config(adapter={"vision": "none"})
+    batch, model = made_pack(config), build_model(config)
+    with torch.no_grad():
+        batch.pixels = model.image_features(batch.pixels)
+    outline = build_model(config, device="meta")
+    said = rehearse(outline, made_pack(config), torch.float32, lambda parameter: torch.float32, keeps_features=True)
+    assert said.vision == 0 and said.features == batch.pixels.rows.nbytes > 0
+    assert said.kept == pytest.approx(saved_bytes(model, batch, torch.float32), rel=0.01)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "tiled"])

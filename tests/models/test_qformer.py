@@ -123,6 +123,21 @@ def test_a_batch_without_image_reaches_what_others_reach(kind, places):
     assert model(filler(False, squares(model))).loss_sum == 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_image_goes_back_through_a_frozen_llm_as_others_do(kind, places):
+    """ZeRO 3 gathers its weights then, on all ranks or on none."""
+    model = build_model(blip_config(kind, qformer__mode="lora").model)
+    text_only = [sample for sample in make_samples(10) if not sample.images]
+    batch = make_batch(text_only, tokenizer_of(kind, places), model.template, blank=True)
+    outputs = []
+    first = model.blocks[len(model.vision.encoder.layers)]
+    first.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for one in (batch, filler(True, squares(model))):
+        assert model(one).loss_sum.requires_grad
+    assert len(outputs) == 2
+    assert all((one if isinstance(one, torch.Tensor) else one[0]).requires_grad for one in outputs)
+
+
 def test_the_text_ffn_of_the_last_layer_gets_no_gradient(places):
     """Structural: only the queries of the last layer are read. An importance study must know."""
     model = build_model(blip_config("llama", qformer__mode="full").model)

@@ -23,6 +23,7 @@ from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_
 from vltrain.memory.weights import WeightPlan
 from vltrain.memory.zero import FP32, ZeroMemory, zero_memory
 from vltrain.models.build import build_model, count_parameters
+from vltrain.models.flops import Flops
 from vltrain.models.interface import VisionLanguageModel
 
 GIB = 2**30
@@ -114,7 +115,8 @@ def _rehearse(
         batch = make_stock_pack(pack, model)
     else:
         batch = make_pack(pack, model.visual_tokens, model.image_size)
-    return rehearse(model, batch, dtype, weights.computed_dtype)
+    keeps = config.train.keep_image_features
+    return rehearse(model, batch, dtype, weights.computed_dtype, keeps_features=keeps)
 
 
 def _put_together(
@@ -128,7 +130,8 @@ def _put_together(
 ) -> MemoryPlan:
     now = activations["recomputed" if config.train.activation_checkpointing else "kept"]
     at_work = {
-        **zero.at_work, "activations, ViT": now.vision, f"activations, {bridge}, LLM and loss": now.rest,
+        **zero.at_work, "image features": now.features, "activations, ViT": now.vision,
+        f"activations, {bridge}, LLM and loss": now.rest,
         "working memory of forward and backward": now.working, "a packed weight, unpacked": unpacked,
     }  # fmt: skip
     context = CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
@@ -198,9 +201,9 @@ def checkpoint_bytes(num_trained: int, num_averaged: int = 0) -> int:
     return 3 * FP32 * num_trained + AVERAGES * FP32 * num_averaged
 
 
-def step_flops(config: Config, model: VisionLanguageModel, pack: PackSize, index: Index | None) -> float:
-    """Operations of an optimizer step over all ranks: of an average step of the packs there are, else of as many full
-    packs."""
+def step_flops(config: Config, flops: Flops, pack: PackSize, index: Index | None) -> float:
+    """Operations of an optimizer step over all ranks, by what `flops` says that each costs: of an average step of the
+    packs there are, else of as many full packs."""
     if index is None:
         mean = {"num_tokens": pack.num_tokens, "num_images": pack.num_images, "num_label_tokens": pack.num_label_tokens}
         mean["num_pairs"] = pack.num_tokens**2 / pack.num_segments
@@ -209,4 +212,4 @@ def step_flops(config: Config, model: VisionLanguageModel, pack: PackSize, index
             name: float(getattr(index, name)[:].mean()) for name in ("num_tokens", "num_images", "num_label_tokens")
         }
         mean["num_pairs"] = float(index.sum_squares[:].mean())
-    return config.train.packs_per_step * model.flops().of(**mean)
+    return config.train.packs_per_step * flops.of(**mean)

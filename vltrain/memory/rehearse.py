@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vltrain.batch import Batch, ImageInputs
+from vltrain.batch import Batch, ImageFeatures, ImageInputs, Shown
 from vltrain.data.loader import batch_of
 from vltrain.data.pictures import SquareReader
 from vltrain.memory.live import LiveMemory
@@ -47,12 +47,14 @@ class Activations:
     working: the most there is above that, in forward or backward: blocks at work or recomputed, one weight's gradient.
     head: of the head and its loss while they run, above what is kept then. Not more than `working`, of which it is
     part.
+    features: of the images' kept features, which go in with the pack; 0 where images do.
     """
 
     vision: int
     rest: int
     working: int
     head: int
+    features: int = 0
 
     @property
     def kept(self) -> int:
@@ -140,7 +142,12 @@ def _segments_of(size: PackSize, visual_tokens: int) -> tuple[np.ndarray, np.nda
 
 
 def rehearse(
-    model: VisionLanguageModel, batch: Batch, dtype: torch.dtype, frozen_dtype: Callable[[nn.Parameter], torch.dtype]
+    model: VisionLanguageModel,
+    batch: Batch,
+    dtype: torch.dtype,
+    frozen_dtype: Callable[[nn.Parameter], torch.dtype],
+    *,
+    keeps_features: bool = False,
 ) -> Activations:
     """Runs one pack forward and backward on the outline of a model, which is of no other use afterwards.
 
@@ -149,6 +156,7 @@ def rehearse(
         batch: any, for instance `make_pack`'s or `make_blip_pack`'s; its numbers do not matter.
         dtype: of matrix products: fp32, or bf16 by autocast.
         frozen_dtype: of each frozen parameter as it is computed with; trained ones are fp32.
+        keeps_features: the images' features go in (`train.keep_image_features`).
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     weights = take_numbers(model, mode, frozen_dtype)
@@ -157,25 +165,36 @@ def rehearse(
     if dtype == torch.bfloat16:
         for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
             norm.forward = partial(_layer_norm_in_fp32, norm)
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if keeps_features and len(batch.pixels):
+        with Answers(), cast, torch.no_grad():
+            batch.pixels = model.image_features(batch.pixels)
     for weight in weights:
         if weight.requires_grad:  # where gradients are gathered is ZeRO's affair
             weight.register_post_accumulate_grad_hook(_drop_gradient)
     given = [value for value in vars(batch).values() if isinstance(value, Tensor)]
     given += batch.pixels.tensors.values() if isinstance(batch.pixels, ImageInputs) else ()
+    features = [batch.pixels.rows] if isinstance(batch.pixels, ImageFeatures) else []
+    given += features
     live = LiveMemory(ignored=[*weights, *model.buffers(), *given])
     seen = _watch(model, live)
     with Answers(), live:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with cast:
             output = model(batch)
         kept = live.live_bytes
         output.loss_sum.backward()
     peak = max(live.restart_peak(), seen["peak"])
     return Activations(
-        vision=seen["vision"], rest=kept - seen["vision"], working=peak - kept, head=min(seen["head"], peak - kept)
+        vision=seen["vision"],
+        rest=kept - seen["vision"],
+        working=peak - kept,
+        head=min(seen["head"], peak - kept),
+        features=sum(one.nbytes for one in features),
     )
 
 
-def _fake(pixels: Tensor | ImageInputs) -> Tensor | ImageInputs:
+def _fake(pixels: Shown) -> Tensor | ImageInputs:
+    assert not isinstance(pixels, ImageFeatures), "images, of which a model makes features"
     if isinstance(pixels, Tensor):
         return torch.empty(pixels.shape, dtype=pixels.dtype)
     tensors = {

@@ -10,6 +10,7 @@ machine their sizes go by the network's name (`vltrain.memory.sizes`), which the
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
-from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.shards import PackedDataset
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -47,7 +48,13 @@ from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import packed_folder
 from vltrain.prepared.origins import packs_differ, samples_file
 from vltrain.train.optim import parameter_groups
-from vltrain.train.run.fits import require_positions, require_qformer_positions, require_tokenizer_fits
+from vltrain.train.run.fits import (
+    kept_image_part,
+    require_positions,
+    require_qformer_positions,
+    require_tokenizer_fits,
+    run_flops,
+)
 from vltrain.train.zero.ds_config import as_zero2, load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
 
 logger = logging.getLogger(__name__)
@@ -115,13 +122,8 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
     ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model), model.llm_block_classes)
-    pack, index, no_packs = _pack_to_plan(config, sized, model)
-
-    def groups(outline: VisionLanguageModel) -> list[list[nn.Parameter]]:
-        return [
-            group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, outline.part_of)
-        ]
-
+    pack, packs, no_packs = _pack_to_plan(config, sized, model)
+    index, groups = None if packs is None else packs.index, _groups(config)
     memory_of = partial(plan_memory, sized, world_size=num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
     memory = memory_of(ds_config)
     parameters = parameters_by_part(model)
@@ -152,12 +154,33 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         },
         "steps_per_epoch": None if index is None else len(index) / config.train.packs_per_step,
         "packs": no_packs,
-        "flops_per_step": step_flops(config, model, pack, index),
+        "flops_per_step": step_flops(config, run_flops(sized, model), pack, index),
+        "image_features": _features(memory, pack, packs) if config.train.keep_image_features else None,
     }
 
 
-def _pack_to_plan(config: Config, sized: Config, model: VisionLanguageModel) -> tuple[PackSize, Index | None, str]:
-    """The largest pack, the index of the packs there are, and where these are or why there are none. `sized`: the
+def _groups(config: Config) -> Callable[[VisionLanguageModel], list[list[nn.Parameter]]]:
+    """(outline) -> the optimizer's groups of its trained parameters."""
+    return lambda outline: [
+        group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, outline.part_of)
+    ]
+
+
+def _features(memory: MemoryPlan, pack: PackSize, packs: PackedDataset | None) -> dict[str, int | None]:
+    """Disk space that kept features take: of an image as the pack has them, and of all that the packs show."""
+    per_image = memory.activations["kept"].features // max(1, pack.num_images)
+    num_images = None if packs is None else packs.manifest.num_images
+    return {
+        "image_bytes": per_image,
+        "num_images": num_images,
+        "disk_bytes": None if num_images is None else num_images * per_image,
+    }
+
+
+def _pack_to_plan(
+    config: Config, sized: Config, model: VisionLanguageModel
+) -> tuple[PackSize, PackedDataset | None, str]:
+    """The largest pack, the packs there are, and where these are or why there are none. `sized`: the
     recipe with the sizes that are planned."""
     tokenizer, no_tokenizer = _tokenizer(config)
     if tokenizer is not None:
@@ -170,9 +193,9 @@ def _pack_to_plan(config: Config, sized: Config, model: VisionLanguageModel) -> 
     packs, no_packs = _packs(config, encoder, no_tokenizer)
     if packs is not None:
         require_positions(packs, model)
-    index = None if packs is None else packs.index
-    pack = largest_pack(config, model.visual_tokens, index)
-    return pack, index, no_packs
+    kept_image_part(sized, model, packs)
+    pack = largest_pack(config, model.visual_tokens, None if packs is None else packs.index)
+    return pack, packs, no_packs
 
 
 def _share(model: VisionLanguageModel) -> dict[str, float] | None:
@@ -319,6 +342,11 @@ def describe(plan: dict[str, Any]) -> str:
     lines += [
         f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"
     ]
+    features = plan["image_features"]
+    if features is not None:
+        count, size = features["num_images"], features["image_bytes"]
+        of_all = f", {features['disk_bytes'] / GIB:.3f} GiB of {count:,} beside the packs" if count else ""
+        lines += [f"image features, computed once: {size / 2**20:.3f} MiB an image{of_all}"]
     return "\n".join(lines)
 
 
