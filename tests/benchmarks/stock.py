@@ -6,8 +6,10 @@ processor, pictures and optimizer.
 A random model of SmolVLM-256M's shape, LoRA of rank 8 on its LLM. Questions have ScienceQA's lengths, and half of them
 a photograph of one of many sizes, a JPEG. TRL's trainer for vision-language models pads each batch to its longest
 sample and collates as it trains; batches are of as many samples as a pack of ours holds on average. Useful tokens are
-those of samples: prompt, image and answer, no padding. Beside them: the bytes of tensors alive at the peak of forward
-and backward, and our losses beside a plain loop over single samples by transformers' own forward and loss. Wants, in an
+those of samples: prompt, image and answer, no padding. Ours runs twice: encoding images in every step as TRL does, and
+with `train.keep_image_features`; what computing these takes is measured and shared out over the epochs of our recipes
+(`--epochs`), a step being charged by its tokens. Beside them: the bytes of tensors alive at the peak of forward and
+backward, and our losses beside a plain loop over single samples by transformers' own forward and loss. Wants, in an
 environment of its own: pip install torch torchvision num2words -e '.[bench]'.
 """
 
@@ -19,11 +21,13 @@ import math
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +47,8 @@ from vltrain.batch import Batch
 from vltrain.config.recipe import build_config
 from vltrain.config.schema import Config
 from vltrain.data.images import open_rgb
-from vltrain.data.loader import collate
+from vltrain.data.kept.store import KeptImages
+from vltrain.data.loader import assemble, collate
 from vltrain.data.reading import image_reader
 from vltrain.data.shards import PackedDataset
 from vltrain.data.stock.processor import stock_processor
@@ -53,6 +58,7 @@ from vltrain.memory.live import LiveMemory
 from vltrain.models.build import build_model
 from vltrain.models.stock.published import MODELS
 from vltrain.schema import IGNORE_INDEX, Sample, Turn
+from vltrain.train.kept_features import FeatureMaker
 from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 NUM_SAMPLES = 240
@@ -60,6 +66,8 @@ COMPARED = 3  # samples at least, with the plain loop
 TILE_TOKENS = 64  # of an image of 512 x 512 pixels
 SIZES = ((640, 480), (480, 640), (1024, 768), (800, 200), (320, 320), (1280, 720), (250, 400))  # of photographs
 WANTED = 1.8
+EPOCHS = 4  # of our recipes of stock models
+OURS, KEPT = "ours, images encoded in every step", "ours, image features kept"
 TRL = "TRL, padded to the longest"
 
 
@@ -243,7 +251,41 @@ def peak_mib(network: nn.Module, given: Iterable[Any], step: Callable[[], Tensor
     return live.peak_bytes / 2**20
 
 
-def measure(precision: str, runs: int, edge: int, pack_length: int, quick: bool) -> tuple[list[dict[str, Any]], float]:
+def keeping_steps(config: Config, dataset: PackedDataset, dtype: torch.dtype, folder: Path) -> tuple[OurSteps, float]:
+    """Our steps with kept features, and the seconds that making them took, checks and writing included."""
+    train = replace(config.train, keep_image_features=True)
+    keeping = replace(config, train=train, output=str(folder / "keeping"))
+    took: list[float] = []
+    make = FeatureMaker.kept
+
+    def timed_make(maker: FeatureMaker) -> KeptImages:
+        start = time.perf_counter()
+        found = make(maker)
+        took.append(time.perf_counter() - start)
+        return found
+
+    with patch.object(FeatureMaker, "kept", timed_make):
+        steps = OurSteps(our_trainer(keeping, dataset, dtype, ds=DS))
+    return steps, took[0]
+
+
+def kept_pack(steps: OurSteps, dataset: PackedDataset) -> Batch:
+    """The first pack as the loader makes a batch of it, with features."""
+    loader = steps.trainer.loader
+    assert loader.kept is not None
+    row = dataset.row(0)
+    return assemble(row, loader.kept.of_row(row, blank=False, where=""))
+
+
+def spread(ours: list[float], theirs: list[float]) -> str:
+    """Of the ratios of the rounds."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def measure(
+    precision: str, runs: int, edge: int, pack_length: int, quick: bool, epochs: int
+) -> tuple[list[dict[str, Any]], float]:
     """The table in one precision, and the largest relative difference of losses."""
     dtype = DTYPES[precision]
     cast = torch.autocast(device().type, dtype=dtype, enabled=dtype != torch.float32)
@@ -257,27 +299,36 @@ def measure(precision: str, runs: int, edge: int, pack_length: int, quick: bool)
         network = peer_network(config, dtype).to(device())
         trainer = trl_trainer(network, photos, config, dtype, batch, folder / "trl")
         ours = OurSteps(our_trainer(config, dataset, dtype, ds=DS))
+        kept, made_seconds = keeping_steps(config, dataset, dtype, folder)
+        tell(f"features of {dataset.manifest.num_images} images: {made_seconds:.1f} s, over {epochs} epochs")
         model = ours.trainer.engine.model
         difference = loss_difference(model, network, photos, config, dataset) if dtype == torch.float32 else math.nan
+        pack_of_features = kept_pack(kept, dataset)
         pack_, padded = batch_of_pack(dataset, 0, config, model), next(iter(trainer.get_train_dataloader()))
         with cast:
             peaks = {
-                "ours": peak_mib(model, vars(pack_).values(), lambda: model(pack_).loss_sum),
+                OURS: peak_mib(model, vars(pack_).values(), lambda: model(pack_).loss_sum),
+                KEPT: peak_mib(model, vars(pack_of_features).values(), lambda: model(pack_of_features).loss_sum),
                 TRL: peak_mib(network, padded.values(), lambda: network(**padded, use_cache=False).loss),
             }
         held = Held(trainer, network)
-        results = alternate({"ours": timed(ours.step), TRL: timed(held.step)}, runs, 1)
+        steps = {OURS: timed(ours.step), KEPT: timed(kept.step), TRL: timed(held.step)}
+        results = alternate(steps, runs, 1)
         held.stop()
-        ours.trainer.monitor.close()
+        for one in (ours, kept):
+            one.trainer.monitor.close()
+        charged = made_seconds / epochs / dataset.manifest.num_tokens  # seconds a token
     speeds = {name: [tokens / seconds for tokens, seconds in found] for name, found in results.items()}
+    speeds[KEPT] = [1 / (1 / one + charged) for one in speeds[KEPT]]
     rows = [
         {
             "precision": precision,
             "trainer": name,
             "useful tokens/s": statistics.median(speeds[name]),
-            "ours is faster by": median_ratio(speeds["ours"], speeds[name]),
+            "faster than TRL by": median_ratio(speeds[name], speeds[TRL]),
+            "least and most": spread(speeds[name], speeds[TRL]),
             "peak MiB beside weights": peaks[name],
-            "wanted": "" if name == "ours" else WANTED,
+            "wanted": "" if name == TRL else WANTED,
         }
         for name in speeds
     ]
@@ -289,6 +340,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument("--edge", type=int, default=512, help="pixels of an image's longer edge, in tiles of 512")
     parser.add_argument("--pack-length", type=int, default=2048)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="over which computing kept features is shared out")
     given = settled(parser.parse_args())
     if find_spec("trl") is None:
         raise SystemExit("the package trl is not installed: bash launch/setup_env.sh --with bench")
@@ -296,7 +348,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     differences = {}
     for precision in given.precision:
-        found, differences[precision] = measure(precision, given.runs, given.edge, given.pack_length, given.quick)
+        found, differences[precision] = measure(
+            precision, given.runs, given.edge, given.pack_length, given.quick, given.epochs
+        )
         rows += found
     shutdown_distributed()
     told = {name: value for name, value in differences.items() if not math.isnan(value)}

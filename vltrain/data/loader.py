@@ -54,7 +54,7 @@ def collate(row: PackedRow, pictures: list[np.ndarray], reader: ImageReader) -> 
 
     Raises: InputError where a picture takes another number of tokens than its places in the row.
     """
-    return _assemble(row, _stacked(row, pictures, reader, "the batch"))
+    return assemble(row, _stacked(row, pictures, reader, "the batch"))
 
 
 def _stacked(row: PackedRow, pictures: list[np.ndarray], reader: ImageReader, where: str) -> torch.Tensor | ImageInputs:
@@ -133,7 +133,8 @@ def pixels_of(
     return pixels, tensor_of(shown["image_slots"].astype(np.int64))
 
 
-def _assemble(row: PackedRow, pixels: Shown) -> Batch:
+def assemble(row: PackedRow, pixels: Shown) -> Batch:
+    """See `collate`. pixels: what the model is given of the row's images."""
     # A stock model's may be one more than the row shows, see `StockReader.stack`.
     more = len(pixels) - len(row.image_ids)
     assert more == 0 or (more == 1 and (len(row.image_ids) == 0 or isinstance(pixels, ImageInputs))), more
@@ -184,7 +185,7 @@ def filler(image: bool, reader: ImageReader, kept: KeptImages | None = None) -> 
     if kept is None:
         batch = collate(row, [reader.blank()] if image else [], reader)
     else:
-        batch = _assemble(row, kept.of_row(row, blank=image, where="a filler"))
+        batch = assemble(row, kept.of_row(row, blank=image, where="a filler"))
     batch.is_filler = True
     return batch
 
@@ -197,7 +198,7 @@ class _Fetcher(Dataset[Fetched]):
     """Runs in workers, on (pack number, whether the micro-step has images)."""
 
     def __init__(self, dataset: PackedDataset, reader: ImageReader, kept: KeptImages | None) -> None:
-        self._dataset, self._reader, self._kept = dataset, reader, kept
+        self._dataset, self._reader, self.kept = dataset, reader, kept
 
     def __getitem__(self, item: tuple[int, bool]) -> Fetched:
         # An exception would come out of the DataLoader with the worker's traceback in its message.
@@ -214,9 +215,9 @@ class _Fetcher(Dataset[Fetched]):
     def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, Shown]:
         row = self._dataset.row(number)
         samples = f"pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
-        if self._kept is not None:
+        if self.kept is not None:
             where = f"{self._dataset.folder}: {samples}"
-            return row, _shared(self._kept.of_row(row, blank=has_images, where=where))
+            return row, _shared(self.kept.of_row(row, blank=has_images, where=where))
         pictures = [
             self._reader.decode(self._dataset.image(image_id), f"{self._dataset.folder}: image {image_id} of {samples}")
             for image_id in row.image_ids.tolist()
@@ -305,7 +306,7 @@ class StepLoader:
         """
         self.while_waiting = while_waiting
         self._plan, self._rank, self._reader, self._start_step = plan, rank, reader, start_step
-        self._pin_memory, self._kept = pin_memory, kept
+        self._pin_memory, self.kept = pin_memory, kept
         self._loader: DataLoader[Fetched] | None = DataLoader(
             _Fetcher(dataset, reader, kept),
             sampler=_PlanSampler(plan, rank, start_step),
@@ -349,7 +350,7 @@ class StepLoader:
         for number in range(self._start_step, self._plan.num_steps):
             step = self._plan.step(number)
             batches = [
-                filler(has_images, self._reader, self._kept) if pack == FILLER else self._unwrap(fetched)
+                filler(has_images, self._reader, self.kept) if pack == FILLER else self._unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
             if self._pin_memory:
@@ -381,7 +382,7 @@ class StepLoader:
             ) from None
         if isinstance(found, str):
             raise InputError(found)
-        return _assemble(*found)
+        return assemble(*found)
 
 
 def _begin_worker(_: int) -> None:
