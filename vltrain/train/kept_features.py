@@ -45,6 +45,15 @@ SEEN_SECONDS = 120.0  # that a finished folder may take to be seen on another no
 LARGEST_DIFFERENCE = 1e-2  # relative, between machines and their libraries: bf16's rounding through a tower
 
 
+def kept_images(
+    config: Config, engine: Engine, dataset: PackedDataset, reader: ImageReader, part: ImagePart | None
+) -> KeptImages | None:
+    """See `FeatureMaker.kept`; None without an image part whose features are to be kept."""
+    if part is None:
+        return None
+    return FeatureMaker(config=config, engine=engine, dataset=dataset, reader=reader, part=part).kept()
+
+
 @dataclass(kw_only=True)
 class FeatureMaker:
     """Makes and opens the features of a run's packs. part: of `VisionLanguageModel.image_part`."""
@@ -62,13 +71,16 @@ class FeatureMaker:
         that are not the same each time.
         """
         store = FeatureStore(self.dataset.folder, self._facts())
-        if not from_rank_0(store.is_complete):
+        was_there = from_rank_0(store.is_complete)
+        if not was_there:
             with _only_maker(store):
-                if not from_rank_0(store.is_complete):
+                was_there = from_rank_0(store.is_complete)
+                if not was_there:
                     self._make(store)
         _wait_for(store)
         kept = store.open(verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
-        self._compare(kept)
+        if was_there:
+            self._compare(kept)
         if dist.get_rank() == 0:
             logger.info(
                 "image features: of %d images, %.2f GiB in %s; while training no image is read or encoded",
@@ -106,18 +118,23 @@ class FeatureMaker:
         entries = entries_of(self.dataset)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         missing: list[int] = from_rank_0(store.missing(entries) if rank == 0 else None)
-        per_row = self._try(entries)
+        first = _checked(self._try(entries), entries, entries.chunks(0)[0])
         if rank == 0:
-            store.require_room(_num_bytes(entries, missing, per_row))
+            store.require_room(_num_bytes(entries, missing, first))
             logger.info("image features: %d of %d files to be made", len(missing), entries.num_parts)
         dist.barrier()
-        mine = missing[rank::world_size]
-        pixels = self._decoded(entries, [chunk for part in mine for chunk in entries.chunks(part)])
+        # Not under ZeRO 3, where other ranks' forwards would lack this one's.
+        done = {} if self._gathers else {0: first}
+        chunks = [chunk for part in missing[rank::world_size] for chunk in entries.chunks(part)]
+        pixels = self._decoded(entries, [chunk for chunk in chunks if chunk.start not in done])
         told = time.monotonic()
         for start in range(0, len(missing), world_size):
             at_once = missing[start : start + world_size]
             own = entries.chunks(at_once[rank]) if rank < len(at_once) else []
-            made = [_checked(self._without_graph(next(pixels), chunk), entries, chunk) for chunk in own]
+            made = [
+                done.get(chunk.start) or _checked(self._without_graph(next(pixels), chunk), entries, chunk)
+                for chunk in own
+            ]
             for _ in range(max(len(entries.chunks(part)) for part in at_once) - len(own)) if self._gathers else ():
                 self._without_graph(self.reader.stack([self.reader.blank()], [1]), range(1))
             if own:
@@ -221,7 +238,8 @@ def digest_of(model: VisionLanguageModel, part: ImagePart) -> str:
             with gathered(weight) if isinstance(weight, torch.nn.Parameter) else ExitStack():
                 for tensor in (weight.detach(), *_scales(weight)) if dist.get_rank() == 0 else ():
                     hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                    hashed.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+                    numbers: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+                    hashed.update(numbers)
     return hashed.hexdigest()
 
 

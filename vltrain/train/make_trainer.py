@@ -31,7 +31,7 @@ from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
 from vltrain.train.checkpoints.selection import BestTracker, measured_by
 from vltrain.train.guard import QUARANTINE
-from vltrain.train.kept_features import FeatureMaker
+from vltrain.train.kept_features import kept_images
 from vltrain.train.optim import parameter_groups
 from vltrain.train.run.fits import kept_image_part, run_flops
 from vltrain.train.run.identity import FilesOf, require_same_run, run_id, run_identity
@@ -98,9 +98,7 @@ def make_trainer(
     part = kept_image_part(config, model, dataset)
     plan = make_plan(config, dataset, pack_cost(flops), offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
-    kept = None
-    if part is not None:
-        kept = FeatureMaker(config=config, engine=engine, dataset=dataset, reader=reader, part=part).kept()
+    kept = kept_images(config, engine, dataset, reader, part)
     allocator = make_allocator(config, engine, plan, start.checkpoint)
     loader = StepLoader(
         dataset,

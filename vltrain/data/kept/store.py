@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,8 +119,9 @@ class FeatureStore:
 
     def _is_whole(self, part: int) -> bool:
         try:
-            with safe_open(_part(self.folder, part), "pt") as file:
-                return json.loads((file.metadata() or {}).get(_SAID, "{}")).get("key") == self.key
+            with _mapped(_part(self.folder, part)) as file:
+                said: dict[str, str] = file.metadata() or {}
+                return json.loads(said.get(_SAID, "{}")).get("key") == self.key
         except (SafetensorError, OSError, ValueError):
             return False
 
@@ -155,9 +157,10 @@ class FeatureStore:
 
     def finish(self, entries: Entries) -> None:
         """Says that all parts are there. Raises InputError where that is not possible."""
-        lengths, form = [], None
+        lengths: list[torch.Tensor] = []
+        form: Any = None
         for part in range(entries.num_parts):
-            with safe_open(_part(self.folder, part), "pt") as file:
+            with _mapped(_part(self.folder, part)) as file:
                 lengths.append(file.get_tensor("lengths"))
                 form = json.loads(file.metadata()[_SAID])["form"]
         index = {
@@ -189,7 +192,7 @@ class FeatureStore:
         remake = f"remove {self.folder}, and the next run makes it anew"
         if not is_object(found) or found.get("key") != self.key or not isinstance(found.get("files"), list):
             raise InputError(f"{self.folder / MANIFEST}: is not of these features; {remake}")
-        paths = []
+        paths: list[Path] = []
         for file in found["files"]:
             paths.append(path := self.folder / str(file["name"]))
             size = path.stat().st_size if path.is_file() else None
@@ -204,6 +207,12 @@ class FeatureStore:
         return KeptImages(self.folder, found.get("form"))
 
 
+def _mapped(path: Path) -> Any:
+    """A safetensors file, of whose package the type checker knows nothing. Raises OSError and SafetensorError."""
+    opened: Any = safe_open
+    return opened(path, "pt")
+
+
 def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.safetensors"
 
@@ -213,10 +222,10 @@ class KeptImages:
 
     def __init__(self, folder: Path, form: Any) -> None:
         self.folder, self.form = folder, form
-        with safe_open(folder / INDEX, "pt") as file:
+        with _mapped(folder / INDEX) as file:
             image_ids, counts, lengths = (file.get_tensor(name).numpy() for name in ("image_ids", "counts", "lengths"))
-        self._keys, self._lengths = _keys(image_ids, counts), lengths
-        starts = np.cumsum(lengths) - lengths
+        self._keys, self._lengths = _keys(image_ids, counts), np.asarray(lengths)
+        starts = np.cumsum(self._lengths) - self._lengths
         self._starts = starts - starts[np.arange(len(starts)) // PART_IMAGES * PART_IMAGES]  # within their parts
         self._map()
 
@@ -237,13 +246,13 @@ class KeptImages:
     @property
     def num_bytes(self) -> int:
         rows = self._open(0)
-        width = int(np.prod(rows.get_shape()[1:])) * rows[:1].element_size()
+        width: int = math.prod(rows.get_shape()[1:]) * rows[:1].element_size()
         return int(self._lengths.sum()) * width
 
     def _slices(self, part: int) -> Any:
         path = _part(self.folder, part)
         try:
-            return safe_open(path, "pt").get_slice("rows")
+            return _mapped(path).get_slice("rows")
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{path}: cannot be read ({error}), though it was there when the run began; start again"

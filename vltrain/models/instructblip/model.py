@@ -162,7 +162,8 @@ class InstructBlip(VisionLanguageModel):
 
     def image_part(self) -> ImagePart:
         """The ViT without the norm behind it, which is always trained."""
-        facts = {"config": self.config.vision_config.to_dict(), "attention": self.vision.config._attn_implementation}
+        config: Any = self.vision.config
+        facts = {"config": config.to_dict(), "attention": config._attn_implementation}
         weights = weights_below(self, "vision.embeddings", "vision.encoder")
         return ImagePart(weights=weights, facts=facts, flops_per_image=vision_flops(self)[0])
 
