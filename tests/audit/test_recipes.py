@@ -1,6 +1,8 @@
 """Whole models as recipes tune them: all checks pass on `mmt` and `instructblip`, every adapter, update and kind of
 visual tokens."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.audit.recipes import CLIP, blip, both, mmt, subject
@@ -52,6 +54,15 @@ def test_all_checks_pass(name):
     titles = [one.what for one in report.findings]
     for said in ("embeddings packed", "gradient packed", "2 ranks", "generation", "are reached", "exported"):
         assert any(said in title for title in titles), said
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_small_copy_with_packed_weights_computes_what_transformers_does_with_the_unpacked_ones(bits):
+    pytest.importorskip("bitsandbytes", reason="install the extra `quant`")
+    recipe = mmt(llm={"peft": PeftConfig(kind="lora", **LORA)}, adapter={"vision": "both", "llm": "both"})
+    ways = {title: replace(small, bits=bits) for title, small in question_of(recipe).ways.items()}
+    report = audit(f"{bits} bits", ways)
+    assert report.passed, report.to_text()
 
 
 def test_a_small_copy_is_tuned_as_its_recipe_says():

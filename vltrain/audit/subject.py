@@ -26,6 +26,7 @@ from vltrain.models.adapters.routing import Routing
 from vltrain.models.adapters.table import AdapterThenSublayer, NormThenAdapter
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.peft.layers import has_adalora, has_lora, has_prompts
+from vltrain.models.quantise import FrozenLinear
 from vltrain.schema import Segment
 
 
@@ -150,6 +151,11 @@ class _Pairing:
             inner = ours.model if has_prompts(ours) else ours.get_base_layer()
             self.later.insert(0, partial(self._around, ours, inner, theirs, parent, name))
             ours = inner
+        if isinstance(ours, FrozenLinear):  # packed: the reference has the weights that these stand for
+            theirs.weight.copy_(ours.dequantised(torch.float32))
+            if ours.bias is not None:
+                theirs.bias.copy_(ours.bias)
+            return
         for own, parameter in ours.named_parameters(recurse=False):
             counterpart = getattr(theirs, own)
             counterpart.copy_(parameter)
