@@ -124,7 +124,7 @@ def proven(folder: Path) -> None:
     assert "peak on each GPU" in run(folder, "plan", "recipe.yaml", "--ds", "zero3.json").stdout
     length = yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["pack_length"]
     if (folder / "model" / "config.json").is_file():
-        words = ["--samples", "samples/few.jsonl", "--processor", "model", "--template", "processor"]
+        words = ["--samples", "samples/few.jsonl", "--processor", "model"]
         run(folder, "pack", *words, "--pack-length", str(length), "--output", "packed")
 
 
