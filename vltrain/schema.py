@@ -292,3 +292,26 @@ class PackedRow:
     blocks: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     image_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     image_counts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSize:
+    """The image in which others are counted.
+
+    tokens     visual tokens of it; 0: all images are alike
+    quadratic  share of its cost that grows with the square of its tokens: of a tower whose patches all see each other
+    """
+
+    tokens: int = 0
+    quadratic: float = 0.0
+
+    def images(self, num_images: np.ndarray, tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
+        """How many images of this size cost as much as the images of some packs.
+
+        Args: number of images, their tokens and the squares of their tokens, int64 [m], each summed over a pack.
+
+        Returns: float64 [m].
+        """
+        if not self.tokens:
+            return num_images.astype(np.float64)
+        return (1 - self.quadratic) * tokens / self.tokens + self.quadratic * squares / self.tokens**2

@@ -10,12 +10,14 @@ ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from vltrain.data.shards import Index
 from vltrain.errors import InputError
+from vltrain.schema import ImageSize
 
 FILLER = -1  # stands for no pack
 _ROUNDS = 6
@@ -65,11 +67,13 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class PackCost:
-    """Cost of a pack in any unit: a pair is a (query, key) inside one segment, so a pack has `sum_squares` of them."""
+    """Cost of a pack in any unit: a pair is a (query, key) inside one segment, so a pack has `sum_squares` of them.
+    `per_image`: of one of the size `image`."""
 
     per_token: float = 1.0
     per_pair: float = 0.0
     per_image: float = 0.0
+    image: ImageSize = field(default_factory=ImageSize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class StepPlan:
     num_tokens                      of the whole step, all of them useful
     num_pairs                       (query, key) pairs inside segments, of the whole step
     num_images                      of the whole step, one that several segments show counted once
+    sized_images                    as many of the size that the plan's cost is of would cost as much as these
     num_samples                     of the whole step
     """
 
@@ -92,6 +97,7 @@ class StepPlan:
     num_tokens: int
     num_pairs: int
     num_images: int
+    sized_images: float
     num_samples: int
 
 
@@ -116,6 +122,7 @@ class Plan:
         cost: PackCost,
         max_steps: int | None = None,
         images_always: bool = False,
+        image_tokens: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         """Args:
         epochs: passes over the packs, not necessarily whole ones.
@@ -124,6 +131,7 @@ class Plan:
         needs
             that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one
             reaches.
+        image_tokens: of packs, see `PackedDataset.image_tokens`; None: all images are taken to be of the cost's size.
 
         Raises: InputError for a set without packs.
         """
@@ -132,6 +140,7 @@ class Plan:
         assert packs_per_step >= 1 and world_size >= 1 and epochs > 0
         self._index, self._seed, self._cost = index, seed, cost
         self._packs_per_step, self._world_size, self._images_always = packs_per_step, world_size, images_always
+        self._image_tokens = image_tokens if cost.image.tokens else None
         self.num_positions, self.num_steps = length_of(len(index), epochs, packs_per_step, max_steps)
         self.steps_per_epoch = len(index) / packs_per_step
 
@@ -161,6 +170,7 @@ class Plan:
             num_tokens=int(index.num_tokens[packs].sum()),
             num_pairs=int(index.sum_squares[packs].sum()),
             num_images=int(index.num_images[packs].sum()),
+            sized_images=float(self._sized_images(packs).sum()),
             num_samples=int(index.num_samples[packs].sum()),
         )
 
@@ -170,8 +180,15 @@ class Plan:
         return (
             cost.per_token * index.num_tokens[packs]
             + cost.per_pair * index.sum_squares[packs]
-            + cost.per_image * index.num_images[packs]
+            + cost.per_image * self._sized_images(packs)
         )
+
+    def _sized_images(self, packs: np.ndarray) -> np.ndarray:
+        """float64 [m], what each pack's images cost in images of the cost's size."""
+        counts = self._index.num_images[packs]
+        if self._image_tokens is None:
+            return counts.astype(np.float64)
+        return self._cost.image.images(counts, *self._image_tokens(packs))
 
     def _assign(self, packs: np.ndarray) -> np.ndarray:
         """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened

@@ -279,6 +279,17 @@ class PackedDataset:
         shape = (-1, len(row.input_ids)) if len(positions) else (0, 0)
         return replace(row, position_ids=positions.reshape(shape))
 
+    def image_tokens(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Visual tokens of the distinct images of packs, and their squares, each summed over a pack: int64 [m]. Of
+        packs that do not say (all but a stock model's) zeros."""
+        sums = np.zeros((2, len(numbers)), np.int64)
+        if self.manifest.format_version == STOCK_FORMAT:
+            for place, number in enumerate(numbers.tolist()):
+                batch, row = self._packs.find(number)
+                tokens = batch.column("image_tokens")[row].values.to_numpy().astype(np.int64)
+                sums[:, place] = tokens.sum(), (tokens**2).sum()
+        return sums[0], sums[1]
+
     def sample_ids(self, number: int) -> tuple[str, ...]:
         """Ids of the samples in pack `number`."""
         batch, place = self._packs.find(number)

@@ -14,11 +14,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from vltrain.config.schema import Config
-from vltrain.data.shards import Index
+from vltrain.data.shards import Index, PackedDataset
 from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_pack, make_stock_pack, rehearse
 from vltrain.memory.weights import WeightPlan
 from vltrain.memory.zero import FP32, ZeroMemory, zero_memory
@@ -36,6 +37,7 @@ TIGHT_SHARE = 0.9
 AVERAGES = 2  # that AdaLoRA keeps of each number: of its importance, and of how that varies
 # Where nothing says how a pack will look: an image in every so many tokens, and half of its text to be predicted.
 TOKENS_PER_IMAGE = 256
+MEASURED_PACKS = 1 << 16  # at most so many, whose images stand for those of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +159,20 @@ def _largest_module(model: VisionLanguageModel, leaves: Collection[str]) -> int:
     )
 
 
-def largest_pack(config: Config, visual_tokens: int, index: Index | None) -> PackSize:
+def _some_packs(index: Index) -> np.ndarray:
+    return np.linspace(0, len(index) - 1, min(len(index), MEASURED_PACKS), dtype=np.int64)
+
+
+def largest_pack(config: Config, visual_tokens: int, packs: PackedDataset | None) -> PackSize:
     """The pack to plan for: the largest numbers of the packs there are, else what the recipe allows, else an
-    estimate."""
+    estimate. Images of many sizes are as many of the size that the tower was made for."""
     num_tokens = config.data.pack_length
-    if index is not None:
+    if packs is not None:
+        index = packs.index
         most = {name: int(getattr(index, name)[:].max()) for name in ("num_tokens", "num_images", "num_label_tokens")}
+        shown = int(packs.image_tokens(_some_packs(index))[0].max())
+        if shown:
+            most["num_images"] = -(-shown // visual_tokens)
         return PackSize(
             **most,
             num_segments=max(1, round(float(index.num_samples[:].mean()))),
@@ -201,15 +211,19 @@ def checkpoint_bytes(num_trained: int, num_averaged: int = 0) -> int:
     return 3 * FP32 * num_trained + AVERAGES * FP32 * num_averaged
 
 
-def step_flops(config: Config, flops: Flops, pack: PackSize, index: Index | None) -> float:
+def step_flops(config: Config, flops: Flops, pack: PackSize, packs: PackedDataset | None) -> float:
     """Operations of an optimizer step over all ranks, by what `flops` says that each costs: of an average step of the
     packs there are, else of as many full packs."""
-    if index is None:
+    if packs is None:
         mean = {"num_tokens": pack.num_tokens, "num_images": pack.num_images, "num_label_tokens": pack.num_label_tokens}
         mean["num_pairs"] = pack.num_tokens**2 / pack.num_segments
     else:
-        mean = {
-            name: float(getattr(index, name)[:].mean()) for name in ("num_tokens", "num_images", "num_label_tokens")
-        }
+        index = packs.index
+        names = "num_tokens", "num_images", "num_label_tokens"
+        mean = {name: float(getattr(index, name)[:].mean()) for name in names}
         mean["num_pairs"] = float(index.sum_squares[:].mean())
+        if flops.image.tokens:
+            some = _some_packs(index)
+            sizes = flops.image.images(index.num_images[some], *packs.image_tokens(some))
+            mean["num_images"] = float(sizes.mean())
     return config.train.packs_per_step * flops.of(**mean)

@@ -74,7 +74,7 @@ class Monitor:
         self._model_flops += self._flops.of(
             num_tokens=plan.num_tokens,
             num_pairs=plan.num_pairs,
-            num_images=plan.num_images,
+            num_images=plan.sized_images,
             num_label_tokens=plan.num_label_tokens,
         )
 

@@ -8,7 +8,7 @@ the figures belong to the model and the recipe, not to the implementation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vltrain.models.backbones.family import Blocks
 from vltrain.models.backbones.table import language_of
 from vltrain.models.peft.lora import low_rank_factors, plain_attention
 from vltrain.models.quantise import num_weights
+from vltrain.schema import ImageSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +30,17 @@ class Flops:
                L * (L + 1) / 2 of them: the half is in `per_pair`, the rest in `per_token`.
     per_image: an image in the ViT, and its visual tokens in the neck.
     per_label: a label position in the LLM's head.
+    image:     which images `per_image` is of.
     """
 
     per_token: float
     per_pair: float
     per_image: float
     per_label: float
+    image: ImageSize = field(default_factory=ImageSize)
 
     def of(self, *, num_tokens: float, num_pairs: float, num_images: float, num_label_tokens: float) -> float:
-        """Of so many of each together."""
+        """Of so many of each together. num_images: in images of the size `image`, see `ImageSize.images`."""
         return (
             self.per_token * num_tokens
             + self.per_pair * num_pairs

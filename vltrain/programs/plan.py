@@ -123,7 +123,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     model = build_model(model_config, device="meta")
     ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model), model.llm_block_classes)
     pack, packs, no_packs = _pack_to_plan(config, sized, model)
-    index, groups = None if packs is None else packs.index, _groups(config)
+    groups = _groups(config)
     memory_of = partial(plan_memory, sized, world_size=num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
     memory = memory_of(ds_config)
     parameters = parameters_by_part(model)
@@ -152,9 +152,9 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
             "checkpoint_bytes": per_checkpoint,
             "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1),
         },
-        "steps_per_epoch": None if index is None else len(index) / config.train.packs_per_step,
+        "steps_per_epoch": None if packs is None else len(packs) / config.train.packs_per_step,
         "packs": no_packs,
-        "flops_per_step": step_flops(config, run_flops(sized, model), pack, index),
+        "flops_per_step": step_flops(config, run_flops(sized, model), pack, packs),
         "image_features": _features(memory, pack, packs) if config.train.keep_image_features else None,
     }
 
@@ -194,8 +194,7 @@ def _pack_to_plan(
     if packs is not None:
         require_positions(packs, model)
     kept_image_part(sized, model, packs)
-    pack = largest_pack(config, model.visual_tokens, None if packs is None else packs.index)
-    return pack, packs, no_packs
+    return largest_pack(config, model.visual_tokens, packs), packs, no_packs
 
 
 def _share(model: VisionLanguageModel) -> dict[str, float] | None:

@@ -1,18 +1,19 @@
 """What a forward on tensors without numbers tells of a model's tower: what it takes of an image of the size
-it was made for, and which weights have no part in what comes out: blocks behind the layer that LLaVA reads, SigLIP's
-pooling head.
+it was made for, how many rows of it each layer computes on, and which weights have no part in what comes out: blocks
+behind the layer that LLaVA reads, SigLIP's pooling head.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
@@ -23,6 +24,7 @@ from vltrain.models.stock.parts import Parts, part_of, parts_of
 from vltrain.models.stock.source import network_class
 from vltrain.models.without_numbers import Answers, take_numbers
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ANY_SIZE = 448  # of a picture for a tower that takes all, in pixels
 
 
@@ -33,6 +35,7 @@ class Reach:
             not found
     joined  the dimension along which pictures are joined, by name
     tokens  visual tokens of the picture
+    rows    of the picture, that each linear layer and convolution of the core computes on, by its name
     misfits where none was found: what each kind of picture ran into
     """
 
@@ -40,6 +43,7 @@ class Reach:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     joined: int = 0
     tokens: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
     misfits: tuple[str, ...] = ()
 
     def images(self, count: int) -> ImageInputs:
@@ -80,7 +84,7 @@ def _explore(config: PreTrainedConfig) -> Reach:
             with without_numbers:
                 given = {name: torch.empty(one.shape) if one.is_meta else one for name, one in tensors.items()}
             try:
-                with Answers():
+                with Answers(), _counted_rows(parts.core) as rows:
                     output = parts.core.get_image_features(**given, return_dict=True)
                     features = rows_of(output[POOLED])
                     torch.stack(
@@ -93,8 +97,30 @@ def _explore(config: PreTrainedConfig) -> Reach:
                 name for name, parameter in network.named_parameters()
                 if parameter.grad is None and part_of(name) != "llm"
             )  # fmt: skip
-            return Reach(unused, tensors, joined, len(features))
+            return Reach(unused, tensors, joined, len(features), rows)
     return Reach(misfits=tuple(misfits))
+
+
+@contextmanager
+def _counted_rows(core: nn.Module) -> Iterator[dict[str, int]]:
+    """Fills the `Reach.rows` of what runs inside."""
+    rows: dict[str, int] = {}
+
+    def counting(name: str, width: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        def count(module: nn.Module, given: Any, output: Tensor) -> None:
+            rows[name] = rows.get(name, 0) + output.numel() // width
+
+        return count
+
+    hooks = [
+        module.register_forward_hook(counting(name, module.weight.shape[0]))
+        for name, module in core.named_modules() if isinstance(module, LAYERS)
+    ]  # fmt: skip
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _pictures(parts: Parts) -> Iterator[tuple[dict[str, Tensor], int]]:
