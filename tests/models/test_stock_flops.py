@@ -1,4 +1,4 @@
-"""The closed form of a stock model's images, at the sizes that they have, against torch's counter of what really runs."""
+"""The closed form of a stock model's images, at the sizes that they have, against torch's counter of what runs."""
 
 import math
 from typing import Any
@@ -111,7 +111,8 @@ def test_ranks_are_evened_out_by_the_sizes_of_images() -> None:
     )
     size = ImageSize(tokens=50, quadratic=0.25)
     plan = Plan(
-        index, seed=0, epochs=1.0, packs_per_step=4, world_size=2, image_tokens=lambda some: (tokens[some], tokens[some] ** 2),
+        index, seed=0, epochs=1.0, packs_per_step=4, world_size=2,
+        image_tokens=lambda some: (tokens[some], tokens[some] ** 2),
         cost=PackCost(per_token=0.0, per_image=1.0, image=size),
     )  # fmt: skip
     step = plan.step(0)

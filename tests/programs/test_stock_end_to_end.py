@@ -31,8 +31,8 @@ DATA = [
         ),
     ),
 ]
-FEW = {"easyvqa": 48, "scienceqa": 40}  # samples to train on
-SPREAD = ((0, 1), (1, 2), (2, 2), (3, 1), (3, 2))  # ZeRO stage, ranks
+FEW = {"easyvqa": 32, "scienceqa": 24}  # samples to train on
+SPREAD = ((0, 1), (3, 2))  # ZeRO stage, ranks
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def test_from_raw_data_to_an_answer(source: str, kind: str, tmp_path: Path) -> N
     found: dict[tuple[int, int], list[float]] = {}
     for number, ranks in SPREAD:
         (tmp_path / f"zero{number}.json").write_text(json.dumps(stage(number)))
-        output = "run" if (number, ranks) == (2, 2) else f"runs/{number}-{ranks}"
+        output = "run" if (number, ranks) == (0, 1) else f"runs/{number}-{ranks}"
         words = ["--recipe", "recipe.yaml", "--ds", f"zero{number}.json", "--output", output, "--ranks", str(ranks)]
         run(tmp_path, "train", *words)
         found[number, ranks] = losses(tmp_path / output)
@@ -113,19 +113,15 @@ def test_from_raw_data_to_an_answer(source: str, kind: str, tmp_path: Path) -> N
 
 
 def proven(folder: Path) -> None:
-    """What a run proves of itself, and of its packs."""
-    run(folder, "check", "resume", "run", "runs/3-2", "--tolerance", "1e-5")
+    """What a run proves of itself, and the samples packed by hand."""
     run(folder, "check", "weights", "run")
     replayed = run(folder, "check", "replay", "run", "--step", "2").stdout
     assert "0 with a loss that is NaN" in replayed
-    [packed] = (folder / "data" / "packed").iterdir()
-    run(folder, "check", "data", str(packed))
-    assert ">>" in run(folder, "peek", str(packed)).stdout
     assert "peak on each GPU" in run(folder, "plan", "recipe.yaml", "--ds", "zero3.json").stdout
-    length = yaml.safe_load((folder / "recipe.yaml").read_text())["data"]["pack_length"]
     if (folder / "model" / "config.json").is_file():
-        words = ["--samples", "samples/few.jsonl", "--processor", "model"]
-        run(folder, "pack", *words, "--pack-length", str(length), "--output", "packed")
+        words = ["--samples", "samples/few.jsonl", "--processor", "model", "--pack-length", "4096"]
+        run(folder, "pack", *words, "--output", "packed")
+        run(folder, "check", "data", "packed")
 
 
 def answered(folder: Path, source: str) -> None:
@@ -153,12 +149,8 @@ def answered(folder: Path, source: str) -> None:
 
 
 def exported(folder: Path) -> None:
-    """Each format proves itself, and a new run begins with the adapters."""
-    for form in ("merged", "lora", "adapters"):
-        run(folder, "export", "run", "--output", form, "--format", form, "--proof-samples", "4")
+    """Read by transformers alone, each format answers as the run does."""
+    for form in ("merged", "lora"):
+        run(folder, "export", "run", "--output", form, "--format", form, "--proof-samples", "2")
         proof = json.loads((folder / form / "proof.json").read_text())
         assert proof["proven"] and proof["max_relative_error"] <= 1e-5
-    run(folder, "check", "export", "merged")
-    words = ["--train.init_from", "adapters", "--output", "more", "--ds", "zero2.json", "--train.max_steps", "1"]
-    run(folder, "train", "--recipe", "recipe.yaml", *words, "--eval.scorer", "null")
-    assert losses(folder / "more")[0] < losses(folder / "run")[0]

@@ -132,9 +132,7 @@ def make_trainer(
 
 def pack_cost(flops: Flops) -> PackCost:
     """What a pack costs, in FLOPs, for assigning packs to ranks. Label positions are few and left out."""
-    return PackCost(
-        per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image, image=flops.image
-    )
+    return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image, image=flops.image)
 
 
 def make_plan(config: Config, dataset: PackedDataset, cost: PackCost, images_always: bool) -> Plan:
