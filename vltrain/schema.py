@@ -216,6 +216,8 @@ def _first_fault(record: Any) -> str:
     if type(record) is not dict:
         return f"found {shown(record)}, expected an object with id, images, turns[role, text], metadata"
     for key in record:
+        if key in ("video", "videos"):
+            return f"found the key {key!r}; videos are not read here: list frames of one as images"
         if key not in kinds:
             return f"found the key {key!r:.60}; {nearest(key, kinds)}; what is not for the model belongs into metadata"
     for key, (kind, expected) in kinds.items():

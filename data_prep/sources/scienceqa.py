@@ -66,10 +66,20 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             image = (
                 input / "images" / split / pid / image_name(problem, "image", where) if problem.get("image") else None
             )
-            if image is not None and resolved["missing_images"] == "drop" and not is_there(image):
+            if image is not None and not is_there(image):
+                require_dropped(resolved["missing_images"], image, where)
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
             yield to_sample(pid, split, problem, image, resolved["prompt_format"], rationales.of(pid, problem))
+
+
+def require_dropped(missing_images: str, image: Path, where: str) -> None:
+    """Raises InputError for a question without its image, unless the option says that such are left out."""
+    if missing_images != "drop":
+        raise InputError(
+            f"{where}: its image {image} cannot be read (no such file); get it, or leave such questions out: "
+            "--options missing_images=drop"
+        )
 
 
 def _resolved(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from data_prep.reading import is_there
 from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import check_template, lettered, plain
 from data_prep.sources.raw import RawSample, ids_of, image_name
-from data_prep.sources.scienceqa import checked
+from data_prep.sources.scienceqa import checked, require_dropped
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers
@@ -53,7 +53,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             if not problem.get("image"):
                 continue
             image = input / "images" / split / pid / image_name(problem, "image", where)
-            if resolved["missing_images"] == "drop" and not is_there(image):
+            if not is_there(image):
+                require_dropped(resolved["missing_images"], image, where)
                 print(f"dropped: problem '{pid}', no image {image}")
                 continue
             yield _sample(pid, split, problem, image, resolved["prompt"])

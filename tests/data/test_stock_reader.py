@@ -232,6 +232,9 @@ def test_packs_hold_what_each_sample_is_alone(name, sources, tmp_path):
     dataset = PackedDataset(tmp_path / "packs")
     assert dataset.manifest.format_version == 3
     assert PackedDataset(tmp_path / "again").manifest.files == dataset.manifest.files
+    rows = [dataset.row(number).image_tokens.astype(int) for number in range(len(dataset))]
+    sums, squares = dataset.image_tokens(np.arange(len(dataset)))
+    assert sums.tolist() == [row.sum() for row in rows] and squares.tolist() == [(row**2).sum() for row in rows]
     encoder, size_of = StockEncoder(source), sizes_below(tmp_path / "samples", LIMIT)
     alone = {sample.id: encoder.sample(sample, size_of) for sample in samples}
     plan = Plan(dataset.index, world_size=1, seed=1, epochs=1.0, packs_per_step=1, cost=PackCost())
@@ -298,6 +301,29 @@ def test_processors_that_cannot_be_trained_with_are_refused_in_one_line(sources,
     assert "do not belong together" in told
     told = refusal(lambda: StockEncoder(sources["qwen3_vl"]).sample(sample, lambda name: (2, 1000)))
     assert "1000 x 2 pixels" in told
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "internvl", "llava_onevision", "qwen3_vl"])
+def test_what_would_be_a_videos_place_is_refused(name, sources):
+    token = stock_processor(sources[name]).inner.video_token
+    for asked in (f"what is {token} here?", f"{token}\nwhat happens?"):
+        with pytest.raises(InputError, match=r"sample 'wide': a turn holds .* puts a video; videos are not read"):
+            StockEncoder(sources[name]).sample(sample_of("wide", asked=asked), SIZES.__getitem__)
+    other = "<video>" if name == "qwen3_vl" else "<|video_pad|>"  # another family's, a word here
+    StockEncoder(sources[name]).sample(sample_of("wide", asked=f"what is {other}?"), SIZES.__getitem__)
+
+
+def test_what_is_no_picture_or_too_narrow_is_refused_by_its_header(sources, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(100))
+    Image.new("RGB", (2100, 10)).save(tmp_path / "wide.png")
+    for name, told in (("a.mp4", r"a\.mp4"), ("wide.png", "sample 'x': an image of 2100 x 10 pixels: .* 200, got 210")):
+        sample = Sample(id="x", images=(name,), turns=sample_of("wide").turns)
+        with pytest.raises(InputError, match=told) as refused:
+            StockEncoder(sources["qwen3_vl"]).sample(sample, sizes_below(tmp_path, LIMIT))
+        print(refused.value)
+    record = {"id": "x", "turns": [{"role": "user", "text": "a?"}, {"role": "assistant", "text": "b"}]}
+    with pytest.raises(InputError, match="the key 'videos'; videos are not read"):
+        Sample.from_json({**record, "videos": ["a.mp4"]}, "line 1")
 
 
 def test_pictures_that_take_other_tokens_than_were_packed_end_the_run_in_one_line(sources):

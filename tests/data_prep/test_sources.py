@@ -184,7 +184,7 @@ def test_unknown_names_are_met_with_the_nearest(tmp_path):
 def test_real_scienceqa_becomes_samples(tmp_path):
     counts = prepare("scienceqa", REAL, tmp_path / "out", {"missing_images": "drop"})
     assert counts["test"] == 50
-    with pytest.raises(InputError, match="image"):
+    with pytest.raises(InputError, match="missing_images=drop"):
         prepare("scienceqa", REAL, tmp_path / "strict", {})
 
 

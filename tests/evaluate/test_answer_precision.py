@@ -20,7 +20,7 @@ from vltrain.errors import InputError
 from vltrain.evaluate.answering.candidates import SegmentCandidates
 from vltrain.evaluate.answering.decoding import Sampling
 from vltrain.evaluate.answering.generate import generate
-from vltrain.evaluate.answering.precision import products_in_fp32
+from vltrain.evaluate.answering.precision import loaded_dtype, products_in_fp32
 from vltrain.evaluate.answering.ranking import RankingItem, rank
 from vltrain.models.build import build_model
 from vltrain.programs.train import _require_widenable
@@ -103,6 +103,14 @@ def test_an_instructblip_generates_and_ranks_the_same_at_every_batch_size(kind, 
         for size in SIZES:
             assert answers(half, size) == expected
     assert len(set(map(tuple, expected[0]))) > 4 and len(set(expected[1])) > 1
+
+
+def test_the_log_says_in_what_answers_are_computed(caplog):
+    asked = {"train.precision": "bf16", "eval.precision": "fp32"}
+    with caplog.at_level("INFO"):
+        assert loaded_dtype(build_config(asked)) == torch.bfloat16
+        assert loaded_dtype(build_config({"train.precision": "bf16"})) == torch.bfloat16
+    assert [one.getMessage() for one in caplog.records] == ["precision of answers: torch.float32 (eval.precision fp32)"]
 
 
 def test_weights_are_given_back_after_an_error():

@@ -112,8 +112,9 @@ def test_ranks_are_evened_out_by_the_sizes_of_images() -> None:
     size = ImageSize(tokens=50, quadratic=0.25)
     plan = Plan(
         index, seed=0, epochs=1.0, packs_per_step=4, world_size=2,
-        image_tokens=lambda some: (tokens[some], tokens[some] ** 2),
-        cost=PackCost(per_token=0.0, per_image=1.0, image=size),
+        cost=PackCost(
+            per_token=0.0, per_image=1.0, images=lambda some: size.images(ones[some], tokens[some], tokens[some] ** 2)
+        ),
     )  # fmt: skip
     step = plan.step(0)
     assert step.packs.tolist() == [[0, 2], [1, 3]]

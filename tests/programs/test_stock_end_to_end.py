@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 import vltrain
 from tests.support.processes import ROOT
 from tests.support.processors import config_of, make_processor
+from tests.support.stock_world import stock_recipe
 from tests.train.zero.test_equivalence import stage
 
 pytest.importorskip("easy_vqa", reason="the easy-vqa package has the images; install the extra `test`")
@@ -154,3 +155,19 @@ def exported(folder: Path) -> None:
         run(folder, "export", "run", "--output", form, "--format", form, "--proof-samples", "2")
         proof = json.loads((folder / form / "proof.json").read_text())
         assert proof["proven"] and proof["max_relative_error"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_table_of_lora_ranks(tmp_path: Path) -> None:
+    """`ablate` over a stock recipe: each row trains and answers, and the table says how much of it."""
+    path = stock_recipe("smolvlm", tmp_path, {"llm": {"peft": {"kind": "lora", "rank": 4, "targets": ["*_proj"]}}})
+    rows = {f"rank {rank}": {"model": {"stock": {"llm": {"peft": {"rank": rank}}}}} for rank in (2, 8)}
+    table = {"base": str(path), "output": str(tmp_path / "out"), "ablation": {"split": "val"}, "rows": rows}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    run(tmp_path, "ablate", "table.yaml", "--ranks", "1", "--train.max_steps", "2", "--eval.scorer", "exact")
+    found = {row["row"]: row for row in json.loads((tmp_path / "out" / "table.json").read_text())["rows"]}
+    assert {name: (row["state"], row["steps"]) for name, row in found.items()} == dict.fromkeys(rows, ("done", 2))
+    assert all(row["metrics"]["total"] == 6 for row in found.values())
+    two, eight = (found[name]["trained"] for name in rows)
+    linears = (64 + 64) * 2 + (64 + 32) * 2 + (64 + 96) * 3  # of a block of the LLM: q, o; k, v; gate, up, down
+    assert eight - two == 2 * (8 - 2) * linears

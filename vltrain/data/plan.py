@@ -11,13 +11,12 @@ ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from vltrain.data.shards import Index
 from vltrain.errors import InputError
-from vltrain.schema import ImageSize
 
 FILLER = -1  # stands for no pack
 _ROUNDS = 6
@@ -68,12 +67,15 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 @dataclass(frozen=True, kw_only=True)
 class PackCost:
     """Cost of a pack in any unit: a pair is a (query, key) inside one segment, so a pack has `sum_squares` of them.
-    `per_image`: of one of the size `image`."""
+
+    per_image  of an image of some size
+    images     packs, int64 [m] -> float64 [m]: as many images of that size as cost what theirs do; None: all are of it
+    """
 
     per_token: float = 1.0
     per_pair: float = 0.0
     per_image: float = 0.0
-    image: ImageSize = field(default_factory=ImageSize)
+    images: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,6 @@ class Plan:
         cost: PackCost,
         max_steps: int | None = None,
         images_always: bool = False,
-        image_tokens: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> None:
         """Args:
         epochs: passes over the packs, not necessarily whole ones.
@@ -131,7 +132,6 @@ class Plan:
         needs
             that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one
             reaches.
-        image_tokens: of packs, see `PackedDataset.image_tokens`; None: all images are taken to be of the cost's size.
 
         Raises: InputError for a set without packs.
         """
@@ -140,7 +140,6 @@ class Plan:
         assert packs_per_step >= 1 and world_size >= 1 and epochs > 0
         self._index, self._seed, self._cost = index, seed, cost
         self._packs_per_step, self._world_size, self._images_always = packs_per_step, world_size, images_always
-        self._image_tokens = image_tokens if cost.image.tokens else None
         self.num_positions, self.num_steps = length_of(len(index), epochs, packs_per_step, max_steps)
         self.steps_per_epoch = len(index) / packs_per_step
 
@@ -185,10 +184,8 @@ class Plan:
 
     def _sized_images(self, packs: np.ndarray) -> np.ndarray:
         """float64 [m], what each pack's images cost in images of the cost's size."""
-        counts = self._index.num_images[packs]
-        if self._image_tokens is None:
-            return counts.astype(np.float64)
-        return self._cost.image.images(counts, *self._image_tokens(packs))
+        images = self._cost.images
+        return self._index.num_images[packs].astype(np.float64) if images is None else images(packs)
 
     def _assign(self, packs: np.ndarray) -> np.ndarray:
         """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened

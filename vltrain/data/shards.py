@@ -32,7 +32,7 @@ from vltrain.data.origin import require_whole_record
 from vltrain.errors import InputError
 from vltrain.files.digest import sha256_of
 from vltrain.files.strict_json import is_object, parse_json, read_text
-from vltrain.schema import PackedRow
+from vltrain.schema import ImageSize, PackedRow
 
 FORMAT_VERSION, STOCK_FORMAT = 2, 3
 """Of most models' packs; of a stock model's, which have more columns."""
@@ -289,6 +289,10 @@ class PackedDataset:
                 tokens = batch.column("image_tokens")[row].values.to_numpy().astype(np.int64)
                 sums[:, place] = tokens.sum(), (tokens**2).sum()
         return sums[0], sums[1]
+
+    def images_of_size(self, size: ImageSize, numbers: np.ndarray) -> np.ndarray:
+        """How many images of `size` cost as much as those of each pack, float64 [m]."""
+        return size.images(self.index.num_images[numbers], *self.image_tokens(numbers))
 
     def sample_ids(self, number: int) -> tuple[str, ...]:
         """Ids of the samples in pack `number`."""

@@ -11,9 +11,9 @@ import torch
 from vltrain.config.keys import checked_value
 from vltrain.config.stages import last_stage
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
-from vltrain.distributed.hardware import choose_dtype
 from vltrain.distributed.hardware import device as own_device
 from vltrain.errors import InputError
+from vltrain.evaluate.answering.precision import loaded_dtype
 from vltrain.inference.build import answering_model, anywhere
 from vltrain.inference.model import LoadedModel
 from vltrain.inference.run import choose_checkpoint, how_run_was_asked, recipe_of, weights_before, weights_used
@@ -62,7 +62,7 @@ def load(
     facts = weights_used(folder, config, weights, made_of(config), changed)
     asked = how_run_was_asked(folder, config)
     tokenizer = recipe_tokenizer(config)
-    dtype = choose_dtype(config.train.precision, config.model.bits, place=place)
+    dtype = loaded_dtype(config, place)
     before = weights_before(folder, config) if weights is None or keep_untuned else None
     model = answering_model(config, tokenizer, before if keep_untuned else weights or before, dtype=dtype, place=place)
     untuned = (

@@ -223,7 +223,5 @@ def step_flops(config: Config, flops: Flops, pack: PackSize, packs: PackedDatase
         mean = {name: float(getattr(index, name)[:].mean()) for name in names}
         mean["num_pairs"] = float(index.sum_squares[:].mean())
         if flops.image.tokens:
-            some = _some_packs(index)
-            sizes = flops.image.images(index.num_images[some], *packs.image_tokens(some))
-            mean["num_images"] = float(sizes.mean())
+            mean["num_images"] = float(packs.images_of_size(flops.image, _some_packs(index)).mean())
     return config.train.packs_per_step * flops.of(**mean)

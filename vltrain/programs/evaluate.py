@@ -42,11 +42,12 @@ from vltrain.config.recipe import RECIPE, as_mapping
 from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
-from vltrain.distributed.hardware import choose_dtype, device, limit_threads
+from vltrain.distributed.hardware import device, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine, require_one_model
 from vltrain.distributed.preemption import Preemption
 from vltrain.distributed.ranks import adopt_ranks, join_process_group, names_lost_ranks
 from vltrain.errors import InputError, exits_cleanly, nearest
+from vltrain.evaluate.answering.precision import loaded_dtype
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
 from vltrain.evaluate.report import write_report
@@ -239,7 +240,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
         if rank == 0 and reason is None:
             place = folder / "eval" / split
             held.enter_context(one_writer(lock_inside(place), place, remedy="evaluate another split or run meanwhile"))
-        dtype = choose_dtype(config.train.precision, config.model.bits)
+        dtype = loaded_dtype(config)
         weights = checkpoint or weights_before(folder, config)
         model = answering_model(config, tokenizer, weights, dtype=dtype, place=device())
         setup = SplitSetup(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def make_trainer(
     _load_start(model, start, belongs_to, folder)
     reader, flops = image_reader(config, model), run_flops(config, model)  # before ZeRO-3 has its parameters
     part = kept_image_part(config, model, dataset)
-    plan = make_plan(config, dataset, pack_cost(flops), offloads_optimizer(ds_config))
+    plan = make_plan(config, dataset, pack_cost(flops, dataset), offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
     kept = kept_images(config, engine, dataset, reader, part)
     allocator = make_allocator(config, engine, plan, start.checkpoint)
@@ -130,9 +131,11 @@ def make_trainer(
     )
 
 
-def pack_cost(flops: Flops) -> PackCost:
-    """What a pack costs, in FLOPs, for assigning packs to ranks. Label positions are few and left out."""
-    return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image, image=flops.image)
+def pack_cost(flops: Flops, packs: PackedDataset | None = None) -> PackCost:
+    """What a pack costs, in FLOPs, for assigning packs to ranks. Label positions are few and left out. `packs` say how
+    large their images are; without them all are of one size."""
+    images = partial(packs.images_of_size, flops.image) if packs is not None and flops.image.tokens else None
+    return PackCost(per_token=flops.per_token, per_pair=flops.per_pair, per_image=flops.per_image, images=images)
 
 
 def make_plan(config: Config, dataset: PackedDataset, cost: PackCost, images_always: bool) -> Plan:
@@ -146,7 +149,6 @@ def make_plan(config: Config, dataset: PackedDataset, cost: PackCost, images_alw
         cost=cost,
         max_steps=config.train.max_steps,
         images_always=images_always,
-        image_tokens=dataset.image_tokens,
     )
 
 

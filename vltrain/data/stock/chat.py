@@ -32,6 +32,7 @@ class StockChat(ChatEncoder):
     def __init__(self, processor: StockProcessor) -> None:
         """Raises InputError for a chat template that drops images, or parts of a turn."""
         self._image_token = processor.image_token
+        self._video_token: str | None = getattr(processor.inner, "video_token", None)
         own: dict[str, Any] = processor.inner.__dict__
         named = {one for name, one in own.items() if name.endswith("_token") and isinstance(one, str)}
         self._plain_roles = frozenset[str]()
@@ -62,6 +63,11 @@ class StockChat(ChatEncoder):
             if reserved := _RESERVED.search(turn.text):
                 raise InputError(
                     f"a turn holds the private-use character U+{ord(reserved[0]):X}, which is reserved here; remove it"
+                )
+            if self._video_token and self._video_token in turn.text:
+                raise InputError(
+                    f"a turn holds {self._video_token!r}, which is where this model's processor puts a video; videos "
+                    "are not read here: list frames of one as images, or remove the word"
                 )
             texts = MARKER.split(turn.text.strip()) if turn.role == "user" else [turn.text.strip()]
             parts: list[dict[str, str]] = []

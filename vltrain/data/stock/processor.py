@@ -129,18 +129,24 @@ class StockProcessor:
         except InputError:
             raise
         except Exception as error:  # a processor is a program, and refuses in its own ways
-            told = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(f"the processor of {self.where} refuses it: {told}") from None
+            raise self._refusal(error) from None
         return dict(made), list(texts)
+
+    def _refusal(self, error: Exception) -> InputError:
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        return InputError(f"the processor of {self.where} refuses it: {told}")
 
     def call(self, text: str, pictures: list[Any], **settings: bool) -> list[int]:
         """The ids that the whole processor gives for a text with its pictures."""
-        made = self.inner(
-            text=[text],
-            images=[pictures] if pictures else None,
-            images_kwargs=self._source.given,
-            **settings,
-        )
+        try:
+            made = self.inner(
+                text=[text],
+                images=[pictures] if pictures else None,
+                images_kwargs=self._source.given,
+                **settings,
+            )
+        except Exception as error:  # a processor is a program, and refuses in its own ways
+            raise self._refusal(error) from None
         return [int(one) for one in made["input_ids"][0]]
 
     @functools.cached_property

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.files.strict_json import is_list, is_object, read_object, read_text
+from vltrain.files.strict_json import is_list, is_object, read_object, read_text, shown
 
 MODEL, JSON = "tokenizer.model", "tokenizer.json"
 CONFIG, SPECIAL, ADDED, GENERATION = (
@@ -205,7 +205,13 @@ def _require_vocabulary(files: TokenizerFiles, vocabulary: dict[str, int]) -> No
     assert files.json is not None
     saved = read_object(files.json)
     own = dict(_pieces(saved.get("model")))
-    own |= {token["content"]: token["id"] for token in saved.get("added_tokens") or () if isinstance(token, dict)}
+    for number, token in enumerate(saved.get("added_tokens") or ()):
+        if not is_object(token) or type(token.get("content")) is not str or type(token.get("id")) is not int:
+            raise InputError(
+                f"{files.json}: added_tokens[{number}]: found {shown(token)}, expected an object with a text 'content' "
+                "and a whole number 'id'; fetch the file anew"
+            )
+        own[token["content"]] = token["id"]
     _require_ids(own, vocabulary, files.json)
     _require_known(files, set(own))
     for path in (*files.plain, *([files.model] if files.model is not None else ())):

@@ -10,15 +10,27 @@ Trade-off: twice as many bytes for each weight in bf16 besides those that are ke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from vltrain.config.schema import Config
+from vltrain.distributed.hardware import choose_dtype
 from vltrain.models.interface import VisionLanguageModel
 
 HALVES = (torch.bfloat16, torch.float16)
+logger = logging.getLogger(__name__)
+
+
+def loaded_dtype(config: Config, place: torch.device | None = None) -> torch.dtype:
+    """`choose_dtype` of a run that is to answer; the log says so where answers are computed in another."""
+    dtype = choose_dtype(config.train.precision, config.model.bits, place=place)
+    if config.eval.precision == "fp32" and dtype != torch.float32:
+        logger.info("precision of answers: %s (eval.precision fp32)", torch.float32)
+    return dtype
 
 
 @contextmanager

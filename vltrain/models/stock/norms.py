@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from vltrain.models.pretrained.quiet import quiet_transformers
 from vltrain.models.stock.parts import parts_of
-from vltrain.models.stock.reach import reach_of
+from vltrain.models.stock.reach import MISFITS, reach_of
 from vltrain.models.stock.source import network_class
 from vltrain.models.without_numbers import Answers, take_numbers
 
@@ -65,7 +65,7 @@ def _explore(config: PreTrainedConfig) -> dict[str, tuple[Norms, ...]]:
             try:
                 with Answers(), follower:
                     run()
-            except Exception:  # whatever a family's code runs into without numbers
+            except MISFITS:  # what a family's code runs into without numbers
                 found[part] = tuple({} for _ in blocks)
             else:
                 found[part] = follower.found()
