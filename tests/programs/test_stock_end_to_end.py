@@ -161,7 +161,7 @@ def exported(folder: Path) -> None:
 def test_a_table_of_lora_ranks(tmp_path: Path) -> None:
     """`ablate` over a stock recipe: each row trains and answers, and the table says how much of it."""
     path = stock_recipe("smolvlm", tmp_path, {"llm": {"peft": {"kind": "lora", "rank": 4, "targets": ["*_proj"]}}})
-    rows = {f"rank {rank}": {"model": {"stock": {"llm": {"peft": {"rank": rank}}}}} for rank in (2, 8)}
+    rows = {f"rank-{rank}": {"model": {"stock": {"llm": {"peft": {"rank": rank}}}}} for rank in (2, 8)}
     table = {"base": str(path), "output": str(tmp_path / "out"), "ablation": {"split": "val"}, "rows": rows}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
     run(tmp_path, "ablate", "table.yaml", "--ranks", "1", "--train.max_steps", "2", "--eval.scorer", "exact")
