@@ -255,7 +255,7 @@ def no_files(tensor):
     ],
 )
 def test_a_worker_that_cannot_share_hands_over_why(dataset, monkeypatch, share, parts):
-    fetcher = loader_module._Fetcher(dataset, READER)
+    fetcher = loader_module._Fetcher(dataset, READER, None)
     number = next(number for number in range(len(dataset)) if len(dataset.row(number).image_ids))
     monkeypatch.setattr(torch.Tensor, "share_memory_", share)
     assert not isinstance(fetcher[number, True], str)  # this process shares nothing

@@ -292,7 +292,6 @@ class StepLoader:
         workers: int,
         start_step: int = 0,
         pin_memory: bool = False,
-        while_waiting: Callable[[], None] = lambda: None,
         kept: KeptImages | None = None,
     ) -> None:
         """Args:
@@ -300,11 +299,10 @@ class StepLoader:
         workers: processes that decode; 0 decodes in this one.
         pin_memory: give batches in pinned memory, so that nothing waits for their copy to a GPU but the work that reads
         them.
-        while_waiting: called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it
-        may raise.
         kept: features that are read in the images' place; None: images are decoded.
         """
-        self.while_waiting = while_waiting
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it may raise."""
         self._plan, self._rank, self._reader, self._start_step = plan, rank, reader, start_step
         self._pin_memory, self.kept = pin_memory, kept
         self._loader: DataLoader[Fetched] | None = DataLoader(

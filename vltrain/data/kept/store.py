@@ -32,7 +32,7 @@ from vltrain.errors import InputError
 from vltrain.files.atomic import renamed_when_written, sync, write_json
 from vltrain.files.digest import file_digests
 from vltrain.files.leftovers import remove
-from vltrain.files.strict_json import is_object, read_json
+from vltrain.files.strict_json import is_object, parse_json, read_json
 from vltrain.files.tensors import save_file
 from vltrain.schema import PackedRow
 
@@ -121,8 +121,9 @@ class FeatureStore:
         try:
             with _mapped(_part(self.folder, part)) as file:
                 said: dict[str, str] = file.metadata() or {}
-                return json.loads(said.get(_SAID, "{}")).get("key") == self.key
-        except (SafetensorError, OSError, ValueError):
+                found = parse_json(said.get(_SAID, "{}").encode(), str(_part(self.folder, part)))
+                return is_object(found) and found.get("key") == self.key
+        except (SafetensorError, OSError, InputError):
             return False
 
     def require_room(self, num_bytes: int) -> None:
@@ -162,7 +163,7 @@ class FeatureStore:
         for part in range(entries.num_parts):
             with _mapped(_part(self.folder, part)) as file:
                 lengths.append(file.get_tensor("lengths"))
-                form = json.loads(file.metadata()[_SAID])["form"]
+                form = parse_json(file.metadata()[_SAID].encode(), str(_part(self.folder, part)))["form"]
         index = {
             "image_ids": tensor_of(entries.image_ids),
             "counts": tensor_of(entries.counts),
