@@ -78,8 +78,10 @@ def fill_in(raw: dict[str, Any], num_trained: int, blocks: Collection[str] = ())
     Args:
         blocks: names of those classes.
 
-    Raises: InputError for leaves of other classes: DeepSpeed takes a leaf's gradients when that of its first argument
-        is there, which is seen to for the LLM's blocks alone.
+    DeepSpeed takes a leaf's gradients when that of its first argument is there, which is seen to for the LLM's blocks
+    alone.
+
+    Raises: InputError for leaves of other classes.
     """
     filled = copy.deepcopy(raw)
     zero = filled.get("zero_optimization", {})
