@@ -84,8 +84,9 @@ def test_an_error_stands_on_a_line_of_its_own_below_progress_bars(capsys, leave)
 @pytest.mark.parametrize(
     ("output", "code", "told"), [("/dev/full", 2, "error: No space left on device"), ("closed", 141, "")]
 )
-def test_output_that_nobody_takes(output, code, told):
-    command = [sys.executable, "-c", "import sys; from vltrain.cli import main; sys.exit(main())", "--help"]
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"]])
+def test_output_that_nobody_takes(words, output, code, told):
+    command = [sys.executable, "-c", "import sys; from vltrain.cli import main; sys.exit(main())", *words]
     read, write = os.pipe()
     os.close(read)
     with open("/dev/full", "w") if output == "/dev/full" else open(write, "w") as place:

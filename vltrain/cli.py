@@ -93,9 +93,10 @@ def run_script(module: str, **named: Any) -> NoReturn:
 def leave(program: Callable[[], int]) -> NoReturn:
     """Runs a program and ends this process with the exit code that it returns, or raises as SystemExit.
 
-    A rank ends before the interpreter is torn down: a thread of gloo's that releases a tensor meanwhile would abort the
-    process (pytorch#190489; exit code 134 after all work was done), and DeepSpeed's hooks keep the group, and so these
-    threads, to the very end. What comes before is done: other threads end, and `atexit` has its turn.
+    Where torch was imported it ends before the interpreter is torn down: that takes one to two seconds, and in a rank a
+    thread of gloo's that releases a tensor meanwhile would abort the process (pytorch#190489; exit code 134 after all
+    work was done); DeepSpeed's hooks keep the group, and so these threads, to the very end. What comes before is done:
+    other threads end, and `atexit` has its turn.
     """
     try:
         code = program()
@@ -108,8 +109,7 @@ def leave(program: Callable[[], int]) -> NoReturn:
         code = 1
     if code == EXIT_INTERRUPTED:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process only ends now: a second Ctrl-C would show where
-    ranks = sys.modules.get("vltrain.distributed.ranks")
-    if ranks is None or not ranks.has_joined:
+    if "torch" not in sys.modules:
         sys.exit(code)
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()

@@ -77,9 +77,12 @@ def exits_cleanly(main: Callable[P, int | None]) -> Callable[P, int]:
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            code = main(*args, **kwargs) or 0
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a full disk can still become the exit code
+            try:
+                code = main(*args, **kwargs) or 0
+            except SystemExit:  # --help
+                _flush_output()
+                raise
+            _flush_output()
             return code
         except KeyboardInterrupt:
             return interrupted()
@@ -99,6 +102,12 @@ def exits_cleanly(main: Callable[P, int | None]) -> Callable[P, int]:
             raise
 
     return wrapped
+
+
+def _flush_output() -> None:
+    """While a full disk can still become the exit code."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def interrupted() -> int:

@@ -219,11 +219,12 @@ def test_srun_says_it_where_it_sets_pmis_variables_too():
     assert adopted(PMI_RANK="3", PMI_SIZE="5", PMIX_RANK="3")["LOCAL_WORLD_SIZE"] == "2"
 
 
+@pytest.mark.parametrize("joins", [True, False])
 @pytest.mark.parametrize(
     ("ending", "code"), [("return 3", 3), ("raise SystemExit(85)", 85), ("raise AssertionError('ours')", 1)]
 )
-def test_a_rank_ends_before_the_interpreter_is_torn_down(tmp_path, ending, code):
-    """Threads of gloo's that are still at work then would abort it: exit code 134, see `vltrain.cli.leave`."""
+def test_a_program_ends_before_the_interpreter_is_torn_down(tmp_path, joins, ending, code):
+    """Threads of gloo's that are still at work then would abort a rank: exit code 134, see `vltrain.cli.leave`."""
     script = tmp_path / "rank.py"
     script.write_text(f"""
 import atexit, datetime, threading, time
@@ -235,7 +236,8 @@ class TornDown:
         print("torn down", flush=True)
 
 def program():
-    join_process_group("gloo", datetime.timedelta(seconds=60))
+    if {joins}:
+        join_process_group("gloo", datetime.timedelta(seconds=60))
     threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
     {ending}
 

@@ -46,8 +46,6 @@ OF_LOST_RANKS = (
 )
 TELL_SECONDS = 60.0  # of waiting for other ranks, before a line about it
 PORTS = range(15000, 32000)  # below the ports that Linux gives away by itself
-has_joined = False
-"""Whether this process has been in a process group, whose threads may outlive it; for `vltrain.cli.leave`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,8 +282,6 @@ def join_process_group(backend: str, timeout: datetime.timedelta) -> None:
         InputError: one of them is missing or no number, or rank 0 cannot listen there.
         RunLost: the ranks have not met within `timeout`.
     """
-    global has_joined
-    has_joined = True
     environment = os.environ
     if "RANK" not in environment:
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
