@@ -4,12 +4,13 @@ ones undecoded."""
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vltrain.data.images import decode_image, open_rgb
+from vltrain.data.images import decode_image, open_rgb, read_image
 from vltrain.errors import InputError
 
 LIMIT = 10_000
@@ -229,3 +230,16 @@ def test_the_limit_is_the_settings_and_not_pillows(monkeypatch):
     """Pillow by itself refuses 179 million pixels; who raises the limit beyond gets what was asked for."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert open_rgb(encoded(Image.fromarray(NOISE)), 1200, WHERE).size == (40, 30)
+
+
+def test_a_relative_folder_is_one_of_where_the_process_is_now(tmp_path, monkeypatch):
+    """A notebook changes its folder: what was found beneath the one before says nothing of this one."""
+    for world in ("before", "now"):
+        folder = tmp_path / world / "samples" / world
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+        (folder / "out.png").symlink_to(Path(__file__).resolve())
+        monkeypatch.chdir(tmp_path / world)
+        assert read_image(Path("samples", world, "a.png"), 100, "image", inside=Path("samples"))
+        with pytest.raises(InputError, match="a link leads out of samples"):
+            read_image(Path("samples", world, "out.png"), 10**6, "image", inside=Path("samples"))

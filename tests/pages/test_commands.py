@@ -26,7 +26,6 @@ from tests.pages.page import DATA, INSIDE, PAGES, Page
 from tests.pages.world import SITE, environment, make_world
 from tests.support.processes import ROOT
 from vltrain.cli import COMMANDS
-from vltrain.data import images
 from vltrain.programs.studies import ablate
 
 # Run by a test of its own: the beginning of the command, that test, and what stands there.
@@ -73,7 +72,6 @@ def enter(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     monkeypatch.syspath_prepend(world / SITE)
     monkeypatch.delitem(sys.modules, "easy_vqa", raising=False)  # the installed one, if a test before has loaded it
-    images._real.cache_clear()  # of relative paths, in the world before
 
 
 @pytest.fixture

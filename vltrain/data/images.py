@@ -340,6 +340,10 @@ def _require_inside(path: Path, folder: Path, where: str) -> None:
         )
 
 
-@functools.lru_cache(maxsize=1 << 12)  # of many images' one
 def _real(folder: str) -> str:
+    return _resolved(os.path.join(os.getcwd(), folder))  # which may be another the next time
+
+
+@functools.lru_cache(maxsize=1 << 12)  # of many images' one
+def _resolved(folder: str) -> str:
     return os.path.realpath(folder)
