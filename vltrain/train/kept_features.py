@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -235,7 +235,7 @@ def digest_of(model: VisionLanguageModel, part: ImagePart) -> str:
     hashed = hashlib.sha256()
     for name, weight in sorted((*model.named_parameters(), *model.named_buffers())):
         if name in part.weights:
-            with gathered(weight) if isinstance(weight, torch.nn.Parameter) else ExitStack():
+            with gathered(weight) if isinstance(weight, torch.nn.Parameter) else nullcontext():
                 for tensor in (weight.detach(), *_scales(weight)) if dist.get_rank() == 0 else ():
                     hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                     numbers: Any = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks
-from tests.support.stock import row_of, section
+from tests.support.stock import section
 from tests.train.plain_loop import relative_difference
-from tests.train.worker import GRADIENT_STEP
-from tests.train.zero.stock_worker import OPTIM, SAMPLES, STEPS
+from tests.train.zero.plain_stock_loop import plain_loop
+from tests.train.zero.stock_worker import OPTIM
 from tests.train.zero.test_equivalence import TOLERANCE, stage
 from vltrain.models.build import build_model
 from vltrain.train.optim import parameter_groups
@@ -32,30 +32,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def plain_run(family: str, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """No DeepSpeed, no packing, no accumulation."""
     model = build_model(section(family, changes))
     core = model.parts.core
     optimizer = torch.optim.AdamW(
         parameter_groups(model.named_parameters(), OPTIM, model.part_of), betas=OPTIM.betas, eps=OPTIM.eps
     )
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    losses, result = [], {}
-    for step in range(STEPS):
-        samples = SAMPLES[1:2] * 3 if step % 4 == 3 else SAMPLES
-        alone = [
-            row_of(family, core, [piece], seed=10 * place + number)
-            for place, pieces in enumerate(samples) for number, piece in enumerate(pieces)
-        ]  # fmt: skip
-        for parameter in trained.values():
-            parameter.grad = torch.zeros_like(parameter)
-        loss = sum(model(row).loss_sum for row in alone) / sum(row.num_label_tokens for row in alone)
-        loss.backward()
-        if step == GRADIENT_STEP:
-            result.update({f"gradient/{name}": parameter.grad.clone() for name, parameter in trained.items()})
-        optimizer.step()
-        losses.append(loss.item())
-    result.update({f"weight/{name}": parameter.detach() for name, parameter in trained.items()})
-    return {**result, "losses": torch.tensor(losses, dtype=torch.float64)}
+    return plain_loop(family, core, trained, optimizer, lambda row: model(row).loss_sum)
 
 
 @functools.cache

@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 
 from tests.models.test_stock import alone, plain_of
 from tests.support.processes import run_ranks
-from tests.support.stock import CONFIGS, row_of, section
+from tests.support.stock import CONFIGS, section
 from tests.train.plain_loop import relative_difference
-from tests.train.worker import GRADIENT_STEP
-from tests.train.zero.stock_worker import SAMPLES, STEPS
+from tests.train.zero.plain_stock_loop import plain_loop
 from tests.train.zero.test_equivalence import GRADIENT_TOLERANCE, TOLERANCE, stage
 from vltrain.models.build import build_model
 
@@ -67,23 +66,7 @@ def plain_run(family: str) -> dict[str, torch.Tensor]:
             groups.append({"params": [parameter], "lr": rate, "weight_decay": 0.02 if parameter.ndim > 1 else 0.0})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     trained = {f"network.{name}": one for name, one in plain.named_parameters() if one.requires_grad}
-    losses, result = [], {}
-    for step in range(STEPS):
-        samples = SAMPLES[1:2] * 3 if step % 4 == 3 else SAMPLES
-        rows = [
-            row_of(family, core, [piece], seed=10 * place + number)
-            for place, pieces in enumerate(samples) for number, piece in enumerate(pieces)
-        ]  # fmt: skip
-        for parameter in trained.values():
-            parameter.grad = torch.zeros_like(parameter)
-        loss = sum(alone(family, plain, row) for row in rows) / sum(row.num_label_tokens for row in rows)
-        loss.backward()
-        if step == GRADIENT_STEP:
-            result |= {f"gradient/{name}": parameter.grad.clone() for name, parameter in trained.items()}
-        optimizer.step()
-        losses.append(loss.item())
-    result |= {f"weight/{name}": parameter.detach() for name, parameter in trained.items()}
-    return {**result, "losses": torch.tensor(losses, dtype=torch.float64)}
+    return plain_loop(family, core, trained, optimizer, lambda row: alone(family, plain, row))
 
 
 @functools.cache

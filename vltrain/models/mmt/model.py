@@ -71,7 +71,7 @@ class MultimodalModel(VisionLanguageModel):
 
     @property
     def compilable_blocks(self) -> list[nn.Module]:
-        return [*self.vision.live_blocks, *llm_blocks(self.llm)]
+        return [*self.vision.live_blocks, *self.llm_blocks]
 
     @property
     def image_size(self) -> int:

@@ -138,7 +138,7 @@ class StockModel(VisionLanguageModel):
     def compilable_blocks(self) -> list[nn.Module]:
         """The LLM's alone: what goes through a tower's changes its shape with the size of each image, and how a family
         cuts it up changes with it."""
-        return list(self.parts.decoder_blocks)
+        return self.llm_blocks
 
     @classmethod
     def part_of(cls, name: str) -> str:
