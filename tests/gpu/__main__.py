@@ -29,6 +29,8 @@ PARTS = {
     "stages": "a recipe in stages: trained, evaluated, checked, found done",
     "serving": "vltrain serve: a dozen clients at once",
     "architectures": "each architecture beside the CPU: answers, ranking, captions; InstructBLIPs trained",
+    "stock": "vision-language models of transformers: packed rows beside each sample alone on the CPU; ZeRO 0, 2, 3",
+    "stock_runs": "such models with their processors, by the programs: ways of training, answers, exports",
     "bits": "frozen weights in 4 and 8 bits: products, and runs",
     "seven_b": "the 7B recipe at full size, random weights: tokens a second, utilisation, memory beside the plan's",
     "trainers": "Trainer and TRL beside us, SmolLM2-135M and a LLaMA of 1B",
@@ -46,6 +48,8 @@ EMULATED = (
     "stages",
     "serving",
     "architectures",
+    "stock",
+    "stock_runs",
 )
 LIMIT_SECONDS = 600
 ROOT = Path(__file__).parents[2]

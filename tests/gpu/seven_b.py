@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ VOCABULARY, VISUAL_TOKENS, SAMPLES = 32000, 6, 400
 WARM_UP, STEPS = 3, 16
 LONG = {"data.pack_length": 10240, "train.packs_per_step": 1}  # the same samples a step, in one row
 KEPT = {"train.activation_checkpointing": False}
+FLASH = "flash_attention_2"
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "one_pack": LONG,
@@ -50,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {**LONG, **KEPT, "train.compile": True},
     "not_deterministic": {**LONG, "train.deterministic": False},
     "bits_4": {**LONG, "model.bits": 4},
+    "flash_attention_2": {**LONG, **KEPT, "model.llm.attention": FLASH},
 }
 EMULATED = ("recipe", "one_pack")
 
@@ -61,6 +64,9 @@ def find(findings: Findings, variant: str) -> None:
     planned = _plan(str(dataset.folder), changes)
     if findings.emulate:
         findings.row("planned", variant=variant, peak_gib=planned)
+        return
+    if variant == FLASH and find_spec("flash_attn") is None:
+        findings.row("not run", variant=variant, reason="flash-attn is not installed")
         return
     init_distributed()
     _train(findings, variant, dataset, planned)

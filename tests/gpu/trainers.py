@@ -65,7 +65,11 @@ def _measure(findings: Findings, name: str, size: str, data: str) -> None:
     samples = scienceqa_like(SAMPLES, vocabulary=VOCABULARY, visual_tokens=VISUAL_TOKENS, **share)
     dataset = pack_samples(samples, PACK_LENGTH, folder / "packs", VISUAL_TOKENS)
     ours = OurSteps(our_trainer(config, dataset, torch.bfloat16, ds=DS))
-    competitors: dict[str, Any] = {"ours": ours}
+    compiled = replace(config, train=replace(config.train, compile=True), output=str(folder / "compiled"))
+    competitors: dict[str, Any] = {
+        "ours": ours,
+        "ours, compiled": OurSteps(our_trainer(compiled, dataset, torch.bfloat16, ds=DS)),
+    }
     if data == "text":
         competitors["TRL, packing"] = trl_trainer(
             config, samples, torch.bfloat16, pack_length=PACK_LENGTH, folder=folder
