@@ -18,7 +18,7 @@ from tests.support.stock_world import stock_recipe
 LORA = {"llm": {"peft": {"kind": "lora", "rank": 4, "targets": ["*_proj"]}}, "projector": {"train": True}}
 MODELS: dict[str, dict[str, Any]] = {
     "smolvlm": {"model": LORA, "adapter": {"dim": 8, "vision": "both", "llm": "none"}},
-    "qwen3_vl": {"model": {}, "adapter": {"dim": 8, "vision": "none", "llm": "both"}},
+    "qwen3_vl": {"model": {}, "adapter": {"dim": 8, "vision": "none", "llm": "both", "bias": False}},
     "gemma3": {"model": LORA, "adapter": {"vision": "none", "llm": "none"}},
 }
 NEEDS_TORCHVISION = ("smolvlm", "qwen3_vl")
