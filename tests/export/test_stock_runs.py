@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.support.export_run import stock_run
 from vltrain.errors import InputError
+from vltrain.export import reference
 from vltrain.export.proof import ProofFailed
 from vltrain.programs.export import export
 
@@ -29,6 +30,20 @@ def test_a_whole_model_and_its_processor(tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path / "out")).__name__ == "LlavaProcessor"
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'AutoProcessor.from_pretrained("out")' in card and "library_name: transformers" in card
+
+
+def test_an_answer_is_compared_up_to_a_token_that_stands_for_a_picture(tmp_path, monkeypatch):
+    """transformers would take that token for one more image, and refuse the whole answer."""
+    run = stock_run(tmp_path, "llava")
+    generate = reference.generate
+
+    def generate_a_place(model, *given, **more):
+        return [[ids[0], model.image_token, *ids[1:]] for ids in generate(model, *given, **more)]
+
+    monkeypatch.setattr(reference, "generate", generate_a_place)
+    export(run, tmp_path / "out", "merged", proof_samples=1)
+    [sample] = proof_of(tmp_path / "out")["samples"]
+    assert sample["equal"] and sample["tokens"] == 2
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def randomise_adapters(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * 0.2)
 
 
 def mixed_batch() -> Batch:

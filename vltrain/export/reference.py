@@ -54,10 +54,11 @@ class ProofData:
 class Spoken:
     """What a model says to a sample.
 
-    ids     int64 [A], its answer without the token that ended it
+    ids     int64 [A], its answer without the token that ended it; a stock model's up to a token that stands for a
+            picture
     text    the same as text, stripped
-    logits  fp32 [S, the tokenizer's vocabulary], S = A + 1, or A where the answer was cut: before each of the answer's
-            tokens, and before the one that ended it
+    logits  fp32 [S, the tokenizer's vocabulary], S = A + 1, or A where the answer was cut short: before each of the
+            answer's tokens, and before the one that ended it
     prompt  int64 [L], placeholders below zero
     read    int64 [I], what a Q-Former reads; empty where there is none
     draft   pixels that either edge of a JPEG keeps where it is decoded at a fraction of its size
@@ -156,10 +157,11 @@ class Speaker:
             [ids] = generate(
                 self.model, [prompt], Pictures(self.reader, images.__getitem__), sampling=sampling, **self.settings
             )
+        ids = ids[: _num_texts(ids, self.model)]
         told = {
             "ids": torch.tensor(ids, dtype=torch.int64),
             "text": self.tokenizer.decode(ids).strip(),
-            "logits": torch.cat(steps).float()[:, : self.tokenizer.vocab_size],
+            "logits": torch.cat(steps).float()[: len(ids) + 1, : self.tokenizer.vocab_size],
             "prompt": torch.from_numpy(prompt.input_ids).long(),
             "read": torch.from_numpy(prompt.instruction_ids).long(),
         }
@@ -179,6 +181,18 @@ class Speaker:
         blocks = torch.full_like(ids, -1)
         blocks[:, : len(prompt.blocks)] = torch.from_numpy(prompt.blocks)
         return {**images.tensors, **self.model.token_types(ids, blocks)}
+
+
+def _num_texts(answer: list[int], model: VisionLanguageModel) -> int:
+    """Tokens of an answer in front of the first that stands for a picture, all as a rule.
+
+    An untuned model may say such a token. transformers generates beyond it, but reads no answer with it at once: it
+    takes it for one more image.
+    """
+    if not isinstance(model, StockModel):
+        return len(answer)
+    places = {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")}
+    return next((number for number, token in enumerate(answer) if token in places), len(answer))
 
 
 _LAID = ("position_ids", "blocks", "image_tokens")  # of a stock model's prompt
