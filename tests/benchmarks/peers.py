@@ -110,7 +110,8 @@ class Held(TrainerCallback):
     def __init__(self, trainer: Trainer, model: nn.Module) -> None:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
-        self._tokens, self._stopping = 0, False
+        self._tokens: int | Tensor = 0
+        self._stopping = False
         self.losses: list[Tensor] = []
         trainer.add_callback(self)
         model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -119,8 +120,9 @@ class Held(TrainerCallback):
         self._thread = threading.Thread(target=self._run, args=(trainer, threads), daemon=True)
         self._thread.start()
 
-    def step(self) -> int:
-        """One step of the loop, whole. Returns the useful tokens that went in."""
+    def step(self) -> int | Tensor:
+        """One step of the loop, whole. Returns the useful tokens that went in, a number on the model's device: whoever
+        reads it waits for the device."""
         self._tokens = 0
         self._go.release()
         self._done.acquire()
@@ -151,7 +153,7 @@ class Held(TrainerCallback):
 
     def _count(self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         mask = named.get("attention_mask")
-        self._tokens += int(mask.sum()) if mask is not None else named["input_ids"].numel()
+        self._tokens = self._tokens + (mask.sum() if mask is not None else named["input_ids"].numel())
 
     def _note_loss(self, _: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if getattr(output, "loss", None) is not None:

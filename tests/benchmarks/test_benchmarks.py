@@ -14,17 +14,22 @@ import pytest
 import torch
 from packaging.version import Version
 
-from tests.benchmarks import stock
+from tests.benchmarks.apart import Apart, alone
 from tests.benchmarks.measure import alternate, median_ratio
 from tests.benchmarks.ours import benchmark_config, sizes
 from tests.benchmarks.peers import GroupedTrainer, PaddedModel, PaddingCollator, peer_model
 from tests.benchmarks.samples import pack_samples, scienceqa_lengths, scienceqa_like
+from tests.benchmarks.stock import KEPT, OURS, TRL
+from tests.benchmarks.stock_competitors import largest_difference, largest_differences, peer_network, plain_losses
+from tests.benchmarks.stock_setting import Setting, as_text, prepare, processor_of
 from tests.support.reading import squares
 from vltrain.data.images import decode_image
 from vltrain.data.loader import collate
 from vltrain.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
+HAS_TRL = find_spec("trl") is not None
+needs_trl = pytest.mark.skipif(not HAS_TRL, reason="trl is not installed: bash launch/setup_env.sh --with bench")
 
 
 def run_quick(name: str, tmp_path: Path, *words: str) -> dict:
@@ -80,21 +85,24 @@ def test_padded_competitors_train_on_the_same_loss(tmp_path, length):
 def test_a_stock_competitor_trains_on_the_same_loss_and_the_same_text(tmp_path, monkeypatch):
     """Same network, weights and pictures: our packs have a plain loop's losses, and TRL's text our tokens."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    photos = stock.make_photos(5, longest=100)
+    setting = Setting(folder=tmp_path, size=None, precision="fp32", pack_length=512, workers=0)
+    prepare(setting, 5, longest=100)
+    photos, config, dataset = setting.photos, setting.config("run"), setting.packs
     assert 0 < len(photos.files) < 5
-    config = stock.stock_config(tmp_path, 512, 512, quick=True, precision="fp32")
-    dataset = stock.write_packs(photos, config, tmp_path)
-    model, network = build_model(config.model), stock.peer_network(config, torch.float32)
-    assert stock.loss_difference(model, network, photos, config, dataset) < 1e-5
+    model, network = build_model(config.model), peer_network(config, torch.float32)
+    plain = plain_losses(network, photos, config, dataset, 5)
+    assert len(plain) == 5 and largest_difference(model, config, dataset, plain) < 1e-5
     with torch.no_grad():
         network.get_output_embeddings().weight.mul_(1.01)
-    assert stock.loss_difference(model, network, photos, config, dataset) > 1e-5
-    processor, text = stock.processor_of(config), next(sample for sample in photos.samples if not sample.images)
+    assert largest_difference(model, config, dataset, plain_losses(network, photos, config, dataset, 5)) > 1e-5
+    if HAS_TRL:
+        assert largest_differences(setting, None, 5, with_trl=True)["TRL, fp32"] < 1e-5
+    processor, text = processor_of(config), next(sample for sample in photos.samples if not sample.images)
     row = next(dataset.row(number) for number in range(len(dataset)) if text.id in dataset.row(number).sample_ids)
     place = row.sample_ids.index(text.id)
     start = int(row.segment_lengths[:place].sum())
     ids = row.input_ids[start : start + int(row.segment_lengths[place])].tolist()
-    assert ids == processor.tokenizer("".join(stock.as_text(text, processor)), add_special_tokens=False).input_ids
+    assert ids == processor.tokenizer("".join(as_text(text, processor)), add_special_tokens=False).input_ids
 
 
 def test_the_grouped_competitor_pads_less_and_shows_every_sample_once(tmp_path):
@@ -113,7 +121,7 @@ def test_the_grouped_competitor_pads_less_and_shows_every_sample_once(tmp_path):
     assert lengths[:8].max() < lengths.max()  # not the longest first
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: bash launch/setup_env.sh --with bench")
+@needs_trl
 def test_train_with_every_competitor(tmp_path):
     found = run_quick("train", tmp_path, "--data", "scienceqa", "text")
     names = {(row["data"], row["trainer"]) for row in found["speed"]}
@@ -123,6 +131,30 @@ def test_train_with_every_competitor(tmp_path):
     assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(
         row["mfu"] > 0 for row in found["utilisation"]
     )
+
+
+@needs_trl
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="TRL's trainer reads images through torchvision")
+def test_stock_with_every_competitor(tmp_path):
+    found = run_quick("stock", tmp_path)
+    assert [row["trainer"] for row in found["speed"]] == [KEPT, OURS, TRL]
+    assert all(row["useful tokens/s"] > 0 and row["peak GiB"] > 0 for row in found["speed"])
+    [differences] = found["largest relative difference of losses to a plain loop's"].values()
+    assert set(differences) == {"ours, fp32", "TRL, fp32"} and max(differences.values()) < 1e-5
+
+
+def test_a_competitor_apart_tells_what_went_wrong_there():
+    held = Apart(list, "ab")
+    assert held.ask("pop") == "b" and held.ask("pop") == "a"
+    with pytest.raises(RuntimeError, match="pop from empty list"):
+        held.ask("pop")
+    assert held.ask("copy") == []
+    held.close()
+    for broken, told in ((Apart(int, "x"), "invalid literal"), (Apart(os._exit, 7), "_exit ended with 7")):
+        with pytest.raises(RuntimeError, match=told):
+            broken.ask("bit_length")
+        broken.close()
+    assert alone(sum, (1, 2)) == 3
 
 
 @pytest.mark.slow

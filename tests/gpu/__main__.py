@@ -34,6 +34,7 @@ PARTS = {
     "bits": "frozen weights in 4 and 8 bits: products, and runs",
     "seven_b": "the 7B recipe at full size, random weights: tokens a second, utilisation, memory beside the plan's",
     "trainers": "Trainer and TRL beside us, SmolLM2-135M and a LLaMA of 1B",
+    "stock_trainers": "TRL's trainer of vision-language models beside us, SmolVLM-256M and 500M",
     "speed": "the fused kernel beside torch and the bandwidth's floor; ways of attention beside each other",
 }
 EMULATED = (
@@ -50,6 +51,7 @@ EMULATED = (
     "architectures",
     "stock",
     "stock_runs",
+    "stock_trainers",
 )
 LIMIT_SECONDS = 600
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,7 @@ def main() -> int:
     """Returns 0 where all parts passed, 1 where one failed, 2 for a mistake on the command line."""
     given = _parse()
     if given.list:
-        print("\n".join(f"{name:14}{what}" for name, what in PARTS.items()))
+        print("\n".join(f"{name:16}{what}" for name, what in PARTS.items()))
         return 0
     names = given.part or (EMULATED if given.emulate else tuple(PARTS))
     given.output.mkdir(parents=True, exist_ok=True)

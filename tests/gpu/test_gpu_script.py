@@ -10,6 +10,7 @@ import pytest
 from tests.gpu import __main__ as script
 from tests.gpu.page import write_page
 from tests.gpu.part import Findings
+from tests.gpu.weights import drawn_on_device
 from tests.support.processes import ROOT
 
 
@@ -53,6 +54,11 @@ def test_without_a_gpu_it_says_what_to_do():
     assert done.returncode == 2 and "no CUDA device here; --emulate" in done.stderr
     done = run("--emulate", "--part", "speed")
     assert done.returncode == 2 and "speed need a GPU" in done.stderr
+
+
+def test_weights_are_drawn_where_networks_get_them():
+    with drawn_on_device():
+        pass
 
 
 def test_all_parts_are_listed():

@@ -94,13 +94,13 @@ def _measure(findings: Findings, name: str, size: str, data: str) -> None:
         one.stop() if isinstance(one, Held) else one.trainer.monitor.close()
 
 
-def _timed(step: Callable[[], int]) -> Callable[[], tuple[int, float]]:
+def _timed(step: Callable[[], Any]) -> Callable[[], tuple[int, float]]:
     def run() -> tuple[int, float]:
         torch.cuda.synchronize()
         start = time.perf_counter()
         tokens = step()
         torch.cuda.synchronize()
-        return tokens, time.perf_counter() - start
+        return int(tokens), time.perf_counter() - start
 
     return run
 

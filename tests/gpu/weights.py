@@ -29,4 +29,4 @@ class DrawnOnDevice(RandomWeights):
 
 def drawn_on_device() -> AbstractContextManager[Any]:
     """Within it `build_model` draws the weights of networks without a source on the CUDA device."""
-    return mock.patch("vltrain.models.build.RandomWeights", DrawnOnDevice)
+    return mock.patch("vltrain.models.mmt.build.RandomWeights", DrawnOnDevice)
