@@ -19,6 +19,7 @@ from vltrain.data.stock import layouts as layouts_module
 from vltrain.data.stock.encoder import StockEncoder
 from vltrain.data.stock.processor import stock_processor
 from vltrain.data.stock.reader import StockReader
+from vltrain.data.stock.source import StockSource
 from vltrain.errors import InputError
 from vltrain.schema import Sample, Turn
 
@@ -338,3 +339,14 @@ def test_options_of_the_image_processor_change_tokens_and_fingerprint(sources):
     one, other = (StockEncoder(source) for source in (sources["qwen3_vl"], fewer))
     tokens = [int(encoder.sample(sample_of("wide"), SIZES.__getitem__).image_tokens[0]) for encoder in (one, other)]
     assert tokens[1] < tokens[0] and one.fingerprint != other.fingerprint
+
+
+def test_a_processor_in_a_relative_folder_is_that_of_the_folder_the_process_is_in(tmp_path, monkeypatch):
+    for place, edge in (("one", 32), ("other", 48)):
+        make_processor("llava", tmp_path / place / "processor", crop_size={"height": edge, "width": edge})
+    edges = []
+    for place in ("one", "other"):
+        monkeypatch.chdir(tmp_path / place)
+        source = StockSource("model.stock.processor", "processor", None, json.dumps(config_of("llava")), "{}")
+        edges.append(stock_processor(source).inner.image_processor.crop_size["height"])
+    assert edges == [32, 48]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class StockSource:
     processor  folder or hub name, or any notation of `vltrain.files.locate`
     model      the same of the model; None: `config` is its config, as JSON
     options    of the image processor, as JSON
+    folder     where relative places are looked for: the same words mean something else once the process has moved
     """
 
     key: str
@@ -39,6 +41,7 @@ class StockSource:
     model: str | None
     config: str
     options: str
+    folder: str = field(default_factory=os.getcwd)
 
     @classmethod
     def of(cls, places: ProcessorPlaces) -> StockSource:
