@@ -16,27 +16,42 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RUNS = 5
 PACKAGES = ("torch", "transformers", "trl", "datasets", "deepspeed", "liger-kernel", "triton")
 
 
-def command(documentation: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark understands."""
+def command(documentation: str | None, logs: bool = False) -> argparse.ArgumentParser:
+    """A parser with what every benchmark understands. logs: it hands `report` lines of the log of speed."""
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write everything there")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of each competitor, by turns (default: {RUNS})")
     parser.add_argument(
         "--quick", action="store_true", help="a smoke test: tiny sizes, two runs, no figure worth keeping"
     )
+    if logs:
+        parser.add_argument(
+            "--log",
+            nargs="?",
+            type=Path,
+            const=Path(__file__).with_name("history.jsonl"),
+            metavar="FILE",
+            help="also append a line for each thing measured to the log of speed (default: history.jsonl here)",
+        )
     return parser
+
+
+def refuse(text: str) -> NoReturn:
+    """Ends the program for what its user has to mend: one line, exit code 2."""
+    print(f"error: {text}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def settled(given: argparse.Namespace) -> argparse.Namespace:
     """The command line with what `--quick` implies."""
     if given.runs < 1:
-        raise SystemExit(f"--runs: found {given.runs}, expected a positive number")
+        refuse(f"--runs: found {given.runs}, expected a positive number")
     given.runs = 2 if given.quick else given.runs
     return given
 

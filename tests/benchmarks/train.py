@@ -1,7 +1,7 @@
 """Useful tokens a second of our trainer beside transformers' Trainer and TRL, on the same model, samples, optimizer and
 precision.
 
-    python -m tests.benchmarks.train [--precision fp32 bf16] [--data scienceqa easyvqa text] [--json OUT] [--quick]
+    python -m tests.benchmarks.train [--precision fp32 bf16] [--data scienceqa easyvqa text] [--log [FILE]] [--quick]
 
 SmolLM2-135M, frozen, with Bottleneck Adapters, the visual neck and the tiny ViT. Useful tokens are those of samples:
 prompt, image and answer, no padding. Competitors: Trainer with samples of like lengths in a batch (its
@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.measure import alternate, command, median_ratio, report, settled, tell
+from tests.benchmarks import history
+from tests.benchmarks.measure import alternate, command, machine, median_ratio, refuse, report, settled, tell
 from tests.benchmarks.ours import DTYPES, TOKENIZER, OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.peers import Held, padding_trainer, trl_trainer
 from tests.benchmarks.samples import Samples, easyvqa, pack_samples, scienceqa_like
@@ -88,8 +89,8 @@ def make_competitors(
 
 def measure(
     data: str, precision: str, runs: int, quick: bool, compiled: bool = False, only: list[str] | None = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The table of one data set in one precision, and our utilisation."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[float]]]:
+    """The table of one data set in one precision, our utilisation, and useful tokens a second run by run."""
     dtype = DTYPES[precision]
     pack_length = 1280
     with tempfile.TemporaryDirectory() as place:
@@ -120,7 +121,26 @@ def measure(
             elif isinstance(competitor, OurSteps):
                 competitor.trainer.monitor.close()
     rows = [_row(data, precision, name, speeds) for name in competitors]
-    return rows, utilisation
+    return rows, utilisation, speeds
+
+
+def lines(commit: str, data: str, precision: str, speeds: dict[str, list[float]], quick: bool) -> list[history.Line]:
+    """Of the log: ours, beside each competitor."""
+    return [
+        history.line(
+            commit=commit,
+            machine=machine(),
+            precision=precision,
+            what=f"train, {data}",
+            unit="useful tokens/s",
+            values=speeds["ours"],
+            reference=name,
+            beside=speeds[name],
+            quick=quick,
+        )
+        for name in speeds
+        if name != "ours"
+    ]
 
 
 def _utilisation(
@@ -159,7 +179,7 @@ def _row(data: str, precision: str, name: str, speeds: dict[str, list[float]]) -
 
 
 def main() -> None:
-    parser = command(__doc__)
+    parser = command(__doc__, logs=True)
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"])
     parser.add_argument(
         "--data", nargs="+", choices=["scienceqa", "easyvqa", "text"], default=["scienceqa", "easyvqa", "text"]
@@ -175,18 +195,23 @@ def main() -> None:
     )
     given = settled(parser.parse_args())
     if "text" in given.data and find_spec("trl") is None:
-        raise SystemExit(
+        refuse(
             "the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data "
             "scienceqa easyvqa"
         )
+    commit = history.measured_commit(given.log, given.quick) if given.log else ""
     init_distributed()
+    log: list[history.Line] = []
     found: dict[str, Any] = {"speed": [], "utilisation": []}
     for precision in given.precision:
         for data in given.data:
-            rows, utilisation = measure(data, precision, given.runs, given.quick, given.compile, given.only)
+            rows, utilisation, speeds = measure(data, precision, given.runs, given.quick, given.compile, given.only)
             found["speed"] += rows
             found["utilisation"] += utilisation
+            log += lines(commit, data, precision, speeds, given.quick)
     shutdown_distributed()
+    if given.log:
+        history.append(log, given.log)
     report(found, given)
 
 
