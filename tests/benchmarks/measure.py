@@ -7,6 +7,9 @@ figures that count are medians of ratios within a run. What this gives up: nothi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import json
 import os
@@ -82,6 +85,25 @@ def seconds_of(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def trim_heap() -> None:
+    """Gives back what glibc keeps of freed memory: competitors whose peaks come one after another would else hold them
+    all. The next step has to ask for it again, so this is for trials, not between turns that count."""
+    gc.collect()  # models and hooks hold each other
+    with contextlib.suppress(AttributeError):  # of another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def timed(step: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Callable[[], tuple[int, float]]:
+    """What makes a step: (its useful tokens, seconds by that clock)."""
+
+    def run() -> tuple[int, float]:
+        start = clock()
+        tokens = int(step())  # of a GPU, waits for it
+        return tokens, clock() - start
+
+    return run
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vltrain.config.schema import Config
 from vltrain.data.images import decode_image
 from vltrain.models.build import build_model
 from vltrain.models.mmt.model import MultimodalModel
+from vltrain.ops.liger import install_liger
 from vltrain.schema import IGNORE_INDEX, Segment
 
 PAD = 0
@@ -214,21 +216,48 @@ def padding_trainer(
     length: int | None,
     folder: Path,
     grouped: bool = False,
+    accumulate: int = 1,
+    liger: bool = False,
 ) -> Held:
     """transformers' Trainer; padded to the batch's longest, or to `length`; `grouped`: samples of like lengths share a
-    batch."""
+    batch; `accumulate`: batches of a step; `liger`: with Liger's patches, which want a GPU."""
     model = PaddedModel(peer_model(config, dtype))
+    if liger:
+        patch_by_liger(model.model.llm)
+    arguments = {**training_arguments(config, dtype, batch_size, folder), "gradient_accumulation_steps": accumulate}
     trainer = (GroupedTrainer if grouped else Trainer)(
         model=model,
-        args=TrainingArguments(**training_arguments(config, dtype, batch_size, folder)),
+        args=TrainingArguments(**arguments),
         train_dataset=samples.segments,
         data_collator=PaddingCollator(samples, model.model.image_size, config.data.max_image_pixels, length),
     )
     return Held(trainer, model)
 
 
-def trl_trainer(config: Config, samples: Samples, dtype: torch.dtype, *, pack_length: int, folder: Path) -> Held:
-    """TRL's SFTTrainer with its best-fit-decreasing packing, one pack a step. Text only: it packs nothing else.
+def patch_by_liger(llm: Any) -> None:
+    """What Liger's patch of a LLaMA does (norms, rotary embedding, SwiGLU, head and loss in one), to this one alone:
+    its own patch of rotary embeddings would reach every LLaMA of the process."""
+    from liger_kernel.transformers.model.llama import lce_forward
+
+    install_liger(llm)
+    llm.forward = MethodType(lce_forward, llm)
+
+
+def trl_trainer(
+    config: Config,
+    samples: Samples,
+    dtype: torch.dtype,
+    *,
+    folder: Path,
+    pack_length: int | None = None,
+    batch_size: int = 1,
+    accumulate: int = 1,
+) -> Held:
+    """TRL's SFTTrainer, text only: it packs nothing else.
+
+    `pack_length`: its best-fit-decreasing packing, one pack a step; None: `padding_free`, batches of `batch_size`
+    samples behind one another in a row, `accumulate` of them a step. Both restart positions with each sample, and
+    score, without keeping logits, what its own fused head takes.
 
     Our placeholder of the modality token becomes an ordinary token, since the model alone is TRL's.
     """
@@ -253,8 +282,10 @@ def trl_trainer(config: Config, samples: Samples, dtype: torch.dtype, *, pack_le
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     llm = peer_model(config, dtype).llm
     arguments = {
-        **training_arguments(config, dtype, 1, folder),
-        "packing": True,
+        **training_arguments(config, dtype, batch_size, folder),
+        "gradient_accumulation_steps": accumulate,
+        "packing": pack_length is not None,
+        "padding_free": pack_length is None,
         "max_length": pack_length,
         "remove_unused_columns": True,
     }

@@ -7,24 +7,17 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from packaging.version import Version
 
 from tests.benchmarks.apart import Apart, alone
 from tests.benchmarks.measure import alternate, median_ratio
-from tests.benchmarks.ours import benchmark_config, sizes
-from tests.benchmarks.peers import GroupedTrainer, PaddedModel, PaddingCollator, peer_model
-from tests.benchmarks.samples import pack_samples, scienceqa_lengths, scienceqa_like
+from tests.benchmarks.samples import scienceqa_lengths
 from tests.benchmarks.stock import KEPT, OURS, TRL
 from tests.benchmarks.stock_competitors import largest_difference, largest_differences, peer_network, plain_losses
 from tests.benchmarks.stock_setting import Setting, as_text, prepare, processor_of
-from tests.support.reading import squares
-from vltrain.data.images import decode_image
-from vltrain.data.loader import collate
 from vltrain.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -62,26 +55,6 @@ def test_lengths_follow_the_quantiles():
     assert lengths.min() >= 54 and lengths.max() <= 847 and abs(float((lengths <= 230).mean()) - 0.5) < 0.02
 
 
-@pytest.mark.parametrize("length", [None, 900])
-def test_padded_competitors_train_on_the_same_loss(tmp_path, length):
-    """Same samples, same weights: transformers' loss over padded batches is ours over packs."""
-    config = benchmark_config(quick=True, output=str(tmp_path / "run"))
-    vocabulary, visual_tokens = sizes(config, quick=True)
-    samples = scienceqa_like(5, vocabulary=vocabulary, visual_tokens=visual_tokens)
-    assert samples.pictures and len(samples.pictures) < 5
-    model = build_model(config.model)
-    dataset = pack_samples(samples, 1280, tmp_path / "packs", visual_tokens)
-    ours, num_labels = 0.0, 0
-    for number in range(len(dataset)):
-        row = dataset.row(number)
-        images = [decode_image(dataset.image(image), model.image_size, 10**6, "") for image in row.image_ids.tolist()]
-        batch = collate(row, images, squares(model))
-        ours, num_labels = ours + float(model(batch).loss_sum.detach()), num_labels + batch.num_label_tokens
-    padded = PaddedModel(peer_model(config, torch.float32))
-    theirs = padded(**PaddingCollator(samples, model.image_size, 10**6, length)(samples.segments)).loss
-    assert float(theirs.detach()) == pytest.approx(ours / num_labels, rel=1e-5)
-
-
 def test_a_stock_competitor_trains_on_the_same_loss_and_the_same_text(tmp_path, monkeypatch):
     """Same network, weights and pictures: our packs have a plain loop's losses, and TRL's text our tokens."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -103,34 +76,6 @@ def test_a_stock_competitor_trains_on_the_same_loss_and_the_same_text(tmp_path, 
     start = int(row.segment_lengths[:place].sum())
     ids = row.input_ids[start : start + int(row.segment_lengths[place])].tolist()
     assert ids == processor.tokenizer("".join(as_text(text, processor)), add_special_tokens=False).input_ids
-
-
-def test_the_grouped_competitor_pads_less_and_shows_every_sample_once(tmp_path):
-    """Its batches are those of transformers' own sampler; what differs is which comes first."""
-    segments = scienceqa_like(400, vocabulary=100, visual_tokens=4).segments
-    trainer = GroupedTrainer.__new__(GroupedTrainer)
-    trainer.args, trainer.train_dataset = SimpleNamespace(train_batch_size=8), segments
-    order = trainer._get_train_sampler()
-    lengths = np.array([len(segments[number].input_ids) for number in order])
-    assert sorted(order) == list(range(400))
-
-    def positions(lengths: np.ndarray) -> float:
-        return float((8 * lengths.reshape(-1, 8).max(axis=1)).sum() / lengths.sum())
-
-    assert positions(lengths) < 1.2 < 1.6 < positions(np.random.default_rng(0).permutation(lengths))
-    assert lengths[:8].max() < lengths.max()  # not the longest first
-
-
-@needs_trl
-def test_train_with_every_competitor(tmp_path):
-    found = run_quick("train", tmp_path, "--data", "scienceqa", "text")
-    names = {(row["data"], row["trainer"]) for row in found["speed"]}
-    padded = {("scienceqa", name) for name in ("ours", "grouped by length", "padded to the longest", "padded to 512")}
-    assert names == padded | {("text", "ours"), ("text", "TRL packing")}
-    assert all(row["useful tokens/s"] > 0 and row["ours is faster by"] > 0 for row in found["speed"])
-    assert {row["data"] for row in found["utilisation"]} == {"scienceqa", "text"} and all(
-        row["mfu"] > 0 for row in found["utilisation"]
-    )
 
 
 @needs_trl

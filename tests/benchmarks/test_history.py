@@ -113,7 +113,7 @@ def test_a_line_has_the_spread_and_the_ratio_of_rounds(tmp_path):
     speeds = {"ours": [4.0, 9.0, 8.0], "theirs": [2.0, 3.0, 8.0]}
     alone = history.line(commit="c", machine=MACHINE, precision="fp32", what="w", unit="u", values=[1.0])
     history.append([alone], tmp_path / "log")
-    history.append(lines("c", "text", "bf16", speeds, False), tmp_path / "log")
+    history.append(lines("c", "text", "bf16", speeds, False, False), tmp_path / "log")
     alone, beside = (json.loads(each) for each in (tmp_path / "log").read_text().splitlines())
     assert alone["ratio"] is None and alone["reference"] is None
     assert [beside[name] for name in ("median", "least", "most")] == [8.0, 4.0, 9.0]

@@ -4,15 +4,17 @@ precision.
     python -m tests.benchmarks.train [--precision fp32 bf16] [--data scienceqa easyvqa text] [--log [FILE]] [--quick]
 
 SmolLM2-135M, frozen, with Bottleneck Adapters, the visual neck and the tiny ViT. Useful tokens are those of samples:
-prompt, image and answer, no padding. Competitors: Trainer with samples of like lengths in a batch (its
-`group_by_length`), padded to the batch's longest; Trainer with any samples in a batch; Trainer, padded to 512 as the
-paper's code does; TRL's packing, which takes text only. A run is one whole step; `mfu` is the operations that the
-mathematics needs over the speed of a large matrix product, measured between the runs. Wants: bash launch/setup_env.sh
---with bench --smollm2.
+prompt, image and answer, no padding. Competitors (tests.benchmarks.competitors), each with the size of batches that
+short trials find fastest, with Liger's kernels too on a GPU: Trainer with samples of like lengths in a batch (its
+`group_by_length`); Trainer on packed rows as others write it, with dense masks; Trainer with any samples in a batch;
+Trainer, padded to 512 as the paper's code does; of text, TRL's packing and its `padding_free`. A run is one whole step;
+`mfu` is the operations that the mathematics needs over the speed of a large matrix product, measured between the runs.
+Wants: bash launch/setup_env.sh --with bench --smollm2.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -25,23 +27,28 @@ from typing import Any
 import torch
 
 from tests.benchmarks import history
-from tests.benchmarks.measure import alternate, command, machine, median_ratio, refuse, report, settled, tell
+from tests.benchmarks.competitors import KINDS, WANTED, Setting, kinds_of, make_competitors
+from tests.benchmarks.measure import (
+    alternate,
+    command,
+    machine,
+    median_ratio,
+    refuse,
+    report,
+    settled,
+    tell,
+    timed,
+)
 from tests.benchmarks.ours import DTYPES, TOKENIZER, OurSteps, benchmark_config, our_trainer, sizes
-from tests.benchmarks.peers import Held, padding_trainer, trl_trainer
 from tests.benchmarks.samples import Samples, easyvqa, pack_samples, scienceqa_like
 from vltrain.config.schema import Config
 from vltrain.distributed.hardware import measured_gemm_flops
 from vltrain.train.zero.engine import init_distributed, shutdown_distributed
 
 NUM_SAMPLES = 400
-PADDED_LENGTH = 512
+PACK_LENGTH = 1280
 DS = {"zero_optimization": {"stage": 0}}
-GROUPED = "grouped by length"
-# Samples of a batch. Padded to the longest: what makes some 2,000 useful tokens; to 512: what the paper's code has on a
-# GPU, and a machine of this kind can hold.
-LONGEST_BATCH = {"scienceqa": 8, "easyvqa": 64}
-PADDED_BATCH = 4
-WANTED = {"padded to the longest": 1.5, "padded to 512": {"scienceqa": 1.7, "easyvqa": 10.0}, "TRL packing": 1.1}
+OURS, COMPILED = "ours", "ours, compiled"
 
 
 def make_samples(data: str, config: Config, quick: bool) -> Samples:
@@ -52,79 +59,68 @@ def make_samples(data: str, config: Config, quick: bool) -> Samples:
     return scienceqa_like(24 if quick else NUM_SAMPLES, vocabulary=vocabulary, visual_tokens=visual_tokens, **share)
 
 
-def make_competitors(
-    data: str,
-    samples: Samples,
-    config: Config,
-    dtype: torch.dtype,
-    folder: Path,
-    pack_length: int,
-    quick: bool,
-    compiled: bool,
-    only: list[str] | None,
-) -> dict[str, Any]:
-    """By name, what has a `step`; ours first."""
-    dataset = pack_samples(samples, pack_length, folder / "packs", sizes(config, quick)[1])
-    competitors: dict[str, Any] = {"ours": OurSteps(our_trainer(config, dataset, dtype, ds=DS))}
+def our_ways(setting: Setting, compiled: bool) -> dict[str, OurSteps]:
+    """By name: the recipe, and `compiled` with train.compile."""
+    config, folder = setting.config, setting.folder
+    dataset = pack_samples(setting.samples, setting.pack_length, folder / "packs", sizes(config, setting.quick)[1])
+    found = {OURS: OurSteps(our_trainer(config, dataset, setting.dtype, ds=DS))}
     if compiled:
         other = replace(config, output=str(folder / "compiled"), train=replace(config.train, compile=True))
-        competitors["ours, compiled"] = OurSteps(our_trainer(other, dataset, dtype, ds=DS))
-    if data == "text":
-        competitors["TRL packing"] = trl_trainer(config, samples, dtype, pack_length=pack_length, folder=folder)
-        return competitors
-    longest = 2 if quick else LONGEST_BATCH[data]
-    whole, padded = (
-        {"batch_size": longest, "length": None},
-        {"batch_size": 1 if quick else PADDED_BATCH, "length": PADDED_LENGTH},
-    )
-    for name, how in (
-        (GROUPED, {**whole, "grouped": True}),
-        ("padded to the longest", whole),
-        ("padded to 512", padded),
-    ):
-        if only is None or name in only:
-            competitors[name] = padding_trainer(config, samples, dtype, folder=folder, **how)
-    return competitors
+        found[COMPILED] = OurSteps(our_trainer(other, dataset, setting.dtype, ds=DS))
+    return found
 
 
 def measure(
-    data: str, precision: str, runs: int, quick: bool, compiled: bool = False, only: list[str] | None = None
+    data: str, precision: str, given: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[float]]]:
-    """The table of one data set in one precision, our utilisation, and useful tokens a second run by run."""
+    """The table of one data set in one precision, the strongest competitor first; our utilisation; and useful tokens a
+    second run by run."""
     dtype = DTYPES[precision]
-    pack_length = 1280
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         config = benchmark_config(
-            quick,
+            given.quick,
             train__precision=precision,
-            data__pack_length=pack_length,
-            data__workers=0 if quick else 1,
+            data__pack_length=PACK_LENGTH,
+            data__workers=0 if given.quick or given.cpu else 1,
             output=str(folder / "run"),
         )
-        samples = make_samples(data, config, quick)
-        competitors = make_competitors(data, samples, config, dtype, folder, pack_length, quick, compiled, only)
+        setting = Setting(
+            data=data,
+            samples=make_samples(data, config, given.quick),
+            config=config,
+            dtype=dtype,
+            folder=folder,
+            pack_length=PACK_LENGTH,
+            batches=given.batches,
+            quick=given.quick,
+        )
+        ours, competitors = our_ways(setting, given.compile), make_competitors(setting, given.only)
+        kinds = {name: kind for name, (kind, _) in competitors.items()}
         peaks: list[float] = []
         calls: dict[str, Callable[[], Any]] = {"matrix product": lambda: peaks.append(measured_gemm_flops(dtype))}
-        calls |= {name: timed(competitor.step) for name, competitor in competitors.items()}
-        tell(f"{data}, {precision}: {len(samples.segments)} samples, {', '.join(competitors)}")
-        warm_up = 3 if compiled else 1
-        results = alternate(calls, runs, warm_up)
-        speeds = {name: [tokens / seconds for tokens, seconds in results[name]] for name in competitors}
+        clock = time.process_time if given.cpu else time.perf_counter
+        calls |= {name: timed(one.step, clock) for name, one in ours.items()}
+        calls |= {name: timed(held.step, clock) for name, (_, held) in competitors.items()}
+        tell(f"{data}, {precision}: {len(setting.samples.segments)} samples, {', '.join([*ours, *competitors])}")
+        warm_up = 3 if given.compile else 1
+        results = alternate(calls, given.runs, warm_up)
+        speeds = {name: [tokens / seconds for tokens, seconds in results[name]] for name in (*ours, *competitors)}
         utilisation = [
-            _utilisation(data, precision, name, competitor, results[name], warm_up, max(peaks))
-            for name, competitor in competitors.items() if isinstance(competitor, OurSteps)
-        ]  # fmt: skip
-        for competitor in competitors.values():
-            if isinstance(competitor, Held):
-                competitor.stop()
-            elif isinstance(competitor, OurSteps):
-                competitor.trainer.monitor.close()
-    rows = [_row(data, precision, name, speeds) for name in competitors]
+            _utilisation(data, precision, name, one, results[name], warm_up, max(peaks)) for name, one in ours.items()
+        ]
+        for _, held in competitors.values():
+            held.stop()
+        for one in ours.values():
+            one.trainer.monitor.close()
+    strongest = sorted(competitors, key=lambda name: median_ratio(speeds[OURS], speeds[name]))
+    rows = [_row(data, precision, name, kinds.get(name, ""), speeds) for name in (*ours, *strongest)]
     return rows, utilisation, speeds
 
 
-def lines(commit: str, data: str, precision: str, speeds: dict[str, list[float]], quick: bool) -> list[history.Line]:
+def lines(
+    commit: str, data: str, precision: str, speeds: dict[str, list[float]], quick: bool, cpu: bool
+) -> list[history.Line]:
     """Of the log: ours, beside each competitor."""
     return [
         history.line(
@@ -132,14 +128,14 @@ def lines(commit: str, data: str, precision: str, speeds: dict[str, list[float]]
             machine=machine(),
             precision=precision,
             what=f"train, {data}",
-            unit="useful tokens/s",
-            values=speeds["ours"],
+            unit=f"useful tokens/{'CPU s' if cpu else 's'}",
+            values=speeds[OURS],
             reference=name,
             beside=speeds[name],
             quick=quick,
         )
         for name in speeds
-        if name != "ours"
+        if name != OURS
     ]
 
 
@@ -157,24 +153,17 @@ def _utilisation(
     }
 
 
-def timed(step: Callable[[], Any]) -> Callable[[], tuple[int, float]]:
-    def run() -> tuple[int, float]:
-        start = time.perf_counter()
-        tokens = int(step())  # of a GPU, waits for it
-        return tokens, time.perf_counter() - start
-
-    return run
-
-
-def _row(data: str, precision: str, name: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
-    wanted = WANTED.get(name, "")
+def _row(data: str, precision: str, name: str, kind: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = [ours / theirs for ours, theirs in zip(speeds[OURS], speeds[name], strict=True)]
     return {
         "data": data,
         "precision": precision,
         "trainer": name,
         "useful tokens/s": statistics.median(speeds[name]),
-        "ours is faster by": median_ratio(speeds["ours"], speeds[name]),
-        "wanted": wanted.get(data, "") if isinstance(wanted, dict) else wanted,
+        "ours is faster by": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "wanted": WANTED.get(kind, {}).get(data, ""),
     }
 
 
@@ -190,10 +179,23 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[GROUPED, "padded to the longest", "padded to 512"],
-        help="of Trainer's ways, these",
+        choices=KINDS,
+        help="of the kinds of competitors, these",
     )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="seconds of the processor instead of the clock's, on a machine that others use; with OMP_NUM_THREADS=1",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, help="sizes of batches to try instead of those of the data")
     given = settled(parser.parse_args())
+    if given.batches and min(given.batches) < 1:
+        refuse(f"--batches: found {min(given.batches)}, expected positive numbers")
+    if given.cpu and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+        refuse("--cpu: threads that wait for others count, too; set OMP_NUM_THREADS=1, and use no GPU")
+    for data in given.data:
+        if given.only and not set(given.only) & set(kinds_of(data)):
+            refuse(f"--only: none of these trains on --data {data}, only: {', '.join(kinds_of(data))}")
     if "text" in given.data and find_spec("trl") is None:
         refuse(
             "the package trl is not installed: bash launch/setup_env.sh --with bench; or choose --data "
@@ -202,13 +204,13 @@ def main() -> None:
     commit = history.measured_commit(given.log, given.quick) if given.log else ""
     init_distributed()
     log: list[history.Line] = []
-    found: dict[str, Any] = {"speed": [], "utilisation": []}
+    found: dict[str, Any] = {"clock": "processor" if given.cpu else "wall", "speed": [], "utilisation": []}
     for precision in given.precision:
         for data in given.data:
-            rows, utilisation, speeds = measure(data, precision, given.runs, given.quick, given.compile, given.only)
+            rows, utilisation, speeds = measure(data, precision, given)
             found["speed"] += rows
             found["utilisation"] += utilisation
-            log += lines(commit, data, precision, speeds, given.quick)
+            log += lines(commit, data, precision, speeds, given.quick, given.cpu)
     shutdown_distributed()
     if given.log:
         history.append(log, given.log)
