@@ -101,8 +101,9 @@ def test_it_is_liger_that_runs(monkeypatch):
     model = build("liger")
     model(mixed_batch().to(torch.device(DEVICE)))
     layers = model.llm.config.num_hidden_layers
+    taken_in = layers if DEVICE == "cuda" else 0  # `auto` runs the adapter's kernel there
     assert [calls.count(name) for name in ("LigerRMSNormFunction", "LigerRopeFunction", "LigerSiLUMulFunction")] == [
-        2 * layers + 1,
+        2 * layers + 1 - taken_in,
         layers,
         layers,
     ]

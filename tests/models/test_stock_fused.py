@@ -21,6 +21,7 @@ from vltrain.models.stock.fold.merge import merged_network
 from vltrain.models.stock.norms import _Follower
 
 pytest.importorskip("triton", reason="triton has no package for this machine")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # By family: places that take an RMSNorm in, of tower and LLM.
 TAKEN = {
     "llava": (0, 4),
@@ -36,7 +37,7 @@ def adapted(name: str, impl: Literal["torch", "triton"], **changes: Any) -> Any:
     adapter = AdapterConfig(dim=4, vision="both", llm="both", impl=impl)
     model = build_model(tiny(name, adapter=adapter, **changes))
     shaken(model)
-    return model
+    return model.to(DEVICE)
 
 
 def taken(blocks: tuple[nn.Module, ...]) -> int:
@@ -57,7 +58,7 @@ def test_losses_and_every_gradient_are_those_of_plain_operations(name: str, capl
     assert (taken(plain.parts.tower_blocks), taken(plain.parts.decoder_blocks)) == (0, 0)
     assert (taken(fused.parts.tower_blocks), taken(fused.parts.decoder_blocks)) == TAKEN[name]
     assert f"fused adapter kernel, llm: {TAKEN[name][1]} of {TAKEN[name][1]} adapters" in caplog.text
-    row = row_of(name, plain.parts.core, PIECES)
+    row = row_of(name, plain.parts.core, PIECES).to(DEVICE)
     expected, found = plain(row), fused(row)
     expected.loss_sum.backward()
     found.loss_sum.backward()
