@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from tests.audit.recipes import CLIP, blip, both, mmt, subject
+from tests.support.stock import tiny
 from vltrain.audit.recipe import question_of
 from vltrain.audit.run import audit
 from vltrain.config.model.mmt import NeckConfig, PeftConfig, TowerPeftConfig
+from vltrain.config.model.stock import LowRankConfig, NetworkConfig
 from vltrain.models.adapters.table import ADAPTERS
 
 LORA = {"targets": ("q_proj", "v_proj")}
@@ -56,11 +58,31 @@ def test_all_checks_pass(name):
         assert any(said in title for title in titles), said
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_small_copy_with_packed_weights_computes_what_transformers_does_with_the_unpacked_ones(bits):
+PACKED = {
+    "lora and adapters": mmt(llm={"peft": PeftConfig(kind="lora", **LORA)}, adapter={"vision": "both", "llm": "both"}),
+    "rslora": mmt(
+        vision={"peft": TowerPeftConfig(kind="rslora", targets=("q_proj", "fc1"))},
+        llm={"peft": PeftConfig(kind="rslora", **LORA)},
+        adapter={"llm": "none"},
+    ),
+    "prompts": RECIPES["prompts"],
+    "router": mmt(adapter={"kind": "router", "vision": "both", "llm": "both"}),
+    "blip lora": RECIPES["blip lora"],
+    "blip adalora": RECIPES["blip adalora"],
+    "blip t5 lora": RECIPES["blip t5 lora"],
+    "qwen3_vl": tiny("qwen3_vl", llm=NetworkConfig(peft=LowRankConfig(kind="lora"))),
+    "gemma3": tiny("gemma3", vision=NetworkConfig(peft=LowRankConfig(kind="lora"))),
+}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "name", [one if one in ("blip lora", "qwen3_vl") else pytest.param(one, marks=pytest.mark.slow) for one in PACKED]
+)
+def test_a_small_copy_keeps_the_recipes_bits_and_computes_what_the_unpacked_weights_do(name, bits):
     pytest.importorskip("bitsandbytes", reason="install the extra `quant`")
-    recipe = mmt(llm={"peft": PeftConfig(kind="lora", **LORA)}, adapter={"vision": "both", "llm": "both"})
-    ways = {title: replace(small, bits=bits) for title, small in question_of(recipe).ways.items()}
+    ways = question_of(replace(PACKED[name], bits=bits)).ways
+    assert {way.bits for way in ways.values()} == {bits}
     report = audit(f"{bits} bits", ways)
     assert report.passed, report.to_text()
 

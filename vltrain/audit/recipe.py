@@ -54,7 +54,8 @@ class Question:
         of = None
         if self.processor is not None:
             source, config = self.processor
-            of = [asdict(source), StockEncoder(source).fingerprint, config.to_dict()]
+            said = {key: one for key, one in asdict(source).items() if key != "folder"}
+            of = [said, StockEncoder(source).fingerprint, config.to_dict()]
         return {
             "processor": of,
             "ways": {title: [one.architecture, one.identity()] for title, one in self.ways.items()},

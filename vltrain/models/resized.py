@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.models.adapters.table import adapter_kind
+from vltrain.models.quantise import QUANTISED_BITS
 
 RANK, WIDTH = 4, 4
 SIDE = 64
@@ -31,6 +32,12 @@ def resized_adapter(adapter: AdapterConfig) -> AdapterConfig:
 def resized_updates(updates: Updates) -> Updates:
     """Low-rank updates of a small rank, without dropout. `updates`: a section with `rank` and `dropout`."""
     return replace(updates, rank=min(updates.rank, RANK), dropout=0.0)
+
+
+def packed_bits(bits: int | None) -> int | None:
+    """4 and 8, which change what is computed; a small copy is in fp32 whatever else a recipe's frozen weights are
+    kept in."""
+    return bits if bits in QUANTISED_BITS else None
 
 
 def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:

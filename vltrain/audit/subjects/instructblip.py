@@ -22,6 +22,7 @@ from vltrain.config.model.instructblip import BlipModelConfig
 from vltrain.models.build import build_model
 from vltrain.models.instructblip.model import InstructBlip
 from vltrain.models.peft.low_rank import merge_updates
+from vltrain.models.quantise import dequantise_linears
 from vltrain.schema import IMAGE_TOKEN, Segment
 
 
@@ -74,6 +75,7 @@ def make(section: BlipModelConfig) -> Made:
     roots.append((model.queries, SimpleNamespace(tokens=network.query_tokens)))
 
     def folded() -> Reference:
+        dequantise_linears(model)
         merge_updates(model)
         named = {InstructBlip.their_name(name): value for name, value in model.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from vltrain.models.instructblip.build import blip_weight_files, build_blip, che
 from vltrain.models.instructblip.sizes import INSTRUCTBLIP
 from vltrain.models.instructblip.weights import blip_config
 from vltrain.models.interface import Architecture
-from vltrain.models.resized import RANK, resized_updates, sizes_of
+from vltrain.models.resized import RANK, packed_bits, resized_updates, sizes_of
 
 SECTIONS = ("vision_config", "qformer_config", "text_config")
 
@@ -47,7 +47,7 @@ def _resized(model: BlipModelConfig, small: Mapping[str, PreTrainedConfig]) -> B
         llm=resized_updates(blip.llm),
         adalora=replace(blip.adalora, init_rank=RANK, target_rank=RANK - 1),
     )
-    return replace(model, instructblip=section, bits=None)
+    return replace(model, instructblip=section, bits=packed_bits(model.bits))
 
 
 ARCHITECTURE = Architecture(

@@ -16,7 +16,7 @@ from vltrain.models.interface import Architecture, PublishedSizes
 from vltrain.models.mmt.build import build_mmt, check_sources, trained_parts, weight_files
 from vltrain.models.pretrained.clip_state import ACTIVATIONS
 from vltrain.models.pretrained.readers import language_config, tower_config
-from vltrain.models.resized import resized_adapter, resized_updates, sizes_of
+from vltrain.models.resized import packed_bits, resized_adapter, resized_updates, sizes_of
 
 SMALL_NECK = 16
 
@@ -76,7 +76,7 @@ def _resized(model: MmtConfig, small: Mapping[str, PreTrainedConfig]) -> MmtConf
         llm=language,
         adapter=resized_adapter(model.adapter),
         neck=replace(model.neck, dim=min(model.neck.dim, SMALL_NECK)),
-        bits=None,
+        bits=packed_bits(model.bits),
     )
 
 

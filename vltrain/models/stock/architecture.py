@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from vltrain.config.model.stock import StockConfig
 from vltrain.models.backbones.packed_decoder import mixers_of
 from vltrain.models.interface import Architecture
-from vltrain.models.resized import resized_adapter, resized_updates
+from vltrain.models.resized import packed_bits, resized_adapter, resized_updates
 from vltrain.models.stock.build import build_stock, check_sources, empty_stock, trained_parts, weight_files
 from vltrain.models.stock.published import STOCK
 from vltrain.models.stock.source import stock_config
@@ -28,7 +28,7 @@ def _resized(model: StockConfig, small: Mapping[str, PreTrainedConfig]) -> Stock
         attention="sdpa",
         **parts,
     )
-    return replace(model, stock=section, adapter=resized_adapter(model.adapter), bits=None)
+    return replace(model, stock=section, adapter=resized_adapter(model.adapter), bits=packed_bits(model.bits))
 
 
 def _not_compilable(model: StockConfig) -> str | None:
