@@ -1,7 +1,7 @@
 """Useful tokens a second of a stock vision-language model: our trainer beside TRL's SFTTrainer, on the same network,
 processor, pictures and optimizer.
 
-    python -m tests.benchmarks.stock [--precision fp32 bf16] [--edge 512] [--pack-length 1024] [--json OUT] [--quick]
+    python -m tests.benchmarks.stock [--precision fp32 bf16] [--edge 512] [--pack-length 1024] [--cpu-seconds]
 
 A random model of SmolVLM-256M's shape, LoRA of rank 8 on its LLM. Questions have ScienceQA's lengths, and half of them
 a photograph of one of many sizes, a JPEG. TRL's trainer for vision-language models pads each batch to its longest
@@ -35,6 +35,7 @@ from tests.benchmarks.stock_setting import Setting, prepare
 
 NUM_SAMPLES = 240
 COMPARED = 3  # samples at least, with the plain loop
+STEPS = 3  # of a turn: how many images one has varies
 WANTED = 1.8
 EPOCHS = 4  # of our recipes of stock models
 OURS, KEPT = "ours, images encoded in every step", "ours, image features kept"
@@ -97,7 +98,9 @@ def measure(setting: Setting, runs: int, epochs: int, quick: bool) -> tuple[list
     for name, how in made.items():  # one after another: none takes another's cores
         competitors[name] = Apart(*how)
         tell(f"{name}: {competitors[name].ask('facts')}")
-    found = alternate({name: partial(one.ask, "run", 0, 1) for name, one in competitors.items()}, runs, 1)
+    found = alternate(
+        {name: partial(one.ask, "run", 0, 1 if quick else STEPS) for name, one in competitors.items()}, runs, 1
+    )
     facts = {name: one.ask("facts") for name, one in competitors.items()}
     for one in competitors.values():
         one.close()
@@ -112,7 +115,12 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=512, help="pixels of an image's longer edge, in tiles of 512")
     parser.add_argument("--pack-length", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="over which computing kept features is shared out")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="of a trainer's process, whatever else the machine does; one thread"
+    )
     given = settled(parser.parse_args())
+    if given.cpu_seconds and torch.get_num_threads() > 1:
+        parser.error("--cpu-seconds: threads that wait for others count, too; set OMP_NUM_THREADS=1")
     if find_spec("trl") is None:
         raise SystemExit("the package trl is not installed: bash launch/setup_env.sh --with bench")
     rows: list[dict[str, Any]] = []
@@ -125,6 +133,7 @@ def main() -> None:
             pack_length=given.pack_length,
             workers=0 if given.quick else 1,
             edge=given.edge,
+            cpu_seconds=given.cpu_seconds,
         )
         for precision in given.precision:
             own = replace(setting, precision=precision, folder=setting.folder / precision)

@@ -7,6 +7,8 @@ import io
 import json
 import pickle
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ class Setting:
 
     folder: of photos, processor and packs, which `prepare` writes. size: of `MODELS`; None: the tests' tiny model.
     edge: pixels of an image's longer edge, in tiles of 512. workers: processes that decode images, of each competitor.
+    cpu_seconds: what is told in seconds are those that a competitor's process computes, not those that go by.
     """
 
     folder: Path
@@ -73,6 +76,12 @@ class Setting:
     pack_length: int
     workers: int
     edge: int = 512
+    cpu_seconds: bool = False
+
+    @property
+    def now(self) -> Callable[[], float]:
+        """The clock."""
+        return time.process_time if self.cpu_seconds else time.perf_counter
 
     @property
     def dtype(self) -> torch.dtype:
