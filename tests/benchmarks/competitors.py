@@ -67,8 +67,9 @@ def ways(kind: str, setting: Setting) -> dict[str, Callable[[], Held]]:
         return lambda: trl_trainer(config, samples, dtype, folder=folder, **how)
 
     batches: Sequence[int] = setting.batches or ((1, 2) if setting.quick else BATCHES[setting.data])
-    # As many samples a step as half the largest batch, in batches of each size: a step costs an update, too.
-    accumulated = {size: max(1, max(batches) // 2 // size) for size in batches}
+    # Some samples a step, however many a batch has: an update costs, and one batch of few says little.
+    most = max(batches) if setting.quick else max(BATCHES[setting.data])
+    accumulated = {size: max(1, most // 2 // size) for size in batches}
     if kind == GROUPED:
         found = {f"batches of {size}": padding(size, grouped=True, accumulate=accumulated[size]) for size in batches}
         if not torch.cuda.is_available():
