@@ -1,6 +1,6 @@
 """How fast two commits are beside each other, in one run.
 
-    python -m tests.benchmarks.compare COMMIT COMMIT [--runs 5] [--what train] [--log [FILE]] [--quick]
+    python -m tests.benchmarks.compare COMMIT COMMIT [--runs 5] [--what train] [--cpu] [--log [FILE]] [--quick]
 
 git puts both in worktrees of a temporary folder; each trains there in a process of its own, and they take turns: a step
 of the one, the same step of the other. A ratio is the second's useful tokens a second over the first's in one round;
@@ -13,6 +13,7 @@ compared, and packages are those of this environment for both. Wants: bash launc
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -54,7 +55,7 @@ class Steps:
         self.facts = self._answer()
 
     def step(self) -> dict[str, Any]:
-        """{"tokens": useful ones, "seconds"} of one step."""
+        """{"tokens": useful ones, "seconds", "cpu": seconds of the processor} of one step."""
         self._ask.write("step\n")
         self._ask.flush()
         return self._answer()
@@ -101,7 +102,7 @@ def resolved(commits: Sequence[str], root: Path) -> list[str]:
 
 
 def compare(
-    commits: Sequence[str], what: str, precision: str, runs: int, quick: bool, root: Path = history.ROOT
+    commits: Sequence[str], given: argparse.Namespace, root: Path = history.ROOT
 ) -> tuple[list[list[float]], dict[str, Any]]:
     """Useful tokens a second of both, run by run, and facts of the processes that trained."""
     with ExitStack() as stack:
@@ -112,14 +113,16 @@ def compare(
         ]
         steps: list[Steps] = []
         for side, commit, tree in zip("ab", commits, trees, strict=True):  # one after another: no one takes cores
-            steps.append(Steps(commit, tree, folder / f"run_{side}", what, precision, quick))
+            steps.append(Steps(commit, tree, folder / f"run_{side}", given.what, given.precision, given.quick))
             stack.callback(steps[-1].close)
+        if given.cpu and steps[0].facts["threads"] > 1:
+            refuse("--cpu: threads that wait for others count, too; set OMP_NUM_THREADS=1")
         names = [f"{side}, {commit}" for side, commit in zip("ab", commits, strict=True)]
-        found = alternate({name: one.step for name, one in zip(names, steps, strict=True)}, runs)
+        found = alternate({name: one.step for name, one in zip(names, steps, strict=True)}, given.runs)
         tokens = [[one["tokens"] for one in found[name]] for name in names]
         if tokens[0] != tokens[1]:
             tell(f"the commits order or pack samples differently: useful tokens of the steps {tokens[0]}, {tokens[1]}")
-        speeds = [[one["tokens"] / one["seconds"] for one in found[name]] for name in names]
+        speeds = [[one["tokens"] / one["cpu" if given.cpu else "seconds"] for one in found[name]] for name in names]
         return speeds, steps[0].facts
 
 
@@ -128,6 +131,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = history.ROOT) -> N
     parser.add_argument("commits", nargs=2, metavar="COMMIT", help="a commit, branch or tag")
     parser.add_argument("--what", choices=list(WHAT), default="train", help="(default: train)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
+    parser.add_argument("--cpu", action="store_true", help="seconds of the processor, on a machine that others use")
     given = parser.parse_args(arguments)
     if given.runs < LEAST_RUNS:
         refuse(f"--runs: found {given.runs}, expected at least {LEAST_RUNS}: least and most of fewer say nothing")
@@ -135,7 +139,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = history.ROOT) -> N
     commits = resolved(given.commits, root)
     if given.log:
         history.check_log(given.log, given.quick)
-    speeds, facts = compare(commits, given.what, given.precision, given.runs, given.quick, root)
+    speeds, facts = compare(commits, given, root)
     here = {**machine(), "threads": facts["threads"]}
     lines = [
         history.line(
@@ -143,7 +147,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = history.ROOT) -> N
             machine=here,
             precision=given.precision,
             what=given.what,
-            unit="useful tokens/s",
+            unit=f"useful tokens/{'CPU s' if given.cpu else 's'}",
             values=speeds[one],
             reference=commits[1 - one],
             beside=speeds[1 - one],
@@ -157,7 +161,16 @@ def main(arguments: Sequence[str] | None = None, root: Path = history.ROOT) -> N
         {"commit": one.commit, "useful tokens/s": one.median, "least": one.least, "most": one.most} for one in lines
     ]
     ratio = {"second over first": lines[1].ratio, "least": lines[1].ratio_least, "most": lines[1].ratio_most}
-    report({"what": given.what, "precision": given.precision, "speed": rows, "ratio": [ratio]}, given)
+    report(
+        {
+            "what": given.what,
+            "clock": "processor" if given.cpu else "wall",
+            "precision": given.precision,
+            "speed": rows,
+            "ratio": [ratio],
+        },
+        given,
+    )
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ def main() -> None:
     ours = prepare(Path(folder), what, precision, quick == "1")
     print(json.dumps({"threads": torch.get_num_threads()}), file=answers, flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         tokens = int(ours.step())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"tokens": tokens, "seconds": seconds}), file=answers, flush=True)
+        found = {"tokens": tokens, "seconds": time.perf_counter() - start, "cpu": time.process_time() - start_cpu}
+        print(json.dumps(found), file=answers, flush=True)
     ours.trainer.monitor.close()
     shutdown_distributed()
 

@@ -91,6 +91,7 @@ def test_bad_input_to_a_comparison_is_one_line(toy, tmp_path, capsys):
     assert "not a git checkout" in refused(capsys, compare.main, ["seven", "nine"], tmp_path)
     wanted = ["seven", "broken", "--runs", "3"]
     assert "does not train here: ValueError: no trainer in this one" in refused(capsys, compare.main, wanted, toy)
+    assert "--cpu: threads that wait" in refused(capsys, compare.main, ["seven", "nine", "--cpu"], toy)
     nowhere = ["seven", "nine", "--log", str(tmp_path / "nowhere" / "log")]
     assert "does not exist" in refused(capsys, compare.main, nowhere, toy)
     assert len(history.git("worktree", "list", root=toy).splitlines()) == 1
