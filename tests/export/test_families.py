@@ -32,6 +32,10 @@ LORA = {"model__llm__peft__kind": "lora", "model__llm__peft__targets": ("o_proj"
 TOWER = {"model__vision__peft__rank": 3, "model__vision__peft__targets": ("v_proj", "fc1")}
 PISSA, RSLORA = ({**TOWER, "model__vision__peft__kind": kind} for kind in ("pissa", "rslora"))
 DORA = {"model__vision__peft__kind": "dora", "model__vision__peft__targets": ("o_proj", "down_proj")}
+DORA_ALONE = {
+    **LORA, **TOWER, "model__adapter__llm": "none", "model__adapter__vision": "none",
+    **{f"model__{part}__peft__kind": "dora" for part in ("llm", "vision")},
+}  # fmt: skip
 MLP = {"model__neck__kind": "mlp", "model__neck__dim": 128}
 SHAPE = {**PATCHES, **MLP}  # LLaVA's
 TINY_GEMMA = {"head_dim": 8, "sliding_window": 4}
@@ -61,6 +65,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
         "llava", "siglip_vision_model", "qwen3", {**SHAPE, **LORA, **RSLORA, "model__vision__blocks": 3},
         {"vocab_size": 800, "tie_word_embeddings": True},
     ),
+    "lora, siglip, qwen3, dora": ("lora", "siglip_vision_model", "qwen3", {**PATCHES, **DORA_ALONE}, {}),
     "llava, dinov2, gemma": ("llava", "dinov2", "gemma", {**SHAPE, **UNBIASED}, {"head_dim": 8}),
 }  # fmt: skip
 QUICK = ("lora, siglip, olmo2", "merged, dinov3, phi3", "llava, siglip, qwen3")
@@ -153,7 +158,7 @@ def test_a_llavas_template_keeps_the_tokenizers_own(tmp_path: Path, here: None) 
             "clip_vision_model",
             "llama",
             {**LORA, "model__llm__peft__kind": "dora"},
-            "'dora': it scales the rows",
+            "'dora' beside model.adapter.llm 'attention'",
         ),
     ],
 )

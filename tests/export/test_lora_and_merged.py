@@ -275,6 +275,7 @@ LORA_ALONE = {"model__adapter__llm": "none", "model__llm__peft__kind": "lora"}
             {**WITHOUT, "model__adapter__dim": 1024, "model__adapter__vision": "none"},
             r"the rank 1024, and vLLM takes 512 at most",
         ),
+        ("vllm", {**LORA_ALONE, "model__llm__peft__kind": "dora"}, r"found 'dora', of which vLLM loads nothing"),
         ("vllm", {"model__adapter__llm": "none"}, r"the LLM is not tuned here"),
         ("vlm", WITHOUT, r"--engine: found 'vlm'; did you mean 'vllm'"),
     ],

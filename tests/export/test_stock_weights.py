@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.support.stock import IMAGE, Piece, image_inputs, piece_ids, row_of, tiny
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.errors import InputError
-from vltrain.export.formats.lora import targets_of, write_peft_folder, write_updates
+from vltrain.export.formats.lora import write_dora, write_updates
 from vltrain.models.build import build_model
 from vltrain.models.stock.build import empty_stock
 from vltrain.models.stock.fold.as_lora import (
@@ -132,10 +132,8 @@ def test_lora_is_what_was_tuned(name, kind, placement, targets, tmp_path: Path):
     }
     settings = {"task_type": "CAUSAL_LM", "modules_to_save": saved}
     if kind == "dora":
-        tensors = dora_tensors(model)
-        layers = [one.removesuffix(".lora_A.weight") for one in tensors if one.endswith(".lora_A.weight")]
-        settings |= {"r": 8, "lora_alpha": 16, "use_dora": True, "target_modules": targets_of(layers, plain)}
-        write_peft_folder(tmp_path, {**tensors, **beside}, settings, torch.float32)
+        settings |= {"lora_alpha": 16}
+        write_dora(tmp_path, dora_tensors(model), plain, settings, torch.float32, beside)
     else:
         updates = dict(lora_updates(model, factors_of(untuned) if kind == "pissa" else {}))
         write_updates(tmp_path, updates, plain, {**settings, "lora_alpha": None}, torch.float32, beside)

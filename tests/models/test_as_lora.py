@@ -203,7 +203,7 @@ def test_layers_of_some_blocks_are_named_whole(tmp_path: Path) -> None:
         ),
         (
             {"vision": {"peft": TowerPeftConfig(kind="dora")}},
-            "model.vision.peft.kind: found 'dora': it scales the rows",
+            "model.vision.peft.kind: found 'dora' beside model.adapter.vision",
         ),
         ({"llm": {"peft": PISSA}, "bits": 16}, "model.llm.peft.kind: found 'pissa' with model.bits 16"),
         ({"llm": {"train": True}}, "model.llm.train: found True"),

@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from vltrain.config.command_line import COMMAND_LINE
 from vltrain.config.model.mmt import MmtConfig
 from vltrain.errors import InputError, nearest
-from vltrain.models.mmt.as_lora import has_constant, lora_rank
+from vltrain.models.mmt.as_lora import has_constant, lora_rank, peft_kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """title: its own name. takes_constant: whether updates may have one. ranks: values of its upper limit; empty: any.
-    how: what loads it, with {rank}."""
+    """title: its own name. takes_constant: whether updates may have one. takes_dora: whether they may be DoRA's. ranks:
+    values of its upper limit; empty: any. how: what loads it, with {rank}."""
 
     title: str
     takes_constant: bool = False
+    takes_dora: bool = False
     ranks: tuple[int, ...] = ()
     how: str
 
@@ -34,6 +35,7 @@ ENGINES = {
     "peft": Engine(
         title="peft",
         takes_constant=True,
+        takes_dora=True,
         how="PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), 'FOLDER/llm')",
     ),
     "vllm": Engine(
@@ -67,6 +69,11 @@ def require_engine(name: str, model: MmtConfig) -> None:
             f"{where} {name}: {engine.title} takes no LoRA with a constant (lora_bias), which adapters with "
             f"biases make: {WITHOUT}"
         )
+    if peft_kind(model, "llm") == "dora" and not engine.takes_dora:
+        raise InputError(
+            f"{where} {name}: model.llm.peft.kind: found 'dora', of which {engine.title} loads nothing; take --format "
+            "merged"
+        )
     if engine.ranks and rank > engine.ranks[-1]:
         raise InputError(
             f"{where} {name}: the LLM's updates have the rank {rank}, and {engine.title} takes "
@@ -79,9 +86,11 @@ def who_loads(model: MmtConfig) -> list[str]:
     rank = lora_rank(model, "llm")
     if rank == 0:
         return []
-    constant = has_constant(model, "llm")
+    constant, is_dora = has_constant(model, "llm"), peft_kind(model, "llm") == "dora"
     takes = {
-        name: (one.takes_constant or not constant) and (not one.ranks or rank <= one.ranks[-1])
+        name: (one.takes_constant or not constant)
+        and (one.takes_dora or not is_dora)
+        and (not one.ranks or rank <= one.ranks[-1])
         for name, one in ENGINES.items()
     }
     lines = [

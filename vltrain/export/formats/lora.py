@@ -7,9 +7,9 @@ the networks.
     `vltrain.export.formats.parts`
 
 Every update has the same rank, filled up with zeros, and a scaling of 1, so that no engine has to know of patterns;
-LoRA alone keeps its own alpha. What a network with adapters computes is exactly what it computes with these
-(`vltrain.models.mmt.as_lora`). Adapters with biases need `lora_bias`, which peft takes and the engines of
-`vltrain.export.engines` do not.
+LoRA alone keeps its own alpha, and DoRA, which stands alone, is peft's DoRA. What a network with adapters computes is
+exactly what it computes with these (`vltrain.models.mmt.as_lora`). Adapters with biases need `lora_bias`, which peft
+takes and the engines of `vltrain.export.engines` do not.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from vltrain.models.mmt.as_lora import (
     PARTS,
     Factors,
     Update,
+    dora_tensors,
     factors_of,
     has_adapters,
     has_constant,
@@ -80,12 +81,18 @@ def _write(folder: Path, source: Source, choices: Choices) -> Written:
         if not lora_rank(model, part):
             continue
         (folder / part).mkdir()
-        updates = dict(lora_updates(built, part, taken_out.get(part, {})))
-        write_updates(folder / part, updates, _network(built, part), _settings(source, part), choices.torch_dtype)
-        layers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in updates))
+        network, settings = _network(built, part), _settings(source, part)
+        if peft_kind(model, part) == "dora":
+            tuned = write_dora(folder / part, dora_tensors(built, part), network, settings, choices.torch_dtype)
+        else:
+            updates = dict(lora_updates(built, part, taken_out.get(part, {})))
+            write_updates(folder / part, updates, network, settings, choices.torch_dtype)
+            tuned = list(updates)
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in tuned))
         constant = ", with a constant (lora_bias)" if has_constant(model, part) else ""
+        kind = "DoRA" if peft_kind(model, part) == "dora" else "LoRA"
         notes.append(
-            f"{part}: LoRA of rank {lora_rank(model, part)} on {len(updates)} layers ({layers}){constant}, for "
+            f"{part}: {kind} of rank {lora_rank(model, part)} on {len(tuned)} layers ({layers}){constant}, for "
             f"{_base_name(source, part)}"
         )
     # Not beside the LLM's LoRA: engines would take it for a tokenizer that only this LoRA has.
@@ -133,6 +140,31 @@ def write_updates(
     settings |= {"r": rank, "lora_alpha": alpha, "lora_bias": has_constants}
     settings["target_modules"] = targets_of(list(updates), network)
     write_peft_folder(folder, {**tensors, **beside}, settings, dtype)
+
+
+def write_dora(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
+) -> list[str]:
+    """Writes peft's two files of a DoRA.
+
+    Args:
+        tensors: of `dora_tensors`.
+        settings: of peft's LoraConfig, without rank and layers.
+        beside: see `write_updates`.
+
+    Returns: the layers' names in `network`.
+    """
+    first = ".lora_A.weight"
+    layers = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    rank = len(tensors[layers[0] + first])
+    settings |= {"r": rank, "use_dora": True, "target_modules": targets_of(layers, network)}
+    write_peft_folder(folder, {**tensors, **beside}, settings, dtype)
+    return layers
 
 
 def write_peft_folder(

@@ -4,7 +4,8 @@ Behind an adapter g(z) = z + s U D z + b a linear layer (W, c) computes W g(z) +
 update with A = D, B = s W U, and a constant W b, which adapters without biases (`model.adapter.bias: false`) do not
 have. LoRA by peft inside of the layer, W' = W + t B' A', is part of the W that the adapter's output meets, and an
 update of its own besides: A = [D; A'], B = [s W' U, t B'], constant W' b. PiSSA's factors begin as a part of the
-layer's own weight: t B' A' - t B0 A0 is what was added to it, an update of twice the rank.
+layer's own weight: t B' A' - t B0 A0 is what was added to it, an update of twice the rank. DoRA, which scales the rows
+of W + t B' A', is no such update: it is written as peft's DoRA, where a network has no adapters.
 
 Products are taken in float64, of the weights that are served: dequantised where the frozen ones are in 4 or 8 bits. An
 adapter that several layers read is written for each of them.
@@ -28,6 +29,7 @@ from vltrain.models.backbones.family import Blocks
 from vltrain.models.backbones.llm import llm_blocks
 from vltrain.models.backbones.table import LANGUAGES, TOWERS, language_of
 from vltrain.models.mmt.model import MultimodalModel
+from vltrain.models.peft import lora
 from vltrain.models.peft.layers import NAME, has_lora
 from vltrain.models.peft.lora import low_rank_factors, outer_linears, require_no_prompts
 from vltrain.models.quantise import FrozenLinear
@@ -36,7 +38,6 @@ PARTS = ("llm", "vision")
 WHOLE, APART = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
 _NO_LORA = {
     "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {APART}",
-    "dora": f"it scales the rows of the weights, which no LoRA does; {WHOLE}",
 }
 
 
@@ -99,6 +100,12 @@ def require_low_rank(model: MmtConfig) -> None:
         require_low_rank_adapter(model.adapter, part)
         if (kind := peft_kind(model, part)) in _NO_LORA:
             raise InputError(f"model.{part}.peft.kind: found '{kind}': {_NO_LORA[kind]}")
+        if kind == "dora" and has_adapters(model.adapter, part):
+            raise InputError(
+                f"model.{part}.peft.kind: found 'dora' beside model.adapter.{part} "
+                f"'{getattr(model.adapter, part)}': a folder of peft's is DoRA's as a whole, and adapters are not; "
+                f"{WHOLE}"
+            )
         require_whole(f"model.{part}.peft.kind", kind, model.bits)
     if model.tune == "full" or model.vision.train or model.llm.train:
         key = (
@@ -145,6 +152,11 @@ def factors_of(model: MultimodalModel, part: str) -> Factors:
     """The factors of every layer of `llm` or `vision` with an update, as they are now: of an untuned model what PiSSA
     took out of the weights."""
     return {name: scaled_factors(linear) for name, linear, _ in _linears(model, part) if has_lora(linear)}
+
+
+def dora_tensors(model: MultimodalModel, part: str) -> dict[str, Tensor]:
+    """peft's tensors of the DoRA of `llm` or `vision`, by the layers' names in transformers' network."""
+    return lora.dora_tensors((name, linear) for name, linear, _ in _linears(model, part) if has_lora(linear))
 
 
 @torch.no_grad()

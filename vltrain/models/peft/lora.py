@@ -22,7 +22,7 @@ ones fit. All linear layers keep their place; what wraps one keeps it as `base_l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -157,6 +157,19 @@ def low_rank_factors(linear: nn.Module) -> tuple[Tensor, ...]:
     if has_adalora(linear):
         return linear.lora_A[NAME], linear.lora_B[NAME]
     return tuple(factor.weight for factor in lora_factors(linear))
+
+
+def dora_tensors(linears: Iterable[tuple[str, Any]]) -> dict[str, Tensor]:
+    """peft's tensors of DoRA's layers as they are, by the layers' names."""
+    tensors: dict[str, Tensor] = {}
+    for name, linear in linears:
+        first, second = low_rank_factors(linear)
+        tensors |= {
+            f"{name}.lora_A.weight": first,
+            f"{name}.lora_B.weight": second,
+            f"{name}.lora_magnitude_vector": linear.lora_magnitude_vector[NAME].weight,
+        }
+    return tensors
 
 
 def outer_linears(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from vltrain.config.model.stock import StockConfig
 from vltrain.export.format import Choices, Format, Proof, Source, Written
-from vltrain.export.formats.lora import targets_of, write_peft_folder, write_updates
+from vltrain.export.formats.lora import write_dora, write_updates
 from vltrain.export.formats.merged import round_weights, rounding_facts, rounding_note
 from vltrain.export.formats.parts import generation_config
 from vltrain.export.formats.stock.processor import write_processor
@@ -82,12 +82,9 @@ def _write_lora(folder: Path, source: Source, choices: Choices) -> Written:
         if any(name.startswith(f"{module}.") for module in saved)
     }
     if uses_dora(section):
-        tensors = dora_tensors(model)
-        layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
         peft = next(one for part in ("llm", "vision") if (one := getattr(section.stock, part).peft).kind == "dora")
-        settings |= {"r": peft.rank, "lora_alpha": peft.alpha, "use_dora": True}
-        settings["target_modules"] = targets_of(layers, plain)
-        write_peft_folder(folder, {**tensors, **beside}, settings, choices.torch_dtype)
+        settings |= {"lora_alpha": peft.alpha}
+        layers = write_dora(folder, dora_tensors(model), plain, settings, choices.torch_dtype, beside)
         rank, constant = peft.rank, False
     else:
         updates = dict(lora_updates(model, _taken_out(source)))

@@ -25,8 +25,8 @@ from vltrain.models.mmt.as_lora import (
     scaled_factors,
     update_of,
 )
-from vltrain.models.peft.layers import NAME, has_lora
-from vltrain.models.peft.lora import low_rank_factors
+from vltrain.models.peft import lora
+from vltrain.models.peft.layers import has_lora
 from vltrain.models.stock.fold.readers import linears_of
 from vltrain.models.stock.model import StockModel
 
@@ -95,16 +95,7 @@ def lora_updates(model: StockModel, taken_out: Factors) -> Iterator[tuple[str, U
 
 def dora_tensors(model: StockModel) -> dict[str, Tensor]:
     """peft's tensors of DoRA's layers by their names in transformers' network, as they are."""
-    tensors: dict[str, Tensor] = {}
-    for name, linear, _ in _linears(model):
-        if has_lora(linear):
-            first, second = low_rank_factors(linear)
-            tensors |= {
-                f"{name}.lora_A.weight": first,
-                f"{name}.lora_B.weight": second,
-                f"{name}.lora_magnitude_vector": linear.lora_magnitude_vector[NAME].weight,
-            }
-    return tensors
+    return lora.dora_tensors((name, linear) for name, linear, _ in _linears(model) if has_lora(linear))
 
 
 def projector_modules(model: StockModel) -> list[str]:
