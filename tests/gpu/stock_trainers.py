@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -38,12 +39,14 @@ def find(findings: Findings, item: str) -> None:
     began = time.monotonic()
     setting = _setting(findings, item)
     shutil.rmtree(findings.folder)  # of a run before
-    findings.folder.mkdir()
-    prepare(setting, 12 if findings.emulate else SAMPLES, 120 if findings.emulate else None)
+    longer = replace(setting, folder=findings.folder / "longer", pack_length=2 * setting.pack_length)
+    for one in (setting, longer):
+        one.folder.mkdir(exist_ok=True)
+        prepare(one, 12 if findings.emulate else SAMPLES, 120 if findings.emulate else None)
     has_trl = find_spec("trl") is not None
     with ThreadPoolExecutor(1) as beside:  # while the competitors start
         losses = beside.submit(alone, largest_differences, setting, None, 16, has_trl)
-        competitors = _started(findings, item, setting, has_trl)
+        competitors = _started(findings, item, setting, longer, has_trl)
         findings.attempt("losses", lambda: _check_losses(findings, item, losses.result()))
     turn, window = (TURN, WINDOW) if not findings.emulate else ((0, 1), (0, 1))
     calls = {name: partial(one.ask, "run", *turn) for name, one in competitors.items()}
@@ -71,13 +74,15 @@ def _setting(findings: Findings, item: str) -> Setting:
     return Setting(folder=findings.folder, size=item, precision="bf16", pack_length=PACK_LENGTH, workers=WORKERS)
 
 
-def _started(findings: Findings, item: str, setting: Setting, has_trl: bool) -> dict[str, Apart]:
-    """Those that got ready; the others are told. On a GPU all start at once."""
+def _started(findings: Findings, item: str, setting: Setting, longer: Setting, has_trl: bool) -> dict[str, Apart]:
+    """Those that got ready; the others are told. On a GPU all start at once. `longer`: of packs twice as long, which
+    stand beside batches twice as large."""
     batch = batch_of(setting)
     threads = 1 if findings.emulate else None
     made: dict[str, tuple[Any, ...]] = {
         OURS: (ours, setting, "ours", threads, False),
         KEPT: (ours, setting, "kept", threads, True),
+        "ours, packs twice as long": (ours, longer, "ours", threads, False),
     }
     theirs: dict[str, tuple[int, dict[str, Any]]] = {TRL: (batch, {})} if has_trl else {}
     if has_trl and item == SIZES[0]:
