@@ -6,10 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import random
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +31,7 @@ from tests.train.zero.test_equivalence import stage
 from vltrain.batch import ImageFeatures
 from vltrain.config.command_line import load_settings
 from vltrain.config.schema import Config
+from vltrain.data.kept import store
 from vltrain.data.kept.store import MANIFEST, FeatureStore, entries_of
 from vltrain.data.loader import StepLoader
 from vltrain.data.plan import PackCost, Plan
@@ -184,6 +190,42 @@ def test_what_a_killed_run_left_is_gone_on_with(alone: None, tmp_path: Path) -> 
     again = maker(config, packs).kept()
     assert {path.name: path.read_bytes() for path in again.folder.glob("part-*")} == bytes_of
     assert parts[1].stat().st_mtime_ns == left and not list(again.folder.glob(".*"))
+
+
+def make_features(packs: str, part_images: int) -> None:
+    """In a process that may be killed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with patch.object(store, "PART_IMAGES", part_images):
+        maker(tiny_config(**MMT, **KEPT), packs).kept()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # some seconds for each process
+def test_kill_9_while_features_are_made_loses_no_whole_part_and_changes_no_byte(tmp_path: Path) -> None:
+    segments, spawn = make_segments(600), multiprocessing.get_context("spawn")
+    packs = {name: str(write_packs(tmp_path / name, segments)) for name in ("killed", "alone")}
+    killed, whole, draw = 0, 0, random.Random(0)
+    for _ in range(8):
+        process = spawn.Process(target=make_features, args=(packs["killed"], 4))
+        process.start()
+        while process.is_alive() and len(list(Path(packs["killed"]).glob("features-*/part-*"))) < whole + 2:
+            time.sleep(0.001)
+        time.sleep(draw.random() / 50)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        whole = len(list(Path(packs["killed"]).glob("features-*/part-*")))
+    assert killed >= 6, "it was done before it was killed"
+    for place in packs.values():
+        process = spawn.Process(target=make_features, args=(place, 4))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    found, expected = (
+        {path.name: path.read_bytes() for path in Path(place).glob("features-*/*")} for place in packs.values()
+    )
+    assert len(expected) > 100 and found == expected
+    assert not list(Path(packs["killed"]).glob("features-*/.*"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "of other weights"])
