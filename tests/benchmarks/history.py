@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import refuse
+from tests.benchmarks.measure import refuse, round_ratios
 
 ROOT = Path(__file__).parents[2]
 HISTORY = ROOT / "tests" / "benchmarks" / "history.jsonl"
@@ -64,7 +64,7 @@ def line(
     quick: bool = False,
 ) -> Line:
     """A line of now. machine: of `measure.machine`; values, beside: a figure a run, of the same rounds."""
-    ratios = None if beside is None else [one / other for one, other in zip(values, beside, strict=True)]
+    ratios = None if beside is None else round_ratios(values, beside)
     return Line(
         commit=commit,
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

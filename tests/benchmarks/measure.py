@@ -89,18 +89,28 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 def trim_heap() -> None:
     """Gives back what glibc keeps of freed memory: competitors whose peaks come one after another would else hold them
-    all. The next step has to ask for it again, so this is for trials, not between turns that count."""
+    all. The next step has to ask for it again: a turn that counts wants several."""
     gc.collect()  # models and hooks hold each other
     with contextlib.suppress(AttributeError):  # of another C library
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def wait_for_device() -> None:
+    """Until a GPU has done what it was given."""
+    import torch  # see `machine`
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def timed(step: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Callable[[], tuple[int, float]]:
     """What makes a step: (its useful tokens, seconds by that clock)."""
 
     def run() -> tuple[int, float]:
+        wait_for_device()
         start = clock()
-        tokens = int(step())  # of a GPU, waits for it
+        tokens = int(step())
+        wait_for_device()
         return tokens, clock() - start
 
     return run
@@ -108,7 +118,12 @@ def timed(step: Callable[[], Any], clock: Callable[[], float] = time.perf_counte
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """The median over the runs of one competitor's figure over another's of the same round."""
-    return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))
+    return statistics.median(round_ratios(numerators, denominators))
+
+
+def round_ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """One competitor's figures over another's, round by round."""
+    return [one / other for one, other in zip(numerators, denominators, strict=True)]
 
 
 def machine() -> dict[str, Any]:

@@ -58,12 +58,17 @@ class PaddedModel(nn.Module):
 def peer_model(config: Config, dtype: torch.dtype) -> MultimodalModel:
     """The recipe's model with transformers' own head and attention instead of ours."""
     model = build_model(config.model, dtype=dtype)
-    weight = model.llm.lm_head.weight
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    head.weight = weight
-    model.llm.lm_head = head
+    model.llm.lm_head = plain_head(model.llm.lm_head)
     model.llm.set_attn_implementation("sdpa")
     return model
+
+
+def plain_head(ours: nn.Module) -> nn.Linear:
+    """torch's own layer with our head's weight."""
+    weight: Any = ours.weight
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    head.weight = weight
+    return head
 
 
 class PaddingCollator:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from tests.benchmarks.apart import Apart, alone
-from tests.benchmarks.measure import alternate, command, median_ratio, report, settled, tell
+from tests.benchmarks.measure import alternate, command, median_ratio, report, round_ratios, settled, tell
 from tests.benchmarks.ours import DTYPES
 from tests.benchmarks.stock_competitors import largest_differences, ours, trl
 from tests.benchmarks.stock_setting import Setting, prepare
@@ -77,7 +77,7 @@ def rows_of(
 
 def spread(ours: list[float], theirs: list[float]) -> str:
     """Of the ratios of the rounds."""
-    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    ratios = round_ratios(ours, theirs)
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 

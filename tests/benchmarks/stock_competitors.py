@@ -3,7 +3,6 @@ features, and TRL's SFTTrainer; and their losses beside a plain loop."""
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,10 +11,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
+from tests.benchmarks.measure import trim_heap, wait_for_device
 from tests.benchmarks.ours import DTYPES, OurSteps, our_trainer
-from tests.benchmarks.peers import Held, training_arguments
+from tests.benchmarks.peers import Held, plain_head, training_arguments
 from tests.benchmarks.stock_setting import Photos, Setting, as_text, processor_of
 from tests.benchmarks.train import DS
 from vltrain.config.schema import Config
@@ -56,25 +55,20 @@ class Competitor:
         given back: to those whose turn comes."""
         for _ in range(warm_up):
             self.step()
-        _wait()
+        wait_for_device()
         start = self.now()
         tokens = [self.step() for _ in range(steps)]
-        _wait()
+        wait_for_device()
         seconds = self.now() - start
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         else:
-            ctypes.CDLL(None).malloc_trim(0)
+            trim_heap()
         return sum(map(int, tokens)), seconds
 
     def facts(self) -> dict[str, float]:
         """Seconds for kept features; GiB at the peak: on a GPU torch's allocations, on a CPU the resident set."""
         return {"made_seconds": self.made_seconds, "peak_gib": peak_memory_bytes() / 2**30}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def ours(setting: Setting, name: str, threads: int | None, kept: bool) -> Competitor:
@@ -124,10 +118,7 @@ def _begin(threads: int | None) -> None:
 def peer_network(config: Config, dtype: torch.dtype) -> Any:
     """The very network, updates and all, with transformers' own head and attention."""
     network: Any = build_model(config.model, dtype=dtype).network
-    ours = network.get_output_embeddings()
-    head = nn.Linear(ours.in_features, ours.out_features, bias=False, device="meta")
-    head.weight = ours.weight
-    network.set_output_embeddings(head)
+    network.set_output_embeddings(plain_head(network.get_output_embeddings()))
     network.set_attn_implementation("sdpa")
     return network
 

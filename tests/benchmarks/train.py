@@ -35,6 +35,7 @@ from tests.benchmarks.measure import (
     median_ratio,
     refuse,
     report,
+    round_ratios,
     settled,
     tell,
     timed,
@@ -154,7 +155,7 @@ def _utilisation(
 
 
 def _row(data: str, precision: str, name: str, kind: str, speeds: dict[str, list[float]]) -> dict[str, Any]:
-    ratios = [ours / theirs for ours, theirs in zip(speeds[OURS], speeds[name], strict=True)]
+    ratios = round_ratios(speeds[OURS], speeds[name])
     return {
         "data": data,
         "precision": precision,

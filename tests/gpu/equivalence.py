@@ -19,6 +19,7 @@ from tests.gpu.part import Findings, run_items
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
 from tests.train.plain_loop import plain_run, relative_difference
+from tests.train.zero.test_equivalence import stage
 
 STEPS = 12
 CHANGES = {
@@ -45,13 +46,11 @@ def find(findings: Findings, kind: str) -> None:
     worlds = [1] if findings.emulate or torch.cuda.device_count() < 2 else [1, 2]
     scenarios = {}
     for precision in ("fp32", "bf16"):
-        for stage in STAGES[kind]:
-            zero = {
-                "stage": stage,
-                "reduce_bucket_size": 500,
-                **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
-            }
-            scenarios[f"{kind}|{precision}|{stage}"] = (zero, {**CHANGES, **KINDS[kind], "train__precision": precision})
+        for number in STAGES[kind]:
+            scenarios[f"{kind}|{precision}|{number}"] = (
+                stage(number),
+                {**CHANGES, **KINDS[kind], "train__precision": precision},
+            )
     plain = plain_run(packs, {**CHANGES, **KINDS[kind]}, findings.device)
     for world_size in worlds:
         _compare(findings, kind, world_size, plain, _run(findings, packs, scenarios, world_size))
@@ -66,11 +65,11 @@ def _run(findings: Findings, packs, scenarios: dict, world_size: int) -> dict[st
             "name": name,
             "flag": findings.emulate,
             "packs": str(packs),
-            "ds": {"zero_optimization": zero},
+            "ds": ds,
             "changes": changes,
             "output": str(places[name]),
         }
-        for name, (zero, changes) in scenarios.items()
+        for name, (ds, changes) in scenarios.items()
     ]
     file = folder / "scenarios.json"
     file.write_text(json.dumps(told))
@@ -82,13 +81,13 @@ def _run(findings: Findings, packs, scenarios: dict, world_size: int) -> dict[st
 def _compare(findings: Findings, kind: str, world_size: int, plain: dict, found: dict) -> None:
     for precision, limit in (("fp32", FP32_LIMIT), ("bf16", BF16_LIMIT)):
         first = found[f"{kind}|{precision}|0"]["losses"]
-        for stage in STAGES[kind]:
-            losses = found[f"{kind}|{precision}|{stage}"]["losses"]
+        for number in STAGES[kind]:
+            losses = found[f"{kind}|{precision}|{number}"]["losses"]
             told = {
                 "trained": kind,
                 "precision": precision,
                 "ranks": world_size,
-                "stage": stage,
+                "stage": number,
                 "last_loss": float(losses[-1]),
             }
             told |= {
@@ -101,7 +100,7 @@ def _compare(findings: Findings, kind: str, world_size: int, plain: dict, found:
             )
             findings.require(
                 relative_difference(losses, first) <= STAGES_LIMIT,
-                f"{kind} in {precision}: ZeRO {stage} gives other losses than ZeRO 0",
+                f"{kind} in {precision}: ZeRO {number} gives other losses than ZeRO 0",
             )
 
 

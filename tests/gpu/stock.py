@@ -3,7 +3,6 @@ each sample alone on the CPU, and real DeepSpeed at ZeRO 0 to 3 in fp32 and bf16
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from typing import Any
@@ -16,6 +15,7 @@ from tests.models.test_stock import PIECES, alone, plain_of, shaken
 from tests.support.processes import run_ranks
 from tests.support.stock import CONFIGS, row_of, tiny
 from tests.train.plain_loop import relative_difference
+from tests.train.zero.test_equivalence import stage
 from tests.train.zero.test_stock_equivalence import ADAPTERS, KINDS, plain_run
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.distributed.hardware import choose_dtype
@@ -101,21 +101,20 @@ def _trained(findings: Findings, family: str) -> None:
     told = [
         {
             "family": family,
-            "changes": copy.deepcopy(TRAINED[family]),
-            "ds": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 500,
-                                         **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}},
-            "output": str(folder / f"{precision}-{stage}"),
-            "checkpointing": stage == 3,
+            "changes": TRAINED[family],
+            "ds": stage(number),
+            "output": str(folder / f"{precision}-{number}"),
+            "checkpointing": number == 3,
             "precision": precision,
         }
-        for precision in (("fp32",) if findings.emulate else PRECISIONS) for stage in STAGES
+        for precision in (("fp32",) if findings.emulate else PRECISIONS) for number in STAGES
     ]  # fmt: skip
     file = folder / "scenarios.json"
     file.write_text(json.dumps(told))
     run_ranks("tests.train.zero.stock_worker", [str(file)], 1, folder / "log", timeout_seconds=500)
     first: dict[str, torch.Tensor] = {}
     for one in told:
-        precision, stage = one["precision"], one["ds"]["zero_optimization"]["stage"]
+        precision, number = one["precision"], one["ds"]["zero_optimization"]["stage"]
         losses = load_file(f"{one['output']}.safetensors")["losses"]
         zero = first.setdefault(precision, losses)
         between = relative_difference(losses, zero)
@@ -125,11 +124,11 @@ def _trained(findings: Findings, family: str) -> None:
             LOSS_LIMITS[precision],
             family=family,
             precision=precision,
-            stage=stage,
+            stage=number,
             last_loss=float(losses[-1]),
             as_zero_0="bit for bit" if torch.equal(losses, zero) else f"to {between:.1e}",
         )
-        findings.require(between <= STAGES_LIMIT, f"{family} in {precision}: ZeRO {stage} differs from ZeRO 0")
+        findings.require(between <= STAGES_LIMIT, f"{family} in {precision}: ZeRO {number} differs from ZeRO 0")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from tests.gpu.part import Findings, run_items
 from tests.gpu.runs import finish, losses, predictions, vltrain
 from tests.support.stock_world import stock_recipe
+from tests.train.zero.test_equivalence import stage
 
 LORA = {"llm": {"peft": {"kind": "lora", "rank": 4, "targets": ["*_proj"]}}, "projector": {"train": True}}
 MODELS: dict[str, dict[str, Any]] = {
@@ -70,11 +71,10 @@ def _run(findings: Findings, name: str) -> Path:
 
 
 def _train(
-    findings: Findings, recipe: Path, name: str, stage: int, words: tuple[str, ...], *, on_cpu: bool = False
+    findings: Findings, recipe: Path, name: str, number: int, words: tuple[str, ...], *, on_cpu: bool = False
 ) -> float:
-    zero = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
-    ds = findings.folder / f"zero{stage}.json"
-    ds.write_text(json.dumps({"zero_optimization": zero}))
+    ds = findings.folder / f"zero{number}.json"
+    ds.write_text(json.dumps(stage(number)))
     given = ["--recipe", str(recipe), "--ds", str(ds), "--output", str(_run(findings, name)), *words]
     log = findings.folder / "train.log"
     if on_cpu:
@@ -83,9 +83,9 @@ def _train(
 
 
 def _way(
-    findings: Findings, recipe: Path, kind: str, way: str, stage: int, words: tuple[str, ...], limit: float
+    findings: Findings, recipe: Path, kind: str, way: str, number: int, words: tuple[str, ...], limit: float
 ) -> None:
-    seconds = _train(findings, recipe, way, stage, words)
+    seconds = _train(findings, recipe, way, number, words)
     found, expected = losses(_run(findings, way)), losses(_run(findings, "cpu"))
     assert len(found) == len(expected) > 0, f"{len(found)} steps, {len(expected)} on the CPU"
     worst = max(abs(one / other - 1) for one, other in zip(found, expected, strict=True))
@@ -95,7 +95,7 @@ def _way(
         limit,
         model=kind,
         way=way,
-        stage=stage,
+        stage=number,
         steps=len(found),
         first_loss=found[0],
         last_loss=found[-1],

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tests.benchmarks.measure import alternate, median_ratio
+from tests.benchmarks.measure import alternate, median_ratio, timed
 from tests.benchmarks.ours import OurSteps, benchmark_config, our_trainer
 from tests.benchmarks.peers import Held, padding_trainer, trl_trainer
 from tests.benchmarks.samples import pack_samples, scienceqa_like
@@ -77,7 +75,7 @@ def _measure(findings: Findings, name: str, size: str, data: str) -> None:
     else:
         for title, how in COMPETITORS.items():
             competitors[title] = padding_trainer(config, samples, torch.bfloat16, folder=folder, **how)
-    results = alternate({title: _timed(one.step) for title, one in competitors.items()}, RUNS, WARM_UP)
+    results = alternate({title: timed(one.step) for title, one in competitors.items()}, RUNS, WARM_UP)
     speeds = {title: [tokens / seconds for tokens, seconds in results[title]] for title in competitors}
     flops = statistics.median(ours.flops(WARM_UP + run) / seconds for run, (_, seconds) in enumerate(results["ours"]))
     for title in competitors:
@@ -92,17 +90,6 @@ def _measure(findings: Findings, name: str, size: str, data: str) -> None:
         )
     for one in competitors.values():
         one.stop() if isinstance(one, Held) else one.trainer.monitor.close()
-
-
-def _timed(step: Callable[[], Any]) -> Callable[[], tuple[int, float]]:
-    def run() -> tuple[int, float]:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        tokens = step()
-        torch.cuda.synchronize()
-        return int(tokens), time.perf_counter() - start
-
-    return run
 
 
 if __name__ == "__main__":

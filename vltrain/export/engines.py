@@ -64,21 +64,23 @@ def require_engine(name: str, model: MmtConfig) -> None:
             f"{where} {name}: the LLM is not tuned here (model.adapter.llm none, model.llm.peft.kind null): "
             "there is nothing for it to load; leave it out"
         )
+    if (why := _not_loaded(engine, model)) is not None:
+        raise InputError(f"{where} {name}: {why}")
+
+
+def _not_loaded(engine: Engine, model: MmtConfig) -> str | None:
+    """Why the engine does not load the LLM's part; None: it does."""
+    rank = lora_rank(model, "llm")
     if has_constant(model, "llm") and not engine.takes_constant:
-        raise InputError(
-            f"{where} {name}: {engine.title} takes no LoRA with a constant (lora_bias), which adapters with "
-            f"biases make: {WITHOUT}"
-        )
+        return f"{engine.title} takes no LoRA with a constant (lora_bias), which adapters with biases make: {WITHOUT}"
     if peft_kind(model, "llm") == "dora" and not engine.takes_dora:
-        raise InputError(
-            f"{where} {name}: model.llm.peft.kind: found 'dora', of which {engine.title} loads nothing; take --format "
-            "merged"
-        )
+        return f"model.llm.peft.kind: found 'dora', of which {engine.title} loads nothing; take --format merged"
     if engine.ranks and rank > engine.ranks[-1]:
-        raise InputError(
-            f"{where} {name}: the LLM's updates have the rank {rank}, and {engine.title} takes "
-            f"{engine.ranks[-1]} at most; take --format merged"
+        return (
+            f"the LLM's updates have the rank {rank}, and {engine.title} takes {engine.ranks[-1]} at most; take "
+            "--format merged"
         )
+    return None
 
 
 def who_loads(model: MmtConfig) -> list[str]:
@@ -86,19 +88,13 @@ def who_loads(model: MmtConfig) -> list[str]:
     rank = lora_rank(model, "llm")
     if rank == 0:
         return []
-    constant, is_dora = has_constant(model, "llm"), peft_kind(model, "llm") == "dora"
-    takes = {
-        name: (one.takes_constant or not constant)
-        and (one.takes_dora or not is_dora)
-        and (not one.ranks or rank <= one.ranks[-1])
-        for name, one in ENGINES.items()
-    }
+    takes = {name: _not_loaded(one, model) is None for name, one in ENGINES.items()}
     lines = [
         f"llm: {engine.title} loads it: {engine.how.format(rank=_limit(engine, rank))}"
         for name, engine in ENGINES.items()
         if takes[name]
     ]
-    if constant:
+    if has_constant(model, "llm"):
         others = ", ".join(ENGINES[name].title for name in takes if not takes[name])
         lines.append(f"llm: {others} do not: it has a constant (lora_bias), which they refuse or misread; {WITHOUT}")
     return lines

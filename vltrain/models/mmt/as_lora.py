@@ -36,9 +36,6 @@ from vltrain.models.quantise import FrozenLinear
 
 PARTS = ("llm", "vision")
 WHOLE, APART = "take --format merged for the whole model", "take --format adapters, which keeps them apart"
-_NO_LORA = {
-    "adaption_prompt": f"its prompts depend on the states, which no LoRA does; {APART}",
-}
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,11 @@ def require_low_rank(model: MmtConfig) -> None:
     not."""
     for part in PARTS:
         require_low_rank_adapter(model.adapter, part)
-        if (kind := peft_kind(model, part)) in _NO_LORA:
-            raise InputError(f"model.{part}.peft.kind: found '{kind}': {_NO_LORA[kind]}")
+        kind = peft_kind(model, part)
+        if kind == "adaption_prompt":
+            raise InputError(
+                f"model.{part}.peft.kind: found '{kind}': its prompts depend on the states, which no LoRA does; {APART}"
+            )
         if kind == "dora" and has_adapters(model.adapter, part):
             raise InputError(
                 f"model.{part}.peft.kind: found 'dora' beside model.adapter.{part} "
