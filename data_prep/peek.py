@@ -1,101 +1,91 @@
-"""Shows what is in packed shards: `python -m data_prep.peek FOLDER [--row N]`.
+"""Shows what is in packed shards: `python -m data_prep.peek FOLDER [--row N] [--html FILE]`.
 
 Prints one pack segment by segment as the model sees it. What carries loss stands between `>>` and `<<`; images and
-modality tokens are named.
+modality tokens are named. `--html` draws the same as a page that opens in any browser and loads nothing: tokens
+coloured by label, with ids and positions, and the images.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.command_line import CommandLine, whole
 from vltrain.config.ranges import MOST_STEPS
+from vltrain.config.schema import DataConfig
+from vltrain.data.folder import refuse_existing_file
 from vltrain.data.shards import STOCK_FORMAT, PackedDataset
 from vltrain.data.text.conversation import find_template, fingerprint
 from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.files.atomic import write_whole
 from vltrain.files.locate import locate
-from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN
-
-MODALITY = {TEXT_MODALITY_TOKEN: "[u_text]", IMAGE_MODALITY_TOKEN: "[u_image]"}
+from vltrain.html.markup import page, tag
+from vltrain.html.packs import DrawnPack, PackPage, legend
+from vltrain.html.pieces import Piece, segments_of
+from vltrain.schema import PackedRow
 
 
 def describe(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
     """The text that shows pack `number`. Raises InputError if there is no such pack."""
-    if not 0 <= number < len(dataset):
-        raise InputError(f"{dataset.folder}: --row {number}: it has packs 0 to {len(dataset) - 1}")
-    row = dataset.row(number)
-    slots = iter(row.image_slots.tolist())
-    lines = [
-        f"pack {number}: {len(row.input_ids)} of {dataset.manifest.pack_length} tokens, "
-        f"{int(row.loss_mask.sum())} with loss, "
-        f"{len(row.sample_ids)} samples, {len(row.image_ids)} images"
-    ]
+    row = _row(dataset, number)
+    lines = [f"pack {number}: {_summary(dataset, row)}"]
     start = 0
-    for length, name in zip(row.segment_lengths.tolist(), row.sample_ids, strict=True):
-        tokens, losses = row.input_ids[start : start + length].tolist(), row.loss_mask[start : start + length].tolist()
-        shown = (
-            _stock_segment(tokens, losses, tokenizer)
-            if dataset.manifest.format_version == STOCK_FORMAT
-            else _segment(tokens, losses, row.image_ids.tolist(), slots, dataset, tokenizer)
-        )
-        lines.append(f"--- {name} ({length} tokens, at {start})\n{shown}")
+    segments = segments_of(row, dataset.manifest, tokenizer)
+    for length, name, pieces in zip(row.segment_lengths.tolist(), row.sample_ids, segments, strict=True):
+        images = [None if piece.image is None else int(row.image_ids[piece.image]) for piece in pieces]
+        lines.append(f"--- {name} ({length} tokens, at {start})\n{_written(pieces, images)}")
         start += length
     return "\n".join(lines)
 
 
-def _stock_segment(tokens: list[int], losses: list[bool], tokenizer: Tokenizer) -> str:
-    """As `_segment`, of a stock model, whose special tokens are shown as they are, runs of one as one."""
-    names, text = tokenizer.special_names(), ""
-    for (has_loss, number), run in itertools.groupby(
-        zip(tokens, losses, strict=True), key=lambda one: (one[1], one[0] if one[0] in names else -1)
-    ):
-        ids = [token for token, _ in run]
-        words = tokenizer.decode(ids) if number < 0 else names[number] + (f" x {len(ids)} " if len(ids) > 1 else "")
-        text += f">>{words}<<" if has_loss else words
-    return text.replace("<<>>", "")
+def _row(dataset: PackedDataset, number: int) -> PackedRow:
+    if not 0 <= number < len(dataset):
+        raise InputError(f"{dataset.folder}: --row {number}: it has packs 0 to {len(dataset) - 1}")
+    return dataset.row(number)
 
 
-def _segment(
-    tokens: list[int],
-    losses: list[bool],
-    image_ids: list[int],
-    slots: Iterator[int],
-    dataset: PackedDataset,
-    tokenizer: Tokenizer,
-) -> str:
-    visual_tokens = dataset.manifest.visual_tokens
-    text, place = "", 0
-    while place < len(tokens):
-        token, has_loss = tokens[place], losses[place]
-        if token == IMAGE_TOKEN:
-            text += f"[image {image_ids[next(slots)]}: {visual_tokens} tokens]"
-            place += visual_tokens
-            continue
-        if token in MODALITY:
-            text, place = text + MODALITY[token], place + 1
-            continue
-        end = place
-        while end < len(tokens) and tokens[end] >= 0 and losses[end] == has_loss:
-            end += 1
-        words = _words(tokens[place:end], tokenizer)
-        text, place = text + (f">>{words}<<" if has_loss else words), end
-    return text
+def _summary(dataset: PackedDataset, row: PackedRow) -> str:
+    return (
+        f"{len(row.input_ids)} of {dataset.manifest.pack_length} tokens, {int(row.loss_mask.sum())} with loss, "
+        f"{len(row.sample_ids)} samples, {len(row.image_ids)} images"
+    )
 
 
-def _words(ids: list[int], tokenizer: Tokenizer) -> str:
-    marks = {tokenizer.bos_id: "[BOS]", tokenizer.eos_id: "[EOS]"}
+def _written(pieces: list[Piece], images: list[int | None]) -> str:
+    """A segment as one text. `images`: the number of each piece's image."""
     text = ""
-    run: list[int] = []
-    for one in [*ids, None]:
-        if one is None or one in marks:
-            text += (tokenizer.decode(run) if run else "") + marks.get(one, "")
-            run = []
-        else:
-            run.append(one)
+    for has_loss, run in itertools.groupby(zip(pieces, images, strict=True), key=lambda one: one[0].has_loss):
+        words = "".join(_word(piece, image) for piece, image in run)
+        text += f">>{words}<<" if has_loss else words
     return text
+
+
+def _word(piece: Piece, image: int | None) -> str:
+    if piece.kind == "image":
+        return f"[image {image}: {piece.count} tokens]"
+    return piece.text + (f" x {piece.count} " if piece.count > 1 else "")
+
+
+def draw(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
+    """The HTML document that shows pack `number`. Raises InputError if there is no such pack."""
+    row = _row(dataset, number)
+    pack = PackPage(dataset, tokenizer, DataConfig().max_image_pixels).pack(number)
+    return page(
+        f"Pack {number}",
+        tag("p", f"{dataset.folder}: {_summary(dataset, row)}; template {dataset.manifest.template}.", Class="note"),
+        legend(by_loss=False),
+        pack.strip(lambda segment: f"#s{segment}"),
+        *(_draw_segment(pack, segment, name) for segment, name in enumerate(row.sample_ids)),
+    )
+
+
+def _draw_segment(pack: DrawnPack, segment: int, name: str) -> str:
+    head = tag("header", tag("h3", name), tag("p", f"segment {segment}: {pack.span(segment)}", Class="note"))
+    texts = tag("div", pack.tokens(segment), Class="texts")
+    return tag(
+        "section", head, tag("div", pack.images(segment), texts, Class="columns"), Class="card", id=f"s{segment}"
+    )
 
 
 def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
@@ -122,13 +112,22 @@ def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine(
-        "peek", "Show a pack as the model sees it.", arguments, ("data/easyvqa/packed/train-FINGERPRINT --row 3",)
+        "peek",
+        "Show a pack as the model sees it.",
+        arguments,
+        ("data/easyvqa/packed/train-FINGERPRINT --row 3", "data/easyvqa/packed/train-FINGERPRINT --html pack.html"),
     )
     parser.add_argument("folder", type=Path, help="packed shards")
     parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="draw it as a page, into this new file")
     options = parser.read()
     dataset = PackedDataset(options.folder, verify=False)
-    print(describe(dataset, options.row, _tokenizer_of(dataset)))
+    if options.html is None:
+        print(describe(dataset, options.row, _tokenizer_of(dataset)))
+        return
+    refuse_existing_file(options.html)
+    write_whole(options.html, draw(dataset, options.row, _tokenizer_of(dataset)))
+    print(f"{options.html}: pack {options.row} of {dataset.folder}")
 
 
 if __name__ == "__main__":

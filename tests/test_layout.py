@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A room may import from itself and from rooms further left.
 ROOMS = tuple(
     """
-    errors console files families shipped schema batch config distributed ops data models metrics evaluate receipts
+    errors console files families shipped schema batch config distributed ops data html models metrics evaluate receipts
     memory train inference harness export serve audit doctor prepared launching programs api cli __main__
     """.split()
 )

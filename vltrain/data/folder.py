@@ -31,6 +31,15 @@ def refuse_existing(output: Path) -> None:
         raise InputError(f"{output}: exists already; remove it or name another output")
 
 
+def refuse_existing_file(output: Path) -> None:
+    """InputError if anything has that name, or its folder is not one: before the work for a new file is done."""
+    if os.path.lexists(output):
+        raise InputError(f"{output}: exists already; remove it or name another file")
+    place = next(one for one in (output.parent, *output.parent.parents) if os.path.lexists(one))
+    if not place.is_dir():
+        raise InputError(f"{output}: {place} is no folder; name another file")
+
+
 @contextmanager
 def new_folder(output: Path, *, replace: bool = False) -> Generator[Path]:
     """Gives a temporary folder that becomes `output` when the block ends without an error; `replace`: in the place of
