@@ -2,9 +2,9 @@
 `python -m data_prep.pack --samples FILE.jsonl --tokenizer PLACE --visual-tokens V --pack-length T --output DIR`.
 
 Reads and checks every sample, tokenises them in several processes, assigns them to packs (`vltrain.data.packing`), and
-writes the shards with each distinct image once. Tokens wait on disk between the two passes, so memory grows only by
-some tens of bytes per sample (and its id). A sample that does not fit into a pack is never cut: it is an error, or with
-`--over-long drop` left out and listed in `over_long.jsonl`.
+writes the shards with each distinct image once. Tokens and all that is known of a sample wait on disk between the two
+passes, so memory does not grow with the samples, only by some hundred bytes per distinct image. A sample that does not
+fit into a pack is never cut: it is an error, or with `--over-long drop` left out and listed in `over_long.jsonl`.
 
 In parts (`data_prep.parts`) each part tokenises and decodes its share of the file, which is what takes time; the merge
 assigns all samples to packs.
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.command_line import CommandLine, add_quiet_option, whole
-from data_prep.packed_images import PackedImages, decoded_before
+from data_prep.packed_images import PackedImages, Wanted, decoded_before
 from data_prep.parallel import usable_cores
 from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
 from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
@@ -31,7 +31,8 @@ from data_prep.spool import Spool
 from data_prep.tokens import PackSettings, Tokens, read_tokens, tokenised, write_tokens
 from vltrain.config.model.base import ProcessorPlaces
 from vltrain.config.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
-from vltrain.console import start_logging, watched
+from vltrain.console import Progress, start_logging
+from vltrain.data.flat.columns import in_slices
 from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
 from vltrain.data.shards import FORMAT_VERSION, STOCK_FORMAT, Manifest, ShardFile
@@ -215,42 +216,52 @@ def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebui
     with write_shards(output, replace=rebuild, version=version) as writer:
         spool = Spool(writer.folder, counts_matter=given.encoder.counts_matter)
         spool.fill(tokens)
-        fits = spool.fitting(pack_length, max_images)
-        extra_files = _list_over_long(spool, fits, settings, writer.folder)
-        kept = np.flatnonzero(fits)
+        kept, misfits = _sorted_out(spool, settings)
+        extra_files = _list_over_long(spool, misfits, settings, writer.folder)
         image_ids = _store_images(given.images, spool, kept, writer)
-        order, starts = spool.assign(kept, pack_length, max_images, settings.seed, padded=given.encoder.padded)
-        for first, last in zip(
-            watched(starts[:-1], title="packs", unit="pack", total=len(starts) - 1), starts[1:], strict=True
-        ):
-            writer.add_row(spool.row(kept[order[first:last]], image_ids))
+        packs = spool.assign(kept, pack_length, max_images, settings.seed, padded=given.encoder.padded)
+        with Progress(total=len(kept), title="packs", unit="sample") as progress:
+            for samples in packs:
+                writer.add_row(spool.row(samples, image_ids))
+                progress.update(len(samples))
         lost = spool.spelling.for_manifest()
-        spool.remove()
+        spool.close()
         given.require_unchanged()
         given.images.record.add(SAMPLES_FILE, ".", given.before)
         write_made_from(writer.folder, given.origin, given.images.record)
-        return writer.finish(extra_files, **facts, over_long=len(fits) - len(kept), lost=lost)
+        return writer.finish(extra_files, **facts, over_long=len(misfits), lost=lost)
 
 
-def _list_over_long(spool: Spool, fits: np.ndarray, settings: PackSettings, folder: Path) -> tuple[ShardFile, ...]:
+def _sorted_out(spool: Spool, settings: PackSettings) -> tuple[np.ndarray, np.ndarray]:
+    """int64, the samples that fit into a pack, and those that do not."""
+    pack_length, max_images = settings.pack_length, settings.max_images
+
+    def fits(lengths: np.ndarray, num_images: np.ndarray) -> np.ndarray:
+        short = lengths <= pack_length
+        return short if max_images is None else short & (num_images <= max_images)
+
+    return spool.select(fits), spool.select(lambda lengths, num_images: ~fits(lengths, num_images))
+
+
+def _list_over_long(spool: Spool, misfits: np.ndarray, settings: PackSettings, folder: Path) -> tuple[ShardFile, ...]:
     """Refuses or lists the samples that fit into no pack; returns the list's entry for the manifest."""
-    if fits.all():
+    if len(misfits) == 0:
         return ()
-    misfits, pack_length = np.flatnonzero(~fits), settings.pack_length
+    pack_length, num_samples = settings.pack_length, len(spool.ids)
     if settings.over_long == "error":
         named = ", ".join(
             f"'{spool.ids[one]}' ({spool.lengths[one]} tokens, {spool.num_images[one]} images)" for one in misfits[:8]
         )
         bound = "" if settings.max_images is None else f" and {settings.max_images} images"
         raise InputError(
-            f"{len(misfits)} of {len(fits)} samples do not fit into a pack of {pack_length} tokens{bound}: "
+            f"{len(misfits)} of {num_samples} samples do not fit into a pack of {pack_length} tokens{bound}: "
             f"{named}{', ...' if len(misfits) > 8 else ''}. "
             f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or "
             "leave such samples out with --over-long drop (in a recipe: data.over_long: drop)"
         )
-    if not fits.any():
+    if len(misfits) == num_samples:
         raise InputError(
-            f"none of {len(fits)} samples fits into a pack of {pack_length} tokens; the shortest has "
+            f"none of {num_samples} samples fits into a pack of {pack_length} tokens; the shortest has "
             f"{spool.lengths.min()}"
         )
     path = folder / OVER_LONG
@@ -258,19 +269,23 @@ def _list_over_long(spool: Spool, fits: np.ndarray, settings: PackSettings, fold
         {"id": spool.ids[one], "num_tokens": int(spool.lengths[one]), "num_images": int(spool.num_images[one])}
         for one in misfits
     )
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return (describe(path, len(misfits)),)
 
 
 def _store_images(images: PackedImages, spool: Spool, kept: np.ndarray, writer: ShardWriter) -> np.ndarray:
     """Stores every image that a kept sample shows. Returns int64 [paths], the stored image's number or -1."""
-    first_user: dict[int, int] = {}
-    for sample in kept[spool.num_images[kept] > 0].tolist():
-        for ref in spool.refs(sample).tolist():
-            first_user.setdefault(ref, sample)
-    paths = list(spool.paths)
+    paths, wanted = list(spool.paths), list[Wanted]()
+    is_met = np.zeros(len(paths), bool)
+    for part in in_slices(len(kept)):
+        refs, users = spool.refs(kept[part]), np.repeat(kept[part], spool.num_images[kept[part]])
+        _, firsts = np.unique(refs, return_index=True)
+        new = np.sort(firsts[~is_met[refs[firsts]]])
+        is_met[refs[new]] = True
+        wanted += [(ref, paths[ref], spool.ids[user]) for ref, user in zip(refs[new].tolist(), users[new].tolist())]
     image_ids = np.full(len(paths), -1, np.int64)
-    for ref, data in images.read([(ref, paths[ref], spool.ids[sample]) for ref, sample in first_user.items()]):
+    for ref, data in images.read(wanted):
         image_ids[ref] = writer.add_image(data)
     return image_ids
 

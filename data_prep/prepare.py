@@ -41,6 +41,7 @@ from data_prep.sources.splits import SplitOverlap
 from vltrain.config.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.config.schema import OWN, DataConfig
 from vltrain.console import Progress, start_logging, watched
+from vltrain.data.flat.unique_ids import UniqueIds
 from vltrain.data.folder import new_folder
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
 from vltrain.errors import InputError, exits_cleanly, nearest
@@ -130,7 +131,7 @@ def _prepare_part(wanted: _Wanted, output: Path, checks: _Checks, share: Share, 
     """Copies or draws the images of one part, unless that is done."""
     counts: Counter[str] = Counter()
     reading = checks.reading
-    images = dict(_write_samples(wanted, None, counts, reading))
+    images = dict(_write_samples(wanted, None, output, counts, reading))
     made_with = {**wanted.made_with(), "raw": reading.record(_paths_in(images)).digest(*_everywhere(reading))}
     if not is_done(output, share, made_with):
         names = _names_of_part(images, share, part)
@@ -147,7 +148,7 @@ def _prepare_whole(
     reading, made_with = checks.reading, wanted.made_with()
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output, replace=rebuild) as folder:
-        met = _write_samples(wanted, folder, counts, reading)
+        met = _write_samples(wanted, folder, folder, counts, reading)
         sources: Images = {}
         record = (
             checks.run(_kept(met, sources), folder)
@@ -249,21 +250,21 @@ def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: li
     return whole
 
 
-def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], reading: Reading) -> Iterator[Named]:
+def _write_samples(
+    wanted: _Wanted, folder: Path | None, place: Path, counts: Counter[str], reading: Reading
+) -> Iterator[Named]:
     """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each
-    image when it first comes."""
+    image when it first comes. `place`: on whose disk ids wait."""
     sources: dict[str, ImageSource] = {}
-    seen: set[str] = set()
-    overlap = SplitOverlap()
+    unique = UniqueIds(_existing(place), "unique over all splits")
+    overlap = SplitOverlap(folder) if folder is not None else None
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
         for raw in watched(
             reading.watch(SOURCES[wanted.source](wanted.input, wanted.options)), title="samples", unit="sample"
         ):
             sample = raw.sample
-            if sample.id in seen:
-                raise InputError(f"sample id '{sample.id}' comes twice; ids must be unique over all splits")
-            seen.add(sample.id)
+            unique.add(sample.id)
             names = [_image_name(name) for name in sample.images]
             for name, image_source in zip(names, raw.image_sources, strict=True):
                 if name not in sources:
@@ -274,17 +275,23 @@ def _write_samples(wanted: _Wanted, folder: Path | None, counts: Counter[str], r
                         f"sample '{sample.id}': image name '{name}' stands for both {sources[name]} and {image_source}"
                     )
             counts[raw.split] += 1
-            if folder is None:
+            if folder is None or overlap is None:
                 continue
             overlap.add(raw.split, sample, names)
             if raw.split not in files:
                 files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("wb"))
             files[raw.split].write(_line(sample, names))
     if not counts:
-        place = f" from {wanted.input}" if wanted.input else ""
-        raise InputError(f"source '{wanted.source}' yielded no samples{place}; is this the right input?")
-    for line in overlap.lines(sources):
+        named = f" from {wanted.input}" if wanted.input else ""
+        raise InputError(f"source '{wanted.source}' yielded no samples{named}; is this the right input?")
+    unique.finish(lambda: (raw.sample.id for raw in SOURCES[wanted.source](wanted.input, wanted.options)))
+    for line in overlap.lines(sources) if overlap is not None else []:
         logger.warning("source '%s': %s", wanted.source, line)
+
+
+def _existing(place: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next((one for one in (place, *place.absolute().parents) if one.is_dir()), place)
 
 
 def _line(sample: Sample, images: list[str]) -> bytes:

@@ -1,72 +1,81 @@
-"""Where tokenised samples wait for their packs: tokens on disk, some tens of bytes per sample (and its id) in
-memory."""
+"""Where tokenised samples wait for their packs: on disk, all but the names of their distinct images."""
 
 from __future__ import annotations
 
 import logging
-from array import array
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.tokens import Tokens
 from vltrain.data.batching import batch_lengths
+from vltrain.data.flat.columns import Column, Texts, in_slices
+from vltrain.data.flat.unique_ids import UniqueIds
 from vltrain.data.packing import pack_lengths
+from vltrain.data.plan import permute
 from vltrain.data.text.spelling import Spelling, describe_lost
 from vltrain.errors import InputError
 from vltrain.schema import PackedRow
+
+MOST_AT_ONCE = 1 << 18  # samples that are assigned to packs together
+_FLAT = dict.fromkeys(("input_ids", "instruction_ids", "position_ids", "blocks"), np.int32)
 
 logger = logging.getLogger(__name__)
 
 
 class Spool:
-    """All tokenised samples: their tokens in flat files, the rest in memory.
+    """All tokenised samples, on the disk of the folder that is written.
 
-    lengths [n] tokens, num_labels [n] of them predicted, num_images [n], instruction_lengths [n]; `paths` are the
-    distinct image paths, `image_refs` each sample's, one after another, `image_tokens` their placeholders where they
-    differ.
+    lengths [n] tokens, num_labels [n] of them predicted, num_images [n], instruction_lengths [n], int32; `paths` are
+    the distinct image paths, `image_refs` each sample's, one after another, `image_tokens` their placeholders where
+    they differ.
     """
 
     def __init__(self, folder: Path, *, counts_matter: bool = False) -> None:
         """`counts_matter`: an image that stands alone in its sample is another than one of several."""
-        self._files = {
-            name: folder / f"{name}.spool"
-            for name in ("input_ids", "loss_mask", "instruction_ids", "position_ids", "blocks")
-        }
-        self._counts_matter = counts_matter
+        self._folder, self._counts_matter = folder, counts_matter
         self._position_rows = 0
-        self.ids: list[str] = []
+        self.ids = Texts(folder)
         self.paths: dict[str, int] = {}
         self.spelling = Spelling()
 
     def fill(self, parts: Iterable[Tokens]) -> None:
         """Takes all samples; InputError if there is none or an id comes twice."""
-        lengths, num_labels, num_images, image_refs, instructions, image_tokens = (array("q") for _ in range(6))
-        seen: set[str] = set()
-        cuts = 0
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(path.open("wb")) for name, path in self._files.items()}
-            for part in parts:
-                for name, file in files.items():
-                    file.write(getattr(part, name))
-                self._position_rows = max(self._position_rows, part.position_rows)
-                image_tokens.extend(part.image_tokens)
-                lengths.extend(part.lengths)
-                num_labels.extend(part.num_labels)
-                instructions.extend(part.instruction_lengths)
-                cuts += part.instruction_cuts
-                self.spelling.merge(part.spelling)
-                self.ids.extend(part.ids)
-                for sample_id, images in zip(part.ids, part.images, strict=True):
-                    if sample_id in seen:
-                        raise InputError(f"sample id '{sample_id}' comes twice; ids must be unique")
-                    seen.add(sample_id)
-                    num_images.append(len(images))
-                    image_refs.extend(self.paths.setdefault(path, len(self.paths)) for path in images)
-        if not self.ids:
+        folder = self._folder
+        flat = {**{name: Column(folder, kind) for name, kind in _FLAT.items()}, "loss_mask": Column(folder, np.bool_)}
+        names = ("lengths", "num_labels", "instruction_lengths", "image_tokens", "num_images", "image_refs")
+        columns = {name: Column(folder, np.int32) for name in names}
+        unique, cuts = UniqueIds(folder, "unique"), 0
+        for part in parts:
+            unique.add_all(part.ids)
+            self.ids.extend(part.ids)
+            for name, column in flat.items():
+                column.write(getattr(part, name))
+            for name in names[:4]:
+                columns[name].extend(getattr(part, name))
+            columns["num_images"].extend([len(images) for images in part.images])
+            columns["image_refs"].extend(self._refs_of(part))
+            self._position_rows = max(self._position_rows, part.position_rows)
+            cuts += part.instruction_cuts
+            self.spelling.merge(part.spelling)
+        if not len(self.ids):
             raise InputError("the file of samples is empty; there is nothing to pack")
+        unique.finish(lambda: self.ids)
+        self._warn(cuts)
+        self.lengths, self.num_labels, self.instruction_lengths, self.image_tokens, self.num_images, self.image_refs = (
+            column.values() for column in columns.values()
+        )
+        self._starts, self._instruction_starts, self._image_starts = (
+            _starts(folder, counts) for counts in (self.lengths, self.instruction_lengths, self.num_images)
+        )
+        self._flat = {name: column.values() for name, column in flat.items()}
+
+    def _refs_of(self, part: Tokens) -> list[int]:
+        paths = self.paths
+        return [paths.setdefault(path, len(paths)) for images in part.images for path in images]
+
+    def _warn(self, cuts: int) -> None:
         if cuts:
             told = (
                 "of %d prompts the Q-Former reads only the beginning (--qformer-tokens, in a recipe "
@@ -75,36 +84,46 @@ class Spool:
             logger.warning(told, cuts)
         for line in describe_lost(self.spelling.for_manifest(), len(self.ids)):
             logger.warning("%s", line)
-        self.lengths, self.num_labels, self.num_images, self.image_refs, self.instruction_lengths = (
-            np.frombuffer(one, np.int64) for one in (lengths, num_labels, num_images, image_refs, instructions)
-        )
-        self.image_tokens = np.frombuffer(image_tokens, np.int64)
-        self._starts, self._image_starts, self._instruction_starts = (
-            np.cumsum(one) - one for one in (self.lengths, self.num_images, self.instruction_lengths)
-        )
-        self._flat = {
-            name: _mapped(path, np.bool_ if name == "loss_mask" else np.int32) for name, path in self._files.items()
-        }
 
     def assign(
         self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool
+    ) -> Iterator[np.ndarray]:
+        """Which of the samples `kept` share a pack, or a padded batch: int64 [S] of each, see
+        `vltrain.data.packing.pack_lengths`. Of more than MOST_AT_ONCE samples so many at a time are taken from all over
+        the set, by a permutation that is computed where it is looked at."""
+        windows = -(-len(kept) // MOST_AT_ONCE)
+        for window in range(windows):
+            if windows > 1:
+                first, last = (len(kept) * bound // windows for bound in (window, window + 1))
+                # In order, since where they lie is read faster so; what packs them shuffles them.
+                places = np.sort(permute(np.arange(first, last), len(kept), seed, 0))
+                samples = kept[places]
+            else:
+                samples = kept
+            order, starts = self._together(samples, pack_length, max_images, seed + window, padded=padded)
+            for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+                yield samples[order[begin:end]]
+
+    def _together(
+        self, samples: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the samples `kept` share a pack, or a padded batch: see `vltrain.data.packing.pack_lengths`."""
-        lengths, images = self.lengths[kept], self.num_images[kept]
+        lengths, images = self.lengths[samples], self.num_images[samples]
         if not padded:
             return pack_lengths(lengths, pack_length, images, max_images, seed)
-        answers = self.num_labels[kept]
+        answers = self.num_labels[samples]
         return batch_lengths(lengths - answers, answers, pack_length, images, max_images, seed)
 
-    def fitting(self, pack_length: int, max_images: int | None) -> np.ndarray:
-        """bool [n], whether the sample fits into a pack by itself."""
-        fits = self.lengths <= pack_length
-        return fits if max_images is None else fits & (self.num_images <= max_images)
+    def select(self, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """int64, the numbers of the samples that are chosen by their lengths and numbers of images (bool [m] of int32
+        [m]), mapped."""
+        chosen = Column(self._folder, np.int64)
+        for part in in_slices(len(self.ids)):
+            chosen.extend(part.start + np.flatnonzero(choose(self.lengths[part], self.num_images[part])))
+        return chosen.values()
 
-    def refs(self, sample: int) -> np.ndarray:
-        """Which of `paths` a sample shows, int64."""
-        first = self._image_starts[sample]
-        return self.image_refs[first : first + self.num_images[sample]]
+    def refs(self, samples: np.ndarray) -> np.ndarray:
+        """Which of `paths` some samples show, one after another, int32."""
+        return self.image_refs[_ranges(self._image_starts[samples], self.num_images[samples])]
 
     def row(self, samples: np.ndarray, image_ids: np.ndarray) -> PackedRow:
         """The pack of some samples. `image_ids` int64 [paths]: the stored image behind each path."""
@@ -135,9 +154,9 @@ class Spool:
     def _shown(self, samples: np.ndarray, image_ids: np.ndarray) -> dict[str, np.ndarray]:
         """The images of a pack: each once; where that matters, those that stand alone in a sample apart and first."""
         firsts, counts = self._image_starts[samples], self.num_images[samples]
-        own: list[np.ndarray] = [np.arange(first, first + count) for first, count in zip(firsts, counts)]
-        runs = np.concatenate(own)
-        kinds = np.repeat(np.minimum(counts, 2), counts) if self._counts_matter else np.ones(len(runs), np.int64)
+        runs = _ranges(firsts, counts)
+        kinds = np.repeat(np.minimum(counts, 2), counts) if self._counts_matter else np.ones(len(runs))
+        kinds = kinds.astype(np.int64)
         shown = image_ids[self.image_refs[runs]]
         most = len(image_ids) + 1
         distinct, first_runs, slots = np.unique(kinds * most + shown, return_index=True, return_inverse=True)
@@ -147,12 +166,23 @@ class Spool:
             found["image_counts"] = (distinct // most).astype(np.int32)
         return found
 
-    def remove(self) -> None:
+    def close(self) -> None:
+        """Gives up what lies on disk."""
         self._flat = {}
-        for file in self._files.values():
-            file.unlink()
+        self.ids.close()
 
 
-def _mapped(path: Path, dtype: type[np.int32] | type[np.bool_]) -> np.ndarray:
-    """A flat file, mapped; as an array, since slicing a memmap takes ten times as long. Empty where it is."""
-    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
+def _starts(folder: Path, counts: np.ndarray) -> np.ndarray:
+    """int64 [n], where each of consecutive runs begins, mapped."""
+    starts, first = Column(folder, np.int64), 0
+    for part in in_slices(len(counts)):
+        ends = first + np.cumsum(counts[part], dtype=np.int64)
+        starts.extend(ends - counts[part])
+        first = int(ends[-1])
+    return starts.values()
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[starts[0], starts[0] + 1, ... counts[0] of them, starts[1], ...], int64."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)

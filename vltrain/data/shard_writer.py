@@ -4,7 +4,6 @@ whole."""
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vltrain.data.flat.columns import Column
 from vltrain.data.folder import new_folder
 from vltrain.data.shards import (
     FORMAT_VERSION,
@@ -58,7 +58,10 @@ class ShardWriter:
         self.folder, self._version = folder, version
         self._packs = _Files(folder, "packs", SCHEMAS[version], file_bytes)
         self._images = _Files(folder, "images", IMAGE_SCHEMA, file_bytes)
-        self._index = {name: array("q") for name in INDEX_SCHEMA.names}
+        self._index = {
+            field.name: Column(folder, np.int64 if field.type == pa.int64() else np.int32) for field in INDEX_SCHEMA
+        }
+        self._index_rows: list[tuple[int, ...]] = []
         self._image_ids: dict[bytes, int] = {}
 
     def add_image(self, data: bytes) -> int:
@@ -79,8 +82,14 @@ class ShardWriter:
         num_bytes = 4 * (len(row.input_ids) + row.position_ids.size + len(row.blocks))
         self._packs.add(tuple(values.values()), num_bytes)
         facts = (len(row.input_ids), row.loss_mask.sum(), len(row.image_ids), len(lengths), (lengths**2).sum())
-        for column, value in zip(self._index.values(), facts, strict=True):
-            column.append(int(value))
+        self._index_rows.append(tuple(map(int, facts)))
+        if len(self._index_rows) == ROWS_PER_BATCH:
+            self._write_index_rows()
+
+    def _write_index_rows(self) -> None:
+        for column, values in zip(self._index.values(), zip(*self._index_rows)):
+            column.extend(values)
+        self._index_rows.clear()
 
     def finish(self, extra_files: tuple[ShardFile, ...] = (), **facts: Any) -> Manifest:
         """Writes the index and the manifest.
@@ -89,7 +98,8 @@ class ShardWriter:
             extra_files: further files that the caller put into the folder.
             facts: the fields of Manifest that the writer cannot know.
         """
-        index = {name: np.frombuffer(column, np.int64) for name, column in self._index.items()}
+        self._write_index_rows()
+        index = {name: column.values() for name, column in self._index.items()}
         # one batch, so that each column maps as one array
         with pa.ipc.new_file(str(self.folder / INDEX), INDEX_SCHEMA) as file:
             file.write_batch(
@@ -98,7 +108,9 @@ class ShardWriter:
                 )
             )
         num_packs = len(index["num_tokens"])
-        totals = {name: int(index[name].sum()) for name in ("num_samples", "num_tokens", "num_label_tokens")}
+        totals = {
+            name: int(index[name].sum(dtype=np.int64)) for name in ("num_samples", "num_tokens", "num_label_tokens")
+        }
         files = (describe(self.folder / INDEX, num_packs), *self._packs.close(), *self._images.close(), *extra_files)
         told: dict[str, Any] = {**totals, **facts, "format_version": self._version}
         manifest = Manifest(num_packs=num_packs, num_images=len(self._image_ids), files=files, **told)
@@ -108,6 +120,8 @@ class ShardWriter:
     def close(self) -> None:
         self._packs.close()
         self._images.close()
+        for column in self._index.values():
+            column.close()
 
 
 class _Files:

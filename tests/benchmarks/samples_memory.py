@@ -1,0 +1,128 @@
+"""What `prepare` and `pack` hold of their own, by number of samples: a source that makes up text samples, prepared and
+packed in a process each.
+
+    python -m tests.benchmarks.samples_memory [--sizes 100000 1000000 10000000] [--json OUT] [--quick]
+
+The figure is the most anonymous memory (RssAnon) at any look, fifty a second, of the process less what it held before
+its first sample; mapped files are the page cache's and count for nobody. Splits overlap, ids are as long as a file's
+name, and questions repeat nothing. With one process, since others hold chunks of samples only. 1e7 samples want 12 GB
+of disk and half an hour.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import command, report, settled, tell
+
+TOKENIZER, PACK_LENGTH = "asset://tiny_llama", 1280
+WORDS = 64  # of which questions are made
+MiB = 1 << 20
+
+
+def texts(input: Path | None, options: Mapping[str, Any]) -> Iterator[Any]:
+    """A source: so many samples of text alone, the hundredth of which are `val`."""
+    from data_prep.sources.raw import RawSample
+    from vltrain.schema import Sample, Turn
+
+    draw = random.Random(0)
+    words = [f"w{draw.randrange(10**6)}" for _ in range(WORDS)]
+    for number in range(int(os.environ["NUM_SAMPLES"])):
+        asked = f"{number}: {' '.join(draw.choices(words, k=3 + number % 13))}?"
+        turns = (Turn(role="user", text=asked), Turn(role="assistant", text=words[number % WORDS]))
+        split = "val" if number % 100 == 0 else "train"
+        yield RawSample(split=split, sample=Sample(id=f"made-up/{number:012d}", turns=turns))
+
+
+def prepare(folder: Path) -> int:
+    from data_prep import prepare as program
+    from data_prep.sources import SOURCES
+
+    SOURCES["shapes"], program.option_texts = texts, lambda *_: {}
+    return sum(program.prepare("shapes", None, folder / "samples", workers=1).values())
+
+
+def pack(folder: Path) -> int:
+    from data_prep.pack import PackSettings, pack
+
+    settings = PackSettings(tokenizer=TOKENIZER, visual_tokens=4, pack_length=PACK_LENGTH)
+    made = pack(folder / "samples" / "train.jsonl", folder / "packed", settings, workers=1)
+    assert made.fill > 0.99, made.fill
+    return made.num_samples
+
+
+def _anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def _measured(work: Callable[[Path], int], folder: Path, answers: Any) -> None:
+    """In a process of its own: (samples, seconds, bytes before, most bytes)."""
+    import data_prep.pack
+    import data_prep.prepare  # noqa: F401, before the first look
+
+    before = most = _anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.02):
+            most = max(most, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    try:
+        count = work(folder)
+    finally:
+        done.set()
+        watcher.join()
+    answers.put((count, time.perf_counter() - start, before, most))
+
+
+def measure(work: Callable[[Path], int], folder: Path, num_samples: int) -> dict[str, Any]:
+    os.environ["NUM_SAMPLES"] = str(num_samples)
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=_measured, args=(work, folder, answers))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise SystemExit(f"{work.__name__} of {num_samples} samples failed, see above")
+    count, seconds, before, most = answers.get()
+    tell(f"{work.__name__}: {count:,} samples, {seconds:.0f} s, {(most - before) / MiB:.0f} MiB")
+    return {
+        "program": work.__name__,
+        "samples": num_samples,
+        "seconds": seconds,
+        "MiB before": before / MiB,
+        "MiB of its own": (most - before) / MiB,
+        "bytes a sample": (most - before) / num_samples,
+    }
+
+
+def main() -> None:
+    parser = command(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--folder", type=Path, help="on whose disk samples and packs lie (default: the temporary one)")
+    given = settled(parser.parse_args())
+    rows: list[dict[str, Any]] = []
+    for size in [2_000, 4_000] if given.quick else given.sizes:
+        with tempfile.TemporaryDirectory(dir=given.folder) as place:
+            rows += [measure(work, Path(place), size) for work in (prepare, pack)]
+        if given.json:
+            given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    report({"memory of samples": sorted(rows, key=lambda row: row["program"])}, given)
+
+
+if __name__ == "__main__":
+    main()
