@@ -45,6 +45,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vltrain.programs.check",
         "verify a run's receipt, weights, data or export; replay one of its steps",
     ),
+    "compare": (
+        "vltrain.programs.compare.program",
+        "what differs between runs: recipes, environments, curves, the step in which losses part",
+    ),
     "export": ("vltrain.programs.export", "export a trained model as a folder that other software loads"),
     "importance": (
         "vltrain.programs.studies.importance",

@@ -20,6 +20,7 @@ READERS = (
     ("evaluate",),
     ("export", "--output", "OUT"),
     ("importance", "--output", "OUT"),
+    ("compare", ROOT / "tests" / "golden" / "stored" / "mmt" / "run"),
 )
 RECIPE, DS = ROOT / "launch" / "recipes" / "quickstart.yaml", ROOT / "ds_configs" / "zero2.json"
 

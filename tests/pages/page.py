@@ -117,9 +117,11 @@ def codes(cell: str) -> list[str]:
     return INLINE.findall(cell)
 
 
-README, LAUNCH, TROUBLE, DATA, INSIDE = (
+README, LAUNCH, WATCH, TROUBLE, DATA, INSIDE = (
     Page(f"{name}.md")
-    for name in ("README", "launch/README", "launch/TROUBLESHOOTING", "data_prep/README", "vltrain/README")
+    for name in (
+        "README", "launch/README", "launch/WATCHING", "launch/TROUBLESHOOTING", "data_prep/README", "vltrain/README",
+    )
 )  # fmt: skip
-PAGES = (README, LAUNCH, TROUBLE, DATA, INSIDE)
+PAGES = (README, LAUNCH, WATCH, TROUBLE, DATA, INSIDE)
 """The pages that users read."""

@@ -15,6 +15,7 @@ MOST_WORDS = {
     "README.md": 900,
     "launch/README.md": 2500,
     "launch/TROUBLESHOOTING.md": 2000,
+    "launch/WATCHING.md": 900,
     "data_prep/README.md": 1600,
     "vltrain/README.md": 2600,
 }

@@ -51,6 +51,7 @@ from vltrain.shipped import find_recipe
 BASE, ROWS, STAGES, ABLATION = "base", "rows", "stages", "ablation"  # keys of a recipe's file beside the settings
 INIT_FROM = "train.init_from"
 RECIPE = "config.yaml"  # in a run's folder: the resolved one, which every run writes
+RUN = "run.json"  # beside it: what the run was made of, see `vltrain.train.run.provenance`
 ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
 
 

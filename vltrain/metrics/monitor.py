@@ -16,7 +16,7 @@ from vltrain.data.plan import StepPlan
 from vltrain.distributed.hardware import peak_memory_bytes
 from vltrain.files.lines import LineFile
 from vltrain.metrics.base import MetricLogger
-from vltrain.metrics.step_log import plain_number, truncate_jsonl
+from vltrain.metrics.step_log import LOG, plain_number, truncate_jsonl
 from vltrain.models.flops import Flops
 
 
@@ -52,7 +52,7 @@ class Monitor:
         self._flops, self._peak_flops = flops, peak_flops
         self._log_every_steps = log_every_steps
         self._loggers = loggers
-        self._log = _reopen_log(folder / "log.jsonl", first_step)
+        self._log = _reopen_log(folder / LOG, first_step)
         self._progress = Progress(total=num_steps, initial=first_step, title="train", unit="step")
         self.last_loss: float | None = None
         self.headline = ""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_whole
+from vltrain.files.strict_json import require_plain_file
+
+LOG = "log.jsonl"  # of a run: loss, gradient norm and learning rate of each step
 
 
 def truncate_jsonl(path: Path, first_step: int) -> None:
@@ -29,6 +33,30 @@ def truncate_jsonl(path: Path, first_step: int) -> None:
             "and a new one begins"
         ) from None
     write_whole(path, "".join(kept))
+
+
+def read_step_log(path: Path) -> dict[int, dict[str, float]]:
+    """What a run's log says of each step, the step left out. A last line without its end, as of a run that is writing
+    it, is not read.
+
+    Raises: InputError if there is none, or a line is none of a step.
+    """
+    require_plain_file(path, "the log of a run's steps")
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a line of JSON for each step") from None
+    steps: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            found: dict[str, Any] = json.loads(line)  # not strictly: earlier versions wrote NaN as a loss
+            steps[int(found.pop("step"))] = {name: float(value) for name, value in found.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path}:{number}: not a step ({type(error).__name__}: {error}), expected step, loss, grad_norm and "
+                "lr; the file was changed or damaged"
+            ) from None
+    return steps
 
 
 def plain_number(value: float) -> float | str:

@@ -222,7 +222,7 @@ def _compare(proof: Proof, own: Receipt, other: Receipt, tolerance: float) -> No
                     f"step {one.step}: differs from {other.path.parent} in {name.replace('_', ' ')}: {ours}, {theirs}"
                 )
                 return
-    differences = [_difference(one.loss_value, two.loss_value) for one, two in pairs]
+    differences = [relative_difference(one.loss_value, two.loss_value) for one, two in pairs]
     first = next((pair for pair, difference in zip(pairs, differences) if difference > tolerance), None)
     largest = max(differences, default=0.0)
     equal = "bit for bit" if largest == 0 else f"to a relative {largest:.1e}"
@@ -234,8 +234,8 @@ def _compare(proof: Proof, own: Receipt, other: Receipt, tolerance: float) -> No
     )
 
 
-def _difference(one: float, two: float) -> float:
-    """Relative; 0 for two losses that are both not a number."""
+def relative_difference(one: float, two: float) -> float:
+    """Of two losses; 0 for two that are both not a number, infinite where one is."""
     if one == two or (math.isnan(one) and math.isnan(two)):
         return 0.0
     return abs(one - two) / abs(two) if two and math.isfinite(one) and math.isfinite(two) else math.inf

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from vltrain.config.recipe import RECIPE
+from vltrain.config.recipe import RECIPE, RUN
 from vltrain.config.strict_yaml import load_text
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_json, write_whole
 
-RUN = "run.json"
 PACKAGES = (
     "vltrain",
     "torch",

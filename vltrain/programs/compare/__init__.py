@@ -1,0 +1,1 @@
+"""`vltrain compare`: two runs or more, side by side."""
