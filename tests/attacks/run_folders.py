@@ -13,8 +13,8 @@ from tests.attacks.runs import NOBODY, as_nobody, evaluate_words, fails_check, o
 from tests.support.finished_run import finished_run, write_run
 from vltrain.distributed.hardware import PRECISIONS
 from vltrain.errors import InputError
+from vltrain.files.appended import AppendedFile
 from vltrain.files.atomic import write_whole
-from vltrain.files.lines import LineFile
 from vltrain.train.checkpoints.selection import BestTracker, measured_by
 from vltrain.train.run.provenance import make_run_folder
 
@@ -280,7 +280,8 @@ def over_other_frozen_weights(folder: Path) -> Shown:
 def full_disk_under_a_log(folder: Path) -> Shown:
     """The disk is full when a step's line is written."""
     return refuses(
-        lambda: LineFile(Path("/dev/full")).write("line\n"), "/dev/full: cannot be written (No space left on device)"
+        lambda: AppendedFile(Path("/dev/full")).write("line\n"),
+        "/dev/full: cannot be written (No space left on device)",
     )
 
 

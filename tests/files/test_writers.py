@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from vltrain.data import folder as folders
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
+from vltrain.files.appended import AppendedFile
 from vltrain.files.atomic import write_json, write_whole
-from vltrain.files.lines import LineFile
 
 
 def fill(folder):
@@ -23,7 +23,7 @@ def fill(folder):
 
 
 def test_lines_and_whole_files(small_disk):
-    lines = LineFile(small_disk / "log.jsonl")
+    lines = AppendedFile(small_disk / "log.jsonl")
     lines.write("one\n")
     write_json(small_disk / "run.json", {"a": 1})
     fill(small_disk)
@@ -39,7 +39,7 @@ def test_lines_and_whole_files(small_disk):
 def test_a_folder_in_the_place_of_a_file(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     for call in (
-        lambda: LineFile(tmp_path / "log.jsonl"),
+        lambda: AppendedFile(tmp_path / "log.jsonl"),
         lambda: write_whole(tmp_path / "log.jsonl", "x"),
     ):
         with pytest.raises(InputError, match="written"):

@@ -15,19 +15,27 @@ from vltrain.train.guard import LossGuard, StepResult
 rank, world_size = init_distributed()
 seen = []
 FIELDS = ("step", "loss", "grad_norm", "lr", "label_tokens", "samples")
-guard = LossGuard(lambda read: seen.append(tuple(getattr(read, name) for name in FIELDS)))
+losses_seen = []
+
+def note(read):
+    seen.append(tuple(getattr(read, name) for name in FIELDS))
+    losses_seen.append(read.sample_losses)
+
+guard = LossGuard(note)
 
 def result(step, losses, grad_norm=1.0):
     return StepResult(
         step=step, losses=[torch.tensor(sum(losses))], segment_losses=[torch.tensor(losses)],
         segment_labels=[torch.tensor([2, 2])], sample_ids=[(f"r{rank}a", f"r{rank}b")], num_label_tokens=4,
-        own_label_tokens=4, samples=(1, 2**32 - 1, 3, 4), grad_norm=grad_norm, lr=0.1,
+        own_label_tokens=4, places=[2 * rank], num_samples=2 * world_size, samples=(1, 2**32 - 1, 3, 4),
+        grad_norm=grad_norm, lr=0.1,
     )
 
 guard.push(result(0, [1.0, 1.0]))
 assert seen == []  # one step late
 guard.push(result(1, [2.0, 2.0]))
 assert seen == [(0, 0.5 * world_size, 1.0, 0.1, 4 * world_size, "00000001ffffffff0000000300000004")], seen
+assert losses_seen[0].tolist() == [0.5, 0.5] * world_size
 kind = sys.argv[1]
 bad = {"sample": [1.0, float("nan") if rank == world_size - 1 else 1.0], "gradient": [3.0, 9.0 + rank]}[kind]
 guard.push(result(2, bad, float("inf") if kind == "gradient" else 1.0))

@@ -76,6 +76,7 @@ def test_kill_9_and_resume_is_bit_identical(packs, tmp_path, stage, kills):
     run_ranks("tests.train.worker", arguments, 2, tmp_path / "log-last")
     assert (broken / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
     assert (broken / "receipt.jsonl").read_bytes() == (whole / "receipt.jsonl").read_bytes()
+    assert (broken / "history.bin").read_bytes() == (whole / "history.bin").read_bytes()
     proof = prove(broken, None, whole)
     assert proof.failures == [] and any("losses equal bit for bit" in fact for fact in proof.facts)
     expected, found = load_file(whole / "result.safetensors"), load_file(broken / "result.safetensors")

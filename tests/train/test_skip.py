@@ -3,12 +3,14 @@ Real engines on two ranks."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
+from vltrain.receipts.history import read_history
 from vltrain.receipts.receipt import read_receipt
 from vltrain.receipts.verify import prove
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint, open_checkpoint
@@ -102,6 +104,7 @@ def test_a_resumed_run_is_bit_identical(runs):
     ] == []
     for name in ("receipt.jsonl", "log.jsonl", "quarantine.jsonl"):
         assert (runs / "broken" / name).read_text().replace("broken", "zero2") == (runs / "zero2" / name).read_text()
+    assert (runs / "broken" / "history.bin").read_bytes() == (runs / "zero2" / "history.bin").read_bytes()
 
 
 def test_the_receipt_and_the_quarantine_name_the_steps(runs):
@@ -114,6 +117,9 @@ def test_the_receipt_and_the_quarantine_name_the_steps(runs):
     assert proof.failures == [] and any(
         fact.startswith("skipped: the update of step(s) 4, 12, 15") for fact in proof.facts
     )
+    history = read_history(runs / "zero3")  # of skipped steps, too
+    assert [step for step in range(NUM_STEPS) if np.isnan(history.losses(step)).any()] == [NAN]
+    assert np.isinf(history.losses(INFINITE)).any()
     lines = [json.loads(line) for line in (runs / "zero3" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [NAN, SPIKE, INFINITE]
     assert all(sample["loss"] == "nan" for sample in lines[0]["samples"]) and "times the mean" in lines[1]["reason"]

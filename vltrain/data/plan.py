@@ -83,6 +83,8 @@ class StepPlan:
     """One optimizer step over all ranks: G micro-steps of W ranks.
 
     packs             int64 [G, W]  pack numbers, -1 where a rank has none
+    first_samples     int64 [G, W]  where the pack's samples begin among all of the step, which are counted in the
+                                    stream's order (`Plan.packs_of`); 0 where a rank has none
     has_images        bool  [G]     whether any rank has an image in that micro-step
     num_label_tokens                of the whole step: what the loss is divided by
     num_tokens                      of the whole step, all of them useful
@@ -94,6 +96,7 @@ class StepPlan:
 
     step: int
     packs: np.ndarray
+    first_samples: np.ndarray
     has_images: np.ndarray
     num_label_tokens: int
     num_tokens: int
@@ -160,17 +163,20 @@ class Plan:
         """The packs of a step, assigned to micro-steps and ranks."""
         packs = self.packs_of(number)
         index = self._index
-        grid = self._assign(packs)
+        places = self._assign(packs)
+        grid = np.where(places == FILLER, FILLER, packs[places])
+        sizes = index.num_samples[packs].astype(np.int64)
         return StepPlan(
             step=number,
             packs=grid,
+            first_samples=np.where(places == FILLER, 0, (np.cumsum(sizes) - sizes)[places]),
             has_images=((grid != FILLER) & (index.num_images[grid] > 0)).any(axis=1) | self._images_always,
             num_label_tokens=int(index.num_label_tokens[packs].sum()),
             num_tokens=int(index.num_tokens[packs].sum()),
             num_pairs=int(index.sum_squares[packs].sum()),
             num_images=int(index.num_images[packs].sum()),
             sized_images=float(self._sized_images(packs).sum()),
-            num_samples=int(index.num_samples[packs].sum()),
+            num_samples=int(sizes.sum()),
         )
 
     def costs(self, packs: np.ndarray) -> np.ndarray:
@@ -188,13 +194,13 @@ class Plan:
         return self._index.num_images[packs].astype(np.float64) if images is None else images(packs)
 
     def _assign(self, packs: np.ndarray) -> np.ndarray:
-        """int64 [G, W]: packs with images first, each micro-step of similar costs, fillers last; then ranks evened
-        out."""
+        """int64 [G, W], places in `packs`: of packs with images first, each micro-step of similar costs, fillers last;
+        then ranks evened out."""
         world_size = self._world_size
         costs, has_image = self.costs(packs), self._index.num_images[packs] > 0
         by_cost = np.lexsort((packs, -costs, ~has_image))
         missing = -len(packs) % world_size
-        grid = np.concatenate([packs[by_cost], np.full(missing, FILLER)]).reshape(-1, world_size)
+        grid = np.concatenate([by_cost, np.full(missing, FILLER)]).reshape(-1, world_size)
         grid_costs = np.concatenate([costs[by_cost], np.zeros(missing)]).reshape(-1, world_size)
         totals = np.zeros(world_size)
         for micro_step, micro_costs in enumerate(grid_costs):

@@ -14,7 +14,7 @@ from pathlib import Path
 from vltrain.console import Progress
 from vltrain.data.plan import StepPlan
 from vltrain.distributed.hardware import peak_memory_bytes
-from vltrain.files.lines import LineFile
+from vltrain.files.appended import AppendedFile
 from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.step_log import LOG, plain_number, truncate_jsonl
 from vltrain.models.flops import Flops
@@ -132,8 +132,8 @@ class Monitor:
             self._loggers.close()
 
 
-def _reopen_log(path: Path, first_step: int) -> LineFile:
+def _reopen_log(path: Path, first_step: int) -> AppendedFile:
     """Opens the log for appending, without the lines from `first_step` on (and without a line that a crash cut
     short)."""
     truncate_jsonl(path, first_step)
-    return LineFile(path)
+    return AppendedFile(path)

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
+from vltrain.files.appended import AppendedFile
 from vltrain.files.atomic import write_whole
-from vltrain.files.lines import LineFile
 from vltrain.files.strict_json import parse_json, require_plain_file
 
 logger = logging.getLogger(__name__)
@@ -257,8 +257,8 @@ def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -
     return "".join([json.dumps(asdict(receipt.header)) + "\n", *(line.dumps() for line in lines)])
 
 
-def _replace(path: Path, text: str) -> LineFile:
+def _replace(path: Path, text: str) -> AppendedFile:
     """Puts a file in the place of the one at `path`, which is whole at any time, and opens it for appending by
     lines."""
     write_whole(path, text)
-    return LineFile(path)
+    return AppendedFile(path)

@@ -22,15 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from vltrain.distributed.readback import HostCopy
 from vltrain.errors import InputError
-from vltrain.files.lines import LineFile
+from vltrain.files.appended import AppendedFile
 from vltrain.metrics.step_log import plain_number
 from vltrain.ops.transfer import to_device
-from vltrain.receipts.receipt import samples_text
+from vltrain.receipts.receipt import WORDS, samples_text
 
 QUARANTINE = "quarantine.jsonl"
 WINDOW_STEPS, LEAST_STEPS = 50, 10  # a spike stands out from the mean of the last losses, of so many at least
@@ -44,6 +45,7 @@ class StepResult:
 
     losses: per micro-step the summed loss [fp32 scalars]; segment_losses: per micro-step [S] of the batch's samples.
     segment_labels: per micro-step int64 [S], label tokens of the batch's samples.
+    places: per micro-step where its samples begin among the step's `num_samples`, see `StepPlan`; None of a filler.
     num_label_tokens: of the whole step; own_label_tokens: of this rank's batches.
     samples: fingerprint of this rank's samples, see `vltrain.receipts.receipt.fingerprint`.
     applied: whether the optimizer took the step.
@@ -54,6 +56,8 @@ class StepResult:
     segment_losses: list[torch.Tensor]
     segment_labels: list[torch.Tensor]
     sample_ids: list[tuple[str, ...]]
+    places: list[int | None]
+    num_samples: int
     num_label_tokens: int
     own_label_tokens: int
     samples: tuple[int, ...]
@@ -68,6 +72,7 @@ class StepReading:
 
     loss: mean per label token; label_tokens, samples: counted by the ranks in what they trained on, `samples` as a
     receipt writes it.
+    sample_losses: fp32 [samples of the step], mean loss per label token of each, in the history's order.
     skipped: its update was not applied.
     """
 
@@ -77,6 +82,7 @@ class StepReading:
     lr: float
     label_tokens: int
     samples: str
+    sample_losses: np.ndarray
     skipped: bool = False
 
 
@@ -169,7 +175,8 @@ class LossGuard:
         loss = self._read_loss()
         assert self._grad_norm is not None, "a step's gradient norm was never taken note of"
         (result, total), self._pending = self._pending, None
-        _, label_tokens, *samples = total.read().tolist()
+        numbers = total.read()
+        _, label_tokens, *samples = numbers[: 2 + WORDS].tolist()
         grad_norm = float(self._grad_norm.read())
         fault = self._fault(loss)
         if fault is None and not (math.isfinite(grad_norm) and result.applied):
@@ -180,6 +187,7 @@ class LossGuard:
         else:
             self._handle(result, loss, grad_norm, fault)
         counts = {"label_tokens": int(label_tokens), "samples": samples_text(samples), "skipped": not result.applied}
+        counts["sample_losses"] = numbers[2 + WORDS :].float().numpy()
         self._report(StepReading(step=result.step, loss=loss, grad_norm=grad_norm, lr=result.lr, **counts))
 
     def _handle(self, result: StepResult, loss: float, grad_norm: float, fault: str) -> None:
@@ -214,15 +222,30 @@ class LossGuard:
                 "replay": replay,
                 "samples": losses,
             }
-            with closing(LineFile(self._folder / QUARANTINE)) as file:
+            with closing(AppendedFile(self._folder / QUARANTINE)) as file:
                 file.write(json.dumps(line) + "\n")
 
 
 def _shared(result: StepResult) -> torch.Tensor:
-    """This rank's part of what is summed over ranks, fp64: mean loss, label tokens, fingerprint of the samples."""
+    """This rank's part of what is summed over ranks, fp64: mean loss, label tokens, fingerprint of the samples, each
+    sample's loss."""
     loss = torch.stack(result.losses).sum() / result.num_label_tokens
     counted = to_device(torch.tensor([result.own_label_tokens, *result.samples], dtype=torch.float64), loss.device)
-    return torch.cat([loss.double().reshape(1), counted])
+    return torch.cat([loss.double().reshape(1), counted, _sample_losses(result, loss.device)])
+
+
+def _sample_losses(result: StepResult, device: torch.device) -> torch.Tensor:
+    """fp64 [num_samples], the mean loss per label token of each sample of this rank in its place, NaN of one without
+    labels; 0 elsewhere."""
+    everyone = torch.zeros(result.num_samples, dtype=torch.float64, device=device)
+    micro_steps = zip(result.places, result.segment_losses, result.segment_labels, strict=True)
+    own = [(place, losses, labels) for place, losses, labels in micro_steps if place is not None]
+    if not own:
+        return everyone
+    places = torch.cat([torch.arange(place, place + len(labels)) for place, _, labels in own])
+    labels = to_device(torch.cat([labels for _, _, labels in own]), device)
+    losses = torch.cat([losses for _, losses, _ in own]).double() / labels
+    return everyone.index_copy_(0, to_device(places, device), losses)
 
 
 def own_losses(result: StepResult) -> list[tuple[str, float]]:

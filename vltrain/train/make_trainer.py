@@ -27,6 +27,7 @@ from vltrain.metrics.step_log import truncate_jsonl
 from vltrain.models.build import count_trained
 from vltrain.models.flops import Flops
 from vltrain.models.interface import VisionLanguageModel
+from vltrain.receipts.history import HistoryWriter
 from vltrain.receipts.receipt import Header, ReceiptWriter
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
@@ -87,8 +88,7 @@ def make_trainer(
         loggers: get the run's metrics, on rank 0; None: nobody does.
         preemption: of the program; None: this rank hears no signal.
 
-    Raises:
-        InputError: DeepSpeed's JSON contradicts the recipe, or the checkpoint belongs to another run or model.
+    Raises: InputError where DeepSpeed's JSON contradicts the recipe, or the checkpoint is of another run or model.
     """
     assert (start.origin is None) == (config.train.init_from is None), "whoever makes a trainer finds its origin"
     folder, rank, loggers = Path(config.output), dist.get_rank(), loggers or Loggers()
@@ -99,8 +99,6 @@ def make_trainer(
     part = kept_image_part(config, model, dataset)
     plan = make_plan(config, dataset, pack_cost(flops, dataset), offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
-    kept = kept_images(config, engine, dataset, reader, part)
-    allocator = make_allocator(config, engine, plan, start.checkpoint)
     loader = StepLoader(
         dataset,
         plan,
@@ -109,8 +107,10 @@ def make_trainer(
         workers=config.data.workers,
         start_step=start.first_step,
         pin_memory=engine.device.type == "cuda",
-        kept=kept,
+        kept=kept_images(config, engine, dataset, reader, part),
     )
+    allocator = make_allocator(config, engine, plan, start.checkpoint)
+    receipt = _open_receipt(config, plan, dataset, start, belongs_to)
     return Trainer(
         config=config,
         folder=folder,
@@ -120,7 +120,8 @@ def make_trainer(
         loader=loader,
         loggers=loggers,
         monitor=_make_monitor(config, loggers, plan, flops, start),
-        receipt=_open_receipt(config, plan, dataset, start, belongs_to),
+        receipt=receipt,
+        history=_open_history(config, dataset, start, receipt.run),
         best=_best_so_far(config, start),
         belongs_to=belongs_to,
         evaluate=evaluate,
@@ -221,6 +222,12 @@ def _open_receipt(
         first_step=start.first_step,
         head=start.run_state.get("receipt"),
     )
+
+
+def _open_history(config: Config, dataset: PackedDataset, start: RunStart, run: str) -> HistoryWriter:
+    """`run`: of the receipt."""
+    told = {"active": dist.get_rank() == 0, "first_step": start.first_step}
+    return HistoryWriter(Path(config.output), run=run, data=dataset.manifest.checksum, **told)
 
 
 def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:

@@ -22,6 +22,7 @@ from vltrain.distributed.preemption import Preemption
 from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.monitor import Monitor
 from vltrain.models.compiled import uncompiled
+from vltrain.receipts.history import HistoryWriter
 from vltrain.receipts.receipt import ReceiptWriter, fingerprint
 from vltrain.receipts.verify import RUN_ID
 from vltrain.train.adalora import RankAllocator
@@ -51,6 +52,7 @@ class Trainer:
     loggers: MetricLogger
     monitor: Monitor
     receipt: ReceiptWriter
+    history: HistoryWriter
     best: BestTracker
     belongs_to: dict[str, Any]
     evaluate: Callable[[int], float | None]
@@ -89,6 +91,7 @@ class Trainer:
                 self.loader.close()
                 self.background.wait()
                 self.receipt.close()
+                self.history.close()
 
     def steps(self) -> Iterator[int]:
         """`train`, a step each time: gives the number of steps done, so that whoever measures can stop between them."""
@@ -130,6 +133,7 @@ class Trainer:
 
     def _report(self, reading: StepReading) -> None:
         self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
+        self.history.add(reading.sample_losses)  # first: a receipt's step is in the history, whenever we are killed
         counts = {"samples": reading.samples, "label_tokens": reading.label_tokens, "skipped": reading.skipped}
         self.receipt.add(step=reading.step, loss=reading.loss, **counts)
 
@@ -186,6 +190,8 @@ class Trainer:
             segment_losses=segment_losses,
             segment_labels=[batch.segment_labels() for batch in loaded.batches],
             sample_ids=[batch.sample_ids for batch in loaded.batches],
+            places=_places(loaded, self.rank),
+            num_samples=loaded.plan.num_samples,
             num_label_tokens=loaded.plan.num_label_tokens,
             own_label_tokens=sum(batch.num_label_tokens for batch in seen),
             samples=fingerprint(batch.sample_ids for batch in seen),
@@ -215,6 +221,7 @@ class Trainer:
         self.monitor.pause()
         self.safety.at(steps_done, "save")
         self.background.wait()
+        self.history.sync()
         self.receipt.sync()
         is_writer, state = self.rank == 0, self.engine.full_state()
         write = partial(
@@ -271,6 +278,12 @@ class Trainer:
                     self.best.best_step,
                 )
         self.monitor.pause()
+
+
+def _places(loaded: LoadedStep, rank: int) -> list[int | None]:
+    """See `StepResult.places`."""
+    first = loaded.plan.first_samples[:, rank].tolist()
+    return [None if batch.is_filler else place for batch, place in zip(loaded.batches, first, strict=True)]
 
 
 def _num_positions(plan: StepPlan) -> int:

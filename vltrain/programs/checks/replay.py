@@ -73,7 +73,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
             place=partitioner(resolve_ds_config(ds_json, config, world_size)),
         )
         # A replay's own receipt is thrown away, and so is what it says of itself.
-        with tempfile.TemporaryDirectory() as elsewhere, logged_from(logging.ERROR, "vltrain.receipts.receipt"):
+        with tempfile.TemporaryDirectory() as elsewhere, logged_from(logging.ERROR, "vltrain.receipts"):
             trainer = make_trainer(
                 dataclasses.replace(config, output=elsewhere),
                 ds_json,

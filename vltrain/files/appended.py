@@ -1,4 +1,4 @@
-"""A file that is appended to line by line while a run goes on: on a full disk, it is named in one line."""
+"""A file that is appended to while a run goes on: on a full disk, it is named in one line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from pathlib import Path
 from vltrain.errors import InputError
 
 
-class LineFile:
-    """Appends to the file at `path`; each line reaches the operating system at once. Raises InputError where that
-    fails."""
+class AppendedFile:
+    """Appends to the file at `path`; each line or record reaches the operating system at once. Raises InputError where
+    that fails."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = path.open("a", buffering=1, encoding="utf-8")
+            self._file = path.open("ab")
         except OSError as error:
             raise self._told(error) from None
 
-    def write(self, text: str) -> None:
+    def write(self, record: str | bytes) -> None:
+        """Appends a record, a text as UTF-8."""
         try:
-            self._file.write(text)
+            self._file.write(record.encode() if isinstance(record, str) else record)
+            self._file.flush()
         except OSError as error:
             raise self._told(error) from None
 
