@@ -14,8 +14,8 @@ from typing import Any
 
 from data_prep.sources.options import resolve_options
 from data_prep.sources.raw import RawSample
-from data_prep.sources.splits import same_images
 from vltrain.config.ranges import MOST_STEPS, Range
+from vltrain.data.report.same import same_images
 from vltrain.errors import InputError
 from vltrain.files.locate import locate
 from vltrain.files.strict_json import expect, read_json, shown

@@ -20,8 +20,8 @@ from data_prep.reading import is_there
 from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import check_template, plain
 from data_prep.sources.raw import RawSample, image_name
-from data_prep.sources.splits import same_images
 from vltrain.config.ranges import MOST_STEPS, Range
+from vltrain.data.report.same import same_images
 from vltrain.errors import InputError
 from vltrain.files.strict_json import field, read_json, read_text
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, escape_markers

@@ -15,12 +15,15 @@ from pathlib import Path
 
 from vltrain.config.schema import Config
 from vltrain.data.images import sizes_below
+from vltrain.data.report.report import Judge
+from vltrain.data.report.samples import Split
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
 from vltrain.evaluate.report import find_scorer
 from vltrain.evaluate.scorers.question import question_of
+from vltrain.evaluate.scorers.scoring import Question
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.models.positions import max_positions
 from vltrain.schema import Sample, Segment
@@ -77,6 +80,29 @@ def ask(
         [(len(prompt.input_ids), prompt.sample_id) for prompt in prompts], new_tokens - 1, bound, where, more
     )
     return Questions(prompts=prompts, max_new_tokens=new_tokens)
+
+
+def judge_of(config: Config) -> Judge | None:
+    """Whether a recipe's scorer calls a text right, for `data_report`; one that judges by degrees, whether it gives
+    anything for it. A reference that it would not call right itself, and a sample that lacks what it reads, are taken
+    for right: that is not the length's fault. None where nothing is scored, or all answers together."""
+    scorer = None if config.eval.scorer is None else find_scorer(config.eval.scorer)
+    if scorer is None or scorer.judge is None:
+        return None
+    judge, needs = scorer.judge, scorer.needs
+
+    def is_right(split: Split, number: int, text: str) -> bool:
+        question = Question(
+            id=split.ids[number], reference=split.answers[number], metadata=split.facts[number],
+            has_image=bool(split.images[number]), where=f"{split.file}: sample '{split.ids[number]}'",
+        )  # fmt: skip
+        try:
+            needs(question)
+            return judge(text, question).correct > 0 or not judge(question.reference, question).correct > 0
+        except InputError:
+            return True
+
+    return is_right
 
 
 def derived_max_new_tokens(samples: Sequence[Sample], tokenizer: Tokenizer) -> int:

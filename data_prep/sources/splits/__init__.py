@@ -11,7 +11,6 @@ Official splits stay as they are; how many images and questions they share is to
 Trade-off: images that look the same but differ in their bytes (another size, another encoder) count as different ones.
 """
 
-from data_prep.sources.splits.alike import same_images as same_images
 from data_prep.sources.splits.drawn import FRACTIONS as FRACTIONS
 from data_prep.sources.splits.drawn import check_fractions as check_fractions
 from data_prep.sources.splits.drawn import drawn as drawn

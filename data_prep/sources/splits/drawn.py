@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from data_prep.sources.raw import ImageSource, RawSample
-from data_prep.sources.splits.alike import same_images
 from vltrain.config.ranges import Range
+from vltrain.data.report.groups import Groups
+from vltrain.data.report.same import same_images
 from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class _Drawing:
     def __init__(self, fractions: Mapping[str, float]) -> None:
         self._fractions = fractions
         self._images: dict[ImageSource, int] = {}
-        self._groups = _Groups()
+        self._groups = Groups()
         self._sizes: Counter[int] = Counter()  # samples, and the smallest of their ids, by their first image
         self._smallest: dict[int, str] = {}
         self._num_samples = 0
@@ -181,25 +181,3 @@ def _require_filled(
         logger.warning(
             "%s: there will be no %s.jsonl; raise it, or train without evaluation (eval.scorer: null)", found, split
         )
-
-
-class _Groups:
-    """Disjoint sets of numbers from 0 (union-find with path halving), each known by its smallest."""
-
-    def __init__(self) -> None:
-        self._parents = array("q")
-
-    def grow(self, size: int) -> None:
-        """Adds sets of one, up to that many numbers."""
-        self._parents.extend(range(len(self._parents), size))
-
-    def root(self, one: int) -> int:
-        parents = self._parents
-        while parents[one] != one:
-            parents[one] = parents[parents[one]]
-            one = parents[one]
-        return one
-
-    def join(self, one: int, other: int) -> None:
-        one, other = self.root(one), self.root(other)
-        self._parents[max(one, other)] = min(one, other)

@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 
 from data_prep.sources.raw import ImageSource
-from data_prep.sources.splits.alike import same_images
 from vltrain.data.flat.columns import AT_ONCE, Column, in_slices
+from vltrain.data.report.same import same_images
 from vltrain.files.strict_json import read_lines
 from vltrain.schema import Sample
 

@@ -1,4 +1,5 @@
-"""Which images are the same, by their bytes."""
+"""Which images are the same, byte for byte: by size, then by their last bytes, then by a digest, so that few files are
+read whole."""
 
 from __future__ import annotations
 
@@ -7,13 +8,12 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from data_prep.sources.raw import ImageSource
 from vltrain.files.digest import file_digests
 
 _TAIL_BYTES = 4096  # of files of one size, what is compared first: headers may be alike, the last pixels hardly are
 
 
-def same_images(sources: Sequence[ImageSource]) -> list[int]:
+def same_images(sources: Sequence[Hashable]) -> list[int]:
     """For each image the number of the first one that is the same: an equal file, by its bytes, or drawn by an equal
     drawer.
 

@@ -1,0 +1,124 @@
+"""The report on the data of a recipe, as `vltrain check recipe` shows it: a line for each thing looked at.
+
+What stands in it was found by reading the packs and the samples of the recipe's splits; nothing is made or changed.
+Large sets are drawn from, and the lines say how many were looked at. Of easy-VQA's 48,248 questions about 5,000 images
+it takes some four seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from vltrain.config.schema import Config
+from vltrain.data.report import answers, overlap, packed
+from vltrain.data.report.alike import Alike, compare
+from vltrain.data.report.finding import FAILED, OK, Finding, some, spread
+from vltrain.data.report.samples import Split, read_split
+from vltrain.data.sample_files import samples_file
+from vltrain.data.shards import PackedDataset
+from vltrain.data.text.encoder import SampleEncoder
+from vltrain.errors import InputError
+
+Judge = Callable[[Split, int, str], bool]
+"""(split, number of the sample in it, a text) -> whether the recipe's scorer calls that right."""
+
+
+def packs_report(packs: PackedDataset, encoder: SampleEncoder, most: int) -> list[Finding]:
+    """What is found in the packs alone, of which at most so many are read: milliseconds."""
+    return _of_packs(packs, encoder, packed.parts_of(packs, most), {})
+
+
+def data_report(config: Config, packs: PackedDataset, encoder: SampleEncoder, judge: Judge | None) -> list[Finding]:
+    """Everything, of the packs that are trained on and of the samples of each split that the recipe names.
+
+    Args:
+        encoder: that the packs were made with.
+        judge: None where answers are judged by degrees or all together, ranked, or not at all.
+
+    Raises: InputError for a samples file that is malformed.
+    """
+    data = config.data
+    own_packs = data.train_packs is None
+    splits = [
+        read_split(name, file)
+        for name in dict.fromkeys((data.train_split, data.eval_split, data.test_split))
+        if (file := _file_of(config, name)) is not None
+    ]
+    train = next((one for one in splits if one.name == data.train_split and own_packs), None)
+    said = {} if train is None else dict(zip(train.ids, train.spoken, strict=True))
+    found = _of_packs(packs, encoder, packed.parts_of(packs), said)
+    if train is None:
+        why = (
+            "are not where the recipe says"
+            if own_packs
+            else "stand in data.train_packs, whose samples the recipe does not name"
+        )
+        found.append(Finding(status=OK, what="samples", found=f"not compared with the test: those of training {why}"))
+    splits = [one for one in splits if one is train or one.name != data.train_split]
+    alike = compare(splits, data.max_image_pixels)
+    found += _images(splits, alike)
+    if train is not None:
+        found.append(overlap.repeats(train, alike))
+        found += [one for split in splits if split is not train for one in overlap.overlaps(train, split, alike)]
+    found += [answers.distribution(split) for split in splits]
+    return found + (_longest(config, splits, train, encoder, judge) if config.eval.method == "generate" else [])
+
+
+def _of_packs(
+    packs: PackedDataset, encoder: SampleEncoder, parts: list[packed.Part], said: Mapping[str, tuple[str, ...]]
+) -> list[Finding]:
+    return [
+        packed.lengths(packs, parts),
+        packed.unknown_tokens(packs, parts, encoder.tokenizer),
+        packed.labels(parts, said, encoder.tokenizer, encoder.stop_ids),
+    ]
+
+
+def _file_of(config: Config, split: str) -> Path | None:
+    try:
+        file = samples_file(config, split)
+    except InputError:  # of own samples, a split without a file: whoever needs it says so
+        return None
+    return file if file.is_file() else None
+
+
+def _images(splits: list[Split], alike: Alike) -> list[Finding]:
+    """Numbers and sizes of images, and those that cannot be read."""
+    found: list[Finding] = []
+    place_of = {one: place for place, one in enumerate(alike.decoded)}
+    for split in splits:
+        shown = alike.shown_by[split.name]
+        what = f"images of '{split.name}'"
+        if not shown:
+            found.append(Finding(status=OK, what=what, found=f"none in {split.size}"))
+            continue
+        places = sorted({place for one in shown if (place := place_of.get(alike.bytes_of[one])) is not None})
+        unread = [alike.looks.unread[place] for place in places if place in alike.looks.unread]
+        sizes = alike.looks.sizes[[place for place in places if place not in alike.looks.unread]]
+        told = f"{len(shown):,} shown by {split.size}, {spread([len(files) for files in split.images])} of a sample"
+        if len(sizes):
+            edges = ", ".join(f"{name} {spread(sizes[:, axis])}" for name, axis in (("widths", 1), ("heights", 0)))
+            told += f"; {len(places):,} decoded: {edges}"
+        if unread:
+            told += f"; {len(unread):,} cannot be read"
+        status = FAILED if unread else OK
+        found.append(Finding(status=status, what=what, found=told, examples=some(unread)))
+    return found
+
+
+def _longest(
+    config: Config, splits: list[Split], train: Split | None, encoder: SampleEncoder, judge: Judge | None
+) -> list[Finding]:
+    most = config.eval.max_new_tokens
+    return [
+        answers.longest(
+            split,
+            encoder.tokenizer,
+            most,
+            None if judge is None else partial(judge, split),
+            measured=split is not train,
+        )
+        for split in splits
+    ]
