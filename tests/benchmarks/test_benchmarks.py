@@ -103,7 +103,9 @@ def test_a_competitor_apart_tells_what_went_wrong_there():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["overhead", "packing", "loader", "memory", "prepare", "samples_memory", "scale"])
+@pytest.mark.parametrize(
+    "name", ["balance", "overhead", "packing", "loader", "memory", "prepare", "samples_memory", "scale"]
+)
 def test_the_others_run(tmp_path, name):
     found = run_quick(name, tmp_path)
     tables = [rows for rows in found.values() if isinstance(rows, list)]

@@ -36,6 +36,7 @@ ADDED: dict[str, Any] = {
     "model.vision.preprocessing": "square",
     "model.vision.tokens": "cls",
     "optim.projector_lr": None,
+    "train.balance": "flops",
     "train.init_from": None,
     "train.keep_image_features": False,
     "train.loggers": ("tensorboard",),

@@ -129,6 +129,10 @@ class TrainConfig:
     packs_per_step: int = number(2, 1, MOST_SIZE)
     """Packs of one optimizer step over all ranks: the global batch, the same for any number of ranks, which
     accumulate what they do not take at once."""
+    balance: Literal["flops", "measured"] = "flops"
+    """What decides which rank takes which pack of a step: the model's FLOPs, or seconds that a few packs took before
+    the first step (kept in the run's checkpoints). Runs that measure may sum gradients in another order each
+    time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of matrix products and, unless `model.bits` says otherwise, of frozen weights. auto: bf16 where the hardware is
     fast at it or `model.bits` is 16, else fp32."""

@@ -203,7 +203,7 @@ class _Fetcher(Dataset[Fetched]):
     def __getitem__(self, item: tuple[int, bool]) -> Fetched:
         # An exception would come out of the DataLoader with the worker's traceback in its message.
         try:
-            return self._fetch(*item)
+            return self.fetch(*item)
         except InputError as error:
             return str(error)
         except (OSError, MemoryError) as error:
@@ -212,7 +212,8 @@ class _Fetcher(Dataset[Fetched]):
                 "this file system and at the host's memory"
             )
 
-    def _fetch(self, number: int, has_images: bool) -> tuple[PackedRow, Shown]:
+    def fetch(self, number: int, has_images: bool) -> tuple[PackedRow, Shown]:
+        """Raises: InputError, or OSError, if the pack or an image cannot be read."""
         row = self._dataset.row(number)
         samples = f"pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
         if self.kept is not None:
@@ -381,6 +382,16 @@ class StepLoader:
         if isinstance(found, str):
             raise InputError(found)
         return assemble(*found)
+
+
+def load_pack(
+    dataset: PackedDataset, number: int, reader: ImageReader, kept: KeptImages | None, *, has_images: bool
+) -> Batch:
+    """One pack, loaded in this process. Arguments as of `StepLoader`; has_images: of its micro-step, see `StepPlan`.
+
+    Raises: InputError, or OSError, if it cannot be read.
+    """
+    return assemble(*_Fetcher(dataset, reader, kept).fetch(number, has_images))
 
 
 def _begin_worker(_: int) -> None:

@@ -11,6 +11,7 @@ ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,13 +70,28 @@ class PackCost:
     """Cost of a pack in any unit: a pair is a (query, key) inside one segment, so a pack has `sum_squares` of them.
 
     per_image  of an image of some size
+    per_label  of a label token
     images     packs, int64 [m] -> float64 [m]: as many images of that size as cost what theirs do; None: all are of it
     """
 
     per_token: float = 1.0
     per_pair: float = 0.0
     per_image: float = 0.0
+    per_label: float = 0.0
     images: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def of(self, index: Index, packs: np.ndarray) -> np.ndarray:
+        """float64 [m], the cost of each pack of int64 [m]."""
+        return (
+            self.per_token * index.num_tokens[packs]
+            + self.per_pair * index.sum_squares[packs]
+            + self.per_image * self.sized_images(index, packs)
+            + self.per_label * index.num_label_tokens[packs]
+        )
+
+    def sized_images(self, index: Index, packs: np.ndarray) -> np.ndarray:
+        """float64 [m], as many images of the size that this is of as would cost what each pack's do."""
+        return index.num_images[packs].astype(np.float64) if self.images is None else self.images(packs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +162,12 @@ class Plan:
         self.num_positions, self.num_steps = length_of(len(index), epochs, packs_per_step, max_steps)
         self.steps_per_epoch = len(index) / packs_per_step
 
+    def balanced_by(self, cost: PackCost) -> Plan:
+        """The same steps, assigned to ranks by another cost."""
+        other = copy(self)
+        other._cost = cost
+        return other
+
     def packs_of(self, step: int) -> np.ndarray:
         """Pack numbers of a step, int64 [packs_per_step, or fewer in the last step], in the stream's order."""
         if not 0 <= step < self.num_steps:
@@ -175,29 +197,15 @@ class Plan:
             num_tokens=int(index.num_tokens[packs].sum()),
             num_pairs=int(index.sum_squares[packs].sum()),
             num_images=int(index.num_images[packs].sum()),
-            sized_images=float(self._sized_images(packs).sum()),
+            sized_images=float(self._cost.sized_images(index, packs).sum()),
             num_samples=int(sizes.sum()),
         )
-
-    def costs(self, packs: np.ndarray) -> np.ndarray:
-        """float64 [m], the cost of each pack."""
-        cost, index = self._cost, self._index
-        return (
-            cost.per_token * index.num_tokens[packs]
-            + cost.per_pair * index.sum_squares[packs]
-            + cost.per_image * self._sized_images(packs)
-        )
-
-    def _sized_images(self, packs: np.ndarray) -> np.ndarray:
-        """float64 [m], what each pack's images cost in images of the cost's size."""
-        images = self._cost.images
-        return self._index.num_images[packs].astype(np.float64) if images is None else images(packs)
 
     def _assign(self, packs: np.ndarray) -> np.ndarray:
         """int64 [G, W], places in `packs`: of packs with images first, each micro-step of similar costs, fillers last;
         then ranks evened out."""
         world_size = self._world_size
-        costs, has_image = self.costs(packs), self._index.num_images[packs] > 0
+        costs, has_image = self._cost.of(self._index, packs), self._index.num_images[packs] > 0
         by_cost = np.lexsort((packs, -costs, ~has_image))
         missing = -len(packs) % world_size
         grid = np.concatenate([by_cost, np.full(missing, FILLER)]).reshape(-1, world_size)

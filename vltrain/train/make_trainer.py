@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 
 from vltrain.config.schema import Config
+from vltrain.data.kept.store import KeptImages
 from vltrain.data.loader import StepLoader
+from vltrain.data.pictures import ImageReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.reading import image_reader
 from vltrain.data.shards import PackedDataset
 from vltrain.distributed.broadcast import from_rank_0
-from vltrain.distributed.hardware import peak_flops
+from vltrain.distributed.hardware import device, peak_flops
 from vltrain.distributed.preemption import Preemption
 from vltrain.errors import InputError
 from vltrain.metrics.base import MetricLogger
@@ -30,6 +32,7 @@ from vltrain.models.interface import VisionLanguageModel
 from vltrain.receipts.history import HistoryWriter
 from vltrain.receipts.receipt import Header, ReceiptWriter
 from vltrain.train.adalora import RankAllocator
+from vltrain.train.balance import balanced
 from vltrain.train.checkpoints.checkpoint import Checkpoint, load_trainable
 from vltrain.train.checkpoints.selection import BestTracker, measured_by
 from vltrain.train.guard import QUARANTINE
@@ -97,18 +100,11 @@ def make_trainer(
     _load_start(model, start, belongs_to, folder)
     reader, flops = image_reader(config, model), run_flops(config, model)  # before ZeRO-3 has its parameters
     part = kept_image_part(config, model, dataset)
-    plan = make_plan(config, dataset, pack_cost(flops, dataset), offloads_optimizer(ds_config))
+    cost = pack_cost(flops, dataset)
+    plan = make_plan(config, dataset, cost, offloads_optimizer(ds_config))
     engine = _make_engine(config, model, ds_config, start)
-    loader = StepLoader(
-        dataset,
-        plan,
-        rank,
-        reader,
-        workers=config.data.workers,
-        start_step=start.first_step,
-        pin_memory=engine.device.type == "cuda",
-        kept=kept_images(config, engine, dataset, reader, part),
-    )
+    kept = kept_images(config, engine, dataset, reader, part)
+    plan, measured = balanced(config, plan, cost, engine, dataset, reader, kept, start.run_state)
     allocator = make_allocator(config, engine, plan, start.checkpoint)
     receipt = _open_receipt(config, plan, dataset, start, belongs_to)
     return Trainer(
@@ -117,7 +113,7 @@ def make_trainer(
         rank=rank,
         engine=engine,
         plan=plan,
-        loader=loader,
+        loader=_make_loader(config, dataset, plan, reader, kept, start),
         loggers=loggers,
         monitor=_make_monitor(config, loggers, plan, flops, start),
         receipt=receipt,
@@ -127,6 +123,7 @@ def make_trainer(
         evaluate=evaluate,
         first_step=start.first_step,
         guard_state=start.run_state.get("guard"),
+        measured_cost=measured,
         allocator=allocator,
         preemption=preemption or Preemption(),
     )
@@ -168,6 +165,21 @@ def _make_engine(config: Config, model: VisionLanguageModel, ds_config: dict[str
         skipped = start.run_state.get("guard", {}).get("num_skipped", 0)
         engine.load_optimizer_state(start.checkpoint.optimizer_states(), start.first_step - skipped)
     return engine
+
+
+def _make_loader(
+    config: Config, dataset: PackedDataset, plan: Plan, reader: ImageReader, kept: KeptImages | None, start: RunStart
+) -> StepLoader:
+    return StepLoader(
+        dataset,
+        plan,
+        dist.get_rank(),
+        reader,
+        workers=config.data.workers,
+        start_step=start.first_step,
+        pin_memory=device().type == "cuda",
+        kept=kept,
+    )
 
 
 def _make_monitor(config: Config, loggers: MetricLogger, plan: Plan, flops: Flops, start: RunStart) -> Monitor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from vltrain.receipts.history import HistoryWriter
 from vltrain.receipts.receipt import ReceiptWriter, fingerprint
 from vltrain.receipts.verify import RUN_ID
 from vltrain.train.adalora import RankAllocator
+from vltrain.train.balance import MEASURED, MeasuredCost
 from vltrain.train.checkpoints.background import BackgroundTask
 from vltrain.train.checkpoints.checkpoint import save_checkpoint
 from vltrain.train.checkpoints.selection import BestTracker, name_best
@@ -60,6 +61,7 @@ class Trainer:
     preemption: Preemption
     first_step: int = 0
     guard_state: dict[str, Any] | None = None
+    measured_cost: MeasuredCost | None = None
     allocator: RankAllocator | None = None
     background: BackgroundTask = field(default_factory=BackgroundTask)
 
@@ -255,6 +257,8 @@ class Trainer:
             "selection": self.best.state(),
             "guard": self.safety.guard.state(),
         }
+        if self.measured_cost is not None:
+            kept[MEASURED] = asdict(self.measured_cost)
         return {**kept, "precision": self.engine.precision, KEPT: chosen_kernels(self.engine.model)}
 
     def run_evaluation(self, steps_done: int) -> None:
