@@ -3,9 +3,20 @@
 import json
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from vltrain.errors import InputError
-from vltrain.programs.studies.table import DONE, FAILED, Outcome, read_outcome, to_markdown, write_outcome, write_table
+from vltrain.programs.studies.table import (
+    DONE,
+    FAILED,
+    Outcome,
+    read_outcome,
+    to_markdown,
+    write_hparams_table,
+    write_outcome,
+    write_table,
+)
 
 TABLE = """
 | row  | different                   | trained | % trained | accuracy | rougeL |   NAT | IMG | questions | failed | seconds | steps |
@@ -42,6 +53,28 @@ def test_the_table_is_as_by_hand():
         "e": failed,
     }
     assert to_markdown(differences, outcomes) == TABLE.strip()
+
+
+def test_tensorboards_table_of_settings_and_figures(tmp_path):
+    """Read back by its plugin's own messages."""
+    outcomes = {"a": done("accuracy", 0.5, NAT=0.25), "b": done("accuracy", 0.75), "c": Outcome()}
+    settings = {
+        "a": {"model.adapter.dim": 8, "model.llm.peft.targets": ("q", "v"), "model.tune": "adapters"},
+        "b": {"model.adapter.dim": 16, "model.llm.peft.targets": ("q",), "model.tune": "full"},
+        "c": {},
+    }
+    for _ in range(2):  # written anew after each row
+        write_hparams_table(tmp_path, settings, outcomes)
+    assert sorted(path.name for path in (tmp_path / "hparams").iterdir()) == ["a", "b"]
+    for row, dim, targets, accuracy in (("a", 8.0, "q v", 0.5), ("b", 16.0, "q", 0.75)):
+        events = EventAccumulator(str(tmp_path / "hparams" / row)).Reload()
+        content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+        session = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info
+        assert session.hparams["model.adapter.dim"].number_value == dim
+        assert session.hparams["model.llm.peft.targets"].string_value == targets
+        assert [event.value for event in events.Scalars("accuracy")] == [accuracy]
+        assert [event.value for event in events.Scalars("trained parameters")] == [5000.0]
+        assert ("accuracy of NAT" in events.Tags()["scalars"]) == (row == "a")
 
 
 def test_its_files_say_the_same_without_the_settings_of_each_run(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, Vision
 from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.errors import InputError
+from vltrain.evaluate.gallery import IMAGE_HEIGHT
 from vltrain.evaluate.samples import read_samples, shard_samples, thin_out
 from vltrain.evaluate.scorers.exact import normalise
 from vltrain.models.build import build_model
@@ -180,10 +182,26 @@ def test_tensorboard_gets_the_accuracy_and_pictures(evaluated):
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert events.Scalars("eval/test/accuracy")[-1].step == 40
-    assert {"eval/test/00", "eval/test/01"} == set(events.Tags()["images"])
+    assert {"eval/test/s0", "eval/test/s11"} == set(events.Tags()["images"])
     table = events.Tensors("eval/test/table/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert table == (run / "eval" / "test" / "table.md").read_text().rstrip("\n") and "| Average |" in table
-    assert events.Images("eval/test/00")[-1].width == 384
+    assert events.Images("eval/test/s0")[-1].width == 384
+
+
+def test_the_slider_shows_one_question_over_the_steps(evaluated):
+    """Also where another number is asked: what stands above the answer stays."""
+    run, *_ = evaluated
+    for words in ((), ("--checkpoint", "none"), ("--checkpoint", "none", "--eval.max_samples", "5")):
+        assert main([str(run), "--split", "val", *words]) == 0
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    shown = {tag: events.Images(tag) for tag in events.Tags()["images"] if tag.startswith("eval/val/")}
+    assert len(shown["eval/val/s0"]) == 3
+    for pictures in shown.values():
+        cards = [np.asarray(Image.open(io.BytesIO(one.encoded_image_string))) for one in pictures]
+        height = 28 + (IMAGE_HEIGHT if len(cards[0]) > IMAGE_HEIGHT else 0)  # the question's first line ends there
+        assert all((card[:height] == cards[0][:height]).all() for card in cards)
+    different = {bytes(pictures[0].encoded_image_string) for pictures in shown.values()}
+    assert len(different) == len(shown) > 1
 
 
 def test_the_checkpoint_matters_and_batches_and_settings_do_not_leak(evaluated):

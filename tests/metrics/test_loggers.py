@@ -24,7 +24,7 @@ from vltrain.metrics.table import LOGGERS, require_loggers
 from vltrain.metrics.tensorboard import TensorBoardLogger
 from vltrain.models.flops import Flops
 
-PICTURES = [Image.new("RGB", (6, 4), colour) for colour in ("#ff0000", "#00ff00")]
+PICTURES = {name: Image.new("RGB", (6, 4), colour) for name, colour in (("q7", "#ff0000"), ("q9", "#00ff00"))}
 
 
 def context(folder: Path, first_step: int | None = None) -> RunContext:
@@ -49,8 +49,8 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 1.5), (7, 0.5)]
     assert events.Scalars("eval/val/accuracy")[0].step == 5
-    assert {"eval/val/00", "eval/val/01", "adalora/ranks"} == set(events.Tags()["images"])
-    assert (events.Images("eval/val/00")[0].width, events.Images("eval/val/00")[0].height) == (6, 4)
+    assert {"eval/val/q7", "eval/val/q9", "adalora/ranks"} == set(events.Tags()["images"])
+    assert (events.Images("eval/val/q7")[0].width, events.Images("eval/val/q7")[0].height) == (6, 4)
     assert events.Tensors("eval/val/table/text_summary")[0].tensor_proto.string_val == [b"| a |"]
     again = open_loggers(["tensorboard"], context(tmp_path, first_step=7))
     again.scalars({"train/loss": 0.75}, 7)
@@ -224,6 +224,7 @@ def test_a_logger_that_raises_ends_nothing_and_says_so_once(tmp_path, caplog):
         active=True,
         first_step=0,
         num_steps=3,
+        steps_per_epoch=1.5,
         log_every_steps=1,
         flops=Flops(per_token=1.0, per_pair=1.0, per_image=1.0, per_label=1.0),
         peak_flops=1.0,

@@ -57,13 +57,16 @@ def test_trained_evaluated_exported_and_read_again(kind, places, tmp_path):
     assert (done.returncode, other.returncode) == (0, 0), done.stderr[-3000:]
     assert "of full Q-Former tuning" in done.stderr + done.stdout
     run = tmp_path / "run"
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     budget = [event.value for event in events.Scalars("adalora/directions")]
     assert budget == sorted(budget, reverse=True) and budget[-1] == budget[0] / 2
     assert {"adalora/rank/qformer/cross", "adalora/rank/llm/attn", "adalora/orthogonality"} <= set(
         events.Tags()["scalars"]
     )
+    evaluations = [event.step for event in events.Scalars("eval/test/accuracy")]
+    drawn = [event.step for event in events.Images("adalora/ranks")]
+    assert len(drawn) > 1 and drawn == evaluations[-len(drawn) :], "the ranks over time"
 
     for words in (
         ["importance", str(run), "--output", str(tmp_path / "ranks")],

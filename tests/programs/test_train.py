@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from tests.support.processes import deepspeed, on_ranks, vltrain
 
@@ -112,7 +113,23 @@ def test_tensorboard_shows_the_promised_curves_and_pictures(trained):
     assert [event.step for event in events.Scalars("eval/val/accuracy")] == [40, NUM_STEPS]
     assert all(0 < event.value < 1.5 for event in events.Scalars("speed/mfu"))
     assert all(event.value == 0 for event in events.Scalars("speed/padding_share"))
-    assert len(events.Tags()["images"]) >= 4
+    pictures = [tag for tag in events.Tags()["images"] if tag.startswith("eval/val/")]
+    assert len(pictures) >= 4
+    assert all([event.step for event in events.Images(tag)] == [40, NUM_STEPS] for tag in pictures)
+    assert [event.step for event in events.Images("adapters/norm_by_layer")] == [40, NUM_STEPS]
+    assert events.Scalars("data/epoch")[-1].step == NUM_STEPS - 1 and {"adapters/norm/adapter"} <= scalars
+
+
+def test_each_curve_has_one_place_in_the_layout(trained):
+    """Groups of charts, read back as TensorBoard does."""
+    folder, _, _ = trained
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    titles = [category.title for category in layout.category]
+    assert titles == ["loss and accuracy", "speed", "data", "memory", "adapters", "checks"]
+    patterns = [tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag]
+    for tag in events.Tags()["scalars"]:
+        assert sum(re.match(pattern, tag) is not None for pattern in patterns) == 1, tag
 
 
 def test_a_finished_run_is_left_as_it_is(trained):

@@ -260,7 +260,8 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
 
 
 def _show(loggers: MetricLogger, report: Report, samples: list[Sample], setup: SplitSetup, step: int) -> None:
-    """Accuracies and a fixed, evenly spaced choice of answered questions."""
+    """Accuracies and a fixed, evenly spaced choice of answered questions, by their ids: however many are asked, a
+    name shows the same question over the steps."""
     config, split, image_folder = setup.config, setup.split, setup.samples_file.parent
     figures = {
         report.measure: report.mean,
@@ -275,7 +276,7 @@ def _show(loggers: MetricLogger, report: Report, samples: list[Sample], setup: S
     loggers.scalars({f"eval/{split}/{name}": value for name, value in figures.items()}, step)
     loggers.text(f"eval/{split}/table", report.to_markdown(), step)
     shown = thin_out(list(range(len(samples))), config.eval.tensorboard_samples)
-    cards: list[Image.Image] = []
+    cards: dict[str, Image.Image] = {}
     limit = config.data.max_image_pixels
     for number in shown:
         names = samples[number].images
@@ -283,6 +284,6 @@ def _show(loggers: MetricLogger, report: Report, samples: list[Sample], setup: S
             open_rgb(read_image(path, limit, str(path), inside=image_folder), limit, str(path))
             for path in (image_folder / name for name in names)
         ]
-        cards.append(draw_card(report.answers[number], images))
+        cards[samples[number].id] = draw_card(report.answers[number], images)
     loggers.images(f"eval/{split}", cards, step)
     loggers.flush()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,8 +42,8 @@ class MetricLogger(Protocol):
         """A text in Markdown."""
         ...
 
-    def images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
-        """RGB pictures, of any size each; one place in the list shows one thing over the steps."""
+    def images(self, tag: str, images: Mapping[str, Image.Image], step: int) -> None:
+        """RGB pictures, of any size each; a name shows one thing over the steps."""
         ...
 
     def figure(self, tag: str, figure: Figure, step: int) -> None: ...

@@ -35,7 +35,7 @@ class Loggers:
     def text(self, tag: str, text: str, step: int) -> None:
         self._each(lambda one: one.text(tag, text, step))
 
-    def images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
+    def images(self, tag: str, images: Mapping[str, Image.Image], step: int) -> None:
         self._each(lambda one: one.images(tag, images, step))
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:

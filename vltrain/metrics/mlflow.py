@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,9 +83,9 @@ class MlflowLogger:
     def text(self, tag: str, text: str, step: int) -> None:
         self._client.log_text(self._run_id, text, f"{_as_key(tag)}/{step}.md")
 
-    def images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
-        for number, image in enumerate(images):
-            self._client.log_image(self._run_id, image, key=f"{_as_key(tag)}/{number:02d}", step=step)
+    def images(self, tag: str, images: Mapping[str, Image.Image], step: int) -> None:
+        for name, image in images.items():
+            self._client.log_image(self._run_id, image, key=_as_key(f"{tag}/{name}"), step=step)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         self._client.log_figure(self._run_id, figure, f"{_as_key(tag)}/{step}.png")

@@ -42,6 +42,7 @@ class Monitor:
         active: bool,
         first_step: int,
         num_steps: int,
+        steps_per_epoch: float,
         log_every_steps: int,
         flops: Flops,
         peak_flops: float,
@@ -50,7 +51,7 @@ class Monitor:
         if not active:
             return
         self._flops, self._peak_flops = flops, peak_flops
-        self._log_every_steps = log_every_steps
+        self._log_every_steps, self._steps_per_epoch = log_every_steps, steps_per_epoch
         self._loggers = loggers
         self._log = _reopen_log(folder / LOG, first_step)
         self._progress = Progress(total=num_steps, initial=first_step, title="train", unit="step")
@@ -62,12 +63,16 @@ class Monitor:
     def _reset(self, now: float) -> None:
         self._since, self._waited, self._model_flops = now, 0.0, 0.0
         self._samples = self._tokens = self._positions = 0
+        self._steps = self._images = self._label_tokens = 0
 
     def fetched(self, plan: StepPlan, waited_seconds: float, num_positions: int) -> None:
         """A step's batches have arrived. `num_positions`: tokens that all ranks compute on, fillers included."""
         if not self.active:
             return
         self._waited += waited_seconds
+        self._steps += 1
+        self._images += plan.num_images
+        self._label_tokens += plan.num_label_tokens
         self._samples += plan.num_samples
         self._tokens += plan.num_tokens
         self._positions += num_positions
@@ -94,6 +99,10 @@ class Monitor:
             "speed/padding_share": 1 - self._tokens / max(self._positions, 1),
             "speed/waiting_for_data_share": self._waited / seconds,
             "speed/mfu": self._model_flops / seconds / self._peak_flops,
+            "data/samples_per_step": self._samples / max(self._steps, 1),
+            "data/images_per_step": self._images / max(self._steps, 1),
+            "data/label_tokens_per_step": self._label_tokens / max(self._steps, 1),
+            "data/epoch": (step + 1) / self._steps_per_epoch,
             "memory/peak_gib": peak_memory_bytes() / 1024**3,
         }
         self._loggers.scalars(rates, step)

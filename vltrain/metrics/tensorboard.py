@@ -6,7 +6,7 @@ Their writer has a thread: on a full disk the folder is named in one line, and n
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,45 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "tensorboard"  # of a run
+
+
+def _chart(*tags: str) -> list[Any]:
+    return ["Multiline", list(tags)]
+
+
+LAYOUT = {
+    "loss and accuracy": {
+        "loss": _chart(r"train/loss$"),
+        "accuracy": _chart(r"eval/[^/]+/(?!failed_share$)[^/]+$"),
+        "accuracy by category": _chart(r"eval/[^/]+/[^/]+_by/.+"),
+        "loss by category": _chart(r"train/[^/]+_by[^/]*/.+"),
+        "gradient norm": _chart(r"train/grad_norm$"),
+        "learning rate": _chart(r"train/lr$"),
+    },
+    "speed": {
+        "useful tokens per second": _chart(r"speed/useful_tokens_per_second$"),
+        "samples per second": _chart(r"speed/samples_per_second$"),
+        "MFU": _chart(r"speed/mfu$"),
+        "slowest rank over median": _chart(r"speed/slowest_rank_over_median$"),
+    },
+    "data": {
+        "per step": _chart(r"data/.+_per_step$"),
+        "share of padding, of time waiting for data": _chart(r"speed/(padding|waiting_for_data)_share$"),
+        "epoch": _chart(r"data/epoch$"),
+    },
+    "memory": {"peak, GiB": _chart(r"memory/peak_gib$")},
+    "adapters": {
+        "norm of the trained weights": _chart(r"adapters/norm/.+"),
+        "AdaLoRA: mean rank": _chart(r"adalora/rank/.+"),
+        "AdaLoRA: directions left": _chart(r"adalora/directions$"),
+    },
+    "checks": {
+        "skipped updates": _chart(r"checks/skipped_updates$"),
+        "answers in which nothing was found": _chart(r"eval/[^/]+/failed_share$"),
+    },
+}
+"""What the tab "custom scalars" shows: groups of charts, each of the tags that its patterns match. One without a tag
+stays empty."""
 _WRITERS_THREAD = "_AsyncWriterThread"  # tensorboard's; what ends it is raised again by the next call of the writer
 
 
@@ -34,6 +73,7 @@ class TensorBoardLogger:
         _keep_thread_quiet()
         self._folder = run.folder / FOLDER
         self._writer = self._call(lambda: SummaryWriter(str(self._folder), purge_step=run.first_step))
+        self._call(lambda: self._writer.add_custom_scalars(LAYOUT))
         assert self._writer.file_writer is not None
         events = self._writer.file_writer.event_writer
         for name in ("add_event", "flush", "close"):
@@ -46,10 +86,10 @@ class TensorBoardLogger:
     def text(self, tag: str, text: str, step: int) -> None:
         self._writer.add_text(tag, text, step)
 
-    def images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
-        """Each under `tag`/NUMBER, so that the slider shows one place in the list over the steps."""
-        for number, image in enumerate(images):
-            self._writer.add_image(f"{tag}/{number:02d}", np.asarray(image), step, dataformats="HWC")
+    def images(self, tag: str, images: Mapping[str, Image.Image], step: int) -> None:
+        """Each under `tag`/NAME, so that the slider shows one thing over the steps."""
+        for name, image in images.items():
+            self._writer.add_image(f"{tag}/{name}", np.asarray(image), step, dataformats="HWC")
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         self._writer.add_figure(tag, figure, step)

@@ -11,7 +11,7 @@ import html
 import io
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image
@@ -61,8 +61,8 @@ class WandbLogger:
     def text(self, tag: str, text: str, step: int) -> None:
         self._run.log({tag: self._wandb.Html(f"<pre>{html.escape(text)}</pre>"), STEP: step})
 
-    def images(self, tag: str, images: Sequence[Image.Image], step: int) -> None:
-        self._run.log({tag: [self._wandb.Image(image) for image in images], STEP: step})
+    def images(self, tag: str, images: Mapping[str, Image.Image], step: int) -> None:
+        self._run.log({tag: [self._wandb.Image(image, caption=name) for name, image in images.items()], STEP: step})
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         drawn = io.BytesIO()

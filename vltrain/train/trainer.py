@@ -33,6 +33,8 @@ from vltrain.train.checkpoints.selection import BestTracker, name_best
 from vltrain.train.determinism import step_seed
 from vltrain.train.guard import StepReading, StepResult
 from vltrain.train.optim import lr_factor, set_learning_rates
+from vltrain.train.pictures.norms import WeightNorms
+from vltrain.train.pictures.ranks import draw_ranks, ranks_of
 from vltrain.train.run.kernels import KEPT, chosen_kernels
 from vltrain.train.safety import make_safety
 from vltrain.train.zero.engine import Engine
@@ -67,6 +69,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.done = self.saved = self.first_step  # steps, and those of them that a checkpoint holds
+        part_of = self.engine.model.part_of
+        self.norms = WeightNorms(self.folder, self.loggers, part_of, active=self.rank == 0, first_step=self.first_step)
         self.safety = make_safety(
             self.config.train,
             self.folder,
@@ -129,8 +133,11 @@ class Trainer:
     def _log(self, result: StepResult) -> None:
         """What is known of a step at once; the loss comes a step later (`_report`)."""
         self.monitor.stepped(result.step, result.lr)
-        if self.allocator is not None and (result.step + 1) % self.config.train.log_every_steps == 0:
-            self.monitor.scalars(self.allocator.figures(), result.step)
+        if (result.step + 1) % self.config.train.log_every_steps == 0:
+            self.norms.measure(self.engine.weight_norms(), result.step)
+            self.monitor.scalars({"checks/skipped_updates": self.safety.guard.num_skipped}, result.step)
+            if self.allocator is not None:
+                self.monitor.scalars(self.allocator.figures(), result.step)
         self.monitor.scalars(self.safety.stragglers(result.step), result.step)
 
     def _report(self, reading: StepReading) -> None:
@@ -247,7 +254,15 @@ class Trainer:
             else:
                 write(state)
         self.saved = steps_done
+        if self.config.eval.scorer is None:
+            self._draw(steps_done)
         self.monitor.pause()
+
+    def _draw(self, steps_done: int) -> None:
+        """Pictures of the weights, where training pauses anyway."""
+        self.norms.show(steps_done)
+        if self.allocator is not None and self.allocator.kept and self.rank == 0:
+            self.loggers.figure("adalora/ranks", draw_ranks(ranks_of(self.allocator.kept)), steps_done)
 
     def run_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors: plain JSON."""
@@ -270,6 +285,7 @@ class Trainer:
         with self.safety.evaluating(), self.engine.autocast(), uncompiled(self.config):
             metric = from_rank_0(self.evaluate(steps_done))
         self.engine.model.train()
+        self._draw(steps_done)
         if metric is not None:
             is_best = self.best.update(steps_done, metric)
             if is_best and self.config.train.keep_best and self.rank == 0:

@@ -21,8 +21,8 @@ examples:
 
 Started again, it skips finished rows and resumes interrupted ones from their checkpoints. A row that fails is reported,
 and the others run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row
-the table is printed and written to table.md and table.json. Exit code: 0, 1 where a row failed, 2 for a mistake in the
-input, 130 where it was interrupted.
+the table is printed and written to table.md and table.json, and for TensorBoard's tab HPARAMS to hparams. Exit code: 0,
+1 where a row failed, 2 for a mistake in the input, 130 where it was interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ from vltrain.programs.studies.table import (
     TRAINED,
     Outcome,
     read_outcome,
+    write_hparams_table,
     write_outcome,
     write_table,
 )
@@ -143,8 +145,7 @@ def run(plan: Plan) -> int:
     """Runs the chosen rows that are not done, one after another. Returns the exit code."""
     outcomes = {job.row: _settled(job) for job in plan.jobs}
     jobs = [job for job in plan.jobs if job.row in plan.chosen]
-    rows = plan.table.rows
-    print(write_table(plan.folder, rows, outcomes), flush=True)
+    print(_write_tables(plan, outcomes), flush=True)
     for number, job in enumerate(jobs, start=1):
         outcome = outcomes[job.row]
         title = f"row {number} of {len(jobs)}, {job.row}"
@@ -154,15 +155,28 @@ def run(plan: Plan) -> int:
         try:
             _run_row(plan, job, outcome, title)
         except (KeyboardInterrupt, Preempted) as stop:
-            write_table(plan.folder, rows, outcomes)
+            _write_tables(plan, outcomes)
             logger.warning("%s: interrupted; the same command resumes from its newest checkpoint", title)
             return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
-        print(write_table(plan.folder, rows, outcomes), flush=True)
+        print(_write_tables(plan, outcomes), flush=True)
     failed = [job.row for job in jobs if outcomes[job.row].state == FAILED]
     for row in failed:
         logger.error("row %s failed: %s", row, outcomes[row].reason)
     logger.info("the table: %s", plan.folder / "table.md")
     return 1 if failed else 0
+
+
+def _write_tables(plan: Plan, outcomes: Mapping[str, Outcome]) -> str:
+    """Writes table.md and table.json, and for rows that log to TensorBoard its table of settings and figures. Returns
+    the Markdown."""
+    logged = {job.row: job.config for job in plan.jobs if "tensorboard" in job.config.train.loggers}
+    differing = dict.fromkeys(key for row in logged for key in plan.table.rows[row])
+    settings = {
+        row: {key: value_of(config, key) for key in differing if key in keys_of(config.model.architecture)}
+        for row, config in logged.items()
+    }
+    write_hparams_table(plan.folder, settings, {row: outcomes[row] for row in logged})
+    return write_table(plan.folder, plan.table.rows, outcomes)
 
 
 def make_plan(arguments: Arguments) -> Plan:

@@ -18,12 +18,8 @@ from __future__ import annotations
 
 import csv
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from vltrain.config.recipe import as_mapping
 from vltrain.data.folder import new_folder
@@ -33,28 +29,12 @@ from vltrain.launching.run_folder import read_command, why_not_writable
 from vltrain.metrics.base import RunContext
 from vltrain.metrics.loggers import open_loggers
 from vltrain.metrics.table import require_loggers
-from vltrain.models.peft.low_rank import sublayer_of
 from vltrain.train.checkpoints.checkpoint import kept_by_adalora
+from vltrain.train.pictures.ranks import LayerRank, draw_ranks, ranks_of
 
 logger = logging.getLogger(__name__)
 
-TEXT_FFN = ("intermediate.dense", "output.dense")
 LISTED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRank:
-    """One matrix. `stack`: qformer, llm, or of a T5 llm.encoder and llm.decoder; `block`: its number in it; `kept` of
-    `initial` directions;
-    `reached`: whether a gradient can reach it."""
-
-    stack: str
-    block: int
-    sublayer: str
-    matrix: str
-    kept: int
-    initial: int
-    reached: bool
 
 
 @exits_cleanly
@@ -67,7 +47,7 @@ def main(argv: list[str], *, program: str = "vltrain importance") -> int:
     config = recipe_of(run)
     require_loggers(config.train.loggers)
     ranks, step = read_ranks(run, arguments.last("checkpoint"))
-    summary, figure = summarise(ranks), draw(ranks)
+    summary, figure = summarise(ranks), draw_ranks(ranks)
     with new_folder(output) as folder:
         write_csv(ranks, folder / "ranks.csv")
         figure.savefig(folder / "ranks.png", dpi=150)
@@ -102,35 +82,7 @@ def read_ranks(run: Path, named: str | None) -> tuple[list[LayerRank], int]:
             f"{run}: AdaLoRA had pruned nothing yet at {checkpoint.path if checkpoint else 'the start'}; choose "
             "a later checkpoint"
         )
-    places = {layer: _place(layer) for layer in kept}
-    last = max((block for stack, block, _ in places.values() if stack == "qformer"), default=-1)
-    ranks = []
-    for layer, mask in kept.items():
-        stack, block, matrix = places[layer]
-        reached = not (stack == "qformer" and block == last and matrix in TEXT_FFN)
-        _, sublayer = sublayer_of(layer)
-        ranks.append(
-            LayerRank(
-                stack=stack,
-                block=block,
-                sublayer=sublayer,
-                matrix=matrix,
-                kept=int(mask.sum()),
-                initial=len(mask),
-                reached=reached,
-            )
-        )
-    return ranks, checkpoint.step
-
-
-def _place(layer: str) -> tuple[str, int, str]:
-    """(stack, block, matrix) of a layer's full name."""
-    found = re.fullmatch(
-        r"(qformer|llm)\.(?:encoder\.layer|model\.layers|(encoder|decoder)\.block)\.(\d+)\.(.+)", layer
-    )
-    assert found is not None, layer
-    root, side, block, matrix = found.groups()
-    return (f"{root}.{side}" if side else root), int(block), matrix
+    return ranks_of(kept), checkpoint.step
 
 
 def write_csv(ranks: Sequence[LayerRank], path: Path) -> None:
@@ -185,48 +137,3 @@ def summarise(ranks: Sequence[LayerRank]) -> str:
         why = "no gradient reaches the last text FFN, since only queries are handed on"
         lines.append(f"not counted: {names} of qformer block {dead[0].block}; {why}")
     return "\n".join(lines)
-
-
-def draw(ranks: Sequence[LayerRank]) -> Figure:
-    """The heat map: per stack a row for each block and a column for each matrix; grey where there is none, crossed out
-    where no gradient comes."""
-    stacks = list(dict.fromkeys(one.stack for one in ranks))
-    columns = {stack: _columns([one for one in ranks if one.stack == stack]) for stack in stacks}
-    num_blocks = {stack: 1 + max(one.block for one in ranks if one.stack == stack) for stack in stacks}
-    widths = [len(columns[stack]) for stack in stacks]
-    figure = Figure(figsize=(2.5 + 0.6 * sum(widths), 3.4 + 0.32 * max(num_blocks.values())), layout="constrained")
-    axes = figure.subplots(1, len(stacks), squeeze=False, width_ratios=widths)[0]
-    highest = max(one.initial for one in ranks)
-    for place, stack in zip(axes, stacks, strict=True):
-        values = [[float("nan")] * len(columns[stack]) for _ in range(num_blocks[stack])]
-        for one in ranks:
-            if one.stack == stack:
-                values[one.block][columns[stack].index((one.sublayer, one.matrix))] = one.kept
-        picture = place.imshow(values, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
-        place.set_facecolor("lightgrey")
-        place.set_title(stack)
-        place.set_ylabel("block")
-        place.set_yticks(range(num_blocks[stack]))
-        labels = [f"{sublayer}: {matrix}" for sublayer, matrix in columns[stack]]
-        place.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
-        for one in ranks:
-            if one.stack == stack:
-                told = str(one.kept) if one.reached else "×"
-                ink = "white" if one.kept < highest / 2 else "black"
-                place.text(
-                    columns[stack].index((one.sublayer, one.matrix)),
-                    one.block,
-                    told,
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=7,
-                )
-    figure.colorbar(picture, ax=axes, label="rank kept (×: no gradient reaches it)")
-    return figure
-
-
-def _columns(ranks: Sequence[LayerRank]) -> list[tuple[str, str]]:
-    """Sublayers in the order of a block, and the matrices of each."""
-    order = ["self", "attn", "cross", "ffn"]
-    return sorted({(one.sublayer, one.matrix) for one in ranks}, key=lambda column: (order.index(column[0]), column[1]))

@@ -11,11 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.strict_json import read_object
+from vltrain.metrics.hparams import write_hparams
 
 OUTCOME = "row.json"
+HPARAMS = "hparams"  # of the table's folder
 WAITING, RUNNING, TRAINED, FAILED, DONE = "waiting", "running", "trained", "failed", "done"
 
 
@@ -81,6 +84,29 @@ def write_table(folder: Path, differences: Mapping[str, Mapping[str, Any]], outc
     text = to_markdown(differences, outcomes)
     write_whole(folder / "table.md", text + "\n")
     return text
+
+
+def write_hparams_table(
+    folder: Path, settings: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]
+) -> None:
+    """Writes the rows that are done for TensorBoard's tab HPARAMS, into `folder`/hparams.
+
+    Args:
+        settings: by row, the settings in which rows differ, by dotted name.
+    """
+    done = {row: outcome for row, outcome in outcomes.items() if outcome.state == DONE}
+    if not done:
+        return
+    with new_folder(folder / HPARAMS, replace=True) as table:
+        for row, outcome in done.items():
+            measure = _measure(outcome.metrics)
+            columns = {
+                f"{measure} of {name}": column[measure]
+                for name, column in outcome.metrics["columns"].items()
+                if name != "Average" and column.get(measure) is not None
+            }
+            figures = {measure: outcome.metrics[measure], **columns, "seconds": outcome.seconds}
+            write_hparams(table, row, settings[row], {**figures, "trained parameters": float(outcome.trained or 0)})
 
 
 def to_markdown(differences: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> str:
