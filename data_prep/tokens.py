@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from json.decoder import scanstring
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,11 +26,12 @@ from vltrain.console import Progress
 from vltrain.data.images import sizes_below
 from vltrain.data.text.encoder import SampleEncoder, SizeOf, TemplateEncoder
 from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.pairs import Pair
 from vltrain.data.text.spelling import NOTHING_LOST, Lost, Spelling, lost_of
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.files.strict_json import is_blank, parse_line, read_lines, require_plain_file
-from vltrain.schema import Sample, question_and_answer
+from vltrain.files.strict_json import is_blank, is_json, parse_line, read_lines, require_plain_file
+from vltrain.schema import IMAGE_MARKER, Sample, Turn, path_fault, question_and_answer
 
 _LINES_PER_CHUNK = 512
 # Questions and answers that are remembered with their tokens, in a process, and how long both together are at most, in
@@ -157,32 +160,91 @@ class _Encoded(NamedTuple):
 
 
 def _tokenise(lines: list[tuple[int, bytes]], file: str, encoder: SampleEncoder, max_pixels: int) -> Tokens:
-    """One pass over the lines. A question and its answer that came before, about whatever images, are not encoded
-    again where every image takes as many tokens; all else, and what is no sample, goes by `Sample.from_json`."""
-    rows: list[_Encoded] = []
+    """One pass over the lines. Questions with one answer are encoded together, and one that came before, about whatever
+    images, not again where every image takes as many tokens; all else, and what is no sample, goes by
+    `Sample.from_json`."""
+    rows: list[_Encoded | None] = []
     ids: list[str] = []
     images: list[tuple[str, ...]] = []
+    waiting: dict[tuple[str, str], list[int]] = {}  # places in rows, by texts
     spelling, size_of = Spelling(), sizes_below(Path(file).parent, max_pixels)
     ends, known = encoder.stop_ids, _known(encoder)
     for number, line in lines:
         if is_blank(line, number):
             continue
-        record = parse_line(line, file, number)
-        texts = question_and_answer(record) if encoder.visual_tokens else None
-        row = known.get(texts) if texts is not None else None
-        if row is None:
+        found = pair_of_line(line) if encoder.visual_tokens else None
+        if found is None:
+            record = parse_line(line, file, number)
+            texts = question_and_answer(record) if encoder.visual_tokens else None
+            found = None if texts is None else (record["id"], tuple(record["images"]), texts)
+        if found is None:
             sample = Sample.from_json(record, f"{file}:{number}")
-            row = _encode(sample, encoder, size_of, ends)
-            if texts is not None and len(texts[0]) + len(texts[1]) <= _SHORT:
-                if len(known) == _MOST_KNOWN:
-                    known.clear()
-                known[texts] = row
-        ids.append(record["id"])
-        images.append(tuple(record.get("images", ())))
-        if row.lost is not NOTHING_LOST:
-            spelling.add(ids[-1], row.lost)
+            name, shown, row = sample.id, sample.images, _encode(sample, encoder, size_of, ends)
+        else:
+            name, shown, texts = found
+            row = known.get(texts)
+            if row is None:
+                waiting.setdefault(texts, []).append(len(rows))
+        ids.append(name)
+        images.append(shown)
         rows.append(row)
-    return _columns(ids, images, rows, spelling)
+    for (texts, places), pair in zip(waiting.items(), encoder.pairs(list(waiting)), strict=True):
+        if pair is not None:
+            row = _of_pair(pair)
+        else:
+            asked, said = Turn(role="user", text=texts[0]), Turn(role="assistant", text=texts[1])
+            sample = Sample(id=ids[places[0]], turns=(asked, said), images=images[places[0]])
+            row = _encode(sample, encoder, size_of, ends)
+        for place in places:
+            rows[place] = row
+        if len(texts[0]) + len(texts[1]) <= _SHORT:
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            known[texts] = row
+    done = [row for row in rows if row is not None]
+    for name, row in zip(ids, done, strict=True):
+        if row.lost is not NOTHING_LOST:
+            spelling.add(name, row.lost)
+    return _columns(ids, images, done, spelling)
+
+
+def _of_pair(pair: Pair) -> _Encoded:
+    mask = bytes(pair.num_tokens - pair.num_labels) + b"\1" * pair.num_labels
+    return _Encoded(pair.input_ids, mask, b"", 0, b"", 0, b"", [], NOTHING_LOST)
+
+
+_scan_string: Callable[[str, int], tuple[str, int]] = scanstring  # pyright: ignore[reportUnknownVariableType]
+_TEXT = r'"([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)"'
+_PAIR = re.compile(
+    rf'{{"id": {_TEXT}, "images": \[(?:{_TEXT})?\], "turns": \[{{"role": "user", "text": {_TEXT}}}, '
+    rf'{{"role": "assistant", "text": {_TEXT}}}\], "metadata": ({{.*}})}}\n?'
+)
+
+
+def pair_of_line(line: bytes) -> tuple[str, tuple[str, ...], tuple[str, str]] | None:
+    """(id, images, (question, answer)) of a line that is, beyond doubt, a sample of those with at most one image, and
+    spelled as preparing spells it. None for any other, which may be a sample or none: reading all of it says which."""
+    try:
+        found = _PAIR.fullmatch(line.decode()) if b"\\u" not in line else None  # which may be half of a character
+        if found is None:
+            return None
+        spelled: tuple[str | None, ...] = found.groups()
+        identity, image, asked, said = (text and _unescaped(text) for text in spelled[:4])
+    except ValueError:
+        return None
+    if (
+        identity and asked and said and identity.strip() and asked.strip() and said.strip()
+        and IMAGE_MARKER not in said and asked.count(IMAGE_MARKER) == (image is not None)
+        and (image is None or path_fault(image) is None)
+        and is_json(spelled[4] or "")
+    ):  # fmt: skip
+        return identity, () if image is None else (image,), (asked, said)
+    return None
+
+
+def _unescaped(text: str) -> str:
+    """What a JSON string says. Raises ValueError."""
+    return _scan_string(text + '"', 0)[0] if "\\" in text else text
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,12 +9,14 @@ from PIL import Image
 
 from data_prep.packed_images import PackedImages, decoded_before
 from data_prep.prepare import MAX_IMAGE_PIXELS, prepare
-from data_prep.tokens import _known, _tokenise
-from tests.support.vocabularies import make_sentencepiece
+from data_prep.tokens import _known, _tokenise, pair_of_line
+from tests.support.vocabularies import make_metaspace, make_sentencepiece, make_transformers, make_unigram
 from vltrain.data.text.encoder import TemplateEncoder
-from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.data.text.spelling import NOTHING_LOST, drops_unknown, lost_of
+from vltrain.data.text.tokenizer import Tokenizer, load_tokenizer
 from vltrain.errors import InputError
-from vltrain.schema import Sample, question_and_answer
+from vltrain.files.strict_json import parse_line
+from vltrain.schema import Sample, Turn, question_and_answer
 
 ODD = ["", " ", None, 3, [], {}, "<image>", "\ud800", "../x.png", "/x.png", "system", "assistant", ["a"], True, "\\"]
 
@@ -55,6 +57,92 @@ def test_what_is_taken_without_an_object_is_a_sample():
             taken += 1
             assert tuple(turn.text for turn in Sample.from_json(made, "here").turns) == texts, made
     assert taken > 100
+
+
+def spelled(made: dict) -> bytes:
+    """As preparing writes it."""
+    return (json.dumps(made, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def test_what_is_taken_from_a_line_is_the_sample_that_it_spells():
+    draw, taken = random.Random(1), 0
+    for text in ('a "b"', "\\", "tab\tünï\n🙂", "<\\image>", "a\u2028b", "}]}", '"}, {"role": "assistant", "text": "'):
+        turns = [{"role": "user", "text": f"<image>\n{text}"}, {"role": "assistant", "text": text}]
+        made = record(id=text, turns=turns, images=[f"{text}.png"], metadata={"a": [text, 1.5, {}], text: None})
+        assert pair_of_line(spelled(made)) == (text, (f"{text}.png",), (turns[0]["text"], text))
+    for _ in range(5_000):
+        made = mutated(draw)
+        line = spelled(made)
+        if draw.random() < 0.3:
+            place = draw.randrange(len(line))
+            line = (
+                line[:place] + draw.choice([b'"', b"\\", b"}", b" ", b"\xff", b'{"id": ', b", ", b"NaN"]) + line[place:]
+            )
+        found = pair_of_line(line)
+        if found is not None:
+            taken += 1
+            sample = Sample.from_json(parse_line(line, "here", 2), "here")
+            assert found == (sample.id, sample.images, tuple(turn.text for turn in sample.turns)), line
+    assert taken > 100
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        '{"a": 1, "a": 2}',
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": "\\ud800"}',
+        '{}, "more": {}',
+        "{}}",
+        '{"a": "\t"}',
+        "{1}",
+    ],
+)
+def test_metadata_is_checked_as_by_reading_all_of_the_line(metadata):
+    line = spelled(record()).replace(b'"metadata": {}', f'"metadata": {metadata}'.encode())
+    assert pair_of_line(line) is None
+    with pytest.raises(InputError):
+        Sample.from_json(parse_line(line, "here", 2), "here")
+
+
+def vocabularies(folder: Path) -> list[Tokenizer]:
+    """By pieces, by bytes, with word marks, with an unknown token, and one that drops what it does not know."""
+    made = [
+        make_sentencepiece(folder / "pieces"), make_transformers(folder / "bytes"), make_unigram(folder / "unigram"),
+        make_metaspace(folder / "marks", None), make_metaspace(folder / "drops", None, None),
+    ]  # fmt: skip
+    return [load_tokenizer(one) for one in ("asset://tiny_llama", *made)]
+
+
+def test_pairs_have_the_tokens_of_their_samples(tmp_path):
+    draw, words = (
+        random.Random(0),
+        ["red", "blue?", "  two", "ünï", "漢", "🙂", "<\\image>", "</s>", "a\nb", "\t", "it's", "x" * 70],
+    )
+    texts = [("<image>", "x"), ("a<image>b<image>\n<image>c", " y"), ("a ", "b"), ("<image>\n\n", "\n")]
+    for _ in range(200):
+        parts = [draw.choice(words) for _ in range(draw.randrange(1, 9))]
+        parts.insert(draw.randrange(len(parts)), draw.choice(("<image>\n", "<image>", "x")))
+        texts.append((draw.choice(" \n").join(parts), " ".join(draw.choices(words, k=draw.randrange(1, 5)))))
+    texts = [(asked, said) for asked, said in texts if asked.strip() and said.strip()]
+    for tokenizer in vocabularies(tmp_path):
+        for visual_tokens in (1, 5):
+            encoder, taken, lossless = TemplateEncoder(tokenizer, "mmt", visual_tokens), 0, 0
+            for (asked, said), pair in zip(texts, encoder.pairs(texts), strict=True):
+                turns = (Turn(role="user", text=asked), Turn(role="assistant", text=said))
+                sample = Sample(id="1", turns=turns, images=("a.png",) * asked.count("<image>"))
+                segment = encoder.sample(sample, lambda _: (1, 1))
+                lost = lost_of(sample, segment, tokenizer, encoder.stop_ids)
+                # of what the template writes, nothing is told that the vocabulary cannot spell
+                lossless += lost is NOTHING_LOST and tokenizer.unk_id not in segment.input_ids.tolist()
+                if pair is not None:
+                    taken += 1
+                    assert pair.input_ids == segment.input_ids.tobytes() and lost is NOTHING_LOST, (asked, said)
+                    num_given = pair.num_tokens - pair.num_labels
+                    assert segment.loss_mask.tolist() == [False] * num_given + [True] * pair.num_labels
+            # one without an unknown token leaves out what it does not know: each text has to be looked through
+            assert taken == (0 if drops_unknown(tokenizer) else lossless)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from vltrain.data.stock.processor import StockProcessor, stock_processor
 from vltrain.data.stock.source import StockSource
 from vltrain.data.text.conversation import PROCESSOR
 from vltrain.data.text.encoder import SizeOf
+from vltrain.data.text.pairs import Pair
 from vltrain.data.text.pieces import Piece, answered_by, candidate_of, ids_and_mask, prompt_of, require_askable
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
@@ -72,6 +74,9 @@ class StockEncoder:
         if askable:
             require_askable(pieces, _where(sample))
         return self._segment(sample, pieces, layouts)
+
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> list[Pair | None]:
+        return [None] * len(texts)
 
     def prompt(self, sample: Sample, size_of: SizeOf) -> Segment:
         pieces, layouts = self._pieces(sample, size_of)

@@ -20,6 +20,35 @@ from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+# A template that writes the date would train on other tokens than it is evaluated with, tomorrow: its clock stands
+# still, on the date that LLaMA-3's template takes where there is no clock.
+_DATE = {
+    "%-d": "26",
+    "%d": "26",
+    "%e": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%-m": "7",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%a": "Fri",
+    "%A": "Friday",
+    "%H": "12",
+    "%I": "12",
+    "%M": "00",
+    "%S": "00",
+    "%p": "PM",
+    "%j": "208",
+    "%F": "2024-07-26",
+    "%T": "12:00:00",
+}
+SAME_EVERY_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
+    + " }}{%- endmacro -%}"
+)
+
 
 class OuterTokenizer(Protocol):
     """What is used of a tokenizer of transformers, whose own classes leave the types of these to whoever reads them."""

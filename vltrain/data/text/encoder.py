@@ -3,7 +3,7 @@ questions, ranking and everything else ask."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -16,6 +16,7 @@ from vltrain.data.text.conversation import (
     fingerprint,
     stop_ids,
 )
+from vltrain.data.text.pairs import Pair, encode_pairs
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.schema import Sample, Segment
 
@@ -58,6 +59,10 @@ class SampleEncoder(Protocol):
     def sample(self, sample: Sample, size_of: SizeOf, *, askable: bool = False) -> Segment:
         """A whole sample. Raises InputError for one that cannot be trained on; with `askable` also where an answer's
         prompt by itself would have other tokens, so that evaluation would ask something else."""
+        ...
+
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> list[Pair | None]:
+        """`sample` of many questions with one answer each, at once; None for each of which only a sample tells all."""
         ...
 
     def prompt(self, sample: Sample, size_of: SizeOf) -> Segment:
@@ -106,6 +111,11 @@ class TemplateEncoder:
 
     def sample(self, sample: Sample, size_of: SizeOf, *, askable: bool = False) -> Segment:
         return encode_sample(sample, self.tokenizer, self.template, self.visual_tokens, askable)
+
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> list[Pair | None]:
+        return (
+            [None] * len(texts) if self.template != "mmt" else encode_pairs(texts, self.tokenizer, self.visual_tokens)
+        )
 
     def prompt(self, sample: Sample, size_of: SizeOf) -> Segment:
         return encode_prompt(sample, self.tokenizer, self.template, self.visual_tokens)

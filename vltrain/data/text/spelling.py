@@ -91,7 +91,7 @@ def lost_of(sample: Sample, segment: Segment, tokenizer: Tokenizer, ends: Collec
             for turn in sample.turns
             for part in tokenizer.unknown_parts(unescape_markers(turn.text))
         )
-    elif _drops_unknown(tokenizer):
+    elif drops_unknown(tokenizer):
         parts.update(*(_dropped(turn.text, tokenizer) for turn in sample.turns))
     both = _read_back(sample, segment, tokenizer, ends)
     altered = next(((said, read) for said, read in both if said.strip() != read.strip()), None)
@@ -136,7 +136,7 @@ def _text_of(tokenizer: Tokenizer, ids: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _drops_unknown(tokenizer: Tokenizer) -> bool:
+def drops_unknown(tokenizer: Tokenizer) -> bool:
     """Whether the vocabulary has no unknown token and leaves out what it cannot spell."""
     return tokenizer.unk_id is None and tokenizer.decode(tokenizer.encode(_RARE)) != _RARE
 

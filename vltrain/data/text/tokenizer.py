@@ -20,7 +20,15 @@ from typing import Any
 
 import sentencepiece
 
-from vltrain.data.text.backend import OuterTokenizer, load_outer, make_special, reset_backend, rows_of, state_of
+from vltrain.data.text.backend import (
+    SAME_EVERY_DAY,
+    OuterTokenizer,
+    load_outer,
+    make_special,
+    reset_backend,
+    rows_of,
+    state_of,
+)
 from vltrain.data.text.instruction import InstructionSource, InstructionTokenizer
 from vltrain.data.text.tokenizer_files import (
     JSON,
@@ -93,6 +101,14 @@ class Tokenizer(ABC):
     def _encode(self, text: str) -> list[int]:
         """`encode`, done anew."""
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each."""
+        return [self.encode(text) for text in texts]
+
+    def decode_all(self, many_ids: Sequence[list[int]]) -> list[str]:
+        """`decode` of each."""
+        return [self.decode(ids) for ids in many_ids]
+
     @abstractmethod
     def encode_markup(self, text: str) -> list[int]:
         """Ids of a chat template's own text, in which the spelling of a special token means that token."""
@@ -157,6 +173,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), num_threads=1)
+
+    def decode_all(self, many_ids: Sequence[list[int]]) -> list[str]:
+        return self._model.decode(list(many_ids), num_threads=1)
 
     def _state(self) -> tuple[str, bytes]:
         return "sentencepiece", self._model.serialized_model_proto()
@@ -236,6 +258,11 @@ class TransformersTokenizer(Tokenizer):
         backend.encode_special_tokens = True  # "</s>" in a text stays five characters
         return backend.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        backend = self._outer.backend_tokenizer
+        backend.encode_special_tokens = True
+        return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def _state(self) -> tuple[str, bytes]:
         return state_of(self._outer.backend_tokenizer)
 
@@ -273,7 +300,7 @@ class TransformersTokenizer(Tokenizer):
     def dated_chat_template(self) -> str | None:
         """The chat template with a clock that stands still."""
         template = self.chat_template
-        return template if template is None or "strftime_now" not in template else _SAME_EVERY_DAY + template
+        return template if template is None or "strftime_now" not in template else SAME_EVERY_DAY + template
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         if self.chat_template is None:
@@ -290,36 +317,6 @@ class TransformersTokenizer(Tokenizer):
             raise InputError(
                 f"the tokenizer's chat template refuses these turns: {str(error) or type(error).__name__}"
             ) from None
-
-
-# A template that writes the date would train on other tokens than it is evaluated with, tomorrow: its clock stands
-# still, on the date that LLaMA-3's template takes where there is no clock.
-_DATE = {
-    "%-d": "26",
-    "%d": "26",
-    "%e": "26",
-    "%b": "Jul",
-    "%B": "July",
-    "%-m": "7",
-    "%m": "07",
-    "%Y": "2024",
-    "%y": "24",
-    "%a": "Fri",
-    "%A": "Friday",
-    "%H": "12",
-    "%I": "12",
-    "%M": "00",
-    "%S": "00",
-    "%p": "PM",
-    "%j": "208",
-    "%F": "2024-07-26",
-    "%T": "12:00:00",
-}
-_SAME_EVERY_DAY = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
-    + " }}{%- endmacro -%}"
-)
 
 
 def _checked_ends(ids: tuple[int, ...], where: str, ends: frozenset[int], rows: int) -> tuple[int, ...]:
