@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import shutil
@@ -29,19 +30,24 @@ def copy_or_draw(
     files that come out dark."""
     done: list[Done] = []
     dark: list[str] = []
+    made = ""  # the folder that is known to be there
     for name, (source, sample_id) in images:
         path, before = None, None
         if isinstance(source, Path):
-            where = f"sample '{sample_id}', image {source}"
-            data, status = read_image_and_status(source, max_pixels, where, inside=_root_of(source, roots))
-            path, before = str(source), stat_in(status)
+            path = str(source)
+            where = f"sample '{sample_id}', image {path}"
+            root = _root_of(os.path.dirname(path), roots)
+            data, status = read_image_and_status(source, max_pixels, where, inside=root)
+            before = stat_in(status)
             if is_dark(data, max_pixels, where):
                 dark.append(path)
         else:
             data = source()
             open_rgb(data, max_pixels, f"sample '{sample_id}', drawn image {name}")
-        copy = folder / name
-        _make_folder(copy.parent)
+        copy = f"{folder}/{name}"
+        if (parent := os.path.dirname(copy)) != made:
+            os.makedirs(parent, exist_ok=True)
+            made = parent
         with open(copy, "wb") as file:
             file.write(data)
             file.flush()
@@ -50,19 +56,17 @@ def copy_or_draw(
     return done, dark
 
 
-def _root_of(source: Path, roots: tuple[Path, ...]) -> Path | None:
-    """The innermost of `roots` below which the path lies, as it is written."""
-    return max((root for root in roots if source.is_relative_to(root)), key=lambda root: len(root.parts), default=None)
-
-
-def _make_folder(folder: Path) -> None:
-    if not os.path.isdir(folder):  # of many images' one mostly is there: asking takes a tenth of making
-        folder.mkdir(parents=True, exist_ok=True)
+@functools.lru_cache(maxsize=1 << 12)  # of many images' one
+def _root_of(folder: str, roots: tuple[Path, ...]) -> Path | None:
+    """The innermost of `roots` below which the folder lies, as it is written."""
+    below = (root for root in roots if Path(folder).is_relative_to(root))
+    return max(below, key=lambda root: len(root.parts), default=None)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """For a part's own files, which are removed afterwards: a merge that dies leaves them as they were."""
-    _make_folder(target.parent)
+    if not os.path.isdir(target.parent):  # of many images' one mostly is there: asking takes a tenth of making
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError as error:

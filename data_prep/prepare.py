@@ -15,9 +15,10 @@ import functools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -36,7 +37,6 @@ from data_prep.parts import (
 )
 from data_prep.reading import ELSEWHERE, Reading
 from data_prep.sources import SOURCES, option_texts, places_of
-from data_prep.sources.raw import ImageSource
 from data_prep.sources.splits import SplitOverlap
 from vltrain.config.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.config.schema import OWN, DataConfig
@@ -62,6 +62,7 @@ EXAMPLES = (
 logger = logging.getLogger(__name__)
 
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
+_text: Callable[[str], str] = encode_basestring  # pyright: ignore[reportUnknownVariableType]
 
 
 def prepare(
@@ -131,7 +132,9 @@ def _prepare_part(wanted: _Wanted, output: Path, checks: _Checks, share: Share, 
     """Copies or draws the images of one part, unless that is done."""
     counts: Counter[str] = Counter()
     reading = checks.reading
-    images = dict(_write_samples(wanted, None, output, counts, reading))
+    images: Images = {}
+    for _ in _write_samples(wanted, images, counts, reading, _Files(None, _existing(output))):
+        pass
     made_with = {**wanted.made_with(), "raw": reading.record(_paths_in(images)).digest(*_everywhere(reading))}
     if not is_done(output, share, made_with):
         names = _names_of_part(images, share, part)
@@ -148,14 +151,15 @@ def _prepare_whole(
     reading, made_with = checks.reading, wanted.made_with()
     parts = finished_parts(output, share, made_with) if share is not None else []
     with new_folder(output, replace=rebuild) as folder:
-        met = _write_samples(wanted, folder, folder, counts, reading)
-        sources: Images = {}
-        record = (
-            checks.run(_kept(met, sources), folder)
-            if share is None
-            else _take_images(_kept(met, sources), reading, share, parts, folder)
-        )
-        record.extend(reading.record(_paths_in(sources)))
+        images: Images = {}
+        overlap = SplitOverlap(folder)
+        met = _write_samples(wanted, images, counts, reading, _Files(overlap, folder))
+        record = checks.run(met, folder) if share is None else _take_images(met, reading, share, parts, folder)
+        rows = zip(record.places, record.names, record.digests, strict=True)
+        digests = {name: digest for place, name, digest in rows if place == SAMPLES}
+        for line in overlap.lines({name: source for name, (source, _) in images.items()}, digests):
+            logger.warning("source '%s': %s", wanted.source, line)
+        record.extend(reading.record(_paths_in(images)))
         record.add_all(SAMPLES, ((f"{split}.jsonl", look(folder / f"{split}.jsonl")) for split in counts))
         places, options = (
             {name: str(value) for name, value in one.items()} for one in (reading.places, wanted.options)
@@ -174,13 +178,6 @@ def _prepare_whole(
 
 def _everywhere(reading: Reading) -> tuple[str, ...]:
     return (*reading.places, ELSEWHERE)
-
-
-def _kept(met: Iterable[Named], sources: Images) -> Iterator[Named]:
-    """Passes images on, and keeps them."""
-    for name, source in met:
-        sources[name] = source
-        yield name, source
 
 
 def _paths_in(images: Images) -> Iterator[Path]:
@@ -250,43 +247,48 @@ def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: li
     return whole
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Where samples are written; without `overlap` nowhere. `folder`: on whose disk ids wait, too."""
+
+    overlap: SplitOverlap | None
+    folder: Path
+
+
 def _write_samples(
-    wanted: _Wanted, folder: Path | None, place: Path, counts: Counter[str], reading: Reading
+    wanted: _Wanted, images: Images, counts: Counter[str], reading: Reading, files: _Files
 ) -> Iterator[Named]:
-    """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split and yields each
-    image when it first comes. `place`: on whose disk ids wait."""
-    sources: dict[str, ImageSource] = {}
-    unique = UniqueIds(_existing(place), "unique over all splits")
-    overlap = SplitOverlap(folder) if folder is not None else None
+    """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split, fills `images`
+    and yields each when it first comes."""
+    unique, overlap = UniqueIds(files.folder, "unique over all splits"), files.overlap
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
+        streams: dict[str, BinaryIO] = {}
         for raw in watched(
             reading.watch(SOURCES[wanted.source](wanted.input, wanted.options)), title="samples", unit="sample"
         ):
-            sample = raw.sample
+            sample, split = raw.sample, raw.split
             unique.add(sample.id)
             names = [_image_name(name) for name in sample.images]
             for name, image_source in zip(names, raw.image_sources, strict=True):
-                if name not in sources:
-                    sources[name] = image_source
-                    yield name, (image_source, sample.id)
-                elif sources[name] is not image_source and sources[name] != image_source:  # paths compare slowly
+                known = images.get(name)
+                if known is None:
+                    images[name] = image_source, sample.id
+                    yield name, images[name]
+                elif known[0] is not image_source and known[0] != image_source:  # paths compare slowly
                     raise InputError(
-                        f"sample '{sample.id}': image name '{name}' stands for both {sources[name]} and {image_source}"
+                        f"sample '{sample.id}': image name '{name}' stands for both {known[0]} and {image_source}"
                     )
-            counts[raw.split] += 1
-            if folder is None or overlap is None:
+            counts[split] += 1
+            if overlap is None:
                 continue
-            overlap.add(raw.split, sample, names)
-            if raw.split not in files:
-                files[raw.split] = stack.enter_context((folder / f"{raw.split}.jsonl").open("wb"))
-            files[raw.split].write(_line(sample, names))
+            overlap.add(split, sample, names)
+            if split not in streams:
+                streams[split] = stack.enter_context((files.folder / f"{split}.jsonl").open("wb"))
+            streams[split].write(_line(sample, names))
     if not counts:
         named = f" from {wanted.input}" if wanted.input else ""
         raise InputError(f"source '{wanted.source}' yielded no samples{named}; is this the right input?")
     unique.finish(lambda: (raw.sample.id for raw in SOURCES[wanted.source](wanted.input, wanted.options)))
-    for line in overlap.lines(sources) if overlap is not None else []:
-        logger.warning("source '%s': %s", wanted.source, line)
 
 
 def _existing(place: Path) -> Path:
@@ -295,8 +297,14 @@ def _existing(place: Path) -> Path:
 
 
 def _line(sample: Sample, images: list[str]) -> bytes:
+    """As `json.dumps` of `Sample.to_json` writes it."""
+    turns = ", ".join([f'{{"role": {_text(turn.role)}, "text": {_text(turn.text)}}}' for turn in sample.turns])
+    line = (
+        f'{{"id": {_text(sample.id)}, "images": [{", ".join(map(_text, images))}], "turns": [{turns}], '
+        f'"metadata": {_as_json(sample.metadata)}}}\n'
+    )
     try:
-        return (_as_json({**sample.to_json(), "images": images}) + "\n").encode()
+        return line.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"sample '{sample.id}': its metadata is not valid text ({error})") from None
 

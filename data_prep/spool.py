@@ -21,6 +21,8 @@ from vltrain.schema import PackedRow
 MOST_AT_ONCE = 1 << 18  # samples that are assigned to packs together
 _FLAT = dict.fromkeys(("input_ids", "instruction_ids", "position_ids", "blocks"), np.int32)
 
+_NONE = np.empty(0, np.int32)
+
 logger = logging.getLogger(__name__)
 
 
@@ -127,42 +129,54 @@ class Spool:
 
     def row(self, samples: np.ndarray, image_ids: np.ndarray) -> PackedRow:
         """The pack of some samples. `image_ids` int64 [paths]: the stored image behind each path."""
-        spans = [slice(self._starts[sample], self._starts[sample] + self.lengths[sample]) for sample in samples]
-        flat = self._flat
-        lengths, starts = self.instruction_lengths[samples], self._instruction_starts[samples]
-        instructions = [flat["instruction_ids"][start : start + length] for start, length in zip(starts, lengths)]
+        starts, lengths = self._starts[samples], self.lengths[samples]
+        places = _ranges(starts, lengths)
         return PackedRow(
-            input_ids=np.concatenate([flat["input_ids"][span] for span in spans]),
-            loss_mask=np.concatenate([flat["loss_mask"][span] for span in spans]),
-            segment_lengths=self.lengths[samples].astype(np.int32),
-            sample_ids=tuple(self.ids[int(sample)] for sample in samples),
-            instruction_ids=np.concatenate(instructions),
-            instruction_lengths=lengths.astype(np.int32) if lengths.any() else np.empty(0, np.int32),
-            position_ids=self._positions(spans),
-            blocks=np.concatenate([flat["blocks"][span] for span in spans]),
+            input_ids=self._flat["input_ids"][places],
+            loss_mask=self._flat["loss_mask"][places],
+            segment_lengths=lengths,
+            sample_ids=tuple(self.ids.of(samples)),
+            position_ids=self._positions(starts, lengths),
+            blocks=self._flat["blocks"][places] if len(self._flat["blocks"]) else _NONE,
+            **self._instructions(samples),
             **self._shown(samples, image_ids),
         )
 
-    def _positions(self, spans: list[slice]) -> np.ndarray:
+    def _instructions(self, samples: np.ndarray) -> dict[str, np.ndarray]:
+        instructions = self._flat["instruction_ids"]
+        if not len(instructions):
+            return {}
+        lengths = self.instruction_lengths[samples]
+        places = _ranges(self._instruction_starts[samples], lengths)
+        return {"instruction_ids": instructions[places], "instruction_lengths": lengths if lengths.any() else _NONE}
+
+    def _positions(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """int32 [R, T], [0, 0] where there is none: each sample's rows lie together on disk."""
         rows = self._position_rows
         if not rows:
             return np.empty((0, 0), np.int32)
-        own = [self._flat["position_ids"][rows * span.start : rows * span.stop].reshape(rows, -1) for span in spans]
-        return np.concatenate(own, axis=1)
+        spans = [slice(rows * start, rows * (start + length)) for start, length in zip(starts, lengths)]
+        return np.concatenate([self._flat["position_ids"][span].reshape(rows, -1) for span in spans], axis=1)
 
     def _shown(self, samples: np.ndarray, image_ids: np.ndarray) -> dict[str, np.ndarray]:
         """The images of a pack: each once; where that matters, those that stand alone in a sample apart and first."""
-        firsts, counts = self._image_starts[samples], self.num_images[samples]
-        runs = _ranges(firsts, counts)
-        kinds = np.repeat(np.minimum(counts, 2), counts) if self._counts_matter else np.ones(len(runs))
-        kinds = kinds.astype(np.int64)
-        shown = image_ids[self.image_refs[runs]]
+        counts = self.num_images[samples]
+        runs = _ranges(self._image_starts[samples], counts)
         most = len(image_ids) + 1
-        distinct, first_runs, slots = np.unique(kinds * most + shown, return_index=True, return_inverse=True)
-        found = {"image_ids": distinct % most, "image_slots": slots.astype(np.int32)}
+        keys = image_ids[self.image_refs[runs]] + most
+        if self._counts_matter:
+            keys += most * (np.repeat(counts, counts) > 1)
+        listed = keys.tolist()  # of a few, for which sorting arrays takes ten times as long
+        order = sorted(set(listed))
+        slots = {key: slot for slot, key in enumerate(order)}
+        distinct = np.array(order, np.int64)
+        found = {
+            "image_ids": distinct % most,
+            "image_slots": np.array([slots[key] for key in listed], np.int32),
+        }
         if len(self.image_tokens):
-            found["image_tokens"] = self.image_tokens[runs[first_runs]].astype(np.int32)
+            first_runs = runs[[listed.index(key) for key in order]] if order else runs
+            found["image_tokens"] = self.image_tokens[first_runs]
             found["image_counts"] = (distinct // most).astype(np.int32)
         return found
 

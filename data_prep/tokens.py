@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from json.decoder import scanstring
+from json.decoder import scanstring  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,7 +30,7 @@ from vltrain.data.text.pairs import Pair
 from vltrain.data.text.spelling import NOTHING_LOST, Lost, Spelling, lost_of
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
-from vltrain.files.strict_json import is_blank, is_json, parse_line, read_lines, require_plain_file
+from vltrain.files.strict_json import is_blank, parse_json, parse_line, read_lines, require_plain_file
 from vltrain.schema import IMAGE_MARKER, Sample, Turn, path_fault, question_and_answer
 
 _LINES_PER_CHUNK = 512
@@ -173,10 +173,9 @@ def _tokenise(lines: list[tuple[int, bytes]], file: str, encoder: SampleEncoder,
         if is_blank(line, number):
             continue
         found = pair_of_line(line) if encoder.visual_tokens else None
-        if found is None:
-            record = parse_line(line, file, number)
-            texts = question_and_answer(record) if encoder.visual_tokens else None
-            found = None if texts is None else (record["id"], tuple(record["images"]), texts)
+        record = None if found else parse_line(line, file, number)
+        if record is not None and encoder.visual_tokens and (texts := question_and_answer(record)) is not None:
+            found = record["id"], tuple(record["images"]), texts
         if found is None:
             sample = Sample.from_json(record, f"{file}:{number}")
             name, shown, row = sample.id, sample.images, _encode(sample, encoder, size_of, ends)
@@ -228,15 +227,19 @@ def pair_of_line(line: bytes) -> tuple[str, tuple[str, ...], tuple[str, str]] | 
         found = _PAIR.fullmatch(line.decode()) if b"\\u" not in line else None  # which may be half of a character
         if found is None:
             return None
-        spelled: tuple[str | None, ...] = found.groups()
-        identity, image, asked, said = (text and _unescaped(text) for text in spelled[:4])
-    except ValueError:
+        texts: tuple[str, str | None, str, str, str] = found.groups()  # pyright: ignore[reportAssignmentType]
+        identity, image, asked, said, metadata = texts
+        if "\\" in identity or image and "\\" in image:
+            return None
+        asked = _unescaped(asked) if "\\" in asked else asked
+        said = _unescaped(said) if "\\" in said else said
+        parse_json(metadata.encode(), "")
+    except (ValueError, InputError):
         return None
     if (
-        identity and asked and said and identity.strip() and asked.strip() and said.strip()
+        identity.strip() and asked.strip() and said.strip()
         and IMAGE_MARKER not in said and asked.count(IMAGE_MARKER) == (image is not None)
         and (image is None or path_fault(image) is None)
-        and is_json(spelled[4] or "")
     ):  # fmt: skip
         return identity, () if image is None else (image,), (asked, said)
     return None
@@ -244,7 +247,7 @@ def pair_of_line(line: bytes) -> tuple[str, tuple[str, ...], tuple[str, str]] | 
 
 def _unescaped(text: str) -> str:
     """What a JSON string says. Raises ValueError."""
-    return _scan_string(text + '"', 0)[0] if "\\" in text else text
+    return _scan_string(text + '"', 0)[0]
 
 
 @functools.lru_cache(maxsize=1)

@@ -160,6 +160,9 @@ def is_dark(data: bytes, max_pixels: int, where: str) -> bool:
     """Decodes an image to check it, and says whether it comes out dark though it is not black (see DARK). Raises as
     `open_rgb`."""
     image = open_rgb(data, max_pixels, where)
+    middle: object = image.getpixel((image.width // 2, image.height // 2))
+    if isinstance(middle, tuple) and max(middle) > DARK:  # as of most, which need not be looked through
+        return False
     brightest = int(np.max(image.getextrema()))  # [3, 2], the least and the most of each channel
     return brightest <= DARK and (brightest > 0 or _holds_light(data))
 

@@ -86,15 +86,6 @@ def parse_json(data: bytes, file: str) -> Any:
     return _parse(_decode(data.removeprefix(BOM), file, 1), file, 1)
 
 
-def is_json(text: str) -> bool:
-    """Whether a text is a JSON value as `parse_json` takes it."""
-    try:
-        _parse(text, "", 1)
-    except InputError:
-        return False
-    return True
-
-
 def read_lines(path: Path, expected: str = "a JSONL file") -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line of a JSONL file that is not blank. Raises InputError as `read_json`."""
     require_plain_file(path, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +51,17 @@ class SplitOverlap:
             self._splits[split] = _Asked(self._folder)
         self._splits[split].add(asked, [images.setdefault(name, len(images)) for name in names])
 
-    def lines(self, sources: Mapping[str, ImageSource]) -> list[str]:
+    def lines(self, sources: Mapping[str, ImageSource], digests: Mapping[str, bytes] | None = None) -> list[str]:
         """A line for each pair of splits that share an image or a question. `sources`: where each name's image comes
-        from."""
+        from. `digests`: of the images by name, where they are known: none is read then."""
         if len(self._splits) < 2:
             return []
-        first_alike = np.array(same_images([sources[name] for name in self._images]), np.int64)
+        if digests is None:
+            first_alike = np.array(same_images([sources[name] for name in self._images]), np.int64)
+        else:  # drawers are told apart by themselves, as they are without
+            known = ((digests[name] if isinstance(sources[name], Path) else sources[name]) for name in self._images)
+            firsts = dict[Hashable, int]()
+            first_alike = np.array([firsts.setdefault(key, place) for place, key in enumerate(known)], np.int64)
         for split in self._splits.values():
             split.finish(first_alike)
         order = sorted(self._splits, key=lambda name: (name != "train", name != "val", name))

@@ -74,9 +74,18 @@ class Texts:
         data, ends = self._maps()
         return data[int(ends[number - 1]) if number else 0 : int(ends[number])].tobytes().decode()
 
+    def of(self, numbers: np.ndarray) -> list[str]:
+        """The texts of some numbers."""
+        data, ends = self._maps()
+        starts = np.where(numbers > 0, ends[numbers - 1], 0)
+        return [
+            data[start:end].tobytes().decode()
+            for start, end in zip(starts.tolist(), ends[numbers].tolist(), strict=True)
+        ]
+
     def __iter__(self) -> Iterator[str]:
-        for number in range(len(self)):
-            yield self[number]
+        for part in in_slices(len(self)):
+            yield from self.of(np.arange(int(part.start), int(part.stop)))
 
     def _maps(self) -> tuple[np.ndarray, np.ndarray]:
         if self._mapped is None:
