@@ -37,6 +37,7 @@ ADDED: dict[str, Any] = {
     "model.vision.tokens": "cls",
     "optim.projector_lr": None,
     "train.balance": "flops",
+    "train.check": "quick",
     "train.init_from": None,
     "train.keep_image_features": False,
     "train.loggers": ("tensorboard",),

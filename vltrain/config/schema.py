@@ -142,6 +142,10 @@ class TrainConfig:
     """Encode each image of the packs once, before the first step, and read its features from disk in every epoch
     (`features-KEY` in the packs' folder, which runs of the same tower share). Nothing that encodes images may be
     trained: of mmt and instructblip the ViT without neck and Q-Former, of stock tower and projector."""
+    check: Literal["quick", "full", "none"] = "quick"
+    """What is proven before the first step, on the run's own packs and ranks, and then put back bit for bit. quick, in
+    less than three steps' time: the longest pack and the one with most images go through a step, and every gradient
+    arrives where it should; full: all that `vltrain check recipe` looks at but the data report."""
     compile: bool = False
     """Compile the blocks of ViT and LLM with torch.compile, at the first step (minutes); of a stock model those of its
     LLM, whose tower stays plain: its sizes change with each image. With ZeRO 0 to 2, networks in 16 or 32 bits, and

@@ -304,8 +304,8 @@ class StepLoader:
         """
         self.while_waiting: Callable[[], None] = lambda: None
         """Called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it may raise."""
-        self._plan, self._rank, self._reader, self._start_step = plan, rank, reader, start_step
-        self._pin_memory, self.kept = pin_memory, kept
+        self._plan, self._rank, self.reader, self._start_step = plan, rank, reader, start_step
+        self._pin_memory, self.kept, self.dataset = pin_memory, kept, dataset
         self._loader: DataLoader[Fetched] | None = DataLoader(
             _Fetcher(dataset, reader, kept),
             sampler=_PlanSampler(plan, rank, start_step),
@@ -349,7 +349,7 @@ class StepLoader:
         for number in range(self._start_step, self._plan.num_steps):
             step = self._plan.step(number)
             batches = [
-                filler(has_images, self._reader, self.kept) if pack == FILLER else self._unwrap(fetched)
+                filler(has_images, self.reader, self.kept) if pack == FILLER else self._unwrap(fetched)
                 for pack, has_images in _share(step, self._rank)
             ]
             if self._pin_memory:

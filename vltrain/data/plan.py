@@ -192,7 +192,7 @@ class Plan:
             step=number,
             packs=grid,
             first_samples=np.where(places == FILLER, 0, (np.cumsum(sizes) - sizes)[places]),
-            has_images=((grid != FILLER) & (index.num_images[grid] > 0)).any(axis=1) | self._images_always,
+            has_images=self.reads_images(grid),
             num_label_tokens=int(index.num_label_tokens[packs].sum()),
             num_tokens=int(index.num_tokens[packs].sum()),
             num_pairs=int(index.sum_squares[packs].sum()),
@@ -200,6 +200,11 @@ class Plan:
             sized_images=float(self._cost.sized_images(index, packs).sum()),
             num_samples=int(sizes.sum()),
         )
+
+    def reads_images(self, packs: np.ndarray) -> np.ndarray:
+        """bool [G], whether any rank reads images in a micro-step of these packs, int64 [G, W]: then all do."""
+        shown = (packs != FILLER) & (self._index.num_images[packs] > 0)
+        return shown.any(axis=1) | self._images_always
 
     def _assign(self, packs: np.ndarray) -> np.ndarray:
         """int64 [G, W], places in `packs`: of packs with images first, each micro-step of similar costs, fillers last;

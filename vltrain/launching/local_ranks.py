@@ -1,5 +1,5 @@
-"""`--ranks N` of `vltrain train`, `evaluate` and `doctor`: the same command on several ranks of this machine, without a
-launcher of anybody's.
+"""`--ranks N` of `vltrain train`, `evaluate`, `doctor` and `check recipe`: the same command on several ranks of this
+machine, without a launcher of anybody's.
 
 Each rank is a process `python -m vltrain COMMAND ...` with the environment that `deepspeed` or `torchrun` would give
 it. Signals that reach this process go to all ranks, which save and leave as they do under a launcher; when one fails,
@@ -23,7 +23,8 @@ from vltrain.config.command_line import COMMAND_LINE, FLAGS, QUIET, REBUILD, spl
 from vltrain.errors import InputError
 from vltrain.launching.launcher import default_ranks, free_port, rank_environment
 
-COMMANDS = ("train", "evaluate", "doctor")
+COMMANDS = ("train", "evaluate", "doctor", "check")
+CHECK = "recipe"  # the one of `vltrain check` that runs on ranks
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE_SECONDS = 30.0  # after the first rank has failed
 POLL_SECONDS = 0.2
@@ -35,6 +36,8 @@ def asked_ranks(command: str, words: Sequence[str]) -> int | None:
 
     Raises: InputError for anything else, for a command that takes none, and inside a rank that a launcher started.
     """
+    if command == "check" and words[:1] != [CHECK]:
+        return None
     if command not in COMMANDS or not any(word == "--ranks" or word.startswith("--ranks=") for word in words):
         return None
     arguments = split_arguments(list(words), flags=(*FLAGS, REBUILD, QUIET))

@@ -13,6 +13,10 @@ from vltrain.errors import InputError
 NAMED_SAMPLES = 8
 
 
+class OutOfMemory(InputError):
+    """A pack that is too large for this machine and this recipe."""
+
+
 @contextmanager
 def oom_context(batch: Batch, *, step: int, rank: int) -> Iterator[None]:
     """Turns running out of memory inside the block into an InputError: names the pack, its tokens, images and samples,
@@ -25,7 +29,7 @@ def oom_context(batch: Batch, *, step: int, rank: int) -> Iterator[None]:
         names = ", ".join(batch.sample_ids[:NAMED_SAMPLES])
         more = f" and {len(batch.sample_ids) - NAMED_SAMPLES} more" if len(batch.sample_ids) > NAMED_SAMPLES else ""
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
+        raise OutOfMemory(
             f"step {step}, rank {rank}: out of memory at a pack of {len(batch.input_ids)} tokens and "
             f"{len(batch.pixels)} images "
             f"(samples {names}{more}): {first_line}. Lower data.pack_length or data.max_images (the packs are "

@@ -1,5 +1,5 @@
 """What a user starts: each module is one program, `main(argv) -> exit code`. Above all other rooms.
 
 Imports: errors, console, files, shipped, config, distributed, data, models, metrics, evaluate, receipts, memory,
-    train, inference, harness, export, serve, audit, doctor, prepared, launching.
+    train, preflight, inference, harness, export, serve, audit, doctor, prepared, launching.
 """

@@ -1,4 +1,11 @@
-"""`vltrain check`: what can be proven about a run, and about its data.
+"""`vltrain check`: what can be proven about a run, before it and after it, and about its data.
+
+    vltrain check recipe RECIPE --ds JSON [--ranks N] [--KEY VALUE ...]
+
+tries what a run of the recipe would be, on its own packs, model, kernels and ranks: the packs that are likeliest to
+fail go through forward, backward and step, every gradient arrives where it should, frozen weights stay; then it ends
+without training. `train.check` has a part of this done at the beginning of each run. Exit code 0: proven; 1: something
+fails, a line each; 2: a mistake in the input.
 
     vltrain check resume RUN [OTHER] [--packs FOLDER] [--tolerance 1e-5]
 
@@ -33,6 +40,7 @@ its samples, those that are NaN or Inf first. Exit code 0, or 1 where there are 
 See `vltrain.programs.checks.replay`.
 
 examples:
+    vltrain check recipe quickstart --ds zero2 --ranks 2
     vltrain check resume runs/quickstart
     vltrain check resume runs/quickstart runs/again --tolerance 1e-5
     vltrain check weights runs/quickstart
@@ -53,6 +61,8 @@ from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.receipts.verify import Proof, prove
 
 EXIT_DIFFERS = 1
+RECIPE = "recipe"
+"""The check that reads its words as `vltrain train` does."""
 
 
 @exits_cleanly
@@ -61,8 +71,12 @@ def main(argv: list[str], *, program: str = "vltrain check") -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print((__doc__ or "").strip())
         return 0
-    if argv[0] not in CHECKS:
-        raise InputError(f"{COMMAND_LINE}: unknown check '{argv[0]}', {nearest(argv[0], CHECKS)}")
+    if argv[0] not in (*CHECKS, RECIPE):
+        raise InputError(f"{COMMAND_LINE}: unknown check '{argv[0]}', {nearest(argv[0], (*CHECKS, RECIPE))}")
+    if argv[0] == RECIPE:
+        from vltrain.programs.checks.recipe import check_recipe
+
+        return check_recipe(argv[1:])
     arguments = split_arguments(argv[1:])
     if ("help", None) in arguments.options:
         print((__doc__ or "").strip())

@@ -42,6 +42,7 @@ from vltrain.metrics.table import require_loggers
 from vltrain.models.build import build_model, count_parameters, count_trained
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.interface import VisionLanguageModel
+from vltrain.preflight.check import check_before_training
 from vltrain.prepared.ensure_data import require_source
 from vltrain.prepared.origins import facts_of, samples_file
 from vltrain.prepared.training_data import ensure_training_data
@@ -129,7 +130,7 @@ def run_stages(whole: Run, preemption: Preemption) -> None:
             "one by --recipe FILE#STAGE"
         )
     for part in whole.parts:
-        _require_runnable(part)
+        require_runnable(part)
     with ExitStack() as held:
         if int(os.environ.get("RANK", "0")) == 0:
             make_run_folder(whole.folder)
@@ -147,7 +148,7 @@ def run_stages(whole: Run, preemption: Preemption) -> None:
             gc.collect()  # the engine of a stage is a ring of references
 
 
-def _require_runnable(settings: Settings) -> dict[str, Any]:
+def require_runnable(settings: Settings) -> dict[str, Any]:
     """DeepSpeed's JSON, after what shows a mistake before hours of preparation, the model's audit last."""
     config = settings.config
     ds_json = load_ds_json(settings.options["ds"])
@@ -168,7 +169,7 @@ def run(settings: Settings, preemption: Preemption, stage: Stage | None = None) 
     settings = dataclasses.replace(settings, config=with_peft_folder(settings.config))
     config = settings.config
     set_determinism(config.train.deterministic)
-    ds_json = _require_runnable(settings)
+    ds_json = require_runnable(settings)
     folder, rank = Path(config.output), int(os.environ.get("RANK", "0"))
     with ExitStack() as held:
         if rank == 0:
@@ -219,9 +220,10 @@ def _train(
     evaluation = None
     if samples is not None:
         evaluation = SplitEvaluation(encoder=encoder, samples=samples, digest=digest, made_of=files)
-    trainer = _assemble(config, ds_json, world_size, dataset, start, evaluation, preemption, settings.given)
+    trainer = assemble(config, ds_json, world_size, dataset, start, evaluation, preemption, settings.given)
     if trainer.rank == 0:
         _describe(trainer, ds_json, encoder.tokenizer, outline, dataset)
+    check_before_training(trainer)
     trainer.train()
     trainer.monitor.close()
     if trainer.rank == 0:
@@ -230,7 +232,7 @@ def _train(
         last_line(summary(trainer)) if stage is not Stage.EARLIER else logger.info("%s", summary(trainer))
 
 
-def _assemble(
+def assemble(
     config: Config,
     ds_json: dict[str, Any],
     world_size: int,

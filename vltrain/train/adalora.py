@@ -158,7 +158,8 @@ class RankAllocator:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Puts `state` back."""
+        """Puts `state` back, in the place of what there is."""
+        self._mean, self._deviation, self.kept = {}, {}, {}
         for key, value in state.items():
             _, kind, name = key.split("/", 2)
             if kind == "kept":

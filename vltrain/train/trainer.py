@@ -168,6 +168,12 @@ class Trainer:
 
     def step(self, loaded: LoadedStep) -> StepResult:
         """One optimizer step on the batches assigned to this rank."""
+        result = self.accumulate(loaded)
+        self.update(result)
+        return result
+
+    def accumulate(self, loaded: LoadedStep) -> StepResult:
+        """Forward and backward of a step: its gradients are complete then."""
         number = loaded.step
         # Dropout of a step depends on the step and the rank alone, so that a resumed run draws what an undisturbed one
         # would.
@@ -193,7 +199,7 @@ class Trainer:
             losses.append(output.loss_sum.detach())
             segment_losses.append(output.segment_losses)
         seen = [batch for batch in loaded.batches if not batch.is_filler]
-        result = StepResult(
+        return StepResult(
             step=number,
             losses=losses,
             segment_losses=segment_losses,
@@ -206,10 +212,12 @@ class Trainer:
             samples=fingerprint(batch.sample_ids for batch in seen),
             lr=lr,
         )
-        self.safety.at(number, "update", len(loaded.batches))
+
+    def update(self, result: StepResult) -> None:
+        """The optimizer's step, if the guard allows it."""
+        self.safety.at(result.step, "update", len(result.losses))
         self._update(result)
         result.applied, result.grad_norm = self.engine.applied, self.engine.grad_norm()
-        return result
 
     def _update(self, result: StepResult) -> None:
         if not self.safety.guard.allows(result):
