@@ -224,7 +224,6 @@ def test_a_logger_that_raises_ends_nothing_and_says_so_once(tmp_path, caplog):
         active=True,
         first_step=0,
         num_steps=3,
-        steps_per_epoch=1.5,
         log_every_steps=1,
         flops=Flops(per_token=1.0, per_pair=1.0, per_image=1.0, per_label=1.0),
         peak_flops=1.0,

@@ -42,7 +42,6 @@ class Monitor:
         active: bool,
         first_step: int,
         num_steps: int,
-        steps_per_epoch: float,
         log_every_steps: int,
         flops: Flops,
         peak_flops: float,
@@ -51,7 +50,7 @@ class Monitor:
         if not active:
             return
         self._flops, self._peak_flops = flops, peak_flops
-        self._log_every_steps, self._steps_per_epoch = log_every_steps, steps_per_epoch
+        self._log_every_steps = log_every_steps
         self._loggers = loggers
         self._log = _reopen_log(folder / LOG, first_step)
         self._progress = Progress(total=num_steps, initial=first_step, title="train", unit="step")
@@ -102,7 +101,6 @@ class Monitor:
             "data/samples_per_step": self._samples / max(self._steps, 1),
             "data/images_per_step": self._images / max(self._steps, 1),
             "data/label_tokens_per_step": self._label_tokens / max(self._steps, 1),
-            "data/epoch": (step + 1) / self._steps_per_epoch,
             "memory/peak_gib": peak_memory_bytes() / 1024**3,
         }
         self._loggers.scalars(rates, step)

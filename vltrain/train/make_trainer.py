@@ -189,7 +189,6 @@ def _make_monitor(config: Config, loggers: MetricLogger, plan: Plan, flops: Flop
         active=dist.get_rank() == 0,
         first_step=start.first_step,
         num_steps=plan.num_steps,
-        steps_per_epoch=plan.steps_per_epoch,
         log_every_steps=config.train.log_every_steps,
         flops=flops,
         peak_flops=peak_flops(start.dtype) * dist.get_world_size(),

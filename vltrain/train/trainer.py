@@ -33,7 +33,7 @@ from vltrain.train.checkpoints.selection import BestTracker, name_best
 from vltrain.train.determinism import step_seed
 from vltrain.train.guard import StepReading, StepResult
 from vltrain.train.optim import lr_factor, set_learning_rates
-from vltrain.train.pictures.norms import WeightNorms
+from vltrain.train.pictures.norms import WeightNorms, weight_norms
 from vltrain.train.pictures.ranks import draw_ranks, ranks_of
 from vltrain.train.run.kernels import KEPT, chosen_kernels
 from vltrain.train.safety import make_safety
@@ -134,8 +134,9 @@ class Trainer:
         """What is known of a step at once; the loss comes a step later (`_report`)."""
         self.monitor.stepped(result.step, result.lr)
         if (result.step + 1) % self.config.train.log_every_steps == 0:
-            self.norms.measure(self.engine.weight_norms(), result.step)
-            self.monitor.scalars({"checks/skipped_updates": self.safety.guard.num_skipped}, result.step)
+            self.norms.measure(weight_norms(self.engine), result.step)
+            epoch, skipped = (result.step + 1) / self.plan.steps_per_epoch, self.safety.guard.num_skipped
+            self.monitor.scalars({"data/epoch": epoch, "checks/skipped_updates": skipped}, result.step)
             if self.allocator is not None:
                 self.monitor.scalars(self.allocator.figures(), result.step)
         self.monitor.scalars(self.safety.stragglers(result.step), result.step)

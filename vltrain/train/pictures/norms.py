@@ -14,13 +14,17 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
 
 from vltrain.errors import InputError
 from vltrain.files.appended import AppendedFile
 from vltrain.files.strict_json import is_object, read_lines
 from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.step_log import plain_number, truncate_jsonl
+from vltrain.train.zero.engine import Engine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +32,24 @@ if TYPE_CHECKING:
 NORMS = "norms.jsonl"
 MOST_COLUMNS = 120  # of the heat map; of more steps as many are shown, evenly spaced, the last one too
 LABELLED = 40  # rows, up to which each has a name
+
+
+@torch.no_grad()
+def weight_norms(engine: Engine) -> dict[str, float]:
+    """The L2 norm of each trainable parameter by full name. Waits for the device. A collective under ZeRO-3."""
+    parts: list[Any] = list(engine.trainable.values())
+    if engine.stage == 3:
+        parts = [_own_part(parameter) for parameter in parts]
+    squares = torch.stack([part.float().norm().double().to(engine.device) ** 2 for part in parts])
+    if engine.stage == 3 and engine.world_size > 1:
+        dist.all_reduce(squares)
+    return dict(zip(engine.trainable, squares.sqrt().tolist(), strict=True))
+
+
+def _own_part(parameter: Any) -> torch.Tensor:
+    """What this rank has of a parameter under ZeRO-3, flat, without what fills it up."""
+    part = parameter.ds_tensor.view(-1)
+    return part[: min(max(parameter.ds_numel - len(part) * dist.get_rank(), 0), len(part))]
 
 
 def layer_of(name: str) -> str:

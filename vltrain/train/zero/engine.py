@@ -275,23 +275,6 @@ class Engine:
                 yield name, weight.view(getattr(parameter, "ds_shape", parameter.shape))
 
     @torch.no_grad()
-    def weight_norms(self) -> dict[str, float]:
-        """The L2 norm of each trainable parameter. Waits for the device. Nothing is gathered: under ZeRO-3 each rank
-        adds up the squares of its part. A collective there."""
-        parts = list(self.trainable.values())
-        if self.stage == 3:
-            parts = [self._true_part(parameter) for parameter in parts]
-        squares = torch.stack([part.float().norm().double().to(self.device) ** 2 for part in parts])
-        if self.stage == 3 and self.world_size > 1:
-            dist.all_reduce(squares)
-        return dict(zip(self.trainable, squares.sqrt().tolist(), strict=True))
-
-    def _true_part(self, parameter: Any) -> torch.Tensor:
-        """What this rank has of a parameter under ZeRO-3, flat, without what fills it up."""
-        part = parameter.ds_tensor.view(-1)
-        return part[: min(max(parameter.ds_numel - len(part) * dist.get_rank(), 0), len(part))]
-
-    @torch.no_grad()
     def keep_entries(self, name: str, kept: torch.Tensor) -> None:
         """Zeroes entries of a trainable parameter, between steps, in each copy that ZeRO keeps of it.
 
