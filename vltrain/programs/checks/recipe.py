@@ -19,12 +19,14 @@ from collections.abc import Sequence
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from, start_logging
+from vltrain.data.report.report import data_report
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.distributed.hardware import choose_dtype, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine
 from vltrain.distributed.preemption import Preemption
 from vltrain.distributed.ranks import adopt_ranks, names_lost_ranks
 from vltrain.errors import InputError
+from vltrain.evaluate.questions import judge_of
 from vltrain.memory.out_of_memory import OutOfMemory
 from vltrain.models.build import count_trained
 from vltrain.preflight.check import check
@@ -93,7 +95,9 @@ def _check(settings: Settings, title: str) -> int:
     set_determinism(config.train.deterministic)
     ds_json = require_runnable(settings)
     dtype = choose_dtype(config.train.precision, config.model.bits)
-    _, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
+    encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
+    first = int(os.environ.get("RANK", "0")) == 0
+    of_data = data_report(config, dataset, encoder, judge_of(config)) if first else []
     ds_json = fill_in(ds_json, count_trained(outline), outline.llm_block_classes)
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, None)
@@ -123,6 +127,7 @@ def _check(settings: Settings, title: str) -> int:
             trainer.history.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    lines = [*findings, *from_rank_0(of_data)]
     if rank == 0:
-        print("\n".join(f"{title}{one.line()}" for one in findings), flush=True)
-    return EXIT_FAILED if any(one.status == FAILED for one in findings) else 0
+        print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
+    return EXIT_FAILED if any(one.status == FAILED for one in lines) else 0
