@@ -45,8 +45,10 @@ def test_it_goes_on_as_it_would_have(place, resumed):
     """On the CPU and the torch that made it bit for bit."""
     stored = STORED / place.name / "run"
     if machine() == json.loads((place / "machine.json").read_text()):
-        for name in ("log.jsonl", "receipt.jsonl", "eval/test/predictions.jsonl"):
+        for name in ("log.jsonl", "eval/test/predictions.jsonl"):
             assert (resumed / name).read_bytes() == (stored / name).read_bytes()
+        losses = [[line["loss"] for line in lines_of(run / "receipt.jsonl")[1:]] for run in (resumed, stored)]
+        assert losses[0] == losses[1]
     for found, expected in zip(lines_of(resumed / "log.jsonl"), lines_of(stored / "log.jsonl"), strict=True):
         assert found == pytest.approx(expected, rel=TOLERANCE)
     header, *steps = lines_of(resumed / "receipt.jsonl")
@@ -67,6 +69,8 @@ def test_its_receipt_is_verified(resumed):
     done = vltrain("check", "resume", "run", folder=resumed.parent)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert f"chain: {STEPS} of {STEPS} steps, each once and in order" in done.stdout
+    assert f"losses from step {SAVED} on (of earlier ones it has none)" in done.stdout
+    assert f"as at step {SAVED + 1} at each of" in done.stdout
 
 
 def test_its_packs_are_read_to_the_same_batches(place, monkeypatch):

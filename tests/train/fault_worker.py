@@ -6,6 +6,7 @@ A scenario is one of `tests.train.worker`, with any of
     "hangs_at": [rank, step]   the rank sleeps there without end
     "slow": [rank, seconds]    the rank's forwards take so much longer
     "memory": [rank, step]     the rank's allocator fails there
+    "moves": {"step", "name"}  before that step, one number of that frozen parameter changes on the last rank
 """
 
 import json
@@ -33,6 +34,10 @@ def order_faults(trainer: Trainer, scenario: dict, rank: int, world_size: int) -
         at.update(step=loaded.step, micro=0)
         if loaded.step == scenario.get("dies_at"):
             raise Died
+        moves = scenario.get("moves", {})
+        if loaded.step == moves.get("step") and rank == world_size - 1:
+            parameter = dict(trainer.engine.model.named_parameters())[moves["name"]]
+            getattr(parameter, "ds_tensor", parameter).data.view(-1)[7] += 0.5
         return step(loaded)
 
     def faulty_forward(batch):

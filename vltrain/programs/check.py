@@ -9,8 +9,9 @@ fails, a line each; 2: a mistake in the input.
 
     vltrain check resume RUN [OTHER] [--packs FOLDER] [--tolerance 1e-5]
 
-proves from the run's receipt that every step was done once and in order, that every sample was seen once a pass, and
-that the newest checkpoint, read whole, is where the receipt says (one that was cut short, or put back, fails); and that
+proves from the run's receipt that every step was done once and in order, that every sample was seen once a pass, that
+no frozen weight moved, that the samples' losses in the history add up to each step's, and that the newest checkpoint,
+read whole, is where the receipt says (one that was cut short, or put back, fails); and that
 OTHER, a run that was interrupted or not, on as many ranks or others, had the same samples in the same steps and the
 same losses (bit for bit, or to a relative tolerance). Exit code 0: proven; 1: something differs, and it says what
 first; 2: a mistake in the input, such as a folder without a receipt. Of a run in stages, here and with `weights`, each

@@ -12,6 +12,9 @@ that was written anew does not fit it.
 them. A sum has no order, as a step has none, and so it is the same however packs are assigned to ranks, and rides along
 with the loss when that is summed over ranks. Trade-off: 128 bits that add up withstand mistakes, not an
 adversary who forges sample ids. `loss` is written exactly (`float.hex`).
+
+The header holds digests of the frozen weights at the start, by PART/DTYPE, and so does the line of a step that a
+checkpoint follows (`frozen`).
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ import json
 import logging
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
 from vltrain.files.appended import AppendedFile
 from vltrain.files.atomic import write_whole
-from vltrain.files.strict_json import parse_json, require_plain_file
+from vltrain.files.strict_json import is_object, parse_json, require_plain_file
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,7 @@ class Header:
     folder.
     first_step, previous: where the receipt begins and the chain before that: 0 and null, unless an earlier receipt was
     lost.
+    frozen: digests of the frozen weights there (`vltrain.train.zero.frozen`); None in receipts of earlier versions.
     """
 
     run: str
@@ -73,15 +77,25 @@ class Header:
     first_step: int = 0
     previous: str | None = None
     receipt: int = FORMAT_VERSION
+    frozen: dict[str, str] | None = None
 
     @property
     def chain(self) -> str:
-        return _hash(self.previous, asdict(self))
+        return _hash(self.previous, self.content())
+
+    def content(self) -> dict[str, Any]:
+        """What is written and hashed; `frozen` only where it is known."""
+        fields = asdict(self)
+        return fields if self.frozen is not None else {name: fields[name] for name in fields if name != "frozen"}
+
+    def dumps(self) -> str:
+        return json.dumps(self.content()) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One step. `skipped`: its update was not applied, see train.on_bad_loss."""
+    """One step. `skipped`: its update was not applied, see train.on_bad_loss. `frozen`: digests of the frozen weights
+    behind it, of a step that a checkpoint follows, or before which the run went on with others."""
 
     step: int
     samples: str
@@ -89,24 +103,28 @@ class Line:
     loss: str
     chain: str
     skipped: bool = False
+    frozen: dict[str, str] | None = None
 
     @property
     def loss_value(self) -> float:
         return float.fromhex(self.loss)
 
     def content(self) -> dict[str, Any]:
-        """What is hashed: everything but the chain; `skipped` only where it holds."""
+        """What is hashed: everything but the chain; `skipped` and `frozen` only where they hold."""
         fields = {"step": self.step, "samples": self.samples, "label_tokens": self.label_tokens, "loss": self.loss}
-        return {**fields, "skipped": True} if self.skipped else fields
+        if self.skipped:
+            fields["skipped"] = True
+        if self.frozen is not None:
+            fields["frozen"] = self.frozen
+        return fields
 
     def dumps(self) -> str:
         return json.dumps({**self.content(), "chain": self.chain}) + "\n"
 
 
-def next_line(chain: str, *, step: int, samples: str, label_tokens: int, loss: float, skipped: bool = False) -> Line:
-    """The line of a step after a chain value."""
-    line = Line(step=step, samples=samples, label_tokens=label_tokens, loss=loss.hex(), chain="", skipped=skipped)
-    return Line(**{**vars(line), "chain": _hash(chain, line.content())})
+def next_line(chain: str, line: Line) -> Line:
+    """The line of a step after a chain value, which the line given does not have yet."""
+    return replace(line, chain=_hash(chain, line.content()))
 
 
 def _hash(previous: str | None, content: dict[str, Any]) -> str:
@@ -149,6 +167,7 @@ def read_receipt(path: Path) -> Receipt:
         raise InputError(f"{path}: not a run's receipt ({error.strerror})") from None
     try:
         header = Header(**_parse(texts[0]))
+        _require_digests(header.frozen)
         chain, version = header.chain, header.receipt
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}, line 1: not a receipt's header ({type(error).__name__}: {error})") from None
@@ -161,6 +180,7 @@ def read_receipt(path: Path) -> Receipt:
         try:
             line = Line(**_parse(text))
             _ = line.loss_value
+            _require_digests(line.frozen)
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
             return Receipt(
                 **told, problem=f"line {number}: not a step ({type(error).__name__}: {error}); step {step} was expected"
@@ -175,6 +195,11 @@ def read_receipt(path: Path) -> Receipt:
         lines.append(line)
         chain = line.chain
     return Receipt(**told)
+
+
+def _require_digests(frozen: Any) -> None:
+    if frozen is not None and not (is_object(frozen) and all(type(one) is str for one in frozen.values())):
+        raise ValueError("frozen: expected digests by part and dtype")
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -203,6 +228,7 @@ class ReceiptWriter:
     def __init__(self, folder: Path, header: Header, *, active: bool, first_step: int, head: str | None) -> None:
         self.active, self.run = active, header.run
         self.head: str | None = head
+        self._frozen: dict[str, str] | None = None  # for the next line, see `Line.frozen`
         if not active:
             return
         path = folder / RECEIPT
@@ -214,21 +240,33 @@ class ReceiptWriter:
                     path,
                     first_step,
                 )
-            begun = Header(**{**asdict(header), "first_step": first_step, "previous": head})
-            text, self.head = json.dumps(asdict(begun)) + "\n", begun.chain
+            begun = replace(header, first_step=first_step, previous=head)
+            text, self.head = begun.dumps(), begun.chain
         else:
-            text, self.head = _kept(receipt, header, first_step, head), receipt.chain_at(first_step)
+            lines = _kept(receipt, header, first_step, head)
+            text = "".join([receipt.header.dumps(), *(line.dumps() for line in lines)])
+            self.head = receipt.chain_at(first_step)
+            self._frozen = _other_weights(receipt, lines, header.frozen)
         self._file = _replace(path, text)
 
-    def add(self, *, step: int, samples: str, label_tokens: int, loss: float, skipped: bool = False) -> None:
+    def add(
+        self,
+        *,
+        step: int,
+        samples: str,
+        label_tokens: int,
+        loss: float,
+        skipped: bool = False,
+        frozen: dict[str, str] | None = None,
+    ) -> None:
         """Appends the line of a step."""
         if self.active:
             assert self.head is not None
-            line = next_line(
-                self.head, step=step, samples=samples, label_tokens=label_tokens, loss=loss, skipped=skipped
-            )
+            told = {"skipped": skipped, "frozen": frozen or self._frozen}
+            unchained = Line(step=step, samples=samples, label_tokens=label_tokens, loss=loss.hex(), chain="", **told)
+            line = next_line(self.head, unchained)
             self._file.write(line.dumps())
-            self.head = line.chain
+            self.head, self._frozen = line.chain, None
 
     def sync(self) -> None:
         """Makes everything written so far survive a crash of the machine."""
@@ -240,8 +278,8 @@ class ReceiptWriter:
             self._file.close()
 
 
-def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -> str:
-    """The text of the receipt up to `first_step`. Raises InputError where it is not this run's."""
+def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -> list[Line]:
+    """The lines of the receipt up to `first_step`. Raises InputError where it is not this run's."""
     again = "restore it, or remove it, and a new one begins at the checkpoint's step"
     found = receipt.chain_at(first_step)
     if receipt.header.run != header.run or receipt.header.data != header.data:
@@ -253,8 +291,21 @@ def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -
     if head is not None and found != head:
         chains = f"its chain after {first_step} step(s) is {found[:12]}..., the checkpoint says {head[:12]}..."
         raise InputError(f"{receipt.path}: {chains}: it was changed, or is another run's; {again}")
-    lines = receipt.lines[: first_step - receipt.header.first_step]
-    return "".join([json.dumps(asdict(receipt.header)) + "\n", *(line.dumps() for line in lines)])
+    return receipt.lines[: first_step - receipt.header.first_step]
+
+
+def _other_weights(receipt: Receipt, lines: list[Line], found: dict[str, str] | None) -> dict[str, str] | None:
+    """The digests of the frozen weights that a run goes on with, where the receipt does not say them already: another
+    precision, or moved; then with a warning."""
+    known = dict(receipt.header.frozen or {})
+    for line in lines:
+        known.update(line.frozen or {})
+    if found is None or (known.keys() >= found.keys() and all(known[key] == found[key] for key in found)):
+        return None
+    moved = [key for key in found if known.get(key, found[key]) != found[key]]
+    if moved:
+        logger.warning("%s: goes on with other frozen weights than before: %s", receipt.path, ", ".join(moved))
+    return found
 
 
 def _replace(path: Path, text: str) -> AppendedFile:

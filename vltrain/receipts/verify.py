@@ -3,10 +3,11 @@
     1. the chain is whole, and each step follows the one before
     2. the samples of each step, as the ranks saw them, are those that the plan gives it, and so are its label tokens
     3. the plan assigns each pack once per pass, and no sample is in two packs: so each sample was seen once per pass
-    4. the losses of the samples in the history add up to the receipt's
-    5. the receipt reaches the newest checkpoint, which holds its chain, and goes no further beyond it than a run that
+    4. the frozen weights at each checkpoint are those of the start
+    5. the losses of the samples in the history add up to the receipt's
+    6. the receipt reaches the newest checkpoint, which holds its chain, and goes no further beyond it than a run that
       was cut off does
-    6. beside another run's receipt: the same samples in the same steps, and the same losses
+    7. beside another run's receipt: the same samples in the same steps, and the same losses
 
 Trade-off: it proves what the ranks were given, not what the arithmetic made of it; for that there are the
 losses.
@@ -27,6 +28,7 @@ from vltrain.config.recipe import RECIPE, read_recipe
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
+from vltrain.receipts.frozen_proof import compare_frozen
 from vltrain.receipts.history_proof import compare_history
 from vltrain.receipts.manifest import Manifest, checksum, newest_in, read_manifest, verify_files
 from vltrain.receipts.receipt import RECEIPT, Receipt, fingerprint, read_receipt, samples_text
@@ -81,6 +83,7 @@ def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: f
         more = " ..." if len(skipped) > 8 else ""
         proof.facts.append(f"skipped: the update of step(s) {', '.join(skipped[:8])}{more} (quarantine.jsonl)")
     _passes(proof, receipt, plan, dataset)
+    proof.add(*compare_frozen(receipt))
     proof.add(*compare_history(run, receipt, plan, dataset))
     _end(proof, receipt, run)
     if other is not None:

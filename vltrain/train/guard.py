@@ -49,6 +49,7 @@ class StepResult:
     num_label_tokens: of the whole step; own_label_tokens: of this rank's batches.
     samples: fingerprint of this rank's samples, see `vltrain.receipts.receipt.fingerprint`.
     applied: whether the optimizer took the step.
+    frozen: digests of the frozen weights behind it, where they were taken.
     """
 
     step: int
@@ -64,6 +65,7 @@ class StepResult:
     grad_norm: float | torch.Tensor = 0.0
     lr: float = 0.0
     applied: bool = True
+    frozen: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class StepReading:
     loss: mean per label token; label_tokens, samples: counted by the ranks in what they trained on, `samples` as a
     receipt writes it.
     sample_losses: fp32 [samples of the step], mean loss per label token of each, in the history's order.
-    skipped: its update was not applied.
+    skipped: its update was not applied; frozen: see `StepResult`.
     """
 
     step: int
@@ -84,6 +86,7 @@ class StepReading:
     samples: str
     sample_losses: np.ndarray
     skipped: bool = False
+    frozen: dict[str, str] | None = None
 
 
 class LossGuard:
@@ -187,8 +190,9 @@ class LossGuard:
         else:
             self._handle(result, loss, grad_norm, fault)
         counts = {"label_tokens": int(label_tokens), "samples": samples_text(samples), "skipped": not result.applied}
-        counts["sample_losses"] = numbers[2 + WORDS :].float().numpy()
-        self._report(StepReading(step=result.step, loss=loss, grad_norm=grad_norm, lr=result.lr, **counts))
+        found = {"sample_losses": numbers[2 + WORDS :].float().numpy(), "frozen": result.frozen}
+        reading = {"step": result.step, "loss": loss, "grad_norm": grad_norm, "lr": result.lr}
+        self._report(StepReading(**reading, **counts, **found))
 
     def _handle(self, result: StepResult, loss: float, grad_norm: float, fault: str) -> None:
         everything = _losses_of_samples(result)

@@ -44,6 +44,7 @@ from vltrain.train.run.origin import Origin
 from vltrain.train.trainer import Trainer
 from vltrain.train.zero.ds_config import offloads_optimizer, resolve_ds_config
 from vltrain.train.zero.engine import Engine, gathered
+from vltrain.train.zero.frozen import FrozenWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,9 @@ def make_trainer(
     kept = kept_images(config, engine, dataset, reader, part)
     plan, measured = balanced(config, plan, cost, engine, dataset, reader, kept, start.run_state)
     allocator = make_allocator(config, engine, plan, start.checkpoint)
-    receipt = _open_receipt(config, plan, dataset, start, belongs_to)
+    frozen = FrozenWeights(model, engine.device)
+    run = run_id(belongs_to, start.checkpoint)
+    receipt = _open_receipt(config, start, receipt_header(config, plan, dataset, run, frozen.digests()))
     return Trainer(
         config=config,
         folder=folder,
@@ -117,6 +120,7 @@ def make_trainer(
         loggers=loggers,
         monitor=_make_monitor(config, loggers, plan, flops, start),
         receipt=receipt,
+        frozen=frozen,
         history=_open_history(config, dataset, start, receipt.run),
         best=_best_so_far(config, start),
         belongs_to=belongs_to,
@@ -220,16 +224,14 @@ def _best_so_far(config: Config, start: RunStart) -> BestTracker:
     return best
 
 
-def _open_receipt(
-    config: Config, plan: Plan, dataset: PackedDataset, start: RunStart, belongs_to: dict[str, Any]
-) -> ReceiptWriter:
+def _open_receipt(config: Config, start: RunStart, header: Header) -> ReceiptWriter:
     """The receipt, and the quarantine beside it, without the steps that are done again."""
     folder, is_writer = Path(config.output), dist.get_rank() == 0
     if is_writer and (folder / QUARANTINE).exists():
         truncate_jsonl(folder / QUARANTINE, start.first_step)
     return ReceiptWriter(
         folder,
-        receipt_header(config, plan, dataset, run_id(belongs_to, start.checkpoint)),
+        header,
         active=is_writer,
         first_step=start.first_step,
         head=start.run_state.get("receipt"),
@@ -253,8 +255,10 @@ def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Check
     return allocator
 
 
-def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, run: str) -> Header:
-    """What a run's receipt begins with. `run`: see `vltrain.train.run.identity.run_id`."""
+def receipt_header(
+    config: Config, plan: Plan, dataset: PackedDataset, run: str, frozen: dict[str, str] | None = None
+) -> Header:
+    """What a run's receipt begins with. `run`: of `vltrain.train.run.identity.run_id`; `frozen`: of `FrozenWeights`."""
     train = config.train
     return Header(
         run=run,
@@ -264,4 +268,5 @@ def receipt_header(config: Config, plan: Plan, dataset: PackedDataset, run: str)
         epochs=train.epochs,
         packs_per_step=train.packs_per_step,
         num_steps=plan.num_steps,
+        frozen=frozen,
     )

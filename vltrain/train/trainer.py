@@ -38,6 +38,7 @@ from vltrain.train.pictures.ranks import draw_ranks, ranks_of
 from vltrain.train.run.kernels import KEPT, chosen_kernels
 from vltrain.train.safety import make_safety
 from vltrain.train.zero.engine import Engine
+from vltrain.train.zero.frozen import FrozenWeights
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Trainer:
     monitor: Monitor
     receipt: ReceiptWriter
     history: HistoryWriter
+    frozen: FrozenWeights
     best: BestTracker
     belongs_to: dict[str, Any]
     evaluate: Callable[[int], float | None]
@@ -110,19 +112,21 @@ class Trainer:
         for loaded in () if self.best.exhausted else self.loader:
             self.monitor.fetched(loaded.plan, self.safety.fetched(), _num_positions(loaded.plan))
             result = self.step(loaded)
+            done, saves = result.step + 1, self.saves_after(result.step + 1)
+            if saves:
+                result.frozen = self.frozen.digests()
             self.safety.guard.push(result)
             self.background.check()
             self._log(result)
-            done = self.done = result.step + 1
-            leaves, evaluates = self.safety.asks_to_leave(), self.evaluates_after(done)
+            self.done, leaves = done, self.safety.asks_to_leave()
             # Before an evaluation, too: what that decides is decided again by a run that goes on from here. And it may
             # take as long as many steps: a run that is asked to leave then has nothing to lose.
-            if done % self.config.train.save_every_steps == 0 or done == self.plan.num_steps or evaluates or leaves:
+            if saves or leaves:
                 self.safety.guard.flush()
                 self.save(done)
             if leaves:
                 self._leave(done)
-            if evaluates:
+            if self.evaluates_after(done):
                 self.run_evaluation(done)
             self.safety.at(done, "fetch")
             yield done
@@ -145,7 +149,7 @@ class Trainer:
         self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
         self.history.add(reading.sample_losses)  # first: a receipt's step is in the history, whenever we are killed
         counts = {"samples": reading.samples, "label_tokens": reading.label_tokens, "skipped": reading.skipped}
-        self.receipt.add(step=reading.step, loss=reading.loss, **counts)
+        self.receipt.add(step=reading.step, loss=reading.loss, frozen=reading.frozen, **counts)
 
     def _leave_while_waiting(self) -> None:
         if self.safety.leaves_alone():
@@ -158,6 +162,12 @@ class Trainer:
         self.background.wait()
         self.monitor.close()
         self.safety.leave(steps_done)
+
+    def saves_after(self, steps_done: int) -> bool:
+        """Whether a checkpoint follows so many steps, with the digests of the frozen weights in the receipt; one before
+        leaving is without: it depends on when, and whoever goes on from it takes them."""
+        at_end = steps_done == self.plan.num_steps
+        return at_end or steps_done % self.config.train.save_every_steps == 0 or self.evaluates_after(steps_done)
 
     def evaluates_after(self, steps_done: int) -> bool:
         """Whether an evaluation follows so many steps: every `train.eval_every_steps` or `eval_every_epochs`, and at
