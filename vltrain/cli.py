@@ -45,6 +45,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vltrain.programs.check",
         "verify a run's receipt, weights, data or export; replay one of its steps",
     ),
+    "blame": (
+        "vltrain.programs.blame.program",
+        "show which samples did what to a run: of a step, of a spike, or the worst of all, as one HTML file",
+    ),
     "compare": (
         "vltrain.programs.compare.program",
         "what differs between runs: recipes, environments, curves, the step in which losses part",

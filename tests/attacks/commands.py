@@ -20,6 +20,7 @@ READERS = (
     ("evaluate",),
     ("export", "--output", "OUT"),
     ("importance", "--output", "OUT"),
+    ("blame",),
     ("compare", ROOT / "tests" / "golden" / "stored" / "mmt" / "run"),
 )
 RECIPE, DS = ROOT / "launch" / "recipes" / "quickstart.yaml", ROOT / "ds_configs" / "zero2.json"

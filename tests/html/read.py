@@ -5,11 +5,11 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
-EMPTY = {"meta", "img", "br", "hr", "rect", "line", "circle", "polyline"}
+EMPTY = {"meta", "img", "br", "hr", "rect", "line", "polyline"}
 HARMLESS = EMPTY | set(
     """
     html head title style body main h1 h2 h3 p section header div span figure figcaption a table thead tbody tr th td
-    code details summary svg g text
+    b code details summary svg g text circle
     """.split()
 )
 

@@ -16,6 +16,7 @@ MOST_WORDS = {
     "launch/README.md": 2500,
     "launch/TROUBLESHOOTING.md": 2000,
     "launch/WATCHING.md": 900,
+    "launch/BLAME.md": 700,
     "data_prep/README.md": 1600,
     "vltrain/README.md": 2600,
 }

@@ -15,7 +15,7 @@ from vltrain.html.style import STYLE
 
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
-_EMPTY = frozenset({"img", "meta", "br", "hr", "line", "rect", "circle", "polyline"})
+_EMPTY = frozenset({"img", "meta", "br", "hr", "line", "rect", "polyline"})
 
 
 class Markup(str):

@@ -69,6 +69,11 @@ summary { cursor: pointer; color: #57606a; }
 .bad { color: #b42318; font-weight: 600; }
 .good { color: #1a7f37; font-weight: 600; }
 svg { display: block; max-width: 100%; height: auto; }
+.charts { display: flex; flex-wrap: wrap; gap: 10px; }
+.facts td:first-child { color: #57606a; }
+.said { margin: 0 0 6px; }
+.said b { color: #57606a; font-weight: 600; font-size: 12.5px; }
 svg text { font: 11px system-ui, "DejaVu Sans", sans-serif; fill: #57606a; }
+svg text[fill] { fill: #b42318; }
 @media (max-width: 700px) { .columns { flex-direction: column; } .columns > .images { max-width: 100%; } }
 """

@@ -1,0 +1,1 @@
+"""`vltrain blame`: which samples did what to a run."""
