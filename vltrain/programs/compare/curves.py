@@ -1,6 +1,6 @@
 """Curves of runs laid over each other: as a picture, and as event files that TensorBoard lays over each other.
 
-Long curves are drawn twice: pale as they are, and as the mean of the steps around.
+Long curves of losses and gradients are drawn twice: pale as they are, and as the mean of the steps around.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def draw(stages: Mapping[str, Sequence[RunRecord]], *, same_data: bool) -> bytes
         panels = [*rows[2 * number], *rows[2 * number + 1]]
         for axes, (title, value, scale) in zip(panels, PANELS):
             for place, run in enumerate(runs):
-                _curve(axes, list(run.steps), [value(step) for step in run.steps.values()], run.name, place)
+                values = [value(step) for step in run.steps.values()]
+                _curve(axes, list(run.steps), values, run.name, place, smooths=title != "learning rate")
             axes.set_title(f"{stage}: {title}" if stage else title, fontsize=10)
             shown = [value(step) for run in runs for step in run.steps.values() if 0 < value(step) < math.inf]
             axes.set_yscale(scale if shown and max(shown) > DECADES * min(shown) else "linear")
@@ -57,9 +58,9 @@ def draw(stages: Mapping[str, Sequence[RunRecord]], *, same_data: bool) -> bytes
     return picture.getvalue()
 
 
-def _curve(axes: Axes, steps: list[int], values: list[float], name: str, place: int) -> None:
+def _curve(axes: Axes, steps: list[int], values: list[float], name: str, place: int, smooths: bool) -> None:
     colour = f"C{place % 10}"
-    if len(values) < SMOOTHED_FROM:
+    if len(values) < SMOOTHED_FROM or not smooths:
         axes.plot(steps, values, color=colour, label=name, linewidth=1.4)
         return
     axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.7)

@@ -121,6 +121,7 @@ def read_norms(path: Path) -> dict[int, dict[str, float]]:
 def draw_norms(norms: Mapping[int, Mapping[str, float]]) -> Figure:
     """A heat map of a row per layer and a column per step: the norm relative to the first one; the last norm itself
     stands behind the row."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     steps = _evenly(sorted(norms), MOST_COLUMNS)
@@ -132,7 +133,8 @@ def draw_norms(norms: Mapping[int, Mapping[str, float]]) -> Figure:
     ]
     figure = Figure(figsize=(8, 1.6 + 0.24 * min(len(layers), LABELLED)), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+    scale = PowerNorm(0.5)  # one part that grows far more than the others leaves them apart
+    picture = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=scale)
     every = -(-len(layers) // LABELLED)
     rows = range(0, len(layers), every)
     axes.set_yticks(rows, [layers[row] for row in rows], fontsize=8)
