@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +49,9 @@ def change_log(run: Path, first: int, **factors: float) -> None:
 def change_receipt(run: Path, changed: dict[int, dict]) -> None:
     """Writes the receipt anew, with other fields in some steps and a chain that fits."""
     receipt = read_receipt(run / "receipt.jsonl")
-    chain, texts = receipt.header.chain, [json.dumps(asdict(receipt.header)) + "\n"]
+    chain, texts = receipt.header.chain, [receipt.header.dumps()]
     for line in receipt.lines:
-        told = {"samples": line.samples, "label_tokens": line.label_tokens, "skipped": line.skipped}
-        line = next_line(chain, step=line.step, loss=line.loss_value, **{**told, **changed.get(line.step, {})})
+        line = next_line(chain, replace(line, **changed.get(line.step, {})))
         chain = line.chain
         texts.append(line.dumps())
     (run / "receipt.jsonl").write_text("".join(texts))

@@ -33,6 +33,8 @@ def environment_differences(runs: Sequence[RunRecord]) -> list[Row]:
 def _environment(run: RunRecord) -> Iterator[tuple[str, Any]]:
     yield from _flat({name: run.facts[name] for name in ENVIRONMENT if name in run.facts})
     yield from _flat({"deepspeed": run.deepspeed, "kernels": run.kernels})
+    if run.receipt is not None and run.receipt.header.frozen is not None:
+        yield from _flat({"frozen at the start": run.receipt.header.frozen})
     parameters = run.facts.get("parameters")
     if is_mapping(parameters):
         yield "trained parameters", sum(part["trainable"] for part in parameters.values())
