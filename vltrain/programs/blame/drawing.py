@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vltrain.html.charts import line_chart
 from vltrain.html.markup import Markup, joined, tag
 from vltrain.html.packs import DrawnPack, PackPage, loss_class
-from vltrain.programs.blame.measuring import Measured, mean
+from vltrain.programs.blame.measuring import Measured
 from vltrain.programs.blame.ranking import Place, Seen
 
 AROUND_STEPS = 50  # that the log is drawn of, before a step and after it
-MOST_CARDS = 100  # samples that are drawn; the table has all
+MOST_CARDS, MOST_TOKENS = 100, 100_000  # samples that are drawn, and tokens of them; the table has all
 MOST_NEIGHBOURS = 60  # that are named
 
 
@@ -30,32 +30,52 @@ class Story:
     suspicion: float | None = None
 
 
-@dataclass
 class Cards:
     """Draws samples of a run.
 
     Args:
         page: its packs.
+        stories: the samples to draw, of which the first get a card, as long as a browser copes with them.
         steps: the first and the last step of its history.
         step: the one that is blamed; None: there is none.
     """
 
-    page: PackPage
-    steps: tuple[int, int]
-    step: int | None = None
-    _packs: dict[int, DrawnPack] = field(default_factory=dict)
+    def __init__(
+        self, page: PackPage, stories: Sequence[Story], steps: tuple[int, int], step: int | None = None
+    ) -> None:
+        self._page, self._steps, self._step = page, steps, step
+        self._packs: dict[int, DrawnPack] = {}
+        self._shown, tokens = list[Story](), 0
+        for story in stories[:MOST_CARDS]:
+            tokens += int(page.dataset.row(story.place.pack).segment_lengths[story.place.segment])
+            if self._shown and tokens > MOST_TOKENS:
+                break
+            self._shown.append(story)
+        self._linked = {story.place for story in self._shown}
 
-    def draw(self, stories: Sequence[Story]) -> list[Markup]:
-        """A card for each of the first `MOST_CARDS`."""
-        shown = stories[:MOST_CARDS]
-        self._packs = {}
-        linked = {story.place for story in shown}
-        return [self._card(story, linked) for story in shown]
+    def draw(self) -> list[Markup]:
+        """The cards."""
+        return [self._card(story) for story in self._shown]
 
-    def _card(self, story: Story, linked: set[Place]) -> Markup:
+    def table(self, stories: Sequence[Story], columns: Mapping[str, Sequence[str]]) -> Markup:
+        """A table of samples, whether they have a card or not. `columns`: by title, what stands there for each."""
+        rows = []
+        for place, story in enumerate(stories):
+            values = [tag("td", column[place], Class="n") for column in columns.values()]
+            rows.append(tag("tr", tag("td", self._link(story.place, story.name)), *values))
+        table = tag("div", _table(["sample", *columns], rows, left=1), Class="scroll")
+        drawn = sum(story.place in self._linked for story in stories)
+        if drawn == len(stories):
+            return table
+        return joined(table, tag("p", f"{drawn} of {len(stories)} are drawn below.", Class="note"))
+
+    def _link(self, place: Place, name: str) -> Markup:
+        return tag("a", name, href=f"#{anchor(place)}") if place in self._linked else joined(name)
+
+    def _card(self, story: Story) -> Markup:
         number, segment = story.place
         if number not in self._packs:
-            self._packs[number] = self.page.pack(number)
+            self._packs[number] = self._page.pack(number)
         pack = self._packs[number]
         losses = story.measured.tokens if story.measured is not None else None
         texts = tag(
@@ -68,9 +88,7 @@ class Cards:
         head = tag("header", tag("h3", story.name), tag("p", f"pack {number}, {pack.span(segment)}", Class="note"))
         body = tag("div", pack.images(segment), texts, Class="columns")
         foot = tag("div", self._facts(story), self._over_time(story), Class="charts")
-        return tag(
-            "section", head, body, foot, self._neighbours(pack, segment, linked), Class="card", id=anchor(story.place)
-        )
+        return tag("section", head, body, foot, self._neighbours(pack, segment), Class="card", id=anchor(story.place))
 
     def _facts(self, story: Story) -> Markup:
         rows: list[tuple[str, str]] = []
@@ -97,15 +115,12 @@ class Cards:
         if not story.seen:
             return Markup("")
         points = [(float(one.step), one.loss) for one in story.seen]
-        span = (float(self.steps[0]), float(self.steps[1]))
-        return line_chart(points, title="its loss, by step", mark=self.step, span=span, size=(420, 120))
+        span = (float(self._steps[0]), float(self._steps[1]))
+        return line_chart(points, title="its loss, by step", mark=self._step, span=span, size=(420, 120))
 
-    def _neighbours(self, pack: DrawnPack, segment: int, linked: set[Place]) -> Markup:
-        names = []
-        for other, name in enumerate(pack.row.sample_ids):
-            if other != segment:
-                place = Place(pack.number, other)
-                names.append(tag("a", name, href=f"#{anchor(place)}") if place in linked else joined(name))
+    def _neighbours(self, pack: DrawnPack, segment: int) -> Markup:
+        others = [other for other in range(len(pack.row.sample_ids)) if other != segment]
+        names = [self._link(Place(pack.number, other), pack.row.sample_ids[other]) for other in others]
         shown = [part for name in names[:MOST_NEIGHBOURS] for part in (name, ", ")][:-1]
         more = f" and {len(names) - MOST_NEIGHBOURS} more" if len(names) > MOST_NEIGHBOURS else ""
         strip = pack.strip(lambda one: f"#{anchor(Place(pack.number, one))}")
@@ -154,19 +169,6 @@ def _table(titles: Sequence[str], rows: Sequence[Markup], left: int) -> Markup:
     return tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows))
 
 
-def sample_table(stories: Sequence[Story], columns: Mapping[str, Sequence[str]]) -> Markup:
-    """All samples. `columns`: by title, what stands there for each."""
-    rows = []
-    for place, story in enumerate(stories):
-        name = tag("a", story.name, href=f"#{anchor(story.place)}") if place < MOST_CARDS else joined(story.name)
-        values = [tag("td", column[place], Class="n") for column in columns.values()]
-        rows.append(tag("tr", tag("td", name), *values))
-    table = tag("div", _table(["sample", *columns], rows, left=1), Class="scroll")
-    if len(stories) <= MOST_CARDS:
-        return table
-    return joined(table, tag("p", f"The first {MOST_CARDS} of {len(stories)} are drawn below.", Class="note"))
-
-
 def step_columns(stories: Sequence[Story]) -> dict[str, list[str]]:
     """The columns of a step's samples."""
     measured = [story.measured for story in stories]
@@ -196,6 +198,3 @@ def by_loss(story: Story) -> tuple[bool, float]:
     """Sorts samples: not finite ones first, then the largest loss."""
     loss = story.measured.loss if story.measured is not None and story.measured.tokens else -math.inf
     return math.isfinite(loss) or loss == -math.inf, -loss if math.isfinite(loss) else math.inf if loss < 0 else 0.0
-
-
-__all__ = ["Cards", "Story", "by_loss", "log_charts", "mean", "number", "sample_table", "step_columns"]

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,9 @@ from vltrain.files.atomic import write_whole
 from vltrain.html.markup import Markup, page, tag
 from vltrain.html.packs import PackPage, legend
 from vltrain.inference.run import recipe_of
+from vltrain.launching.run_folder import why_not_writable
 from vltrain.metrics.step_log import LOG, read_step_log
-from vltrain.programs.blame.drawing import Cards, Story, by_loss, log_charts, number, sample_table, step_columns
+from vltrain.programs.blame.drawing import Cards, Story, by_loss, log_charts, number, step_columns
 from vltrain.programs.blame.ranking import RIGHT, Place, SampleHistory, Scores, spike
 from vltrain.receipts.history import read_history
 from vltrain.receipts.receipt import RECEIPT, read_receipt
@@ -90,6 +92,8 @@ def main(argv: list[str], *, program: str = "vltrain blame") -> int:
 def _output(arguments: Arguments, default: str) -> Path:
     output = Path(arguments.last("out") or default)
     refuse_existing_file(output)
+    if reason := why_not_writable(output.parent):
+        raise InputError(f"{output}: cannot be written ({reason}); name another file with --out")
     return output
 
 
@@ -115,11 +119,9 @@ class _Run:
         if not self.samples.steps:
             raise InputError(f"{history.path}: holds no step yet; train the run first")
 
-    def page(self) -> PackPage:
-        return PackPage(self.dataset, recipe_tokenizer(self.config), self.config.data.max_image_pixels)
-
-    def cards(self, step: int | None = None) -> Cards:
-        return Cards(page=self.page(), steps=(self.samples.steps[0], self.samples.steps[-1]), step=step)
+    def cards(self, stories: Sequence[Story], step: int | None = None) -> Cards:
+        page = PackPage(self.dataset, recipe_tokenizer(self.config), self.config.data.max_image_pixels)
+        return Cards(page, stories, (self.samples.steps[0], self.samples.steps[-1]), step)
 
     def name(self, place: Place) -> str:
         return self.dataset.sample_ids(place.pack)[place.segment]
@@ -147,15 +149,16 @@ def _step(subject: _Run, step: int, why: str, output: Path) -> int:
         "add up to the step's gradient."
     )
     skipped = "" if measured.applied else "The run skipped this step's update, so nothing changed after it. "
+    cards = subject.cards(stories, step)
     document = page(
         f"Step {step} of {subject.folder}",
         tag("p", why) if why else Markup(""),
         tag("p", skipped + told, Class="note"),
         log_charts(subject.log, step),
         tag("h2", "Samples, largest loss first"),
-        sample_table(stories, step_columns(stories)),
+        cards.table(stories, step_columns(stories)),
         legend(by_loss=True),
-        *subject.cards(step).draw(stories),
+        *cards.draw(),
     )
     write_whole(output, document)
     last_line(f"{output}: step {step} of {subject.folder}, {len(stories)} samples; largest loss: {stories[0].name}")
@@ -192,19 +195,19 @@ def _worst(subject: _Run, count: int, output: Path) -> int:
         by_what = f"Tokens are coloured by their losses under the newest checkpoint, after {behind} steps."
     scores, samples = found.scores, subject.samples
     seen = int((scores.passes > 0).sum())
-    steps = samples.steps
+    steps, cards = samples.steps, subject.cards(list(every.values()))
     document = page(
         f"Samples that stand out in {subject.folder}",
         tag("p", f"Of {seen} samples that steps {steps[0]} to {steps[-1]} saw. {by_what}", Class="note"),
         tag("h2", "Suspects: mislabelled, or hard"),
         tag("p", _SUSPECTS, Class="note"),
-        _ranked(found.suspects, scores, samples),
+        cards.table(found.suspects, _columns(found.suspects, scores, samples)),
         tag("h2", "Forgotten: right once, wrong later"),
         tag("p", _FORGOTTEN, Class="note") if found.forgotten else tag("p", "None.", Class="note"),
-        _ranked(found.forgotten, scores, samples) if found.forgotten else Markup(""),
+        cards.table(found.forgotten, _columns(found.forgotten, scores, samples)) if found.forgotten else Markup(""),
         tag("h2", "Each of them"),
         legend(by_loss=any(story.measured is not None for story in every.values())),
-        *subject.cards().draw(list(every.values())),
+        *cards.draw(),
     )
     write_whole(output, document)
     told = f"{len(found.suspects)} suspects, the first {found.suspects[0].name}; {len(found.forgotten)} forgotten"
@@ -245,13 +248,13 @@ def _stand_out(subject: _Run, count: int) -> _Worst:
     return _Worst(suspects=suspects, forgotten=forgotten, scores=scores)
 
 
-def _ranked(stories: list[Story], scores: Scores, samples: SampleHistory) -> Markup:
+def _columns(stories: list[Story], scores: Scores, samples: SampleHistory) -> dict[str, list[str]]:
+    """The columns of samples that stand out."""
     numbers = [samples.number(story.place) for story in stories]
-    columns = {
+    return {
         "above median": [number(float(scores.suspicion[one])) for one in numbers],
         "lowest before": [number(float(scores.lowest[one])) if scores.passes[one] > 1 else "" for one in numbers],
         "last loss": [number(float(scores.last[one])) for one in numbers],
         "seen": [str(int(scores.passes[one])) for one in numbers],
         "pack": [str(story.place.pack) for story in stories],
     }
-    return sample_table(stories, columns)
