@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -91,18 +92,10 @@ class Spool:
         self, kept: np.ndarray, pack_length: int, max_images: int | None, seed: int, *, padded: bool
     ) -> Iterator[np.ndarray]:
         """Which of the samples `kept` share a pack, or a padded batch: int64 [S] of each, see
-        `vltrain.data.packing.pack_lengths`. Of more than MOST_AT_ONCE samples so many at a time are taken from all over
-        the set, by a permutation that is computed where it is looked at."""
-        windows = -(-len(kept) // MOST_AT_ONCE)
-        for window in range(windows):
-            if windows > 1:
-                first, last = (len(kept) * bound // windows for bound in (window, window + 1))
-                # In order, since where they lie is read faster so; what packs them shuffles them.
-                places = np.sort(permute(np.arange(first, last), len(kept), seed, 0))
-                samples = kept[places]
-            else:
-                samples = kept
-            order, starts = self._together(samples, pack_length, max_images, seed + window, padded=padded)
+        `vltrain.data.packing.pack_lengths`. Samples are assigned window by window."""
+        for number, places in enumerate(windows(len(kept), seed)):
+            samples = kept[places]
+            order, starts = self._together(samples, pack_length, max_images, seed + number, padded=padded)
             for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
                 yield samples[order[begin:end]]
 
@@ -184,6 +177,17 @@ class Spool:
         """Gives up what lies on disk."""
         self._flat = {}
         self.ids.close()
+
+
+def windows(count: int, seed: int) -> Iterator[np.ndarray]:
+    """Which of so many samples are assigned to packs together: int64 [m] of each window, ascending. Of more than
+    MOST_AT_ONCE each window is drawn from all over the set, by a permutation that is computed where it is looked at."""
+    number = -(-count // MOST_AT_ONCE)
+    bounds = [count * bound // number for bound in range(number + 1)] if number else []
+    for first, last in itertools.pairwise(bounds):
+        places = np.arange(first, last)
+        # Ascending, since where they lie is read faster so; what packs them shuffles them.
+        yield places if number == 1 else np.sort(permute(places, count, seed, 0))
 
 
 def _starts(folder: Path, counts: np.ndarray) -> np.ndarray:
