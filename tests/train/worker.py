@@ -4,14 +4,16 @@ A scenario is {"name", "packs", "output", "ds": DeepSpeed JSON, "changes": {dott
 "blip": llama or t5 for an InstructBLIP, or "recipe": a file of settings, of any model. Rank r writes AdaLoRA's
 decisions to `OUTPUT/masks.r.safetensors`; rank 0 writes, per scenario, `OUTPUT/result.safetensors` with the losses,
 gradient norms, the gradients of one step and the final weights. With "listens" signals are heard, and rank r keeps the
-number of steps that it has done in `OUTPUT/progress.r`.
+number of steps that it has done in `OUTPUT/progress.r`. With "keeps_scalars" rank 0 keeps what loggers are given in
+`OUTPUT/scalars.jsonl`.
 """
 
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +23,7 @@ from tests.support.tiny import tiny_config
 from vltrain.config.command_line import load_settings
 from vltrain.data.shards import PackedDataset
 from vltrain.distributed.hardware import choose_dtype, device
+from vltrain.metrics.loggers import Loggers
 from vltrain.models.build import build_model
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
@@ -64,6 +67,7 @@ def run(
         dataset=dataset,
         start=RunStart(dtype=dtype, checkpoint=checkpoint, origin=find_origin(config, checkpoint)),
         evaluate=evaluate,
+        loggers=Loggers({"kept": KeptScalars(folder)} if scenario.get("keeps_scalars") and rank == 0 else {}),
     )
     prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
@@ -84,6 +88,27 @@ def run(
         result["losses"] = torch.tensor([float(line["loss"]) for line in log], dtype=torch.float64)
         result["grad_norms"] = torch.tensor([float(line["grad_norm"]) for line in log], dtype=torch.float64)
         save_file({name: value.contiguous() for name, value in result.items()}, folder / "result.safetensors")
+
+
+class KeptScalars:
+    """A logger that keeps scalars as lines [step, name, value] of FOLDER/scalars.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "scalars.jsonl"
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        with self._file.open("a") as file:
+            file.writelines(json.dumps([step, name, value]) + "\n" for name, value in values.items())
+
+    def text(self, tag: str, text: str, step: int) -> None: ...
+
+    def images(self, tag: str, images: Sequence[Any], step: int) -> None: ...
+
+    def figure(self, tag: str, figure: Any, step: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def catch_gradients(engine: Engine, at_step: int) -> dict[str, torch.Tensor]:

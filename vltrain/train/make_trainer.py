@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,19 +18,21 @@ from vltrain.data.loader import StepLoader
 from vltrain.data.pictures import ImageReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.reading import image_reader
+from vltrain.data.sample_files import samples_file
 from vltrain.data.shards import PackedDataset
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.distributed.hardware import device, peak_flops
 from vltrain.distributed.preemption import Preemption
 from vltrain.errors import InputError
 from vltrain.metrics.base import MetricLogger
+from vltrain.metrics.categories import CategoryLosses
 from vltrain.metrics.loggers import Loggers
 from vltrain.metrics.monitor import Monitor
 from vltrain.metrics.step_log import truncate_jsonl
 from vltrain.models.build import count_trained
 from vltrain.models.flops import Flops
 from vltrain.models.interface import VisionLanguageModel
-from vltrain.receipts.history import HistoryWriter
+from vltrain.receipts.history import HistoryWriter, read_history
 from vltrain.receipts.receipt import Header, ReceiptWriter
 from vltrain.train.adalora import RankAllocator
 from vltrain.train.balance import balanced
@@ -122,6 +125,7 @@ def make_trainer(
         receipt=receipt,
         frozen=frozen,
         history=_open_history(config, dataset, start, receipt.run),
+        by_category=_losses_by_category(config, dataset, plan, start.first_step),
         best=_best_so_far(config, start),
         belongs_to=belongs_to,
         evaluate=evaluate,
@@ -242,6 +246,23 @@ def _open_history(config: Config, dataset: PackedDataset, start: RunStart, run: 
     """`run`: of the receipt."""
     told = {"active": dist.get_rank() == 0, "first_step": start.first_step}
     return HistoryWriter(Path(config.output), run=run, data=dataset.manifest.checksum, **told)
+
+
+def _losses_by_category(config: Config, dataset: PackedDataset, plan: Plan, first_step: int) -> CategoryLosses:
+    """Of rank 0. To be made when the history is open."""
+
+    def ids_of(step: int) -> list[str]:
+        return [name for pack in plan.packs_of(step).tolist() for name in dataset.sample_ids(pack)]
+
+    every, samples = config.train.log_every_steps, None
+    with suppress(InputError):  # own packs need not have samples beside them
+        samples = samples_file(config, config.data.train_split)
+    if dist.get_rank() != 0 or samples is None or not samples.is_file():
+        return CategoryLosses(None, ids_of, every=every)
+    history = read_history(Path(config.output))
+    steps = range(max(history.first_step, first_step - first_step % every), first_step)
+    recent = [history.losses(step) for step in steps]
+    return CategoryLosses(samples, ids_of, every=every, first_step=first_step, recent=recent)
 
 
 def make_allocator(config: Config, engine: Engine, plan: Plan, checkpoint: Checkpoint | None) -> RankAllocator | None:

@@ -20,6 +20,7 @@ from vltrain.data.plan import Plan, StepPlan
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.distributed.preemption import Preemption
 from vltrain.metrics.base import MetricLogger
+from vltrain.metrics.categories import CategoryLosses
 from vltrain.metrics.monitor import Monitor
 from vltrain.models.compiled import uncompiled
 from vltrain.receipts.history import HistoryWriter
@@ -57,6 +58,7 @@ class Trainer:
     monitor: Monitor
     receipt: ReceiptWriter
     history: HistoryWriter
+    by_category: CategoryLosses
     frozen: FrozenWeights
     best: BestTracker
     belongs_to: dict[str, Any]
@@ -148,6 +150,7 @@ class Trainer:
     def _report(self, reading: StepReading) -> None:
         self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
         self.history.add(reading.sample_losses)  # first: a receipt's step is in the history, whenever we are killed
+        self.monitor.scalars(self.by_category.add(reading.step, reading.sample_losses), reading.step)
         counts = {"samples": reading.samples, "label_tokens": reading.label_tokens, "skipped": reading.skipped}
         self.receipt.add(step=reading.step, loss=reading.loss, frozen=reading.frozen, **counts)
 
@@ -249,6 +252,8 @@ class Trainer:
         self.monitor.pause()
         self.safety.at(steps_done, "save")
         self.background.wait()
+        if told := self.by_category.describe():
+            logger.info("%s", told)
         self.history.sync()
         self.receipt.sync()
         is_writer, state = self.rank == 0, self.engine.full_state()
