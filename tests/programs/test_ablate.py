@@ -15,6 +15,8 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from tests.support.processes import ROOT
 from tests.support.tiny import SETTINGS
@@ -191,6 +193,11 @@ def test_what_is_run_and_what_is_told(table, pretender, capsys):
     assert cells[2] == ["small", "adapter.dim 2", "10", "10.00", "25.00", "50.00", "8", "3", "0", "7"]
     assert cells[3][:5] == ["silu", "adapter.kind loha_silu, adapter.dim 16, adapter.rank 2", "", "", "waiting"]
     assert len({len(line) for line in lines}) == 1 and lines[-1] in capsys.readouterr().out
+    assert [path.name for path in (out / "hparams").iterdir()] == ["small"], "the row that is done"
+    content = EventAccumulator(str(out / "hparams" / "small")).Reload().PluginTagToContent("hparams")
+    session = plugin_data_pb2.HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    settings = {"model.adapter.dim", "model.adapter.kind", "model.adapter.rank"}
+    assert set(session.hparams) == settings and session.hparams["model.adapter.dim"].number_value == 2
 
 
 def test_a_row_that_fails_is_told_and_the_others_are_run(table, pretender, caplog):
