@@ -67,12 +67,12 @@ class Spool:
         unique.finish(lambda: self.ids)
         self._warn(cuts)
         self.lengths, self.num_labels, self.instruction_lengths, self.image_tokens, self.num_images, self.image_refs = (
-            column.values() for column in columns.values()
+            column.finish() for column in columns.values()
         )
         self._starts, self._instruction_starts, self._image_starts = (
             _starts(folder, counts) for counts in (self.lengths, self.instruction_lengths, self.num_images)
         )
-        self._flat = {name: column.values() for name, column in flat.items()}
+        self._flat = {name: column.finish() for name, column in flat.items()}
 
     def _refs_of(self, part: Tokens) -> list[int]:
         paths = self.paths
@@ -114,7 +114,7 @@ class Spool:
         chosen = Column(self._folder, np.int64)
         for part in in_slices(len(self.ids)):
             chosen.extend(part.start + np.flatnonzero(choose(self.lengths[part], self.num_images[part])))
-        return chosen.values()
+        return chosen.finish()
 
     def refs(self, samples: np.ndarray) -> np.ndarray:
         """Which of `paths` some samples show, one after another, int32."""
@@ -197,7 +197,7 @@ def _starts(folder: Path, counts: np.ndarray) -> np.ndarray:
         ends = first + np.cumsum(counts[part], dtype=np.int64)
         starts.extend(ends - counts[part])
         first = int(ends[-1])
-    return starts.values()
+    return starts.finish()
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

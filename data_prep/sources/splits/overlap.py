@@ -55,6 +55,7 @@ class SplitOverlap:
         """A line for each pair of splits that share an image or a question. `sources`: where each name's image comes
         from. `digests`: of the images by name, where they are known: none is read then."""
         if len(self._splits) < 2:
+            self.close()
             return []
         if digests is None:
             first_alike = np.array(same_images([sources[name] for name in self._images]), np.int64)
@@ -66,7 +67,14 @@ class SplitOverlap:
             split.finish(first_alike)
         order = sorted(self._splits, key=lambda name: (name != "train", name != "val", name))
         pairs = [(one, other) for place, one in enumerate(order) for other in order[place + 1 :]]
-        return [line for one, other in pairs if (line := self._compared(one, other, first_alike))]
+        found = [line for one, other in pairs if (line := self._compared(one, other, first_alike))]
+        self.close()
+        return found
+
+    def close(self) -> None:
+        """Gives up what lies on disk."""
+        for split in self._splits.values():
+            split.close()
 
     def _compared(self, one: str, other: str, first_alike: np.ndarray) -> str | None:
         here, there = self._splits[one], self._splits[other]
@@ -147,6 +155,10 @@ class _Asked:
                 found += len(places) if looked_up is theirs else 0
             found += int(counts[is_met].sum()) if held is theirs else 0
         return found
+
+    def close(self) -> None:
+        for column in (self._hashes, self._counts, self._refs, self._keys):
+            column.close()
 
     def _parts(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """(samples, int64 [m + 1] where their images begin in the next, int32 images), part by part."""
