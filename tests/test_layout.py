@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = tuple(
     """
     errors console files families shipped schema batch config distributed ops data html models metrics evaluate receipts
-    memory train preflight inference harness export serve audit doctor prepared launching programs api cli __main__
+    memory train inference harness export serve audit doctor preflight prepared launching programs api cli __main__
     """.split()
 )
 FILES = sorted(path for folder in ("vltrain", "data_prep", "launch") for path in (ROOT / folder).rglob("*.py"))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed import get_rank
 
 from tests.support.blip import blip_config
 from tests.support.tiny import tiny_config
@@ -37,13 +38,8 @@ from vltrain.train.zero.engine import Engine, init_distributed, partitioner, shu
 GRADIENT_STEP = 4  # late enough that adapters have left the identity, where half of their gradients are zero
 
 
-def run(
-    scenario: dict,
-    rank: int,
-    world_size: int,
-    evaluate: Callable[[int], float | None] = lambda steps_done: None,
-    prepare: Callable[[Trainer], None] = lambda trainer: None,
-) -> None:
+def make(scenario: dict, world_size: int, evaluate: Callable[[int], float | None] = lambda steps_done: None) -> Trainer:
+    """The trainer of a scenario. A collective."""
     folder = Path(scenario["output"])
     changes = {"output": str(folder), **scenario["changes"]}
     if "recipe" in scenario:
@@ -60,20 +56,30 @@ def run(
     model = build_model(
         config.model, dtype=dtype, activation_checkpointing=checkpointing, runs_on=device(), place=place
     )
-    trainer = make_trainer(
+    return make_trainer(
         config,
         scenario["ds"],
         model=model,
         dataset=dataset,
         start=RunStart(dtype=dtype, checkpoint=checkpoint, origin=find_origin(config, checkpoint)),
         evaluate=evaluate,
-        loggers=Loggers({"kept": KeptScalars(folder)} if scenario.get("keeps_scalars") and rank == 0 else {}),
+        loggers=Loggers({"kept": KeptScalars(folder)} if scenario.get("keeps_scalars") and get_rank() == 0 else {}),
     )
+
+
+def run(
+    scenario: dict,
+    rank: int,
+    world_size: int,
+    evaluate: Callable[[int], float | None] = lambda steps_done: None,
+    prepare: Callable[[Trainer], None] = lambda trainer: None,
+) -> None:
+    folder, trainer = Path(scenario["output"]), make(scenario, world_size, evaluate)
     prepare(trainer)
     result = catch_gradients(trainer.engine, at_step=GRADIENT_STEP)
     masks = catch_masks(trainer.allocator) if trainer.allocator is not None else {}
     if scenario.get("listens"):
-        tell_progress(trainer.engine, folder / f"progress.{rank}", checkpoint.step if checkpoint else 0)
+        tell_progress(trainer.engine, folder / f"progress.{rank}", trainer.first_step)
         with trainer.preemption.listening():
             trainer.train()
     else:

@@ -47,8 +47,8 @@ def stacks_of(llm: Any) -> list[Stack]:
 
 
 @contextmanager
-def traced(llm: Any) -> Iterator[Trace]:
-    """Keeps what goes through, of the last call of each module."""
+def traced(llm: Any, *, layers: bool = True) -> Iterator[Trace]:
+    """Keeps what goes through, of the last call of each module. `layers`: of each layer, too."""
     trace = Trace(stacks_of(llm))
     handles = []
 
@@ -71,7 +71,8 @@ def traced(llm: Any) -> Iterator[Trace]:
 
     for number, stack in enumerate(trace.stacks):
         for layer, module in enumerate([*stack.layers, stack.whole]):
-            handles.append(module.register_forward_hook(keep((number, layer))))
+            if layers or module is stack.whole:
+                handles.append(module.register_forward_hook(keep((number, layer))))
     first = trace.stacks[0].whole
     handles.append(first.register_forward_pre_hook(embedded, with_kwargs=True))
     if isinstance(rotary := getattr(first, "rotary_emb", None), nn.Module):

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vltrain.data.report.finding import FAILED, OK, WARNING, Finding
 from vltrain.models.architectures import architecture_of
-from vltrain.preflight.finding import FAILED, OK, WARNING, Finding, judged
+from vltrain.preflight.ranks import judged
 from vltrain.train.trainer import Trainer
 
 FAR_APART = 1000.0
+NEXT_TO_NOTHING = 1e-5
+"""Of the largest part's: what has no say yet, as what a router decides by while all that it weighs is alike."""
 MANY_IDLE = 0.25
 """Of a part's trained parameters: fewer without effect on the loss are a network's own."""
 _LEAVES_OUT = ".ranknum."  # of peft's AdaLoRA: it counts, and is trained by nobody
@@ -126,7 +129,9 @@ class Census:
         told = ", ".join(f"{part} {norm:.3g}" for part, norm in parts.items())
         for part, norm in parts.items():
             others = [other for name, other in parts.items() if name != part and other]
-            if norm and others and not 1 / FAR_APART <= norm / median(others) <= FAR_APART:
+            if not others or norm <= NEXT_TO_NOTHING * max(others):
+                continue
+            if not 1 / FAR_APART <= norm / median(others) <= FAR_APART:
                 far = f"{told}: {part}'s is {norm / median(others):.1e} times the others'; look at its learning rate"
                 return Finding(status=WARNING, what="gradient norms", found=far)
         return Finding(status=OK, what="gradient norms", found=told)

@@ -10,8 +10,11 @@ from __future__ import annotations
 import logging
 import time
 
+from vltrain.data.report.finding import FAILED, WARNING, Finding
 from vltrain.errors import InputError
-from vltrain.preflight.finding import FAILED, WARNING, Finding, agreed
+from vltrain.preflight.loss import loss_scale
+from vltrain.preflight.packing import packing_proof
+from vltrain.preflight.ranks import agreed
 from vltrain.preflight.rehearsal import rehearse
 from vltrain.preflight.trial import trial
 from vltrain.train.trainer import Trainer
@@ -25,7 +28,14 @@ def check(trainer: Trainer, *, everything: bool) -> list[Finding]:
     Raises: OutOfMemory on a rank on which a pack does not fit.
     """
     with trial(trainer):
-        return agreed(rehearse(trainer, everything=everything).findings)
+        rehearsal = rehearse(trainer, everything=everything)
+        own = agreed(rehearsal.findings)
+        if any(one.status == FAILED for one in own):  # what follows would meet the same fault, or wait for ranks
+            return own
+        own += agreed(packing_proof(trainer, everything=everything))
+        if everything:
+            own += agreed([loss_scale(trainer, rehearsal.loaded)])
+        return own
 
 
 def check_before_training(trainer: Trainer) -> None:

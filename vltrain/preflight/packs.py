@@ -13,33 +13,57 @@ from vltrain.data.shards import Index
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Micro-steps to try, each by what it is: int64 [W] pack numbers, `FILLER` where a rank has none."""
+    """Micro-steps to try, each by what it is: int64 [G, W] pack numbers, `FILLER` where a rank has none.
+
+    blank: of which micro-steps all ranks read an image, a blank one where a pack shows none.
+    """
 
     names: tuple[str, ...]
     packs: np.ndarray
-    """int64 [G, W]."""
+    blank: np.ndarray
+
+    def beside(self, other: Chosen) -> Chosen:
+        """These and others."""
+        return Chosen(
+            names=(*self.names, *other.names),
+            packs=np.concatenate([self.packs, other.packs]),
+            blank=np.concatenate([self.blank, other.blank]),
+        )
 
 
 def choose_packs(index: Index, world_size: int, *, everything: bool) -> Chosen:
-    """The longest pack, the one with most images, where `everything` one without, and on several ranks a micro-step in
-    which one has images and the others none. A pack is tried once, on all ranks."""
-    images, tokens = index.num_images[:], index.num_tokens[:]
-    longest = _first_of(tokens, index.num_label_tokens[:])
-    most = _first_of(images, tokens)
-    text = _first_of(-images.astype(np.int64), tokens)
-    has_text = bool(images[text] == 0)
-    found: dict[str, list[int]] = {"the longest pack": [longest] * world_size}
-    if images[most]:
-        found["the pack with most images"] = [most] * world_size
-    if has_text and everything and images[most]:
-        found["a pack without images"] = [text] * world_size
-    if world_size > 1 and images[most]:
-        others = [text if has_text else FILLER] * (world_size - 1)
-        found["images on rank 0 alone"] = [most, *others]
-    grids: dict[tuple[int, ...], str] = {}
-    for name, packs in found.items():
-        grids[tuple(packs)] = f"{grids[tuple(packs)]}, {name}" if tuple(packs) in grids else name
-    return Chosen(names=tuple(grids.values()), packs=np.array(list(grids), np.int64))
+    """What all ranks try alike: the longest pack, the one with most images, where `everything` one without, and on
+    several ranks that one with a blank image, before ranks that lack one could wait for others. Each pack once."""
+    longest, most, text = _kinds(index)
+    found: dict[tuple[int, bool], str] = {(longest, False): "the longest pack"}
+    if index.num_images[most]:
+        before = found.get((most, False))
+        found[most, False] = f"{before}, the pack with most images" if before else "the pack with most images"
+        if everything and text != FILLER:
+            found.setdefault((text, False), "a pack without images")
+        if world_size > 1:
+            found[text, True] = "a blank image"
+    return Chosen(
+        names=tuple(found.values()),
+        packs=np.array([[pack] * world_size for pack, _ in found], np.int64),
+        blank=np.array([blank for _, blank in found]),
+    )
+
+
+def choose_mix(index: Index, world_size: int) -> Chosen | None:
+    """A micro-step in which rank 0 has images and the others none; None on one rank, and where no pack has any."""
+    _, most, text = _kinds(index)
+    if world_size == 1 or not index.num_images[most]:
+        return None
+    packs = np.array([[most, *[text] * (world_size - 1)]], np.int64)
+    return Chosen(names=("images on rank 0 alone",), packs=packs, blank=np.array([False]))
+
+
+def _kinds(index: Index) -> tuple[int, int, int]:
+    """The longest pack, the one with most images, and one without, or `FILLER`."""
+    images, tokens = index.num_images[:].astype(np.int64), index.num_tokens[:]
+    text = _first_of(-images, tokens)
+    return _first_of(tokens, index.num_label_tokens[:]), _first_of(images, tokens), FILLER if images[text] else text
 
 
 def _first_of(values: np.ndarray, then: np.ndarray) -> int:
@@ -48,15 +72,16 @@ def _first_of(values: np.ndarray, then: np.ndarray) -> int:
     return int(most[then[most].argmax()])
 
 
-def planned(plan: Plan, index: Index, packs: np.ndarray, step: int) -> StepPlan:
-    """A step of these packs, int64 [G, W], as the plan would have it, with the number of one of its steps."""
+def planned(plan: Plan, index: Index, chosen: Chosen, step: int) -> StepPlan:
+    """A step of these packs as the plan would have it, with the number of one of its steps."""
+    packs = chosen.packs
     like, numbers = plan.step(step), packs[packs != FILLER]
     sizes = np.where(packs == FILLER, 0, index.num_samples[packs]).astype(np.int64).ravel()
     return replace(
         like,
         packs=packs,
         first_samples=(np.cumsum(sizes) - sizes).reshape(packs.shape),
-        has_images=plan.reads_images(packs),
+        has_images=plan.reads_images(packs) | chosen.blank,
         num_label_tokens=int(index.num_label_tokens[numbers].sum()),
         num_tokens=int(index.num_tokens[numbers].sum()),
         num_samples=int(index.num_samples[numbers].sum()),

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from vltrain.data.loader import LoadedStep
+from vltrain.data.plan import FILLER
+from vltrain.data.report.finding import FAILED, Finding
 from vltrain.memory.measured import PeakMemory
 from vltrain.preflight.census import Census
-from vltrain.preflight.finding import Finding, judged
-from vltrain.preflight.packs import Chosen, choose_packs, load, planned
+from vltrain.preflight.packs import Chosen, choose_mix, choose_packs, load, planned
+from vltrain.preflight.ranks import judged
 from vltrain.train.optim import set_learning_rates
 from vltrain.train.trainer import Trainer
 
@@ -22,57 +24,83 @@ GIB = 2**30
 
 @dataclass(kw_only=True)
 class Rehearsal:
-    """findings: on images, memory and gradients; peak_bytes: of this rank, and of the device that it is of."""
+    """findings: on images, memory and gradients; loaded: what was tried; peak_bytes: of this rank."""
 
     findings: list[Finding]
+    loaded: LoadedStep
     peak_bytes: int = 0
 
 
 def rehearse(trainer: Trainer, *, everything: bool) -> Rehearsal:
     """Inside a `trial`. A collective. Raises OutOfMemory where a pack does not fit.
 
+    First what all ranks do alike: a parameter that is not reached is found there, and not by ranks that wait for each
+    other in a mix.
+
     Args:
         everything: try all kinds of packs, twice: behind a step, adapters are no longer the identity.
     """
     index, world_size = trainer.loader.dataset.index, trainer.engine.world_size
-    chosen = choose_packs(index, world_size, everything=everything)
-    step = min(trainer.first_step, trainer.plan.num_steps - 1)
-    loaded = load(trainer.loader, planned(trainer.plan, index, chosen.packs, step), trainer.rank)
-    unequal = _unequal_images(loaded, chosen)
-    if unequal.status != "ok":  # ranks would wait for each other
-        return Rehearsal(findings=[unequal])
-    census, rounds = Census(trainer=trainer), 2 if everything else 1
-    lost: list[str] = []
-    peak, began = PeakMemory(trainer.engine.device), time.perf_counter()
+    alike, mix = choose_packs(index, world_size, everything=everything), choose_mix(index, world_size)
+    second = alike if mix is None else alike.beside(mix) if everything else mix
+    steps = [alike, second] if everything or mix is not None else [alike]
+    loaded = [_loaded(trainer, one) for one in steps]
+    images = [one for step, chosen in zip(loaded, steps, strict=True) for one in _without_images(step, chosen)]
+    equal = judged("images by rank", images, "in each micro-step all ranks run the ViT, or none")
+    if images:
+        return Rehearsal(findings=[equal], loaded=loaded[-1])
+    census, peak, began = Census(trainer=trainer), PeakMemory(trainer.engine.device), time.perf_counter()
+    seen, lost = list[bool](), list[str]()
     with census.watching():
-        for _ in range(rounds):
-            result = trainer.accumulate(loaded)
-            census.read()
-            if everything:
-                set_learning_rates(trainer.engine.optimizer, 1.0)
-            trainer.update(result)
-            if not result.applied:
-                lost.append("the optimizer did not take the step: the gradient is NaN or Inf")
+        for step in loaded:
+            seen += step.plan.has_images.tolist()
+            lost += _tried(trainer, step, census, moves=everything)
+            if _all_say(any(one.status == FAILED for one in census.findings(seen, twice=False))):
+                break
+    seconds, most = time.perf_counter() - began, peak.read()
+    tried = f"{_sizes(trainer, alike)}: forward, backward and step in {seconds:.1f} s"
+    took = judged("rehearsal", lost, f"{tried}; peak {most / GIB:.2f} GiB {peak.kind}")
+    findings = [equal, *census.findings(seen, twice=everything), took]
+    return Rehearsal(findings=findings, loaded=loaded[-1], peak_bytes=most)
+
+
+def _loaded(trainer: Trainer, chosen: Chosen) -> LoadedStep:
+    step, index = min(trainer.first_step, trainer.plan.num_steps - 1), trainer.loader.dataset.index
+    return load(trainer.loader, planned(trainer.plan, index, chosen, step), trainer.rank)
+
+
+def _tried(trainer: Trainer, loaded: LoadedStep, census: Census, *, moves: bool) -> list[str]:
+    """A step, in words what is wrong with it. moves: by the peak learning rate, whatever the warm-up has."""
+    result = trainer.accumulate(loaded)
+    census.read()
+    if moves:
+        set_learning_rates(trainer.engine.optimizer, 1.0)
+    trainer.update(result)
     if trainer.engine.device.type == "cuda":
         torch.cuda.synchronize()
-    seconds, most = time.perf_counter() - began, peak.read()
-    tried = f"{_sizes(trainer, chosen)}: forward, backward and step in {seconds:.1f} s"
-    took = judged("rehearsal", lost, f"{tried}; peak {most / GIB:.2f} GiB {peak.kind}")
-    has_images = loaded.plan.has_images.tolist() * rounds
-    return Rehearsal(findings=[unequal, took, *census.findings(has_images, twice=everything)], peak_bytes=most)
+    return [] if result.applied else ["the optimizer did not take the step: the gradient is NaN or Inf"]
+
+
+def _all_say(own: bool) -> bool:
+    """Whether it is so on any rank. A collective."""
+    everyone: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return any(everyone)
 
 
 def _sizes(trainer: Trainer, chosen: Chosen) -> str:
     index, told = trainer.loader.dataset.index, []
     for name, packs in zip(chosen.names, chosen.packs[:, 0].tolist(), strict=True):
+        if packs == FILLER:
+            continue
         size = f"{index.num_tokens[packs]} tokens, {index.num_images[packs]} image(s)"
         told.append(f"{name} (pack {packs}, {size})")
     return "; ".join(told)
 
 
-def _unequal_images(loaded: LoadedStep, chosen: Chosen) -> Finding:
-    """Whether in each micro-step all ranks read images or none: at ZeRO-3 ranks would gather different weights, and
-    wait for each other without end; at others a gradient would be missing. A collective."""
+def _without_images(loaded: LoadedStep, chosen: Chosen) -> list[str]:
+    """In words, in which micro-steps some ranks read images and others none: at ZeRO-3 they would gather different
+    weights, and wait for each other without end; at others a gradient would be missing. A collective."""
     own = [len(batch.pixels) > 0 for batch in loaded.batches]
     everyone: list[list[bool]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
@@ -84,4 +112,4 @@ def _unequal_images(loaded: LoadedStep, chosen: Chosen) -> Finding:
                 f"{name}: rank {without} reads no image where others do, not even a blank one: ranks would gather "
                 "different weights, and wait for each other"
             )
-    return judged("images by rank", faults, "in each micro-step all ranks run the ViT, or none")
+    return faults

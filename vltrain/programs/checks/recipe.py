@@ -12,13 +12,13 @@ import gc
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from, start_logging
+from vltrain.data.report.finding import FAILED, Finding
 from vltrain.data.report.report import data_report
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.distributed.hardware import choose_dtype, limit_threads
@@ -30,7 +30,7 @@ from vltrain.evaluate.questions import judge_of
 from vltrain.memory.out_of_memory import OutOfMemory
 from vltrain.models.build import count_trained
 from vltrain.preflight.check import check
-from vltrain.preflight.finding import FAILED, Finding
+from vltrain.preflight.labels import label_masks
 from vltrain.prepared.training_data import ensure_training_data
 from vltrain.programs.train import assemble, require_runnable
 from vltrain.train.determinism import set_determinism
@@ -117,8 +117,10 @@ def _check(settings: Settings, title: str) -> int:
             )
         try:
             findings = check(trainer, everything=True)
-        except OutOfMemory as error:
-            print(Finding(status=FAILED, what="memory", found=str(error)).line(), file=sys.stdout, flush=True)
+            findings += label_masks(trainer, encoder.tokenizer) if rank == 0 else []
+        except OutOfMemory as error:  # the others wait for this rank, and are ended with it
+            lines = [Finding(status=FAILED, what="memory", found=str(error)), *of_data]
+            print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
             return EXIT_FAILED
         finally:
             trainer.loader.close()
@@ -127,7 +129,7 @@ def _check(settings: Settings, title: str) -> int:
             trainer.history.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    lines = [*findings, *from_rank_0(of_data)]
+    lines = from_rank_0([*findings, *of_data])
     if rank == 0:
         print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
     return EXIT_FAILED if any(one.status == FAILED for one in lines) else 0

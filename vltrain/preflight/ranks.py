@@ -1,35 +1,13 @@
-"""What the check before a run found: a line each, the same on all ranks."""
+"""What the ranks make of a check together: a line each, the same on all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch.distributed as dist
 
-OK, WARNING, FAILED = "ok", "WARNING", "FAILED"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line.
-
-    status  ok, WARNING (look at it), FAILED (the run would be wrong, or not survive)
-    what    the thing looked at
-    found   the figures; where something is to be done, what
-    """
-
-    status: str
-    what: str
-    found: str
-
-    def __post_init__(self) -> None:
-        assert self.status in (OK, WARNING, FAILED), self.status
-        assert "\n" not in f"{self.what}{self.found}", "a finding is one line"
-
-    def line(self) -> str:
-        """As it is shown."""
-        return f"{self.status:8}{self.what}: {self.found}"
+from vltrain.data.report.finding import FAILED, OK, WARNING, Finding
 
 
 def judged(what: str, faults: Sequence[str], proven: str) -> Finding:
@@ -48,6 +26,6 @@ def agreed(own: Sequence[Finding]) -> list[Finding]:
         worst = max(range(len(same)), key=lambda rank: (OK, WARNING, FAILED).index(same[rank].status))
         one = same[worst]
         if one.status != OK and same[0] != one:
-            one = Finding(status=one.status, what=one.what, found=f"rank {worst}: {one.found}")
+            one = replace(one, found=f"rank {worst}: {one.found}")
         merged.append(one)
     return merged
