@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vltrain.distributed.hardware import cpu_has_fast_bf16, data_sheet_flops, measured_gemm_flops
+from vltrain.distributed.rates import keep_rate, own_device
 from vltrain.doctor.findings import OK, PROBLEM, WARNING, Finding
 
 GIB = 2**30
@@ -29,6 +30,7 @@ def examine_gpu(index: int, what: str = "GPU") -> Finding:
         )
     speed = measured_gemm_flops(torch.bfloat16, PRODUCT_SIZE, place=torch.device("cuda", index))
     torch.cuda.empty_cache()
+    keep_rate(name, "bf16", speed)
     numbers["bf16_tflops"] = speed / 1e12
     sheet = data_sheet_flops(name)
     found += ", bf16 {bf16_tflops} TFLOP/s" + (f" (data sheet {sheet / 1e12:.0f})" if sheet else "")
@@ -58,6 +60,9 @@ def examine_cpu() -> Finding:
     fp32, bf16 = (
         measured_gemm_flops(dtype, 512, place=torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)
     )
+    if not torch.cuda.is_available():
+        keep_rate(own_device(), "fp32", fp32)
+        keep_rate(own_device(), "bf16", bf16)
     chosen = "bf16" if cpu_has_fast_bf16() else "fp32"
     slow = chosen == "bf16" and bf16 < fp32 / 2
     return Finding(

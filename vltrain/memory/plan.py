@@ -10,8 +10,9 @@ rather than higher.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ TIGHT_SHARE = 0.9
 AVERAGES = 2  # that AdaLoRA keeps of each number: of its importance, and of how that varies
 # Where nothing says how a pack will look: an image in every so many tokens, and half of its text to be predicted.
 TOKENS_PER_IMAGE = 256
+REHEARSED = "kept", "recomputed"  # activations without and with activation checkpointing
 MEASURED_PACKS = 1 << 16  # at most so many, whose images stand for those of all
 
 
@@ -49,8 +51,8 @@ class MemoryPlan:
     at_work: dict[str, int]
     in_step: dict[str, int]
     host: dict[str, int]
-    activations: dict[str, Activations] = field(default_factory=dict)
-    """Both ways: "kept" without and "recomputed" with activation checkpointing."""
+    activations: Mapping[str, Activations] = field(default_factory=dict[str, Activations])
+    """Of each of `REHEARSED`, found when it is asked for."""
 
     @property
     def peak(self) -> int:
@@ -72,7 +74,7 @@ def plan_memory(
     pack: PackSize,
     bits: int | None,
     dtype: torch.dtype,
-    activations: dict[str, Activations] | None = None,
+    activations: Mapping[str, Activations] | None = None,
 ) -> MemoryPlan:
     """What one rank needs to train a recipe whose model can be built on the meta device.
 
@@ -96,13 +98,23 @@ def plan_memory(
         groups=[[weights.as_kept(parameter) for parameter in group] for group in groups(model)],
     )
     unpacked = weights.unpacked_bytes
-    activations = activations or {
-        name: _rehearse(config, pack, bits, dtype, checkpointing=name == "recomputed")
-        for name in ("kept", "recomputed")
-    }
+    if activations is None:
+        activations = _Rehearsals(partial(_rehearse, config, pack, bits, dtype))
     return _put_together(
         config, model.BRIDGE, zero, activations, AVERAGES * FP32 * adalora_size(model), unpacked, world_size
     )
+
+
+class _Rehearsals(dict[str, Activations]):
+    """Activations of a model and a pack, each way found when it is first asked for."""
+
+    def __init__(self, find: Callable[..., Activations]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, name: str) -> Activations:
+        self[name] = found = self._find(checkpointing=name == "recomputed")
+        return found
 
 
 def _rehearse(
@@ -125,7 +137,7 @@ def _put_together(
     config: Config,
     bridge: str,
     zero: ZeroMemory,
-    activations: dict[str, Activations],
+    activations: Mapping[str, Activations],
     averages: int,
     unpacked: int,
     world_size: int,

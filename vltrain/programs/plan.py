@@ -1,6 +1,7 @@
 """`vltrain plan`: parameters, memory per rank, disk and arithmetic of a recipe, before anybody pays for GPUs.
 
     vltrain plan RECIPE [--ds ds_configs/zero2.json] [--gpus N] [--gpu-memory GIB] [--json OUT] [--KEY VALUE ...]
+        [--card NAME --utilisation SHARE] [--bandwidth GB/S] [--measure]
 
 RECIPE is a file or a name of launch/recipes, as `--recipe` is everywhere, which does as well; of one in stages each is
 planned. Runs anywhere, in less than a minute: networks are outlines without weights, and where weights are not on this
@@ -10,64 +11,70 @@ machine their sizes go by the network's name (`vltrain.memory.sizes`), which the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from vltrain.config.command_line import COMMAND_LINE, Option, Settings, split_arguments
+from vltrain.config.command_line import COMMAND_LINE, FLAGS, Option, Settings, split_arguments
 from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
+from vltrain.data.plan import length_of
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.atomic import write_json
+from vltrain.memory.duration import Duration, Pace
 from vltrain.memory.plan import (
     CARDS_GIB,
     GIB,
+    REHEARSED,
     MemoryPlan,
     adalora_size,
     checkpoint_bytes,
     largest_pack,
     parameters_by_part,
-    plan_memory,
-    step_flops,
 )  # fmt: skip
 from vltrain.memory.rehearse import PackSize
 from vltrain.memory.sizes import assume_sizes, is_here, size_options
-from vltrain.models.build import build_model, count_parameters, count_trained
+from vltrain.models.build import build_model, count_parameters
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import packed_folder
 from vltrain.prepared.origins import packs_differ, samples_file
-from vltrain.train.optim import parameter_groups
+from vltrain.train.planning.changes import ASSUMED_PACE, cheapest_changes
+from vltrain.train.planning.described import describe
+from vltrain.train.planning.pace import pace_of
+from vltrain.train.planning.planned import Planned, Way, plan
 from vltrain.train.run.fits import (
     kept_image_part,
     require_positions,
     require_qformer_positions,
     require_tokenizer_fits,
-    run_flops,
 )
-from vltrain.train.zero.ds_config import as_zero2, load_ds_json, micro_steps_per_step, resolve_ds_config, zero_stage
+from vltrain.train.zero.ds_config import as_zero2, load_ds_json, zero_stage
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = (
     "vltrain plan quickstart",
-    "vltrain plan llama2_7b_diht_scienceqa --gpus 8 --ds zero3 --gpu-memory 40",
+    "vltrain plan llama2_7b_diht_scienceqa --gpus 8 --ds zero3 --gpu-memory 40 --card A100 --utilisation 0.4",
     "vltrain plan table2#ba_8_2 --llm-size llama-2-7b",
 )
 OPTIONS: dict[str, Option] = {
     "ds": Option("DeepSpeed's memory and communication settings; left out: ZeRO-2", metavar="JSON"),
     "gpus": Option("how many GPUs train together", "1", "N"),
     "gpu-memory": Option("memory of one GPU in GiB; left out: common cards are compared", metavar="GIB"),
+    "card": Option(
+        "the GPU to tell hours for, by its data sheet, such as H100; left out: this machine's", metavar="NAME"
+    ),
+    "utilisation": Option("share of the GPU's rate that training reaches, such as 0.4", metavar="SHARE"),
+    "bandwidth": Option("GB/s that a rank sends; left out: sending takes no time", metavar="GB/S"),
+    "measure": Option("measure the rate of this machine's device now, as vltrain doctor does", metavar=None),
     "json": Option("also write all figures to this file", metavar="FILE"),
     **{
         f"{name}-size": Option(
@@ -83,7 +90,7 @@ OPTIONS: dict[str, Option] = {
 def main(argv: list[str], *, program: str = "vltrain plan") -> int:
     """Plans what the command line names. Returns the exit code: 0, also where nothing fits, or 2 for a mistake in the
     input."""
-    words = split_arguments(argv).positionals
+    words = split_arguments(argv, flags=(*FLAGS, "measure")).positionals
     if len(words) == 1:
         argv = [word for word in argv if word is not words[0]] + ["--recipe", words[0]]
     whole = load_stages(
@@ -112,33 +119,35 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
     options."""
     options, config = settings.options, settings.config
     num_gpus = _number(options, "gpus", int)
-    memory_gib = _number(options, "gpu-memory", float) if options["gpu-memory"] is not None else None
+    memory_gib = _optional(options, "gpu-memory")
     ds_json = load_ds_json(options["ds"])
     dtype = (
         torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     )  # auto is bf16 on all GPUs worth planning for
-    bits = config.model.bits
+    pace = _pace(options, dtype, num_gpus)
     model_config, assumed = assume_sizes(config.model, **{name: options[f"{name}-size"] for name in size_options()})
     sized = replace(config, model=model_config)
     model = build_model(model_config, device="meta")
-    ds_config = resolve_ds_config(ds_json, config, num_gpus, count_trained(model), model.llm_block_classes)
     pack, packs, no_packs = _pack_to_plan(config, sized, model)
-    groups = _groups(config)
-    memory_of = partial(plan_memory, sized, world_size=num_gpus, groups=groups, pack=pack, bits=bits, dtype=dtype)
-    memory = memory_of(ds_config)
+    way = Way(config=sized, ds_json=ds_json, num_gpus=num_gpus, dtype=dtype, pack=pack, packs=packs)
+    planned = plan(way)
+    memory = planned.memory
     parameters = parameters_by_part(model)
     per_checkpoint = checkpoint_bytes(parameters["all"]["trainable"], adalora_size(model))
     cards = CARDS_GIB if memory_gib is None else {f"{memory_gib:g} GiB": memory_gib}
-    zero2 = None
-    if zero_stage(ds_config) == 3:
-        at_zero2 = resolve_ds_config(as_zero2(ds_json), config, num_gpus, count_trained(model))
-        zero2 = _zero2(memory_of(at_zero2, activations=memory.activations), num_gpus, cards)
+    changes = None
+    if memory_gib is not None and memory.verdict(memory_gib) != "fits":
+        found = cheapest_changes(way, int(memory_gib * GIB), pace or ASSUMED_PACE, planned)
+        changes = {
+            "ranked_by": _ranked_by(pace),
+            "cheapest": [{**asdict(one), "line": one.line()} for one in found],
+        }
     return {
         "recipe": str(settings.recipe),
         "gpus": num_gpus,
-        "zero_stage": zero_stage(ds_config),
-        "micro_steps_per_step": micro_steps_per_step(config.train.packs_per_step, num_gpus),
-        "bits": bits,
+        "zero_stage": zero_stage(ds_json),
+        "micro_steps_per_step": way.micro_steps,
+        "bits": config.model.bits,
         "products": str(dtype).removeprefix("torch."),
         "activation_checkpointing": config.train.activation_checkpointing,
         "assumed": assumed,
@@ -146,24 +155,73 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         "parameters": parameters,
         "full_qformer_tuning": _share(model),
         "memory_per_rank": _memory_to_json(memory),
-        "zero_2": zero2,
+        "zero_2": _zero2(way, memory, cards) if zero_stage(ds_json) == 3 else None,
         "cards": {name: {"gib": gib, "verdict": memory.verdict(gib)} for name, gib in cards.items()},
+        "changes": changes,
         "disk": {
             "checkpoint_bytes": per_checkpoint,
             "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1),
         },
         "steps_per_epoch": None if packs is None else len(packs) / config.train.packs_per_step,
         "packs": no_packs,
-        "flops_per_step": step_flops(config, run_flops(sized, model), pack, packs),
+        "flops_per_step": planned.flops,
+        "recomputed_flops_per_step": planned.recomputed,
+        "communication_per_step": {
+            **{f"{name}_bytes": number for name, number in asdict(planned.communication).items()},
+            "sent_bytes": planned.communication.sent(num_gpus),
+        },
+        "duration": _duration(way, planned, pace),
         "image_features": _features(memory, pack, packs) if config.train.keep_image_features else None,
     }
 
 
-def _groups(config: Config) -> Callable[[VisionLanguageModel], list[list[nn.Parameter]]]:
-    """(outline) -> the optimizer's groups of its trained parameters."""
-    return lambda outline: [
-        group["params"] for group in parameter_groups(outline.named_parameters(), config.optim, outline.part_of)
-    ]
+def _pace(options: dict[str, str | None], dtype: torch.dtype, num_gpus: int) -> Pace | None:
+    """The rate that the command line or `vltrain doctor` says. A CPU's is of one rank: more would share its cores."""
+    if options["card"] is None and num_gpus > 1 and not torch.cuda.is_available():
+        if options["measure"] is not None:
+            raise InputError(f"{COMMAND_LINE}: --measure: this machine has no GPU to plan {num_gpus} by; say --card")
+        return None
+    bandwidth, utilisation = _optional(options, "bandwidth"), _optional(options, "utilisation")
+    if utilisation is not None and utilisation > 1:
+        found = f"found '{options['utilisation']}'"
+        raise InputError(f"{COMMAND_LINE}: --utilisation: {found}, expected a share, above 0 and at most 1")
+    return pace_of(
+        dtype,
+        card=options["card"],
+        utilisation=utilisation,
+        bandwidth=None if bandwidth is None else 1e9 * bandwidth,
+        measure=options["measure"] is not None,
+    )
+
+
+def _ranked_by(pace: Pace | None) -> str:
+    """By which rate changes are ranked, in words."""
+    if pace is None or pace.bandwidth is not None or ASSUMED_PACE.bandwidth is None:
+        return (pace or ASSUMED_PACE).origin
+    return f"{pace.origin}; {ASSUMED_PACE.bandwidth / 1e9:g} GB/s between ranks, assumed"
+
+
+def _duration(way: Way, planned: Planned, pace: Pace | None) -> dict[str, Any]:
+    """Steps of the run, and time where a rate is known; None where no packs or no rate say it."""
+    train = way.config.train
+    steps = epochs = seconds = run = None
+    if way.packs is not None:
+        steps = length_of(len(way.packs), train.epochs, train.packs_per_step, train.max_steps)[1]
+        epochs = min(train.epochs, steps * train.packs_per_step / len(way.packs))
+    if pace is not None:
+        sent = planned.communication.sent(way.num_gpus)
+        seconds = pace.step_seconds(planned.flops + planned.recomputed, sent, way.num_gpus)
+        if steps is not None and epochs is not None:
+            run = Duration(steps=steps, epochs=epochs, step_seconds=seconds, num_gpus=way.num_gpus)
+    return {
+        "steps": steps,
+        "epochs": epochs,
+        "step_seconds": seconds,
+        "hours": run and run.hours,
+        "gpu_hours": run and run.gpu_hours,
+        "flops_per_second_and_gpu": pace and pace.flops,
+        "origin": pace and pace.origin,
+    }
 
 
 def _features(memory: MemoryPlan, pack: PackSize, packs: PackedDataset | None) -> dict[str, int | None]:
@@ -213,6 +271,10 @@ def _share(model: VisionLanguageModel) -> dict[str, float] | None:
     }
 
 
+def _optional(options: dict[str, str | None], name: str) -> float | None:
+    return None if options[name] is None else _number(options, name, float)
+
+
 def _number(options: dict[str, str | None], name: str, kind: type[int] | type[float]) -> Any:
     text = options[name]
     try:
@@ -257,22 +319,24 @@ def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> 
     return PackedDataset(folder, verify=False), str(folder)
 
 
-def _zero2(memory: MemoryPlan, num_gpus: int, cards: dict[str, float]) -> dict[str, Any]:
+def _zero2(way: Way, at_zero3: MemoryPlan, cards: dict[str, float]) -> dict[str, Any]:
     """What ZeRO-2 needs, and what ZeRO-3 gathers over the network that ZeRO-2 does not: each weight for the forward and
     again for the backward of a micro-step."""
+    memory = plan(replace(way, ds_json=as_zero2(way.ds_json)), at_zero3.activations).memory
     weights = sum(
         number for kind, number in memory.held.items() if kind.startswith(("frozen weights", "trained weights"))
     )
     return {
         "peak_gib": round(memory.peak / GIB, 3),
-        "gathered_bytes_per_micro_step": 2 * weights * (num_gpus - 1) // num_gpus,
+        "gathered_bytes_per_micro_step": 2 * weights * (way.num_gpus - 1) // way.num_gpus,
         "cards": {name: memory.verdict(gib) for name, gib in cards.items()},
     }
 
 
 def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:
     activations = {
-        name: {**asdict(entry), "kept": entry.kept, "peak": entry.peak} for name, entry in memory.activations.items()
+        name: {**asdict(entry), "kept": entry.kept, "peak": entry.peak}
+        for name, entry in ((name, memory.activations[name]) for name in REHEARSED)
     }
     return {
         "held_bytes": memory.held,
@@ -286,78 +350,3 @@ def _memory_to_json(memory: MemoryPlan) -> dict[str, Any]:
             "with_checkpointing": activations["recomputed"],
         },
     }
-
-
-def describe(plan: dict[str, Any]) -> str:
-    """The figures as tables to read."""
-    pack, memory = plan["pack"], plan["memory_per_rank"]
-    lines = [
-        f"{plan['recipe']}: {plan['gpus']} GPU(s), ZeRO stage {plan['zero_stage']}, products in {plan['products']}"
-    ]
-    lines += [f"assumed: {assumption}" for assumption in plan["assumed"]]
-    lines += ["", f"{'parameters':44}{'total':>18}{'trained':>18}"]
-    lines += [
-        f"  {part:42}{count['total']:18,}{count['trainable']:18,}"
-        for part, count in plan["parameters"].items()
-        if count["total"]
-    ]
-    share = plan["full_qformer_tuning"]
-    if share is not None:
-        lines += [
-            f"of full Q-Former tuning ({share['parameters']:,}): low-rank updates {share['updates']:,} "
-            f"({share['updates_percent']:.2f}%), "
-            f"everything trained {share['trained']:,} ({share['trained_percent']:.2f}%)"
-        ]
-    for key, title in (
-        ("held", "held all the time"),
-        ("at_work", "and in forward and backward"),
-        ("in_step", "or in the step instead"),
-        ("host", "in CPU memory, of each rank"),
-    ):
-        kinds = memory[f"{key}_bytes"]
-        lines += ["", f"{title:44}{sum(kinds.values()) / GIB:14.2f} GiB"] if kinds else []
-        lines += [f"  {kind:42}{num_bytes / GIB:14.2f} GiB{num_bytes:18,}" for kind, num_bytes in kinds.items()]
-    lines += ["", f"{'peak on each GPU':44}{memory['peak_gib']:14.2f} GiB"]
-    lines += [f"  on {name:39}{card['gib']:14.1f} GiB: {card['verdict']}" for name, card in plan["cards"].items()]
-    lines += _zero2_instead(plan["zero_2"], plan["cards"])
-    both = memory["activations_bytes"]
-    lines += [
-        "",
-        f"activations and working memory {'with' if plan['activation_checkpointing'] else 'without'} checkpointing, "
-        "as above; "
-        f"with: {both['with_checkpointing']['peak'] / GIB:.2f} GiB, without: "
-        f"{both['without_checkpointing']['peak'] / GIB:.2f} GiB",
-    ]
-    sizes = f"{pack['num_tokens']} tokens, {pack['num_images']} image(s), {pack['num_label_tokens']} labels"
-    lines += [f"of a pack of {sizes} ({pack['origin']})"]
-    lines += [f"a step: {plan['flops_per_step']:.3g} FLOPs, {plan['micro_steps_per_step']} micro-step(s) on each GPU"]
-    epoch = plan["steps_per_epoch"]
-    lines += [
-        f"an epoch: {epoch:,.1f} steps ({plan['packs']})"
-        if epoch
-        else f"an epoch: unknown, no packs here ({plan['packs']})"
-    ]
-    disk = plan["disk"]
-    lines += [
-        f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"
-    ]
-    features = plan["image_features"]
-    if features is not None:
-        count, size = features["num_images"], features["image_bytes"]
-        of_all = f", {features['disk_bytes'] / GIB:.3f} GiB of {count:,} beside the packs" if count else ""
-        lines += [f"image features, computed once: {size / 2**20:.3f} MiB an image{of_all}"]
-    return "\n".join(lines)
-
-
-def _zero2_instead(other: dict[str, Any] | None, cards: dict[str, Any]) -> list[str]:
-    if other is None:
-        return []
-    gathered = other["gathered_bytes_per_micro_step"] / GIB
-    no_worse = all(other["cards"][name] == card["verdict"] for name, card in cards.items())
-    advice = "the better choice on these cards" if no_worse else "the better choice where it fits"
-    return [
-        "",
-        f"{'peak with ZeRO-2':44}{other['peak_gib']:14.2f} GiB: {advice}",
-        f"  {'what ZeRO-3 gathers in a micro-step':42}{gathered:14.2f} GiB, and ZeRO-2 does not",
-        *(f"  on {name:39}{card['gib']:14.1f} GiB: {other['cards'][name]}" for name, card in cards.items()),
-    ]
