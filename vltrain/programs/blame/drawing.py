@@ -175,7 +175,7 @@ def step_columns(stories: Sequence[Story]) -> dict[str, list[str]]:
     assert all(one is not None for one in measured)
     known = [one for one in measured if one is not None]
     return {
-        "recorded": [number(math.nan if story.recorded is None else story.recorded) for story in stories],
+        "recorded": ["-" if story.recorded is None else number(story.recorded) for story in stories],
         "before": [number(one.loss) for one in known],
         "after": [change(one) if one.tokens else "NaN" for one in known],
         "gradient norm": [number(one.gradient_norm) for one in known],
