@@ -104,7 +104,7 @@ def test_a_competitor_apart_tells_what_went_wrong_there():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["balance", "overhead", "packing", "loader", "memory", "prepare", "samples_memory", "scale"]
+    "name", ["balance", "overhead", "packing", "loader", "memory", "prepare", "proofs", "samples_memory", "scale"]
 )
 def test_the_others_run(tmp_path, name):
     found = run_quick(name, tmp_path)

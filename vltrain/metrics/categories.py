@@ -106,7 +106,7 @@ class CategoryLosses:
     ) -> None:
         self._ids_of, self._every = ids_of, every
         self._kept = list(enumerate(recent, start=first_step - len(recent)))
-        self._reading = _Reading(samples) if samples is not None else None
+        self._reading = _Reading(samples) if samples is not None else None  # begins with the first step
         self._said = ""
 
     def add(self, step: int, losses: np.ndarray) -> dict[str, float]:
@@ -117,6 +117,7 @@ class CategoryLosses:
         """
         if self._reading is None:
             return {}
+        self._reading.begin()
         self._kept.append((step, losses))
         if (step + 1) % self._every:
             return {}
@@ -151,7 +152,11 @@ class _Reading(threading.Thread):
         self._path = path
         self._found: Categories | None = None
         self._error: InputError | None = None
-        self.start()
+
+    def begin(self) -> None:
+        """Starts the thread, the first time."""
+        if self.ident is None:
+            self.start()
 
     def run(self) -> None:
         try:
