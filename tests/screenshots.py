@@ -83,13 +83,25 @@ SHOTS = (
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[str]:
-    """TensorBoard over a folder. Gives its address."""
+    """TensorBoard over a folder, which its page names as seen from above the runs. Gives its address."""
+    above = folder.resolve().parents[2]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--host", "127.0.0.1", "--port", port]
+    words = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        folder.resolve().relative_to(above),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+    ]
     server = subprocess.Popen(
         [*map(str, words), "--samples_per_plugin", "images=1000"],
+        cwd=above,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
