@@ -79,7 +79,7 @@ def assert_passed(output, world_size):
     assert {one["status"] for one in found[0]} == {"ok"}, found[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_with_the_check_is_the_run_without_it(folder, tmp_path, world_size):
     checks = {0: "full", 1: "quick", 2: "full", 3: "full"}
     told = [
