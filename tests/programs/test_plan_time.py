@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from vltrain.config.command_line import load_settings
 from vltrain.distributed import rates
 from vltrain.distributed.hardware import GPU_PEAK_FLOPS
 from vltrain.distributed.rates import keep_rate, kept_rate, own_device
 from vltrain.doctor.gpus import examine_cpu
 from vltrain.memory.plan import GIB, TIGHT_SHARE
+from vltrain.memory.rehearse import PackSize
+from vltrain.programs.checks.ways_out import ways_out
 from vltrain.programs.plan import main
+from vltrain.train.planning.planned import Way, plan
+from vltrain.train.zero.ds_config import load_ds_json
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +37,6 @@ def planned(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data.root with packs of a few drawings."""
     from tests.data.test_data_report import make_set
-    from vltrain.config.command_line import load_settings
     from vltrain.prepared.training_data import ensure_training_data
 
     folder = tmp_path_factory.mktemp("root")
@@ -149,3 +153,16 @@ def test_changes_make_it_fit_as_their_own_plans_say(root: Path, tmp_path: Path, 
         assert one["peak"] <= TIGHT_SHARE * room * GIB
     nothing = plan_of("--gpu-memory", "0.1")
     assert nothing["changes"]["cheapest"] == [] and "nothing that was tried" in capsys.readouterr().out
+
+
+def test_what_did_not_fit_is_told_with_ways_out(root: Path) -> None:
+    settings = load_settings(["--recipe", "quickstart", *_own(root), "--train.packs_per_step", "4"], program="test")
+    pack = PackSize(num_tokens=1024, num_images=40, num_label_tokens=82, num_segments=40, origin="a test")
+    ds_json = load_ds_json(None)
+    way = Way(config=settings.config, ds_json=ds_json, num_gpus=1, dtype=torch.float32, pack=pack, packs=None)
+    first, *changes = ways_out(way, memory_bytes=2**40)  # the plan fits, what was tried did not
+    peak = plan(way).memory.peak / GIB
+    assert first.found.startswith(f"planned were {peak:.2f} GiB, 1024.00 are there; cheapest")
+    assert changes and all("GiB, +" in one.found or "GiB, -" in one.found for one in changes)
+    [nothing] = ways_out(way, memory_bytes=2**20)
+    assert "nothing that was tried fits" in nothing.found

@@ -28,13 +28,16 @@ from vltrain.distributed.ranks import adopt_ranks, names_lost_ranks
 from vltrain.errors import InputError
 from vltrain.evaluate.questions import judge_of
 from vltrain.memory.out_of_memory import OutOfMemory
+from vltrain.memory.plan import largest_pack
 from vltrain.models.build import count_trained
 from vltrain.preflight.check import check
 from vltrain.preflight.labels import label_masks
 from vltrain.prepared.training_data import ensure_training_data
+from vltrain.programs.checks.ways_out import ways_out
 from vltrain.programs.train import assemble, require_runnable
 from vltrain.train.determinism import set_determinism
 from vltrain.train.make_trainer import RunStart
+from vltrain.train.planning.planned import Way
 from vltrain.train.run.identity import agreed_over_nodes
 from vltrain.train.run.made_of import made_of
 from vltrain.train.run.origin import find_origin, with_peft_folder
@@ -93,12 +96,12 @@ def _alone(settings: Settings, *, is_later: bool) -> Settings:
 def _check(settings: Settings, title: str) -> int:
     config = settings.config
     set_determinism(config.train.deterministic)
-    ds_json = require_runnable(settings)
+    raw = require_runnable(settings)
     dtype = choose_dtype(config.train.precision, config.model.bits)
     encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
     first = int(os.environ.get("RANK", "0")) == 0
     of_data = data_report(config, dataset, encoder, judge_of(config)) if first else []
-    ds_json = fill_in(ds_json, count_trained(outline), outline.llm_block_classes)
+    ds_json = fill_in(raw, count_trained(outline), outline.llm_block_classes)
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, None)
     rank, world_size = init_distributed()
@@ -119,7 +122,9 @@ def _check(settings: Settings, title: str) -> int:
             findings = check(trainer, everything=True)
             findings += label_masks(trainer, encoder.tokenizer) if rank == 0 else []
         except OutOfMemory as error:  # the others wait for this rank, and are ended with it
-            lines = [Finding(status=FAILED, what="memory", found=str(error)), *of_data]
+            pack = largest_pack(config, outline.visual_tokens, dataset)
+            way = Way(config=config, ds_json=raw, num_gpus=world_size, dtype=dtype, pack=pack, packs=dataset)
+            lines = [Finding(status=FAILED, what="memory", found=str(error)), *ways_out(way), *of_data]
             print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
             return EXIT_FAILED
         finally:
