@@ -7,6 +7,7 @@ import pytest
 
 from tests.golden.runs import scenarios
 from tests.support.processes import run_ranks
+from tests.support.tiny import make_segments, write_packs
 
 QUICK = ("mmt, router", "mmt, lora", "instructblip with t5, adalora", "instructblip with llama, lora")
 
@@ -41,3 +42,42 @@ def test_of_some_golden_runs(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_of_all_golden_runs(tmp_path, precision):
     assert alarms(findings(of_golden_runs(tmp_path, train__precision=precision), tmp_path)) == {}
+
+
+WAYS: dict[str, dict] = {
+    "4 bits": {"model__bits": 4},
+    "8 bits": {"model__bits": 8},
+    "4 bits, lora, checkpointing": {
+        "model__bits": 4,
+        "model__llm__peft__kind": "lora",
+        "model__adapter__llm": "none",
+        "train__activation_checkpointing": True,
+    },
+    "8 bits, bf16": {"model__bits": 8, "train__precision": "bf16"},
+    "16 bits": {"model__bits": 16, "train__precision": "bf16"},
+    "kept features": {"train__keep_image_features": True, "model__adapter__vision": "none"},
+    "checkpointing": {"train__activation_checkpointing": True},
+    "full": {"model__tune": "full"},
+    "dropout": {"model__adapter__dropout": 0.2},
+    "offload": {},
+}
+
+
+@pytest.mark.parametrize("check", [pytest.param("quick", marks=pytest.mark.slow), "full"])
+def test_of_ways_to_run(tmp_path, check):
+    """Quantised and half-precision weights, kept image features, recomputed blocks, offload, of the tiny model."""
+    packs = str(write_packs(tmp_path / "packs", make_segments(8)))
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    told = [
+        {
+            "name": name,
+            "packs": packs,
+            "output": str(tmp_path / name.replace(", ", "-").replace(" ", "-")),
+            "ds": {"zero_optimization": offload if name == "offload" else {"stage": 0}},
+            "changes": {"train__packs_per_step": 2, "train__epochs": 2.0, **changes},
+            "fault": "",
+            "check": check,
+        }
+        for name, changes in WAYS.items()
+    ]
+    assert alarms(findings(told, tmp_path)) == {}
