@@ -33,7 +33,7 @@ from vltrain.models.build import count_trained
 from vltrain.preflight.check import check
 from vltrain.preflight.labels import label_masks
 from vltrain.prepared.training_data import ensure_training_data
-from vltrain.programs.checks.ways_out import ways_out
+from vltrain.programs.checks.ways_out import planned_memory, ways_out
 from vltrain.programs.train import assemble, require_runnable
 from vltrain.train.determinism import set_determinism
 from vltrain.train.make_trainer import RunStart
@@ -105,6 +105,8 @@ def _check(settings: Settings, title: str) -> int:
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, None)
     rank, world_size = init_distributed()
+    pack = largest_pack(config, outline.visual_tokens, dataset)
+    way = Way(config=config, ds_json=raw, num_gpus=world_size, dtype=dtype, pack=pack, packs=dataset)
     folder = from_rank_0(tempfile.mkdtemp(prefix="vltrain-check-") if rank == 0 else None)
     try:
         with logged_from(logging.WARNING, "vltrain.receipts"):
@@ -120,10 +122,8 @@ def _check(settings: Settings, title: str) -> int:
             )
         try:
             findings = check(trainer, everything=True)
-            findings += label_masks(trainer, encoder.tokenizer) if rank == 0 else []
+            findings += [planned_memory(way), *label_masks(trainer, encoder.tokenizer)] if rank == 0 else []
         except OutOfMemory as error:  # the others wait for this rank, and are ended with it
-            pack = largest_pack(config, outline.visual_tokens, dataset)
-            way = Way(config=config, ds_json=raw, num_gpus=world_size, dtype=dtype, pack=pack, packs=dataset)
             lines = [Finding(status=FAILED, what="memory", found=str(error)), *ways_out(way), *of_data]
             print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
             return EXIT_FAILED

@@ -1,4 +1,5 @@
-"""What to change where a recipe's packs do not fit into this machine, found by planning (`vltrain plan`)."""
+"""What a plan (`vltrain plan`) says of a recipe that is tried: the memory it expects, and what to change where packs do
+not fit into this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import os
 
 import torch
 
-from vltrain.data.report.finding import WARNING, Finding
+from vltrain.data.report.finding import OK, WARNING, Finding
 from vltrain.distributed.machine import local_world_size
 from vltrain.errors import InputError
 from vltrain.memory.plan import GIB, TIGHT_SHARE
@@ -14,6 +15,18 @@ from vltrain.train.planning.changes import cheapest_changes
 from vltrain.train.planning.planned import Way, plan
 
 WHAT = "to make it fit"
+
+
+def planned_memory(way: Way) -> Finding:
+    """The plan's figure for what the rehearsal has measured."""
+    try:
+        memory = plan(way).memory
+    except InputError as error:
+        return Finding(status=WARNING, what="planned memory", found=f"cannot be planned: {error}")
+    beside = "" if torch.cuda.is_available() else ", without the interpreter and its libraries"
+    return Finding(
+        status=OK, what="planned memory", found=f"{memory.peak / GIB:.2f} GiB a rank at the largest pack{beside}"
+    )
 
 
 def ways_out(way: Way, memory_bytes: int | None = None) -> list[Finding]:
