@@ -128,6 +128,7 @@ def test_mistakes(arguments: list[str], said: str, capsys: Any) -> None:
     assert said in error and error.count("\n") == 1, error
 
 
+@pytest.mark.slow
 def test_changes_make_it_fit_as_their_own_plans_say(root: Path, tmp_path: Path, capsys: Any) -> None:
     """The recipe as it is does not fit into a little less than it needs; each change told is planned by itself, with
     the words that are told."""

@@ -273,7 +273,7 @@ class Architecture:
     weight_files    see `vltrain.models.build.weight_files`
     sizes           what can be planned with in the place of weights
     not_compilable  what of a section `train.compile` cannot do, in words; None: nothing
-    trained_parts   the parts (`VisionLanguageModel.PARTS`) whose parameters a section trains
+    trained_parts   the parts (`VisionLanguageModel.PARTS`) whose parameters a section trains; none: not said
     configs         transformers' configs of the networks that it is made of, by name; {}: it is not audited
     resized         (section, small configs under the names of `configs`) -> the section with these in the place of its
                     sources, random and in fp32, tuned as it is; None: it is not audited (`vltrain audit`)

@@ -109,7 +109,8 @@ class Census:
         model, engine = self.trainer.engine.model, self.trainer.engine
         meant = architecture_of(self.trainer.config.model).trained_parts(self.trainer.config.model)
         named = dict(model.named_parameters())
-        wrong = {name for name in engine.trainable if model.part_of(name) not in meant}
+        # One that does not say which parts a recipe trains is asked nothing.
+        wrong = {name for name in engine.trainable if meant and model.part_of(name) not in meant}
         faults = [self._told(wrong, "are trained, which the recipe freezes")] if wrong else []
         beside = {name for name, one in named.items() if name not in engine.trainable
                   and (one.requires_grad or one.grad is not None)}  # fmt: skip
