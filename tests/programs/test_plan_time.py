@@ -156,6 +156,7 @@ def test_changes_make_it_fit_as_their_own_plans_say(root: Path, tmp_path: Path, 
     assert nothing["changes"]["cheapest"] == [] and "nothing that was tried" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_did_not_fit_is_told_with_ways_out(root: Path) -> None:
     settings = load_settings(["--recipe", "quickstart", *_own(root), "--train.packs_per_step", "4"], program="test")
     pack = PackSize(num_tokens=1024, num_images=40, num_label_tokens=82, num_segments=40, origin="a test")

@@ -96,9 +96,9 @@ def test_a_run_that_measures_differs_in_nothing_and_goes_on_with_what_it_measure
         }
 
     file = tmp_path / "scenarios.json"
-    file.write_text(json.dumps([scenario(stage, balance) for stage in (0, 2, 3) for balance in ("flops", "measured")]))
+    file.write_text(json.dumps([scenario(stage, balance) for stage in (0, 3) for balance in ("flops", "measured")]))
     run_ranks("tests.train.worker", [str(file)], 2, tmp_path / "log")
-    for stage in (0, 2, 3):
+    for stage in (0, 3):
         plain, found = (load_file(tmp_path / f"{name}-{stage}/result.safetensors") for name in ("flops", "measured"))
         assert plain.keys() == found.keys()
         assert [name for name in plain if not torch.equal(plain[name], found[name])] == []
