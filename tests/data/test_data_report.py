@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -29,7 +30,8 @@ from vltrain.data.text.encoder import TemplateEncoder
 from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.evaluate.questions import judge_of
 
-ICONS = Path("/work/shared/data/iconqa_mini")
+DATA = Path(os.environ.get("VLTRAIN_SAMPLE_DATA", Path(__file__).parents[3] / "shared" / "data"))
+ICONS = DATA / "iconqa_mini"
 COLORS = ("red", "green", "blue", "white")
 TOKENIZER = "asset://tiny_llama"
 
