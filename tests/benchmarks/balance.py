@@ -67,8 +67,7 @@ def pack_seconds(precision: str, count: int, runs: int, quick: bool) -> tuple[In
         for number in range(-1, runs):
             tell("warm-up" if number < 0 else f"run {number + 1}/{runs}")
             for pack in packs.tolist():
-                shown = bool(dataset.index.num_images[pack])
-                batch = load_pack(dataset, pack, reader, None, has_images=shown).to(trainer.engine.device)
+                batch = load_pack(dataset, pack, reader, None).to(trainer.engine.device)
                 began = time.process_time()
                 there_and_back(trainer.engine, batch, last_micro_step=False)
                 if number >= 0:

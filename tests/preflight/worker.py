@@ -35,9 +35,7 @@ def run_one(scenario: dict, rank: int, world_size: int) -> None:
         trainer = worker.make(scenario, world_size)
         plant(patch, trainer)
         checked(trainer, scenario, rank)
-        trainer.loader.close()
-        trainer.monitor.close()
-        trainer.receipt.close()
+        trainer.close()
 
 
 def main(scenarios: str) -> None:

@@ -385,13 +385,12 @@ class StepLoader:
 
 
 def load_pack(
-    dataset: PackedDataset, number: int, reader: ImageReader, kept: KeptImages | None, *, has_images: bool
+    dataset: PackedDataset, number: int, reader: ImageReader, kept: KeptImages | None, has_images: bool | None = None
 ) -> Batch:
-    """One pack, loaded in this process. Arguments as of `StepLoader`; has_images: of its micro-step, see `StepPlan`.
-
-    Raises: InputError, or OSError, if it cannot be read.
-    """
-    return assemble(*_Fetcher(dataset, reader, kept).fetch(number, has_images))
+    """One pack, loaded in this process; InputError or OSError if it cannot be read. Arguments as of `StepLoader`;
+    has_images: of its micro-step, see `StepPlan`; None: it is alone in it."""
+    shown = bool(dataset.index.num_images[number]) if has_images is None else has_images
+    return assemble(*_Fetcher(dataset, reader, kept).fetch(number, shown))
 
 
 def _begin_worker(_: int) -> None:

@@ -80,12 +80,13 @@ class PackCost:
     per_label: float = 0.0
     images: Callable[[np.ndarray], np.ndarray] | None = None
 
-    def of(self, index: Index, packs: np.ndarray) -> np.ndarray:
-        """float64 [m], the cost of each pack of int64 [m]."""
+    def of(self, index: Index, packs: np.ndarray, sized_images: np.ndarray | None = None) -> np.ndarray:
+        """float64 [m], the cost of each pack of int64 [m]. `sized_images`: theirs, where they are known."""
+        images = self.sized_images(index, packs) if sized_images is None else sized_images
         return (
             self.per_token * index.num_tokens[packs]
             + self.per_pair * index.sum_squares[packs]
-            + self.per_image * self.sized_images(index, packs)
+            + self.per_image * images
             + self.per_label * index.num_label_tokens[packs]
         )
 
@@ -185,7 +186,8 @@ class Plan:
         """The packs of a step, assigned to micro-steps and ranks."""
         packs = self.packs_of(number)
         index = self._index
-        places = self._assign(packs)
+        sized_images = self._cost.sized_images(index, packs)
+        places = self._assign(packs, self._cost.of(index, packs, sized_images))
         grid = np.where(places == FILLER, FILLER, packs[places])
         sizes = index.num_samples[packs].astype(np.int64)
         return StepPlan(
@@ -197,7 +199,7 @@ class Plan:
             num_tokens=int(index.num_tokens[packs].sum()),
             num_pairs=int(index.sum_squares[packs].sum()),
             num_images=int(index.num_images[packs].sum()),
-            sized_images=float(self._cost.sized_images(index, packs).sum()),
+            sized_images=float(sized_images.sum()),
             num_samples=int(sizes.sum()),
         )
 
@@ -206,11 +208,11 @@ class Plan:
         shown = (packs != FILLER) & (self._index.num_images[packs] > 0)
         return shown.any(axis=1) | self._images_always
 
-    def _assign(self, packs: np.ndarray) -> np.ndarray:
+    def _assign(self, packs: np.ndarray, costs: np.ndarray) -> np.ndarray:
         """int64 [G, W], places in `packs`: of packs with images first, each micro-step of similar costs, fillers last;
         then ranks evened out."""
         world_size = self._world_size
-        costs, has_image = self._cost.of(self._index, packs), self._index.num_images[packs] > 0
+        has_image = self._index.num_images[packs] > 0
         by_cost = np.lexsort((packs, -costs, ~has_image))
         missing = -len(packs) % world_size
         grid = np.concatenate([by_cost, np.full(missing, FILLER)]).reshape(-1, world_size)

@@ -60,8 +60,6 @@ def check_before_training(trainer: Trainer) -> None:
         for one in findings:
             if one.status == WARNING:
                 logger.warning("check: %s: %s", one.what, one.found)
-        logger.info("check (%s): %d of %d passed in %.1f s", asked, len(findings), len(findings), _since(began))
-
-
-def _since(began: float) -> float:
-    return time.perf_counter() - began
+        logger.info(
+            "check (%s): %d of %d passed in %.1f s", asked, len(findings), len(findings), time.perf_counter() - began
+        )

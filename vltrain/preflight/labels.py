@@ -19,7 +19,7 @@ def label_masks(trainer: Trainer, tokenizer: Tokenizer) -> list[Finding]:
     loader, model = trainer.loader, trainer.engine.model
     dataset, found = loader.dataset, list[Finding]()
     for pack in np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(np.int64)).tolist():
-        batch = load_pack(dataset, pack, loader.reader, loader.kept, has_images=bool(dataset.index.num_images[pack]))
+        batch = load_pack(dataset, pack, loader.reader, loader.kept)
         labels, start = batch.labels.numpy(), 0
         for segment in segments_of(dataset.row(pack), model)[: SHOWN if len(dataset) < SHOWN else 1]:
             length, ids = len(segment.input_ids), segment.input_ids

@@ -115,7 +115,6 @@ def _summed(own: Tensor, device: torch.device) -> Tensor:
 def _loss_of(trainer: Trainer, pack: int) -> float:
     """Summed over the labels of a pack, in this process alone."""
     loader, engine = trainer.loader, trainer.engine
-    has_images = bool(loader.dataset.index.num_images[pack])
-    batch = load_pack(loader.dataset, pack, loader.reader, loader.kept, has_images=has_images)
+    batch = load_pack(loader.dataset, pack, loader.reader, loader.kept)
     with engine.autocast():
         return float(engine.model(batch.to(engine.device)).loss_sum)

@@ -95,5 +95,5 @@ def load(loader: StepLoader, step: StepPlan, rank: int) -> LoadedStep:
         if pack == FILLER:
             batches.append(filler(has_images, loader.reader, loader.kept))
         else:
-            batches.append(load_pack(loader.dataset, pack, loader.reader, loader.kept, has_images=has_images))
+            batches.append(load_pack(loader.dataset, pack, loader.reader, loader.kept, has_images))
     return LoadedStep(step=step.step, batches=batches, plan=step)

@@ -26,12 +26,12 @@ import numpy as np
 from vltrain.config.older_runs import complete
 from vltrain.config.recipe import RECIPE, read_recipe
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import PackedDataset
+from vltrain.data.shards import Index, PackedDataset
 from vltrain.errors import InputError
 from vltrain.receipts.frozen_proof import compare_frozen
 from vltrain.receipts.history_proof import compare_history
 from vltrain.receipts.manifest import Manifest, checksum, newest_in, read_manifest, verify_files
-from vltrain.receipts.receipt import RECEIPT, Receipt, fingerprint, read_receipt, samples_text
+from vltrain.receipts.receipt import RECEIPT, Header, Receipt, fingerprint, read_receipt, samples_text
 
 RUN_ID = "run"  # in a checkpoint's run_state: the receipt's `Header.run`
 
@@ -72,7 +72,7 @@ def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: f
     proof.add(receipt.problem, f"chain: {num_lines} of {header.num_steps} steps, each once and in order{cut_short}")
     if header.first_step:
         proof.failures.append(f"begins at step {header.first_step}: the receipt of the steps before was lost")
-    plan = _plan(receipt, dataset)
+    plan = plan_of(receipt.header, dataset.index)
     label_tokens = sum(line.label_tokens for line in receipt.lines)
     proof.add(
         _first_wrong_step(receipt, plan, dataset),
@@ -91,10 +91,10 @@ def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: f
     return proof
 
 
-def _plan(receipt: Receipt, dataset: PackedDataset) -> Plan:
-    header = receipt.header
+def plan_of(header: Header, index: Index) -> Plan:
+    """The steps of the run that a receipt is of, over its packs; as on one rank."""
     return Plan(
-        dataset.index,
+        index,
         seed=header.seed,
         epochs=header.epochs,
         packs_per_step=header.packs_per_step,

@@ -136,7 +136,7 @@ def balanced(
         return plan, None
 
     def load(number: int) -> Batch:
-        return load_pack(dataset, number, reader, kept, has_images=bool(dataset.index.num_images[number]))
+        return load_pack(dataset, number, reader, kept)
 
     measured = MeasuredCost(**known) if known else measure_cost(engine, dataset.index, flops, load)
     return plan.balanced_by(measured.cost(flops)), measured

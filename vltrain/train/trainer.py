@@ -103,6 +103,13 @@ class Trainer:
                 self.receipt.close()
                 self.history.close()
 
+    def close(self) -> None:
+        """Closes what it holds open, where it is not trained."""
+        self.loader.close()
+        self.monitor.close()
+        self.receipt.close()
+        self.history.close()
+
     def steps(self) -> Iterator[int]:
         """`train`, a step each time: gives the number of steps done, so that whoever measures can stop between them."""
         self.loader.while_waiting = self._leave_while_waiting

@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import Index, PackedDataset
 from vltrain.errors import InputError
 from vltrain.receipts.history import History
 from vltrain.receipts.receipt import Header
+from vltrain.receipts.verify import plan_of
 from vltrain.train.guard import LEAST_STEPS, WINDOW_STEPS
 
 RIGHT = math.log(2)
@@ -83,15 +83,7 @@ class SampleHistory:
 
     def __init__(self, history: History, header: Header, dataset: PackedDataset) -> None:
         index: Index = dataset.index
-        self._plan = Plan(
-            index,
-            seed=header.seed,
-            epochs=header.epochs,
-            packs_per_step=header.packs_per_step,
-            world_size=1,
-            cost=PackCost(),
-            max_steps=header.num_steps,
-        )
+        self._plan = plan_of(header, index)
         self._history, self._per_step, self._num_packs = history, header.packs_per_step, len(index)
         self._lengths = index.num_samples.astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)])

@@ -128,10 +128,7 @@ def _check(settings: Settings, title: str) -> int:
             print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
             return EXIT_FAILED
         finally:
-            trainer.loader.close()
-            trainer.monitor.close()
-            trainer.receipt.close()
-            trainer.history.close()
+            trainer.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lines = from_rank_0([*findings, *of_data])

@@ -107,10 +107,7 @@ def opened(run: Path, *, until: int | None, packs: Path | None, zero: bool = Tru
             try:
                 yield Replay(trainer=trainer, dataset=dataset, tokenizer=tokenizer, reader=reader)
             finally:
-                trainer.loader.close()
-                trainer.monitor.close()
-                trainer.receipt.close()
-                trainer.history.close()
+                trainer.close()
     finally:
         shutdown_distributed()
 
