@@ -1,4 +1,5 @@
-"""Training: the loop, its optimizer, checkpoints and monitoring. Only `engine` imports deepspeed.
+"""Training: the loop, its optimizer, checkpoints and monitoring. Only `engine` and
+`cpu_adam` import deepspeed.
 
 The package is callable, since `vltrain.train(recipe)` and `import vltrain.train.checkpoints.checkpoint` want the same
 name: see `vltrain.api.train`.

@@ -1,4 +1,4 @@
-"""DeepSpeed, wrapped: the only module that imports it.
+"""DeepSpeed, wrapped: the only module that imports it, but for `cpu_adam`.
 
 What the rest sees is small: forward, backward, step, the norm of the gradient, and the trainable state as whole
 tensors, whatever the ZeRO stage and the number of ranks. Losses are already global (a sum over all ranks divided by the
@@ -31,10 +31,10 @@ from vltrain.console import keeps_log, prints_are_logged
 from vltrain.distributed.hardware import device
 from vltrain.distributed.machine import require_one_model
 from vltrain.distributed.ranks import adopt_ranks, join_process_group
-from vltrain.errors import InputError
 from vltrain.models.backbones.packed_decoder import gather_whole
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.ops.transfer import to_device
+from vltrain.train.zero.cpu_adam import offloaded_adam
 from vltrain.train.zero.ds_config import leaf_classes, offloads_optimizer, zero_stage
 
 # DeepSpeed chooses its accelerator at import. Only then is the variable ours: found later, or by a child, it means that
@@ -381,14 +381,7 @@ def _build_optimizer(
 ) -> torch.optim.Optimizer:
     if not offloads_optimizer(ds_config):
         return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=torch.cuda.is_available())
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    try:
-        return DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
-    except Exception as error:  # the C++ extension is compiled here: any of a tool chain's failures may surface
-        raise InputError(
-            f"optimizer offload needs DeepSpeed's CPUAdam, which could not be built ({error}); it wants C++ and ninja"
-        ) from error
+    return offloaded_adam(groups, betas, eps)
 
 
 def _step_like(optimizer: torch.optim.Optimizer, tensor: torch.Tensor, step: int) -> Any:
