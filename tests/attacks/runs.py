@@ -18,7 +18,7 @@ from tests.attacks.attack import AttackFailed, Shown, attack, refused, refuses, 
 from tests.support.finished_run import Places, finished_run
 from vltrain.config.command_line import split_arguments
 from vltrain.inference.run import weights_used
-from vltrain.programs.studies.ablate import make_plan
+from vltrain.programs.studies.rows import make_plan
 from vltrain.programs.studies.table import DONE, Outcome, write_outcome
 from vltrain.receipts.manifest import dumps
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint

@@ -10,6 +10,7 @@ from vltrain.errors import InputError
 from vltrain.programs.studies.table import (
     DONE,
     FAILED,
+    TRAINED,
     Outcome,
     read_outcome,
     to_markdown,
@@ -64,7 +65,7 @@ def test_tensorboards_table_of_settings_and_figures(tmp_path):
         "c": {},
     }
     for _ in range(2):  # written anew after each row
-        write_hparams_table(tmp_path, settings, outcomes)
+        write_hparams_table(tmp_path, settings, {row: {None: outcome} for row, outcome in outcomes.items()})
     assert sorted(path.name for path in (tmp_path / "hparams").iterdir()) == ["a", "b"]
     for row, dim, targets, accuracy in (("a", 8.0, "q v", 0.5), ("b", 16.0, "q", 0.75)):
         events = EventAccumulator(str(tmp_path / "hparams" / row)).Reload()
@@ -80,7 +81,7 @@ def test_tensorboards_table_of_settings_and_figures(tmp_path):
 def test_its_files_say_the_same_without_the_settings_of_each_run(tmp_path):
     outcome = done("accuracy", 0.5, NAT=0.25)
     outcome.made_with = {"optim.lr": 0.5}
-    text = write_table(tmp_path, {"a": {"model.adapter.dim": 8}}, {"a": outcome})
+    text = write_table(tmp_path, {"a": {"model.adapter.dim": 8}}, {"a": {None: outcome}})
     assert (tmp_path / "table.md").read_text() == text + "\n"
     (row,) = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert (row["row"], row["settings"], row["trained"], row["metrics"]["failed"]) == (
@@ -90,6 +91,36 @@ def test_its_files_say_the_same_without_the_settings_of_each_run(tmp_path):
         2,
     )
     assert "made_with" not in row
+
+
+SEEDED = """
+| row | different | trained | % trained | accuracy |    sd | ± 95% |  seeds |   NAT |   IMG | questions | failed | seconds | steps |
+| --- | --------- | ------: | --------: | -------: | ----: | ----: | -----: | ----: | ----: | --------: | -----: | ------: | ----: |
+| a   | nothing   |   5,000 |      2.50 |    60.00 | 10.00 | 24.84 |      3 | 35.00 |     – |        40 |      6 |     185 |   150 |
+| b   | nothing   |   5,000 |      2.50 |    20.00 |     – |     – | 1 of 3 |     – | 10.00 |        40 |      2 |     123 |   150 |
+| c   | nothing   |         |           |   failed |       |       | 0 of 3 |       |       |           |        |       3 |       |
+"""
+
+
+def test_the_table_of_several_seeds_is_as_by_hand(tmp_path):
+    """sd of 0.5, 0.6, 0.7 is 0.1; its interval 4.3027 * 0.1 / sqrt(3)."""
+    failed = Outcome(state=FAILED, seconds=3.2)
+    runs = {
+        "a": {seed: done("accuracy", 0.5 + 0.1 * seed, NAT=0.25 + 0.1 * seed) for seed in range(3)},
+        "b": {0: done("accuracy", 0.2, IMG=0.1), 1: Outcome(state=TRAINED, seconds=61.6), 2: Outcome()},
+        "c": {0: failed, 1: Outcome(), 2: Outcome()},
+    }
+    assert write_table(tmp_path, dict.fromkeys(runs, {}), runs) == SEEDED.strip()
+    a, _, c = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [a["seeds"][seed]["metrics"]["accuracy"] for seed in "012"] == [0.5, 0.6, 0.7] and a["done"] == 3
+    assert a["spread"]["sd"] == pytest.approx(0.1) and a["metrics"]["accuracy"] == pytest.approx(0.6)
+    assert c["spread"] is None and (c["state"], c["seeds"]["1"]["state"]) == ("failed", "waiting")
+    write_hparams_table(tmp_path, {"a": {"optim.lr": 0.5}, "c": {}}, runs)
+    assert sorted(path.name for path in (tmp_path / "hparams").iterdir()) == ["a-seed-0", "a-seed-1", "a-seed-2"]
+    events = EventAccumulator(str(tmp_path / "hparams" / "a-seed-2")).Reload()
+    found = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    assert found["accuracy"] == pytest.approx(0.7) and found["mean accuracy"] == pytest.approx(0.6)
+    assert found["95% interval of accuracy"] == pytest.approx(0.2484, abs=1e-4)
 
 
 def test_an_outcome_comes_back_from_its_file(tmp_path):

@@ -67,6 +67,8 @@ class Ablation:
     """The split that is answered; null: each row's data.test_split."""
     max_samples: int | None = number(None, 1, MOST_STEPS)
     """Questions that are answered, evenly spaced over the split; null: all."""
+    against: str | None = None
+    """The row that the others are tested against, or best; null: the first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """`vltrain ablate` and launch/ablate.py: trains and evaluates every row of a table of recipes, and makes the table.
 
-    vltrain ablate TABLE.yaml [--ds ds_configs/zero2.json] [--only ROW ...] [--ranks N] [--split NAME] [--KEY VALUE ...]
+    vltrain ablate TABLE.yaml [--ds ds_configs/zero2.json] [--only ROW ...] [--seeds N [--against ROW]] [--ranks N]
+                   [--split NAME] [--KEY VALUE ...]
 
 TABLE.yaml is a recipe with `rows` (see `vltrain.config.recipe`), such as launch/recipes/table2.yaml, or the name of one
 there. Each row is a run of its own, started as `deepspeed launch/train_mmt.py --recipe TABLE.yaml#ROW` and
@@ -8,6 +9,10 @@ there. Each row is a run of its own, started as `deepspeed launch/train_mmt.py -
 
     --ds JSON          DeepSpeed's knobs for every row
     --only ROW ...     these rows alone
+    --seeds N          each row with N seeds (train.seed and model.seed, counted up from the recipe's): mean, standard
+                       deviation, 95% interval; runs in ROW/seed-NUMBER, all rows with the first seed, then the next;
+                       begun with fewer, the others are added
+    --against ROW      which row the others are tested against, or best; left out: `ablation.against`, or the first
     --ranks N          ranks of this machine; left out: its accelerators, or two on a CPU
     --rebuild          make prepared samples and packs that were made from something else than the recipes say anew
     --split NAME       the split to answer; left out: the table's `ablation.split`, or the recipe's data.test_split
@@ -17,114 +22,51 @@ there. Each row is a run of its own, started as `deepspeed launch/train_mmt.py -
 
 examples:
     vltrain ablate table2_smollm2_easyvqa --ds zero2 --only ba_8_2 ba_4_2
+    vltrain ablate table2_smollm2_easyvqa --ds zero2 --seeds 5 --against ba_16_2
     vltrain ablate qformer_t5_iconqa --ds zero2 --ranks 8 --output runs/iconqa
 
 Started again, it skips finished rows and resumes interrupted ones from their checkpoints. A row that fails is reported,
 and the others run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row
-the table is printed and written to table.md and table.json, and for TensorBoard's tab HPARAMS to hparams. Exit code: 0,
-1 where a row failed, 2 for a mistake in the input, 130 where it was interrupted.
+the table is printed and written to table.md and table.json, and for TensorBoard's tab HPARAMS to hparams; below it
+which rows differ, by paired tests over seeds and over the questions. Exit code: 0, 1 where a row failed, 2 for a
+mistake in the input, 130 where it was interrupted.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vltrain.config.command_line import COMMAND_LINE, FLAGS, REBUILD, Arguments, Option, load_settings, split_arguments
+from vltrain.config.command_line import FLAGS, REBUILD, split_arguments
 from vltrain.config.keys import keys_of
-from vltrain.config.older_runs import ADDED, value_before
-from vltrain.config.recipe import Table, read_table
-from vltrain.config.schema import Config
 from vltrain.config.stages import value_of
 from vltrain.console import start_logging
 from vltrain.distributed.preemption import EXIT_REQUEUE, Preempted
-from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly, nearest
-from vltrain.evaluate.ready import answerable_samples, require_scorer
+from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly
+from vltrain.evaluate.ready import answerable_samples
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
-from vltrain.inference.run import recorded_identity
-from vltrain.launching.launcher import default_ranks, find_program, interruptible, launch, reason_of_failure
+from vltrain.launching.launcher import interruptible, launch, reason_of_failure
 from vltrain.prepared.ensure_data import ensure_samples
-from vltrain.prepared.origins import data_identity, samples_folder
+from vltrain.prepared.origins import data_identity
+from vltrain.programs.studies.comparison import Comparison, Run, Seed, compare, read_answers
+from vltrain.programs.studies.rows import BEST, DATA, Job, Plan, make_plan, settled
 from vltrain.programs.studies.table import (
     DONE,
     FAILED,
     RUNNING,
     TRAINED,
     Outcome,
-    read_outcome,
     write_hparams_table,
     write_outcome,
     write_table,
 )
-from vltrain.shipped import find_recipe
-from vltrain.train.run.identity import MADE_OF, differences
-from vltrain.train.run.made_of import made_of
 from vltrain.train.run.provenance import make_run_folder
-from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 
 logger = logging.getLogger(__name__)
-
-OPTIONS: dict[str, Option] = {
-    "ds": Option("DeepSpeed's knobs", metavar="JSON"),
-    "only": Option("rows", metavar="ROW ..."),
-    "ranks": Option("ranks", metavar="N"),
-    "split": Option("split to answer", metavar="NAME"),
-    REBUILD: Option("make data that does not match anew", metavar=None),
-}
-# Settings that change no figure of a row's line: a finished row stays finished under others.
-CHANGE_NOTHING = {
-    "train.hang_timeout_minutes",
-    "train.async_save",
-    "output",
-    "model.llm.attention",
-    "model.adapter.impl",
-    "data.workers",
-    "train.log_every_steps",
-    "train.save_every_steps",
-    "train.keep_checkpoints",
-    "train.time_limit_minutes",
-    "eval.batch_size",
-    "eval.max_samples",
-    "eval.tensorboard_samples",
-}
-DATA = "samples"  # in what a row was made with: their digest, known once they are there
-# These too, unless the best checkpoint is answered by, or evaluations end the training.
-CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_every_epochs"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A row to run: its folder, the words of its two programs, the settings that make its figures what they are, and
-    the split that it answers, with at most `max_samples` questions."""
-
-    row: str
-    folder: Path
-    train_words: tuple[str, ...]
-    evaluate_words: tuple[str, ...]
-    split: str
-    made_with: dict[str, Any]
-    config: Config
-    max_samples: int | None
-    rebuild: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a command line asks for. `jobs`: all rows of the table; `chosen`: those to run."""
-
-    table: Table
-    folder: Path
-    jobs: tuple[Job, ...]
-    chosen: tuple[str, ...]
-    ranks: int
-    train: Path
-    evaluate: Path
 
 
 @exits_cleanly
@@ -142,13 +84,14 @@ def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
 
 
 def run(plan: Plan) -> int:
-    """Runs the chosen rows that are not done, one after another. Returns the exit code."""
-    outcomes = {job.row: _settled(job) for job in plan.jobs}
+    """Runs the chosen rows that are not done, one after another; with seeds, all rows with the first of them, then with
+    the next. Returns the exit code."""
+    outcomes = {job.name: settled(job) for job in plan.jobs}
     jobs = [job for job in plan.jobs if job.row in plan.chosen]
     print(_write_tables(plan, outcomes), flush=True)
     for number, job in enumerate(jobs, start=1):
-        outcome = outcomes[job.row]
-        title = f"row {number} of {len(jobs)}, {job.row}"
+        outcome = outcomes[job.name]
+        title = f"{'row' if job.seed is None else 'run'} {number} of {len(jobs)}, {job.name}"
         if outcome.state == DONE:
             logger.info("%s: done already", title)
             continue
@@ -159,9 +102,9 @@ def run(plan: Plan) -> int:
             logger.warning("%s: interrupted; the same command resumes from its newest checkpoint", title)
             return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         print(_write_tables(plan, outcomes), flush=True)
-    failed = [job.row for job in jobs if outcomes[job.row].state == FAILED]
-    for row in failed:
-        logger.error("row %s failed: %s", row, outcomes[row].reason)
+    failed = [job.name for job in jobs if outcomes[job.name].state == FAILED]
+    for name in failed:
+        logger.error("row %s failed: %s", name, outcomes[name].reason)
     logger.info("the table: %s", plan.folder / "table.md")
     return 1 if failed else 0
 
@@ -169,136 +112,28 @@ def run(plan: Plan) -> int:
 def _write_tables(plan: Plan, outcomes: Mapping[str, Outcome]) -> str:
     """Writes table.md and table.json, and for rows that log to TensorBoard its table of settings and figures. Returns
     the Markdown."""
+    runs: dict[str, dict[Seed, Outcome]] = {row: {} for row in plan.table.rows}
+    for job in plan.jobs:
+        runs[job.row][job.seed] = outcomes[job.name]
     logged = {job.row: job.config for job in plan.jobs if "tensorboard" in job.config.train.loggers}
     differing = dict.fromkeys(key for row in logged for key in plan.table.rows[row])
     settings = {
         row: {key: value_of(config, key) for key in differing if key in keys_of(config.model.architecture)}
         for row, config in logged.items()
     }
-    write_hparams_table(plan.folder, settings, {row: outcomes[row] for row in logged})
-    return write_table(plan.folder, plan.table.rows, outcomes)
+    write_hparams_table(plan.folder, settings, runs)
+    return write_table(plan.folder, plan.table.rows, runs, _comparison(plan, outcomes))
 
 
-def make_plan(arguments: Arguments) -> Plan:
-    """Checks table, rows and command line before anything runs. Raises InputError naming file, row and key."""
-    if not arguments.positionals:
-        raise InputError(f"{COMMAND_LINE}: found no table, expected TABLE.yaml, such as launch/recipes/table2.yaml")
-    table = read_table(find_recipe(arguments.positionals[0], f"{COMMAND_LINE}: table"))
-    chosen = _chosen_rows(arguments, table)
-    for name in ("recipe", "resume", "print_config"):
-        if any(option == name for option, _ in arguments.options):
-            told = f"one row by itself: vltrain train --recipe {table.recipe_of(chosen[0])} --{name} ..."
-            raise InputError(f"{COMMAND_LINE}: --{name} cannot be used with a table; {told}")
-    ranks = _number_of_ranks(arguments.last("ranks"))
-    folder = Path(arguments.last("output") or table.settings["output"])
-    jobs = tuple(_job(arguments, table, row, folder, ranks) for row in table.rows)
-    programs = {
-        "train": find_program(table.ablation.program, f"{table.path}: ablation.program"),
-        "evaluate": find_program(table.ablation.evaluate, f"{table.path}: ablation.evaluate"),
-    }
-    return Plan(table=table, folder=folder, jobs=jobs, chosen=chosen, ranks=ranks, **programs)
-
-
-def _chosen_rows(arguments: Arguments, table: Table) -> tuple[str, ...]:
-    named = [value for option, value in arguments.options if option == "only" and value is not None]
-    others = arguments.positionals[1:]  # --only a b: the parser gives `only` one word and leaves the others standing
-    if others and not named:
-        raise InputError(f"{COMMAND_LINE}: found '{others[0]}' behind the table, expected --only {' '.join(others)}")
-    for row in (*named, *others):
-        if row not in table.rows:
-            raise InputError(f"{COMMAND_LINE}: --only: no row '{row}' in {table.path}, {nearest(row, table.rows)}")
-    return tuple(row for row in table.rows if not named or row in named or row in others)
-
-
-def _number_of_ranks(text: str | None) -> int:
-    if text is None:
-        return default_ranks()
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise InputError(f"{COMMAND_LINE}: --ranks: found {text!r}, expected a number of 1 or more")
-    return int(text)
-
-
-def _job(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int) -> Job:
-    overrides = tuple(
-        f"--{name}={value}" for name, value in arguments.options if name not in OPTIONS and name != "output"
-    )
-    recipe = ("--recipe", str(table.recipe_of(row)), "--output", str(folder / row))
-    try:
-        config = load_settings([*recipe, *overrides], program="vltrain ablate", options=OPTIONS).config
-        require_scorer(config)
-    except InputError as error:
-        raise InputError(f"{error} (row '{row}' of {table.path})") from None
-    ds = arguments.last("ds")
-    resolve_ds_config(load_ds_json(ds), config, ranks)
-    split = arguments.last("split") or table.ablation.split or config.data.test_split
-    bounded = arguments.last("eval.max_samples") is not None
-    max_samples = config.eval.max_samples if bounded else table.ablation.max_samples
-    bound = () if max_samples is None else ("--eval.max_samples", str(max_samples))
-    best = ("--checkpoint", "best") if config.train.keep_best else ()
-    rebuild = (REBUILD, None) in arguments.options
-    return Job(
-        row=row,
-        folder=folder / row,
-        train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ()), *(("--rebuild",) if rebuild else ())),
-        evaluate_words=(str(folder / row), "--split", split, *best, *bound),
-        split=split,
-        made_with={**_figures(config), "split": split, "questions": max_samples},
-        config=config,
-        max_samples=max_samples,
-        rebuild=rebuild,
-    )
-
-
-def _figures(config: Config) -> dict[str, Any]:
-    """The settings by dotted name, as they come back from JSON, that a row's figures depend on."""
-    values: dict[str, Any] = {}
-    selects = config.train.keep_best or config.train.early_stopping_patience is not None
-    for key in keys_of(config.model.architecture).keys() - CHANGE_NOTHING - (set() if selects else CHANGE_SELECTION):
-        values[key] = value_of(config, key)
-    return json.loads(json.dumps(values))
-
-
-def _settled(job: Job) -> Outcome:
-    """What is on the disk of a row. Raises InputError if other settings made it: a table compares only what is
-    comparable."""
-    outcome = read_outcome(job.folder)
-    if outcome.state not in (DONE, TRAINED):
-        return outcome
-    for key, value in sorted(job.made_with.items()):
-        before = outcome.made_with.get(key, json.loads(json.dumps(value_before(key))))
-        if before != value:
-            found = f"{key} was {before!r}, is {value!r}"
-            again = f"go on as it was (--{key} {before}), " if key in ADDED else ""
-            raise InputError(
-                f"{job.folder}: holds row '{job.row}' of other settings: {found}; {again}choose another "
-                "--output, or remove it"
-            )
-    _require_same_files(job)
-    data = data_identity(job.config, job.split)
-    if data is not None and outcome.made_with.get(DATA, data) != data:
-        found = f"{samples_folder(job.config)} has other samples now than it was trained and answered on"
-        raise InputError(
-            f"{job.folder}: holds row '{job.row}' of other data: {found}; choose another --output, or remove it"
-        )
-    return outcome
-
-
-def _require_same_files(job: Job) -> None:
-    """Raises InputError if the row was made over other weights than those that are there for the other rows."""
-    identity = recorded_identity(job.folder)
-    if MADE_OF not in identity:
-        return
-    try:
-        files = made_of(job.config)
-    except InputError as error:  # a table can be read on where the weights are not
-        logger.warning("row %s: cannot check whether its weights have changed (%s)", job.row, error)
-        return
-    changed = list(differences({MADE_OF: identity[MADE_OF]}, {MADE_OF: files}))
-    if changed:
-        raise InputError(
-            f"{job.folder}: holds row '{job.row}' over other weights: {'; '.join(changed)}; choose another "
-            "--output, or remove it"
-        )
+def _comparison(plan: Plan, outcomes: Mapping[str, Outcome]) -> Comparison | None:
+    runs: dict[str, dict[Seed, Run]] = {row: {} for row in plan.table.rows}
+    for job in plan.jobs:
+        if outcomes[job.name].state == DONE:
+            metrics = outcomes[job.name].metrics
+            measure = metrics.get("measure", "accuracy")
+            answers = read_answers(job.folder / "eval" / job.split / "predictions.jsonl")
+            runs[job.row][job.seed] = Run(measure=measure, value=metrics[measure], answers=answers)
+    return compare(runs, plan.against, best=plan.against == BEST)
 
 
 def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:

@@ -1,13 +1,13 @@
 """The table of an ablation: a line per row, what is different in it, what it trained and how well it answered.
 
-A row's outcome is a file of its own (`ROW/row.json`), so that a table is put together from what is on the disk, whoever
-ran it and when.
+A run's outcome is a file of its own (`ROW/row.json`, with seeds `ROW/seed-N/row.json`), so that a table is put together
+from what is on the disk, whoever ran it and when.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from vltrain.errors import InputError
 from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.strict_json import read_object
 from vltrain.metrics.hparams import write_hparams
+from vltrain.programs.studies.comparison import Comparison, Seed
+from vltrain.programs.studies.significance import Spread, spread_of
 
 OUTCOME = "row.json"
 HPARAMS = "hparams"  # of the table's folder
@@ -66,39 +68,99 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
     write_json(folder / OUTCOME, asdict(outcome))
 
 
-def write_table(folder: Path, differences: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """A row's runs. `spread`: of its measure over those that are done, as a share; None before the first."""
+
+    done: int
+    wanted: int
+    spread: Spread | None
+
+
+def pooled(runs: Mapping[Seed, Outcome]) -> tuple[Outcome, Seeds]:
+    """The runs of a row as one outcome: means of figures over those that are done, sums of seconds and of failed
+    answers. Where none is done, its state is that of the one that came furthest."""
+    done = [run for run in runs.values() if run.state == DONE]
+    seconds = {
+        "seconds": sum(run.seconds for run in runs.values()),
+        "evaluation_seconds": sum(run.evaluation_seconds for run in runs.values()),
+    }
+    if not done:
+        furthest = max(runs.values(), key=lambda run: (WAITING, FAILED, RUNNING, TRAINED).index(run.state))
+        return replace(furthest, **seconds), Seeds(done=0, wanted=len(runs), spread=None)
+    measure = _measure(done[0].metrics)
+    spread = spread_of([run.metrics[measure] for run in done])
+    names = dict.fromkeys(name for run in done for name in run.metrics["columns"])
+    columns: dict[str, Any] = {}
+    for name in names:
+        shares = [run.metrics["columns"].get(name, {}).get(measure) for run in done]
+        known = [share for share in shares if share is not None]
+        columns[name] = {measure: spread_of(known).mean if known else None}
+    totals = {run.metrics["total"] for run in done}
+    metrics = {
+        "measure": measure,
+        measure: spread.mean,
+        "total": totals.pop() if len(totals) == 1 else "differ",
+        "failed": sum(run.metrics["failed"] for run in done),
+        "columns": columns,
+    }
+    whole = replace(done[0], reason=None, metrics=metrics, made_with={}, **seconds)
+    return whole, Seeds(done=len(done), wanted=len(runs), spread=spread)
+
+
+def write_table(
+    folder: Path,
+    differences: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Mapping[Seed, Outcome]],
+    comparison: Comparison | None = None,
+) -> str:
     """Writes table.md and table.json.
 
     Args:
         differences: by row, in the table's order: its own settings by dotted name.
-        outcomes: by row.
+        runs: by row and seed; of a row that is run once, its outcome under None.
+        comparison: of the rows that are done.
 
     Returns: the Markdown.
     """
-    records = []
+    rows, seeds, records = {}, {}, []
     for row, settings in differences.items():
-        outcome = asdict(outcomes[row])
-        del outcome["made_with"]
-        records.append({"row": row, "settings": dict(settings), **outcome})
-    write_json(folder / "table.json", {"rows": records})
-    text = to_markdown(differences, outcomes)
+        rows[row], seeds[row] = pooled(runs[row]) if None not in runs[row] else (runs[row][None], None)
+        record: dict[str, Any] = {"row": row, "settings": dict(settings), **_plain_outcome(rows[row])}
+        if seeds[row] is not None:
+            told = {str(seed): _plain_outcome(outcome) for seed, outcome in runs[row].items()}
+            record |= {"seeds": told, "done": seeds[row].done, "spread": seeds[row].spread}
+            record["spread"] = record["spread"] and asdict(record["spread"])
+        records.append(record)
+    told = None if comparison is None else comparison.to_json()
+    write_json(folder / "table.json", {"rows": records, **({"comparison": told} if told else {})})
+    text = to_markdown(differences, rows, {row: one for row, one in seeds.items() if one is not None})
+    if comparison is not None:
+        title, lines = comparison.to_table()
+        text += f"\n\n{title}\n\n{_aligned(lines, texts=1)}"
     write_whole(folder / "table.md", text + "\n")
     return text
 
 
+def _plain_outcome(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name, value in asdict(outcome).items() if name != "made_with"}
+
+
 def write_hparams_table(
-    folder: Path, settings: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]
+    folder: Path, settings: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[Seed, Outcome]]
 ) -> None:
-    """Writes the rows that are done for TensorBoard's tab HPARAMS, into `folder`/hparams.
+    """Writes the runs that are done for TensorBoard's tab HPARAMS, into `folder`/hparams; those of seeds with the row's
+    mean and interval beside their own figure.
 
     Args:
         settings: by row, the settings in which rows differ, by dotted name.
+        runs: by row and seed, see `write_table`.
     """
-    done = {row: outcome for row, outcome in outcomes.items() if outcome.state == DONE}
+    done = [(row, seed, one) for row in settings for seed, one in runs[row].items() if one.state == DONE]
     if not done:
         return
     with new_folder(folder / HPARAMS, replace=True) as table:
-        for row, outcome in done.items():
+        for row, seed, outcome in done:
             measure = _measure(outcome.metrics)
             columns = {
                 f"{measure} of {name}": column[measure]
@@ -106,23 +168,44 @@ def write_hparams_table(
                 if name != "Average" and column.get(measure) is not None
             }
             figures = {measure: outcome.metrics[measure], **columns, "seconds": outcome.seconds}
-            write_hparams(table, row, settings[row], {**figures, "trained parameters": float(outcome.trained or 0)})
+            spread = None if seed is None else pooled(runs[row])[1].spread
+            if spread is not None and spread.half_width is not None:
+                figures |= {f"mean {measure}": spread.mean, f"95% interval of {measure}": spread.half_width}
+            own = settings[row] if seed is None else {**settings[row], "train.seed": seed}
+            figures["trained parameters"] = float(outcome.trained or 0)
+            write_hparams(table, row if seed is None else f"{row}/seed-{seed}", own, figures)
 
 
-def to_markdown(differences: Mapping[str, Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> str:
+def to_markdown(
+    differences: Mapping[str, Mapping[str, Any]],
+    outcomes: Mapping[str, Outcome],
+    seeds: Mapping[str, Seeds] | None = None,
+) -> str:
     """The table: accuracies and shares in per cent; a row that is not done says where it stands in the place of its
     accuracy.
 
-    Trained parameters are a share of all, or for an InstructBLIP of those that full tuning of its Q-Former trains.
+    Trained parameters are a share of all, or for an InstructBLIP of those that full tuning of its Q-Former trains. With
+    `seeds`, figures are means over them, seconds and failed answers sums.
     """
     done = [outcome.metrics for outcome in outcomes.values() if outcome.state == DONE]
     columns = list(dict.fromkeys(name for metrics in done for name in metrics["columns"] if name != "Average"))
     measures = list(dict.fromkeys(_measure(metrics) for metrics in done)) or ["accuracy"]
     of_qformer = any(outcome.full_qformer for outcome in outcomes.values())
     share = "% of full Q-Former" if of_qformer else "% trained"
-    header = ["row", "different", "trained", share, *measures, *columns, "questions", "failed", "seconds", "steps"]
-    lines = [_line(row, differences[row], outcomes[row], measures, columns) for row in differences]
-    return _aligned([header, *lines])
+    spreads = ["sd", "± 95%", "seeds"] if seeds else []
+    titles = ["row", "different", "trained", share, *measures, *spreads, *columns]
+    lines = [[*titles, "questions", "failed", "seconds", "steps"]]
+    for row, settings in differences.items():
+        line = _line(row, settings, outcomes[row], measures, columns)
+        place = 4 + len(measures)
+        lines.append([*line[:place], *(_spread(seeds[row]) if seeds else []), *line[place:]])
+    return _aligned(lines)
+
+
+def _spread(seeds: Seeds) -> list[str]:
+    spread = seeds.spread
+    shares = ["", ""] if spread is None else [_share(spread.sd), _share(spread.half_width)]
+    return [*shares, str(seeds.done) if seeds.done == seeds.wanted else f"{seeds.done} of {seeds.wanted}"]
 
 
 def _line(
@@ -165,20 +248,16 @@ def _plain(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _aligned(lines: list[list[str]]) -> str:
-    """A Markdown table; names to the left, figures to the right."""
+def _aligned(lines: list[list[str]], texts: int = 2) -> str:
+    """A Markdown table; the first `texts` columns to the left, figures to the right."""
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *(len(line[place]) for line in cells)) for place in range(len(cells[0]))]
     rows = []
     for line in cells:
         padded = [
-            cell.ljust(width) if place < 2 else cell.rjust(width)
+            cell.ljust(width) if place < texts else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths))
         ]
         rows.append(f"| {' | '.join(padded)} |")
-    rule = (
-        "|"
-        + "|".join(f" {'-' * width} " if place < 2 else f" {'-' * (width - 1)}: " for place, width in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([rows[0], rule, *rows[1:]])
+    rules = (f" {'-' * width} " if place < texts else f" {'-' * (width - 1)}: " for place, width in enumerate(widths))
+    return "\n".join([rows[0], f"|{'|'.join(rules)}|", *rows[1:]])
