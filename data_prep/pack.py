@@ -164,7 +164,7 @@ def _origin(samples: Path, before: Seen, encoder: SampleEncoder, settings: PackS
         source=known.name() if known is not None else None,
         rendered=rendered_digest(encoder.tokenizer, settings.template),
         tokenizer=encoder.tokenizer.state(),
-        options={"over_long": settings.over_long, "max_image_pixels": settings.max_image_pixels},
+        options={"over_long": settings.over_long, "max_image_pixels": settings.max_image_pixels, **settings.share()},
     )
 
 
@@ -217,7 +217,7 @@ def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebui
         spool = Spool(writer.folder, counts_matter=given.encoder.counts_matter)
         spool.fill(tokens)
         kept, misfits = _sorted_out(spool, settings)
-        extra_files = _list_over_long(spool, misfits, settings, writer.folder)
+        extra_files = _list_over_long(spool, kept, misfits, settings, writer.folder)
         image_ids = _store_images(given.images, spool, kept, writer)
         packs = spool.assign(kept, pack_length, max_images, settings.seed, padded=given.encoder.padded)
         with Progress(total=len(kept), title="packs", unit="sample") as progress:
@@ -233,21 +233,27 @@ def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebui
 
 
 def _sorted_out(spool: Spool, settings: PackSettings) -> tuple[np.ndarray, np.ndarray]:
-    """int64, the samples that fit into a pack, and those that do not."""
+    """int64, of the samples that are drawn those that fit into a pack, and those that do not."""
     pack_length, max_images = settings.pack_length, settings.max_images
 
     def fits(lengths: np.ndarray, num_images: np.ndarray) -> np.ndarray:
         short = lengths <= pack_length
         return short if max_images is None else short & (num_images <= max_images)
 
-    return spool.select(fits), spool.select(lambda lengths, num_images: ~fits(lengths, num_images))
+    drawn = settings.drawn if settings.fraction < 1 else None
+    kept, misfits = spool.select(fits, drawn), spool.select(lambda lengths, images: ~fits(lengths, images), drawn)
+    if len(kept) + len(misfits) == 0:
+        raise settings.none_drawn(len(spool.ids))
+    return kept, misfits
 
 
-def _list_over_long(spool: Spool, misfits: np.ndarray, settings: PackSettings, folder: Path) -> tuple[ShardFile, ...]:
+def _list_over_long(
+    spool: Spool, kept: np.ndarray, misfits: np.ndarray, settings: PackSettings, folder: Path
+) -> tuple[ShardFile, ...]:
     """Refuses or lists the samples that fit into no pack; returns the list's entry for the manifest."""
     if len(misfits) == 0:
         return ()
-    pack_length, num_samples = settings.pack_length, len(spool.ids)
+    pack_length, num_samples = settings.pack_length, len(kept) + len(misfits)
     if settings.over_long == "error":
         named = ", ".join(
             f"'{spool.ids[one]}' ({spool.lengths[one]} tokens, {spool.num_images[one]} images)" for one in misfits[:8]
@@ -259,7 +265,7 @@ def _list_over_long(spool: Spool, misfits: np.ndarray, settings: PackSettings, f
             f"The longest has {spool.lengths.max()} tokens: raise the pack length (or images per pack), or "
             "leave such samples out with --over-long drop (in a recipe: data.over_long: drop)"
         )
-    if len(misfits) == num_samples:
+    if len(kept) == 0:
         raise InputError(
             f"none of {num_samples} samples fits into a pack of {pack_length} tokens; the shortest has "
             f"{spool.lengths.min()}"
@@ -345,6 +351,10 @@ def _parser(arguments: list[str] | None) -> CommandLine:
         "--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)"
     )
     parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of the assignment to packs")
+    parser.add_argument(
+        "--fraction", type=float, default=1.0, help="share of the samples, drawn by a hash of their ids"
+    )
+    parser.add_argument("--fraction-seed", type=whole(0, MOST_SEED), default=0, help="which samples that draws")
     parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes (default: all cores)")
     parser.add_argument(
         "--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack"
@@ -374,6 +384,8 @@ def _settings_of(given: Namespace) -> PackSettings:
         pack_length=given.pack_length,
         max_images=given.max_images,
         seed=given.seed,
+        fraction=given.fraction,
+        fraction_seed=given.fraction_seed,
         over_long=given.over_long,
         max_image_pixels=given.max_image_pixels,
         instruction=InstructionSource(source=read_with, max_tokens=given.qformer_tokens) if read_with else None,

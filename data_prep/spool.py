@@ -108,12 +108,17 @@ class Spool:
         answers = self.num_labels[samples]
         return batch_lengths(lengths - answers, answers, pack_length, images, max_images, seed)
 
-    def select(self, choose: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    def select(
+        self,
+        choose: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        drawn: Callable[[list[str]], np.ndarray] | None = None,
+    ) -> np.ndarray:
         """int64, the numbers of the samples that are chosen by their lengths and numbers of images (bool [m] of int32
-        [m]), mapped."""
+        [m]), and then by their ids (bool [m]), mapped."""
         chosen = Column(self._folder, np.int64)
         for part in in_slices(len(self.ids)):
-            chosen.extend(part.start + np.flatnonzero(choose(self.lengths[part], self.num_images[part])))
+            rows = part.start + np.flatnonzero(choose(self.lengths[part], self.num_images[part]))
+            chosen.extend(rows if drawn is None else rows[drawn(self.ids.of(rows))])
         return chosen.finish()
 
     def refs(self, samples: np.ndarray) -> np.ndarray:

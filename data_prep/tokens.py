@@ -18,9 +18,12 @@ from json.decoder import scanstring  # pyright: ignore[reportAttributeAccessIssu
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from data_prep.parallel import in_chunks, ordered_map
 from data_prep.parts import Share
 from data_prep.prepare import MAX_IMAGE_PIXELS
+from data_prep.sources.splits.drawn import share_of
 from vltrain.config.model.base import ProcessorPlaces
 from vltrain.console import Progress
 from vltrain.data.images import sizes_below
@@ -54,6 +57,8 @@ class PackSettings:
         max_image_pixels: larger images are refused.
         instruction: the Q-Former's tokenizer, for templates that one reads.
         processor: of a stock model, which decides tokens in the place of tokenizer, template and visual tokens.
+        fraction: share of the samples that is packed, see `drawn`.
+        fraction_seed: which they are.
     """
 
     tokenizer: str
@@ -66,6 +71,29 @@ class PackSettings:
     max_image_pixels: int = MAX_IMAGE_PIXELS
     instruction: InstructionSource | None = None
     processor: ProcessorPlaces | None = None
+    fraction: float = 1.0
+    fraction_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"fraction: found {self.fraction:g}, expected a share above 0, at most 1")
+
+    def none_drawn(self, count: int) -> InputError:
+        """The error where none of so many samples is drawn."""
+        named = f"fraction {self.fraction:g} with seed {self.fraction_seed}"
+        return InputError(f"{named} draws none of {count} samples; raise it (in a recipe: data.fraction)")
+
+    def share(self) -> dict[str, Any]:
+        """What packs of a share of the samples are told to be made with; nothing of packs of all."""
+        return {} if self.fraction == 1 else {"fraction": self.fraction, "fraction_seed": self.fraction_seed}
+
+    def drawn(self, ids: list[str]) -> np.ndarray:
+        """bool [ids], which of them `fraction` draws: by a hash of seed and id, so that a smaller share lies inside of
+        a larger one, whatever other samples there are."""
+        if self.fraction == 1:
+            return np.ones(len(ids), bool)
+        shares = (share_of(f"fraction {self.fraction_seed}: {name}") for name in ids)
+        return np.fromiter(shares, np.float64, len(ids)) < self.fraction
 
     def encoder(self) -> SampleEncoder:
         """What makes tokens of samples. Raises InputError for what cannot be loaded."""

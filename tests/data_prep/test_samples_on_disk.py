@@ -1,6 +1,7 @@
 """What is known of each sample lies on disk: ids, what splits share, drawn splits and packs are those of plain sets,
 lists and loops, however little fits into memory."""
 
+import json
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.benchmarks.samples import scienceqa_lengths
 from vltrain.data.flat import columns, unique_ids
 from vltrain.data.flat.columns import Column, Texts
 from vltrain.data.flat.unique_ids import UniqueIds
+from vltrain.data.origin import read_made_from
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.schema import Sample, Turn
@@ -252,3 +254,52 @@ def test_a_whole_set_is_packed_window_by_window(little_memory, tmp_path, monkeyp
     with pytest.raises(InputError, match="sample id 's0' comes twice; ids must be unique over all splits"):
         prepare("shapes", None, tmp_path / "twice", workers=1)
     assert not (tmp_path / "twice").exists()
+
+
+def packed_of(folder: Path, tmp_path: Path, **settings) -> tuple[set[str], PackedDataset]:
+    output = tmp_path / "-".join(f"{value}" for value in settings.values())
+    pack(folder / "train.jsonl", output, PackSettings(**PLAIN, **settings), workers=1)
+    dataset = PackedDataset(output)
+    return {name for number in range(len(dataset)) for name in dataset.sample_ids(number)}, dataset
+
+
+PLAIN = {"tokenizer": "asset://tiny_llama", "visual_tokens": 1, "pack_length": 64}
+
+
+def test_a_share_of_the_samples_is_drawn_by_their_ids(little_memory, tmp_path):
+    """A smaller share lies inside of a larger one, other samples change nothing, and another seed draws others."""
+    for count, name in ((2000, "all"), (1000, "fewer")):
+        (tmp_path / name).mkdir()
+        lines = [
+            Sample(id=f"s{number}", turns=(Turn(role="user", text="a"), Turn(role="assistant", text="b"))).to_json()
+            for number in range(count)
+        ]
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    all_of_them, tenth, hundredth = (
+        packed_of(tmp_path / "all", tmp_path, fraction=share)[0] for share in (1.0, 0.1, 0.01)
+    )
+    assert len(all_of_them) == 2000 and hundredth < tenth < all_of_them
+    assert abs(len(tenth) - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5 and 0 < len(hundredth) < 50
+    fewer, _ = packed_of(tmp_path / "fewer", tmp_path / "fewer", fraction=0.1)
+    assert fewer == {name for name in tenth if int(name[1:]) < 1000}
+    other, packs = packed_of(tmp_path / "all", tmp_path, fraction=0.1, fraction_seed=1)
+    assert len(other & tenth) < 60, "some 20 by chance"
+    made = read_made_from(packs.folder)
+    assert made.options["fraction"] == 0.1 and made.options["fraction_seed"] == 1
+    with pytest.raises(InputError, match=r"draws none of 1000 samples; raise it \(in a recipe: data.fraction\)"):
+        packed_of(tmp_path / "fewer", tmp_path, fraction=1e-9)
+    with pytest.raises(InputError, match="fraction: found 1.5"):
+        PackSettings(**PLAIN, fraction=1.5)
+
+
+def test_samples_that_are_too_long_count_only_where_they_are_drawn(tmp_path):
+    texts = {f"s{number}": "word " * (80 if number % 2 else 1) for number in range(40)}
+    lines = [
+        Sample(id=name, turns=(Turn(role="user", text=text), Turn(role="assistant", text="b"))).to_json()
+        for name, text in texts.items()
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names, packs = packed_of(tmp_path, tmp_path, fraction=0.5, over_long="drop")
+    drawn_ones = set(np.array(list(texts))[PackSettings(**PLAIN, fraction=0.5).drawn(list(texts))])
+    assert names == {name for name in drawn_ones if len(texts[name]) < 10}
+    assert packs.manifest.over_long == len(drawn_ones) - len(names) > 0

@@ -129,6 +129,18 @@ def test_rows_and_tables_that_contradict_seeds_are_refused(table, answering, cap
     assert "Against silu, the best (p counts all pairs)" in (table.parent / "out" / "table.md").read_text()
 
 
+def test_a_row_of_a_share_draws_other_samples_with_each_seed(table, answering):  # noqa: F811
+    table.write_text(table.read_text().replace("{model: {adapter: {dim: 2}}}", "{data: {fraction: 0.5}}"))
+    assert main([str(table), "--seeds", "2", "--data.fraction_seed", "4"]) == 2, "of silu it would have no effect"
+    assert main([str(table), "--seeds", "2"]) == 0
+    told = [[word for word in words if "_seed" in word] for words in answering.commands if words[0] == "train_mmt"]
+    assert told == [["--data.fraction_seed=0"], [], ["--data.fraction_seed=1"], []]
+    made = [
+        json.loads((table.parent / "out/small" / f"seed-{n}" / "row.json").read_text())["made_with"] for n in (0, 1)
+    ]
+    assert [one["data.fraction_seed"] for one in made] == [0, 1] and made[0]["data.fraction"] == 0.5
+
+
 @pytest.mark.slow
 def test_seeds_draw_other_weights_and_other_orders_and_are_resumed(table):  # noqa: F811
     words = [str(table), "--only", "small", "--ranks", "1", "--seeds", "2", "--train.precision", "fp32"]

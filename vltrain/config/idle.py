@@ -28,6 +28,8 @@ _OF_ALL: tuple[Rule, ...] = (
     ("optim.projector_lr", lambda c: not c.model.trains("projector"), "the projector is not tuned"),
     ("data.over_long", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     ("data.max_images", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
+    ("data.fraction", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
+    ("data.fraction_seed", lambda c: c.data.fraction == 1, "data.fraction = 1 draws every sample"),
     *(
         (f"eval.{name}", lambda c: c.eval.method == "rank", "eval.method = rank generates nothing")
         for name in ("max_new_tokens", "temperature", "top_p")

@@ -63,6 +63,11 @@ class DataConfig:
     over_long: Literal["error", "drop"] = "error"
     """What to do with samples that do not fit into a pack. `error`: nothing is packed, and they are named; `drop`: they
     are left out and listed in the packs' `over_long.jsonl`. None is ever cut."""
+    fraction: float = number(1.0, 0, 1, open_low=True)
+    """Share of the training split's samples that is packed and trained on. A sample is drawn by a hash of its id and
+    `data.fraction_seed`, whatever the others are: the samples of 0.01 are among those of 0.1."""
+    fraction_seed: int = number(0, 0, MOST_SEED)
+    """Which samples `data.fraction` draws."""
     workers: int = number(1, 0, MOST_WORKERS)
     """Processes per rank that decode images; 0: in the training process."""
     max_image_pixels: int = number(50_000_000, 1, MOST_PIXELS)

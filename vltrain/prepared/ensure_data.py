@@ -149,6 +149,8 @@ def packed_folder(config: Config, encoder: SampleEncoder) -> Path:
     ]
     if data.over_long == "drop":  # packs made under `error` hold every sample
         depends_on.append("drop")
+    if data.fraction < 1:
+        depends_on.append({"fraction": data.fraction, "seed": data.fraction_seed})
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
     return Path(data.root) / "packed" / f"{data.train_split}-{digest}"
 
@@ -241,6 +243,8 @@ def _pack(config: Config, samples: Path, folder: Path, encoder: SampleEncoder, *
         pack_length=config.data.pack_length,
         max_images=config.data.max_images,
         over_long=config.data.over_long,
+        fraction=config.data.fraction,
+        fraction_seed=config.data.fraction_seed,
         max_image_pixels=config.data.max_image_pixels,
         instruction=instruction,
         processor=config.model.processor,

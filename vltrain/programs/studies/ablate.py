@@ -9,9 +9,9 @@ there. Each row is a run of its own, started as `deepspeed launch/train_mmt.py -
 
     --ds JSON          DeepSpeed's knobs for every row
     --only ROW ...     these rows alone
-    --seeds N          each row with N seeds (train.seed and model.seed, counted up from the recipe's): mean, standard
-                       deviation, 95% interval; runs in ROW/seed-NUMBER, all rows with the first seed, then the next;
-                       begun with fewer, the others are added
+    --seeds N          each row with N seeds (train.seed, model.seed, with data.fraction data.fraction_seed; counted
+                       up from the recipe's): mean, standard deviation, 95% interval; runs in ROW/seed-NUMBER, all rows
+                       with the first seed, then the next; begun with fewer, the others are added
     --against ROW      which row the others are tested against, or best; left out: `ablation.against`, or the first
     --ranks N          ranks of this machine; left out: its accelerators, or two on a CPU
     --rebuild          make prepared samples and packs that were made from something else than the recipes say anew

@@ -39,7 +39,8 @@ OPTIONS: dict[str, Option] = {
     REBUILD: Option("make data that does not match anew", metavar=None),
 }
 BEST = "best"  # in the place of a row to test against
-SEEDS = ("train.seed", "model.seed")  # what is drawn: order of packs and dropout; weights that begin at random
+# What is drawn: order of packs and dropout; weights that begin at random; of a share of the samples, which they are.
+SEEDS = ("train.seed", "model.seed", "data.fraction_seed")
 MOST_SEEDS = 100
 # Settings that change no figure of a row's line: a finished row stays finished under others.
 CHANGE_NOTHING = {
@@ -198,14 +199,17 @@ def _jobs(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int
     overrides = tuple(word for word in overrides if not word.startswith(tuple(f"--{key}=" for key in drawn)))
     if count is None:
         return [_job(arguments, table, row, None, folder / row, config, overrides)]
-    if max(config.train.seed, config.model.seed) + count > MOST_SEED:
+    seeds = {key: value_of(config, key) for key in SEEDS if key != "data.fraction_seed" or config.data.fraction < 1}
+    if max(seeds.values()) + count > MOST_SEED:
         raise InputError(f"{COMMAND_LINE}: --seeds: {count} from the recipe's on are above the largest, {MOST_SEED}")
     jobs: list[Job] = []
     for number in range(count):
-        train, model = config.train.seed + number, config.model.seed + number
-        seeded = replace(config, train=replace(config.train, seed=train), model=replace(config.model, seed=model))
-        words = (*overrides, f"--train.seed={train}", f"--model.seed={model}")
-        jobs.append(_job(arguments, table, row, train, folder / row / f"seed-{train}", seeded, words))
+        own = {key: seed + number for key, seed in seeds.items()}
+        drawn = replace(config.data, fraction_seed=own.get("data.fraction_seed", config.data.fraction_seed))
+        train, model = replace(config.train, seed=own["train.seed"]), replace(config.model, seed=own["model.seed"])
+        seeded = replace(config, train=train, model=model, data=drawn)
+        words = (*overrides, *(f"--{key}={seed}" for key, seed in own.items()))
+        jobs.append(_job(arguments, table, row, train.seed, folder / row / f"seed-{train.seed}", seeded, words))
     return jobs
 
 
