@@ -117,9 +117,8 @@ PACKS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "family", [name if name == "llava" else pytest.param(name, marks=pytest.mark.slow) for name in STOCK]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", STOCK)
 def test_a_stock_models_llm_gives_the_losses_and_gradients_of_plain_blocks_by_few_graphs(family, caplog):
     from torch._dynamo.utils import counters
 

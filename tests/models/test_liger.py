@@ -39,8 +39,15 @@ def build(kernels: str, dtype: torch.dtype = torch.float32, checkpointing: bool 
     return model
 
 
-@pytest.mark.parametrize("tune", ["adapters", "full"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "tune, checkpointing",
+    [
+        ("adapters", True),
+        ("full", False),
+        pytest.param("adapters", False, marks=pytest.mark.slow),
+        pytest.param("full", True, marks=pytest.mark.slow),
+    ],
+)
 def test_losses_and_gradients_are_those_of_plain_operations(tune, checkpointing):
     batch = mixed_batch().to(torch.device(DEVICE))
     found = []

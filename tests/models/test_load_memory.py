@@ -60,7 +60,7 @@ def measure(source: Path, dtype: str, warm_up: Path) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("num_shards, dtype", [(1, "float16"), (2, "bfloat16")])
+@pytest.mark.parametrize("num_shards, dtype", [pytest.param(1, "float16", marks=pytest.mark.slow), (2, "bfloat16")])
 def test_metas_layout_takes_one_copy_even_with_the_mapped_pages(tmp_path: Path, num_shards: int, dtype: str) -> None:
     """Each block's files are let go before the next block's are read, so the pages of the files do not add up
     either."""
@@ -71,7 +71,7 @@ def test_metas_layout_takes_one_copy_even_with_the_mapped_pages(tmp_path: Path, 
     assert 0.95 * measured["size"] < measured["rss_bytes"] < 1.3 * measured["size"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_sharded_hugging_face_folder_takes_one_copy_even_with_the_mapped_pages(tmp_path: Path, dtype: str) -> None:
     write_hugging_face(tmp_path / "llama", LAYERS)
     write_hugging_face(tmp_path / "small", 1)

@@ -108,6 +108,7 @@ def test_published_counts_of_trained_parameters(changes: list[str], llm: str | N
 
 
 @pytest.mark.usefixtures("one_rehearsal")
+@pytest.mark.slow
 def test_adapters_on_four_bits_on_one_gpu(tmp_path: Path) -> None:
     """LaVIN reports 9 GB for its lite run, with batches of short samples; with its own 512 tokens the plan stays
     below."""
@@ -138,6 +139,7 @@ def test_everything_tuned_on_eight_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rehearsal")
+@pytest.mark.slow
 def test_zero_2_is_named_where_it_fits_the_same_cards(tmp_path: Path) -> None:
     plan = planned(tmp_path, PAPER, "--ds", str(ROOT / "ds_configs" / "zero3.json"), "--gpus", "8")
     assert set(plan["zero_2"]["cards"].values()) == {"fits"}

@@ -146,6 +146,7 @@ def test_the_files_are_bash(name):
     assert subprocess.run(["bash", "-n", str(ROOT / "launch" / "slurm" / name)]).returncode == 0
 
 
+@pytest.mark.slow
 def test_an_instructblip_is_planned_too(here, capsys):
     given = [
         "--recipe",
