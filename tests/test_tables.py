@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vltrain.config.command_line import load_settings
-from vltrain.config.recipe import Ablation, read_recipe, read_table
+from vltrain.config.recipe import read_recipe, read_table
+from vltrain.config.tables import Ablation
 from vltrain.errors import InputError
 
 BASE = (
@@ -105,7 +106,20 @@ def test_a_mistake_about_bases_names_the_file(tmp_path, own, parts):
         ),
         ("output: o\nrows: {a: {model: {adapter: {dim: x}}}}", ["row 'a': model.adapter.dim: found 'x'"]),
         ("output: o\nrows: {a: {output: b}}", ["row 'a': output", "o/a"]),
-        ("output: o\nrows: {a: {base: base.yaml}}", ["row 'a': unknown key 'base'"]),
+        ("base: base.yaml\noutput: o\nrows: {a: {base: base.yaml}}", ["row 'a': base", "the table has one"]),
+        ("output: o\nrows: {a: {base: 3}}", ["row 'a': base: found 3"]),
+        ("output: o\nrows: {a: {base: gone.yaml}}", ["gone.yaml", "no such file"]),
+        ("output: o\nrows: {a: {base: t.yaml#a}}", ["leads back to itself"]),
+        ("output: o\nrows: {a: {}}\npublished: {source: x, rows: {b: {A: 1}}}", ["published.rows: no row 'b'"]),
+        ("output: o\nrows: {a: {}}\npublished: {rows: {a: {A: 1}}}", ["published.source: found None"]),
+        ("output: o\nrows: {a: {}}\npublished: {source: x, rows: {a: {A: 101}}}", ["rows.a.A: found 101", "per cent"]),
+        ("output: o\nrows: {a: {}}\npublished: {source: x, rows: {a: {A: high}}}", ["rows.a.A: found 'high'"]),
+        ("output: o\nrows: {a: {}}\npublished: {source: x, rows: {}}", ["published.rows: found {}"]),
+        ("output: o\nrows: {a: {}}\npublished: {sorce: x}", ["unknown key 'published.sorce'", "'source'"]),
+        ("output: o\nrows: {a: {}}\npredictions: {files: {b: f}}", ["predictions.data: found None"]),
+        ("output: o\nrows: {a: {}}\npredictions: {data: d, files: {a: f}}", ["files.a", "is trained"]),
+        ("output: o\nrows: {a: {}}\npredictions: {data: d, files: {b: 3}}", ["files.b: found 3"]),
+        ("output: o\nrows: {a: {}}\npredictions: {data: d, letters: 1, files: {b: f}}", ["letters: found 1"]),
         ("output: o\nrows: {a: {}, a: {}}", ["'a' a second time"]),
         ("rows: {a: {}}", ["output: found nothing"]),
         ("base: base.yaml\nrows: {a: {}}", ["output: found nothing"]),
@@ -130,6 +144,26 @@ def test_a_mistake_in_a_table_names_file_and_row(tmp_path, text, parts):
         read_recipe(Path(f"{path}#a"))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert ".yaml" in str(caught.value)
+
+
+def test_a_row_may_stand_on_a_recipe_of_its_own_and_rows_may_be_answers(tmp_path):
+    text = "output: runs/t\noptim: {lr: 0.5}\nrows:\n  a: {base: base.yaml, model: {adapter: {dim: 4}}}\n  b: {}\n"
+    text += "published: {source: A page, rows: {human: {Average: 88.4}, a: {Average: 90, G1-6: 91.5}}}\n"
+    text += "predictions: {data: data/Q, letters: true, files: {other: o.json, human: h.json}}\n"
+    path = write(tmp_path, base=BASE, t=text)
+    table = read_table(path)
+    assert (list(table.rows), table.bases, table.lines) == (
+        ["a", "b"],
+        {"a": "base.yaml"},
+        ("human", "a", "other", "b"),
+    )
+    assert table.published.figures == {"human": {"Average": 88.4}, "a": {"Average": 90.0, "G1-6": 91.5}}
+    assert table.published.columns == ("Average", "G1-6") and table.predictions.letters
+    whole = {"output": "runs/t/a", "model.adapter.dim": 4, "model.adapter.groups": 4, "optim.lr": 0.5}
+    assert read_recipe(Path(f"{path}#a")) == {**read_recipe(tmp_path / "base.yaml"), **whole}
+    assert read_recipe(Path(f"{path}#b")) == {"output": "runs/t/b", "optim.lr": 0.5}
+    with pytest.raises(InputError, match="row 'human' is a file of answers, which no recipe trains"):
+        read_recipe(Path(f"{path}#human"))
 
 
 def test_rows_may_be_a_file_of_their_own_that_tables_share(tmp_path):

@@ -8,15 +8,15 @@ written once: a recipe may stand on another, and a table holds several:
     base: OTHER.yaml      (seen from this file's folder; or a name of launch/recipes) its settings hold where this file
                           is silent; keys of a mapping join its mapping
     output: runs/NAME     with a base, always this file's own
-    rows:                 makes the file a table: a row's settings stand on those of the file. `FILE#ROW` names a row
-                          wherever a recipe is
+    rows:                 makes the file a table: a row's settings stand on those of the file, or, in a table without a
+                          base, on a `base` of its own. `FILE#ROW` names a row wherever a recipe is
       NAME: {...}         named; its run goes into the table's output, below its own name. Or a file of only `rows`,
                           which tables share
     stages:               makes the file a run in stages, one after another, each beginning with the weights of the one
                           before (LLaVA's way: neck first).
       NAME: {...}         a stage's settings stand on those of the file. Its run goes into the output, as 1-NAME,
                           2-NAME, ...; `FILE#NAME` names it alone
-    ablation: {...}       how `vltrain ablate` runs the rows, see `Ablation`
+    ablation, published, predictions: of a table, see `vltrain.config.tables`
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from vltrain.config.keys import (
-    check_type,
     checked_value,
     default_of,
-    describe_type,
     keys_of,
     known_keys,
     known_sections,
@@ -41,48 +39,27 @@ from vltrain.config.model.architectures import DEFAULT, section_of
 from vltrain.config.model.architectures import KEY as ARCHITECTURE
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.older_runs import is_default
-from vltrain.config.ranges import MOST_STEPS, check_ranges, number
 from vltrain.config.schema import Config
 from vltrain.config.strict_yaml import dump_text, is_mapping, load_yaml
+from vltrain.config.tables import (
+    ABLATION,
+    PREDICTIONS,
+    PUBLISHED,
+    Table,
+    read_ablation,
+    read_predictions,
+    read_published,
+)
 from vltrain.errors import InputError, nearest
 from vltrain.files.strict_json import is_sequence
 from vltrain.shipped import find_recipe
 
-BASE, ROWS, STAGES, ABLATION = "base", "rows", "stages", "ablation"  # keys of a recipe's file beside the settings
+BASE, ROWS, STAGES = "base", "rows", "stages"  # keys of a recipe's file beside the settings
+OF_TABLES = (ABLATION, PUBLISHED, PREDICTIONS)
 INIT_FROM = "train.init_from"
 RECIPE = "config.yaml"  # in a run's folder: the resolved one, which every run writes
 RUN = "run.json"  # beside it: what the run was made of, see `vltrain.train.run.provenance`
 ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names a folder
-
-
-@dataclass(kw_only=True)
-class Ablation:
-    """How the rows of a table are run: the keys of its section `ablation`."""
-
-    program: str = "train_mmt"
-    """Which program of launch/ trains a row."""
-    evaluate: str = "evaluate"
-    """Which program of launch/ evaluates it."""
-    split: str | None = None
-    """The split that is answered; null: each row's data.test_split."""
-    max_samples: int | None = number(None, 1, MOST_STEPS)
-    """Questions that are answered, evenly spaced over the split; null: all."""
-    against: str | None = None
-    """The row that the others are tested against, or best; null: the first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A recipe with rows. `rows`: what each row sets itself, by dotted name; `settings`: what holds for all of them."""
-
-    path: Path
-    settings: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
-    ablation: Ablation
-
-    def recipe_of(self, row: str) -> Path:
-        """What `--recipe` takes for a row."""
-        return Path(f"{self.path}#{row}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +159,15 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             f"{file}: found a table, expected {file}#ROW for one of its rows: {', '.join(table.rows)} (all: "
             "vltrain ablate)"
         )
+    if row in table.lines and row not in table.rows:
+        raise InputError(f"{path}: row '{row}' is a file of answers, which no recipe trains; see vltrain ablate")
     if row not in table.rows:
         raise InputError(f"{path}: no row '{row}' in {file}, {nearest(row, table.rows)}")
-    return _overlay(table.settings, {**table.rows[row], "output": str(Path(table.settings["output"]) / row)})
+    whole = _overlay(table.settings, {**table.rows[row], "output": str(Path(table.settings["output"]) / row)})
+    if row not in table.bases:
+        return whole
+    below = find_recipe(table.bases[row], f"{file}: row '{row}': {BASE}", file.parent)
+    return _overlay(_read(below, (*above, here)), whole)
 
 
 def _stage(path: Path, name: str | None, stages: Stages) -> dict[str, Any]:
@@ -200,10 +183,9 @@ def _stage(path: Path, name: str | None, stages: Stages) -> dict[str, Any]:
 
 def _stages(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Stages:
     where = str(path)
-    if ROWS in content or ABLATION in content:
-        raise InputError(
-            f"{where}: found '{STAGES}' beside '{ROWS if ROWS in content else ABLATION}', expected one of the two"
-        )
+    for key in (ROWS, *OF_TABLES):
+        if key in content:
+            raise InputError(f"{where}: found '{STAGES}' beside '{key}', expected one of the two")
     settings = _settings(path, {name: value for name, value in content.items() if name != STAGES}, where, above)
     if "output" not in settings:
         raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all stages")
@@ -284,28 +266,48 @@ def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Tabl
             told = f"keys {', '.join(map(str, listed))}" if is_mapping(listed) else repr(listed)
             raise InputError(f"{where}: found {told}, expected {ROWS}: {{NAME: {{settings}}, ...}} and nothing else")
         found = listed[ROWS]
-    settings = _settings(
-        path, {name: value for name, value in content.items() if name not in (ROWS, ABLATION)}, where, above
-    )
+    own = {name: value for name, value in content.items() if name not in (ROWS, *OF_TABLES)}
+    settings = _settings(path, own, where, above)
     if "output" not in settings:
         raise InputError(f"{where}: output: found nothing, expected the folder for the runs of all rows")
+    found, bases = _own_bases(found, where, BASE in content)
     rows = _parts(found, where, ROWS, "row", f"{settings['output']}/NAME")
-    return Table(path=path, settings=settings, rows=rows, ablation=_ablation(content.get(ABLATION, {}), where))
+    where, files, published = str(path), None, None
+    if PREDICTIONS in content:
+        files = read_predictions(content[PREDICTIONS], where, rows)
+    if PUBLISHED in content:
+        published = read_published(content[PUBLISHED], where, (*rows, *(files.files if files else ())))
+    return Table(
+        path=path,
+        settings=settings,
+        rows=rows,
+        ablation=read_ablation(content.get(ABLATION, {}), where),
+        bases=bases,
+        published=published,
+        predictions=files,
+    )
 
 
-def _ablation(content: Any, where: str) -> Ablation:
-    declared = get_type_hints(Ablation)
-    if not is_mapping(content):
-        raise InputError(f"{where}: {ABLATION}: found {content!r}, expected a section with keys of its own")
-    for name, value in content.items():
-        if name not in declared:
-            raise InputError(f"{where}: unknown key '{ABLATION}.{name}', {nearest(str(name), declared)}")
-        if not check_type(value, declared[name])[0]:
-            found = "null" if value is None else repr(value)
-            raise InputError(f"{where}: {ABLATION}.{name}: found {found}, expected {describe_type(declared[name])}")
-    ablation = Ablation(**content)
-    check_ranges(ablation, f"{where}: {ABLATION}")
-    return ablation
+def _own_bases(found: Any, where: str, has_base: bool) -> tuple[Any, dict[str, str]]:
+    """The rows without `base`, and the bases of those that have one."""
+    bases: dict[str, str] = {}
+    if not is_mapping(found):
+        return found, bases
+    for row, part in found.items():
+        if not is_mapping(part) or BASE not in part:
+            continue
+        base = part[BASE]
+        if has_base:
+            raise InputError(f"{where}: row '{row}': {BASE}: found {base!r}, but the table has one; leave one out")
+        if not isinstance(base, str):
+            raise InputError(f"{where}: row '{row}': {BASE}: found {base!r}, expected another recipe's file")
+        bases[str(row)] = base
+    rest = {row: _without_base(part) for row, part in found.items()}
+    return rest, bases
+
+
+def _without_base(part: Any) -> Any:
+    return {key: value for key, value in part.items() if key != BASE} if is_mapping(part) else part
 
 
 def _collect(content: Any, prefix: str, where: str, given: dict[str, Any]) -> None:

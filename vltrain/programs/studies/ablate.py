@@ -5,7 +5,8 @@
 
 TABLE.yaml is a recipe with `rows` (see `vltrain.config.recipe`), such as launch/recipes/table2.yaml, or the name of one
 there. Each row is a run of its own, started as `deepspeed launch/train_mmt.py --recipe TABLE.yaml#ROW` and
-`launch/evaluate.py`, in the folder ROW below the table's output.
+`launch/evaluate.py`, in the folder ROW below the table's output; or a file of answers, which is scored. Figures that
+were published stand beside one's own.
 
     --ds JSON          DeepSpeed's knobs for every row
     --only ROW ...     these rows alone
@@ -13,6 +14,8 @@ there. Each row is a run of its own, started as `deepspeed launch/train_mmt.py -
                        up from the recipe's): mean, standard deviation, 95% interval; runs in ROW/seed-NUMBER, all rows
                        with the first seed, then the next; begun with fewer, the others are added
     --against ROW      which row the others are tested against, or best; left out: `ablation.against`, or the first
+    --plan             run nothing: what each row would take, by vltrain plan (--gpus N --card NAME --utilisation SHARE
+                       --bandwidth GB/S), is kept in planned.json and shown in the table
     --ranks N          ranks of this machine; left out: its accelerators, or two on a CPU
     --rebuild          make prepared samples and packs that were made from something else than the recipes say anew
     --split NAME       the split to answer; left out: the table's `ablation.split`, or the recipe's data.test_split
@@ -36,7 +39,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +55,20 @@ from vltrain.files.strict_json import read_json
 from vltrain.launching.launcher import interruptible, launch, reason_of_failure
 from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import data_identity
+from vltrain.programs.studies.answers import score_files
 from vltrain.programs.studies.comparison import Comparison, Run, Seed, compare, read_answers
-from vltrain.programs.studies.rows import BEST, DATA, Job, Plan, make_plan, settled
+from vltrain.programs.studies.planned import plan_row, read_planned, write_planned
+from vltrain.programs.studies.published import published_lines
+from vltrain.programs.studies.rows import BEST, DATA, Job, Plan, absent_weights, make_plan, settled
 from vltrain.programs.studies.table import (
     DONE,
     FAILED,
     RUNNING,
     TRAINED,
+    WAITING,
+    Beside,
     Outcome,
+    pooled_rows,
     write_hparams_table,
     write_outcome,
     write_table,
@@ -72,7 +81,7 @@ logger = logging.getLogger(__name__)
 @exits_cleanly
 def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
     """Runs the table that the command line names. Returns the exit code, see the module."""
-    arguments = split_arguments(argv, flags=(*FLAGS, REBUILD))
+    arguments = split_arguments(argv, flags=(*FLAGS, REBUILD, "plan"))
     if ("help", None) in arguments.options:
         print(__doc__)
         return 0
@@ -85,10 +94,15 @@ def main(argv: list[str], *, program: str = "vltrain ablate") -> int:
 
 def run(plan: Plan) -> int:
     """Runs the chosen rows that are not done, one after another; with seeds, all rows with the first of them, then with
-    the next. Returns the exit code."""
+    the next. Files of answers are scored before. Returns the exit code."""
     outcomes = {job.name: settled(job) for job in plan.jobs}
-    jobs = [job for job in plan.jobs if job.row in plan.chosen]
+    files = plan.table.predictions
+    if files is not None:
+        outcomes |= score_files(files, plan.split, plan.folder)
+    if plan.planning is not None:
+        _plan_rows(plan, plan.planning)
     print(_write_tables(plan, outcomes), flush=True)
+    jobs = [job for job in plan.jobs if job.row in plan.chosen and plan.planning is None]
     for number, job in enumerate(jobs, start=1):
         outcome = outcomes[job.name]
         title = f"{'row' if job.seed is None else 'run'} {number} of {len(jobs)}, {job.name}"
@@ -102,37 +116,83 @@ def run(plan: Plan) -> int:
             logger.warning("%s: interrupted; the same command resumes from its newest checkpoint", title)
             return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         print(_write_tables(plan, outcomes), flush=True)
-    failed = [job.name for job in jobs if outcomes[job.name].state == FAILED]
+    named = [*(row for row in plan.chosen if files and row in files.files), *(job.name for job in jobs)]
+    failed = [name for name in named if outcomes[name].state == FAILED]
     for name in failed:
         logger.error("row %s failed: %s", name, outcomes[name].reason)
     logger.info("the table: %s", plan.folder / "table.md")
     return 1 if failed else 0
 
 
+def _plan_rows(plan: Plan, options: Sequence[str]) -> None:
+    """Plans the chosen rows. Raises InputError naming the row that cannot be."""
+    planned = read_planned(plan.folder)
+    rows = [row for row in plan.chosen if row in plan.table.rows]
+    for number, row in enumerate(rows, start=1):
+        config = next(job.config for job in plan.jobs if job.row == row)
+        logger.info("planning row %d of %d, %s", number, len(rows), row)
+        try:
+            recipe = str(plan.table.recipe_of(row))
+            planned[row] = plan_row(config, recipe, plan.overrides, options, plan.table.ablation.packs)
+        except InputError as error:
+            raise InputError(f"{error} (row '{row}' of {plan.table.path})") from None
+    write_planned(plan.folder, planned)
+
+
 def _write_tables(plan: Plan, outcomes: Mapping[str, Outcome]) -> str:
     """Writes table.md and table.json, and for rows that log to TensorBoard its table of settings and figures. Returns
     the Markdown."""
-    runs: dict[str, dict[Seed, Outcome]] = {row: {} for row in plan.table.rows}
+    table = plan.table
+    runs: dict[str, dict[Seed, Outcome]] = {row: {} for row in table.lines}
     for job in plan.jobs:
         runs[job.row][job.seed] = outcomes[job.name]
+    files = table.predictions.files if table.predictions else {}
+    runs |= {row: {None: outcomes[row]} for row in files}
     logged = {job.row: job.config for job in plan.jobs if "tensorboard" in job.config.train.loggers}
-    differing = dict.fromkeys(key for row in logged for key in plan.table.rows[row])
+    differing = dict.fromkeys(key for row in logged for key in table.rows[row])
     settings = {
         row: {key: value_of(config, key) for key in differing if key in keys_of(config.model.architecture)}
         for row, config in logged.items()
     }
     write_hparams_table(plan.folder, settings, runs)
-    return write_table(plan.folder, plan.table.rows, runs, _comparison(plan, outcomes))
+    differences: dict[str, dict[str, Any]] = {}
+    for row in table.lines:
+        base = {"base": table.bases[row]} if row in table.bases else {}
+        differences[row] = {"answers": str(files[row])} if row in files else {**base, **table.rows[row]}
+    return write_table(plan.folder, differences, runs, _beside(plan, outcomes, runs))
+
+
+def _beside(plan: Plan, outcomes: Mapping[str, Outcome], runs: Mapping[str, Mapping[Seed, Outcome]]) -> Beside:
+    rows, _ = pooled_rows(runs)
+    states = {row: outcome.state for row, outcome in rows.items() if outcome.state != DONE}
+    for job in plan.jobs:
+        if states.get(job.row) in (WAITING, FAILED) and absent_weights(job.config):
+            states[job.row] = "weights not here"
+    planned, published = read_planned(plan.folder), plan.table.published
+    sections: list[tuple[str, list[list[str]], int]] = []
+    records: dict[str, Any] = {}
+    if published is not None:
+        title = f"Published ({published.source}), in per cent, and one's own below:"
+        sections.append((title, published_lines(published, rows, states, planned), 2))
+        records["published"] = {"source": published.source, "rows": published.figures}
+    comparison = _comparison(plan, outcomes)
+    if comparison is not None:
+        sections.append((*comparison.to_table(), 1))
+        records["comparison"] = comparison.to_json()
+    return Beside(states=states, planned=planned, sections=sections, records=records)
 
 
 def _comparison(plan: Plan, outcomes: Mapping[str, Outcome]) -> Comparison | None:
-    runs: dict[str, dict[Seed, Run]] = {row: {} for row in plan.table.rows}
-    for job in plan.jobs:
-        if outcomes[job.name].state == DONE:
-            metrics = outcomes[job.name].metrics
+    runs: dict[str, dict[Seed, Run]] = {row: {} for row in plan.table.lines}
+    answered = [(job.name, job.row, job.seed, job.folder / "eval" / job.split) for job in plan.jobs]
+    files = plan.table.predictions.files if plan.table.predictions else {}
+    answered += [(row, row, None, plan.folder / row / "eval" / plan.split) for row in files]
+    for name, row, seed, folder in answered:
+        if outcomes[name].state == DONE:
+            metrics = outcomes[name].metrics
             measure = metrics.get("measure", "accuracy")
-            answers = read_answers(job.folder / "eval" / job.split / "predictions.jsonl")
-            runs[job.row][job.seed] = Run(measure=measure, value=metrics[measure], answers=answers)
+            answers = read_answers(folder / "predictions.jsonl")
+            runs[row][seed] = Run(measure=measure, value=metrics[measure], answers=answers)
     return compare(runs, plan.against, best=plan.against == BEST)
 
 

@@ -13,14 +13,18 @@ from vltrain.config.command_line import COMMAND_LINE, REBUILD, Arguments, Option
 from vltrain.config.keys import keys_of
 from vltrain.config.older_runs import ADDED, value_before
 from vltrain.config.ranges import MOST_SEED
-from vltrain.config.recipe import Table, read_table
+from vltrain.config.recipe import read_table
 from vltrain.config.schema import Config
 from vltrain.config.stages import value_of
+from vltrain.config.tables import Table
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.ready import require_scorer
 from vltrain.inference.run import recorded_identity
 from vltrain.launching.launcher import default_ranks, find_program
+from vltrain.memory.sizes import is_here
 from vltrain.prepared.origins import data_identity, samples_folder
+from vltrain.programs import plan as one_recipe
+from vltrain.programs.studies.planned import PASSED_ON
 from vltrain.programs.studies.table import DONE, OUTCOME, TRAINED, Outcome, read_outcome
 from vltrain.shipped import find_recipe
 from vltrain.train.run.identity import MADE_OF, differences
@@ -34,6 +38,8 @@ OPTIONS: dict[str, Option] = {
     "only": Option("rows", metavar="ROW ..."),
     "seeds": Option("runs of each row, each with a seed of its own", metavar="N"),
     "against": Option("row that the others are tested against", metavar="ROW"),
+    "plan": Option("plan the rows, and run nothing", metavar=None),
+    **{name: one_recipe.OPTIONS[name] for name in PASSED_ON},
     "ranks": Option("ranks", metavar="N"),
     "split": Option("split to answer", metavar="NAME"),
     REBUILD: Option("make data that does not match anew", metavar=None),
@@ -88,7 +94,8 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a command line asks for. `jobs`: all runs of the table, seed by seed; `chosen`: the rows to run; `against`:
-    the row that others are tested against, or `best`."""
+    the row that others are tested against, or `best`; `overrides`: settings of the command line; `planning`: words for
+    `vltrain plan`, where rows are planned and not run."""
 
     table: Table
     folder: Path
@@ -98,6 +105,13 @@ class Plan:
     train: Path
     evaluate: Path
     against: str
+    overrides: tuple[str, ...]
+    planning: tuple[str, ...] | None
+
+    @property
+    def split(self) -> str:
+        """The split that files of answers answer."""
+        return self.jobs[0].split
 
 
 def make_plan(arguments: Arguments) -> Plan:
@@ -121,7 +135,31 @@ def make_plan(arguments: Arguments) -> Plan:
         "evaluate": find_program(table.ablation.evaluate, f"{table.path}: ablation.evaluate"),
     }
     against = _against(arguments.last("against"), table)
-    return Plan(table=table, folder=folder, jobs=jobs, chosen=chosen, ranks=ranks, against=against, **programs)
+    return Plan(
+        table=table,
+        folder=folder,
+        jobs=jobs,
+        chosen=chosen,
+        ranks=ranks,
+        against=against,
+        overrides=_overrides(arguments),
+        planning=_planning(arguments),
+        **programs,
+    )
+
+
+def _overrides(arguments: Arguments) -> tuple[str, ...]:
+    return tuple(f"--{name}={value}" for name, value in arguments.options if name not in OPTIONS and name != "output")
+
+
+def _planning(arguments: Arguments) -> tuple[str, ...] | None:
+    words = tuple(f"--{name}={value}" for name, value in arguments.options if name in PASSED_ON)
+    if ("plan", None) in arguments.options:
+        ds = arguments.last("ds")
+        return (*words, *((f"--ds={ds}",) if ds else ()))
+    if words:
+        raise InputError(f"{COMMAND_LINE}: {words[0].partition('=')[0]}: has no effect without --plan; leave it out")
+    return None
 
 
 def _chosen_rows(arguments: Arguments, table: Table) -> tuple[str, ...]:
@@ -130,9 +168,9 @@ def _chosen_rows(arguments: Arguments, table: Table) -> tuple[str, ...]:
     if others and not named:
         raise InputError(f"{COMMAND_LINE}: found '{others[0]}' behind the table, expected --only {' '.join(others)}")
     for row in (*named, *others):
-        if row not in table.rows:
-            raise InputError(f"{COMMAND_LINE}: --only: no row '{row}' in {table.path}, {nearest(row, table.rows)}")
-    return tuple(row for row in table.rows if not named or row in named or row in others)
+        if row not in table.lines:
+            raise InputError(f"{COMMAND_LINE}: --only: no row '{row}' in {table.path}, {nearest(row, table.lines)}")
+    return tuple(row for row in table.lines if not named or row in named or row in others)
 
 
 def _number_of_ranks(text: str | None) -> int:
@@ -156,8 +194,8 @@ def _against(named: str | None, table: Table) -> str:
     where, row = f"{COMMAND_LINE}: --against", named
     if row is None:
         where, row = f"{table.path}: ablation.against", table.ablation.against or next(iter(table.rows))
-    if row not in table.rows and row != BEST:
-        raise InputError(f"{where}: no row '{row}' in {table.path}, {nearest(row, [*table.rows, BEST])}")
+    if row not in table.lines and row != BEST:
+        raise InputError(f"{where}: no row '{row}' in {table.path}, {nearest(row, [*table.lines, BEST])}")
     return row
 
 
@@ -181,9 +219,7 @@ def _require_these_seeds(folder: Path, table: Table, seeds: Sequence[int]) -> No
 def _jobs(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int, count: int | None) -> list[Job]:
     """The runs of a row: one, or one for each of `count` seeds, from the recipe's own on."""
     drawn = () if count is None else SEEDS
-    overrides = tuple(
-        f"--{name}={value}" for name, value in arguments.options if name not in OPTIONS and name != "output"
-    )
+    overrides = _overrides(arguments)
     for key in drawn:
         if key in table.rows[row]:
             found = f"row '{row}' of {table.path} sets {key} itself"
@@ -251,6 +287,12 @@ def _figures(config: Config) -> dict[str, Any]:
     for key in keys_of(config.model.architecture).keys() - CHANGE_NOTHING - (set() if selects else CHANGE_SELECTION):
         values[key] = value_of(config, key)
     return json.loads(json.dumps(values))
+
+
+def absent_weights(config: Config) -> list[str]:
+    """Sources of weights that the recipe names and that are not on this machine."""
+    sources = [value_of(config, f"model.{key}") for key in config.model.PATHS if key.endswith("source")]
+    return [source for source in sources if source is not None and not is_here(source)]
 
 
 def settled(job: Job) -> Outcome:

@@ -16,12 +16,13 @@ from vltrain.errors import InputError
 from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.strict_json import read_object
 from vltrain.metrics.hparams import write_hparams
-from vltrain.programs.studies.comparison import Comparison, Seed
+from vltrain.programs.studies.comparison import Seed
 from vltrain.programs.studies.significance import Spread, spread_of
 
 OUTCOME = "row.json"
 HPARAMS = "hparams"  # of the table's folder
 WAITING, RUNNING, TRAINED, FAILED, DONE = "waiting", "running", "trained", "failed", "done"
+NOT_HERE = "not here"  # of a file of answers
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ class Outcome:
     """Where a row stands, and what came of it once it is done."""
 
     state: str = WAITING
-    """waiting, running (or interrupted while it ran), trained (but not evaluated), failed, done."""
+    """waiting, running (or interrupted while it ran), trained (but not evaluated), failed, done; or not here."""
     reason: str | None = None
     """Why it failed."""
     seconds: float = 0.0
@@ -108,38 +109,57 @@ def pooled(runs: Mapping[Seed, Outcome]) -> tuple[Outcome, Seeds]:
     return whole, Seeds(done=len(done), wanted=len(runs), spread=spread)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What a table tells beside its runs. `states`: of rows that are not done, in words; `planned`: see
+    `vltrain.programs.studies.planned`; `sections`: further tables, each with its title; `records`: further keys of
+    table.json."""
+
+    states: Mapping[str, str] = field(default_factory=dict)
+    planned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sections: Sequence[tuple[str, list[list[str]], int]] = ()
+    records: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_table(
     folder: Path,
     differences: Mapping[str, Mapping[str, Any]],
     runs: Mapping[str, Mapping[Seed, Outcome]],
-    comparison: Comparison | None = None,
+    beside: Beside | None = None,
 ) -> str:
     """Writes table.md and table.json.
 
     Args:
         differences: by row, in the table's order: its own settings by dotted name.
         runs: by row and seed; of a row that is run once, its outcome under None.
-        comparison: of the rows that are done.
 
     Returns: the Markdown.
     """
-    rows, seeds, records = {}, {}, []
+    beside = beside or Beside()
+    rows, seeds = pooled_rows(runs)
+    records: list[dict[str, Any]] = []
     for row, settings in differences.items():
-        rows[row], seeds[row] = pooled(runs[row]) if None not in runs[row] else (runs[row][None], None)
         record: dict[str, Any] = {"row": row, "settings": dict(settings), **_plain_outcome(rows[row])}
-        if seeds[row] is not None:
+        if row in seeds:
             told = {str(seed): _plain_outcome(outcome) for seed, outcome in runs[row].items()}
-            record |= {"seeds": told, "done": seeds[row].done, "spread": seeds[row].spread}
-            record["spread"] = record["spread"] and asdict(record["spread"])
+            spread = seeds[row].spread
+            record |= {"seeds": told, "done": seeds[row].done, "spread": spread and asdict(spread)}
+        if row in beside.planned:
+            record["planned"] = dict(beside.planned[row])
         records.append(record)
-    told = None if comparison is None else comparison.to_json()
-    write_json(folder / "table.json", {"rows": records, **({"comparison": told} if told else {})})
-    text = to_markdown(differences, rows, {row: one for row, one in seeds.items() if one is not None})
-    if comparison is not None:
-        title, lines = comparison.to_table()
-        text += f"\n\n{title}\n\n{_aligned(lines, texts=1)}"
+    write_json(folder / "table.json", {"rows": records, **beside.records})
+    text = to_markdown(differences, rows, seeds, beside)
+    for title, lines, texts in beside.sections:
+        text += f"\n\n{title}\n\n{_aligned(lines, texts)}"
     write_whole(folder / "table.md", text + "\n")
     return text
+
+
+def pooled_rows(runs: Mapping[str, Mapping[Seed, Outcome]]) -> tuple[dict[str, Outcome], dict[str, Seeds]]:
+    """Each row's outcome, and of rows with seeds their spread."""
+    both = {row: pooled(by_seed) for row, by_seed in runs.items() if None not in by_seed}
+    rows = {row: both[row][0] if row in both else by_seed[None] for row, by_seed in runs.items()}
+    return rows, {row: seeds for row, (_, seeds) in both.items()}
 
 
 def _plain_outcome(outcome: Outcome) -> dict[str, Any]:
@@ -180,6 +200,7 @@ def to_markdown(
     differences: Mapping[str, Mapping[str, Any]],
     outcomes: Mapping[str, Outcome],
     seeds: Mapping[str, Seeds] | None = None,
+    beside: Beside | None = None,
 ) -> str:
     """The table: accuracies and shares in per cent; a row that is not done says where it stands in the place of its
     accuracy.
@@ -187,51 +208,60 @@ def to_markdown(
     Trained parameters are a share of all, or for an InstructBLIP of those that full tuning of its Q-Former trains. With
     `seeds`, figures are means over them, seconds and failed answers sums.
     """
+    beside = beside or Beside()
     done = [outcome.metrics for outcome in outcomes.values() if outcome.state == DONE]
     columns = list(dict.fromkeys(name for metrics in done for name in metrics["columns"] if name != "Average"))
     measures = list(dict.fromkeys(_measure(metrics) for metrics in done)) or ["accuracy"]
     of_qformer = any(outcome.full_qformer for outcome in outcomes.values())
     share = "% of full Q-Former" if of_qformer else "% trained"
     spreads = ["sd", "± 95%", "seeds"] if seeds else []
+    plans = ["planned GiB", "planned hours"] if beside.planned else []
     titles = ["row", "different", "trained", share, *measures, *spreads, *columns]
-    lines = [[*titles, "questions", "failed", "seconds", "steps"]]
+    lines = [[*titles, "questions", "failed", "seconds", "steps", *plans]]
     for row, settings in differences.items():
-        line = _line(row, settings, outcomes[row], measures, columns)
-        place = 4 + len(measures)
-        lines.append([*line[:place], *(_spread(seeds[row]) if seeds else []), *line[place:]])
+        outcome = outcomes[row]
+        state = beside.states.get(row, outcome.state)
+        told = ", ".join(f"{key.removeprefix('model.')} {_plain(value)}" for key, value in settings.items())
+        head = [row, told or "nothing", *_trained(outcome, beside.planned.get(row))]
+        spread = _spread((seeds or {}).get(row)) if spreads else []
+        plan = _plan(beside.planned.get(row)) if plans else []
+        lines.append([*head, *_figures(outcome, state, measures, spread, columns), *plan])
     return _aligned(lines)
 
 
-def _spread(seeds: Seeds) -> list[str]:
+def _trained(outcome: Outcome, planned: Mapping[str, Any] | None) -> list[str]:
+    """Trained parameters and their share, of a row that is done or planned."""
+    if outcome.trained is not None and outcome.parameters is not None and outcome.state == DONE:
+        share = outcome.trained / (outcome.full_qformer or outcome.parameters)
+        return [f"{outcome.trained:,}", f"{100 * share:.2f}"]
+    return ["", ""] if planned is None else [f"{planned['trained']:,}", f"{100 * planned['trained_share']:.2f}"]
+
+
+def _figures(
+    outcome: Outcome, state: str, measures: Sequence[str], spread: Sequence[str], columns: Sequence[str]
+) -> list[str]:
+    seconds = "" if outcome.state == NOT_HERE else f"{outcome.seconds:.0f}"
+    if outcome.state != DONE:
+        return [state, *[""] * (len(measures) - 1), *spread, *[""] * len(columns), "", "", seconds, ""]
+    metrics = outcome.metrics
+    shares = [_share(metrics[measure]) if _measure(metrics) == measure else "" for measure in measures]
+    by_column = [_share(metrics["columns"].get(name, {}).get(_measure(metrics))) for name in columns]
+    steps = "" if outcome.steps is None else str(outcome.steps)
+    return [*shares, *spread, *by_column, str(metrics["total"]), str(metrics["failed"]), seconds, steps]
+
+
+def _spread(seeds: Seeds | None) -> list[str]:
+    if seeds is None:
+        return ["", "", ""]
     spread = seeds.spread
     shares = ["", ""] if spread is None else [_share(spread.sd), _share(spread.half_width)]
     return [*shares, str(seeds.done) if seeds.done == seeds.wanted else f"{seeds.done} of {seeds.wanted}"]
 
 
-def _line(
-    row: str, settings: Mapping[str, Any], outcome: Outcome, measures: Sequence[str], columns: Sequence[str]
-) -> list[str]:
-    told = ", ".join(f"{key.removeprefix('model.')} {_plain(value)}" for key, value in settings.items()) or "nothing"
-    if outcome.state != DONE:
-        return [
-            row,
-            told,
-            "",
-            "",
-            outcome.state,
-            *[""] * (len(measures) - 1 + len(columns)),
-            "",
-            "",
-            f"{outcome.seconds:.0f}",
-            "",
-        ]
-    assert outcome.trained is not None and outcome.parameters is not None
-    metrics = outcome.metrics
-    shares = [_share(metrics[measure]) if _measure(metrics) == measure else "" for measure in measures]
-    by_column = [_share(metrics["columns"].get(name, {}).get(_measure(metrics))) for name in columns]
-    counts = [str(metrics["total"]), str(metrics["failed"]), f"{outcome.seconds:.0f}", str(outcome.steps)]
-    share = f"{100 * outcome.trained / (outcome.full_qformer or outcome.parameters):.2f}"
-    return [row, told, f"{outcome.trained:,}", share, *shares, *by_column, *counts]
+def _plan(plan: Mapping[str, Any] | None) -> list[str]:
+    if plan is None:
+        return ["", ""]
+    return [f"{plan['peak_gib']:.1f}", "–" if plan["hours"] is None else f"{plan['hours']:.1f}"]
 
 
 def _measure(metrics: Mapping[str, Any]) -> str:
