@@ -14,6 +14,7 @@ from data_prep.command_line import CommandLine, whole
 from vltrain.config.ranges import MOST_STEPS
 from vltrain.config.schema import DataConfig
 from vltrain.data.folder import refuse_existing_file
+from vltrain.data.remote.address import place_of
 from vltrain.data.shards import STOCK_FORMAT, PackedDataset
 from vltrain.data.text.conversation import find_template, fingerprint
 from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
@@ -41,7 +42,7 @@ def describe(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
 
 def _row(dataset: PackedDataset, number: int) -> PackedRow:
     if not 0 <= number < len(dataset):
-        raise InputError(f"{dataset.folder}: --row {number}: it has packs 0 to {len(dataset) - 1}")
+        raise InputError(f"{dataset.place}: --row {number}: it has packs 0 to {len(dataset) - 1}")
     return dataset.row(number)
 
 
@@ -73,7 +74,7 @@ def draw(dataset: PackedDataset, number: int, tokenizer: Tokenizer) -> str:
     pack = PackPage(dataset, tokenizer, DataConfig().max_image_pixels).pack(number)
     return page(
         f"Pack {number}",
-        tag("p", f"{dataset.folder}: {_summary(dataset, row)}; template {dataset.manifest.template}.", Class="note"),
+        tag("p", f"{dataset.place}: {_summary(dataset, row)}; template {dataset.manifest.template}.", Class="note"),
         legend(by_loss=False),
         pack.strip(lambda segment: f"#s{segment}"),
         *(_draw_segment(pack, segment, name) for segment, name in enumerate(row.sample_ids)),
@@ -103,7 +104,7 @@ def _tokenizer_of(dataset: PackedDataset) -> Tokenizer:
         )
     elif fingerprint(tokenizer, manifest.template) != manifest.tokenizer_fingerprint:
         raise InputError(
-            f"{dataset.folder}: was packed with another tokenizer than {manifest.tokenizer} is now; restore "
+            f"{dataset.place}: was packed with another tokenizer than {manifest.tokenizer} is now; restore "
             "that, or pack the samples again"
         )
     return tokenizer
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments,
         ("data/easyvqa/packed/train-FINGERPRINT --row 3", "data/easyvqa/packed/train-FINGERPRINT --html pack.html"),
     )
-    parser.add_argument("folder", type=Path, help="packed shards")
+    parser.add_argument("folder", type=place_of, help="packed shards, a path or an address (s3://...)")
     parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
     parser.add_argument("--html", type=Path, metavar="FILE", help="draw it as a page, into this new file")
     options = parser.read()
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     refuse_existing_file(options.html)
     write_whole(options.html, draw(dataset, options.row, _tokenizer_of(dataset)))
-    print(f"{options.html}: pack {options.row} of {dataset.folder}")
+    print(f"{options.html}: pack {options.row} of {dataset.place}")
 
 
 if __name__ == "__main__":

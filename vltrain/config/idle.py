@@ -31,6 +31,10 @@ _OF_ALL: tuple[Rule, ...] = (
     ("data.fraction", lambda c: c.data.train_packs is not None, "data.train_packs are packed already"),
     ("data.fraction_seed", lambda c: c.data.fraction == 1, "data.fraction = 1 draws every sample"),
     *(
+        (f"data.{name}", lambda c: not c.data.is_remote, "data.train_packs is no address (s3://...)")
+        for name in ("cache", "cache_gib")
+    ),
+    *(
         (f"eval.{name}", lambda c: c.eval.method == "rank", "eval.method = rank generates nothing")
         for name in ("max_new_tokens", "temperature", "top_p")
     ),

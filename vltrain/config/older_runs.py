@@ -20,6 +20,8 @@ from vltrain.config.strict_yaml import is_mapping
 logger = logging.getLogger(__name__)
 
 ADDED: dict[str, Any] = {
+    "data.cache": None,
+    "data.cache_gib": 32.0,
     "data.fraction": 1.0,
     "data.fraction_seed": 0,
     "eval.precision": "train",

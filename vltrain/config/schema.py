@@ -53,7 +53,12 @@ class DataConfig:
     test_split: str = "test"
     """The split that `vltrain evaluate` answers unless told otherwise."""
     train_packs: str | None = None
-    """A folder of packed shards to train on, instead of the one under `root`."""
+    """A folder of packed shards to train on, instead of the one under `root`: a path, or an address that fsspec knows
+    (`s3://`, `gs://`, `https://`, ...)."""
+    cache: str | None = None
+    """Where blocks of packs at an address are kept; null: in the user's cache (`$XDG_CACHE_HOME/vltrain/packs`)."""
+    cache_gib: float = number(32.0, 1e-4, 1e6)
+    """The most that they may take there, in GiB; ranks and runs of a machine share it."""
     template: str = named("vltrain.data.text.conversation.TEMPLATES", "mmt")
     """How turns become tokens; of a stock model `processor`: as its own does."""
     pack_length: int = number(1024, 8, MOST_TOKENS)
@@ -75,6 +80,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the packs to train on are at an address."""
+        return self.train_packs is not None and "://" in self.train_packs
 
     @property
     def is_easyvqa(self) -> bool:

@@ -2,8 +2,8 @@
 
 Worker processes read a pack and decode its images, one pack per task, each distinct image once. The little that is left
 (labels, positions) is done in the training process: it takes microseconds, and so only two small arrays and one block
-of pixels pass between processes.
-The order is the plan's, whatever the number of workers. Trade-off: no decoding on the accelerator.
+of pixels pass between processes. The order is the plan's, whatever the number of workers. Trade-off: no decoding on the
+accelerator.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class _Fetcher(Dataset[Fetched]):
             return str(error)
         except (OSError, MemoryError) as error:
             return (
-                f"{self._dataset.folder}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at "
+                f"{self._dataset.place}: pack {item[0]} cannot be read ({type(error).__name__}: {error}); look at "
                 "this file system and at the host's memory"
             )
 
@@ -217,15 +217,15 @@ class _Fetcher(Dataset[Fetched]):
         row = self._dataset.row(number)
         samples = f"pack {number} (samples {', '.join(row.sample_ids[:3])} ...)"
         if self.kept is not None:
-            where = f"{self._dataset.folder}: {samples}"
+            where = f"{self._dataset.place}: {samples}"
             return row, _shared(self.kept.of_row(row, blank=has_images, where=where))
         pictures = [
-            self._reader.decode(self._dataset.image(image_id), f"{self._dataset.folder}: image {image_id} of {samples}")
+            self._reader.decode(self._dataset.image(image_id), f"{self._dataset.place}: image {image_id} of {samples}")
             for image_id in row.image_ids.tolist()
         ]
         if has_images and not pictures:
             pictures = [self._reader.blank()]
-        return row, _shared(_stacked(row, pictures, self._reader, f"{self._dataset.folder}: {samples}"))
+        return row, _shared(_stacked(row, pictures, self._reader, f"{self._dataset.place}: {samples}"))
 
 
 def _shared(pixels: Shown) -> Shown:
@@ -305,10 +305,11 @@ class StepLoader:
         self.while_waiting: Callable[[], None] = lambda: None
         """Called every POLL_SECONDS while the workers let us wait. Bounds the wait, if anything does: it may raise."""
         self._plan, self._rank, self.reader, self._start_step = plan, rank, reader, start_step
-        self._pin_memory, self.kept, self.dataset = pin_memory, kept, dataset
+        self._pin_memory, self._packs = pin_memory, _PlanSampler(plan, rank, start_step)
+        self.kept, self.dataset = kept, dataset
         self._loader: DataLoader[Fetched] | None = DataLoader(
             _Fetcher(dataset, reader, kept),
-            sampler=_PlanSampler(plan, rank, start_step),
+            sampler=self._packs,
             batch_size=None,
             num_workers=workers,
             timeout=POLL_SECONDS if workers else 0,
@@ -346,15 +347,17 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[LoadedStep]:
         fetched = self._start()
-        for number in range(self._start_step, self._plan.num_steps):
-            step = self._plan.step(number)
-            batches = [
-                filler(has_images, self.reader, self.kept) if pack == FILLER else self._unwrap(fetched)
-                for pack, has_images in _share(step, self._rank)
-            ]
-            if self._pin_memory:
-                batches = [batch.pin_memory() for batch in batches]
-            yield LoadedStep(step=number, batches=batches, plan=step)
+        with self.dataset.fetched_ahead(pack for pack, _ in self._packs) as used:
+            for number in range(self._start_step, self._plan.num_steps):
+                step = self._plan.step(number)
+                batches = [
+                    filler(has_images, self.reader, self.kept) if pack == FILLER else self._unwrap(fetched)
+                    for pack, has_images in _share(step, self._rank)
+                ]
+                used(int((step.packs[:, self._rank] != FILLER).sum()))
+                if self._pin_memory:
+                    batches = [batch.pin_memory() for batch in batches]
+                yield LoadedStep(step=number, batches=batches, plan=step)
 
     def _unwrap(self, fetched: Iterator[Fetched]) -> Batch:
         """The next batch; InputError if its images cannot be decoded, or if a worker process died or cannot hand
@@ -376,9 +379,7 @@ class StepLoader:
                     ) from None
                 if isinstance(error, RuntimeError) and not detail.startswith("DataLoader worker"):
                     raise
-            raise InputError(
-                f"an image worker was killed ({detail}, likely out of memory); lower data.workers"
-            ) from None
+            raise InputError(f"an image worker was killed ({detail}, out of memory?); lower data.workers") from None
         if isinstance(found, str):
             raise InputError(found)
         return assemble(*found)
@@ -387,8 +388,8 @@ class StepLoader:
 def load_pack(
     dataset: PackedDataset, number: int, reader: ImageReader, kept: KeptImages | None, has_images: bool | None = None
 ) -> Batch:
-    """One pack, loaded in this process; InputError or OSError if it cannot be read. Arguments as of `StepLoader`;
-    has_images: of its micro-step, see `StepPlan`; None: it is alone in it."""
+    """One pack, loaded here; InputError or OSError if it cannot be read. Arguments as of `StepLoader`; has_images: of
+    its micro-step, see `StepPlan`; None: it is alone in it."""
     shown = bool(dataset.index.num_images[number]) if has_images is None else has_images
     return assemble(*_Fetcher(dataset, reader, kept).fetch(number, shown))
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from vltrain.data.flat.columns import Column
 from vltrain.data.folder import new_folder
+from vltrain.data.remote.blocks import write_blocks
 from vltrain.data.shards import (
     FORMAT_VERSION,
     IMAGE_SCHEMA,
@@ -115,6 +116,8 @@ class ShardWriter:
         told: dict[str, Any] = {**totals, **facts, "format_version": self._version}
         manifest = Manifest(num_packs=num_packs, num_images=len(self._image_ids), files=files, **told)
         (self.folder / MANIFEST).write_text(manifest.dumps(), encoding="utf-8")
+        shards = [file.name for file in files if file.name.startswith(("packs-", "images-"))]
+        write_blocks(self.folder, shards, manifest.checksum)
         return manifest
 
     def close(self) -> None:

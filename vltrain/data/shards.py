@@ -5,6 +5,7 @@
     index.arrow          per pack: tokens, label tokens, images, samples, sum of squared segment lengths
     packs-NNNNN.arrow    the packs
     images-NNNNN.arrow   each distinct image once, as the bytes of its file; packs refer to it by number
+    blocks.index         digests of blocks, for packs at an address (`vltrain.data.remote.blocks`); not in the manifest
 
 Opening reads the manifest and maps files when they are first needed: nothing is kept in memory per pack, so a set of
 1e8 packs opens like a small one. Two sizes are fixed so that a row's place is arithmetic: rows of a record batch, and
@@ -17,18 +18,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
+import pickle
 import re
-from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from vltrain.data.origin import require_whole_record
+from vltrain.data.flat.mapped import MappedTable, Stamp, require_opened, stamp_of
+from vltrain.data.origin import MADE_FROM, read_made_from, require_whole_record
+from vltrain.data.remote.address import is_address
+from vltrain.data.remote.ahead import Ahead
+from vltrain.data.remote.cache import CacheSettings
+from vltrain.data.remote.packs import RemotePacks, RemoteTable
 from vltrain.errors import InputError
 from vltrain.files.digest import sha256_of
 from vltrain.files.strict_json import is_object, parse_json, read_text
@@ -145,7 +151,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder}: not a folder of packed shards (it has no {MANIFEST})")
     try:
         text = read_text(path, "a manifest")
-        fields = parse_json(text.encode(), str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {_REMAKE}") from None
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: str, path: str) -> Manifest:
+    """The same, of its text. `path`: as messages call it."""
+    try:
+        fields = parse_json(text.encode(), path)
     except InputError as error:
         raise InputError(f"{error}; {_REMAKE}") from None
     found = fields.pop("checksum", None) if is_object(fields) else None
@@ -213,37 +227,96 @@ def read_index(path: Path) -> Index:
 
 
 class PackedDataset:
-    """A folder of packed shards. Picklable: a worker process that gets one maps the files anew, if they are still those
-    that were opened."""
+    """A folder of packed shards, here or at an address (`vltrain.data.remote`). Picklable: a worker process that gets
+    one opens the files anew, if they are still those that were opened.
 
-    def __init__(self, folder: Path | str, verify: bool = True) -> None:
-        """Opens `folder`.
+    place   as the user names the folder
+    folder  where manifest, index and record are: `place`, or what was fetched of it
+    """
+
+    def __init__(self, place: Path | str, verify: bool = True, cache: CacheSettings | None = None) -> None:
+        """Opens a folder.
 
         Args:
-            verify: read every file and compare its SHA-256 with the manifest; else only sizes are compared.
+            verify: read every file and compare its SHA-256 with the manifest; else only sizes are compared. At an
+                address blocks are compared when they come, and here only whether every file is there in its size.
+            cache: of blocks of an address; None: the user's.
 
         Raises:
             InputError: not a set of shards, or a file that is missing, truncated or changed.
         """
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        if verify:
-            require_whole_record(self.folder)
-        self._stamps = {file.name: self._check(file, verify) for file in self.manifest.files}
+        self.place = str(place)
+        self._remote = RemotePacks(self.place, cache or CacheSettings()) if is_address(place) else None
+        self._stamps: dict[str, Stamp] = {}
+        if self._remote is not None:
+            self.manifest, self.folder = self._open_remote(self._remote, verify)
+        else:
+            self.folder = Path(place)
+            self.manifest = read_manifest(self.folder)
+            if verify:
+                require_whole_record(self.folder)
+            self._stamps = {file.name: self._check(file, verify) for file in self.manifest.files}
         self._make_tables()
 
+    def _open_remote(self, remote: RemotePacks, verify: bool) -> tuple[Manifest, Path]:
+        manifest, text = remote.manifest(MANIFEST, parse_manifest)
+        index = next(file for file in manifest.files if file.name == INDEX)
+        head = remote.fetch_head(manifest.checksum, (MANIFEST, text), (MADE_FROM, read_made_from), index)
+        if verify:
+            shards = [file for file in manifest.files if file.name.startswith(("packs-", "images-"))]
+            remote.require_whole(shards, _local_ranks())
+        return manifest, head.folder
+
     def _make_tables(self) -> None:
-        self._packs, self._images = (
-            _Table(self.folder, self._files(prefix), self._stamps) for prefix in ("packs-", "images-")
-        )
+        packs, images = self._files("packs-"), self._files("images-")
+        if self._remote is None:
+            self._packs, self._images = (
+                MappedTable(self.folder, {file.name: file.rows for file in files}, self._stamps, ROWS_PER_BATCH)
+                for files in (packs, images)
+            )
+        else:
+            schema = SCHEMAS[self.manifest.format_version]
+            self._packs = self._remote.table(packs, schema, ROWS_PER_BATCH)
+            self._images = self._remote.table(images, IMAGE_SCHEMA, ROWS_PER_BATCH)
+
+    def damaged(self) -> list[str]:
+        """Of packs at an address, what reading every byte of every file finds, a line for each that is damaged; those
+        that are here were read when they were opened."""
+        return [] if self._remote is None else list(self._remote.damaged(self.manifest.files))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards are at an address."""
+        return self._remote is not None
+
+    @contextmanager
+    def fetched_ahead(self, packs: Iterator[int]) -> Generator[Callable[[int], None]]:
+        """Inside the block packs are fetched in the order in which they will be used. Gives what is to be told how many
+        more of them have been."""
+        if self._remote is None:
+            yield lambda number: None
+            return
+        share = self._remote.cache.max_bytes // (2 * _local_ranks())
+        ahead = Ahead(packs, pickle.loads(pickle.dumps(self)).keep, share)
+        try:
+            yield ahead.used
+        finally:
+            ahead.close()
+
+    def keep(self, number: int) -> int:
+        """Fetches pack `number` with its images into the cache. Returns the bytes of the blocks that hold it."""
+        if not isinstance(self._packs, RemoteTable) or not isinstance(self._images, RemoteTable):
+            return 0
+        kept = self._packs.keep(number)
+        return kept + sum(map(self._images.keep_image, self.row(number).image_ids.tolist()))
 
     def _files(self, prefix: str) -> list[ShardFile]:
         return [file for file in self.manifest.files if file.name.startswith(prefix)]
 
-    def _check(self, file: ShardFile, verify: bool) -> _Stamp:
+    def _check(self, file: ShardFile, verify: bool) -> Stamp:
         path = self.folder / file.name
         try:
-            size, _ = stamp = _stamp_of(path)
+            size, _ = stamp = stamp_of(path)
             if size != file.bytes:
                 raise InputError(f"{path}: {size} bytes, the manifest says {file.bytes}; {_REMAKE}")
             if verify:
@@ -261,7 +334,8 @@ class PackedDataset:
 
     @functools.cached_property
     def index(self) -> Index:
-        _require_opened(self.folder / INDEX, self._stamps[INDEX])
+        if self._remote is None:
+            require_opened(self.folder / INDEX, self._stamps[INDEX])
         return read_index(self.folder / INDEX)
 
     def row(self, number: int) -> PackedRow:
@@ -301,50 +375,21 @@ class PackedDataset:
 
     def image(self, image_id: int) -> bytes:
         """The file bytes of an image."""
+        if isinstance(self._images, RemoteTable):
+            return self._images.image(image_id)
         batch, place = self._images.find(image_id)
         return batch.column("data")[place].as_py()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "manifest": self.manifest, "_stamps": self._stamps}
+        kept = ("place", "folder", "manifest", "_stamps", "_remote")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_tables()
 
 
-_Stamp = tuple[int, int]
-"""A file's size and modification time in ns: packs that are made anew may have the same size to the byte."""
+def _local_ranks() -> int:
+    from vltrain.distributed.machine import local_world_size  # with torch, which preparing data does without
 
-
-def _stamp_of(path: Path | str) -> _Stamp:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
-
-
-def _require_opened(path: Path | str, stamp: _Stamp) -> None:
-    """Raises InputError unless the file is still the one that was opened."""
-    if _stamp_of(path) != stamp:
-        raise InputError(f"{path}: was replaced while it was in use (a --rebuild of the same data.root?); start again")
-
-
-class _Table:
-    """Rows spread over several Arrow files, each file mapped when it is first needed."""
-
-    def __init__(self, folder: Path, files: list[ShardFile], stamps: dict[str, _Stamp]) -> None:
-        self._paths = [str(folder / file.name) for file in files]
-        self._stamps = {str(folder / file.name): stamps[file.name] for file in files}
-        self._ends = list(accumulate(file.rows for file in files))
-        # Mapped files cost address space and a file handle each, so only the last used stay open.
-        self._open = functools.lru_cache(maxsize=64)(self._map)
-
-    def _map(self, path: str) -> pa.ipc.RecordBatchFileReader:
-        _require_opened(path, self._stamps[path])
-        return pa.ipc.open_file(pa.memory_map(path))
-
-    def find(self, row: int) -> tuple[pa.RecordBatch, int]:
-        """The record batch that holds `row`, and its place in it."""
-        if not 0 <= row < (self._ends[-1] if self._ends else 0):
-            raise IndexError(f"row {row} of {self._ends[-1] if self._ends else 0}")
-        number = bisect_right(self._ends, row)
-        inside = row - (self._ends[number - 1] if number else 0)
-        return self._open(self._paths[number]).get_batch(inside // ROWS_PER_BATCH), inside % ROWS_PER_BATCH
+    return local_world_size()

@@ -65,7 +65,7 @@ def small_pack(loader: StepLoader, model: VisionLanguageModel) -> SmallPack:
     segments = segments_of(loader.dataset.row(int(best)), model)
     chosen = _some(segments)
     ids = {name for segment in chosen for name in segment.images}
-    where = f"{loader.dataset.folder}: pack {best}: image"
+    where = f"{loader.dataset.place}: pack {best}: image"
     pictures = {name: loader.reader.decode(loader.dataset.image(int(name)), f"{where} {name}") for name in ids}
     return SmallPack(pack=int(best), segments=chosen, pictures=pictures, loader=loader, image_token=model.image_token)
 

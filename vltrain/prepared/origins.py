@@ -214,18 +214,18 @@ def _adopt_packs(folder: Path, samples: Path) -> list[str]:
     return []
 
 
-def require_same_set(config: Config, folder: Path, samples: Path) -> None:
+def require_same_set(config: Config, packs: PackedDataset, samples: Path) -> None:
     """Packs that a recipe names (`data.train_packs`) and the samples that are answered beside them are of one set of
     samples.
 
     Other ones must be named as such, by `data.source: samples`. Raises InputError if they are not of one set.
     """
-    made, prepared = read_made_from(folder), read_prepared(samples.parent)
+    made, prepared = read_made_from(packs.folder), read_prepared(samples.parent)
     if made is None:
         logger.warning(
             "data: %s: packs without a record of what they were packed from: whether %s is of the same data cannot "
             "be checked",
-            folder,
+            packs.place,
             samples,
         )
         return
@@ -238,14 +238,14 @@ def require_same_set(config: Config, folder: Path, samples: Path) -> None:
     if config.data.source == OWN:
         logger.warning(
             "data: trained on %s, packed from %s; answered is %s, which is of another set",
-            folder,
+            packs.place,
             packed_from,
             answered,
         )
         return
     found = (
-        f"data.train_packs = {folder} were packed from {packed_from}, which is not in {samples.parent} (any more), "
-        f"and {answered} would be answered"
+        f"data.train_packs = {packs.place} were packed from {packed_from}, which is not in {samples.parent} "
+        f"(any more), and {answered} would be answered"
     )
     raise InputError(
         f"{found}; name the data.root that they belong to, or the samples to answer: data.source samples, "
@@ -260,7 +260,7 @@ def facts_of(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     with suppress(InputError):  # of own packs, samples that are nowhere
         asked = how_asked(samples_file(config, config.data.train_split))
     return {
-        "packs": str(dataset.folder),
+        "packs": dataset.place,
         "checksum": dataset.manifest.checksum,
         "made_from": None if made is None else asdict(made),
         "samples": data_identity(config, config.data.train_split),

@@ -12,6 +12,8 @@ from vltrain.config.schema import Config
 from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
+from vltrain.data.remote.address import place_of
+from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import PackedDataset, require_match
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.distributed.hardware import device
@@ -55,7 +57,7 @@ def _ensure_data(
     if evaluates:
         file = ensure_samples(config, config.data.eval_split, rebuild=rebuild)
         if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
-            require_same_set(config, dataset.folder, file)
+            require_same_set(config, dataset, file)
         every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
         ask(answered, every, encoder, config, outline, file)
     if dataset is not None:
@@ -76,17 +78,17 @@ def open_packs(
             samples than the recipe's.
     """
     if config.data.train_packs is not None:
-        folder = Path(config.data.train_packs)
-        made = read_made_from(folder)
+        dataset = _opened(config, place_of(config.data.train_packs))
+        made = read_made_from(dataset.folder)
         if made is not None and (changes := tokenizer_changes(made, encoder.tokenizer, config.data.template)):
             raise InputError(
-                f"data.train_packs: {folder}: since they were packed, {'; '.join(changes)}; restore the "
+                f"data.train_packs: {dataset.place}: since they were packed, {'; '.join(changes)}; restore the "
                 "tokenizer, or pack the samples again"
             )
     else:
         folder = packed_folder(config, encoder)
         ensure_packs(config, folder, encoder, rebuild=rebuild, samples_are_ready=samples_are_ready)
-    dataset = PackedDataset(folder, verify=int(os.environ.get("LOCAL_RANK", "0")) == 0)
+        dataset = _opened(config, folder)
     require_match(
         dataset.manifest,
         tokenizer_fingerprint=encoder.fingerprint,
@@ -96,6 +98,11 @@ def open_packs(
     )
     _require_image_sizes(dataset, config.data.max_image_pixels)
     return dataset
+
+
+def _opened(config: Config, place: Path | str) -> PackedDataset:
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return PackedDataset(place, verify=is_first, cache=CacheSettings.of(config.data))
 
 
 def _require_image_sizes(dataset: PackedDataset, limit: int) -> None:
@@ -108,5 +115,10 @@ def _require_image_sizes(dataset: PackedDataset, limit: int) -> None:
         or int(os.environ.get("LOCAL_RANK", "0")) > 0
     ):
         return
+    if dataset.is_remote:  # every image would be fetched
+        raise InputError(
+            f"data.max_image_pixels: found {limit}, but {dataset.place} was packed with "
+            f"{made.options['max_image_pixels']}; say the same, or pack the samples with a lower one"
+        )
     for number in range(dataset.manifest.num_images):
         require_size(dataset.image(number), limit, f"{dataset.folder}: image {number} of the packs")

@@ -58,6 +58,7 @@ from pathlib import Path
 from vltrain.config.command_line import COMMAND_LINE, Arguments, split_arguments
 from vltrain.config.stages import stage_folders
 from vltrain.console import start_logging
+from vltrain.data.remote.address import place_of
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.receipts.verify import Proof, prove
 
@@ -104,7 +105,7 @@ def _resume(arguments: Arguments) -> int:
         )
     pairs = zip(stages, others or [None] * len(stages), strict=True) if stages else [(run, other[0] if other else None)]
     return max(
-        _show(prove(one, Path(packs) if packs else None, another, tolerance), one.name if stages else "")
+        _show(prove(one, place_of(packs) if packs else None, another, tolerance), one.name if stages else "")
         for one, another in pairs
     )
 
@@ -136,7 +137,7 @@ def _data(arguments: Arguments) -> int:
     if len(arguments.positionals) != 1:
         raise InputError(f"{COMMAND_LINE}: found {len(arguments.positionals)} folder(s), expected FOLDER")
     start_logging()
-    return _show(check_data(Path(arguments.positionals[0])))
+    return _show(check_data(place_of(arguments.positionals[0])))
 
 
 def _export(arguments: Arguments) -> int:
@@ -166,7 +167,7 @@ def _replay(arguments: Arguments) -> int:
         raise InputError(
             f"{arguments.positionals[0]}: a run in stages, expected one of them: {', '.join(map(str, stages))}"
         )
-    losses = replay(Path(arguments.positionals[0]), int(step), Path(packs) if packs else None)
+    losses = replay(Path(arguments.positionals[0]), int(step), place_of(packs) if packs else None)
     print("        loss  label tokens  sample")
     for name, loss, count in losses:
         print(f"{loss:12.6g}  {count:12d}  {name}")

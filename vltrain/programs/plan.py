@@ -24,6 +24,8 @@ from vltrain.console import logged_from
 from vltrain.data.origin import read_made_from
 from vltrain.data.plan import length_of
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
+from vltrain.data.remote.address import place_of
+from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
@@ -302,11 +304,13 @@ def _tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
 def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> tuple[PackedDataset | None, str]:
     """The packs to train on, if they are on this machine, and where they are or why there are none."""
     if config.data.train_packs is not None:
-        folder = Path(config.data.train_packs)
+        folder = place_of(config.data.train_packs)
     elif encoder is None:
         return None, no_tokenizer
     else:
         folder = packed_folder(config, encoder)
+    if isinstance(folder, str):
+        return PackedDataset(folder, verify=False, cache=CacheSettings.of(config.data)), folder
     if not folder.exists():
         return None, f"none at {folder}"
     if config.data.train_packs is None and encoder is not None and read_made_from(folder) is not None:

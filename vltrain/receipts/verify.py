@@ -51,7 +51,7 @@ class Proof:
             self.failures.append(failure)
 
 
-def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: float = 0.0) -> Proof:
+def prove(run: Path, packs: Path | str | None, other: Path | None = None, tolerance: float = 0.0) -> Proof:
     """Proves a run's receipt.
 
     Args:
@@ -65,7 +65,7 @@ def prove(run: Path, packs: Path | None, other: Path | None = None, tolerance: f
     receipt = read_receipt(run / RECEIPT)
     dataset = PackedDataset(packs or receipt.header.packs, verify=True)
     if dataset.manifest.checksum != receipt.header.data:
-        raise InputError(f"{dataset.folder}: its packs are not those that {run} was trained on; name them with --packs")
+        raise InputError(f"{dataset.place}: its packs are not those that {run} was trained on; name them with --packs")
     proof = Proof()
     header, num_lines = receipt.header, len(receipt.lines)
     cut_short = "; a last line is cut short" if receipt.cut_short else ""

@@ -111,7 +111,7 @@ class FeatureMaker:
 
     def _pixels(self, entries: Entries, chunk: range) -> torch.Tensor | ImageInputs:
         ids, counts = (values[chunk.start : chunk.stop].tolist() for values in (entries.image_ids, entries.counts))
-        where = f"{self.dataset.folder}: image"
+        where = f"{self.dataset.place}: image"
         return self.reader.stack([self.reader.decode(self.dataset.image(one), f"{where} {one}") for one in ids], counts)
 
     def _make(self, store: FeatureStore) -> None:

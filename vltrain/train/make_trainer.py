@@ -284,7 +284,7 @@ def receipt_header(
     return Header(
         run=run,
         data=dataset.manifest.checksum,
-        packs=str(dataset.folder),
+        packs=dataset.place,
         seed=train.seed,
         epochs=train.epochs,
         packs_per_step=train.packs_per_step,

@@ -1,1 +1,2 @@
-"""What is known of each sample while a data set is made, on disk: memory does not grow with the samples."""
+"""Rows on disk: of shards, mapped; and what is known of each sample while a set is made. Memory does not grow with
+them."""

@@ -81,7 +81,7 @@ class SampleBatches:
         pack = self._dataset.row(place.pack)
         runs = image_runs(pack, self._image_token, self._visual_tokens)
         row = segment_of(pack, place.segment, runs[place.segment])
-        where = f"{self._dataset.folder}: pack {place.pack}, sample {row.sample_ids[0]}"
+        where = f"{self._dataset.place}: pack {place.pack}, sample {row.sample_ids[0]}"
         if self._kept is not None:
             return assemble(row, self._kept.of_row(row, blank=False, where=where))
         pictures = [

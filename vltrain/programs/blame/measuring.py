@@ -63,7 +63,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def measure_step(run: Path, step: int, packs: Path) -> MeasuredStep:
+def measure_step(run: Path, step: int, packs: Path | str) -> MeasuredStep:
     """Makes a step of a run again. Raises InputError as `vltrain.programs.checks.replay.replay`."""
     with opened(run, until=step, packs=packs, zero=False) as found:
         trainer = found.trainer
@@ -87,7 +87,7 @@ def measure_step(run: Path, step: int, packs: Path) -> MeasuredStep:
         )
 
 
-def measure_now(run: Path, places: Sequence[Place], packs: Path) -> tuple[dict[Place, Measured], int]:
+def measure_now(run: Path, places: Sequence[Place], packs: Path | str) -> tuple[dict[Place, Measured], int]:
     """Samples by the run's newest checkpoint, and the steps behind that. Raises InputError as `measure_step`."""
     with opened(run, until=None, packs=packs, zero=False) as found:
         measure = _Meter(found)

@@ -39,6 +39,8 @@ from vltrain.config.schema import Config
 from vltrain.console import last_line, start_logging
 from vltrain.data.folder import refuse_existing_file
 from vltrain.data.reading import recipe_tokenizer
+from vltrain.data.remote.address import place_of
+from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import MANIFEST, PackedDataset
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.atomic import write_whole
@@ -74,7 +76,7 @@ def main(argv: list[str], *, program: str = "vltrain blame") -> int:
     start_logging()
     packs = arguments.last("packs")
     step, worst = arguments.whole("step", 0), arguments.whole("worst", 1, MOST)
-    subject = _Run(Path(arguments.positionals[0]), Path(packs) if packs else None)
+    subject = _Run(Path(arguments.positionals[0]), place_of(packs) if packs else None)
     if asked == ["spike"]:
         step, found, before = spike({one: told["loss"] for one, told in subject.log.items()})
         times = (
@@ -100,17 +102,17 @@ def _output(arguments: Arguments, default: str) -> Path:
 class _Run:
     """A run with its packs, its history and its log. Raises InputError where one is missing or of another run."""
 
-    def __init__(self, folder: Path, packs: Path | None) -> None:
+    def __init__(self, folder: Path, packs: Path | str | None) -> None:
         self.folder = folder
         self.config: Config = recipe_of(folder)
         history, header = read_history(folder), read_receipt(folder / RECEIPT).header
         self.log = read_step_log(folder / LOG)
-        self.packs = packs or Path(header.packs)
-        if not (self.packs / MANIFEST).is_file():
+        self.packs = packs or place_of(header.packs)
+        if isinstance(self.packs, Path) and not (self.packs / MANIFEST).is_file():
             raise InputError(
                 f"{self.packs}: the run's packs are not there; name where they are now with --packs FOLDER"
             )
-        self.dataset = PackedDataset(self.packs, verify=False)
+        self.dataset = PackedDataset(self.packs, verify=False, cache=CacheSettings.of(self.config.data))
         if not self.dataset.manifest.checksum == header.data == history.data:
             raise InputError(
                 f"{self.packs}: not the packs that {folder} was trained on; name those with --packs FOLDER"

@@ -12,11 +12,13 @@ from vltrain.errors import InputError
 from vltrain.receipts.verify import Proof
 
 
-def check_data(folder: Path) -> Proof:
-    """What was found in a `data.root`, a folder of prepared samples or one of packs.
+def check_data(folder: Path | str) -> Proof:
+    """What was found in a `data.root`, a folder of prepared samples or one of packs, or at an address of packs.
 
     Raw data that is not where it was is told and not compared. Raises InputError if there is nothing to check.
     """
+    if isinstance(folder, str):
+        return _check_address(folder)
     samples = next((place for place in (folder, folder / "samples") if (place / PREPARED).is_file()), None)
     packs = (
         [folder]
@@ -65,6 +67,19 @@ def _samples_changes(folder: Path) -> tuple[list[str], list[str]]:
         f"samples and images as they were prepared from {made.name()}",
         *gone,
     ]
+
+
+def _check_address(address: str) -> Proof:
+    """Packs at an address: every file that the manifest lists."""
+    dataset, proof = PackedDataset(address, verify=True), Proof()
+    damaged, manifest = dataset.damaged(), dataset.manifest
+    proof.failures += damaged
+    if not damaged:
+        proof.facts.append(
+            f"{address}: {manifest.num_packs} packs, {manifest.num_samples} samples and {manifest.num_images} images, "
+            "every byte as it was packed; what they were packed from is not compared"
+        )
+    return proof
 
 
 def _packs_changes(folder: Path) -> tuple[list[str], list[str]]:

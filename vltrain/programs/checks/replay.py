@@ -55,7 +55,7 @@ class Replay:
     reader: ImageReader
 
 
-def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, float, int]]:
+def replay(run: Path, step: int, packs: Path | str | None = None) -> list[tuple[str, float, int]]:
     """(id, mean loss per label token, label tokens) of each sample of a step, not finite ones first, then by size.
 
     Raises: InputError where the run's folder lacks what is needed, or has no such step.
@@ -65,7 +65,7 @@ def replay(run: Path, step: int, packs: Path | None = None) -> list[tuple[str, f
 
 
 @contextmanager
-def opened(run: Path, *, until: int | None, packs: Path | None, zero: bool = True) -> Iterator[Replay]:
+def opened(run: Path, *, until: int | None, packs: Path | str | None, zero: bool = True) -> Iterator[Replay]:
     """A run at its newest checkpoint of no later step than `until`, at its start where there is none; nothing is
     written into its folder.
 
@@ -112,7 +112,7 @@ def opened(run: Path, *, until: int | None, packs: Path | None, zero: bool = Tru
         shutdown_distributed()
 
 
-def _settings(run: Path, packs: Path | None, *, zero: bool) -> tuple[Config, dict[str, Any]]:
+def _settings(run: Path, packs: Path | str | None, *, zero: bool) -> tuple[Config, dict[str, Any]]:
     """The run's recipe and DeepSpeed's JSON, for one process that decodes images itself."""
     config = recipe_of(run, "ds_config.json")
     require_machine(workers=0)

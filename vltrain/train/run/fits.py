@@ -77,7 +77,12 @@ def kept_image_part(
             f"({len(inside)} parameters, the first {inside[0]}); train nothing in it, or leave it out"
         )
     if dataset is not None and dataset.manifest.num_images == 0:
-        raise InputError(f"{key}: has no effect: {dataset.folder} shows no image; leave it out")
+        raise InputError(f"{key}: has no effect: {dataset.place} shows no image; leave it out")
+    if dataset is not None and dataset.is_remote:
+        raise InputError(
+            f"{key}: found true, but features are kept beside the packs, and {dataset.place} is an address; copy the "
+            "packs into a folder, or leave it out"
+        )
     return part
 
 
@@ -107,7 +112,7 @@ def require_positions(dataset: PackedDataset, model: VisionLanguageModel) -> Non
             longest, name = int(row.segment_lengths[place]), row.sample_ids[place]
     if over:
         raise InputError(
-            f"{dataset.folder}: {over} sample(s) are longer than the LLM's context of {bound} positions, the "
+            f"{dataset.place}: {over} sample(s) are longer than the LLM's context of {bound} positions, the "
             f"longest '{name}' with {longest} tokens; "
             f"shorten them, leave them out (data.pack_length at most {bound} with data.over_long: drop), or "
             "take an LLM with a longer context"

@@ -1,0 +1,381 @@
+"""Packs at an address against the same packs in a folder, over a real HTTP server that fails, lies, hangs and refuses;
+and the cache that processes share."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.object_store import Faults, object_store
+from tests.support.processes import ROOT
+from tests.support.tiny import IMAGE_SIZE, make_segments, write_packs
+from vltrain.data.loader import StepLoader
+from vltrain.data.pictures import SquareReader
+from vltrain.data.plan import PackCost, Plan
+from vltrain.data.remote import ahead as ahead_module
+from vltrain.data.remote import cache as cache_module
+from vltrain.data.remote import packs as packs_module
+from vltrain.data.remote import store as store_module
+from vltrain.data.remote.ahead import Ahead
+from vltrain.data.remote.blocks import write_blocks
+from vltrain.data.remote.cache import GIB, BlockCache, CacheSettings
+from vltrain.data.shards import PackedDataset
+from vltrain.errors import InputError
+
+NUM_PACKS, BLOCK = 40, 4096
+READER = SquareReader(size=IMAGE_SIZE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Packs of 120 kB, in blocks of 4 KiB."""
+    place = write_packs(tmp_path_factory.mktemp("remote") / "packs", make_segments(NUM_PACKS))
+    reblocked(place)
+    return place
+
+
+def reblocked(place: Path) -> None:
+    dataset = PackedDataset(place)
+    names = [file.name for file in dataset.manifest.files if file.name.startswith(("packs-", "images-"))]
+    write_blocks(place, names, dataset.manifest.checksum, BLOCK)
+
+
+@pytest.fixture
+def server(folder):
+    with object_store(folder.parent) as store:
+        yield store
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(store_module, "PAUSES", pauses := (0.0,) * 8)
+    monkeypatch.setattr(packs_module, "PAUSES", pauses)
+    monkeypatch.setattr(cache_module, "IN_MEMORY", 2)
+    monkeypatch.setattr(packs_module, "OPENING_PAUSES", (0.0,) * 3)
+
+
+def settings(tmp_path, num_bytes: int = 2**24) -> CacheSettings:
+    return CacheSettings(folder=str(tmp_path / "cache"), gib=num_bytes / GIB)
+
+
+def cached(tmp_path) -> list[Path]:
+    return [path for path in (tmp_path / "cache" / "blocks").rglob("*") if path.is_file()]
+
+
+def wait_for(holds, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def assert_same(far: PackedDataset, near: PackedDataset) -> None:
+    assert far.manifest == near.manifest and len(far) == len(near)
+    for name, values in vars(near.index).items():
+        assert np.array_equal(values, getattr(far.index, name))
+    for number in range(len(near)):
+        expected, found = vars(near.row(number)), vars(far.row(number))
+        for name, value in expected.items():
+            assert np.array_equal(value, found[name]) and getattr(value, "dtype", 0) == getattr(found[name], "dtype", 0)
+        assert far.sample_ids(number) == near.sample_ids(number)
+    for number in range(near.manifest.num_images):
+        assert far.image(number) == near.image(number)
+
+
+def test_packs_at_an_address_are_those_in_the_folder_and_are_fetched_once(folder, server, tmp_path):
+    far = PackedDataset(f"{server.address}/packs/", cache=settings(tmp_path))
+    assert_same(far, PackedDataset(folder))
+    asked = sum(server.requests.values())
+    assert_same(PackedDataset(f"{server.address}/packs", cache=settings(tmp_path)), PackedDataset(folder))
+    again = sum(server.requests.values()) - asked
+    assert again <= 5, "the manifest, the record and the shards' ends; everything else is in the cache"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    fetched = sum(path.stat().st_size for path in cached(tmp_path))
+    assert fetched <= sizes["packs-00000.arrow"] + sizes["images-00000.arrow"]
+
+
+def test_one_pack_fetches_its_own_blocks_only(folder, server, tmp_path):
+    far = PackedDataset(f"{server.address}/packs", cache=settings(tmp_path))
+    kept = far.keep(0)
+    images = sum(len(far.image(number)) for number in far.row(0).image_ids.tolist())
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    whole = sizes["images-00000.arrow"]
+    fetched = sum(path.stat().st_size for path in cached(tmp_path))
+    assert images < fetched <= kept + 2 * BLOCK and fetched < whole / 4 + sizes["packs-00000.arrow"]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_batches_are_those_of_the_folder_with_reads_failing_and_bytes_flipped(folder, server, tmp_path, workers):
+    near = PackedDataset(folder)
+    plan = Plan(near.index, seed=1, epochs=2.0, packs_per_step=5, world_size=1, cost=PackCost())
+    server.faults = Faults(fail=0.2, flip=0.2, only=("packs-", "images-"))
+    # a tenth of the data fits in
+    far = PackedDataset(f"{server.address}/packs", verify=False, cache=settings(tmp_path, 5 * BLOCK))
+    loader = StepLoader(far, plan, 0, READER, workers)
+    expected = [step.batches for step in StepLoader(near, plan, 0, READER, 0)]
+    found = [step.batches for step in loader]
+    loader.close()
+    wait_for(lambda: not any(thread.name == "fetch ahead" for thread in threading.enumerate()))
+    assert len(found) == len(expected) == 16
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.input_ids, other.input_ids) and torch.equal(one.labels, other.labels)
+            assert torch.equal(one.pixels, other.pixels) and one.sample_ids == other.sample_ids
+    assert server.failed.total() > 10 and server.flipped.total() > 10
+    assert sum(path.stat().st_size for path in cached(tmp_path)) <= 5 * BLOCK
+
+
+def test_bytes_that_stay_flipped_are_named_with_both_digests(folder, server, tmp_path):
+    far = PackedDataset(f"{server.address}/packs", cache=settings(tmp_path))
+    server.faults = Faults(flip=1.0, only=("images-",))
+    with pytest.raises(InputError, match="images-00000.arrow: bytes 0 to 4096 are damaged") as told:
+        far.image(0)
+    whole = (folder / "images-00000.arrow").read_bytes()
+    assert hashlib.sha256(whole[:BLOCK]).hexdigest() in str(told.value) and "4 times" in str(told.value)
+    server.faults = Faults()
+    assert far.image(0) == PackedDataset(folder).image(0), "nothing damaged was kept"
+
+
+def test_an_object_that_vanishes_is_asked_for_again_and_then_named(folder, server, tmp_path):
+    far = PackedDataset(f"{server.address}/packs", cache=settings(tmp_path))
+    server.faults = Faults(status={"images-00000.arrow": 404})
+    asked = server.requests["images-00000.arrow"]
+    with pytest.raises(InputError, match="images-00000.arrow: is not there.* tried 9 times"):
+        far.image(0)
+    assert server.requests["images-00000.arrow"] == asked + 9
+    server.faults = Faults()
+    assert far.image(0) == PackedDataset(folder).image(0)
+
+
+def test_a_read_that_hangs_ends(folder, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(packs_module, "PAUSES", (0.0,))
+    far = PackedDataset(f"{server.address}/packs", cache=settings(tmp_path))
+    server.faults = Faults(hang={"images-00000.arrow"})
+    with pytest.raises(InputError, match="nothing came within 0.2 s"):
+        far.image(0)
+
+
+def test_a_block_that_was_damaged_or_cut_in_the_cache_is_fetched_again(folder, server, tmp_path, caplog):
+    near = PackedDataset(folder)
+    PackedDataset(f"{server.address}/packs", cache=settings(tmp_path)).image(0)
+    for damage in (lambda data: data[:-1], lambda data: b"", lambda data: data[:9] + bytes([data[9] ^ 1]) + data[10:]):
+        for path in cached(tmp_path):
+            path.write_bytes(damage(path.read_bytes()))
+        assert PackedDataset(f"{server.address}/packs", cache=settings(tmp_path)).image(0) == near.image(0)
+        assert "is damaged, fetched again" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        (Faults(status={"manifest.json": 403}), "manifest.json: no rights to read it .*403.*credentials"),
+        (Faults(status={"images-00000.arrow": 401}), "images-00000.arrow: no rights to read it"),
+        (Faults(status={"manifest.json": 404}), "not a folder of packed shards, or no such folder or bucket"),
+        (Faults(status={"packs-00000.arrow": 404}), "packs-00000.arrow: is not there; copy the folder anew"),
+        (Faults(status={"blocks.index": 404}), "blocks.index: is not there: packs that go to an address have it"),
+        (Faults(ranges=False), "answers ranges with whole objects"),
+        (Faults(fail=1.0), r"manifest.json: cannot be read \(.*tried 4 times"),
+        (Faults(flip=1.0, only=("index.arrow",)), "index.arrow: arrived damaged 4 times"),
+        (Faults(flip=1.0, only=("manifest.json",)), "manifest.json:"),
+        (Faults(flip=1.0, only=("blocks.index",)), "blocks.index: "),
+    ],
+    ids=lambda value: None if isinstance(value, Faults) else value[:24],
+)
+def test_an_address_that_cannot_be_opened_is_refused_in_a_line(folder, server, tmp_path, faults, told):
+    server.faults = faults
+    with pytest.raises(InputError, match=told) as error:
+        PackedDataset(f"{server.address}/packs", cache=settings(tmp_path))
+    assert server.address in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("s4://bucket/packs", "unknown protocol 's4'; did you mean 's3'"),
+        ("abfs://bucket/packs", "takes a package that is not installed here; pip install adlfs"),
+        ("http://user:secret@127.0.0.1/packs", "holds a password"),
+        ("simplecache::http://127.0.0.1/packs", "expected PROTOCOL://FOLDER"),
+        ("memory://nowhere/packs", "not a folder of packed shards, or no such folder or bucket"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_in_a_line(address, told, tmp_path):
+    with pytest.raises(InputError, match=told) as error:
+        PackedDataset(address, cache=settings(tmp_path))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("left", [-1, 0, 5000])
+def test_a_shard_that_was_cut_short_is_refused_when_it_opens(folder, tmp_path, left):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shard = copy / "packs-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:left])
+    with object_store(tmp_path) as store, pytest.raises(InputError, match="packs-00000.arrow: "):
+        PackedDataset(f"{store.address}/{copy.name}", cache=settings(tmp_path))
+
+
+def test_a_cache_that_cannot_hold_or_be_written_is_refused(folder, server, tmp_path, monkeypatch):
+    address = f"{server.address}/packs"
+    with pytest.raises(InputError, match="data.cache_gib: found .* expected at least"):
+        PackedDataset(address, cache=settings(tmp_path, 4 * BLOCK - 1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="for each of 2 rank"):
+        PackedDataset(address, cache=settings(tmp_path, 4 * BLOCK))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="data.cache: .*file.*cannot be written"):
+        PackedDataset(address, cache=CacheSettings(folder=str(tmp_path / "file" / "cache")))
+    free = shutil.disk_usage(tmp_path)._replace(free=BLOCK)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: free)
+    with pytest.raises(InputError, match="data.cache_gib: .* its disk has"):
+        PackedDataset(address, cache=CacheSettings(folder=str(tmp_path / "other")))
+
+
+def fill(cache: BlockCache, numbers, num_bytes: int = BLOCK, used_at: int | None = None) -> None:
+    """Blocks that say their number; `used_at`: in s."""
+    for number in numbers:
+        data = number.to_bytes(4, "little") * (num_bytes // 4)
+        digest = hashlib.sha256(data).digest()
+        assert cache.read(digest, num_bytes, lambda: data) == data
+        if used_at is not None:
+            path = cache.folder / "blocks" / digest.hex()[:2] / digest.hex()
+            os.utime(path, (used_at, used_at))
+
+
+def held(cache: BlockCache) -> set[int]:
+    return {
+        int.from_bytes(path.read_bytes()[:4], "little")
+        for path in (cache.folder / "blocks").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
+    cache = BlockCache(settings(tmp_path, 20 * BLOCK))
+    fill(cache, range(20), used_at=1000)
+    fill(cache, range(5), used_at=2000)
+    cache = BlockCache(settings(tmp_path, 20 * BLOCK))  # what is in memory does not count
+    digest = hashlib.sha256((7).to_bytes(4, "little") * (BLOCK // 4)).digest()
+    cache.keep(digest, BLOCK, lambda: pytest.fail("it is there"))  # as fetching ahead does
+    assert cache.size() == 20 * BLOCK
+    fill(cache, [20])
+    assert cache.size() <= 20 * BLOCK and {0, 1, 2, 3, 4, 7, 20} <= held(cache) and len(held(cache)) == 18
+    fill(cache, range(21, 300))
+    assert cache.size() == len(held(cache)) * BLOCK <= 20 * BLOCK
+
+
+def test_a_lost_count_and_what_a_killed_process_had_begun_are_put_right(tmp_path):
+    cache = BlockCache(settings(tmp_path, 10 * BLOCK))
+    fill(cache, range(6))
+    begun = cache.folder / "blocks" / "00" / f".{'00' * 32}.{BLOCK}.dead0000.tmp"
+    begun.parent.mkdir(exist_ok=True)
+    begun.write_bytes(b"half")
+    (cache.folder / "size").write_text("")  # killed while it was written
+    assert cache.size() == 6 * BLOCK and not begun.exists()
+    (cache.folder / "size").write_text(str(9 * BLOCK))  # killed between counting and writing
+    fill(cache, range(6, 9))
+    assert cache.size() == 9 * BLOCK and held(cache) == set(range(9))
+
+
+PROCESS = """
+import hashlib, random, sys, time
+from vltrain.data.remote.cache import GIB, BlockCache, CacheSettings
+folder, seed, log = sys.argv[1:]
+cache = BlockCache(CacheSettings(folder=folder, gib=24 * 4096 / GIB))
+chance = random.Random(int(seed))
+def fetch():
+    with open(log, "a") as file:
+        file.write(f"{number}\\n")
+    time.sleep(0.002)
+    return data
+print("ready", flush=True)
+for _ in range(int(sys.stdin.readline())):
+    number = chance.randrange(16)
+    data = number.to_bytes(4, "little") * 1024
+    (cache.read if chance.random() < 0.5 else cache.keep)(hashlib.sha256(data).digest(), 4096, fetch)
+    cache._memory.clear()
+print("done", flush=True)
+"""
+
+
+def start(tmp_path, seed: int) -> subprocess.Popen:
+    words = [sys.executable, "-c", PROCESS, str(tmp_path / "cache"), str(seed), str(tmp_path / "fetched")]
+    return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_processes_share_a_cache_and_fetch_each_block_once_killed_ones_leave_nothing_whole(tmp_path):
+    three = [start(tmp_path, seed) for seed in range(3)]
+    for process in three:
+        assert process.stdout.readline() == "ready\n"
+    for process, rounds in zip(three, (200, 200, 10**6), strict=True):
+        process.stdin.write(f"{rounds}\n")
+        process.stdin.flush()
+    wait_for(lambda: (tmp_path / "fetched").exists())
+    time.sleep(0.02)
+    three[2].send_signal(signal.SIGKILL)
+    for process in three[:2]:
+        assert process.communicate(timeout=60)[0] == "done\n" and process.returncode == 0
+    three[2].communicate()
+    fetched = (tmp_path / "fetched").read_text().split()
+    assert set(fetched) == set(map(str, range(16))) and len(fetched) <= 17, "one that was killed amid its fetch at most"
+    cache = BlockCache(settings(tmp_path, 24 * BLOCK))
+    for path in cached(tmp_path):
+        assert path.name.endswith(".tmp") or hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    fill(cache, range(100, 140))  # makes room, and so removes what was begun
+    assert not [path for path in cached(tmp_path) if path.name.endswith(".tmp")]
+    assert cache.size() == len(cached(tmp_path)) * BLOCK <= 24 * BLOCK
+
+
+def test_fetching_ahead_is_bounded_and_goes_on_as_packs_are_used(monkeypatch):
+    kept: list[int] = []
+
+    def keep(pack: int) -> int:
+        kept.append(pack)
+        if pack == 3:
+            raise InputError("whoever uses it meets this")
+        return 100
+
+    ahead = Ahead(iter(range(1000)), keep, most_bytes=10**9)
+    wait_for(lambda: len(kept) >= ahead_module.MOST_PACKS)
+    time.sleep(0.05)
+    assert sorted(kept) == list(range(ahead_module.MOST_PACKS))
+    ahead.used(2)
+    ahead.used(3)
+    wait_for(lambda: len(kept) == ahead_module.MOST_PACKS + 5)
+    ahead.close()
+    time.sleep(0.05)
+    ahead.used(1)
+    assert len(kept) == ahead_module.MOST_PACKS + 5
+
+    kept.clear()
+    ahead = Ahead(iter(range(1000)), keep, most_bytes=1000)
+    wait_for(lambda: len(kept) >= 10)
+    time.sleep(0.05)
+    assert len(kept) <= 10 + ahead_module.THREADS
+    ahead.close()
+
+
+def test_a_loader_at_an_address_has_the_next_packs_before_they_are_asked_for(folder, server, tmp_path):
+    far = PackedDataset(f"{server.address}/packs", cache=settings(tmp_path))
+    plan = Plan(far.index, seed=1, epochs=1.0, packs_per_step=5, world_size=1, cost=PackCost())
+    loader = StepLoader(far, plan, 0, READER, 0)
+    steps = iter(loader)
+    next(steps)
+    near = PackedDataset(folder)
+    images = {image for step in range(8) for pack in plan.packs_of(step).tolist() for image in near.row(pack).image_ids}
+    size = sum(path.stat().st_size for path in folder.glob("*-00000.arrow"))
+    wait_for(lambda: sum(path.stat().st_size for path in cached(tmp_path)) > 0.9 * size)
+    assert len(images) == near.manifest.num_images
+    server.faults = Faults(status={"packs-00000.arrow": 404, "images-00000.arrow": 404})
+    assert [step.step for step in steps] == list(range(1, 8)), "nothing is asked for any more"
+    loader.close()

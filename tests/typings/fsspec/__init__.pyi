@@ -1,0 +1,6 @@
+"""What is used of fsspec, which has no types of its own."""
+
+from . import core as core
+
+def available_protocols() -> list[str]: ...
+def get_filesystem_class(protocol: str) -> type: ...

@@ -1,0 +1,1 @@
+known_implementations: dict[str, dict[str, str]]
