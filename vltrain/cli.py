@@ -58,6 +58,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "vltrain.programs.studies.importance",
         "the rank that AdaLoRA left in each sublayer: table, heat map, summary",
     ),
+    "scaling": (
+        "vltrain.programs.studies.scaling",
+        "accuracy over the trained share, of tables that ablate has made: one table, lines, picture",
+    ),
     "ask": ("vltrain.programs.ask", "ask a tuned model a question about images, or hold a conversation with it"),
     "answer": ("vltrain.programs.answer", "answer the questions of a VLMEvalKit data set, as its result file"),
     "serve": (

@@ -37,13 +37,17 @@ from vltrain.train.zero.ds_config import load_ds_json, resolve_ds_config
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
 TABLES = [path for path in FILES if "rows" in load_yaml(path)]
+LLMS_SCALED = ("t5_xl", "t5_xxl", "vicuna_7b", "vicuna_13b")
 GRID = [
     path
     for path in TABLES
     if path.stem
     in {f"qformer_{llm}_{data}" for llm in ("t5", "vicuna") for data in ("scienceqa", "iconqa", "flickr30k", "vizwiz")}
 ]
-ROWS = [read_table(path).recipe_of(row) for path in TABLES if path not in GRID for row in read_table(path).rows]
+SCALING = [path for path in TABLES if path.stem in {f"scaling_{llm}" for llm in LLMS_SCALED}]
+ROWS = [
+    read_table(path).recipe_of(row) for path in TABLES if path not in (*GRID, *SCALING) for row in read_table(path).rows
+]
 IN_STAGES = [stages for path in FILES if (stages := read_stages(path)) is not None]
 STAGES = [stages.recipe_of(stage) for stages in IN_STAGES for stage in stages.stages]
 RECIPES = (
@@ -122,10 +126,9 @@ def test_a_recipe_agrees_with_every_deepspeed_file(path: Path) -> None:
 def test_every_table_answers_the_split_that_its_paper_names() -> None:
     """Table 1 of the adapters' paper is of ScienceQA's test set, its ablation study (Tables 2 and 3) of the validation
     set; the Q-Former paper tests the checkpoint that is best on val. Tables of our own are of the test split."""
-    named = {"table2": "val", "table3": "val", **dict.fromkeys((path.stem for path in GRID), "test")}
-    named |= dict.fromkeys(
-        ("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned"), "test"
-    )
+    small = ("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned")
+    named = dict.fromkeys(("table1", *small, "scaling_easyvqa", *(path.stem for path in (*GRID, *SCALING))), "test")
+    named |= {"table2": "val", "table3": "val"}
     answered = {
         path.stem: {
             read_table(path).ablation.split or config_of(read_table(path).recipe_of(row)).data.test_split
@@ -177,6 +180,25 @@ def test_the_grid_of_the_qformer_paper(path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("path", SCALING, ids=lambda path: path.stem)
+def test_the_scaling_tables(path: Path) -> None:
+    """Every rank on every share of the data, over the LLM that the table names."""
+    table = read_table(path)
+    assert list(table.rows) == [f"r{rank}_of_{share}" for share in (1, 10, 100) for rank in (1, 2, 4, 8, 16)]
+    for row in table.rows:
+        config = config_of(table.recipe_of(row))
+        rank, share = (int(word.lstrip("r")) for word in row.split("_of_"))
+        assert (config.model.instructblip.qformer.rank, config.data.fraction) == (rank, share / 100)
+    test_a_recipe_names_what_exists(table.recipe_of("r1_of_1"))
+    llm = path.stem.removeprefix("scaling_")
+    assert (
+        config.model.instructblip.source == f"Salesforce/instructblip-{llm.replace('t5', 'flan-t5').replace('_', '-')}"
+    )
+    sized, told = assume_sizes(config.model)
+    assert told and sized.instructblip.config["text_config"]["model_type"] == ("t5" if "t5" in llm else "llama")
+    assert table.ablation.packs == -(-6218 // config.data.max_images)
+
+
 def test_the_named_recipes_are_there() -> None:
     names = {path.name.replace(".yaml", "") for path in RECIPES}
     table_1 = {"llama2_7b_diht_scienceqa", "lavin_7b", "lavin_13b", "linear_neck_7b", "llava_7b", "llama_adapter_7b"}
@@ -185,7 +207,7 @@ def test_the_named_recipes_are_there() -> None:
     assert names >= {f"table2#ba_{row}" for row in ("8_2", "16_2", "4_2", "32_2", "16_4")}
     assert len([name for name in names if name.startswith("table3#")]) == 11
     assert names >= {"easyvqa_stages#neck", "easyvqa_stages#adapters"}
-    assert DS_FILES and len(GRID) == 8
+    assert DS_FILES and len(GRID) == 8 and len(SCALING) == 4
 
 
 def hollow(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

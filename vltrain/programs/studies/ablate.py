@@ -126,14 +126,14 @@ def run(plan: Plan) -> int:
 
 def _plan_rows(plan: Plan, options: Sequence[str]) -> None:
     """Plans the chosen rows. Raises InputError naming the row that cannot be."""
-    planned = read_planned(plan.folder)
+    planned, known = read_planned(plan.folder), dict[str, dict[str, Any]]()
     rows = [row for row in plan.chosen if row in plan.table.rows]
     for number, row in enumerate(rows, start=1):
         config = next(job.config for job in plan.jobs if job.row == row)
         logger.info("planning row %d of %d, %s", number, len(rows), row)
         try:
             recipe = str(plan.table.recipe_of(row))
-            planned[row] = plan_row(config, recipe, plan.overrides, options, plan.table.ablation.packs)
+            planned[row] = plan_row(config, recipe, plan.overrides, options, plan.table.ablation.packs, known)
         except InputError as error:
             raise InputError(f"{error} (row '{row}' of {plan.table.path})") from None
     write_planned(plan.folder, planned)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vltrain.config.command_line import load_settings
+from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config
 from vltrain.data.plan import length_of
 from vltrain.errors import InputError
@@ -22,7 +24,12 @@ PASSED_ON = ("gpus", "card", "utilisation", "bandwidth")
 
 
 def plan_row(
-    config: Config, recipe: str, overrides: Sequence[str], options: Sequence[str], packs: int | None
+    config: Config,
+    recipe: str,
+    overrides: Sequence[str],
+    options: Sequence[str],
+    packs: int | None,
+    known: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Memory and time of a row, ready for JSON.
 
@@ -31,9 +38,11 @@ def plan_row(
         recipe: what --recipe takes for it.
         overrides, options: words of the command line, of the recipe and of `vltrain plan`.
         packs: of all training data, where they are not on this machine.
+        known: what `vltrain plan` has said before, by settings: rows that differ in their share of the data are planned
+            once.
 
     Returns: `peak_gib` of each GPU, `gpus`, `step_seconds`, `steps`, `hours` (None where not known), `origin` of the
-    rate, and `trained` parameters with the share that the table shows.
+    rate, and `trained` parameters with the share that the table shows, of all or `of_qformer`'s full tuning.
 
     Raises: InputError as `vltrain plan`.
     """
@@ -41,7 +50,8 @@ def plan_row(
     whole = [word for word in overrides if not word.startswith("--data.fraction")]
     words = ["--recipe", recipe, *whole, *options, *(("--data.fraction", "1") if config.data.fraction < 1 else ())]
     settings = load_settings(words, program="vltrain ablate --plan", options=one_recipe.OPTIONS)
-    found = one_recipe.plan_recipe(settings)
+    key = dump_config(replace(settings.config, output=""))
+    found = known[key] = known.get(key) or one_recipe.plan_recipe(settings)
     if found["steps_per_epoch"] is not None:
         packs = round(found["steps_per_epoch"] * config.train.packs_per_step)
     steps = hours = None
@@ -60,6 +70,7 @@ def plan_row(
         "hours": hours,
         "origin": found["duration"]["origin"],
         "trained": counts["trainable"],
+        "of_qformer": full is not None,
         "trained_share": counts["trainable"] / (full["parameters"] if full else counts["total"]),
     }
 

@@ -150,7 +150,7 @@ def write_table(
     write_json(folder / "table.json", {"rows": records, **beside.records})
     text = to_markdown(differences, rows, seeds, beside)
     for title, lines, texts in beside.sections:
-        text += f"\n\n{title}\n\n{_aligned(lines, texts)}"
+        text += f"\n\n{title}\n\n{aligned(lines, texts)}"
     write_whole(folder / "table.md", text + "\n")
     return text
 
@@ -213,6 +213,7 @@ def to_markdown(
     columns = list(dict.fromkeys(name for metrics in done for name in metrics["columns"] if name != "Average"))
     measures = list(dict.fromkeys(_measure(metrics) for metrics in done)) or ["accuracy"]
     of_qformer = any(outcome.full_qformer for outcome in outcomes.values())
+    of_qformer |= any(plan.get("of_qformer") for plan in beside.planned.values())
     share = "% of full Q-Former" if of_qformer else "% trained"
     spreads = ["sd", "± 95%", "seeds"] if seeds else []
     plans = ["planned GiB", "planned hours"] if beside.planned else []
@@ -226,7 +227,7 @@ def to_markdown(
         spread = _spread((seeds or {}).get(row)) if spreads else []
         plan = _plan(beside.planned.get(row)) if plans else []
         lines.append([*head, *_figures(outcome, state, measures, spread, columns), *plan])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _trained(outcome: Outcome, planned: Mapping[str, Any] | None) -> list[str]:
@@ -278,7 +279,7 @@ def _plain(value: Any) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _aligned(lines: list[list[str]], texts: int = 2) -> str:
+def aligned(lines: list[list[str]], texts: int = 2) -> str:
     """A Markdown table; the first `texts` columns to the left, figures to the right."""
     cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *(len(line[place]) for line in cells)) for place in range(len(cells[0]))]
