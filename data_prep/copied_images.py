@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 
 from data_prep.sources.raw import ImageSource
-from vltrain.data.images import DARK, is_dark, open_rgb, read_image_and_status
+from vltrain.data.images import DARK, is_dark, read_image_and_status
+from vltrain.errors import InputError
 from vltrain.files.record import digest_of, stat_in
 
 Images = dict[str, tuple[ImageSource, str]]
@@ -42,8 +43,12 @@ def copy_or_draw(
             if is_dark(data, max_pixels, where):
                 dark.append(path)
         else:
-            data = source()
-            open_rgb(data, max_pixels, f"sample '{sample_id}', drawn image {name}")
+            try:
+                data = source()
+            except InputError as error:  # of one that is fetched
+                raise InputError(f"sample '{sample_id}': {error}") from None
+            if is_dark(data, max_pixels, f"sample '{sample_id}', image {name}"):
+                dark.append(name)
         copy = f"{folder}/{name}"
         if (parent := os.path.dirname(copy)) != made:
             os.makedirs(parent, exist_ok=True)

@@ -13,32 +13,44 @@ assigns all samples to packs.
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.command_line import CommandLine, add_quiet_option, whole
 from data_prep.packed_images import PackedImages, Wanted, decoded_before
 from data_prep.parallel import usable_cores
-from data_prep.parts import Share, add_share_options, finished_parts, is_done, new_part, read_share, remove_parts
-from data_prep.prepare import CHECKED, MAX_IMAGE_PIXELS
+from data_prep.parts import (
+    Share,
+    finished_parts,
+    is_done,
+    missing_parts,
+    new_part,
+    read_share,
+    remove_parts,
+    was_merged,
+)
+from data_prep.prepare import CHECKED
 from data_prep.spool import Spool
+from data_prep.steps.pack_command import pack_options, settings_of
 from data_prep.tokens import PackSettings, Tokens, read_tokens, tokenised, write_tokens
-from vltrain.config.model.base import ProcessorPlaces
-from vltrain.config.ranges import MOST_PIXELS, MOST_SEED, MOST_SIZE, MOST_TOKENS, MOST_WORKERS
 from vltrain.console import Progress, start_logging
 from vltrain.data.flat.columns import in_slices
-from vltrain.data.origin import SAMPLES_FILE, MadeFrom, read_prepared, rendered_digest, write_made_from
+from vltrain.data.origin import (
+    SAMPLES_FILE,
+    MadeFrom,
+    read_made_from,
+    read_prepared,
+    rendered_digest,
+    write_made_from,
+)
 from vltrain.data.shard_writer import ShardWriter, describe, write_shards
-from vltrain.data.shards import FORMAT_VERSION, STOCK_FORMAT, Manifest, ShardFile
-from vltrain.data.text.conversation import PROCESSOR, TEMPLATES, find_template
+from vltrain.data.shards import FORMAT_VERSION, STOCK_FORMAT, Manifest, PackedDataset, ShardFile
+from vltrain.data.text.conversation import find_template
 from vltrain.data.text.encoder import SampleEncoder
-from vltrain.data.text.instruction import InstructionSource
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
 
@@ -83,6 +95,32 @@ def merge_parts(
     for part in parts:
         given.images.expect(read_record(part / CHECKED))
     manifest = _write_packs(chain.from_iterable(map(read_tokens, parts)), given, output)
+    remove_parts(output)
+    return manifest
+
+
+def pack_in_turn(
+    samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
+) -> Manifest:
+    """Does the parts that are not there yet, and merges them; see `pack`."""
+    given = _begin(samples, settings, workers)
+    if was_merged(output):
+        return _finish_merge(given, output)
+    for part in missing_parts(output, share, given.made_with()):
+        pack_part(samples, output, settings, replace(share, part=part), workers=workers)
+    return merge_parts(samples, output, settings, share, workers=workers)
+
+
+def _finish_merge(given: _Given, output: Path) -> Manifest:
+    """Removes the parts of a whole that is there. Raises InputError where it was made of something else."""
+    made, manifest, now = read_made_from(output), PackedDataset(output, verify=True).manifest, given.origin
+    same = made is not None and (made.samples, made.tokenizer, made.options) == (
+        now.samples,
+        now.tokenizer,
+        now.options,
+    )
+    if not same or any(getattr(manifest, name) != value for name, value in given.facts().items()):
+        raise InputError(f"{output}: exists already, made of something else; remove it or name another output")
     remove_parts(output)
     return manifest
 
@@ -165,6 +203,7 @@ def _origin(samples: Path, before: Seen, encoder: SampleEncoder, settings: PackS
         rendered=rendered_digest(encoder.tokenizer, settings.template),
         tokenizer=encoder.tokenizer.state(),
         options={"over_long": settings.over_long, "max_image_pixels": settings.max_image_pixels, **settings.share()},
+        provenance=known.provenance if known is not None else {},
     )
 
 
@@ -304,14 +343,16 @@ EXAMPLES = (
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    given = _parser(arguments).read()
+    given = pack_options(arguments, EXAMPLES).read()
     start_logging(quiet=given.quiet)
     share = read_share(given)
     if share is not None and given.rebuild:
         raise InputError("--rebuild cannot be combined with --parts; remove the output, or name another one")
-    settings = _settings_of(given)
+    settings = settings_of(given)
     if share is None:
         manifest = pack(given.samples, given.output, settings, workers=given.workers, rebuild=given.rebuild)
+    elif share.in_turn:
+        manifest = pack_in_turn(given.samples, given.output, settings, share, workers=given.workers)
     elif share.part is None:
         manifest = merge_parts(given.samples, given.output, settings, share, workers=given.workers)
     else:
@@ -323,75 +364,6 @@ def main(arguments: list[str] | None = None) -> None:
         f"{manifest.num_tokens} tokens "
         f"({manifest.num_label_tokens} predicted), fill {manifest.fill:.4f}"
         + (f", {manifest.over_long} over-long left out" if manifest.over_long else "")
-    )
-
-
-def _parser(arguments: list[str] | None) -> CommandLine:
-    parser = CommandLine("pack", "Tokenise and pack samples.", arguments, EXAMPLES)
-    parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
-    parser.add_argument("--tokenizer", help="folder, file, hub name, asset:// or package://")
-    parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
-    parser.add_argument("--visual-tokens", type=whole(1, MOST_SIZE), help="tokens that an image takes in the model")
-    parser.add_argument(
-        "--processor",
-        help="for a stock model, in the place of the three above: folder or hub name of its processor and config.json",
-    )
-    parser.add_argument(
-        "--qformer-tokenizer", help="for an InstructBLIP: the tokenizer by which its Q-Former reads prompts"
-    )
-    parser.add_argument(
-        "--qformer-tokens",
-        type=whole(3, MOST_SIZE),
-        default=128,
-        help="tokens of a prompt that the Q-Former reads at most",
-    )
-    parser.add_argument("--pack-length", type=whole(8, MOST_TOKENS), required=True, help="tokens that a pack holds")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
-    parser.add_argument(
-        "--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)"
-    )
-    parser.add_argument("--seed", type=whole(0, MOST_SEED), default=0, help="of the assignment to packs")
-    parser.add_argument(
-        "--fraction", type=float, default=1.0, help="share of the samples, drawn by a hash of their ids"
-    )
-    parser.add_argument("--fraction-seed", type=whole(0, MOST_SEED), default=0, help="which samples that draws")
-    parser.add_argument("--workers", type=whole(1, MOST_WORKERS), help="processes (default: all cores)")
-    parser.add_argument(
-        "--over-long", default="error", help="error (default) or drop: what to do with samples longer than a pack"
-    )
-    parser.add_argument(
-        "--max-image-pixels", type=whole(1, MOST_PIXELS), default=MAX_IMAGE_PIXELS, help="larger images are refused"
-    )
-    add_share_options(parser)
-    add_quiet_option(parser)
-    parser.add_argument("--rebuild", action="store_true", help="replace existing packs, once the new ones are complete")
-    return parser
-
-
-def _settings_of(given: Namespace) -> PackSettings:
-    read_with, place = given.qformer_tokenizer, given.processor
-    if place is None and None in (given.tokenizer, given.visual_tokens):
-        raise InputError(
-            "--tokenizer, --visual-tokens: found neither both nor a --processor; expected both, or of a stock model "
-            "its --processor"
-        )
-    if place is not None and (given.tokenizer, given.visual_tokens, given.template) != (None, None, "mmt"):
-        raise InputError("--processor: it brings tokenizer, template and visual tokens; leave those out")
-    return PackSettings(
-        tokenizer=place or given.tokenizer,
-        template=PROCESSOR if place else given.template,
-        visual_tokens=given.visual_tokens or 0,
-        pack_length=given.pack_length,
-        max_images=given.max_images,
-        seed=given.seed,
-        fraction=given.fraction,
-        fraction_seed=given.fraction_seed,
-        over_long=given.over_long,
-        max_image_pixels=given.max_image_pixels,
-        instruction=InstructionSource(source=read_with, max_tokens=given.qformer_tokens) if read_with else None,
-        processor=ProcessorPlaces(key="--processor", source=place, model=place, config={}, options={})
-        if place
-        else None,
     )
 
 

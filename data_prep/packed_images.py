@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.copied_images import warn_of_dark_images
 from data_prep.parallel import in_chunks, ordered_map
-from data_prep.prepare import IMAGES
+from data_prep.steps.written import IMAGES
 from vltrain.console import Progress
 from vltrain.data.images import is_dark, read_image_and_status
 from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, read_prepared

@@ -34,10 +34,12 @@ RECORD = "part.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Which part of the work is done: `part` of `parts`, from 1; or, with `part` None, the merge of all."""
+    """Which part of the work is done: `part` of `parts`, from 1; or, with `part` None, the merge of all; with
+    `in_turn`, before it the parts that are not done yet."""
 
     parts: int
     part: int | None
+    in_turn: bool = False
 
     def __post_init__(self) -> None:
         if self.parts < 1 or not (self.part is None or 1 <= self.part <= self.parts):
@@ -53,7 +55,10 @@ class Share:
 def add_share_options(parser: CommandLine) -> None:
     """Adds --parts, --part and --merge."""
     parser.add_argument(
-        "--parts", type=int, help="split the work into this many parts: run each with --part, then --merge"
+        "--parts",
+        type=int,
+        help="split the work into this many parts, of which a killed command keeps those that it has done; or run each "
+        "with --part, then --merge",
     )
     parser.add_argument("--part", type=int, help="which part to do, from 1")
     parser.add_argument("--merge", action="store_true", help="merge the parts into the output")
@@ -64,14 +69,18 @@ def read_share(given: Namespace) -> Share | None:
     parts, part, merge = (vars(given).pop(name) for name in ("parts", "part", "merge"))
     if parts is None and part is None and not merge:
         return None
-    if parts is None or (part is not None) == merge:
-        raise InputError("--parts N goes with either --part I or --merge, expected all of one of the two")
-    return Share(parts=parts, part=part)
+    if parts is None or (part is not None and merge):
+        raise InputError("--parts N goes alone, with --part I or with --merge, expected one of the three")
+    return Share(parts=parts, part=part, in_turn=part is None and not merge)
 
 
 def part_folder(output: Path, part: int, parts: int) -> Path:
     """Where a part's result is."""
-    return output.parent / f"{output.name}.parts" / f"part-{part:05d}-of-{parts:05d}"
+    return _parts_folder(output) / f"part-{part:05d}-of-{parts:05d}"
+
+
+def _parts_folder(output: Path) -> Path:
+    return output.parent / f"{output.name}.parts"
 
 
 @contextmanager
@@ -108,6 +117,23 @@ def is_done(output: Path, share: Share, made_with: Mapping[str, Any]) -> bool:
     return True
 
 
+def missing_parts(output: Path, share: Share, made_with: Mapping[str, Any]) -> list[int]:
+    """The parts that are not there yet; tells how many are. Raises InputError as `is_done`."""
+    refuse_existing(output)
+    folders = {part: part_folder(output, part, share.parts) for part in range(1, share.parts + 1)}
+    done = [part for part, folder in folders.items() if folder.exists()]
+    for part in done:
+        _require_same(folders[part], made_with)
+    if done:
+        logger.warning("%s: going on: %d of %d parts are done", folders[1].parent, len(done), share.parts)
+    return [part for part in folders if part not in done]
+
+
+def was_merged(output: Path) -> bool:
+    """Whether a merge was killed when its result was whole and its parts were not yet removed."""
+    return output.is_dir() and any(output.iterdir()) and _parts_folder(output).is_dir()
+
+
 def finished_parts(output: Path, share: Share, made_with: Mapping[str, Any]) -> list[Path]:
     """The folders of all parts, in order. Raises InputError naming those that are missing, damaged, or made with other
     settings."""
@@ -131,7 +157,7 @@ def require_same_raw(folders: list[Path], raw: str) -> None:
 
 def remove_parts(output: Path) -> None:
     """Removes what the merge has used up."""
-    shutil.rmtree(output.parent / f"{output.name}.parts")
+    shutil.rmtree(_parts_folder(output))
 
 
 def _require_same(folder: Path, made_with: Mapping[str, Any]) -> None:

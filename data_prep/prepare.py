@@ -6,21 +6,20 @@ image is opened and decoded once here, so that a damaged one is found now and no
 Images are copies, so that one that is edited later does not change what was prepared. DIR appears whole or not at all.
 
 In parts (`data_prep.parts`) each part decodes its share of the images, which is what takes time, and the merge writes
-the samples.
+the samples. Samples that bring their images' bytes are read once more for that.
 """
 
 from __future__ import annotations
 
-import functools
-import json
+import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
-from json.encoder import encode_basestring
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
 from data_prep.command_line import CommandLine, add_quiet_option, whole
 from data_prep.copied_images import Images, Named, copy_or_draw, link_or_copy, warn_of_dark_images
@@ -30,25 +29,33 @@ from data_prep.parts import (
     add_share_options,
     finished_parts,
     is_done,
+    missing_parts,
     new_part,
     read_share,
     remove_parts,
     require_same_raw,
+    was_merged,
 )
 from data_prep.reading import ELSEWHERE, Reading
 from data_prep.sources import SOURCES, option_texts, places_of
 from data_prep.sources.splits import SplitOverlap
+from data_prep.steps.written import Files, Wanted, existing_above, sources_of, write_samples
 from vltrain.config.ranges import MOST_PIXELS, MOST_WORKERS
 from vltrain.config.schema import OWN, DataConfig
-from vltrain.console import Progress, start_logging, watched
-from vltrain.data.flat.unique_ids import UniqueIds
+from vltrain.console import Progress, start_logging
 from vltrain.data.folder import new_folder
-from vltrain.data.origin import SAMPLES, SAMPLES_RECORD, Prepared, refresh_stats, write_prepared
+from vltrain.data.origin import (
+    SAMPLES,
+    SAMPLES_RECORD,
+    Prepared,
+    changes_since,
+    read_prepared,
+    refresh_stats,
+    write_prepared,
+)
 from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.files.record import FILE, FileRecord, Seen, look, read_record, stat_of
-from vltrain.schema import Sample
 
-IMAGES = "images"
 MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
 CHECKED = "images.arrow"  # in a part: the record of the images that it has checked, raw and copied
 _CHUNK = 64
@@ -60,9 +67,6 @@ EXAMPLES = (
 )
 
 logger = logging.getLogger(__name__)
-
-_as_json = json.JSONEncoder(ensure_ascii=False).encode
-_text: Callable[[str], str] = encode_basestring  # pyright: ignore[reportUnknownVariableType]
 
 
 def prepare(
@@ -85,7 +89,7 @@ def prepare(
         options: of the source.
         workers: processes that check images; None: all usable cores.
         max_image_pixels: larger images are refused.
-        share: do only a part of the work, or merge the parts; None: everything at once.
+        share: do only a part of the work, merge the parts, or do both in turn; None: everything at once.
         rebuild: what is there already is replaced once the new samples are whole.
 
     Returns:
@@ -104,47 +108,63 @@ def prepare(
         )
         raise InputError(f"unknown source '{source}'; {already}")
     options = options or {}
-    wanted = _Wanted(source, input, options, option_texts(source, options), max_image_pixels)
+    wanted = Wanted(source, input, options, option_texts(source, options), max_image_pixels)
     reading = Reading(places_of(source, input, options))
     workers = usable_cores() if workers is None else workers
     checks = _Checks(workers, max_image_pixels, _image_roots(input, options), reading)
-    if share is not None and share.part is not None:
-        return _prepare_part(wanted, output, checks, share, share.part)
-    return _prepare_whole(wanted, output, checks, share, rebuild=rebuild)
+    if share is None:
+        return _prepare_whole(wanted, output, checks, None, rebuild=rebuild)
+    if share.in_turn and was_merged(output):
+        return _finish_merge(wanted, output, checks)
+    if share.part is not None or share.in_turn:
+        counts = _prepare_parts(wanted, output, checks, share)
+        if share.part is not None:
+            return counts
+    return _prepare_whole(wanted, output, checks, share, rebuild=False)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What is prepared; `settled`: the options with their defaults."""
-
-    source: str
-    input: Path | None
-    options: Mapping[str, Any]
-    settled: dict[str, str]
-    max_image_pixels: int
-
-    def made_with(self) -> dict[str, Any]:
-        """What parts of one whole have in common."""
-        return {"source": self.source, "options": self.settled, "max_image_pixels": self.max_image_pixels}
-
-
-def _prepare_part(wanted: _Wanted, output: Path, checks: _Checks, share: Share, part: int) -> dict[str, int]:
-    """Copies or draws the images of one part, unless that is done."""
+def _prepare_parts(wanted: Wanted, output: Path, checks: _Checks, share: Share) -> dict[str, int]:
+    """Copies or draws the images of one part, or of all in turn, unless that is done."""
     counts: Counter[str] = Counter()
     reading = checks.reading
     images: Images = {}
-    for _ in _write_samples(wanted, images, counts, reading, _Files(None, _existing(output))):
-        pass
+    with _one_reader_talks(share):
+        for _ in write_samples(wanted, images, counts, reading, Files(None, existing_above(output))):
+            pass
     made_with = {**wanted.made_with(), "raw": reading.record(_paths_in(images)).digest(*_everywhere(reading))}
-    if not is_done(output, share, made_with):
-        names = _names_of_part(images, share, part)
-        with new_part(output, share, made_with) as folder:
-            checks.run([(name, images[name]) for name in names], folder).write(folder / CHECKED)
+    if share.part is None:
+        parts = missing_parts(output, share, made_with)
+    else:
+        parts = [] if is_done(output, share, made_with) else [share.part]
+    names = {part: _names_of_part(images, share, part) for part in parts}
+    sources = sources_of(wanted, images, list(chain.from_iterable(names.values())), reading)
+    for part in parts:
+        with new_part(output, replace(share, part=part), made_with) as folder, _one_reader_talks(share):
+            checks.run(islice(sources, len(names[part])), folder).write(folder / CHECKED)
     return dict(counts)
 
 
+def _one_reader_talks(share: Share) -> AbstractContextManager[Any]:
+    """What a reader prints of its data, where it reads them three times in one command: the merge's is the last."""
+    return redirect_stdout(io.StringIO()) if share.in_turn else nullcontext()
+
+
+def _finish_merge(wanted: Wanted, output: Path, checks: _Checks) -> dict[str, int]:
+    """Removes the parts of a whole that is there. Raises InputError where it was made of something else."""
+    made = read_prepared(output)
+    if made is None or (made.source, made.settled, made.max_image_pixels) != (
+        wanted.source, wanted.settled, wanted.max_image_pixels
+    ):  # fmt: skip
+        raise InputError(f"{output}: exists already, made of something else; remove it or name another output")
+    if changed := changes_since(output, made, {SAMPLES: output, ELSEWHERE: Path("/"), **checks.reading.places}):
+        raise InputError(f"{output}: exists already, and {'; '.join(changed)}; remove it or name another output")
+    remove_parts(output)
+    refresh_stats(output / SAMPLES_RECORD, read_record(output / SAMPLES_RECORD, made.files), {SAMPLES: output})
+    return {file.stem: sum(1 for _ in file.open("rb")) for file in sorted(output.glob("*.jsonl"))}
+
+
 def _prepare_whole(
-    wanted: _Wanted, output: Path, checks: _Checks, share: Share | None, *, rebuild: bool
+    wanted: Wanted, output: Path, checks: _Checks, share: Share | None, *, rebuild: bool
 ) -> dict[str, int]:
     """Writes the samples, and images that are copied or drawn here, or with `share` taken from its parts."""
     counts: Counter[str] = Counter()
@@ -153,7 +173,7 @@ def _prepare_whole(
     with new_folder(output, replace=rebuild) as folder:
         images: Images = {}
         overlap = SplitOverlap(folder)
-        met = _write_samples(wanted, images, counts, reading, _Files(overlap, folder))
+        met = write_samples(wanted, images, counts, reading, Files(overlap, folder))
         record = checks.run(met, folder) if share is None else _take_images(met, reading, share, parts, folder)
         rows = zip(record.places, record.names, record.digests, strict=True)
         digests = {name: digest for place, name, digest in rows if place == SAMPLES}
@@ -166,7 +186,7 @@ def _prepare_whole(
         )
         prepared = Prepared(
             source=wanted.source, places=places, options=options, settled=wanted.settled,
-            max_image_pixels=wanted.max_image_pixels,
+            max_image_pixels=wanted.max_image_pixels, provenance=reading.facts,
         )  # fmt: skip
         write_prepared(folder, prepared, record)
     if share is not None:
@@ -245,74 +265,6 @@ def _take_images(met: Iterable[Named], reading: Reading, share: Share, parts: li
                 seen = seen._replace(stat=stat_of(folder / name))
             whole.add(place, name, seen)
     return whole
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Where samples are written; without `overlap` nowhere. `folder`: on whose disk ids wait, too."""
-
-    overlap: SplitOverlap | None
-    folder: Path
-
-
-def _write_samples(
-    wanted: _Wanted, images: Images, counts: Counter[str], reading: Reading, files: _Files
-) -> Iterator[Named]:
-    """Checks a source's samples, and writes the JSONL files if it is told where; counts them by split, fills `images`
-    and yields each when it first comes."""
-    unique, overlap = UniqueIds(files.folder, "unique over all splits"), files.overlap
-    with ExitStack() as stack:
-        streams: dict[str, BinaryIO] = {}
-        for raw in watched(
-            reading.watch(SOURCES[wanted.source](wanted.input, wanted.options)), title="samples", unit="sample"
-        ):
-            sample, split = raw.sample, raw.split
-            unique.add(sample.id)
-            names = [_image_name(name) for name in sample.images]
-            for name, image_source in zip(names, raw.image_sources, strict=True):
-                known = images.get(name)
-                if known is None:
-                    images[name] = image_source, sample.id
-                    yield name, images[name]
-                elif known[0] is not image_source and known[0] != image_source:  # paths compare slowly
-                    raise InputError(
-                        f"sample '{sample.id}': image name '{name}' stands for both {known[0]} and {image_source}"
-                    )
-            counts[split] += 1
-            if overlap is None:
-                continue
-            overlap.add(split, sample, names)
-            if split not in streams:
-                streams[split] = stack.enter_context((files.folder / f"{split}.jsonl").open("wb"))
-            streams[split].write(_line(sample, names))
-    if not counts:
-        named = f" from {wanted.input}" if wanted.input else ""
-        raise InputError(f"source '{wanted.source}' yielded no samples{named}; is this the right input?")
-    unique.finish(lambda: (raw.sample.id for raw in SOURCES[wanted.source](wanted.input, wanted.options)))
-
-
-def _existing(place: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    return next((one for one in (place, *place.absolute().parents) if one.is_dir()), place)
-
-
-def _line(sample: Sample, images: list[str]) -> bytes:
-    """As `json.dumps` of `Sample.to_json` writes it."""
-    turns = ", ".join([f'{{"role": {_text(turn.role)}, "text": {_text(turn.text)}}}' for turn in sample.turns])
-    line = (
-        f'{{"id": {_text(sample.id)}, "images": [{", ".join(map(_text, images))}], "turns": [{turns}], '
-        f'"metadata": {_as_json(sample.metadata)}}}\n'
-    )
-    try:
-        return line.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"sample '{sample.id}': its metadata is not valid text ({error})") from None
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _image_name(name: str) -> str:
-    """Where a sample's image, whose path was checked, lies below the samples' folder."""
-    return str(IMAGES / PurePosixPath(name))
 
 
 def parse_options(pairs: list[str]) -> dict[str, str]:

@@ -25,7 +25,8 @@ _is_hooked = False
 
 
 class Reading:
-    """Notes what is read below some places. `places`: by name, the folder or file that the user named."""
+    """Notes what is read below some places. `places`: by name, the folder or file that the user named; `facts`: what
+    the reader found out about the data set itself."""
 
     def __init__(self, places: Mapping[str, Path]) -> None:
         self.places = dict(places)
@@ -40,6 +41,7 @@ class Reading:
             path: place for place, root in self.places.items() for path in (str(root), os.path.abspath(root))
         }
         self._stats: dict[str, tuple[int, int, int, int]] = {}
+        self.facts: dict[str, str] = {}
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """Passes items on, and notes what is opened while the next one is made; not what their taker opens."""
@@ -101,6 +103,12 @@ def is_there(path: Path) -> bool:
     if not found and _active is not None:
         _active.note(str(path))
     return found
+
+
+def note_facts(**facts: str | None) -> None:
+    """Tells whoever watches a reader what it has found out about its data set: revision, licence, and the like."""
+    if _active is not None:
+        _active.facts.update({name: value for name, value in facts.items() if value})
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:

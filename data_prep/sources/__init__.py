@@ -21,6 +21,7 @@ from data_prep.sources import (
     scienceqa,
     scienceqa_image,
     shapes,
+    streamed,
     vizwiz,
 )
 from data_prep.sources.options import all_options
@@ -29,6 +30,7 @@ from vltrain.errors import InputError
 from vltrain.files.locate import locate
 
 SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample]]] = {
+    "datasets": streamed.read,
     "easyvqa": easyvqa.read,
     "flickr30k": flickr30k.read,
     "iconqa": iconqa.read,
@@ -43,7 +45,7 @@ SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample
 # what it is called.
 OWN_DATA = {"easyvqa": "package://easy_vqa/data"}
 _GIVEN = "a file or folder"
-PATH_OPTIONS = {"llava_json": ("images",), "scienceqa": ("rationales",)}
+PATH_OPTIONS = {"datasets": ("images",), "llava_json": ("images",), "scienceqa": ("rationales",)}
 
 
 def option_texts(source: str, options: Mapping[str, Any]) -> dict[str, str]:

@@ -160,10 +160,9 @@ def test_a_duplicate_in_two_parts_is_found_by_the_merge(chats, tmp_path):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--part", "1"], "--parts N goes with"),
-        (["--parts", "2"], "--parts N goes with"),
-        (["--merge"], "--parts N goes with"),
-        (["--parts", "2", "--part", "1", "--merge"], "--parts N goes with"),
+        (["--part", "1"], "--parts N goes alone, with --part I or with --merge"),
+        (["--merge"], "--parts N goes alone"),
+        (["--parts", "2", "--part", "1", "--merge"], "--parts N goes alone"),
         (["--parts", "2", "--part", "3"], "found part 3 of 2"),
         (["--parts", "2", "--part", "0"], "found part 0 of 2"),
     ],

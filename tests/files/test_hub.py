@@ -18,9 +18,9 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    hub._silence.cache_clear()
+    hub.why_silent.cache_clear()
     yield tmp_path
-    hub._silence.cache_clear()
+    hub.why_silent.cache_clear()
 
 
 def test_a_hub_that_does_not_answer(asked, monkeypatch):

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 
 from tests.attacks.inputs import chat, sample, write_json, write_jsonl
 from tests.data_prep import test_official_layouts as official
+from tests.support import tables
 from tests.support.processes import ROOT
 
 LINKED = ("launch", "ds_configs", "data_prep", "vltrain", "tests", "setup.cfg")
@@ -106,6 +107,10 @@ def raw_data(world: Path) -> None:
             for kind, (asked, said) in enumerate((("What colour is it?", colour), ("Is it red?", "no")))
         ]
     write_json(world / "photos" / "chats.json", talks)
+    columns = {"question": "query", "answer": "label", "image": "image"}
+    charts = [{columns[name]: value for name, value in row.items()} for row in tables.rows()]
+    tables.as_parquet(world / "charts", made=charts)
+    write_jsonl(world / "chats.jsonl", [{"messages": one["conversations"], "images": [one["image"]]} for one in talks])
     for split in ("train", "val"):
         write_jsonl(
             world / "mine" / f"{split}.jsonl",

@@ -45,6 +45,7 @@ class Prepared:
     samples   digest of what was made: the set's identity, wherever it lies
     adopted   the record is of samples that an older version made: of how they were when they were first met
     max_image_pixels  under which limit every image was decoded; None where that is not known
+    provenance  what the reader found out about the data set itself: name, revision, licence, ...
     """
 
     source: str | None
@@ -56,6 +57,7 @@ class Prepared:
     adopted: bool = False
     version: int = 1
     max_image_pixels: int | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
 
     def name(self) -> str:
         """As an error message calls it."""
@@ -73,6 +75,7 @@ class MadeFrom:
     source     what that set was made from, for messages
     rendered   digest of conversations as the chat template wrote them; None without one
     tokenizer  `Tokenizer.state`
+    provenance `Prepared.provenance` of that set
     """
 
     name: str
@@ -85,6 +88,7 @@ class MadeFrom:
     files: str | None = None
     adopted: bool = False
     version: int = VERSION
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
 def write_prepared(folder: Path, made: Prepared, record: FileRecord) -> None:
@@ -101,6 +105,8 @@ def write_made_from(folder: Path, made: MadeFrom, record: FileRecord) -> None:
 def _write(folder: Path, name: str, record_name: str, made: Prepared | MadeFrom, record: FileRecord) -> None:
     made.files = record.write(folder / record_name)
     fields = asdict(made)
+    if not made.provenance:  # of most sources, which older versions read, too
+        del fields["provenance"]
     text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, ensure_ascii=False)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
@@ -127,7 +133,7 @@ def _read(path: Path, kind: type) -> Any:
     is_older = checksum is None and "version" not in content and kind is Prepared  # which had neither
     if not is_older and checksum != _checksum(content):
         raise InputError(f"{path}: {_DAMAGED}")
-    for name in ("options", "places"):
+    for name in ("options", "places", "provenance"):
         expect(content.get(name, {}), dict, f"{path}: {name}")
     try:
         return kind(**content)

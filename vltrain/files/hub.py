@@ -23,7 +23,7 @@ def require_reachable(name: str) -> None:
 
     Raises: InputError for a name of which nothing can be read.
     """
-    silence = _silence()
+    silence = why_silent()
     folder = file_download.repo_folder_name(repo_id=name, repo_type="model")
     if silence is not None and not Path(constants.HF_HUB_CACHE, folder).is_dir():
         raise InputError(
@@ -34,8 +34,9 @@ def require_reachable(name: str) -> None:
 
 
 @functools.cache
-def _silence() -> str | None:
-    """Why the hub does not answer; None: it does."""
+def why_silent() -> str | None:
+    """Why the hub does not answer; None: it does. It is asked once; where it does not answer, this process and its
+    children read the cache alone from then on."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:

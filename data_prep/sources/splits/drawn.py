@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from data_prep.sources.raw import ImageSource, RawSample
+from data_prep.sources.raw import ImageSource, RawSample, kept
 from vltrain.config.ranges import Range
 from vltrain.data.report.groups import Groups
 from vltrain.data.report.same import same_images
@@ -92,7 +92,7 @@ class _Drawing:
         """Takes a sample."""
         number, name, images = self._num_samples, raw.sample.id, self._images
         self._num_samples += 1
-        refs = [images.setdefault(image, len(images)) for image in raw.image_sources]
+        refs = [images.setdefault(kept(image), len(images)) for image in raw.image_sources]
         if not refs:
             self._add_alone(number, share_of(name))
             return

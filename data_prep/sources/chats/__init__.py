@@ -1,0 +1,1 @@
+"""Records of conversations, whichever file or table they stand in."""
