@@ -16,6 +16,7 @@ from vltrain.config.schema import DataConfig
 from vltrain.data.folder import refuse_existing_file
 from vltrain.data.remote.address import place_of
 from vltrain.data.shards import STOCK_FORMAT, PackedDataset
+from vltrain.data.stream.mixed import open_packed
 from vltrain.data.text.conversation import find_template, fingerprint
 from vltrain.data.text.tokenizer import Tokenizer, TransformersTokenizer, load_tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -122,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--row", type=whole(0, MOST_STEPS), default=0, help="which pack")
     parser.add_argument("--html", type=Path, metavar="FILE", help="draw it as a page, into this new file")
     options = parser.read()
-    dataset = PackedDataset(options.folder, verify=False)
+    dataset = open_packed(options.folder, verify=False)
     if options.html is None:
         print(describe(dataset, options.row, _tokenizer_of(dataset)))
         return

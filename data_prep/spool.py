@@ -14,7 +14,7 @@ from vltrain.data.batching import batch_lengths
 from vltrain.data.flat.columns import Column, Texts, in_slices
 from vltrain.data.flat.unique_ids import UniqueIds
 from vltrain.data.packing import pack_lengths
-from vltrain.data.plan import permute
+from vltrain.data.stream.permutation import permute
 from vltrain.data.text.spelling import Spelling, describe_lost
 from vltrain.errors import InputError
 from vltrain.schema import PackedRow

@@ -11,6 +11,7 @@ from data_prep.sources.splits import overlap_of
 from tests.attacks.attack import Shown, attack, refused, refuses, right, run_vltrain, told
 from tests.attacks.inputs import chat, picture, sample, write_json, write_jsonl
 from vltrain.config.schema import Config, EvalConfig, OptimConfig, TrainConfig
+from vltrain.data.stream.mixing import Mixing
 from vltrain.evaluate.ready import answerable_samples
 from vltrain.train.run.length import require_reachable
 
@@ -286,7 +287,7 @@ def _unreachable(
     num_packs: int, *needles: str, world_size: int = 1, optim: dict[str, Any] | None = None, **train: Any
 ) -> Shown:
     config = Config(train=TrainConfig(**train), optim=OptimConfig(**(optim or {})))
-    return refuses(lambda: require_reachable(config, num_packs, world_size, resumed=False), *needles)
+    return refuses(lambda: require_reachable(config, Mixing.alone(num_packs), world_size, resumed=False), *needles)
 
 
 @attack(LENGTH)
@@ -328,7 +329,7 @@ def as_many_steps_as_epochs_and_fewer(folder: Path) -> Shown:
         {"eval_every_epochs": 1.0},
         {"epochs": 0.25, "eval_every_epochs": 0.25},
     ):
-        require_reachable(Config(train=TrainConfig(**train)), 10, 1, resumed=False)
+        require_reachable(Config(train=TrainConfig(**train)), Mixing.alone(10), 1, resumed=False)
     return right("none refused")
 
 

@@ -22,10 +22,10 @@ import numpy as np
 from tests.benchmarks.measure import command, report, settled, tell
 from tests.benchmarks.ours import DTYPES, benchmark_config, our_trainer, sizes
 from tests.benchmarks.samples import pack_samples, scienceqa_like
+from vltrain.data.flat.index import Index
 from vltrain.data.loader import load_pack
 from vltrain.data.plan import FILLER, PackCost, Plan
 from vltrain.data.reading import image_reader
-from vltrain.data.shards import Index
 from vltrain.train.balance import NUM_PACKS, choose_packs, features_of, fitted, there_and_back
 from vltrain.train.make_trainer import pack_cost
 from vltrain.train.run.fits import run_flops

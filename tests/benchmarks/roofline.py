@@ -28,9 +28,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from tests.benchmarks.measure import show
 from tests.benchmarks.samples import SCIENCEQA_IMAGE_SHARE, SCIENCEQA_LABEL_SHARE, scienceqa_lengths
 from vltrain.config.recipe import build_config, read_recipe
+from vltrain.data.flat.index import Index
 from vltrain.data.packing import pack_lengths
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import Index
 from vltrain.memory.rehearse import PackSize, make_pack
 from vltrain.memory.sizes import assume_sizes
 from vltrain.models.build import build_model

@@ -29,10 +29,11 @@ from tests.benchmarks.measure import alternate, command, median_ratio, report, s
 from tests.benchmarks.ours import OurSteps, benchmark_config, our_trainer, sizes
 from tests.benchmarks.samples import pack_samples, scienceqa_like
 from tests.support.processes import ROOT, free_port, rank_environment
+from vltrain.data.flat.index import INDEX_SCHEMA, Index, read_index
 from vltrain.data.loader import StepLoader
 from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import INDEX, INDEX_SCHEMA, Index, PackedDataset, read_index
+from vltrain.data.shards import INDEX, PackedDataset
 from vltrain.schema import PackedRow
 
 PACK_LENGTH = 1280

@@ -19,6 +19,7 @@ from transformers import CLIPVisionConfig
 
 from data_prep.sources import SOURCES
 from vltrain.config.command_line import load_settings
+from vltrain.config.mixture import each_set
 from vltrain.config.model.mmt import AdapterConfig
 from vltrain.config.recipe import dump_config, read_recipe, read_stages, read_table
 from vltrain.config.schema import Config
@@ -83,7 +84,7 @@ def test_a_recipe_names_what_exists(path: Path) -> None:
     config = config_of(path)
     assert config.data.template in TEMPLATES
     assert config.model.architecture == "instructblip" or config.model.adapter.kind in ADAPTERS
-    assert config.data.source in SOURCES and config.eval.scorer in SCORERS
+    assert all(one.data.source in SOURCES and one.eval.scorer in SCORERS for one in each_set(config).values())
     file, _, part = path.name.replace(".yaml", "").partition("#")
     folder = f"{STAGES.index(path) + 1}-{part}" if path in STAGES else part  # of the one recipe in stages
     assert config.output == (

@@ -4,9 +4,10 @@ epoch."""
 import numpy as np
 import pytest
 
+from vltrain.data.flat.index import Index
 from vltrain.data.packing import pack_lengths
-from vltrain.data.plan import PackCost, Plan, permute
-from vltrain.data.shards import Index
+from vltrain.data.plan import PackCost, Plan
+from vltrain.data.stream.permutation import permute
 
 
 def index_of(num_packs: int, seed: int = 0) -> Index:

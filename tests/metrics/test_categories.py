@@ -35,7 +35,7 @@ def test_what_counts_as_a_category(tmp_path):
         {"id": "no metadata", "turns": []},
     ]
     path = write_samples(tmp_path / "train.jsonl", [*samples, *many])
-    found = read_categories(path).of(["b", "elsewhere", "a", "7", "no metadata", "m3"])
+    found = read_categories({"": path}).of(["b", "elsewhere", "a", "7", "no metadata", "m3"])
     without = {"images": "without"}
     # One value is no category, and so are more than can be drawn, and keys that are not of a kind.
     assert found == [
@@ -46,7 +46,7 @@ def test_what_counts_as_a_category(tmp_path):
         without,
         without,
     ]
-    assert read_categories(write_samples(tmp_path / "empty.jsonl", [])).of(["a"]) == [{}]
+    assert read_categories({"": write_samples(tmp_path / "empty.jsonl", [])}).of(["a"]) == [{}]
 
 
 def test_means_over_the_steps_since_the_last_time(tmp_path):
@@ -54,22 +54,22 @@ def test_means_over_the_steps_since_the_last_time(tmp_path):
     path = write_samples(tmp_path / "train.jsonl", [record(name, kind=kind) for name, kind in kinds.items()])
     steps = [["a", "b"], ["c", "elsewhere"], ["d", "a"], ["b"]]
     losses = [np.array(values, np.float32) for values in ([1, 2], [4, 99], [np.nan, 7], [3])]
-    one = CategoryLosses(path, steps.__getitem__, every=2)
+    one = CategoryLosses({"": path}, steps.__getitem__, every=2)
     assert one.add(0, losses[0]) == {} and one.describe() == ""
     assert one.add(1, losses[1]) == {"train/loss_by_kind/x": 2.5, "train/loss_by_kind/y": 2.0}
     assert one.describe() == "mean loss by category (samples), steps 0 to 1: kind/x 2.5 (2), kind/y 2 (1)"
     assert one.describe() == "" and one.add(2, losses[2]) == {}
-    resumed = CategoryLosses(path, steps.__getitem__, every=2, first_step=3, recent=losses[2:3])
+    resumed = CategoryLosses({"": path}, steps.__getitem__, every=2, first_step=3, recent=losses[2:3])
     expected = {"train/loss_by_kind/x": 7.0, "train/loss_by_kind/y": 3.0}
     assert one.add(3, losses[3]) == resumed.add(3, losses[3]) == expected
 
 
 def test_no_samples_or_broken_ones_end_nothing(tmp_path, caplog):
-    nothing = CategoryLosses(None, [["a"]].__getitem__, every=1)
+    nothing = CategoryLosses({}, [["a"]].__getitem__, every=1)
     assert nothing.add(0, np.ones(1, np.float32)) == {} and nothing.describe() == ""
     path = tmp_path / "train.jsonl"
     path.write_text('{"id": "a"\n')
-    broken = CategoryLosses(path, lambda step: ["a"], every=1)
+    broken = CategoryLosses({"": path}, lambda step: ["a"], every=1)
     assert broken.add(0, np.ones(1, np.float32)) == {} == broken.add(1, np.ones(1, np.float32))
     assert caplog.text.count("losses by category are not logged") == 1 and "train.jsonl:1" in caplog.text
 

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from tests.support.processors import config_of
 from tests.support.stock import CONFIGS
+from vltrain.data.flat.index import Index
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import Index
 from vltrain.models.stock.features import DEEP, POOLED, rows_of
 from vltrain.models.stock.flops import count_flops
 from vltrain.models.stock.parts import Parts, parts_of

@@ -11,9 +11,10 @@ import torch
 from tests.support.processes import run_ranks
 from tests.support.reading import squares
 from tests.support.tiny import make_segments, tiny_config, write_packs
+from vltrain.data.flat.index import Index
 from vltrain.data.loader import collate
 from vltrain.data.plan import FILLER, PackCost, Plan
-from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
 from vltrain.programs.check import main

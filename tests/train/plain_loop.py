@@ -13,6 +13,7 @@ from vltrain.data.loader import collate
 from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import open_packed
 from vltrain.models.build import build_model
 from vltrain.schema import PackedRow
 from vltrain.train.optim import lr_factor, parameter_groups, set_learning_rates
@@ -41,7 +42,7 @@ def one_sample_at_a_time(dataset: PackedDataset, number: int) -> Iterator[Batch]
 def plain_run(packs: Path, changes: dict, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """The reference: no DeepSpeed, no packing, no accumulation tricks. Same keys as the worker's result."""
     config = tiny_config(**changes)
-    dataset = PackedDataset(packs)
+    dataset = open_packed(packs)
     model = build_model(config.model, device=device)
     plan = Plan(
         dataset.index,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
+from vltrain.data.flat.index import Index
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import Index
 from vltrain.train.balance import COEFFICIENTS, MEASURED, choose_packs, features_of, fit_seconds, fitted
 from vltrain.train.checkpoints.checkpoint import Checkpoint, newest_checkpoint
 

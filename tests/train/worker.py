@@ -23,7 +23,7 @@ from tests.support.blip import blip_config
 from tests.support.tiny import tiny_config
 from vltrain.config.command_line import load_settings
 from vltrain.data.remote.cache import CacheSettings
-from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import open_packed
 from vltrain.distributed.hardware import choose_dtype, device
 from vltrain.metrics.loggers import Loggers
 from vltrain.models.build import build_model
@@ -49,7 +49,7 @@ def make(scenario: dict, world_size: int, evaluate: Callable[[int], float | None
     else:
         config = blip_config(scenario["blip"], **changes) if "blip" in scenario else tiny_config(**changes)
     set_determinism(config.train.deterministic)
-    dataset = PackedDataset(scenario["packs"], cache=CacheSettings.of(config.data))
+    dataset = open_packed(scenario["packs"], cache=CacheSettings.of(config.data))
     checkpoint = newest_checkpoint(folder / "checkpoints") if scenario.get("resume") else None
     dtype = choose_dtype(config.train.precision, config.model.bits)
     place = partitioner(resolve_ds_config(scenario["ds"], config, world_size))

@@ -25,6 +25,7 @@ from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 from vltrain.config.idle import refuse_without_effect
 from vltrain.config.key_help import render
 from vltrain.config.keys import checked_value, describe_type, known_keys, known_sections, suggest
+from vltrain.config.mixture import joined_mapping
 from vltrain.config.model.architectures import ARCHITECTURES
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.older_runs import complete
@@ -291,7 +292,7 @@ def _overrides(arguments: Arguments, from_recipe: Mapping[str, Any]) -> dict[str
             continue
         value = _read_value(name, key, text)
         if name != key:
-            value = {**overrides.get(key, from_recipe.get(key, known_keys()[key].default)), **value}
+            value = joined_mapping(key, overrides.get(key, from_recipe.get(key, known_keys()[key].default)), value)
         overrides[key] = checked_value(key, value, COMMAND_LINE)
     return overrides
 

@@ -35,6 +35,14 @@ _OF_ALL: tuple[Rule, ...] = (
         for name in ("cache", "cache_gib")
     ),
     *(
+        (f"data.{name}", lambda c: bool(c.data.mixture), f"each set of data.mixture has its own {name}")
+        for name in ("source", "input", "options", "train_packs")
+    ),
+    *(
+        (f"data.{name}", lambda c: not c.data.mixture, "it is of several sets, and data.mixture names none")
+        for name in ("mixture_by", "when_a_set_ends")
+    ),
+    *(
         (f"eval.{name}", lambda c: c.eval.method == "rank", "eval.method = rank generates nothing")
         for name in ("max_new_tokens", "temperature", "top_p")
     ),

@@ -35,6 +35,7 @@ from vltrain.config.keys import (
     known_sections,
     suggest,
 )
+from vltrain.config.mixture import joined_mapping, require_mixture
 from vltrain.config.model.architectures import DEFAULT, section_of
 from vltrain.config.model.architectures import KEY as ARCHITECTURE
 from vltrain.config.model.base import ModelConfig
@@ -251,10 +252,8 @@ def _settings(path: Path, content: Any, where: str, above: tuple[Path, ...]) -> 
 
 def _overlay(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`own` over `base`; a mapping's keys join the base's mapping."""
-    return {
-        **base,
-        **{key: {**base.get(key, {}), **value} if is_mapping(value) else value for key, value in own.items()},
-    }
+    joined = {key: joined_mapping(key, base.get(key, {}), value) for key, value in own.items() if is_mapping(value)}
+    return {**base, **own, **joined}
 
 
 def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Table:
@@ -338,7 +337,9 @@ def build_config(given: Mapping[str, Any]) -> Config:
     Raises: InputError as `require_own`, and for settings that contradict each other.
     """
     require_own(given)
-    return _build(Config, given, "")
+    config: Config = _build(Config, given, "")
+    require_mixture(config)
+    return config
 
 
 def require_own(given: Mapping[str, Any], made: Collection[str] = ()) -> None:

@@ -59,6 +59,15 @@ class DataConfig:
     """Where blocks of packs at an address are kept; null: in the user's cache (`$XDG_CACHE_HOME/vltrain/packs`)."""
     cache_gib: float = number(32.0, 1e-4, 1e6)
     """The most that they may take there, in GiB; ranks and runs of a machine share it."""
+    mixture: dict[str, Any] = field(default_factory=dict)
+    """Several sets that are trained on together (launch/MIXTURES.md): by name, each with its `weight`, `source`,
+    `input`, `options`, `root`, `train_packs`, splits and `scorer`."""
+    mixture_by: Literal["tokens", "samples", "passes"] = "passes"
+    """What a set's weight is of: its share of the tokens or of the samples that are trained on, or how often an epoch
+    passes over it."""
+    when_a_set_ends: Literal["repeat", "stop"] = "repeat"
+    """repeat: a set that ends begins its next pass, in another order, while the others go on; stop: the run ends with
+    the first set that has had `train.epochs` passes."""
     template: str = named("vltrain.data.text.conversation.TEMPLATES", "mmt")
     """How turns become tokens; of a stock model `processor`: as its own does."""
     pack_length: int = number(1024, 8, MOST_TOKENS)
@@ -83,8 +92,9 @@ class DataConfig:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the packs to train on are at an address."""
-        return self.train_packs is not None and "://" in self.train_packs
+        """Whether the packs to train on, or some of a mixture's, are at an address."""
+        named = [self.train_packs, *(one.get("train_packs") for one in self.mixture.values())]
+        return any(one is not None and "://" in one for one in named)
 
     @property
     def is_easyvqa(self) -> bool:

@@ -1,11 +1,11 @@
 """Which packs a step trains on, and which rank takes which: a pure function of (seed, epochs, step).
 
-Packs form one endless stream: position p is pack permute(p mod n) of epoch p // n, and step k takes positions [kB, (k +
-1)B). So the global batch is the same at any number of ranks, resuming is a step number, and nothing is stored per pack:
-the permutation is computed at the positions asked for. The costs in the index decide who takes what: packs of similar
-cost meet in one micro-step, since ranks wait for each other there, and the ranks' totals are evened out. Trade-off:
-perfect balance (costs are a model's estimate), and equal micro-steps where the number of packs is no multiple of the
-ranks.
+Packs form one endless stream (`vltrain.data.stream`): of one set, position p is pack permute(p mod n) of epoch p // n,
+and step k takes positions [kB, (k + 1)B). So the global batch is the same at any number of ranks, resuming is a step
+number, and nothing is stored per pack: the permutation is computed at the positions asked for. The costs in the index
+decide who takes what: packs of similar cost meet in one micro-step, since ranks wait for each other there, and the
+ranks' totals are evened out. Trade-off: perfect balance (costs are a model's estimate), and equal micro-steps where the
+number of packs is no multiple of the ranks.
 """
 
 from __future__ import annotations
@@ -16,53 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vltrain.data.shards import Index
+from vltrain.data.flat.index import Index
+from vltrain.data.stream.mixing import Mixing
 from vltrain.errors import InputError
 
 FILLER = -1  # stands for no pack
-_ROUNDS = 6
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele et al. 2014): every input bit changes every output bit. uint64 to uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    state = np.array([seed & (2**64 - 1)], np.uint64)
-    state = _mix(_mix(state + _GOLDEN) + np.array([epoch], np.uint64) * _GOLDEN)
-    return _mix(state + np.arange(1, _ROUNDS + 1, dtype=np.uint64) * _GOLDEN)
-
-
-def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """A pseudo-random permutation of range(n), evaluated at `positions` only.
-
-    A Feistel network permutes the smallest range of 2^(2b) >= n numbers; a result outside range(n) goes through it
-    again until it falls inside (cycle walking: Black and Rogaway, 2002), fewer than four times on average.
-
-    Args:
-        positions: int [m], each in [0, n).
-
-    Returns:
-        int64 [m], each in [0, n).
-    """
-    positions = np.asarray(positions, np.int64)
-    assert n >= 1 and (len(positions) == 0 or 0 <= positions.min() <= positions.max() < n)
-    half_bits = max(1, -(-(n - 1).bit_length() // 2))
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    keys = _round_keys(seed, epoch)
-    result = positions.astype(np.uint64)
-    walking = np.arange(len(result))
-    while len(walking):
-        left, right = result[walking] >> shift, result[walking] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
-        result[walking] = (left << shift) | right
-        walking = walking[result[walking] >= n]
-    return result.astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +81,9 @@ class StepPlan:
     num_samples: int
 
 
-def length_of(num_packs: int, epochs: float, packs_per_step: int, max_steps: int | None) -> tuple[int, int]:
+def length_of(mixing: Mixing, epochs: float, packs_per_step: int, max_steps: int | None) -> tuple[int, int]:
     """Packs (one a time for each pass) and steps of a run; a pack and a step at least."""
-    positions = max(1, round(epochs * num_packs))
+    positions = mixing.positions(epochs)
     whole = -(-positions // packs_per_step)
     return positions, whole if max_steps is None else min(whole, max_steps)
 
@@ -153,6 +111,7 @@ class Plan:
             that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one
             reaches.
 
+
         Raises: InputError for a set without packs.
         """
         if len(index) == 0:
@@ -160,8 +119,15 @@ class Plan:
         assert packs_per_step >= 1 and world_size >= 1 and epochs > 0
         self._index, self._seed, self._cost = index, seed, cost
         self._packs_per_step, self._world_size, self._images_always = packs_per_step, world_size, images_always
-        self.num_positions, self.num_steps = length_of(len(index), epochs, packs_per_step, max_steps)
-        self.steps_per_epoch = len(index) / packs_per_step
+        self.mixing = index.mixing or Mixing.alone(len(index))
+        assert sum(self.mixing.num_packs) == len(index)
+        self.num_positions, self.num_steps = length_of(self.mixing, epochs, packs_per_step, max_steps)
+        self.steps_per_epoch = self.mixing.epoch / packs_per_step
+
+    @property
+    def num_trained(self) -> int:
+        """Packs of all steps together, one a time for each pass."""
+        return min(self.num_positions, self.num_steps * self._packs_per_step)
 
     def balanced_by(self, cost: PackCost) -> Plan:
         """The same steps, assigned to ranks by another cost."""
@@ -171,16 +137,18 @@ class Plan:
 
     def packs_of(self, step: int) -> np.ndarray:
         """Pack numbers of a step, int64 [packs_per_step, or fewer in the last step], in the stream's order."""
+        return self.mixing.packs(self._positions(step), self._seed)
+
+    def passes_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the set, the pass over it) that each of `packs_of` is of: int64, as many."""
+        sets, own = self.mixing.split(self._positions(step))
+        return sets, own // np.array(self.mixing.num_packs, np.int64)[sets]
+
+    def _positions(self, step: int) -> np.ndarray:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
         first = step * self._packs_per_step
-        positions = np.arange(first, min(first + self._packs_per_step, self.num_positions), dtype=np.int64)
-        epochs = positions // len(self._index)
-        parts = [
-            permute(positions[epochs == epoch] % len(self._index), len(self._index), self._seed, epoch)
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        return np.concatenate(parts)
+        return np.arange(first, min(first + self._packs_per_step, self.num_positions), dtype=np.int64)
 
     def step(self, number: int) -> StepPlan:
         """The packs of a step, assigned to micro-steps and ranks."""

@@ -9,8 +9,11 @@ from vltrain.errors import InputError
 
 
 def samples_folder(config: Config) -> Path:
-    """Where the samples of a recipe are: prepared ones, or those of its own."""
+    """Where the samples of a recipe are: prepared ones, or those of its own. Raises InputError for a mixture, which has
+    several such folders (`vltrain.config.mixture.sets_of`)."""
     data = config.data
+    if data.mixture:
+        raise InputError(f"data.mixture: found {', '.join(data.mixture)}, expected one set of samples")
     if data.source != OWN:
         return Path(data.root) / "samples"
     place = Path(str(data.input))

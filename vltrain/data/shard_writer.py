@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from vltrain.data.flat.columns import Column
+from vltrain.data.flat.index import INDEX_SCHEMA
 from vltrain.data.folder import new_folder
 from vltrain.data.remote.blocks import write_blocks
 from vltrain.data.shards import (
     FORMAT_VERSION,
     IMAGE_SCHEMA,
     INDEX,
-    INDEX_SCHEMA,
     MANIFEST,
     ROWS_PER_BATCH,
     SCHEMAS,

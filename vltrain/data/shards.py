@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from vltrain.data.flat.index import Index, read_index
 from vltrain.data.flat.mapped import MappedTable, Stamp, require_opened, stamp_of
 from vltrain.data.origin import MADE_FROM, read_made_from, require_whole_record
 from vltrain.data.remote.address import is_address
@@ -68,15 +69,6 @@ STOCK_SCHEMA = pa.schema(
 SCHEMAS = {FORMAT_VERSION: PACK_SCHEMA, STOCK_FORMAT: STOCK_SCHEMA}
 """Of packs, by format version."""
 IMAGE_SCHEMA = pa.schema({"data": pa.large_binary()})
-INDEX_SCHEMA = pa.schema(
-    {
-        "num_tokens": pa.int32(),
-        "num_label_tokens": pa.int32(),
-        "num_images": pa.int32(),
-        "num_samples": pa.int32(),
-        "sum_squares": pa.int64(),
-    }
-)
 _REMAKE = "pack the samples again (python -m data_prep.pack)"
 
 
@@ -99,6 +91,7 @@ class Manifest:
     `lost` is what the vocabulary loses of the samples' texts (`vltrain.data.text.spelling`), None and not written where
     that is nothing.
     `over_long` counts the samples left out because they do not fit into a pack; over_long.jsonl lists them.
+    `mixture` is of several sets (`vltrain.data.stream.mixed`), None and not written elsewhere.
     """
 
     tokenizer_fingerprint: str
@@ -117,6 +110,7 @@ class Manifest:
     files: tuple[ShardFile, ...]
     format_version: int = FORMAT_VERSION
     lost: dict[str, Any] | None = None
+    mixture: dict[str, Any] | None = None
 
     @property
     def fill(self) -> float:
@@ -133,7 +127,7 @@ class Manifest:
 
     def _fields(self) -> dict[str, Any]:
         fields = {**vars(self), "files": [vars(file) for file in self.files]}
-        return fields if self.lost is not None else {name: value for name, value in fields.items() if name != "lost"}
+        return {name: value for name, value in fields.items() if value is not None or name not in ("lost", "mixture")}
 
 
 def _checksum(fields: dict[str, Any]) -> str:
@@ -206,26 +200,6 @@ def require_match(
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Index:
-    """Per pack, memory-mapped and read-only: int32 [packs], `sum_squares` (of segment lengths) int64 [packs]."""
-
-    num_tokens: np.ndarray
-    num_label_tokens: np.ndarray
-    num_images: np.ndarray
-    num_samples: np.ndarray
-    sum_squares: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.num_tokens)
-
-
-def read_index(path: Path) -> Index:
-    """Maps an index file."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    return Index(**{name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names})
-
-
 class PackedDataset:
     """A folder of packed shards, here or at an address (`vltrain.data.remote`). Picklable: a worker process that gets
     one opens the files anew, if they are still those that were opened.
@@ -289,14 +263,19 @@ class PackedDataset:
         """Whether its shards are at an address."""
         return self._remote is not None
 
+    @property
+    def cache_bytes(self) -> int:
+        """The most that blocks of its address may take; 0 where it is here."""
+        return 0 if self._remote is None else self._remote.cache.max_bytes
+
     @contextmanager
     def fetched_ahead(self, packs: Iterator[int]) -> Generator[Callable[[int], None]]:
         """Inside the block packs are fetched in the order in which they will be used. Gives what is to be told how many
         more of them have been."""
-        if self._remote is None:
+        if not self.is_remote:
             yield lambda number: None
             return
-        share = self._remote.cache.max_bytes // (2 * _local_ranks())
+        share = self.cache_bytes // (2 * _local_ranks())
         ahead = Ahead(packs, pickle.loads(pickle.dumps(self)).keep, share)
         try:
             yield ahead.used

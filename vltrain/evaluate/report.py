@@ -4,7 +4,7 @@ there."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,15 @@ def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
         write_whole(folder / "predictions.jsonl", lines)
         write_json(folder / "metrics.json", {**facts, **report.to_json()})
         write_whole(folder / "table.md", report.to_markdown() + "\n")
+
+
+def mean_of(reports: Mapping[str, Report]) -> float:
+    """The unweighted mean of the sets' headline figures, whatever each measures."""
+    return sum(report.mean for report in reports.values()) / len(reports)
+
+
+def write_mean(reports: Mapping[str, Report], path: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the mean, and each set's figure with the name of its measure. Raises InputError if that is not
+    possible."""
+    sets = {name: {"measure": one.measure, one.measure: one.mean} for name, one in reports.items()}
+    write_json(path, {**facts, "unweighted_mean": mean_of(reports), "sets": sets})

@@ -9,7 +9,7 @@ Used by the trainer in its loop, with the model under DeepSpeed, and by `vltrain
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,22 +54,39 @@ class SplitSetup:
     """A split, and how it is asked.
 
     Args:
+        name: of the set, where there are several; "" where there is one.
         samples_file: JSONL; images are found beside it.
         max_samples: None: all.
         device: the model's.
     """
 
     split: str
+    name: str = ""
     samples_file: Path
     encoder: SampleEncoder
     config: Config
     device: torch.device | str
     max_samples: int | None = None
 
+    @property
+    def title(self) -> str:
+        """What it is called in files, logs and loggers: SPLIT, or SET/SPLIT."""
+        return f"{self.name}/{self.split}" if self.name else self.split
+
+    @property
+    def called(self) -> dict[str, str]:
+        """The same, for metrics.json."""
+        return {**({"set": self.name} if self.name else {}), "split": self.split}
+
     def pictures(self, model: VisionLanguageModel) -> Pictures:
         """The split's images, as the model reads them."""
         config = self.config
         return pictures_below(self.samples_file.parent, image_reader(config, model), config.data.max_image_pixels)
+
+
+def mean_title(setups: Sequence[SplitSetup]) -> str:
+    """What the sets' mean is called in files and loggers: eval/mean_of_sets/SPLIT, or the splits where they differ."""
+    return f"eval/mean_of_sets/{'-'.join(dict.fromkeys(setup.split for setup in setups))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +131,8 @@ def evaluate_split(
     report = score_samples(config.eval.scorer, samples, [answer.text for answer in answered], where)
     report = replace(report, remarks=_remarks(samples, answered, questions, tokenizer, config, where))
     if report_to.folder is not None:
-        facts = {"split": setup.split, "step": report_to.step, **report_to.facts}
-        write_report(report, report_to.folder / "eval" / setup.split, facts)
+        facts = {**setup.called, "step": report_to.step, **report_to.facts}
+        write_report(report, report_to.folder / "eval" / setup.title, facts)
     if report_to.loggers is not None:
         _show(report_to.loggers, report, samples, setup, report_to.step)
     return report
@@ -133,7 +150,7 @@ def predict(
     rank_number, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = shard_samples(samples, rank_number, world_size)
     precision = products_in_fp32(model, setup.device) if setup.config.eval.precision == "fp32" else nullcontext()
-    title = f"evaluate {setup.split}"
+    title = f"evaluate {setup.title}"
     with precision, Progress(total=len(samples), title=title, unit="question", shown=rank_number == 0) as progress:
         answer = (
             _rank if setup.config.eval.method == "rank" else functools.partial(_generate, questions=questions, own=own)
@@ -262,7 +279,7 @@ def largest_over_ranks(device: torch.device | str) -> Sync:
 def _show(loggers: MetricLogger, report: Report, samples: list[Sample], setup: SplitSetup, step: int) -> None:
     """Accuracies and a fixed, evenly spaced choice of answered questions, by their ids: however many are asked, a
     name shows the same question over the steps."""
-    config, split, image_folder = setup.config, setup.split, setup.samples_file.parent
+    config, split, image_folder = setup.config, setup.title, setup.samples_file.parent
     figures = {
         report.measure: report.mean,
         "failed_share": report.failed / max(report.overall.total, 1),

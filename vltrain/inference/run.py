@@ -8,12 +8,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from vltrain.config.mixture import each_set
 from vltrain.config.older_runs import ADDED, complete
 from vltrain.config.recipe import RECIPE, build_config, read_recipe
 from vltrain.config.schema import Config
 from vltrain.config.stages import stage_folders
 from vltrain.data.sample_files import samples_file
-from vltrain.data.text.asked import Asked, how_asked
+from vltrain.data.text.asked import Asked, how_asked, in_common
 from vltrain.errors import InputError
 from vltrain.files.strict_json import read_object
 from vltrain.receipts.manifest import BEST, MANIFEST, pointed
@@ -55,10 +56,12 @@ def how_run_was_asked(run: Path, config: Config) -> Asked | None:
     recorded = Asked.from_json(_recorded(run, "data").get("asked"))
     if recorded is not None:
         return recorded
+    sets = each_set(config).values()
     try:
-        return how_asked(samples_file(config, config.data.train_split))
+        asked = [how_asked(samples_file(one, one.data.train_split)) for one in sets]
     except InputError:
         return None
+    return in_common([one for one in asked if one is not None])
 
 
 def _recorded(run: Path, name: str) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from vltrain.config.schema import Config
-from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.flat.index import Index
+from vltrain.data.shards import PackedDataset
 from vltrain.memory.rehearse import Activations, PackSize, make_blip_pack, make_pack, make_stock_pack, rehearse
 from vltrain.memory.weights import WeightPlan
 from vltrain.memory.zero import FP32, ZeroMemory, zero_memory

@@ -54,13 +54,15 @@ def _hashed(name: str) -> int:
     return xxhash.xxh3_64_intdigest(name.encode())
 
 
-def read_categories(path: Path) -> Categories:
-    """Of a file of samples. Raises InputError as `vltrain.files.strict_json.read_lines`."""
+def read_categories(files: Mapping[str, Path]) -> Categories:
+    """Of files of samples, each with what stands before its ids. Raises InputError as
+    `vltrain.files.strict_json.read_lines`."""
     hashes, codes = array("Q"), array("i")
     kinds: dict[tuple[tuple[str, str], ...], int] = {}
-    for _, record in read_lines(path, "samples"):
+    found = ((before, record) for before, path in files.items() for _, record in read_lines(path, "samples"))
+    for before, record in found:
         if is_object(record) and "id" in record:
-            hashes.append(_hashed(str(record["id"])))
+            hashes.append(_hashed(f"{before}{record['id']}"))
             codes.append(kinds.setdefault(tuple(_categories_of(record)), len(kinds)))
     values: dict[str, set[str]] = defaultdict(set)
     for kind in kinds:
@@ -89,7 +91,8 @@ class CategoryLosses:
     """Takes each step's losses, and gives the means of the last steps' where they are logged.
 
     Args:
-        samples: the file that the packs were made of; None: there is none, and nothing is given.
+        samples: the files that the packs were made of, by what stands before their samples' ids in the packs (SET/ of
+            a mixture); none: nothing is given.
         ids_of: step -> ids of its samples, in the history's order.
         every: steps between two means.
         first_step: of this life of the run; recent: losses of those of its interval that are behind it.
@@ -97,7 +100,7 @@ class CategoryLosses:
 
     def __init__(
         self,
-        samples: Path | None,
+        samples: Mapping[str, Path],
         ids_of: Callable[[int], Sequence[str]],
         *,
         every: int,
@@ -106,7 +109,7 @@ class CategoryLosses:
     ) -> None:
         self._ids_of, self._every = ids_of, every
         self._kept = list(enumerate(recent, start=first_step - len(recent)))
-        self._reading = _Reading(samples) if samples is not None else None  # begins with the first step
+        self._reading = _Reading(samples) if samples else None  # begins with the first step
         self._said = ""
 
     def add(self, step: int, losses: np.ndarray) -> dict[str, float]:
@@ -147,9 +150,9 @@ class CategoryLosses:
 class _Reading(threading.Thread):
     """Reads categories beside the training. An end of the process does not wait for it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, files: Mapping[str, Path]) -> None:
         super().__init__(name="categories of samples", daemon=True)
-        self._path = path
+        self._files = files
         self._found: Categories | None = None
         self._error: InputError | None = None
 
@@ -160,7 +163,7 @@ class _Reading(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._found = read_categories(self._path)
+            self._found = read_categories(self._files)
         except InputError as error:
             self._error = error
 

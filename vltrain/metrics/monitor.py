@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from vltrain.console import Progress
@@ -18,6 +19,8 @@ from vltrain.files.appended import AppendedFile
 from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.step_log import LOG, plain_number, truncate_jsonl
 from vltrain.models.flops import Flops
+
+_NONE: Mapping[str, float] = {}
 
 
 class Monitor:
@@ -111,15 +114,14 @@ class Monitor:
     def _figures(self, rates: str) -> str:
         return rates if self.last_loss is None else f"loss {self.last_loss:.4f}, {rates}"
 
-    def loss(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """The global mean loss per label token of a step, and its gradient's norm."""
+    def loss(self, step: int, loss: float, grad_norm: float, lr: float, more: Mapping[str, float] = _NONE) -> None:
+        """The global mean loss per label token of a step, and its gradient's norm. `more`: figures of the log alone."""
         if not self.active:
             return
         self._loggers.scalars({"train/loss": loss, "train/grad_norm": grad_norm}, step)
-        self._log.write(
-            json.dumps({"step": step, "loss": plain_number(loss), "grad_norm": plain_number(grad_norm), "lr": lr})
-            + "\n"
-        )
+        told = {"loss": plain_number(loss), "grad_norm": plain_number(grad_norm), "lr": lr}
+        further = {name: plain_number(value) for name, value in more.items()}
+        self._log.write(json.dumps({"step": step, **told, **further}) + "\n")
         self.last_loss = loss
 
     def pause(self) -> None:

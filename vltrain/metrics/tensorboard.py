@@ -28,8 +28,8 @@ def _chart(*tags: str) -> list[Any]:
 LAYOUT = {
     "loss and accuracy": {
         "loss": _chart(r"train/loss$"),
-        "accuracy": _chart(r"eval/[^/]+/(?!failed_share$)[^/]+$"),
-        "accuracy by category": _chart(r"eval/[^/]+/[^/]+_by/.+"),
+        "accuracy": _chart(r"eval/(?!.*_by/)([^/]+/)?[^/]+/(?!failed_share$)[^/]+$"),
+        "accuracy by category": _chart(r"eval/([^/]+/)?[^/]+/[^/]+_by/.+"),
         "loss by category": _chart(r"train/[^/]+_by[^/]*/.+"),
         "gradient norm": _chart(r"train/grad_norm$"),
         "learning rate": _chart(r"train/lr$"),
@@ -44,6 +44,7 @@ LAYOUT = {
         "per step": _chart(r"data/.+_per_step$"),
         "share of padding, of time waiting for data": _chart(r"speed/(padding|waiting_for_data)_share$"),
         "epoch": _chart(r"data/epoch$"),
+        "passes over each set": _chart(r"data/passes_of_set/.+"),
     },
     "memory": {"peak, GiB": _chart(r"memory/peak_gib$")},
     "adapters": {
@@ -53,7 +54,7 @@ LAYOUT = {
     },
     "checks": {
         "skipped updates": _chart(r"checks/skipped_updates$"),
-        "answers in which nothing was found": _chart(r"eval/[^/]+/failed_share$"),
+        "answers in which nothing was found": _chart(r"eval/([^/]+/)?[^/]+/failed_share$"),
     },
 }
 """What the tab "custom scalars" shows: groups of charts, each of the tags that its patterns match. One without a tag

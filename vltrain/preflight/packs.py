@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from vltrain.data.flat.index import Index
 from vltrain.data.loader import LoadedStep, StepLoader, filler, load_pack
 from vltrain.data.plan import FILLER, Plan, StepPlan
-from vltrain.data.shards import Index
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vltrain.config.mixture import each_set, sets_of
 from vltrain.config.schema import OWN, Config
 from vltrain.data.origin import (
     SAMPLES,
@@ -26,7 +27,8 @@ from vltrain.data.origin import (
 )
 from vltrain.data.sample_files import samples_file, samples_folder
 from vltrain.data.shards import PackedDataset
-from vltrain.data.text.asked import how_asked
+from vltrain.data.stream.mixed import MixedPacks
+from vltrain.data.text.asked import Asked, how_asked, in_common
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError
 from vltrain.files.digest import combined_digest
@@ -255,7 +257,23 @@ def require_same_set(config: Config, packs: PackedDataset, samples: Path) -> Non
 
 def facts_of(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     """What `run.json` says of the data: packs, their checksum and what they were made from, the digest of the samples
-    that stand beside them, and how their questions are put."""
+    that stand beside them, and how their questions are put; of a mixture each set's, and what their questions have in
+    common."""
+    if not isinstance(dataset, MixedPacks):
+        return _facts_of_set(config, dataset)
+    sets = {name: _facts_of_set(one, dataset.sets[name]) for name, one in sets_of(config).items()}
+    asked = [Asked.from_json(one["asked"]) for one in sets.values()]
+    together = in_common([one for one in asked if one is not None])
+    return {
+        "packs": str(dataset.folder),
+        "checksum": dataset.manifest.checksum,
+        "mixture": dataset.manifest.mixture,
+        "sets": sets,
+        "asked": None if together is None else asdict(together),
+    }
+
+
+def _facts_of_set(config: Config, dataset: PackedDataset) -> dict[str, Any]:
     made, asked = read_made_from(dataset.folder), None
     with suppress(InputError):  # of own packs, samples that are nowhere
         asked = how_asked(samples_file(config, config.data.train_split))
@@ -276,7 +294,14 @@ def require_trained_set(run: Path, config: Config, overrides: Collection[str]) -
     """
     if not (run / RUN).exists():
         return
-    before = read_object(run / RUN, "what the run was made of").get("data", {}).get("samples")
+    data = read_object(run / RUN, "what the run was made of").get("data", {})
+    for name, one in each_set(config).items():
+        _require_trained_set(run, one, overrides, data["sets"].get(name, {}) if name and "sets" in data else data)
+
+
+def _require_trained_set(run: Path, config: Config, overrides: Collection[str], data: dict[str, Any]) -> None:
+    """Of one set. `data`: what run.json says of it."""
+    before = data.get("samples")
     now = data_identity(config, config.data.train_split)
     if before is None or now is None or before == now:
         return

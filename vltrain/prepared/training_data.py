@@ -4,10 +4,12 @@ model before hours of training."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from vltrain.config.mixture import each_set, weights_of
 from vltrain.config.schema import Config
 from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
@@ -15,6 +17,7 @@ from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.data.remote.address import place_of
 from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import PackedDataset, require_match
+from vltrain.data.stream.mixed import MixedPacks, mixed, open_packed
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.distributed.hardware import device
 from vltrain.errors import InputError
@@ -24,6 +27,7 @@ from vltrain.models.build import outline_model
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import ensure_packs, ensure_samples, packed_folder
 from vltrain.prepared.origins import require_same_set
+from vltrain.prepared.sets import of_set
 from vltrain.train.run.fits import kept_image_part, require_positions, require_qformer_positions, require_tokenizer_fits
 
 
@@ -47,28 +51,54 @@ def ensure_training_data(
 def _ensure_data(
     config: Config, encoder: SampleEncoder, outline: VisionLanguageModel, *, rebuild: bool
 ) -> PackedDataset:
-    """Samples and packs, made, made anew or checked.
+    """Samples and packs, made, made anew or checked; of a mixture each set's.
 
     Raises: InputError if they are not of what the recipe names or not of one set, and for evaluations that would fail
-    after the first step.
+    after the first step: of any set, before the first is packed.
     """
-    dataset = open_packs(config, encoder) if config.data.train_packs is not None else None
-    evaluates = config.eval.scorer is not None
-    if evaluates:
-        file = ensure_samples(config, config.data.eval_split, rebuild=rebuild)
-        if dataset is not None and int(os.environ.get("RANK", "0")) == 0:
-            require_same_set(config, dataset, file)
-        every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
-        ask(answered, every, encoder, config, outline, file)
-    if dataset is not None:
-        return dataset
-    return open_packs(config, encoder, rebuild=rebuild, samples_are_ready=evaluates)
+    sets, found = each_set(config), dict[str, PackedDataset]()
+    for name, one in sets.items():
+        if one.data.train_packs is not None:
+            with of_set(name):
+                found[name] = open_packs(one, encoder)
+    for name, one in sets.items():
+        if one.eval.scorer is not None:
+            with of_set(name):
+                _require_answerable(one, encoder, outline, found.get(name), rebuild=rebuild)
+    for name, one in sets.items():
+        if name not in found:
+            with of_set(name):
+                ready = one.eval.scorer is not None
+                found[name] = open_packs(one, encoder, rebuild=rebuild, samples_are_ready=ready)
+    return mixture_of(config, {name: found[name] for name in sets}) if config.data.mixture else found[""]
+
+
+def _require_answerable(
+    config: Config, encoder: SampleEncoder, outline: VisionLanguageModel, packs: PackedDataset | None, *, rebuild: bool
+) -> None:
+    """Raises InputError unless the split that is evaluated, made if missing, can be answered and scored. `packs`: those
+    of `data.train_packs`, which must be of the same set."""
+    file = ensure_samples(config, config.data.eval_split, rebuild=rebuild)
+    if packs is not None and int(os.environ.get("RANK", "0")) == 0:
+        require_same_set(config, packs, file)
+    every, answered = answerable_samples(file, config, config.eval.max_samples)  # before hours of packing
+    ask(answered, every, encoder, config, outline, file)
+
+
+def mixture_of(config: Config, sets: Mapping[str, PackedDataset]) -> MixedPacks:
+    """The packs of all sets as the recipe mixes them; rank 0 writes down what they are. Raises InputError where they
+    cannot be mixed."""
+    data = config.data
+    found = mixed(Path(data.root), sets, data.mixture_by, weights_of(config), data.when_a_set_ends)
+    if int(os.environ.get("RANK", "0")) == 0:
+        found.write()
+    return found
 
 
 def open_packs(
     config: Config, encoder: SampleEncoder, *, rebuild: bool = False, samples_are_ready: bool = False
 ) -> PackedDataset:
-    """Opens the packs to train on, made first if the recipe leaves that to us.
+    """Opens the packs to train on, of one set, made first if the recipe leaves that to us.
 
     Args:
         rebuild, samples_are_ready: see `ensure_packs`.
@@ -102,7 +132,7 @@ def open_packs(
 
 def _opened(config: Config, place: Path | str) -> PackedDataset:
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    return PackedDataset(place, verify=is_first, cache=CacheSettings.of(config.data))
+    return open_packed(place, verify=is_first, cache=CacheSettings.of(config.data))
 
 
 def _require_image_sizes(dataset: PackedDataset, limit: int) -> None:

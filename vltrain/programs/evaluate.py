@@ -38,7 +38,9 @@ from vltrain.config.command_line import (
     refuse_ranks,
     split_arguments,
 )
+from vltrain.config.mixture import each_set
 from vltrain.config.recipe import RECIPE, as_mapping
+from vltrain.config.schema import Config
 from vltrain.config.stages import last_stage
 from vltrain.console import is_quiet, start_logging
 from vltrain.data.reading import recipe_tokenizer, sample_encoder
@@ -50,8 +52,8 @@ from vltrain.errors import InputError, exits_cleanly, nearest
 from vltrain.evaluate.answering.precision import loaded_dtype
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.ready import answerable_samples, require_scorer
-from vltrain.evaluate.report import write_report
-from vltrain.evaluate.run import ReportTo, SplitSetup, evaluate_split
+from vltrain.evaluate.report import mean_of, write_mean, write_report
+from vltrain.evaluate.run import ReportTo, SplitSetup, evaluate_split, mean_title
 from vltrain.evaluate.scorers.scoring import Report
 from vltrain.files.atomic import write_json
 from vltrain.files.digest import file_digest
@@ -203,10 +205,11 @@ def _evaluate_file(arguments: Arguments) -> Report:
 
 
 def evaluate_run(folder: Path, settings: Settings) -> None:
-    """Answers and scores a split with a run's checkpoint; rank 0 shows and writes the report."""
+    """Answers and scores a split with a run's checkpoint, of a mixture each set's; rank 0 shows and writes the
+    reports."""
     config = settings.config
     _require_place(settings.options["json"])
-    require_scorer(config)
+    sets = _evaluated_sets(config)
     require_loggers(config.train.loggers)
     set_determinism(config.train.deterministic)
     adopt_ranks()
@@ -214,7 +217,7 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     start_logging(rank, quiet=settings.options[QUIET] is not None)
     require_machine(workers=0)  # the samples' images are decoded by this process
     limit_threads(local_world_size())
-    split = settings.options["split"] or config.data.test_split
+    splits = {name: settings.options["split"] or one.data.test_split for name, one in sets.items()}
     checkpoint = choose_checkpoint(folder, settings.options["checkpoint"])
     facts = weights_used(folder, config, checkpoint, made_of(config), settings.overrides) if rank == 0 else {}
     if rank == 0:
@@ -227,47 +230,62 @@ def evaluate_run(folder: Path, settings: Settings) -> None:
     tokenizer = recipe_tokenizer(config)
     # A run's recipe bounds the evaluations while it trains; afterwards only the command line does.
     max_samples = config.eval.max_samples if "eval.max_samples" in settings.overrides else None
-    samples_file = ensure_samples(config, split)
-    answerable_samples(samples_file, config, max_samples)  # before a model is built
+    files = {name: ensure_samples(one, splits[name]) for name, one in sets.items()}
+    for name, one in sets.items():
+        answerable_samples(files[name], one, max_samples)  # before a model is built
     if rank == 0:
         require_trained_set(folder, config, settings.overrides)
-        facts = {**facts, "samples": file_digest(samples_file)}
-    reason = why_not_writable(folder / "eval" / split) or why_not_writable(folder / "tensorboard")
+    titles = {name: f"{name}/{split}" if name else split for name, split in splits.items()}
+    places = [*(f"eval/{one}" for one in titles.values()), "tensorboard"]
+    reasons = [why_not_writable(folder / place) for place in places]
+    reason = next((one for one in reasons if one is not None), None)
     if reason is not None:
         told = "%s: cannot be written (%s): figures are printed%s, predictions are not kept"
         logger.warning(told, folder, reason, " and written to --json" if settings.options["json"] else "")
     with ExitStack() as held:
-        if rank == 0 and reason is None:
-            place = folder / "eval" / split
+        for place in (folder / "eval" / one for one in titles.values()) if rank == 0 and reason is None else ():
             held.enter_context(one_writer(lock_inside(place), place, remedy="evaluate another split or run meanwhile"))
         dtype = loaded_dtype(config)
         weights = checkpoint or weights_before(folder, config)
         model = answering_model(config, tokenizer, weights, dtype=dtype, place=device())
-        setup = SplitSetup(
-            split=split,
-            samples_file=samples_file,
-            encoder=sample_encoder(config, tokenizer, model),
-            config=config,
-            device=device(),
-            max_samples=max_samples,
-        )
+        encoder = sample_encoder(config, tokenizer, model)
+        setups = [
+            SplitSetup(
+                split=splits[name],
+                name=name,
+                samples_file=files[name],
+                encoder=encoder,
+                config=one,
+                device=device(),
+                max_samples=max_samples,
+            )
+            for name, one in sets.items()
+        ]
         step = checkpoint.step if checkpoint is not None else 0
-        _answer(model, folder, settings, setup, {"step": step, **facts}, dtype=dtype, keeps=reason is None)
+        _answer(model, folder, settings, setups, {"step": step, **facts}, dtype=dtype, keeps=reason is None)
+
+
+def _evaluated_sets(config: Config) -> dict[str, Config]:
+    """Those that have a scorer. Raises InputError where none has one, or one is not installed."""
+    sets = {name: one for name, one in each_set(config).items() if not name or one.eval.scorer is not None}
+    for one in sets.values() or [config]:
+        require_scorer(one)
+    return sets
 
 
 def _answer(
     model: VisionLanguageModel,
     folder: Path,
     settings: Settings,
-    setup: SplitSetup,
+    setups: list[SplitSetup],
     facts: dict[str, Any],
     *,
     dtype: torch.dtype,
     keeps: bool,
 ) -> None:
-    """`facts`: which weights answer, for the report; `keeps`: what it finds is written into the run's folder."""
-    config, rank, world_size = setup.config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = device()
+    """`facts`: which weights answer, for the reports; `keeps`: what it finds is written into the run's folder."""
+    config, rank = settings.config, int(os.environ.get("RANK", "0"))
+    world_size, place = int(os.environ.get("WORLD_SIZE", "1")), device()
     if world_size > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -276,14 +294,36 @@ def _answer(
     loggers = None
     if rank == 0 and keeps:
         loggers = open_loggers(config.train.loggers, RunContext(folder=folder, settings=as_mapping(config)))
-    with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        report = evaluate_split(model, setup, ReportTo(step=facts["step"], loggers=loggers))
+    reports: dict[str, Report] = {}
+    for setup in setups:
+        with torch.autocast(place.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            report = evaluate_split(model, setup, ReportTo(step=facts["step"], loggers=loggers))
+        if report is not None:
+            reports[setup.name] = report
+            if setup.name:
+                print(f"{setup.title}:", flush=True) if not is_quiet() else None
+            told = {**setup.called, **facts, "samples": file_digest(setup.samples_file)}
+            json_file = None if setup.name else settings.options["json"]
+            _finish(report, json_file, folder / "eval" / setup.title if keeps else None, told)
+    if reports and config.data.mixture:
+        _finish_sets(reports, setups, settings.options["json"], folder / "eval" if keeps else None, facts)
+        if loggers is not None:
+            loggers.scalars({mean_title(setups): mean_of(reports)}, facts["step"])
     if loggers is not None:
         loggers.close()
-    if report is not None:
-        _finish(
-            report,
-            settings.options["json"],
-            folder / "eval" / setup.split if keeps else None,
-            {"split": setup.split, **facts},
-        )
+
+
+def _finish_sets(
+    reports: dict[str, Report],
+    setups: list[SplitSetup],
+    json_file: str | None,
+    folder: Path | None,
+    facts: dict[str, Any],
+) -> None:
+    """Shows the sets' mean, and writes it."""
+    print(f"unweighted mean of {len(reports)} set(s): {mean_of(reports):.4f}", flush=True)
+    if folder is not None:
+        write_mean(reports, folder.parent / f"{mean_title(setups)}.json", facts)
+    if json_file is not None:
+        sets = {name: report.to_json() for name, report in reports.items()}
+        write_json(Path(json_file), {**facts, "unweighted_mean": mean_of(reports), "sets": sets})

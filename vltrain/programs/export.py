@@ -30,6 +30,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vltrain.config.command_line import COMMAND_LINE, Arguments
+from vltrain.config.mixture import each_set
 from vltrain.config.schema import Config
 from vltrain.data.folder import new_folder
 from vltrain.data.text.tokenizer_sources import tokenizer_sources
@@ -190,15 +191,16 @@ def samples_for_proof(config: Config, chosen: Format, proof_samples: int | None)
     if proof_samples is None:
         return None
     tried = []
-    for split in dict.fromkeys((config.data.test_split, config.data.eval_split)):
-        try:
-            file = samples_file(config, split)
-        except InputError as error:
-            tried.append(str(error))
-            continue
-        if file.is_file():
-            return proof_data(config, file, proof_samples, chosen.proof.takes)
-        tried.append(str(file))
+    for one in each_set(config).values():  # of a mixture the first set that has some
+        for split in dict.fromkeys((one.data.test_split, one.data.eval_split)):
+            try:
+                file = samples_file(one, split)
+            except InputError as error:
+                tried.append(str(error))
+                continue
+            if file.is_file():
+                return proof_data(one, file, proof_samples, chosen.proof.takes)
+            tried.append(str(file))
     raise InputError(
         f"proof: the run's evaluation samples are not there ({'; '.join(tried)}); restore them, or export "
         "unproven: --proof none"

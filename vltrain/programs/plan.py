@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vltrain.config.command_line import COMMAND_LINE, FLAGS, Option, Settings, split_arguments
+from vltrain.config.mixture import sets_of, weights_of
 from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
@@ -27,6 +28,8 @@ from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.data.remote.address import place_of
 from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import MixedPacks, mixed, mixing_of, open_packed
+from vltrain.data.stream.mixing import WHOLE, Mixing
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.errors import InputError, exits_cleanly
@@ -164,7 +167,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
             "checkpoint_bytes": per_checkpoint,
             "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1),
         },
-        "steps_per_epoch": None if packs is None else len(packs) / config.train.packs_per_step,
+        "steps_per_epoch": None if packs is None else mixing_of(packs).epoch / config.train.packs_per_step,
         "packs": no_packs,
         "flops_per_step": planned.flops,
         "recomputed_flops_per_step": planned.recomputed,
@@ -174,6 +177,19 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
         },
         "duration": _duration(way, planned, pace),
         "image_features": _features(memory, pack, packs) if config.train.keep_image_features else None,
+        "sets": _sets(config, packs.mixing) if isinstance(packs, MixedPacks) else None,
+    }
+
+
+def _sets(config: Config, mixing: Mixing) -> dict[str, dict[str, float]]:
+    """Of each set its packs, its share of those trained on, and what the run trains on: packs and passes."""
+    train = config.train
+    positions, steps = length_of(mixing, train.epochs, train.packs_per_step, train.max_steps)
+    counts = mixing.counts(min(positions, steps * train.packs_per_step))
+    listed = zip(mixing.names, mixing.num_packs, mixing.shares, counts, strict=True)
+    return {
+        name: {"packs": packs, "share": share / WHOLE, "trained_packs": count, "passes": count / packs}
+        for name, packs, share, count in listed
     }
 
 
@@ -208,8 +224,9 @@ def _duration(way: Way, planned: Planned, pace: Pace | None) -> dict[str, Any]:
     train = way.config.train
     steps = epochs = seconds = run = None
     if way.packs is not None:
-        steps = length_of(len(way.packs), train.epochs, train.packs_per_step, train.max_steps)[1]
-        epochs = min(train.epochs, steps * train.packs_per_step / len(way.packs))
+        mixing = mixing_of(way.packs)
+        steps = length_of(mixing, train.epochs, train.packs_per_step, train.max_steps)[1]
+        epochs = min(train.epochs, steps * train.packs_per_step / mixing.epoch)
     if pace is not None:
         sent = planned.communication.sent(way.num_gpus)
         seconds = pace.step_seconds(planned.flops + planned.recomputed, sent, way.num_gpus)
@@ -303,6 +320,19 @@ def _tokenizer(config: Config) -> tuple[Tokenizer | None, str]:
 
 def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> tuple[PackedDataset | None, str]:
     """The packs to train on, if they are on this machine, and where they are or why there are none."""
+    if not config.data.mixture:
+        return _packs_of_set(config, encoder, no_tokenizer)
+    found = {name: _packs_of_set(one, encoder, no_tokenizer) for name, one in sets_of(config).items()}
+    where = "; ".join(f"{name}: {place}" for name, (_, place) in found.items())
+    parts = {name: packs for name, (packs, _) in found.items() if packs is not None}
+    data = config.data
+    if len(parts) < len(found):
+        return None, where
+    return mixed(Path(data.root), parts, data.mixture_by, weights_of(config), data.when_a_set_ends), where
+
+
+def _packs_of_set(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> tuple[PackedDataset | None, str]:
+    """Those of one set."""
     if config.data.train_packs is not None:
         folder = place_of(config.data.train_packs)
     elif encoder is None:
@@ -320,7 +350,7 @@ def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> 
                 None,
                 f"not looked at: {folder} was packed from something else than {samples}: {'; '.join(differences)}",
             )
-    return PackedDataset(folder, verify=False), str(folder)
+    return open_packed(folder, verify=False), str(folder)
 
 
 def _zero2(way: Way, at_zero3: MemoryPlan, cards: dict[str, float]) -> dict[str, Any]:

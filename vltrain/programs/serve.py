@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vltrain.config.command_line import COMMAND_LINE, FLAGS, Arguments, split_arguments
+from vltrain.config.mixture import each_set
 from vltrain.config.schema import Config
 from vltrain.console import start_logging
 from vltrain.distributed.hardware import limit_threads
@@ -171,10 +172,11 @@ def _shelf(run: Path, arguments: Arguments) -> Shelf:
 def _answered_splits(run: Path, config: Config) -> dict[str, tuple[Path, Path]]:
     """By split, the run's file of predictions and the samples that they answer."""
     found: dict[str, tuple[Path, Path]] = {}
-    for predictions in sorted(run.glob("eval/*/predictions.jsonl")):
-        split = predictions.parent.name
-        with suppress(InputError):  # own samples of a split that is named nowhere any more
-            found[split] = (predictions, samples_file(config, split))
+    for name, one in each_set(config).items():
+        for predictions in sorted((run / "eval" / name).glob("*/predictions.jsonl")):
+            split = predictions.parent.name
+            with suppress(InputError):  # own samples of a split that is named nowhere any more
+                found[f"{name}/{split}" if name else split] = (predictions, samples_file(one, split))
     return {split: files for split, files in found.items() if files[1].is_file()}
 
 

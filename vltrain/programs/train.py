@@ -26,14 +26,13 @@ from vltrain.config.schema import Config
 from vltrain.config.stages import Run, load_stages, stage_folders, write_stages
 from vltrain.console import RUN_LOG, last_line, run_log, start_logging
 from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import mixing_of
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine
 from vltrain.distributed.preemption import Preemption, time_limit_end
 from vltrain.distributed.ranks import adopt_ranks, names_lost_ranks
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.evaluate.ready import require_scorer
-from vltrain.files.digest import file_digest
 from vltrain.files.leftovers import remove
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.metrics.base import RunContext
@@ -43,14 +42,14 @@ from vltrain.models.build import build_model, count_parameters, count_trained
 from vltrain.models.compiled import compile_blocks, require_compilable
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.preflight.check import check_before_training
-from vltrain.prepared.ensure_data import require_source
-from vltrain.prepared.origins import facts_of, samples_file
+from vltrain.prepared.origins import facts_of
+from vltrain.prepared.sets import require_sets
 from vltrain.prepared.training_data import ensure_training_data
 from vltrain.train.announce import announce, log_trainable_share, summary
 from vltrain.train.checkpoints.checkpoint import Checkpoint, require_fit
 from vltrain.train.checkpoints.selection import require_same_figures
 from vltrain.train.determinism import set_determinism
-from vltrain.train.evaluation import SplitEvaluation
+from vltrain.train.evaluation import SplitEvaluation, evaluated_sets
 from vltrain.train.make_trainer import RunStart, make_trainer
 from vltrain.train.run.identity import (
     FilesOf,
@@ -152,13 +151,11 @@ def require_runnable(settings: Settings) -> dict[str, Any]:
     """DeepSpeed's JSON, after what shows a mistake before hours of preparation, the model's audit last."""
     config = settings.config
     ds_json = load_ds_json(settings.options["ds"])
-    require_source(config.data)
+    require_sets(config)
     stage = zero_stage(resolve_ds_config(ds_json, config, int(os.environ.get("WORLD_SIZE", "1"))))
     require_compilable(config, stage)
     _require_widenable(config, stage)
     require_loggers(config.train.loggers)
-    if config.eval.scorer is not None:
-        require_scorer(config)
     if int(os.environ.get("RANK", "0")) == 0:
         require_audited(config.model)
     return ds_json
@@ -202,7 +199,9 @@ def _train(
     # Before the process group: the model's mistakes, and those of the data, end the run before ranks wait for each
     # other.
     encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
-    require_reachable(config, len(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None)
+    require_reachable(
+        config, mixing_of(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None
+    )
     ds_json = fill_in(ds_json, count_trained(outline), outline.llm_block_classes)
     # Once on each node, whose disk may hold other files than rank 0's.
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
@@ -212,14 +211,13 @@ def _train(
     if stage is not None and checkpoint is not None and is_finished(folder, checkpoint):
         logger.info("%s: done already, %d steps", folder, checkpoint.step)
         return
-    samples = samples_file(config, config.data.eval_split) if config.eval.scorer is not None else None
-    digest = file_digest(samples) if samples is not None else ""
+    evaluated = evaluated_sets(config)
     _, world_size = init_distributed()
     files = agreed_over_nodes(files)
     start = RunStart(dtype=dtype, checkpoint=checkpoint, origin=origin, made_of=files)
     evaluation = None
-    if samples is not None:
-        evaluation = SplitEvaluation(encoder=encoder, samples=samples, digest=digest, made_of=files)
+    if evaluated:
+        evaluation = SplitEvaluation(encoder=encoder, sets=evaluated, made_of=files)
     trainer = assemble(config, ds_json, world_size, dataset, start, evaluation, preemption, settings.given)
     if trainer.rank == 0:
         _describe(trainer, ds_json, encoder.tokenizer, outline, dataset)

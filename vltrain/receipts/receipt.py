@@ -95,7 +95,8 @@ class Header:
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """One step. `skipped`: its update was not applied, see train.on_bad_loss. `frozen`: digests of the frozen weights
-    behind it, of a step that a checkpoint follows, or before which the run went on with others."""
+    behind it, of a step that a checkpoint follows, or before which the run went on with others. `sets`: of a mixture,
+    each set's samples, tokens and mean loss over its samples (`float.hex`, null without one)."""
 
     step: int
     samples: str
@@ -104,18 +105,21 @@ class Line:
     chain: str
     skipped: bool = False
     frozen: dict[str, str] | None = None
+    sets: dict[str, dict[str, Any]] | None = None
 
     @property
     def loss_value(self) -> float:
         return float.fromhex(self.loss)
 
     def content(self) -> dict[str, Any]:
-        """What is hashed: everything but the chain; `skipped` and `frozen` only where they hold."""
+        """What is hashed: everything but the chain; `skipped`, `frozen` and `sets` only where they hold."""
         fields = {"step": self.step, "samples": self.samples, "label_tokens": self.label_tokens, "loss": self.loss}
         if self.skipped:
             fields["skipped"] = True
         if self.frozen is not None:
             fields["frozen"] = self.frozen
+        if self.sets is not None:
+            fields["sets"] = self.sets
         return fields
 
     def dumps(self) -> str:
@@ -181,6 +185,7 @@ def read_receipt(path: Path) -> Receipt:
             line = Line(**_parse(text))
             _ = line.loss_value
             _require_digests(line.frozen)
+            _require_counts(line.sets)
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
             return Receipt(
                 **told, problem=f"line {number}: not a step ({type(error).__name__}: {error}); step {step} was expected"
@@ -200,6 +205,16 @@ def read_receipt(path: Path) -> Receipt:
 def _require_digests(frozen: Any) -> None:
     if frozen is not None and not (is_object(frozen) and all(type(one) is str for one in frozen.values())):
         raise ValueError("frozen: expected digests by part and dtype")
+
+
+def _require_counts(sets: Any) -> None:
+    if sets is None:
+        return
+    kinds = {"samples": (int,), "tokens": (int,), "loss": (str, type(None))}
+    for one in sets.values() if is_object(sets) else (None,):
+        sound = is_object(one) and one.keys() == kinds.keys() and all(type(one[name]) in kinds[name] for name in kinds)
+        if not sound:
+            raise ValueError("sets: expected samples, tokens and loss of each set")
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -258,11 +273,12 @@ class ReceiptWriter:
         loss: float,
         skipped: bool = False,
         frozen: dict[str, str] | None = None,
+        sets: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Appends the line of a step."""
         if self.active:
             assert self.head is not None
-            told = {"skipped": skipped, "frozen": frozen or self._frozen}
+            told = {"skipped": skipped, "frozen": frozen or self._frozen, "sets": sets}
             unchained = Line(step=step, samples=samples, label_tokens=label_tokens, loss=loss.hex(), chain="", **told)
             line = next_line(self.head, unchained)
             self._file.write(line.dumps())

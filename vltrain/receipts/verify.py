@@ -26,7 +26,8 @@ import numpy as np
 from vltrain.config.older_runs import complete
 from vltrain.config.recipe import RECIPE, read_recipe
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import open_packed
 from vltrain.errors import InputError
 from vltrain.receipts.frozen_proof import compare_frozen
 from vltrain.receipts.history_proof import compare_history
@@ -63,7 +64,7 @@ def prove(run: Path, packs: Path | str | None, other: Path | None = None, tolera
     Raises: InputError where there is nothing to prove it from: no receipt, or other packs than the run's.
     """
     receipt = read_receipt(run / RECEIPT)
-    dataset = PackedDataset(packs or receipt.header.packs, verify=True)
+    dataset = open_packed(packs or receipt.header.packs, verify=True)
     if dataset.manifest.checksum != receipt.header.data:
         raise InputError(f"{dataset.place}: its packs are not those that {run} was trained on; name them with --packs")
     proof = Proof()
@@ -72,7 +73,7 @@ def prove(run: Path, packs: Path | str | None, other: Path | None = None, tolera
     proof.add(receipt.problem, f"chain: {num_lines} of {header.num_steps} steps, each once and in order{cut_short}")
     if header.first_step:
         proof.failures.append(f"begins at step {header.first_step}: the receipt of the steps before was lost")
-    plan = plan_of(receipt.header, dataset.index)
+    plan = plan_of(receipt.header, dataset)
     label_tokens = sum(line.label_tokens for line in receipt.lines)
     proof.add(
         _first_wrong_step(receipt, plan, dataset),
@@ -91,10 +92,10 @@ def prove(run: Path, packs: Path | str | None, other: Path | None = None, tolera
     return proof
 
 
-def plan_of(header: Header, index: Index) -> Plan:
+def plan_of(header: Header, dataset: PackedDataset) -> Plan:
     """The steps of the run that a receipt is of, over its packs; as on one rank."""
     return Plan(
-        index,
+        dataset.index,
         seed=header.seed,
         epochs=header.epochs,
         packs_per_step=header.packs_per_step,
@@ -117,7 +118,23 @@ def _first_wrong_step(receipt: Receipt, plan: Plan, dataset: PackedDataset) -> s
         expected = int(dataset.index.num_label_tokens[packs].sum())
         if line.label_tokens != expected:
             return f"step {line.step}: {line.label_tokens} label tokens, the plan has {expected}"
+        for name, counts in _counts_of_sets(plan, dataset, packs).items() if line.sets is not None else ():
+            found = {what: line.sets.get(name, {}).get(what) for what in counts}
+            if found != counts:
+                return f"step {line.step}: of the set {name} it says {found}, the plan has {counts}"
     return None
+
+
+def _counts_of_sets(plan: Plan, dataset: PackedDataset, packs: np.ndarray) -> dict[str, dict[str, int]]:
+    """Samples and tokens of each set in packs."""
+    sets, index = plan.mixing.set_of(packs), dataset.index
+    return {
+        name: {
+            "samples": int(index.num_samples[packs[sets == number]].sum()),
+            "tokens": int(index.num_tokens[packs[sets == number]].sum()),
+        }
+        for number, name in enumerate(plan.mixing.names)
+    }
 
 
 def _passes(proof: Proof, receipt: Receipt, plan: Plan, dataset: PackedDataset) -> None:
@@ -126,22 +143,23 @@ def _passes(proof: Proof, receipt: Receipt, plan: Plan, dataset: PackedDataset) 
     if repeated is not None:
         proof.failures.append(f"the packs hold a sample twice: '{repeated}'")
         return
-    # Passes of the plan's stream: position p belongs to pass p // n.
-    num_packs, per_step = len(dataset), receipt.header.packs_per_step
+    mixing = plan.mixing
     steps = [line.step for line in receipt.lines if line.step < plan.num_steps]
-    counts = {}
+    counts: dict[tuple[int, int], np.ndarray] = {}
     for step in steps:
-        for place, pack in enumerate(plan.packs_of(step).tolist()):
-            epoch = (step * per_step + place) // num_packs
-            counts.setdefault(epoch, np.zeros(num_packs, np.int64))[pack] += 1
-    num_samples = dataset.index.num_samples
-    for epoch, seen in sorted(counts.items()):
+        for pack, one, epoch in zip(plan.packs_of(step).tolist(), *(part.tolist() for part in plan.passes_of(step))):
+            seen = counts.setdefault((one, epoch), np.zeros(mixing.num_packs[one], np.int64))
+            seen[pack - mixing.starts[one]] += 1
+    for (one, epoch), seen in sorted(counts.items()):
+        first, size = mixing.starts[one], mixing.num_packs[one]
+        num_samples = dataset.index.num_samples[first : first + size]
+        what = f"{mixing.names[one]}, pass {epoch}" if mixing.names[one] else f"pass {epoch}"
         twice = np.flatnonzero(seen > 1)
         once = int(num_samples[seen == 1].sum())
         done = "" if (seen == 1).all() else ", the others not yet"
         proof.add(
-            f"pass {epoch}: pack {int(twice[0])} was trained on {int(seen[twice[0]])} times" if len(twice) else None,
-            f"pass {epoch}: {once:,} of {int(num_samples.sum()):,} samples once{done}",
+            f"{what}: pack {first + int(twice[0])} was trained on {int(seen[twice[0]])} times" if len(twice) else None,
+            f"{what}: {once:,} of {int(num_samples.sum()):,} samples once{done}",
         )
 
 

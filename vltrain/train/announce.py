@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import MixedPacks
+from vltrain.data.stream.mixing import WHOLE
 from vltrain.data.text.spelling import describe_lost
 from vltrain.metrics.tensorboard import FOLDER
 from vltrain.train.trainer import Trainer
@@ -29,8 +32,11 @@ def announce(trainer: Trainer, parameters: PartCounts, dataset: PackedDataset) -
         manifest.pack_length,
         100 * manifest.fill,
     )
-    for line in describe_lost(manifest.lost, manifest.num_samples):
-        logger.warning("data: %s", line)
+    for name, one in (dataset.sets if isinstance(dataset, MixedPacks) else {"": dataset}).items():
+        for line in describe_lost(one.manifest.lost, one.manifest.num_samples):
+            logger.warning("data: %s%s", f"{name}: " if name else "", line)
+    for line in _sets(trainer) if isinstance(dataset, MixedPacks) else ():
+        logger.info("data: %s", line)
     logger.info(
         "run: %d steps of %d packs on %d rank(s), ZeRO stage %d, from step %d, into %s",
         trainer.plan.num_steps,
@@ -42,6 +48,15 @@ def announce(trainer: Trainer, parameters: PartCounts, dataset: PackedDataset) -
     )
     if "tensorboard" in trainer.config.train.loggers:
         logger.info("watch it: tensorboard --logdir %s", trainer.folder / FOLDER)
+
+
+def _sets(trainer: Trainer) -> Iterator[str]:
+    """Of each set of a mixture, how much of the run it is."""
+    plan = trainer.plan
+    counts = plan.mixing.counts(plan.num_trained)
+    for number, name in enumerate(plan.mixing.names):
+        share, packs, count = plan.mixing.shares[number] / WHOLE, plan.mixing.num_packs[number], counts[number]
+        yield f"{name}: {share:.2%} of the packs, {count:,} times one of its {packs:,}: {count / packs:.3g} passes"
 
 
 def log_trainable_share(parameters: PartCounts, full: int) -> None:

@@ -22,11 +22,12 @@ import torch.distributed as dist
 
 from vltrain.batch import Batch
 from vltrain.config.schema import Config
+from vltrain.data.flat.index import Index
 from vltrain.data.kept.store import KeptImages
 from vltrain.data.loader import load_pack
 from vltrain.data.pictures import ImageReader
 from vltrain.data.plan import PackCost, Plan
-from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.shards import PackedDataset
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.memory.out_of_memory import oom_context
 from vltrain.train.zero.engine import Engine

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vltrain.config.mixture import each_set
 from vltrain.config.schema import Config
 from vltrain.data.kept.store import KeptImages
 from vltrain.data.loader import StepLoader
@@ -28,6 +29,7 @@ from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.categories import CategoryLosses
 from vltrain.metrics.loggers import Loggers
 from vltrain.metrics.monitor import Monitor
+from vltrain.metrics.sets import SetFigures
 from vltrain.metrics.step_log import truncate_jsonl
 from vltrain.models.build import count_trained
 from vltrain.models.flops import Flops
@@ -126,6 +128,7 @@ def make_trainer(
         frozen=frozen,
         history=_open_history(config, dataset, start, receipt.run),
         by_category=_losses_by_category(config, dataset, plan, start.first_step),
+        sets=SetFigures(plan, dataset.index, start.first_step),
         best=_best_so_far(config, start),
         belongs_to=belongs_to,
         evaluate=evaluate,
@@ -254,11 +257,13 @@ def _losses_by_category(config: Config, dataset: PackedDataset, plan: Plan, firs
     def ids_of(step: int) -> list[str]:
         return [name for pack in plan.packs_of(step).tolist() for name in dataset.sample_ids(pack)]
 
-    every, samples = config.train.log_every_steps, None
-    with suppress(InputError):  # own packs need not have samples beside them
-        samples = samples_file(config, config.data.train_split)
-    if dist.get_rank() != 0 or samples is None or not samples.is_file():
-        return CategoryLosses(None, ids_of, every=every)
+    every, samples = config.train.log_every_steps, dict[str, Path]()
+    for name, one in each_set(config).items():
+        with suppress(InputError):  # own packs need not have samples beside them
+            samples[f"{name}/" if name else ""] = samples_file(one, one.data.train_split)
+    samples = {before: file for before, file in samples.items() if file.is_file()}
+    if dist.get_rank() != 0 or not samples:
+        return CategoryLosses({}, ids_of, every=every)
     history = read_history(Path(config.output))
     steps = range(max(history.first_step, first_step - first_step % every), first_step)
     recent = [history.losses(step) for step in steps]

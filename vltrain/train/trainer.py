@@ -22,6 +22,7 @@ from vltrain.distributed.preemption import Preemption
 from vltrain.metrics.base import MetricLogger
 from vltrain.metrics.categories import CategoryLosses
 from vltrain.metrics.monitor import Monitor
+from vltrain.metrics.sets import SetFigures
 from vltrain.models.compiled import uncompiled
 from vltrain.receipts.history import HistoryWriter
 from vltrain.receipts.receipt import ReceiptWriter, fingerprint
@@ -59,6 +60,7 @@ class Trainer:
     receipt: ReceiptWriter
     history: HistoryWriter
     by_category: CategoryLosses
+    sets: SetFigures
     frozen: FrozenWeights
     best: BestTracker
     belongs_to: dict[str, Any]
@@ -155,11 +157,16 @@ class Trainer:
         self.monitor.scalars(self.safety.stragglers(result.step), result.step)
 
     def _report(self, reading: StepReading) -> None:
-        self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr)
+        of_sets = self.sets.add(reading.step, reading.sample_losses)
+        told = self.sets.log_line(of_sets)
+        self.monitor.loss(reading.step, reading.loss, reading.grad_norm, reading.lr, told)
+        is_logged = (reading.step + 1) % self.config.train.log_every_steps == 0
+        self.monitor.scalars(self.sets.scalars(of_sets, is_logged), reading.step)
         self.history.add(reading.sample_losses)  # first: a receipt's step is in the history, whenever we are killed
         self.monitor.scalars(self.by_category.add(reading.step, reading.sample_losses), reading.step)
         counts = {"samples": reading.samples, "label_tokens": reading.label_tokens, "skipped": reading.skipped}
-        self.receipt.add(step=reading.step, loss=reading.loss, frozen=reading.frozen, **counts)
+        sets = {name: one.to_receipt() for name, one in of_sets.items()}
+        self.receipt.add(step=reading.step, loss=reading.loss, frozen=reading.frozen, sets=sets or None, **counts)
 
     def _leave_while_waiting(self) -> None:
         if self.safety.leaves_alone():

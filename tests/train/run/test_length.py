@@ -4,6 +4,7 @@
 import pytest
 
 from vltrain.config.schema import Config, DataConfig, EvalConfig
+from vltrain.data.stream.mixing import Mixing
 from vltrain.train.run.length import require_reachable
 
 
@@ -13,6 +14,9 @@ from vltrain.train.run.length import require_reachable
 def test_evaluation_on_what_is_trained_on_is_told(split, scorer, is_told, caplog):
     with caplog.at_level("WARNING"):
         require_reachable(
-            Config(data=DataConfig(eval_split=split), eval=EvalConfig(scorer=scorer)), 10, 1, resumed=False
+            Config(data=DataConfig(eval_split=split), eval=EvalConfig(scorer=scorer)),
+            Mixing.alone(10),
+            1,
+            resumed=False,
         )
     assert ("is what is trained on" in caplog.text) == is_told

@@ -10,7 +10,7 @@ have in common says nothing certain of the others, and need not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,19 @@ def how_asked(file: Path) -> Asked | None:
         end=end,
         images=all(sample.images for sample in samples),
         multi_turn=any(sum(turn.role == "user" for turn in sample.turns) > 1 for sample in samples),
+    )
+
+
+def in_common(sets: Sequence[Asked]) -> Asked | None:
+    """How the questions of several sets are put, as far as all are put so; None of no set."""
+    if not sets:
+        return None
+    begins, ends = {one.begin for one in sets}, {one.end for one in sets}
+    return Asked(
+        begin=begins.pop() if len(begins) == 1 else "",
+        end=ends.pop() if len(ends) == 1 else "",
+        multi_turn=any(one.multi_turn for one in sets),
+        images=all(one.images for one in sets),
     )
 
 

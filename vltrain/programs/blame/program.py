@@ -41,7 +41,8 @@ from vltrain.data.folder import refuse_existing_file
 from vltrain.data.reading import recipe_tokenizer
 from vltrain.data.remote.address import place_of
 from vltrain.data.remote.cache import CacheSettings
-from vltrain.data.shards import MANIFEST, PackedDataset
+from vltrain.data.shards import MANIFEST
+from vltrain.data.stream.mixed import open_packed
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.files.atomic import write_whole
 from vltrain.html.markup import Markup, page, tag
@@ -112,7 +113,7 @@ class _Run:
             raise InputError(
                 f"{self.packs}: the run's packs are not there; name where they are now with --packs FOLDER"
             )
-        self.dataset = PackedDataset(self.packs, verify=False, cache=CacheSettings.of(self.config.data))
+        self.dataset = open_packed(self.packs, verify=False, cache=CacheSettings.of(self.config.data))
         if not self.dataset.manifest.checksum == header.data == history.data:
             raise InputError(
                 f"{self.packs}: not the packs that {folder} was trained on; name those with --packs FOLDER"

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vltrain.data.shards import Index, PackedDataset
+from vltrain.data.flat.index import Index
+from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
 from vltrain.receipts.history import History
 from vltrain.receipts.receipt import Header
@@ -83,8 +84,8 @@ class SampleHistory:
 
     def __init__(self, history: History, header: Header, dataset: PackedDataset) -> None:
         index: Index = dataset.index
-        self._plan = plan_of(header, index)
-        self._history, self._per_step, self._num_packs = history, header.packs_per_step, len(index)
+        self._plan = plan_of(header, dataset)
+        self._history = history
         self._lengths = index.num_samples.astype(np.int64)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
         self.steps = range(history.first_step, history.first_step + history.num_steps)
@@ -127,7 +128,7 @@ class SampleHistory:
         lengths = self._lengths[packs]
         ends = np.cumsum(lengths)
         numbers = np.repeat(self._starts[packs] - (ends - lengths), lengths) + np.arange(len(losses))
-        passes = (step * self._per_step + np.arange(len(packs))) // self._num_packs
+        _, passes = self._plan.passes_of(step)
         for one in np.unique(passes):
             inside = np.repeat(passes == one, lengths)
             yield numbers[inside], losses[inside]

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vltrain.data.origin import MADE_FROM, PREPARED, SAMPLES, SAMPLES_FILE, changes_since, read_made_from, read_prepared
-from vltrain.data.shards import MANIFEST, PackedDataset
+from vltrain.data.shards import MANIFEST
+from vltrain.data.stream.mixed import open_packed
 from vltrain.errors import InputError
 from vltrain.receipts.verify import Proof
 
@@ -71,7 +72,7 @@ def _samples_changes(folder: Path) -> tuple[list[str], list[str]]:
 
 def _check_address(address: str) -> Proof:
     """Packs at an address: every file that the manifest lists."""
-    dataset, proof = PackedDataset(address, verify=True), Proof()
+    dataset, proof = open_packed(address, verify=True), Proof()
     damaged, manifest = dataset.damaged(), dataset.manifest
     proof.failures += damaged
     if not damaged:
@@ -83,7 +84,7 @@ def _check_address(address: str) -> Proof:
 
 
 def _packs_changes(folder: Path) -> tuple[list[str], list[str]]:
-    manifest = PackedDataset(folder, verify=True).manifest
+    manifest = open_packed(folder, verify=True).manifest
     facts = [
         f"{manifest.num_packs} packs, {manifest.num_samples} samples and {manifest.num_images} images, every "
         "byte as it was packed"

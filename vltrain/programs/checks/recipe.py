@@ -16,10 +16,15 @@ import tempfile
 from collections.abc import Sequence
 
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
+from vltrain.config.mixture import sets_of
+from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from, start_logging
 from vltrain.data.report.finding import FAILED, Finding
 from vltrain.data.report.report import data_report
+from vltrain.data.shards import PackedDataset
+from vltrain.data.stream.mixed import MixedPacks
+from vltrain.data.text.encoder import SampleEncoder
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.distributed.hardware import choose_dtype, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine
@@ -93,6 +98,17 @@ def _alone(settings: Settings, *, is_later: bool) -> Settings:
     return dataclasses.replace(settings, config=dataclasses.replace(config, train=train))
 
 
+def _data_reports(config: Config, dataset: PackedDataset, encoder: SampleEncoder) -> list[Finding]:
+    """Of the data, of a mixture each set's."""
+    if not isinstance(dataset, MixedPacks):
+        return data_report(config, dataset, encoder, judge_of(config))
+    return [
+        dataclasses.replace(found, what=f"{name}: {found.what}")
+        for name, one in sets_of(config).items()
+        for found in data_report(one, dataset.sets[name], encoder, judge_of(one))
+    ]
+
+
 def _check(settings: Settings, title: str) -> int:
     config = settings.config
     set_determinism(config.train.deterministic)
@@ -100,7 +116,7 @@ def _check(settings: Settings, title: str) -> int:
     dtype = choose_dtype(config.train.precision, config.model.bits)
     encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
     first = int(os.environ.get("RANK", "0")) == 0
-    of_data = data_report(config, dataset, encoder, judge_of(config)) if first else []
+    of_data = _data_reports(config, dataset, encoder) if first else []
     ds_json = fill_in(raw, count_trained(outline), outline.llm_block_classes)
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, None)

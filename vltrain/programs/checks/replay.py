@@ -32,6 +32,7 @@ from vltrain.inference.run import recipe_of, weights_before, weights_used
 from vltrain.models.build import build_model, outline_model
 from vltrain.prepared.ensure_data import packed_folder
 from vltrain.prepared.training_data import open_packs
+from vltrain.receipts.receipt import RECEIPT, read_receipt
 from vltrain.train.checkpoints.checkpoint import newest_checkpoint
 from vltrain.train.determinism import set_determinism
 from vltrain.train.guard import own_losses
@@ -117,7 +118,9 @@ def _settings(run: Path, packs: Path | str | None, *, zero: bool) -> tuple[Confi
     config = recipe_of(run, "ds_config.json")
     require_machine(workers=0)
     set_determinism(config.train.deterministic)
-    changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs)}
+    if config.data.mixture and packs is None:
+        packs = Path(read_receipt(run / RECEIPT).header.packs)
+    changed = {"workers": 0} if packs is None else {"workers": 0, "train_packs": str(packs), "mixture": {}}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changed))
     ds_json = load_ds_json(run / "ds_config.json")
     return config, ds_json if zero else {**ds_json, "zero_optimization": {"stage": 0}}

@@ -123,7 +123,8 @@ def _steps(folder: Path, receipt: Receipt | None) -> dict[int, Step]:
 
 
 def _evaluations(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.parent.name: read_object(path) for path in sorted((folder / "eval").glob("*/metrics.json"))}
+    found = sorted((folder / "eval").glob("**/metrics.json"))
+    return {str(path.parent.relative_to(folder / "eval")): read_object(path) for path in found}
 
 
 def short_names(folders: list[Path]) -> list[str]:

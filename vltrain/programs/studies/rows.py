@@ -228,6 +228,11 @@ def _jobs(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int
     try:
         config = load_settings([*recipe, *overrides], program="vltrain ablate", options=OPTIONS).config
         require_scorer(config)
+        if config.data.mixture:
+            raise InputError(
+                "data.mixture: found several sets, but a table has one figure a row; train and evaluate the row by "
+                "itself (vltrain train, vltrain evaluate)"
+            )
     except InputError as error:
         raise InputError(f"{error} (row '{row}' of {table.path})") from None
     ds = arguments.last("ds")

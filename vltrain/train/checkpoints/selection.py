@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vltrain.config.mixture import sets_of
 from vltrain.config.schema import Config
 from vltrain.errors import InputError
 from vltrain.receipts.manifest import BEST, checkpoint_name, pointed
@@ -65,7 +66,12 @@ def measured_by(config: Config) -> dict[str, Any]:
     evaluation = {
         f"eval.{name}": getattr(config.eval, name) for name in ("scorer", "method", "normalise_length", "max_samples")
     }
-    return {**evaluation, "data.eval_split": config.data.eval_split}
+    sets = {
+        f"data.mixture.{name}.{key}": value
+        for name, one in sets_of(config).items()
+        for key, value in (("scorer", one.eval.scorer), ("eval_split", one.data.eval_split))
+    }
+    return {**evaluation, "data.eval_split": config.data.eval_split, **sets}
 
 
 def require_same_figures(state: dict[str, Any], config: Config, where: str) -> None:

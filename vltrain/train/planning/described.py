@@ -48,6 +48,11 @@ def describe(plan: dict[str, Any]) -> str:
         if epoch
         else f"an epoch: unknown, no packs here ({plan['packs']})"
     ]
+    for name, one in (plan["sets"] or {}).items():
+        lines += [
+            f"  {name}: {one['share']:.2%} of the packs; the run trains on {one['trained_packs']:,} of its, "
+            f"{one['passes']:.3g} passes over {one['packs']:,}"
+        ]
     disk = plan["disk"]
     lines += [
         f"disk: {disk['checkpoint_bytes'] / GIB:.3f} GiB a checkpoint, {disk['most_bytes'] / GIB:.3f} GiB at most"

@@ -58,6 +58,8 @@ def run_identity(
         "train": train,
         "data": dataset.manifest.checksum,
     }
+    if dataset.manifest.mixture is not None:  # which the checksum covers: to say what is different
+        identity["mixture"] = dataset.manifest.mixture
     if made_of is not None:
         identity[MADE_OF] = made_of
     if origin is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from vltrain.config.schema import Config, TrainConfig
 from vltrain.data.plan import length_of
+from vltrain.data.stream.mixing import Mixing
 from vltrain.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -16,10 +17,11 @@ Refuse = Callable[[str], None]
 LEAST_PACKS = 0.5  # of all epochs together: fewer would round to no step
 
 
-def require_reachable(config: Config, num_packs: int, world_size: int, *, resumed: bool) -> None:
+def require_reachable(config: Config, packs: Mixing, world_size: int, *, resumed: bool) -> None:
     """Checks what the recipe says of steps and epochs against the data.
 
     Args:
+        packs: those there are, of all sets.
         resumed: the run goes on from a checkpoint: what it was started with is told instead of refused.
 
     Raises:
@@ -28,12 +30,13 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
     """
     refuse: Refuse = logger.warning if resumed else _refuse
     train = config.train
-    positions, num_steps = length_of(num_packs, train.epochs, train.packs_per_step, train.max_steps)
+    num_packs: float = packs.epoch
+    positions, num_steps = length_of(packs, train.epochs, train.packs_per_step, train.max_steps)
     _require_steps(train, num_packs, num_steps, refuse)
     _require_evaluations(config, num_packs, num_steps, refuse)
     if num_packs < train.packs_per_step:
         logger.warning(
-            "data: %d pack(s), fewer than train.packs_per_step = %d: a step takes all of them, and those of "
+            "data: %g pack(s), fewer than train.packs_per_step = %d: a step takes all of them, and those of "
             "several epochs at once; a lower data.pack_length makes more packs",
             num_packs,
             train.packs_per_step,
@@ -52,17 +55,17 @@ def require_reachable(config: Config, num_packs: int, world_size: int, *, resume
         )
 
 
-def _require_steps(train: TrainConfig, num_packs: int, num_steps: int, refuse: Refuse) -> None:
+def _require_steps(train: TrainConfig, num_packs: float, num_steps: int, refuse: Refuse) -> None:
     """As long as it says."""
     if train.epochs * num_packs < LEAST_PACKS:
         refuse(
-            f"train.epochs: found {train.epochs:g}, less than half a pack of the {num_packs} there are; "
+            f"train.epochs: found {train.epochs:g}, less than half a pack of the {num_packs:g} there are; "
             f"expected {LEAST_PACKS / num_packs:g} or more"
         )
     if train.max_steps is not None and train.max_steps > num_steps:
         needed = (train.max_steps - 1) * train.packs_per_step + 1
         found = (
-            f"found {train.max_steps}, but train.epochs = {train.epochs:g} of {num_packs} pack(s), "
+            f"found {train.max_steps}, but train.epochs = {train.epochs:g} of {num_packs:g} pack(s), "
             f"{train.packs_per_step} a step, ends after {num_steps} steps"
         )
         refuse(
@@ -71,7 +74,7 @@ def _require_steps(train: TrainConfig, num_packs: int, num_steps: int, refuse: R
         )
 
 
-def _require_evaluations(config: Config, num_packs: int, num_steps: int, refuse: Refuse) -> None:
+def _require_evaluations(config: Config, num_packs: float, num_steps: int, refuse: Refuse) -> None:
     """Evaluations come while it trains, and what chooses by them chooses by what is not reported."""
     train, steps_per_epoch = config.train, num_packs / config.train.packs_per_step
     every = train.eval_every_steps or train.eval_every_epochs * steps_per_epoch

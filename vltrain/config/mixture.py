@@ -1,0 +1,143 @@
+"""`data.mixture`: several sets of samples trained on together, each as a recipe of its own would name it.
+
+    data:
+      root: data/mine                  each set's own root is data/mine/NAME unless it says another
+      mixture_by: tokens               what the weights are of
+      mixture:
+        shapes: {weight: 3, source: shapes, scorer: iconqa}
+        chats:  {weight: 1, source: llava_json, input: chats.json, scorer: null}
+
+A set is a name and the keys of `SetConfig`; whatever else the recipe says holds for all of them. `sets_of` makes of it
+a recipe for each set alone, so whoever prepares, packs, checks or answers samples knows one set at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_type_hints
+
+from vltrain.config.keys import check_type, describe_type
+from vltrain.config.ranges import check_ranges, number
+from vltrain.config.schema import EASYVQA_ROOT, Config
+from vltrain.config.strict_yaml import is_mapping
+from vltrain.errors import InputError, nearest
+
+KEY = "data.mixture"
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # it names a folder
+TAKEN = (
+    "mean_of_sets",
+    "mixed",
+    "packed",
+    "samples",
+)  # folders of a root, and of a run's evaluations, that are no set's
+
+
+@dataclass(kw_only=True)
+class SetConfig:
+    """One set of a mixture. What is null is as the recipe says for all."""
+
+    weight: float = number(1.0, 0, 1e9, open_low=True)
+    """Its part, in the unit of `data.mixture_by`."""
+    source: str | None = None
+    input: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    root: str | None = None
+    """null: a folder of its name in `data.root`."""
+    train_packs: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    test_split: str | None = None
+    scorer: str | None = None
+    """What judges its answers; left out: `eval.scorer`; null: none, it is trained on and not evaluated."""
+
+
+def sets_of(config: Config) -> dict[str, Config]:
+    """A recipe for each set alone, by name; {} of a recipe without a mixture."""
+    return {name: _alone(config, name) for name in config.data.mixture}
+
+
+def each_set(config: Config) -> dict[str, Config]:
+    """The same; of a recipe without a mixture itself, under no name."""
+    return sets_of(config) or {"": config}
+
+
+def weights_of(config: Config) -> dict[str, float]:
+    """Each set's weight, by name."""
+    return {name: float(one.get("weight", 1.0)) for name, one in config.data.mixture.items()}
+
+
+def _alone(config: Config, name: str) -> Config:
+    given = dict(config.data.mixture[name])
+    given.pop("weight", None)
+    scorer = given.pop("scorer", config.eval.scorer)
+    own = {key: value for key, value in given.items() if value is not None}
+    own = {"source": None, "input": None, "options": {}, "root": f"{config.data.root}/{name}", **own}
+    data = dataclasses.replace(config.data, mixture={}, mixture_by="passes", when_a_set_ends="repeat", **own)
+    return dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, scorer=scorer))
+
+
+def joined_mapping(key: str, base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mapping of the setting `key` says over another one's: name by name; of a mixture its sets' keys too, which
+    the command line names by dots (`--data.mixture.SET.weight 3`)."""
+    if key != KEY:
+        return {**base, **own}
+    joined = dict(base)
+    for name, value in own.items():
+        head, _, rest = str(name).partition(".")
+        below = {rest: value} if rest else value
+        before = joined.get(head)
+        joined[head] = joined_mapping(key, before if is_mapping(before) else {}, below) if is_mapping(below) else below
+    return joined
+
+
+def require_mixture(config: Config) -> None:
+    """Raises InputError for a mixture that names something that no set has, or that cannot be."""
+    for name, entry in config.data.mixture.items():
+        _require_set(name, entry, config)
+    if not config.data.mixture:
+        return
+    if config.data.root == EASYVQA_ROOT:
+        raise InputError(
+            f"data.root: found {EASYVQA_ROOT!r}, which is kept for easyvqa; expected the mixture's own folder"
+        )
+    judged = [one.eval.scorer for one in sets_of(config).values()]
+    named = [name for name, entry in config.data.mixture.items() if entry.get("scorer") is not None]
+    if config.eval.scorer is None and named:
+        raise InputError(
+            f"{KEY}.{named[0]}.scorer: has no effect: eval.scorer = null evaluates nothing; leave it out, or change "
+            "the other"
+        )
+    if config.eval.scorer is not None and not any(judged):
+        raise InputError(f"{KEY}: no set has a scorer, so nothing is evaluated: say eval.scorer null")
+
+
+def _require_set(name: Any, entry: Any, config: Config) -> None:
+    if not isinstance(name, str) or not SET_NAME.fullmatch(name) or name in TAKEN:
+        raise InputError(
+            f"{KEY}: found the name {name!r}, expected a folder's name of letters, digits, '_' and '-', other than "
+            f"{', '.join(TAKEN)}"
+        )
+    key = f"{KEY}.{name}"
+    if not is_mapping(entry):
+        raise InputError(
+            f"{key}: found {'null' if entry is None else repr(entry)}, expected the set's keys: {_known()}"
+        )
+    declared = get_type_hints(SetConfig)
+    for one, value in entry.items():
+        if one not in declared:
+            raise InputError(f"{key}: unknown key '{one}', {nearest(str(one), declared)}")
+        if not check_type(value, declared[one])[0]:
+            found = "null" if value is None else repr(value)
+            raise InputError(f"{key}.{one}: found {found}, expected {describe_type(declared[one])}")
+    check_ranges(SetConfig(**entry), key)
+    if entry.get("source") is None and entry.get("root") is None and entry.get("train_packs") is None:
+        raise InputError(
+            f"{key}: names no samples, expected source (a reader, or samples), root (of prepared ones) or train_packs"
+        )
+
+
+def _known() -> str:
+    return ", ".join(entry.name for entry in fields(SetConfig))
