@@ -18,11 +18,9 @@ import io
 import itertools
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ from pathlib import Path
 import websockets
 from PIL import Image
 
+from tests.support.browser import browser_words
 from tests.support.processes import ROOT
 
 SECONDS = 12.0  # that a page may take to load its curves and pictures
@@ -121,11 +120,9 @@ def tensorboard(folder: Path) -> Iterator[str]:
 @contextmanager
 def chromium() -> Iterator[str]:
     """A headless browser. Gives the address of its empty page's DevTools."""
-    program = next(found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name)))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0"]
+    with browser_words() as words:
         browser = subprocess.Popen(
-            [program, *options, f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.PIPE, text=True
+            [*words, "--remote-debugging-port=0", "about:blank"], stderr=subprocess.PIPE, text=True
         )
         try:
             assert browser.stderr is not None

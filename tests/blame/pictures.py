@@ -7,7 +7,6 @@ run stays and is taken the next time), draws the pages and takes pictures of the
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 from tests.blame.mislabelled import mislabelled_run
+from tests.support.browser import browser_words
 from tests.support.processes import ROOT, vltrain
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1080
 HEIGHTS = {"blame_worst": 1500, "blame_step": 1240, "peek": 620}
 RUN = "runs/quickstart"
@@ -27,8 +26,6 @@ MOST_BYTES = 150_000
 
 def pictures(folder: Path) -> None:
     """Draws everything that is there to be drawn. Raises AssertionError where a page or a picture can't be made."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    assert browser is not None, f"no browser; install one of {', '.join(BROWSERS)}"
     if not (folder / RUN / "checkpoints").is_dir():
         mislabelled_run(
             folder, "--train.epochs", "2", "--train.save_every_steps", "100", "--train.keep_checkpoints", "9"
@@ -49,16 +46,15 @@ def pictures(folder: Path) -> None:
         page.unlink(missing_ok=True)
         done = vltrain(*words, "--html" if name == "peek" else "--out", page.name, folder=folder)
         assert done.returncode == 0, done.stderr[-3000:]
-        photograph(browser, page, picture, HEIGHTS[name])
+        photograph(page, picture, HEIGHTS[name])
         print(f"{picture}: {picture.stat().st_size} bytes")
 
 
-def photograph(browser: str, page: Path, picture: Path, height: int) -> None:
+def photograph(page: Path, picture: Path, height: int) -> None:
     """A picture of the top of a page, in a palette of colours."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+    with browser_words() as words:
         words += [f"--window-size={WIDTH},{height}", f"--screenshot={picture}", page.as_uri()]
-        subprocess.run([browser, *words], check=True, capture_output=True, timeout=120)
+        subprocess.run(words, check=True, capture_output=True, timeout=120)
     with Image.open(picture) as taken:
         few = (
             taken.convert("RGB").crop((0, 0, WIDTH, min(height, taken.height))).quantize(160, dither=Image.Dither.NONE)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_prep.pack import PackSettings, pack
 from vltrain.config.schema import Config, DataConfig, EvalConfig
@@ -144,6 +144,21 @@ def test_copies_look_the_same_and_other_images_do_not(tmp_path, real):
     assert hits >= 0.9 * len(files), hits
 
 
+@pytest.mark.parametrize("kind", ["mirrored", "smaller", "larger"])
+def test_copies_that_were_mirrored_or_resized_look_the_same(tmp_path, kind):
+    change = {
+        "mirrored": ImageOps.mirror,
+        "smaller": lambda image: image.resize((96, 72), Image.Resampling.BICUBIC),
+        "larger": lambda image: image.resize((400, 300), Image.Resampling.LANCZOS),
+    }[kind]
+    files = [tmp_path / f"{number}.png" for number in range(60)]
+    for number, file in enumerate(files[:30]):
+        drawing(number).save(file)
+        change(drawing(number)).save(files[30 + number])
+    same = near_images(look_at(files, 10**7))
+    assert same[:30] == [*range(30)] and sum(same[30 + number] == number for number in range(30)) >= 27, same
+
+
 def test_images_that_cannot_be_read_are_like_no_other(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"not an image")
@@ -173,6 +188,17 @@ def test_copies_of_test_images_in_train_fail_and_are_named(tmp_path, question):
     assert asked.status == (FAILED if question == "the test's" else OK), asked.line()
     if question == "the test's":
         assert "test/0 is train/1000" in asked.examples
+
+
+@pytest.mark.parametrize("written", [str.upper, lambda text: text.replace(" ", "  \n"), lambda text: f" {text}!"])
+def test_questions_of_the_test_written_otherwise_are_the_same(tmp_path, written):
+    records = [sample(number, None, f"what is the sum of {number} and {number + 1}?", "x", "s") for number in range(99)]
+    splits = {"train": records[:60], "test": records[60:]}
+    for one in records[60:70]:
+        turns = [{**turn, "text": written(turn["text"])} for turn in one["turns"]]
+        splits["train"] = [*splits["train"], {**one, "id": f"leak/{one['id']}", "turns": turns}]
+    told = found(write(tmp_path, splits))["'test' asked in 'train'"]
+    assert told.status == FAILED and told.found.startswith("10 of 39"), told.line()
 
 
 def test_texts_of_the_test_in_train_fail(tmp_path):

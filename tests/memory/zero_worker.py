@@ -6,7 +6,7 @@ FILE: [[name, DeepSpeed JSON, changes of the recipe], ...]; `FILE.NAME.RANK` get
 
 import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,25 @@ def waiting_gradients(trainer: Trainer, loaded: Any) -> dict[str, int]:
 
 
 def main(place: str) -> None:
+    run_all(place, lambda trainer, steps: {**kept(trainer.engine), **waiting_gradients(trainer, steps())})
+
+
+def run_all(place: str, count: Callable[[Trainer, Callable[[], Any]], dict[str, int]], **more: Any) -> None:
+    """Trains each scenario of a file for two steps, and writes what `count` says then.
+
+    Args:
+        count: is given the trainer, and what fetches the next step.
+        more: sections of DeepSpeed's JSON beside the scenario's.
+    """
     torch.set_num_threads(1)
-    rank, world_size = init_distributed()
+    rank, _ = init_distributed()
     file = Path(place)
     for name, ds, changes in json.loads(file.read_text()):
         config = tiny_config(output=f"{file}.{name}.run", **changes)
-        model = build_model(config.model)
         trainer = make_trainer(
             config,
-            ds,
-            model=model,
+            {**ds, **more},
+            model=build_model(config.model),
             dataset=PackedDataset(f"{file}.packs"),
             start=RunStart(dtype=torch.float32),
             evaluate=lambda steps_done: None,
@@ -87,7 +96,6 @@ def main(place: str) -> None:
         for _ in range(2):
             trainer.step(next(steps))
         gc.collect()
-        result = {**kept(trainer.engine), **waiting_gradients(trainer, next(steps))}
-        Path(f"{file}.{name}.{rank}").write_text(json.dumps(result))
+        Path(f"{file}.{name}.{rank}").write_text(json.dumps(count(trainer, lambda: next(steps))))
         trainer.monitor.close()
     shutdown_distributed()

@@ -1,5 +1,7 @@
-"""Faults, each planted in a trainer that is whole otherwise: what a careless edit of vltrain, of a model or of the data
-could bring."""
+"""Faults, each planted in a run that is whole otherwise: what a careless edit of vltrain, of a model or of the data
+could bring. `plant` takes those that are there before the engine is made and those of a finished trainer alike."""
+
+import functools
 
 import numpy as np
 import torch
@@ -7,6 +9,7 @@ import torch
 from vltrain.data import loader
 from vltrain.data.plan import Plan
 from vltrain.models.mmt.model import MultimodalModel
+from vltrain.train import make_trainer
 from vltrain.train.zero.engine import Engine
 
 
@@ -67,6 +70,12 @@ def pack_too_large(patch, trainer):
     patch.setattr(trainer.engine.model, "forward", limited)
 
 
+def pack_too_large_on_one_rank(patch, trainer):
+    """Rank 1 alone has no memory left."""
+    if trainer.rank == 1:
+        pack_too_large(patch, trainer)
+
+
 def frozen_tower_that_moves(patch, trainer):
     """Something writes into the ViT with each step."""
     step = trainer.engine.step
@@ -105,11 +114,123 @@ def gradient_that_is_nan(patch, trainer):
     patch.setattr(trainer.engine.model, "forward", broken)
 
 
+def loss_by_pack(patch, trainer):
+    """A step's gradient is the mean over its packs of means over their tokens; what is reported is right."""
+    forward, backward, seen = trainer.engine.forward, Engine.backward, []
+
+    def remembering(batch, **options):
+        seen.append(max(1, batch.num_label_tokens))
+        return forward(batch, **options)
+
+    def mean(self, loss, *, last_micro_step):
+        backward(self, loss * 4.0 / seen[-1], last_micro_step=last_micro_step)
+
+    patch.setattr(trainer.engine, "forward", remembering)
+    patch.setattr(Engine, "backward", mean)
+
+
+def nan_in_a_weight_that_no_pack_reads(patch, trainer):
+    weight = trainer.engine.model.llm.get_input_embeddings().weight
+    with torch.no_grad():
+        getattr(weight, "ds_tensor", weight).view(-1)[-1] = float("nan")
+
+
+def infinite_optimizer(patch, trainer):
+    """As from a checkpoint of a run that went wrong."""
+    trained = trainer.engine.trainable
+    zeros = {name: torch.zeros(getattr(one, "ds_shape", one.shape)) for name, one in trained.items()}
+    trainer.engine.load_optimizer_state({name: {"exp_avg": one, "exp_avg_sq": one} for name, one in zeros.items()}, 3)
+    state = next(iter(trainer.engine.optimizer.state.values()))
+    state["exp_avg_sq"].view(-1)[0] = float("inf")
+
+
+def images_in_another_order(patch, trainer):
+    """Those of a pack come out of the loader last first."""
+    fetch = loader._Fetcher.fetch
+
+    def turned(self, number, has_images):
+        row, pixels = fetch(self, number, has_images)
+        return row, pixels.flip(0) if len(row.image_ids) > 1 else pixels
+
+    patch.setattr(loader._Fetcher, "fetch", turned)
+
+
+def _changed_model(patch, change):
+    """Before the engine is made, of a model that is there."""
+    load = make_trainer._load_start
+
+    def changed(model, *rest):
+        change(model)
+        load(model, *rest)
+
+    patch.setattr(make_trainer, "_load_start", changed)
+
+
+def tower_that_is_trained(patch):
+    """Somebody forgot to freeze the ViT."""
+
+    def unfrozen(model):
+        for name, parameter in model.named_parameters():
+            if model.part_of(name) == "vision":
+                parameter.requires_grad_(True)
+
+    _changed_model(patch, unfrozen)
+
+
+def tied_by_mistake(patch):
+    """Two adapters have one tensor."""
+
+    def tied(model):
+        one, other = [module for name, module in model.named_modules() if name.endswith(".adapter")][:2]
+        name = next(iter(dict(one.named_parameters())))
+        *path, last = name.split(".")
+        places = [functools.reduce(getattr, path, module) for module in (one, other)]
+        setattr(places[1], last, getattr(places[0], last))
+
+    _changed_model(patch, tied)
+
+
+def rate_of_nothing(patch):
+    """The neck's learning rate is 0."""
+    groups = make_trainer.parameter_groups
+
+    def without(named, optim, part_of):
+        named = list(named)
+        own = [(name, one) for name, one in named if part_of(name) == "neck"]
+        rest = groups([(name, one) for name, one in named if part_of(name) != "neck"], optim, part_of)
+        return [*rest, *({**group, "lr": 0.0, "peak_lr": 0.0} for group in groups(own, optim, part_of))]
+
+    patch.setattr(make_trainer, "parameter_groups", without)
+
+
+def part_without_optimizer(patch):
+    """The optimizer is not given the neck."""
+    groups = make_trainer.parameter_groups
+    without = lambda named, optim, part_of: groups(
+        [(name, one) for name, one in named if part_of(name) != "neck"], optim, part_of
+    )
+    patch.setattr(make_trainer, "parameter_groups", without)
+
+
 FAULTS = {
     one.__name__: one
     for one in (
         leaking_mask, positions_that_go_on, loss_scaled_by_ranks, loss_of_own_labels, rank_without_images,
         pack_too_large, frozen_tower_that_moves, adapter_without_gradient, adapter_that_text_does_not_reach,
-        gradient_that_is_nan,
+        gradient_that_is_nan, loss_by_pack, nan_in_a_weight_that_no_pack_reads, infinite_optimizer,
     )
 }  # fmt: skip
+BEFORE = {one.__name__: one for one in (tower_that_is_trained, tied_by_mistake, rate_of_nothing,
+                                        part_without_optimizer)}  # fmt: skip
+BY_COMMAND = {one.__name__: one for one in (images_in_another_order, pack_too_large_on_one_rank)}
+"""What the command alone looks for, or ends otherwise."""
+
+
+def plant(patch, name, make):
+    """A trainer with the fault of that name ("" for none), made by `make`."""
+    if name in BEFORE:
+        BEFORE[name](patch)
+    trainer = make()
+    if name in FAULTS | BY_COMMAND:
+        (FAULTS | BY_COMMAND)[name](patch, trainer)
+    return trainer

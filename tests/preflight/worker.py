@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.preflight.faults import FAULTS
+from tests.preflight.faults import plant
 from tests.train import worker
 from vltrain.memory.out_of_memory import OutOfMemory
 from vltrain.preflight.check import check
@@ -31,9 +31,7 @@ def run_one(scenario: dict, rank: int, world_size: int) -> None:
         return
     with ExitStack() as held:
         patch = held.enter_context(pytest.MonkeyPatch.context())
-        plant = FAULTS[scenario["fault"]] if scenario["fault"] else lambda patch, trainer: None
-        trainer = worker.make(scenario, world_size)
-        plant(patch, trainer)
+        trainer = plant(patch, scenario["fault"], lambda: worker.make(scenario, world_size))
         checked(trainer, scenario, rank)
         trainer.close()
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.attacks.attack import run_vltrain
+from tests.attacks.inputs import pack_words
+from tests.support.altered_packs import alter, labels_on_the_question
 from tests.support.finished_run import finished_run
 from tests.support.processes import vltrain
 from tests.support.tiny import random_png
@@ -96,3 +99,16 @@ def test_images_of_the_test_in_train_and_answers_longer_than_generation_allows(p
 def test_mistakes_are_one_line(place, words, told):
     code, lines = check(place, place.root / "mine", *words)
     assert code == 2 and told in lines[-1], lines
+
+
+def test_labels_on_the_question_at_two_ranks(place):
+    """Given packs, of samples that lie beside the test's: shards whose loss lies on what is asked."""
+    samples, packs = place.root / "mine", place.root / "planted"
+    code, output = run_vltrain(pack_words(samples / "train.jsonl", packs, pack_length=128))
+    assert code == 0, output
+    alter(packs, labels_on_the_question)
+    code, lines = check(place, samples, "--data.train_packs", str(packs), "--ranks", "2", "--ds", "zero2")
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert code == 1 and len(failed) == 2, lines
+    assert failed[0].startswith("FAILED  labels: ") and "the model would learn to say something else" in failed[0]
+    assert failed[1].startswith("FAILED  packs and samples: ") and "carries loss and should not" in failed[1]

@@ -3,6 +3,7 @@
 A scenario is one of `tests.train.worker`, with any of
     "poison": {step: factor}   the loss of the step's first micro-step on the last rank is multiplied by it
     "dies_at": step            the life ends before that step
+    "leaves_at": step          a signal comes before that step, on rank 0
     "hangs_at": [rank, step]   the rank sleeps there without end
     "slow": [rank, seconds]    the rank's forwards take so much longer
     "memory": [rank, step]     the rank's allocator fails there
@@ -10,6 +11,7 @@ A scenario is one of `tests.train.worker`, with any of
 """
 
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tests.train import worker
+from vltrain.distributed.preemption import Preempted
 from vltrain.errors import InputError
 from vltrain.train.trainer import Trainer
 from vltrain.train.zero.engine import init_distributed, shutdown_distributed
@@ -34,6 +37,8 @@ def order_faults(trainer: Trainer, scenario: dict, rank: int, world_size: int) -
         at.update(step=loaded.step, micro=0)
         if loaded.step == scenario.get("dies_at"):
             raise Died
+        if loaded.step == scenario.get("leaves_at") and rank == 0:
+            trainer.preemption._heard(signal.SIGUSR1)
         moves = scenario.get("moves", {})
         if loaded.step == moves.get("step") and rank == world_size - 1:
             parameter = dict(trainer.engine.model.named_parameters())[moves["name"]]
@@ -66,7 +71,7 @@ def run_all(scenarios: Path) -> None:
             worker.run(
                 scenario, rank, world_size, prepare=lambda trainer: order_faults(trainer, scenario, rank, world_size)
             )
-        except Died:
+        except (Died, Preempted):
             pass
         except InputError as error:
             if not scenario.get("may_fail"):

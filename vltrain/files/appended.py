@@ -46,3 +46,22 @@ class AppendedFile:
             f"{self._path}: cannot be written ({error.strerror or error}); free disk space or fix its permissions, "
             "and resume with --resume auto"
         )
+
+
+class OneWriter:
+    """Of several ranks the one that appends to a file (`active`); on the others every method does nothing. Whoever
+    inherits from it opens the file."""
+
+    _file: AppendedFile
+
+    def __init__(self, *, active: bool) -> None:
+        self.active = active
+
+    def sync(self) -> None:
+        """See `AppendedFile.sync`."""
+        if self.active:
+            self._file.sync()
+
+    def close(self) -> None:
+        if self.active:
+            self._file.close()

@@ -7,7 +7,7 @@ counts as reached, since half of an adapter that begins as the identity has no o
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,19 +15,23 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from vltrain.data.report.finding import FAILED, OK, WARNING, Finding
 from vltrain.models.architectures import architecture_of
 from vltrain.preflight.ranks import judged
 from vltrain.train.trainer import Trainer
+from vltrain.train.zero.snapshot import EngineSnapshot
 
 FAR_APART = 1000.0
 NEXT_TO_NOTHING = 1e-5
 """Of the largest part's: what has no say yet, as what a router decides by while all that it weighs is alike."""
 MANY_IDLE = 0.25
 """Of a part's trained parameters: fewer without effect on the loss are a network's own."""
+CLEAR = 100.0  # times AdamW's epsilon: a gradient from which on a step is as long as the learning rate
 _LEAVES_OUT = ".ranknum."  # of peft's AdaLoRA: it counts, and is trained by nobody
+_PRUNED = ".lora_E."  # by AdaLoRA, behind the optimizer's step
 
 
 @dataclass(kw_only=True)
@@ -35,15 +39,16 @@ class Census:
     """Of one trainer's model, over the micro-steps that it watches."""
 
     trainer: Trainer
+    snapshot: EngineSnapshot
+    """Of the state before the first step."""
     reached: list[set[str]] = field(default_factory=list)
     """By micro-step, the trained parameters that its backward reached on this rank."""
     norms: dict[str, float] = field(default_factory=dict)
     """By trained parameter, the norm of the last step's whole gradient."""
     moved: set[str] = field(default_factory=set)
     """Trained parameters that had a gradient other than zero in some step."""
-
-    def __post_init__(self) -> None:
-        self._frozen = self._sums()
+    stuck: set[str] = field(default_factory=set)
+    """Those that the optimizer left as they are though they had one, on all ranks."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -72,6 +77,27 @@ class Census:
         self.norms = dict(zip(names, torch.stack(norms).tolist(), strict=True))
         self.moved |= {name for name, norm in self.norms.items() if norm}
 
+    def look_for_stuck(self) -> None:
+        """Behind the optimizer's first step, at the peak learning rate: what had a gradient has to have moved, if a
+        step of that size is one at all in its precision. A collective."""
+        optim = self.trainer.config.optim
+        rates = (optim.lr, optim.vision_lr, optim.llm_lr, optim.projector_lr)
+        rate = min(one for one in rates if one is not None)
+        whole = sum(norm**2 for norm in self.norms.values()) ** 0.5
+        kept = min(1.0, optim.clip / whole) if optim.clip and whole else 1.0
+        own = set[str]()
+        for name, norm in self.norms.items():
+            parameter: Any = self.trainer.engine.trainable[name]
+            entry = kept * norm / getattr(parameter, "ds_numel", parameter.numel()) ** 0.5
+            if not entry > CLEAR * optim.eps or (self.trainer.allocator is not None and _PRUNED in name):
+                continue
+            largest = self.snapshot.still(name)
+            if largest is not None and rate > 2 * torch.finfo(parameter.dtype).eps * largest:
+                own.add(name)
+        everyone: list[set[str]] = [set()] * self.trainer.engine.world_size
+        dist.all_gather_object(everyone, own)
+        self.stuck = set.intersection(*everyone)
+
     def findings(self, has_images: Sequence[bool], *, twice: bool) -> list[Finding]:
         """Args:
         has_images: by micro-step watched, whether ranks read images in it.
@@ -80,8 +106,8 @@ class Census:
         return [self._reach(has_images, twice), self._finite(), self._frozen_stay(), self._side_by_side()]
 
     def _reach(self, has_images: Sequence[bool], twice: bool) -> Finding:
-        what, trained = "trained parameters", set(self.trainer.engine.trainable)
-        trained = {name for name in trained if _LEAVES_OUT not in name}
+        what, unmeant = "trained parameters", self._unmeant()
+        trained = {name for name in self.trainer.engine.trainable if _LEAVES_OUT not in name and name not in unmeant}
         everywhere = set().union(*self.reached)
         shared = [reached for reached, images in zip(self.reached, has_images, strict=True) if images]
         if not shared and trained - everywhere:
@@ -89,6 +115,11 @@ class Census:
             return Finding(status=WARNING, what=what, found=told)
         if missing := set().union(*(trained - reached for reached in shared or [everywhere])):
             return judged(what, [self._told(missing, "get no gradient")], "")
+        if shared_by := _tied(self.trainer.engine.model, trained):
+            return judged(what, [f"{one} are one tensor: tied by mistake" for one in shared_by], "")
+        if self.stuck:
+            told = "have a gradient, and the optimizer leaves them as they are: they are in no group of it, or their "
+            return judged(what, [self._told(self.stuck, f"{told}learning rate is 0")], "")
         still = trained - self.moved if twice else set()
         if not still:
             return judged(what, [], f"all {len(trained):,} get a gradient")
@@ -107,18 +138,23 @@ class Census:
 
     def _frozen_stay(self) -> Finding:
         model, engine = self.trainer.engine.model, self.trainer.engine
-        meant = architecture_of(self.trainer.config.model).trained_parts(self.trainer.config.model)
-        named = dict(model.named_parameters())
-        # One that does not say which parts a recipe trains is asked nothing.
-        wrong = {name for name in engine.trainable if meant and model.part_of(name) not in meant}
+        named, wrong = dict(model.named_parameters()), self._unmeant()
         faults = [self._told(wrong, "are trained, which the recipe freezes")] if wrong else []
         beside = {name for name, one in named.items() if name not in engine.trainable
                   and (one.requires_grad or one.grad is not None)}  # fmt: skip
         faults += [self._told(beside, "are frozen and get a gradient")] if beside else []
-        now = self._sums()
-        changed = {name for name, before in self._frozen.items() if now[name] != before}
+        changed = set(self.trainer.frozen.moved())
         faults += [self._told(changed, "are frozen and changed in a step")] if changed else []
-        return judged("frozen parameters", faults, f"all {len(self._frozen):,} stay as they are, without gradient")
+        return judged(
+            "frozen parameters", faults, f"all {len(self.trainer.frozen):,} stay as they are, without gradient"
+        )
+
+    def _unmeant(self) -> set[str]:
+        """Trained parameters of parts that the recipe freezes; of an architecture that does not say which it trains,
+        none."""
+        model = self.trainer.engine.model
+        meant = architecture_of(self.trainer.config.model).trained_parts(self.trainer.config.model)
+        return {name for name in self.trainer.engine.trainable if meant and model.part_of(name) not in meant}
 
     def _side_by_side(self) -> Finding:
         model = self.trainer.engine.model
@@ -142,18 +178,14 @@ class Census:
         parts = sorted({model.part_of(name) for name in names}, key=model.PARTS.index)
         return f"{', '.join(parts)}: {len(names)} parameter(s) {what}, the first {min(names)}"
 
-    @torch.no_grad()
-    def _sums(self) -> dict[str, int]:
-        """Of each frozen parameter the sum of its bits, of what this rank has of it."""
-        names, sums = [], []
-        for name, parameter in self.trainer.engine.model.named_parameters():
-            if name in self.trainer.engine.trainable:
-                continue
-            own = getattr(parameter, "ds_tensor", parameter).detach()
-            if own.device.type == "meta":
-                continue
-            bits = own.contiguous().view(-1).view(torch.uint8)
-            words = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
-            names.append(name)
-            sums.append(words.sum(dtype=torch.int64).to(self.trainer.engine.device))
-        return dict(zip(names, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+def _tied(model: nn.Module, trained: set[str]) -> list[str]:
+    """Trained parameters that stand under several names, by these; but for embeddings, which heads share by design."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            names[id(parameter)].append(f"{prefix}.{name}")
+            if isinstance(module, nn.Embedding):
+                names[id(parameter)].append("")
+    tied = [one for one in names.values() if len(one) > 1 and "" not in one and not trained.isdisjoint(one)]
+    return [" and ".join(sorted(one)[:2]) for one in tied]

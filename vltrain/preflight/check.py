@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 from vltrain.data.report.finding import FAILED, WARNING, Finding
+from vltrain.data.report.packed import LABELS
+from vltrain.data.report.report import packs_report
+from vltrain.data.text.encoder import SampleEncoder
+from vltrain.distributed.broadcast import from_rank_0
 from vltrain.errors import InputError
+from vltrain.preflight.finite import finite_weights
 from vltrain.preflight.loss import loss_scale
 from vltrain.preflight.packing import packing_proof
 from vltrain.preflight.ranks import agreed
@@ -21,25 +27,36 @@ from vltrain.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+MOST_PACKS = 16  # whose labels are read before a run
+
 
 def check(trainer: Trainer, *, everything: bool) -> list[Finding]:
     """What all ranks found; the trainer is afterwards what it was. A collective.
 
     Raises: OutOfMemory on a rank on which a pack does not fit.
     """
-    with trial(trainer):
-        rehearsal = rehearse(trainer, everything=everything)
-        own = agreed(rehearsal.findings)
-        if any(one.status == FAILED for one in own):  # what follows would meet the same fault, or wait for ranks
+    with trial(trainer) as snapshot:
+        own = agreed([finite_weights(trainer)])
+        if _fails(own):  # what follows would meet the same fault, or wait for ranks
             return own
-        own += agreed(packing_proof(trainer, everything=everything))
-        if everything:
+        rehearsal = rehearse(trainer, snapshot, everything=everything)
+        own += agreed(rehearsal.findings)
+        if _fails(own):
+            return own
+        if everything:  # before gradients are compared, which depend on it
             own += agreed([loss_scale(trainer, rehearsal.loaded)])
-        return own
+        return own + agreed(packing_proof(trainer, everything=everything))
 
 
-def check_before_training(trainer: Trainer) -> None:
+def _fails(found: Sequence[Finding]) -> bool:
+    return any(one.status == FAILED for one in found)
+
+
+def check_before_training(trainer: Trainer, encoder: SampleEncoder) -> None:
     """The check that a run's recipe asks for (`train.check`), with its cost in the log. A collective.
+
+    Args:
+        encoder: of its packs.
 
     Raises: InputError on every rank where something fails, in one line.
     """
@@ -47,7 +64,10 @@ def check_before_training(trainer: Trainer) -> None:
     if asked == "none" or trainer.first_step >= trainer.plan.num_steps:
         return
     began = time.perf_counter()
-    findings = check(trainer, everything=asked == "full")
+    of_packs = packs_report(trainer.loader.dataset, encoder, MOST_PACKS) if trainer.rank == 0 else []
+    findings = from_rank_0([one for one in of_packs if one.what == LABELS])
+    if not _fails(findings):
+        findings += check(trainer, everything=asked == "full")
     trainer.monitor.pause()
     failed = [one for one in findings if one.status == FAILED]
     if failed:

@@ -36,6 +36,8 @@ def choose_packs(index: Index, world_size: int, *, everything: bool) -> Chosen:
     several ranks that one with a blank image, before ranks that lack one could wait for others. Each pack once."""
     longest, most, text = _kinds(index)
     found: dict[tuple[int, bool], str] = {(longest, False): "the longest pack"}
+    if everything:  # a mean over packs is another one than that over tokens where packs differ in labels
+        found.setdefault((int(index.num_label_tokens[:].argmin()), False), "the pack with fewest labels")
     if index.num_images[most]:
         before = found.get((most, False))
         found[most, False] = f"{before}, the pack with most images" if before else "the pack with most images"

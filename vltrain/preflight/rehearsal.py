@@ -18,6 +18,7 @@ from vltrain.preflight.packs import Chosen, choose_mix, choose_packs, load, plan
 from vltrain.preflight.ranks import judged
 from vltrain.train.optim import set_learning_rates
 from vltrain.train.trainer import Trainer
+from vltrain.train.zero.snapshot import EngineSnapshot
 
 GIB = 2**30
 
@@ -31,13 +32,14 @@ class Rehearsal:
     peak_bytes: int = 0
 
 
-def rehearse(trainer: Trainer, *, everything: bool) -> Rehearsal:
+def rehearse(trainer: Trainer, snapshot: EngineSnapshot, *, everything: bool) -> Rehearsal:
     """Inside a `trial`. A collective. Raises OutOfMemory where a pack does not fit.
 
     First what all ranks do alike: a parameter that is not reached is found there, and not by ranks that wait for each
     other in a mix.
 
     Args:
+        snapshot: of the trial.
         everything: try all kinds of packs, twice: behind a step, adapters are no longer the identity.
     """
     index, world_size = trainer.loader.dataset.index, trainer.engine.world_size
@@ -49,18 +51,23 @@ def rehearse(trainer: Trainer, *, everything: bool) -> Rehearsal:
     equal = judged("images by rank", images, "in each micro-step all ranks run the ViT, or none")
     if images:
         return Rehearsal(findings=[equal], loaded=loaded[-1])
-    census, peak, began = Census(trainer=trainer), PeakMemory(trainer.engine.device), time.perf_counter()
-    seen, lost = list[bool](), list[str]()
+    census, peak = Census(trainer=trainer, snapshot=snapshot), PeakMemory(trainer.engine.device)
+    seen, lost, found, seconds = list[bool](), list[str](), list[Finding](), 0.0
     with census.watching():
-        for step in loaded:
+        for number, step in enumerate(loaded):
+            began = time.perf_counter()
             seen += step.plan.has_images.tolist()
-            lost += _tried(trainer, step, census, moves=everything)
-            if _all_say(any(one.status == FAILED for one in census.findings(seen, twice=False))):
+            lost += _tried(trainer, step, census)
+            seconds += time.perf_counter() - began
+            if number == 0 and not lost:
+                census.look_for_stuck()
+            found = census.findings(seen, twice=everything and number > 0)
+            if _all_say(any(one.status == FAILED for one in found)):
                 break
-    seconds, most = time.perf_counter() - began, peak.read()
+    most = peak.read()
     tried = f"{_sizes(trainer, alike)}: forward, backward and step in {seconds:.1f} s"
     took = judged("rehearsal", lost, f"{tried}; peak {most / GIB:.2f} GiB {peak.kind}")
-    findings = [equal, *census.findings(seen, twice=everything), took]
+    findings = [equal, *found, took]
     return Rehearsal(findings=findings, loaded=loaded[-1], peak_bytes=most)
 
 
@@ -69,12 +76,11 @@ def _loaded(trainer: Trainer, chosen: Chosen) -> LoadedStep:
     return load(trainer.loader, planned(trainer.plan, index, chosen, step), trainer.rank)
 
 
-def _tried(trainer: Trainer, loaded: LoadedStep, census: Census, *, moves: bool) -> list[str]:
-    """A step, in words what is wrong with it. moves: by the peak learning rate, whatever the warm-up has."""
+def _tried(trainer: Trainer, loaded: LoadedStep, census: Census) -> list[str]:
+    """A step by the peak learning rate, whatever the warm-up has; in words what is wrong with it."""
     result = trainer.accumulate(loaded)
     census.read()
-    if moves:
-        set_learning_rates(trainer.engine.optimizer, 1.0)
+    set_learning_rates(trainer.engine.optimizer, 1.0)
     trainer.update(result)
     if trainer.engine.device.type == "cuda":
         torch.cuda.synchronize()

@@ -221,7 +221,7 @@ def _train(
     trainer = assemble(config, ds_json, world_size, dataset, start, evaluation, preemption, settings.given)
     if trainer.rank == 0:
         _describe(trainer, ds_json, encoder.tokenizer, outline, dataset)
-    check_before_training(trainer)
+    check_before_training(trainer, encoder)
     trainer.train()
     trainer.monitor.close()
     if trainer.rank == 0:

@@ -1,14 +1,22 @@
-"""That frozen weights did not move, from the digests in a receipt: of the start, and of each checkpoint."""
+"""That frozen weights did not move, from the digests in a receipt: of the start, and of each checkpoint. Of one that a
+run left on a signal they stand in the checkpoint alone."""
 
 from __future__ import annotations
 
+from vltrain.files.strict_json import is_object
+from vltrain.receipts.manifest import Manifest
 from vltrain.receipts.receipt import Receipt
 
+FROZEN = "frozen"  # in a checkpoint's run_state: digests of the frozen weights behind its last step
 
-def compare_frozen(receipt: Receipt) -> tuple[str | None, str]:
-    """(which part moved, and between which checkpoints first; what did not)."""
+
+def compare_frozen(receipt: Receipt, newest: Manifest | None = None) -> tuple[str | None, str]:
+    """(which part moved, and between which checkpoints first; what did not). `newest`: the run's newest checkpoint."""
     header = receipt.header
     records = [(line.step + 1, line.frozen) for line in receipt.lines if line.frozen is not None]
+    saved = None if newest is None else newest.run_state.get(FROZEN)
+    if newest is not None and is_object(saved) and all(step < newest.step for step, _ in records):
+        records.append((newest.step, saved))
     if header.frozen is not None:
         records = [(header.first_step, header.frozen), *records]
     if not records:

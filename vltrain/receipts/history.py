@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vltrain.errors import InputError
-from vltrain.files.appended import AppendedFile
+from vltrain.files.appended import AppendedFile, OneWriter
 from vltrain.files.atomic import write_whole
 from vltrain.files.strict_json import is_object, parse_json, require_plain_file
 
@@ -110,7 +110,7 @@ def _starts(words: np.ndarray) -> np.ndarray:
     return np.array(starts, np.int64)
 
 
-class HistoryWriter:
+class HistoryWriter(OneWriter):
     """Appends to a run's history, from `first_step` on. On ranks that do not write (`active` false) every method does
     nothing.
 
@@ -124,7 +124,7 @@ class HistoryWriter:
     """
 
     def __init__(self, folder: Path, *, run: str, data: str, active: bool, first_step: int) -> None:
-        self.active = active
+        super().__init__(active=active)
         if not active:
             return
         path = folder / HISTORY
@@ -140,15 +140,6 @@ class HistoryWriter:
         if self.active:
             count = np.array([len(losses)], _COUNT)
             self._file.write(count.tobytes() + losses.astype(_LOSS).tobytes())
-
-    def sync(self) -> None:
-        """Makes everything written so far survive a crash of the machine."""
-        if self.active:
-            self._file.sync()
-
-    def close(self) -> None:
-        if self.active:
-            self._file.close()
 
 
 def _kept(history: History, run: str, data: str, first_step: int) -> bool:

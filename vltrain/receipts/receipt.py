@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from vltrain.errors import InputError
-from vltrain.files.appended import AppendedFile
+from vltrain.files.appended import AppendedFile, OneWriter
 from vltrain.files.atomic import write_whole
 from vltrain.files.strict_json import is_object, parse_json, require_plain_file
 
@@ -226,7 +226,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     return fields
 
 
-class ReceiptWriter:
+class ReceiptWriter(OneWriter):
     """Appends to a run's receipt, from `first_step` on. On ranks that do not write (`active` false) every method does
     nothing.
 
@@ -241,7 +241,8 @@ class ReceiptWriter:
     """
 
     def __init__(self, folder: Path, header: Header, *, active: bool, first_step: int, head: str | None) -> None:
-        self.active, self.run = active, header.run
+        super().__init__(active=active)
+        self.run = header.run
         self.head: str | None = head
         self._frozen: dict[str, str] | None = None  # for the next line, see `Line.frozen`
         if not active:
@@ -283,15 +284,6 @@ class ReceiptWriter:
             line = next_line(self.head, unchained)
             self._file.write(line.dumps())
             self.head, self._frozen = line.chain, None
-
-    def sync(self) -> None:
-        """Makes everything written so far survive a crash of the machine."""
-        if self.active:
-            self._file.sync()
-
-    def close(self) -> None:
-        if self.active:
-            self._file.close()
 
 
 def _kept(receipt: Receipt, header: Header, first_step: int, head: str | None) -> list[Line]:

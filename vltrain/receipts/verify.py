@@ -84,9 +84,13 @@ def prove(run: Path, packs: Path | str | None, other: Path | None = None, tolera
         more = " ..." if len(skipped) > 8 else ""
         proof.facts.append(f"skipped: the update of step(s) {', '.join(skipped[:8])}{more} (quarantine.jsonl)")
     _passes(proof, receipt, plan, dataset)
-    proof.add(*compare_frozen(receipt))
+    newest, damaged = _newest(run)
+    proof.add(*compare_frozen(receipt, newest))
     proof.add(*compare_history(run, receipt, plan, dataset))
-    _end(proof, receipt, run)
+    if damaged is None:
+        _end(proof, receipt, run, newest)
+    else:
+        proof.failures.append(damaged)
     if other is not None:
         _compare(proof, receipt, read_receipt(other / RECEIPT), tolerance)
     return proof
@@ -163,13 +167,16 @@ def _passes(proof: Proof, receipt: Receipt, plan: Plan, dataset: PackedDataset) 
         )
 
 
-def _end(proof: Proof, receipt: Receipt, run: Path) -> None:
-    """Compares where the receipt ends with the newest checkpoint, which is read whole."""
+def _newest(run: Path) -> tuple[Manifest | None, str | None]:
+    """The newest checkpoint, which is read whole; and what is wrong where none of them is."""
     try:
-        newest = newest_in(run / "checkpoints", _verified)
+        return newest_in(run / "checkpoints", _verified), None
     except InputError as error:
-        proof.failures.append(str(error))
-        return
+        return None, str(error)
+
+
+def _end(proof: Proof, receipt: Receipt, run: Path, newest: Manifest | None) -> None:
+    """Compares where the receipt ends with the newest checkpoint."""
     if newest is None:
         proof.facts.append("end: no checkpoint to compare it with")
         return

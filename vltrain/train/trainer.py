@@ -24,6 +24,7 @@ from vltrain.metrics.categories import CategoryLosses
 from vltrain.metrics.monitor import Monitor
 from vltrain.metrics.sets import SetFigures
 from vltrain.models.compiled import uncompiled
+from vltrain.receipts.frozen_proof import FROZEN
 from vltrain.receipts.history import HistoryWriter
 from vltrain.receipts.receipt import ReceiptWriter, fingerprint
 from vltrain.receipts.verify import RUN_ID
@@ -134,7 +135,7 @@ class Trainer:
             # take as long as many steps: a run that is asked to leave then has nothing to lose.
             if saves or leaves:
                 self.safety.guard.flush()
-                self.save(done)
+                self.save(done, result.frozen)
             if leaves:
                 self._leave(done)
             if self.evaluates_after(done):
@@ -181,8 +182,8 @@ class Trainer:
         self.safety.leave(steps_done)
 
     def saves_after(self, steps_done: int) -> bool:
-        """Whether a checkpoint follows so many steps, with the digests of the frozen weights in the receipt; one before
-        leaving is without: it depends on when, and whoever goes on from it takes them."""
+        """Whether a checkpoint follows so many steps, with the digests of the frozen weights in the receipt. One before
+        leaving has them itself: a receipt does not depend on when its run was interrupted."""
         at_end = steps_done == self.plan.num_steps
         return at_end or steps_done % self.config.train.save_every_steps == 0 or self.evaluates_after(steps_done)
 
@@ -260,10 +261,15 @@ class Trainer:
     def warmup_steps(self) -> float:
         return self.config.optim.warmup_epochs * self.plan.steps_per_epoch
 
-    def save(self, steps_done: int) -> None:
+    def save(self, steps_done: int, frozen: dict[str, str] | None = None) -> None:
         """Saves the state after `steps_done` steps, or with `train.async_save` takes a copy that is written meanwhile.
-        A collective."""
+        A collective.
+
+        Args:
+            frozen: digests of the frozen weights, where they were taken already.
+        """
         self.monitor.pause()
+        frozen = self.frozen.digests() if frozen is None else frozen
         self.safety.at(steps_done, "save")
         self.background.wait()
         if told := self.by_category.describe():
@@ -279,7 +285,7 @@ class Trainer:
             is_writer=is_writer,
             keep=self.config.train.keep_checkpoints,
             keep_best=self.config.train.keep_best,
-            run_state=self.run_state(),
+            run_state={**self.run_state(), FROZEN: frozen},
             extra=self.allocator.state() if self.allocator is not None and is_writer else None,
         )
         with self.safety.saving():

@@ -141,6 +141,7 @@ def runs(tmp_path_factory):
         scenario("zero3", 3),
         scenario("moved3", 3, moves={"step": 3, "name": llm}),
         scenario("moved0", 0, moves={"step": 2, "name": tower}),
+        scenario("left", 1, leaves_at=3, moves={"step": 4, "name": tower}),
         scenario("killed", 2, dies_at=3),
         scenario("killed", 2),
     ]
@@ -167,6 +168,7 @@ def test_one_number_that_moves_is_found_with_its_part_and_checkpoint(runs, capsy
     for name, told in (
         ("moved3", "frozen weights: llm (float32) moved between step 2 and the checkpoint of step 4"),
         ("moved0", "frozen weights: vision (float32) moved between step 2 and the checkpoint of step 4"),
+        ("left", "frozen weights: vision (float32) moved between step 4 and the checkpoint of step 5"),
     ):
         assert main(["resume", str(runs / name)]) == 1
         failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]

@@ -14,6 +14,7 @@ from vltrain.data.shards import PackedDataset
 from vltrain.data.text.spelling import describe_lost
 from vltrain.data.text.tokenizer import Tokenizer
 
+LABELS = "labels"  # what the line about them is called
 MOST_PACKS = 200
 """Packs that are read token by token; of more, so many are drawn."""
 LEAST_FILL = 0.5
@@ -84,7 +85,7 @@ def _parts_of_characters(tokenizer: Tokenizer) -> Collection[int]:
 def labels(
     parts: list[Part], answers: Mapping[str, tuple[str, ...]], tokenizer: Tokenizer, stop_ids: Collection[int]
 ) -> Finding:
-    """Whether loss lies on the answers, and on nothing else but what ends them.
+    """Whether loss lies on the answers and on what ends them, and on nothing else.
 
     Args:
         answers: of the samples by id, as texts; of a sample that is missing here only the places of its labels are
@@ -102,6 +103,8 @@ def labels(
         if not len(said) or (said < 0).any():
             where = "no label" if not len(said) else "labels on the places of images"
             wrong.append(f"{name}: {where}")
+        elif stop_ids and not set(stop_ids) & set(_last_run(tokens, mask)):
+            wrong.append(f"{name}: loss on {quoted(tokenizer.decode(said.tolist()))}, and on no token that ends it")
         elif name in answers:
             compared += 1
             found = _plain(tokenizer.decode([one for one in said.tolist() if one not in stop_ids]))
@@ -112,9 +115,16 @@ def labels(
     told = f"{len(parts):,} samples read, {share(count, whole)} of their tokens carry loss"
     if wrong:
         told += f"; of {len(wrong):,} what carries loss is not the answer: the model would learn to say something else"
-        return Finding(status=FAILED, what="labels", found=told, examples=some(wrong))
+        return Finding(status=FAILED, what=LABELS, found=told, examples=some(wrong))
     told += f", decoded they are the answers of {compared:,}" if compared else "; no samples to compare them with"
-    return Finding(status=OK, what="labels", found=told)
+    return Finding(status=OK, what=LABELS, found=told)
+
+
+def _last_run(tokens: np.ndarray, mask: np.ndarray) -> list[int]:
+    """The labels of a sample's last answer."""
+    places = np.flatnonzero(mask)
+    begins = int(np.flatnonzero(np.diff(places, prepend=-2) > 1)[-1])
+    return tokens[places[begins:]].tolist()
 
 
 def _plain(text: str) -> str:

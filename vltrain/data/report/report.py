@@ -12,14 +12,17 @@ from functools import partial
 from pathlib import Path
 
 from vltrain.config.schema import Config
+from vltrain.data.origin import read_made_from
 from vltrain.data.report import answers, overlap, packed
 from vltrain.data.report.alike import Alike, compare
-from vltrain.data.report.finding import FAILED, OK, Finding, some, spread
+from vltrain.data.report.as_packed import as_packed
+from vltrain.data.report.finding import FAILED, OK, WARNING, Finding, some, spread
 from vltrain.data.report.samples import Split, read_split
-from vltrain.data.sample_files import samples_file
+from vltrain.data.sample_files import samples_file, samples_folder
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.errors import InputError
+from vltrain.files.record import look
 
 Judge = Callable[[Split, int, str], bool]
 """(split, number of the sample in it, a text) -> whether the recipe's scorer calls that right."""
@@ -40,23 +43,18 @@ def data_report(config: Config, packs: PackedDataset, encoder: SampleEncoder, ju
     Raises: InputError for a samples file that is malformed.
     """
     data = config.data
-    own_packs = data.train_packs is None
-    splits = [
-        read_split(name, file)
-        for name in dict.fromkeys((data.train_split, data.eval_split, data.test_split))
-        if (file := _file_of(config, name)) is not None
-    ]
-    train = next((one for one in splits if one.name == data.train_split and own_packs), None)
+    packed_from, why = _train_file(config, packs)
+    files = {name: file for name in (data.eval_split, data.test_split) if (file := _file_of(config, name)) is not None}
+    train = None if packed_from is None else read_split(data.train_split, packed_from)
+    splits = [] if train is None else [train]
+    splits += [read_split(name, file) for name, file in files.items() if name != data.train_split]
     said = {} if train is None else dict(zip(train.ids, train.spoken, strict=True))
     found = _of_packs(packs, encoder, packed.parts_of(packs), said)
-    if train is None:
-        why = (
-            "are not where the recipe says"
-            if own_packs
-            else "stand in data.train_packs, whose samples the recipe does not name"
-        )
-        found.append(Finding(status=OK, what="samples", found=f"not compared with the test: those of training {why}"))
-    splits = [one for one in splits if one is train or one.name != data.train_split]
+    if train is not None:
+        found.append(as_packed(packs, train.file, encoder, data.max_image_pixels))
+    else:
+        status = OK if data.train_packs is None else WARNING
+        found.append(Finding(status=status, what="samples", found=f"not compared with the test: {why}"))
     alike = compare(splits, data.max_image_pixels)
     found += _images(splits, alike)
     if train is not None:
@@ -74,6 +72,27 @@ def _of_packs(
         packed.unknown_tokens(packs, parts, encoder.tokenizer),
         packed.labels(parts, said, encoder.tokenizer, encoder.stop_ids),
     ]
+
+
+def _train_file(config: Config, packs: PackedDataset) -> tuple[Path | None, str]:
+    """The file of the samples that are trained on; of `data.train_packs` the one that they were packed from, where it
+    is the same still. Else why there is none, in words."""
+    own = _file_of(config, config.data.train_split)
+    if config.data.train_packs is None:
+        return own, "those of training are not where the recipe says"
+    made = read_made_from(packs.folder)
+    if made is None:
+        return None, f"{packs.folder} (data.train_packs) has no record of the samples that it was packed from"
+    beside = [file.parent / made.name for name in (config.data.eval_split, config.data.test_split)
+              if (file := _file_of(config, name)) is not None]  # fmt: skip
+    for file in dict.fromkeys([own, samples_folder(config) / made.name, *beside]):
+        if file is not None and file.is_file() and look(file).digest.hex() == made.samples:
+            return file, ""
+    folders = ", ".join(dict.fromkeys(str(file.parent) for file in beside)) or str(samples_folder(config))
+    return None, (
+        f"{packs.folder} (data.train_packs) was packed from a file {made.name} that is not in {folders}, or has "
+        "changed since; put it there, and its samples and images are compared"
+    )
 
 
 def _file_of(config: Config, split: str) -> Path | None:

@@ -59,7 +59,7 @@ def read_split(name: str, file: Path, most: int = MOST_SAMPLES) -> Split:
     """A split's samples. Raises InputError for a file that cannot be read and for a malformed sample."""
     split = Split(name=name, file=file)
     folder, files = file.parent, dict[str, Path]()
-    split.total = sum(1 for _ in _lines(file))
+    split.total = sum(1 for _ in lines_of(file))
     for number, line in _chosen(file, split.total, most):
         sample = Sample.from_json(parse_line(line, str(file), number), f"{file}:{number}")
         asked = normalised("\n".join(unescape_markers(turn.text) for turn in sample.turns[:-1]))
@@ -77,7 +77,8 @@ def read_split(name: str, file: Path, most: int = MOST_SAMPLES) -> Split:
     return split
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of samples that are not blank, by number. Raises InputError for one that cannot be read."""
     require_plain_file(file, "prepared samples (vltrain prepare), or samples of your own, as JSON Lines")
     try:
         with file.open("rb") as stream:
@@ -88,11 +89,11 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _chosen(file: Path, total: int, most: int) -> Iterator[tuple[int, bytes]]:
     if total <= most:
-        yield from _lines(file)
+        yield from lines_of(file)
         return
     places = iter(np.sort(np.random.default_rng(0).choice(total, most, replace=False)).tolist())
     wanted = next(places)
-    for place, numbered in enumerate(_lines(file)):
+    for place, numbered in enumerate(lines_of(file)):
         if place == wanted:
             yield numbered
             wanted = next(places, -1)

@@ -21,6 +21,7 @@ from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from, start_logging
 from vltrain.data.report.finding import FAILED, Finding
+from vltrain.data.report.packed import LABELS
 from vltrain.data.report.report import data_report
 from vltrain.data.shards import PackedDataset
 from vltrain.data.stream.mixed import MixedPacks
@@ -121,6 +122,8 @@ def _check(settings: Settings, title: str) -> int:
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, None)
     rank, world_size = init_distributed()
+    if from_rank_0(any(one.status == FAILED and one.what == LABELS for one in of_data)):
+        return _shown(of_data, title)  # what the model made of such packs would say nothing
     pack = largest_pack(config, outline.visual_tokens, dataset)
     way = Way(config=config, ds_json=raw, num_gpus=world_size, dtype=dtype, pack=pack, packs=dataset)
     folder = from_rank_0(tempfile.mkdtemp(prefix="vltrain-check-") if rank == 0 else None)
@@ -147,7 +150,12 @@ def _check(settings: Settings, title: str) -> int:
             trainer.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    lines = from_rank_0([*findings, *of_data])
-    if rank == 0:
+    return _shown([*findings, *of_data], title)
+
+
+def _shown(own: list[Finding], title: str) -> int:
+    """Rank 0 shows its lines. Returns the exit code, the same on all ranks. A collective."""
+    lines = from_rank_0(own)
+    if int(os.environ["RANK"]) == 0:
         print("\n".join(f"{title}{one.line()}" for one in lines), flush=True)
     return EXIT_FAILED if any(one.status == FAILED for one in lines) else 0

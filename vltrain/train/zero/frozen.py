@@ -36,23 +36,16 @@ class FrozenWeights:
         self._partitioned = torch.tensor([hasattr(tensor, "ds_tensor") for _, _, tensor in self._tensors])
         self._at_start: list[int] | None = None
 
-    @torch.no_grad()
     def digests(self) -> dict[str, str]:
         """Hexadecimal digest by `PART/DTYPE`, {"llm/bfloat16": "9f0c..."}; {} where nothing is frozen. A collective.
 
         Tensors that have moved since the first call are named in the log, by rank 0.
         """
-        if not self._tensors:
-            return {}
-        own = torch.stack([_own_digest(tensor).to(self._device) for _, _, tensor in self._tensors])
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, own)
-        ranks = torch.stack(everyone).cpu()
-        # Of copies rank 0's, and what the others' differ by, times an odd number of each rank.
-        factors = 2 * torch.arange(len(ranks), dtype=torch.int64)[:, None] + 1
-        copies = ranks[0] + ((ranks - ranks[0]) * factors).sum(0)
-        numbers: list[int] = torch.where(self._partitioned, ranks.sum(0), copies).tolist()
-        self._warn_of_moved(numbers)
+        numbers = self._numbers()
+        moved = self._moved(numbers)
+        if moved and dist.get_rank() == 0:
+            more = f" and {len(moved) - NAMED} more" if len(moved) > NAMED else ""
+            logger.warning("frozen weights have moved since the start: %s%s", ", ".join(moved[:NAMED]), more)
         lines: dict[str, list[str]] = defaultdict(list)
         for (name, part, tensor), number in zip(self._tensors, numbers, strict=True):
             shape = list(getattr(tensor, "ds_shape", tensor.shape))
@@ -60,13 +53,31 @@ class FrozenWeights:
             lines[key].append(f"{name} {shape} {number % 2**64:016x}\n")
         return {key: hashlib.sha256("".join(found).encode()).hexdigest()[:16] for key, found in sorted(lines.items())}
 
-    def _warn_of_moved(self, numbers: list[int]) -> None:
+    def moved(self) -> list[str]:
+        """Names of the tensors that have moved since the first call of `digests`. A collective."""
+        return self._moved(self._numbers())
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @torch.no_grad()
+    def _numbers(self) -> list[int]:
+        """A number for each tensor, the same on all ranks. A collective."""
+        if not self._tensors:
+            return []
+        own = torch.stack([_own_digest(tensor).to(self._device) for _, _, tensor in self._tensors])
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, own)
+        ranks = torch.stack(everyone).cpu()
+        # Of copies rank 0's, and what the others' differ by, times an odd number of each rank.
+        factors = 2 * torch.arange(len(ranks), dtype=torch.int64)[:, None] + 1
+        copies = ranks[0] + ((ranks - ranks[0]) * factors).sum(0)
+        return torch.where(self._partitioned, ranks.sum(0), copies).tolist()
+
+    def _moved(self, numbers: list[int]) -> list[str]:
         if self._at_start is None:
             self._at_start = numbers
-        moved = [self._tensors[place][0] for place, one in enumerate(numbers) if one != self._at_start[place]]
-        if moved and dist.get_rank() == 0:
-            more = f" and {len(moved) - NAMED} more" if len(moved) > NAMED else ""
-            logger.warning("frozen weights have moved since the start: %s%s", ", ".join(moved[:NAMED]), more)
+        return [self._tensors[place][0] for place, one in enumerate(numbers) if one != self._at_start[place]]
 
 
 def _frozen_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,13 +18,18 @@ from torch import Tensor
 
 from vltrain.train.zero.engine import Engine
 
+PIECE = 1 << 20
+
 
 class EngineSnapshot:
     """Taken between two steps; `put_back` goes between two steps, too."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._tensors = [(tensor, _copied(tensor)) for tensor in _tensors_of(engine)]
+        self._weights = {name: [(tensor, _copied(tensor)) for tensor in _tensors_of(parameter)]
+                         for name, parameter in engine.trainable.items()}  # fmt: skip
+        self._tensors = [pair for pairs in self._weights.values() for pair in pairs]
+        self._tensors += [(tensor, _copied(tensor)) for tensor in _beside(engine)]
         self._states = {
             parameter: {name: (value, _copied(value) if isinstance(value, Tensor) else value)
                         for name, value in state.items()}
@@ -39,6 +44,15 @@ class EngineSnapshot:
         """Host memory that the copies take."""
         states = [copy for state in self._states.values() for _, copy in state.values() if isinstance(copy, Tensor)]
         return sum(copy.nbytes for copy in [*(copy for _, copy in self._tensors), *states])
+
+    @torch.no_grad()
+    def still(self, name: str) -> float | None:
+        """The largest entry of a trained parameter, of what this rank has of it, where it is bit for bit what it was;
+        None where it has moved."""
+        pairs = self._weights[name]
+        if any(_apart(tensor, copy) for tensor, copy in pairs):
+            return None
+        return max((float(copy.abs().max()) for _, copy in pairs if copy.numel()), default=0.0)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -98,18 +112,28 @@ def _leaves_of(engine: Engine) -> list[Tensor]:
     return list({id(one): one for one in [*engine.trainable.values(), *engine._optimizer_tensors()]}.values())
 
 
-def _tensors_of(engine: Engine) -> Iterator[Tensor]:
-    """The trained weights in each copy that this rank keeps of them, and the buffers that a forward may write."""
-    for parameter in engine.trainable.values():
-        if parameter.numel():  # nothing where ZeRO-3 has it partitioned
-            yield parameter.data
-        if isinstance(part := getattr(parameter, "ds_tensor", None), Tensor):
-            yield part.data
+def _tensors_of(parameter: Any) -> Iterator[Tensor]:
+    """Each copy that this rank keeps of a trained parameter."""
+    if parameter.numel():  # nothing where ZeRO-3 has it partitioned
+        yield parameter.data
+    if isinstance(part := getattr(parameter, "ds_tensor", None), Tensor):
+        yield part.data
+
+
+def _beside(engine: Engine) -> Iterator[Tensor]:
+    """The optimizer's own copies of trained weights, and the buffers that a forward may write."""
     if engine.stage:
         yield from (tensor.data for tensor in engine._optimizer_tensors())
     for buffer in engine.model.buffers():
         if buffer.is_floating_point():
             yield buffer
+
+
+def _apart(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether any entry is another one than in the copy, which is in host memory; piece by piece, since the first
+    mostly says so."""
+    pieces = zip(tensor.detach().view(-1).split(PIECE), copy.view(-1).split(PIECE), strict=True)
+    return any(not torch.equal(piece.cpu(), before) for piece, before in pieces)
 
 
 def _holders_of(engine: Engine) -> list[Any]:
