@@ -7,7 +7,6 @@ order, or those of a neighbour; packs of another version of the samples.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,7 +59,7 @@ def _samples(file: Path, wanted: Iterable[str]) -> Mapping[str, Sample]:
     left, found = set(wanted), dict[str, Sample]()
     for number, line in lines_of(file):
         named = _ID.search(line)
-        if named is None or json.loads(named[1]) not in left:
+        if named is None or parse_line(named[1], str(file), number) not in left:
             continue
         sample = Sample.from_json(parse_line(line, str(file), number), f"{file}:{number}")
         found[sample.id] = sample
