@@ -300,7 +300,10 @@ def packs_of_another_set_beside_samples(folder: Path) -> Shown:
     samples = ensure_samples(other, "train")
     assert config.data.root != other.data.root
     return refuses(
-        lambda: require_same_set(other, packed, samples), "data.train_packs", "would be answered", "data.source samples"
+        lambda: require_same_set(other, PackedDataset(packed), samples),
+        "data.train_packs",
+        "would be answered",
+        "data.source samples",
     )
 
 

@@ -36,6 +36,8 @@ ELSEWHERE = {
     "bash tests/lmms_eval.sh": ("tests/harness/test_lmms_eval.py", "pytest.mark.lmms_eval"),
     "python -m lmms_eval": ("tests/harness/test_lmms_eval.py", "lmms_eval"),
     "python -m tests.golden": ("tests/golden/test_golden.py", "golden"),
+    "aws s3 cp": ("tests/programs/test_s3_packs.py", "system.put("),
+    "vltrain check data s3://": ("tests/programs/test_s3_packs.py", '"check", "data", ADDRESS'),
     "vltrain serve": ("tests/serve/test_program.py", 'startswith("vltrain serve ")'),
     "vltrain importance": ("tests/programs/test_qformer_train.py", "importance"),
     "vltrain doctor": ("tests/programs/test_doctor.py", "doctor"),
@@ -43,7 +45,7 @@ ELSEWHERE = {
 }
 SCRIPTS = ("tests/run.sh", "tests/lowest.sh", "tests/fake_cuda.sh")  # which run the tests themselves
 PROGRAMS = {"train_mmt": "quickstart", "train_qformer": "qformer_shapes"}  # of launch/, with their default recipes
-LARGE = ("llama2_7b", "qformer_t5", "qformer_vicuna", "smollm2", "--bits 4")  # weights that may not be here
+LARGE = ("llama2_7b", "qformer_t5", "qformer_vicuna", "smollm2", "--bits 4", "s3://")  # weights, packs not here
 COMMANDS_ON_PAGES = [command for page in PAGES for command in page.commands()]
 
 

@@ -17,6 +17,7 @@ MOST_WORDS = {
     "launch/TROUBLESHOOTING.md": 2000,
     "launch/WATCHING.md": 900,
     "launch/BLAME.md": 700,
+    "launch/REMOTE.md": 800,
     "launch/TABLES.md": 900,
     "data_prep/README.md": 1600,
     "data_prep/DATASETS.md": 600,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,11 @@ def write_blocks(folder: Path, names: Sequence[str], manifest: str, block_bytes:
         names: of its files of packs and images.
         manifest: checksum of its manifest.
     """
-    rows = [_describe(folder / name, block_bytes) for name in names]
+    return write_index(folder, [_describe(folder / name, block_bytes) for name in names], manifest, block_bytes)
+
+
+def write_index(folder: Path, rows: Sequence[Mapping[str, object]], manifest: str, block_bytes: int) -> Path:
+    """The same, of what is known of the files: `_SCHEMA`'s columns."""
     schema = _SCHEMA.with_metadata({_MANIFEST: manifest.encode(), _SIZE: str(block_bytes).encode()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as file:

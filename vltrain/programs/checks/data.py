@@ -72,7 +72,7 @@ def _samples_changes(folder: Path) -> tuple[list[str], list[str]]:
 
 def _check_address(address: str) -> Proof:
     """Packs at an address: every file that the manifest lists."""
-    dataset, proof = open_packed(address, verify=True), Proof()
+    dataset, proof = open_packed(address, verify=False), Proof()
     damaged, manifest = dataset.damaged(), dataset.manifest
     proof.failures += damaged
     if not damaged:
