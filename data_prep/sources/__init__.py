@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources import (
+    clips,
     easyvqa,
     flickr30k,
     iconqa,
@@ -30,6 +31,7 @@ from vltrain.errors import InputError
 from vltrain.files.locate import locate
 
 SOURCES: dict[str, Callable[[Path | None, Mapping[str, Any]], Iterator[RawSample]]] = {
+    "clips": clips.read,
     "datasets": streamed.read,
     "easyvqa": easyvqa.read,
     "flickr30k": flickr30k.read,

@@ -3,9 +3,16 @@ meant is trained."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+from transformers import (
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipVideoConfig,
+    InstructBlipVideoForConditionalGeneration,
+)
 
 from tests.support.blip import QUERIES, blip_config, make_batch, make_samples, make_tokenizers
 from tests.support.reading import squares
@@ -19,7 +26,7 @@ from vltrain.models.build import build_model, count_parameters
 from vltrain.models.instructblip.model import InstructBlip
 from vltrain.models.instructblip.sizes import BLIPS
 from vltrain.models.peft.low_rank import targeted
-from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN
+from vltrain.schema import IGNORE_INDEX, IMAGE_TOKEN, Sample, Turn
 
 KINDS = ("llama", "t5")
 IMAGE_ID = 63  # transformers' placeholder, a token that no text has
@@ -86,6 +93,49 @@ def test_losses_and_gradients_of_a_pack_equal_those_of_transformers_question_by_
         assert (parameter.grad - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-7, (
             name
         )  # T5's norms and softmax are fp32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_of_frames_as_images_is_what_transformers_video_model_computes(kind, places):
+    """InstructBlipVideo: its Q-Former looks at each frame with the question, its LLM gets all their tokens in order."""
+    config = blip_config(kind, vision="full", qformer__mode="full", llm__mode="full")
+    model, tokenizer, template = build_model(config.model).double(), tokenizer_of(kind, places), config.data.template
+    whole = {**model.config.to_dict(), "video_token_index": IMAGE_ID, "model_type": "instructblipvideo"}
+    theirs = InstructBlipVideoForConditionalGeneration._from_config(
+        InstructBlipVideoConfig.from_dict(whole), attn_implementation="eager"
+    ).double()
+    if kind == "t5":  # transformers ties it
+        theirs.language_model.lm_head.weight = torch.nn.Parameter(theirs.language_model.lm_head.weight.clone())
+    theirs.load_state_dict(reference(model).state_dict(), strict=True)
+    theirs.eval()
+    samples = [
+        Sample(
+            id=f"clip{number}",
+            images=tuple(f"{number}-{frame}.png" for frame in range(4)),
+            turns=(Turn(role="user", text="<image>" * 4 + asked), Turn(role="assistant", text=answer)),
+        )
+        for number, (asked, answer) in enumerate(
+            (("which color is the star ?", "red"), ("how many are there ?", "( b ) 2"))
+        )
+    ]
+    losses = model(make_batch(samples, tokenizer, template)).segment_losses
+    expected = []
+    for sample in samples:
+        batch = make_batch([sample], tokenizer, template)
+        ids = torch.where(batch.input_ids == IMAGE_TOKEN, IMAGE_ID, batch.input_ids)
+        frames = (batch.pixels[batch.image_slots].double() / 255 - model.mean.double()) / model.std.double()
+        arguments = {"pixel_values": frames[None], "qformer_input_ids": batch.instruction_ids}
+        split = len(ids) - int(batch.label_lengths)
+        if kind == "t5":
+            decoded = model.shifted(ids[None, split:])
+            logits = theirs(**arguments, input_ids=ids[None, :split], decoder_input_ids=decoded).logits[0]
+            labels = ids[split:]
+        else:
+            logits, labels = theirs(**arguments, input_ids=ids[None]).logits[0], batch.labels
+        expected.append(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
+    torch.testing.assert_close(losses.double(), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    turned = [replace(sample, images=sample.images[::-1]) for sample in samples]
+    assert (model(make_batch(turned, tokenizer, template)).segment_losses - losses).abs().min() > 1e-9, "order counts"
 
 
 def test_a_random_vit_tells_images_apart():
