@@ -10,6 +10,7 @@ from tests.programs.test_check_recipe import write_samples
 from tests.support.finished_run import finished_run
 from tests.support.processes import vltrain
 from vltrain.config.recipe import dump_config
+from vltrain.receipts.receipt import RECEIPT, read_receipt
 
 NUM_STEPS = 4
 
@@ -44,8 +45,7 @@ def program(*words) -> str:
 
 
 def mixed_folder(place):
-    (found,) = (place.root / "both" / "mixed").iterdir()
-    return found
+    return read_receipt(place.run / RECEIPT).header.packs
 
 
 def test_it_says_what_it_trains_on_and_how_each_set_does(place):

@@ -42,6 +42,7 @@ class MixedPacks(PackedDataset):
         folder: where it says of itself what it is; need not be there yet, see `write`.
         sets: by name, in order.
         mixing: how they are mixed.
+        by: what the recipe says of that, plain JSON.
 
     Raises: InputError for packs of different models or lengths.
     """
