@@ -33,6 +33,7 @@ from vltrain.schema import IMAGE_MARKER, Sample, Turn
 SKILLS = ("motion", "order")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOST_FRAMES = 64
+_SEEDS: int = 2**31  # of an outline
 WAY = 0.45  # of the image's side, which the moving figure goes from its first frame to the last
 DEFAULTS = {
     "train_clips": 2000,
@@ -93,7 +94,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
                 clip = make_clip(rng, resolved["image_size"], resolved["frames"])
             seen.update(clip.frames)
             offered = [question for question in ask(rng, clip) if question.skill in resolved["skills"]]
-            chosen = rng.permutation(len(offered))[: resolved["questions_per_clip"]].tolist()
+            chosen: list[int] = rng.permutation(len(offered))[: resolved["questions_per_clip"]].tolist()
             for place, which in enumerate(sorted(chosen)):
                 name = f"{split}/{index}"
                 yield _sample(f"{name}/{place}", split, name, clip, offered[which], resolved["prompt"])
@@ -132,9 +133,12 @@ def make_clip(rng: np.random.Generator, image_size: int, num_frames: int) -> Cli
         direction = str(rng.choice(list(DIRECTIONS)))
         figures: list[Figure] = []
         for shape, color in zip(shapes, colors):
-            radius, (red, green, blue) = float(rng.uniform(0.09, 0.13)), hue(rng, COLORS[color]).tolist()
-            x, y = map(float, rng.uniform(radius + 0.02, 0.98 - radius, 2).tolist())
-            figures.append(Figure(shape, color, (red, green, blue), x, y, radius, int(rng.integers(2**31))))
+            radius = float(rng.uniform(0.09, 0.13))
+            red, green, blue = hue(rng, COLORS[color]).tolist()
+            place: list[float] = rng.uniform(radius + 0.02, 0.98 - radius, 2).tolist()
+            figures.append(
+                Figure(shape, color, (red, green, blue), place[0], place[1], radius, int(rng.integers(_SEEDS)))
+            )
         places = [_places(figures[mover], DIRECTIONS[direction], begins[mover], num_frames)]
         paths = [places[0] if number == mover else [figure] * num_frames for number, figure in enumerate(figures)]
         if all(_is_inside(figure) for figure in places[0]) and not _touch(paths, num_frames):
