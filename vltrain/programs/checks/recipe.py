@@ -122,7 +122,7 @@ def _check(settings: Settings, title: str) -> int:
     files = made_of(config) if int(os.environ.get("LOCAL_RANK", "0")) == 0 else None
     origin = find_origin(config, None)
     rank, world_size = init_distributed()
-    if from_rank_0(any(one.status == FAILED and one.what == LABELS for one in of_data)):
+    if from_rank_0(any(one.status == FAILED and one.what.rpartition(": ")[2] == LABELS for one in of_data)):
         return _shown(of_data, title)  # what the model made of such packs would say nothing
     pack = largest_pack(config, outline.visual_tokens, dataset)
     way = Way(config=config, ds_json=raw, num_gpus=world_size, dtype=dtype, pack=pack, packs=dataset)
