@@ -1,12 +1,15 @@
 """What `prepare` and `pack` hold of their own, by number of samples: a source that makes up text samples, prepared and
 packed in a process each.
 
-    python -m tests.benchmarks.samples_memory [--sizes 100000 1000000 10000000] [--json OUT] [--quick]
+    python -m tests.benchmarks.samples_memory [--sizes 100000 1000000 10000000] [--table] [--json OUT] [--quick]
 
 The figure is the most anonymous memory (RssAnon) at any look, fifty a second, of the process less what it held before
 its first sample; mapped files are the page cache's and count for nobody. Splits overlap, ids are as long as a file's
 name, and questions repeat nothing. With one process, since others hold chunks of samples only. 1e7 samples want 12 GB
 of disk and half an hour.
+
+`--table` prepares rows of parquet instead, by `source: datasets`: questions on images that stand in the table, of which
+100 differ.
 """
 
 from __future__ import annotations
@@ -51,6 +54,35 @@ def prepare(folder: Path) -> int:
     return sum(program.prepare("shapes", None, folder / "samples", workers=1).values())
 
 
+def write_table(folder: Path, num_rows: int) -> None:
+    """Two parquet files of so many rows, each a row group as large as the library's own are."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tests.support.tables import picture
+
+    images = [{"bytes": picture(number, (48, 32)), "path": None} for number in range(100)]
+    folder.mkdir()
+    for file in range(2):
+        rows = range(file * num_rows // 2, (file + 1) * num_rows // 2)
+        first = {"question": "", "answer": "", "image": images[0]}
+        with pq.ParquetWriter(folder / f"train-{file}.parquet", pa.Table.from_pylist([first]).schema) as writer:
+            for start in range(rows.start, rows.stop, 1000):
+                part = range(start, min(start + 1000, rows.stop))
+                columns = {
+                    "question": [f"{number}: what is in the picture of this row?" for number in part],
+                    "answer": [f"number {number}" for number in part],
+                    "image": [images[number % 100] for number in part],
+                }
+                writer.write_table(pa.table(columns))
+
+
+def prepare_table(folder: Path) -> int:
+    from data_prep.prepare import prepare
+
+    return sum(prepare("datasets", folder / "table", folder / "samples", {"val_fraction": "0"}, workers=1).values())
+
+
 def pack(folder: Path) -> int:
     from data_prep.pack import PackSettings, pack
 
@@ -69,6 +101,9 @@ def _measured(work: Callable[[Path], int], folder: Path, answers: Any) -> None:
     """In a process of its own: (samples, seconds, bytes before, most bytes)."""
     import data_prep.pack
     import data_prep.prepare  # noqa: F401, before the first look
+
+    if work is prepare_table:
+        import datasets  # noqa: F401
 
     before = most = _anonymous_bytes()
     done = threading.Event()
@@ -114,11 +149,15 @@ def main() -> None:
     parser = command(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--folder", type=Path, help="on whose disk samples and packs lie (default: the temporary one)")
+    parser.add_argument("--table", action="store_true", help="prepare rows of parquet by the source datasets")
     given = settled(parser.parse_args())
     rows: list[dict[str, Any]] = []
     for size in [2_000, 4_000] if given.quick else given.sizes:
         with tempfile.TemporaryDirectory(dir=given.folder) as place:
-            rows += [measure(work, Path(place), size) for work in (prepare, pack)]
+            if given.table:
+                write_table(Path(place) / "table", size)
+            works = (prepare_table,) if given.table else (prepare, pack)
+            rows += [measure(work, Path(place), size) for work in works]
         if given.json:
             given.json.write_text(json.dumps(rows, indent=1) + "\n")
     report({"memory of samples": sorted(rows, key=lambda row: row["program"])}, given)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vltrain.data.images import decode_image, open_rgb, read_image
+from vltrain.data.images import decode_image, is_dark, open_rgb, read_image
 from vltrain.errors import InputError
 
 LIMIT = 10_000
@@ -243,3 +243,38 @@ def test_a_relative_folder_is_one_of_where_the_process_is_now(tmp_path, monkeypa
         assert read_image(Path("samples", world, "a.png"), 100, "image", inside=Path("samples"))
         with pytest.raises(InputError, match="a link leads out of samples"):
             read_image(Path("samples", world, "out.png"), 10**6, "image", inside=Path("samples"))
+
+
+def jpeg_of(values: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def test_a_large_jpeg_is_checked_at_a_reduced_size(monkeypatch):
+    """With what its own size would have told: of light, of the dark, of one light spot, and of damage."""
+    black = np.zeros((2048, 3072, 3), np.uint8)
+    spot, light = black.copy(), black + 90
+    spot[1000, 2000] = 255  # whose block is dark in the mean
+    sizes = []
+
+    def opened(*given, **named):
+        image = open_rgb(*given, **named)
+        sizes.append(image.size)
+        return image
+
+    made = {name: jpeg_of(values) for name, values in
+            (("light", light), ("spot", spot), ("dark", black + 9))}  # fmt: skip
+    monkeypatch.setattr("vltrain.data.images.open_rgb", opened)
+    assert is_dark(made["light"], 50_000_000, "it") is False
+    assert sizes == [(384, 256)], "an eighth of its size, and no more"
+    assert is_dark(made["spot"], 50_000_000, "it") is False and sizes[1:] == [(384, 256), (3072, 2048)]
+    assert is_dark(made["dark"], 50_000_000, "it") is True
+    cut = made["light"][: len(made["light"]) * 2 // 3]
+    with pytest.raises(InputError) as own:
+        open_rgb(cut, 50_000_000, "it")
+    with pytest.raises(InputError) as reduced:
+        is_dark(cut, 50_000_000, "it")
+    assert "truncated" in str(own.value) and "truncated" in str(reduced.value)
+    with pytest.raises(InputError, match="more than the allowed 1000000; shrink it"):
+        is_dark(made["light"], 1_000_000, "it")

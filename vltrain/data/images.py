@@ -38,6 +38,7 @@ DARK = 16
 _BYTES_PER_PIXEL = 8  # of an uncompressed file: four channels of 16 bits
 _BYTES_BESIDE = 16 << 20  # for what a file holds beside its pixels
 REDUCING_GAP = 3
+CHECKED_EDGE = 256  # pixels that either edge of an image keeps where it is decoded only to see that it is whole
 _ROWS_AT_ONCE = 256
 _ORIENTATION, _FIRST_ON_ITS_SIDE = 0x0112, 5  # EXIF's tag, and of its eight values the first that swaps the edges
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -158,13 +159,24 @@ def require_size(data: bytes, max_pixels: int, where: str) -> None:
 
 def is_dark(data: bytes, max_pixels: int, where: str) -> bool:
     """Decodes an image to check it, and says whether it comes out dark though it is not black (see DARK). Raises as
-    `open_rgb`."""
-    image = open_rgb(data, max_pixels, where)
+    `open_rgb`.
+
+    A JPEG is decoded at an eighth of its size, or what leaves `CHECKED_EDGE`: all of its bytes are read, so damage is
+    found as at its own size, and where a mean of its values is light, one of them is. One that looks dark is decoded at
+    its own size.
+    """
+    image = open_rgb(data, max_pixels, where, at_least=CHECKED_EDGE)
     middle: object = image.getpixel((image.width // 2, image.height // 2))
     if isinstance(middle, tuple) and max(middle) > DARK:  # as of most, which need not be looked through
         return False
-    brightest = int(np.max(image.getextrema()))  # [3, 2], the least and the most of each channel
+    if _brightest(image) > DARK:
+        return False
+    brightest = _brightest(open_rgb(data, max_pixels, where))
     return brightest <= DARK and (brightest > 0 or _holds_light(data))
+
+
+def _brightest(image: Image.Image) -> int:
+    return int(np.max(image.getextrema()))  # [3, 2], the least and the most of each channel
 
 
 def _holds_light(data: bytes) -> bool:
