@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from vltrain.config.command_line import COMMAND_LINE, REBUILD, Arguments, Option, load_settings
 from vltrain.config.keys import keys_of
@@ -21,7 +25,7 @@ from vltrain.errors import InputError, nearest
 from vltrain.evaluate.ready import require_scorer
 from vltrain.inference.run import recorded_identity
 from vltrain.launching.launcher import default_ranks, find_program
-from vltrain.memory.sizes import is_here
+from vltrain.memory.sizes import SAYS_SIZES, is_here
 from vltrain.prepared.origins import data_identity, samples_folder
 from vltrain.programs import plan as one_recipe
 from vltrain.programs.studies.planned import PASSED_ON
@@ -297,7 +301,16 @@ def _figures(config: Config) -> dict[str, Any]:
 def absent_weights(config: Config) -> list[str]:
     """Sources of weights that the recipe names and that are not on this machine."""
     sources = [value_of(config, f"model.{key}") for key in config.model.PATHS if key.endswith("source")]
-    return [source for source in sources if source is not None and not is_here(source)]
+    return [source for source in sources if source is not None and not _is_here(source)]
+
+
+def _is_here(source: str) -> bool:
+    """Whether weights can be read without fetching anything. The hub is not asked: a row that is run asks it."""
+    if "://" in source or Path(source).expanduser().exists():
+        return is_here(source)
+    with suppress(HFValidationError):  # no hub name
+        return any(isinstance(try_to_load_from_cache(source, name), str) for name in SAYS_SIZES)
+    return False
 
 
 def settled(job: Job) -> Outcome:
