@@ -12,6 +12,7 @@ from vltrain.config.command_line import load_settings
 from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config
 from vltrain.data.plan import length_of
+from vltrain.data.stream.mixing import Mixing
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_json
 from vltrain.files.strict_json import read_object
@@ -54,10 +55,10 @@ def plan_row(
     found = known[key] = known.get(key) or one_recipe.plan_recipe(settings)
     if found["steps_per_epoch"] is not None:
         packs = round(found["steps_per_epoch"] * config.train.packs_per_step)
-    steps = hours = None
-    if packs is not None:
+    steps, hours = found["duration"].get("steps"), None
+    if packs is not None and (steps is None or config.data.fraction < 1):
         share, train = max(1, round(packs * config.data.fraction)), config.train
-        steps = length_of(share, train.epochs, train.packs_per_step, train.max_steps)[1]
+        steps = length_of(Mixing.alone(share), train.epochs, train.packs_per_step, train.max_steps)[1]
     seconds = found["duration"]["step_seconds"]
     if steps is not None and seconds is not None:
         hours = steps * seconds / 3600
