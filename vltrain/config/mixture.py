@@ -73,7 +73,7 @@ def _alone(config: Config, name: str) -> Config:
     given = dict(config.data.mixture[name])
     given.pop("weight", None)
     scorer = given.pop("scorer", config.eval.scorer)
-    own = {key: value for key, value in given.items() if value is not None}
+    own: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     own = {"source": None, "input": None, "options": {}, "root": f"{config.data.root}/{name}", **own}
     data = dataclasses.replace(config.data, mixture={}, mixture_by="passes", when_a_set_ends="repeat", **own)
     return dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, scorer=scorer))

@@ -122,8 +122,9 @@ def _first_wrong_step(receipt: Receipt, plan: Plan, dataset: PackedDataset) -> s
         expected = int(dataset.index.num_label_tokens[packs].sum())
         if line.label_tokens != expected:
             return f"step {line.step}: {line.label_tokens} label tokens, the plan has {expected}"
-        for name, counts in _counts_of_sets(plan, dataset, packs).items() if line.sets is not None else ():
-            found = {what: line.sets.get(name, {}).get(what) for what in counts}
+        told = line.sets
+        for name, counts in _counts_of_sets(plan, dataset, packs).items() if told is not None else ():
+            found = {what: (told or {}).get(name, {}).get(what) for what in counts}
             if found != counts:
                 return f"step {line.step}: of the set {name} it says {found}, the plan has {counts}"
     return None

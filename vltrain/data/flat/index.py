@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,4 +41,5 @@ class Index:
 def read_index(path: Path) -> Index:
     """Maps an index file."""
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    return Index(**{name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names})
+    columns: dict[str, Any] = {name: batch.column(name).to_numpy(zero_copy_only=True) for name in INDEX_SCHEMA.names}
+    return Index(**columns)

@@ -140,9 +140,9 @@ class MixedPacks(PackedDataset):
     def image_tokens(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sums = np.zeros((2, len(numbers)), np.int64)
         sets = self.mixing.set_of(numbers)
-        for place in np.unique(sets).tolist():
+        for place, part in enumerate(self._parts):
             mine = sets == place
-            sums[:, mine] = self._parts[place].image_tokens(numbers[mine] - self.mixing.starts[place])
+            sums[:, mine] = part.image_tokens(numbers[mine] - self.mixing.starts[place])
         return sums[0], sums[1]
 
     def sample_ids(self, number: int) -> tuple[str, ...]:

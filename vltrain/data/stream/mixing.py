@@ -115,9 +115,9 @@ class Mixing:
         have by itself."""
         sets, own = self.split(positions)
         packs = np.empty(len(own), np.int64)
-        for number in np.unique(sets).tolist():
+        for number, size in enumerate(self.num_packs):
             places = np.flatnonzero(sets == number)
-            size, own_seed = self.num_packs[number], seed + number * int(GOLDEN)
+            own_seed = seed + number * int(GOLDEN)
             passes, inside = np.divmod(own[places], size)
             for one in np.unique(passes).tolist():
                 now = passes == one
