@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ Item = TypeVar("Item")
 ELSEWHERE = "elsewhere"
 _EVENTS = ("open", "os.listdir", "os.scandir")
 _active: Reading | None = None
+_thread = 0  # that reads: others of the program, such as a lock's, read no raw data
 _is_hooked = False
 
 
@@ -42,16 +44,17 @@ class Reading:
         }
         self._stats: dict[str, tuple[int, int, int, int]] = {}
         self.facts: dict[str, str] = {}
+        self.says_itself = False
 
     def watch(self, items: Iterable[Item]) -> Iterator[Item]:
         """Passes items on, and notes what is opened while the next one is made; not what their taker opens."""
-        global _active, _is_hooked
+        global _active, _is_hooked, _thread
         if not _is_hooked:
             sys.addaudithook(_note)
             _is_hooked = True
         iterator = iter(items)
         while True:
-            _active = self
+            _active, _thread = self, threading.get_ident()
             try:
                 item = next(iterator)
             except StopIteration:
@@ -105,6 +108,19 @@ def is_there(path: Path) -> bool:
     return found
 
 
+def says_itself_what_it_reads() -> None:
+    """For a reader that loads libraries while it reads, whose modules may lie below the same folder: from here on only
+    what it names by `note_read` is noted."""
+    if _active is not None:
+        _active.says_itself = True
+
+
+def note_read(path: Path | str) -> None:
+    """Notes a file that is read, or a folder whose names decide what is."""
+    if _active is not None:
+        _active.note(str(path))
+
+
 def note_facts(**facts: str | None) -> None:
     """Tells whoever watches a reader what it has found out about its data set: revision, licence, and the like."""
     if _active is not None:
@@ -112,7 +128,7 @@ def note_facts(**facts: str | None) -> None:
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    if _active is None or event not in _EVENTS:
+    if _active is None or _active.says_itself or event not in _EVENTS or threading.get_ident() != _thread:
         return
     path = arguments[0]
     if isinstance(path, (str, bytes, os.PathLike)):

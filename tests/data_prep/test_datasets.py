@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,11 +16,13 @@ from data_prep.pack import PackSettings, pack
 from data_prep.parts import Share
 from data_prep.prepare import main as prepare_main
 from data_prep.prepare import prepare
+from data_prep.reading import Reading
 from tests.data_prep.test_parts import files_of
 from tests.support import tables
 from tests.support.processes import ROOT
-from vltrain.data.origin import read_made_from, read_prepared
+from vltrain.data.origin import SAMPLES_RECORD, read_made_from, read_prepared
 from vltrain.errors import InputError
+from vltrain.files.record import read_record
 from vltrain.schema import escape_markers
 
 FORMATS = {
@@ -105,6 +108,9 @@ def test_where_it_came_from_is_recorded(tmp_path):
     assert made.provenance | {"fingerprint": ""} == {
         "licence": "cc-by-4.0", "config": "default", "format": "parquet", "fingerprint": ""
     }  # fmt: skip
+    record = read_record(tmp_path / "out" / SAMPLES_RECORD, made.files)
+    read = {name for place, name in zip(record.places, record.names, strict=True) if place == "data.input"}
+    assert read == {".", "README.md", *(path.name for path in input.glob("*.parquet"))}, "no module of a library"
     settings = PackSettings(tokenizer="asset://tiny_llama", visual_tokens=4, pack_length=128)
     pack(tmp_path / "out" / "train.jsonl", tmp_path / "packs", settings, workers=1)
     packs = read_made_from(tmp_path / "packs")
@@ -309,3 +315,20 @@ def test_turns_of_texts_and_of_parts_in_one_file(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     found = prepared(tmp_path / "rows.jsonl", tmp_path / "out")
     assert {sample["turns"][0]["text"] for sample in found} == {"hello"} and len(found) == 151
+
+
+def test_what_other_threads_open_is_no_raw_data(tmp_path):
+    """A lock's sign of life falls into a reading that takes long, in the folder of the file that is read."""
+
+    def slowly():
+        (tmp_path / "raw").read_bytes()
+        other = threading.Thread(target=(tmp_path / ".lock").write_text, args=("alive",))
+        other.start()
+        other.join()
+        yield 1
+
+    (tmp_path / "raw").write_text("data")
+    reading = Reading({"data.input": tmp_path / "raw"})
+    assert list(reading.watch(slowly())) == [1]
+    (tmp_path / ".lock").write_text("again")
+    assert reading.record([]).names == ["."]

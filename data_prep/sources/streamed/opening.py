@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.reading import note_read
 from data_prep.sources.streamed.faults import fetch_first, hush, one_line_errors
 from data_prep.sources.streamed.rows import require_whole_files, rows_of_files
 from vltrain.errors import InputError, nearest
@@ -116,7 +117,12 @@ def open_local(place: Path, format: str | None, config: str | None) -> Opened:
         hush()
         builder = load_dataset_builder(path, **arguments, **({"name": config} if config else {}))
     folder = root if root.is_dir() else root.parent
-    return _opened(builder, where, folder=folder, address=None, facts={"licence": _licence_of(folder)})
+    note_read(folder / "README.md")
+    opened = _opened(builder, where, folder=folder, address=None, facts={"licence": _licence_of(folder)})
+    if root.is_dir():  # another file in one of its folders may be one of the data set's
+        for inside in {os.path.dirname(file) for _, files in opened.splits.values() for file in files}:
+            note_read(inside)
+    return opened
 
 
 def open_hub(name: str, config: str | None, revision: str | None) -> Opened:
@@ -216,9 +222,9 @@ def _require_below(files: list[str], where: str, folder: Path | None, address: s
         assert folder is not None
         if not Path(os.path.realpath(file)).is_relative_to(_roots_of(folder)):
             raise InputError(f"{where}: {file} leads out of {folder}; a data set may name its own files only")
-        with open(file, "rb") as stream:  # which notes it as read, whatever the library opens it with
-            if not stream.read(1):
-                raise InputError(f"{file}: is empty, expected rows")
+        if not os.path.getsize(file):
+            raise InputError(f"{file}: is empty, expected rows")
+        note_read(file)
 
 
 def _roots_of(folder: Path) -> Path:

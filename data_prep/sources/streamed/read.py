@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading import note_facts
+from data_prep.reading import note_facts, says_itself_what_it_reads
 from data_prep.sources.chats.conversations import ConversationReader
 from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.raw import RawSample
@@ -75,6 +75,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     if resolved["format"] is not None:
         choose(SOURCE, "format", resolved["format"], FORMATS)
     _require_effect(input, resolved, options)
+    says_itself_what_it_reads()
     opened = _open(input, resolved)
     splits = _splits(opened, resolved, options)
     readers = {split: _Split(opened, own, resolved, set()) for split, own in splits.items()}
