@@ -3,6 +3,8 @@ samples: tuned as it says, read as it says, in the precision asked for."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.support.blip import WORDS, make_tokenizers
 from tests.support.processors import config_of, make_processor
@@ -20,7 +23,7 @@ from vltrain.config.idle import idle_settings
 from vltrain.config.model.base import ModelConfig
 from vltrain.config.recipe import as_mapping, has_rows, read_stages, read_table
 from vltrain.config.schema import Config, EvalConfig
-from vltrain.config.strict_yaml import dump_text
+from vltrain.config.strict_yaml import dump_text, load_yaml
 from vltrain.memory.sizes import assume_sizes
 from vltrain.schema import IMAGE_MARKER
 from vltrain.shipped import RECIPES
@@ -33,14 +36,17 @@ LLAMA_VOCABULARY, BERT_VOCABULARY = 768, 64
 
 def all_recipes() -> Iterator[tuple[str, Config]]:
     """By their names, as they are."""
-    for path in sorted(RECIPES.glob("*.yaml")):
-        places = [path]
-        if has_rows(path):
-            places = [read_table(path).recipe_of(row) for row in read_table(path).rows]
-        elif (stages := read_stages(path)) is not None:
-            places = [stages.recipe_of(stage) for stage in stages.stages]
-        for place in places:
-            yield place.name.replace(".yaml", ""), load_settings(["--recipe", str(place)], program="test").config
+    parsed = functools.cache(load_yaml)  # a table of 36 rows would be parsed 36 times over
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vltrain.config.recipe.load_yaml", lambda path: copy.deepcopy(parsed(path)))
+        for path in sorted(RECIPES.glob("*.yaml")):
+            places = [path]
+            if has_rows(path):
+                places = [read_table(path).recipe_of(row) for row in read_table(path).rows]
+            elif (stages := read_stages(path)) is not None:
+                places = [stages.recipe_of(stage) for stage in stages.stages]
+            for place in places:
+                yield place.name.replace(".yaml", ""), load_settings(["--recipe", str(place)], program="test").config
 
 
 def recipe_named(name: str) -> tuple[str, Config]:
@@ -54,8 +60,12 @@ def small_recipes(folder: Path, precision: str, recipes: Iterable[tuple[str, Con
     tokenizers = make_tokenizers(folder / "tokenizers")
     write_samples(folder / "samples")
     found: dict[str, str] = {}
+    models: dict[str, Any] = {}  # many rows of tables have the same
     for name, config in recipes:
-        found.setdefault(_text(_small(config, folder, tokenizers, precision)), name)
+        known = str(config.model)
+        if known not in models:
+            models[known] = _small_model(config.model, folder, tokenizers)
+        found.setdefault(_text(_small(config, models[known], folder, precision)), name)
     (folder / "recipes").mkdir()
     files = {name: folder / "recipes" / f"{name.replace('#', '-')}.yaml" for name in found.values()}
     for text, name in found.items():
@@ -96,12 +106,13 @@ def write_samples(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _small(config: Config, folder: Path, tokenizers: dict[str, str], precision: str) -> Config:
+def _small(config: Config, model: Any, folder: Path, precision: str) -> Config:
     data = replace(
         config.data,
         source="samples",
         input=str(folder / "samples"),
         options={},
+        mixture={},
         root=str(folder / "data"),
         pack_length=PACK_LENGTH[config.model.architecture],
         max_images=config.data.max_images and 4,
@@ -112,34 +123,42 @@ def _small(config: Config, folder: Path, tokenizers: dict[str, str], precision: 
     )
     train = replace(config.train, precision=precision, epochs=max(2.0, config.train.epochs), init_from=None, loggers=(),
                     packs_per_step=min(4, config.train.packs_per_step))  # fmt: skip
-    model = _small_model(config.model, folder, tokenizers)
     return replace(config, model=model, data=data, train=train, eval=EvalConfig(), output=str(folder / "nowhere"))
 
 
 def _small_model(model: ModelConfig, folder: Path, tokenizers: dict[str, str]) -> Any:
     """As the audit's small copy of it, with tokenizers, and processors, that are on this machine."""
-    sized, _ = assume_sizes(model)
+    sized, _ = assume_sizes(_not_exported(model))
     question = question_of(sized)
     assert question is not None, model
     [small] = question.ways.values()
-    copy: Any = small
+    made: Any = small
     if model.architecture == "mmt":
-        sizes = _plain(copy.llm.config) | {
+        sizes = _plain(made.llm.config) | {
             "vocab_size": LLAMA_VOCABULARY,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
         }
-        vision = replace(copy.vision, config=_plain(copy.vision.config))
-        return replace(copy, vision=vision, llm=replace(copy.llm, config=sizes, tokenizer=LLAMA))
+        vision = replace(made.vision, config=_plain(made.vision.config))
+        return replace(made, vision=vision, llm=replace(made.llm, config=sizes, tokenizer=LLAMA))
     if model.architecture == "instructblip":
-        return replace(copy, instructblip=_small_blip(copy.instructblip, tokenizers))
-    kind = copy.stock.config["model_type"]
+        return replace(made, instructblip=_small_blip(made.instructblip, tokenizers))
+    kind = made.stock.config["model_type"]
     processor = folder / "processors" / kind
     if not processor.is_dir():
         make_processor(kind, processor)
-    stock = replace(copy.stock, config=config_of(kind), processor=str(processor), processor_options={})
-    return replace(copy, stock=stock)
+    stock = replace(made.stock, config=config_of(kind), processor=str(processor), processor_options={})
+    return replace(made, stock=stock)
+
+
+def _not_exported(model: Any) -> Any:
+    """In the place of what another recipe's run exports, that recipe's sizes."""
+    source = model.instructblip.source if model.architecture == "instructblip" else None
+    if source is None or not source.startswith("runs/"):
+        return model
+    other: Any = recipe_named(source.split("/")[1])[1].model
+    return replace(model, instructblip=replace(model.instructblip, source=None, config=other.instructblip.config))
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -79,29 +79,44 @@ def assert_passed(output, world_size):
     assert {one["status"] for one in found[0]} == {"ok"}, found[0]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_run_with_the_check_is_the_run_without_it(folder, tmp_path, world_size):
-    checks = {0: "full", 1: "quick", 2: "full", 3: "full"}
+SOME, EVERY = {2: "quick", 3: "full"}, {0: "full", 1: "quick", 2: "full", 3: "full"}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "checks", "resumed"),
+    [
+        pytest.param(1, EVERY, (0, 2, 3), marks=pytest.mark.slow),
+        pytest.param(2, EVERY, (0, 2, 3), marks=pytest.mark.slow),
+        pytest.param(2, SOME, (3,), id="2-some"),
+    ],
+)
+def test_a_run_with_the_check_is_the_run_without_it(folder, tmp_path, world_size, checks, resumed):
     told = [
         scenario(folder, tmp_path / f"{check or 'none'}-{number}", number, check)
         for number, kind in checks.items()
         for check in ("", kind)
     ]
-    adalora = {"packs": str(folder / "blip"), "blip": "llama", "changes": UPDATES}
-    told += [scenario(folder, tmp_path / f"{name}-adalora", 2, check, **adalora)
-             for name, check in (("none", ""), ("full", "full"))]  # fmt: skip
     run(told, world_size, tmp_path / "first")
-    for number, check in [*checks.items(), ("adalora", "full")]:
+    for number, check in checks.items():
         assert_same(tmp_path / f"{check}-{number}", tmp_path / f"none-{number}")
         assert_passed(tmp_path / f"{check}-{number}", world_size)
     again = []
-    for number in (0, 2, 3):  # from the checkpoint in the middle
+    for number in resumed:  # from the checkpoint in the middle
         name = f"again-{number}"
         shutil.copytree(tmp_path / f"none-{number}", tmp_path / name)
         newest = sorted((tmp_path / name / "checkpoints").glob("step-*"))[-1]
         shutil.rmtree(newest)
         again.append(scenario(folder, tmp_path / name, number, "full", resume=True))
     run(again, world_size, tmp_path / "second")
-    for number in (0, 2, 3):
+    for number in resumed:
         assert_same(tmp_path / f"again-{number}", tmp_path / f"none-{number}")
         assert_passed(tmp_path / f"again-{number}", world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_adaloras_averages_are_put_back(folder, tmp_path, world_size):
+    adalora = {"packs": str(folder / "blip"), "blip": "llama", "changes": UPDATES}
+    run([scenario(folder, tmp_path / name, 2, check, **adalora) for name, check in (("none", ""), ("full", "full"))],
+        world_size, tmp_path / "first")  # fmt: skip
+    assert_same(tmp_path / "full", tmp_path / "none")
+    assert_passed(tmp_path / "full", world_size)

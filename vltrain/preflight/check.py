@@ -11,9 +11,8 @@ import logging
 import time
 from collections.abc import Sequence
 
+from vltrain.data.report import packed
 from vltrain.data.report.finding import FAILED, WARNING, Finding
-from vltrain.data.report.packed import LABELS
-from vltrain.data.report.report import packs_report
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.distributed.broadcast import from_rank_0
 from vltrain.errors import InputError
@@ -52,6 +51,10 @@ def _fails(found: Sequence[Finding]) -> bool:
     return any(one.status == FAILED for one in found)
 
 
+def _labels(trainer: Trainer, encoder: SampleEncoder) -> Finding:
+    return packed.labels(packed.parts_of(trainer.loader.dataset, MOST_PACKS), {}, encoder.tokenizer, encoder.stop_ids)
+
+
 def check_before_training(trainer: Trainer, encoder: SampleEncoder) -> None:
     """The check that a run's recipe asks for (`train.check`), with its cost in the log. A collective.
 
@@ -64,8 +67,7 @@ def check_before_training(trainer: Trainer, encoder: SampleEncoder) -> None:
     if asked == "none" or trainer.first_step >= trainer.plan.num_steps:
         return
     began = time.perf_counter()
-    of_packs = packs_report(trainer.loader.dataset, encoder, MOST_PACKS) if trainer.rank == 0 else []
-    findings = from_rank_0([one for one in of_packs if one.what == LABELS])
+    findings = from_rank_0([_labels(trainer, encoder)] if trainer.rank == 0 else [])
     if not _fails(findings):
         findings += check(trainer, everything=asked == "full")
     trainer.monitor.pause()

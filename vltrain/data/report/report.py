@@ -28,11 +28,6 @@ Judge = Callable[[Split, int, str], bool]
 """(split, number of the sample in it, a text) -> whether the recipe's scorer calls that right."""
 
 
-def packs_report(packs: PackedDataset, encoder: SampleEncoder, most: int) -> list[Finding]:
-    """What is found in the packs alone, of which at most so many are read: milliseconds."""
-    return _of_packs(packs, encoder, packed.parts_of(packs, most), {})
-
-
 def data_report(config: Config, packs: PackedDataset, encoder: SampleEncoder, judge: Judge | None) -> list[Finding]:
     """Everything, of the packs that are trained on and of the samples of each split that the recipe names.
 
