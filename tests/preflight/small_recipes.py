@@ -59,6 +59,7 @@ def small_recipes(folder: Path, precision: str, recipes: Iterable[tuple[str, Con
     folder.mkdir()
     tokenizers = make_tokenizers(folder / "tokenizers")
     write_samples(folder / "samples")
+    write_samples(folder / "pictured", all_pictured=True)  # what a Q-Former alone learns from
     found: dict[str, str] = {}
     models: dict[str, Any] = {}  # many rows of tables have the same
     for name, config in recipes:
@@ -85,7 +86,7 @@ def _text(config: Config) -> str:
     return dump_text(whole)
 
 
-def write_samples(folder: Path) -> None:
+def write_samples(folder: Path, *, all_pictured: bool = False) -> None:
     """Every fourth without an image, every sixth with two; words that each of the tokenizers knows."""
     folder.mkdir()
     draw, words = np.random.default_rng(0), [word for word in WORDS.split() if word.isalpha()]
@@ -93,7 +94,9 @@ def write_samples(folder: Path) -> None:
         lines = []
         for number in range(count):
             images = (
-                [] if number % 4 == 3 else [f"{split}-{number}-{place}.png" for place in range(1 + (number % 6 == 1))]
+                []
+                if number % 4 == 3 and not all_pictured
+                else [f"{split}-{number}-{place}.png" for place in range(1 + (number % 6 == 1))]
             )
             for name in images:
                 (folder / name).write_bytes(random_png(draw))
@@ -110,7 +113,7 @@ def _small(config: Config, model: Any, folder: Path, precision: str) -> Config:
     data = replace(
         config.data,
         source="samples",
-        input=str(folder / "samples"),
+        input=str(folder / ("pictured" if model.architecture == "instructblip" else "samples")),
         options={},
         mixture={},
         root=str(folder / "data"),
