@@ -107,10 +107,9 @@ class Plan:
         epochs: passes over the packs, not necessarily whole ones.
         max_steps: ends the run earlier.
         images_always: let every micro-step reach the ViT, with a blank image where there is none. Optimizer offload
-        needs
-            that: it takes a gradient over only in a step's last micro-step, and only of parameters that this one
-            reaches.
-
+            needs that, which takes a gradient over in a step's last micro-step alone, and of those parameters alone
+            that this one reaches; and so does a model of which text reaches nothing trained, whose loss would have no
+            gradient.
 
         Raises: InputError for a set without packs.
         """

@@ -128,6 +128,12 @@ class VisionLanguageModel(nn.Module):
         return {type(block).__name__ for block in self.llm_blocks}
 
     @property
+    def trains_on_text(self) -> bool:
+        """Whether a row without images reaches a trained parameter. None does where the bridge alone is trained, say:
+        such a row's loss has no gradient."""
+        return any(parameter.requires_grad for parameter in self.llm.parameters())
+
+    @property
     def compilable_blocks(self) -> list[nn.Module]:
         """Those that `train.compile` compiles; [] where `Architecture.not_compilable` says why."""
         return []

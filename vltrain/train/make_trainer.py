@@ -107,7 +107,7 @@ def make_trainer(
     reader, flops = image_reader(config, model), run_flops(config, model)  # before ZeRO-3 has its parameters
     part = kept_image_part(config, model, dataset)
     cost = pack_cost(flops, dataset)
-    plan = make_plan(config, dataset, cost, offloads_optimizer(ds_config))
+    plan = make_plan(config, dataset, cost, offloads_optimizer(ds_config) or not model.trains_on_text)
     engine = _make_engine(config, model, ds_config, start)
     kept = kept_images(config, engine, dataset, reader, part)
     plan, measured = balanced(config, plan, cost, engine, dataset, reader, kept, start.run_state)

@@ -156,6 +156,10 @@ class MultimodalModel(VisionLanguageModel):
         with self.routing.packed(to_device(starts, embeds.device), owner):
             return packed_hidden_states(self.llm, embeds, position_ids, split[split > 0])
 
+    @property
+    def trains_on_text(self) -> bool:
+        return self.modality_embedding.weight.requires_grad or super().trains_on_text
+
     @torch.no_grad()
     def decide_routing(self) -> None:
         """Lets routed adapters decide for both modalities, for `language_model` calls to come. Once after each change

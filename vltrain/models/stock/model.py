@@ -126,6 +126,14 @@ class StockModel(VisionLanguageModel):
         return self.network.get_encoder("image")
 
     @property
+    def trains_on_text(self) -> bool:
+        return any(
+            parameter.requires_grad
+            for module in (self.llm.model, self.llm.lm_head)
+            for parameter in module.parameters()
+        )
+
+    @property
     def llm_blocks(self) -> list[nn.Module]:
         return list(self.parts.decoder_blocks)
 
