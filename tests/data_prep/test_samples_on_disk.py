@@ -243,7 +243,8 @@ def test_a_whole_set_is_packed_window_by_window(little_memory, tmp_path, monkeyp
     counts = Counter(one for number in range(len(packs)) for one in packs.sample_ids(number))
     assert counts == Counter({f"s{number}": 1 for number in range(3_000) if number % 100 != 7})
     assert sorted(path.name for path in Path(tmp_path / "packs0").iterdir()) == [
-        "index.arrow", "made_from.arrow", "made_from.json", "made_from.stats.npy", "manifest.json", "packs-00000.arrow",
+        "blocks.index", "index.arrow", "made_from.arrow", "made_from.json", "made_from.stats.npy", "manifest.json",
+        "packs-00000.arrow",
     ]  # fmt: skip
 
     def read_twice(place, options):

@@ -134,6 +134,10 @@ def run_here(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ablate, "run", lambda plan: 0 if plan.chosen else 1)
     elif words[:2] == ["check", "export"]:
         return
+    elif words[0] == "scaling":  # of tables that nobody has trained here: tests/programs/test_scaling.py runs it
+        code, output = run_vltrain(words)
+        assert code == 2 and "no such file, expected the output folder of a table" in output
+        return
     if words[0] == "ask" and not any(" " in word for word in words):
         monkeypatch.setattr(sys, "stdin", open(os.devnull))
     code, output = run_vltrain(words)

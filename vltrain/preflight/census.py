@@ -26,7 +26,8 @@ from vltrain.train.zero.snapshot import EngineSnapshot
 
 FAR_APART = 1000.0
 NEXT_TO_NOTHING = 1e-5
-"""Of the largest part's: what has no say yet, as what a router decides by while all that it weighs is alike."""
+"""Of the largest part's in the first step: what has no say yet, as what a router decides by while all that it weighs is
+alike. Its gradient grows from there."""
 MANY_IDLE = 0.25
 """Of a part's trained parameters: fewer without effect on the loss are a network's own."""
 CLEAR = 100.0  # times AdamW's epsilon: a gradient from which on a step is as long as the learning rate
@@ -45,6 +46,8 @@ class Census:
     """By micro-step, the trained parameters that its backward reached on this rank."""
     norms: dict[str, float] = field(default_factory=dict)
     """By trained parameter, the norm of the last step's whole gradient."""
+    began: dict[str, float] = field(default_factory=dict)
+    """And of the first step's."""
     moved: set[str] = field(default_factory=set)
     """Trained parameters that had a gradient other than zero in some step."""
     stuck: set[str] = field(default_factory=set)
@@ -75,6 +78,7 @@ class Census:
             norms.append(torch.zeros((), device=self.trainer.engine.device) if gradient is None
                          else torch.linalg.vector_norm(gradient.float()))  # fmt: skip
         self.norms = dict(zip(names, torch.stack(norms).tolist(), strict=True))
+        self.began = self.began or self.norms
         self.moved |= {name for name, norm in self.norms.items() if norm}
 
     def look_for_stuck(self) -> None:
@@ -157,26 +161,33 @@ class Census:
         return {name for name in self.trainer.engine.trainable if meant and model.part_of(name) not in meant}
 
     def _side_by_side(self) -> Finding:
-        model = self.trainer.engine.model
-        squares: dict[str, float] = {}
-        for name, norm in self.norms.items():
-            part = model.part_of(name)
-            squares[part] = squares.get(part, 0.0) + norm**2
-        parts = {part: squares[part] ** 0.5 for part in model.PARTS if part in squares}
+        parts, began = self._by_part(self.norms), self._by_part(self.began)
         told = ", ".join(f"{part} {norm:.3g}" for part, norm in parts.items())
         for part, norm in parts.items():
             others = [other for name, other in parts.items() if name != part and other]
-            if not others or norm <= NEXT_TO_NOTHING * max(others):
+            if not others or began[part] <= NEXT_TO_NOTHING * max(began.values()):
                 continue
-            if not 1 / FAR_APART <= norm / median(others) <= FAR_APART:
+            before = [other for name, other in began.items() if name != part and other]
+            if _is_far(norm, others) and _is_far(began[part], before):
                 far = f"{told}: {part}'s is {norm / median(others):.1e} times the others'; look at its learning rate"
                 return Finding(status=WARNING, what="gradient norms", found=far)
         return Finding(status=OK, what="gradient norms", found=told)
+
+    def _by_part(self, norms: dict[str, float]) -> dict[str, float]:
+        model = self.trainer.engine.model
+        squares: dict[str, float] = defaultdict(float)
+        for name, norm in norms.items():
+            squares[model.part_of(name)] += norm**2
+        return {part: squares[part] ** 0.5 for part in model.PARTS if part in squares}
 
     def _told(self, names: set[str], what: str) -> str:
         model = self.trainer.engine.model
         parts = sorted({model.part_of(name) for name in names}, key=model.PARTS.index)
         return f"{', '.join(parts)}: {len(names)} parameter(s) {what}, the first {min(names)}"
+
+
+def _is_far(norm: float, others: list[float]) -> bool:
+    return not 1 / FAR_APART <= norm / median(others) <= FAR_APART
 
 
 def _tied(model: nn.Module, trained: set[str]) -> list[str]:

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec.core
-from fsspec.registry import known_implementations
-
 from vltrain.errors import InputError, nearest
 
 _SEPARATOR = "://"
@@ -27,8 +24,9 @@ def place_of(text: str) -> Path | str:
 def file_system(address: str) -> tuple[Any, str]:
     """(fsspec's file system of an address, how it calls that folder).
 
-    Raises: InputError for what is no address of a folder, an unknown protocol, one whose package is not installed, and
-        what a package refuses before it reads (no project, no credentials).
+    Raises:
+        InputError: what is no address of a folder, an unknown protocol, one whose package is not installed, or
+            that its package refuses before it reads, without a project or credentials.
     """
     protocol = address.partition(_SEPARATOR)[0]
     parts = urlsplit(address)
@@ -40,6 +38,9 @@ def file_system(address: str) -> tuple[Any, str]:
             f"{protocol}://...@{host}: holds a password, which logs and receipts would repeat; leave it where the "
             "protocol's package looks for credentials"
         )
+    import fsspec.core  # here, since only addresses need it
+    from fsspec.registry import known_implementations
+
     known = known_implementations.get(protocol)
     if known is None and protocol not in fsspec.available_protocols():
         raise InputError(f"{address}: unknown protocol '{protocol}'; {nearest(protocol, known_implementations)}")
