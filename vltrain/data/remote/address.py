@@ -25,8 +25,8 @@ def file_system(address: str) -> tuple[Any, str]:
     """(fsspec's file system of an address, how it calls that folder).
 
     Raises:
-        InputError: what is no address of a folder, an unknown protocol, one whose package is not installed, or
-            that its package refuses before it reads, without a project or credentials.
+        InputError: it is no address of a folder, its protocol is unknown, or the protocol's package is not installed
+            or refuses it before it reads, without a project or credentials.
     """
     protocol = address.partition(_SEPARATOR)[0]
     parts = urlsplit(address)
@@ -54,6 +54,8 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def _require_installed(address: str, protocol: str, package: str, hint: str) -> None:
+    import fsspec
+
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
