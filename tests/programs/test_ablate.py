@@ -72,6 +72,7 @@ def steps_of(row: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (row / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_row_is_interrupted_gone_on_with_evaluated_and_left_alone(table, monkeypatch, caplog):
     """For real, so of one row: starting each program takes seconds. The order of several is below."""
     command = [

@@ -121,6 +121,7 @@ def test_adapters_on_four_bits_on_one_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_rehearsal")
+@pytest.mark.slow
 def test_everything_tuned_on_eight_gpus(tmp_path: Path) -> None:
     """20 bytes a parameter are cut up: weights twice, gradients and both averages, each fp32."""
     plan = planned(

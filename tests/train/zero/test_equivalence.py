@@ -99,7 +99,7 @@ def stage(number: int, **more) -> dict:
     return {"zero_optimization": zero}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_stage_and_number_of_ranks_gives_the_plain_loops_losses_and_gradients(
     packs, references, tmp_path, world_size
 ):
