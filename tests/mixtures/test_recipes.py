@@ -11,6 +11,7 @@ from vltrain.config.command_line import load_settings
 from vltrain.config.mixture import each_set, sets_of, weights_of
 from vltrain.config.recipe import build_config, dump_config, read_recipe
 from vltrain.errors import InputError
+from vltrain.prepared.ensure_data import require_source
 from vltrain.prepared.sets import require_sets
 
 SHAPES = {"source": "shapes", "weight": 2.0}
@@ -129,3 +130,12 @@ def test_each_set_is_looked_at_before_the_first_is_prepared(tmp_path):
             {"good": good, "own": {**samples, "train_packs": packs}}, data__root=str(tmp_path), data__pack_length=64
         )
     )
+
+
+def test_an_error_of_a_recipe_without_a_mixture_names_none():
+    config = build_config({"data.source": "samples", "data.root": "data/mine"})  # and no data.input
+    with pytest.raises(InputError) as without:
+        require_source(config.data)
+    with pytest.raises(InputError) as found:
+        require_sets(config)
+    assert str(found.value) == str(without.value)

@@ -22,7 +22,9 @@ def of_set(name: str) -> Generator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{KEY}.{name}: {error}") from None if name else error
+        if not name:
+            raise
+        raise InputError(f"{KEY}.{name}: {error}") from None
 
 
 def require_sets(config: Config) -> None:
