@@ -103,7 +103,7 @@ def test_one_set_is_the_plain_stream():
     settings = {"seed": 3, "epochs": 2.4, "packs_per_step": 5, "world_size": 2, "cost": PackCost()}
     plain = Plan(index, **settings)
     only = Mixing(names=("a",), num_packs=(23,), shares=(WHOLE,), passes=(1.0,))
-    mixed = Plan(replace(index, mixing=only), **settings)
+    mixed = Plan(replace(index, mixed=only), **settings)
     assert (plain.num_steps, plain.steps_per_epoch) == (mixed.num_steps, mixed.steps_per_epoch)
     for step in range(plain.num_steps):
         assert plain.packs_of(step).tolist() == mixed.packs_of(step).tolist()

@@ -118,7 +118,7 @@ class Plan:
         assert packs_per_step >= 1 and world_size >= 1 and epochs > 0
         self._index, self._seed, self._cost = index, seed, cost
         self._packs_per_step, self._world_size, self._images_always = packs_per_step, world_size, images_always
-        self.mixing = index.mixing or Mixing.alone(len(index))
+        self.mixing = index.mixing
         assert sum(self.mixing.num_packs) == len(index)
         self.num_positions, self.num_steps = length_of(self.mixing, epochs, packs_per_step, max_steps)
         self.steps_per_epoch = self.mixing.epoch / packs_per_step
@@ -142,6 +142,12 @@ class Plan:
         """(the set, the pass over it) that each of `packs_of` is of: int64, as many."""
         sets, own = self.mixing.split(self._positions(step))
         return sets, own // np.array(self.mixing.num_packs, np.int64)[sets]
+
+    def counts_by_set(self, packs: np.ndarray) -> np.ndarray:
+        """How many packs, samples and tokens of each set are among these packs, int64 [3, sets]."""
+        sets, size = self.mixing.set_of(packs), len(self.mixing.names)
+        of_packs = (np.ones(len(packs)), self._index.num_samples[packs], self._index.num_tokens[packs])
+        return np.stack([np.bincount(sets, weights=one, minlength=size) for one in of_packs]).astype(np.int64)
 
     def _positions(self, step: int) -> np.ndarray:
         if not 0 <= step < self.num_steps:

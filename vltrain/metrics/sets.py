@@ -39,13 +39,7 @@ class SetFigures:
         self._totals = np.zeros((3, len(self._mixing.names)), np.int64)  # packs, samples, tokens
         for start in range(0, first_step, _AT_ONCE) if self.is_active else ():
             steps = range(start, min(start + _AT_ONCE, first_step))
-            self._totals += self._count(np.concatenate([plan.packs_of(step) for step in steps]))
-
-    def _count(self, packs: np.ndarray) -> np.ndarray:
-        """int64 [3, sets], packs, samples and tokens by set."""
-        sets, size = self._mixing.set_of(packs), len(self._mixing.names)
-        of_packs = (np.ones(len(packs)), self._index.num_samples[packs], self._index.num_tokens[packs])
-        return np.stack([np.bincount(sets, weights=one, minlength=size) for one in of_packs]).astype(np.int64)
+            self._totals += plan.counts_by_set(np.concatenate([plan.packs_of(step) for step in steps]))
 
     def add(self, step: int, losses: np.ndarray) -> dict[str, SetStep]:
         """Takes a step, each after the one before. `losses`: of its samples, see `vltrain.receipts.history`. Returns
@@ -53,7 +47,7 @@ class SetFigures:
         if not self.is_active:
             return {}
         packs = self._plan.packs_of(step)
-        counts = self._count(packs)
+        counts = self._plan.counts_by_set(packs)
         self._totals += counts
         _, samples, tokens = counts
         of_samples = np.repeat(self._mixing.set_of(packs), self._index.num_samples[packs])
@@ -75,16 +69,20 @@ class SetFigures:
 
     def log_line(self, found: Mapping[str, SetStep]) -> dict[str, float]:
         """What `log.jsonl` says of a step: loss/SET, and samples, tokens and passes since the run's start."""
-        losses = {f"loss/{name}": one.loss for name, one in found.items() if one.loss is not None}
-        sums = {f"{what}/{name}": value for name, total in self.totals().items() for what, value in total.items()}
-        return {**losses, **sums} if found else {}
+        return {**_losses(found, "loss"), **self._sums("{what}")} if found else {}
 
     def scalars(self, found: Mapping[str, SetStep], every: bool) -> dict[str, float]:
         """What loggers get of a step; `every`: the sums, too."""
-        losses = {f"train/loss_by_set/{name}": one.loss for name, one in found.items() if one.loss is not None}
-        sums = {
-            f"data/{what}_of_set/{name}": value
+        sums = self._sums("data/{what}_of_set") if found and every else {}
+        return {**_losses(found, "train/loss_by_set"), **sums}
+
+    def _sums(self, title: str) -> dict[str, float]:
+        return {
+            f"{title.format(what=what)}/{name}": value
             for name, total in self.totals().items()
             for what, value in total.items()
         }
-        return {**losses, **(sums if found and every else {})}
+
+
+def _losses(found: Mapping[str, SetStep], title: str) -> dict[str, float]:
+    return {f"{title}/{name}": one.loss for name, one in found.items() if one.loss is not None}

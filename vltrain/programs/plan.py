@@ -28,7 +28,7 @@ from vltrain.data.reading import recipe_tokenizer, sample_encoder
 from vltrain.data.remote.address import place_of
 from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import PackedDataset
-from vltrain.data.stream.mixed import MixedPacks, mixed, mixing_of, open_packed
+from vltrain.data.stream.mixed import MixedPacks, mixed, open_packed
 from vltrain.data.stream.mixing import WHOLE, Mixing
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.data.text.tokenizer import Tokenizer
@@ -167,7 +167,7 @@ def plan_recipe(settings: Settings) -> dict[str, Any]:
             "checkpoint_bytes": per_checkpoint,
             "most_bytes": per_checkpoint * (config.train.keep_checkpoints + 1),
         },
-        "steps_per_epoch": None if packs is None else mixing_of(packs).epoch / config.train.packs_per_step,
+        "steps_per_epoch": None if packs is None else packs.index.mixing.epoch / config.train.packs_per_step,
         "packs": no_packs,
         "flops_per_step": planned.flops,
         "recomputed_flops_per_step": planned.recomputed,
@@ -224,7 +224,7 @@ def _duration(way: Way, planned: Planned, pace: Pace | None) -> dict[str, Any]:
     train = way.config.train
     steps = epochs = seconds = run = None
     if way.packs is not None:
-        mixing = mixing_of(way.packs)
+        mixing = way.packs.index.mixing
         steps = length_of(mixing, train.epochs, train.packs_per_step, train.max_steps)[1]
         epochs = min(train.epochs, steps * train.packs_per_step / mixing.epoch)
     if pace is not None:

@@ -26,7 +26,6 @@ from vltrain.config.schema import Config
 from vltrain.config.stages import Run, load_stages, stage_folders, write_stages
 from vltrain.console import RUN_LOG, last_line, run_log, start_logging
 from vltrain.data.shards import PackedDataset
-from vltrain.data.stream.mixed import mixing_of
 from vltrain.data.text.tokenizer import Tokenizer
 from vltrain.distributed.hardware import choose_dtype, device, limit_threads
 from vltrain.distributed.machine import local_world_size, require_machine
@@ -200,7 +199,7 @@ def _train(
     # other.
     encoder, outline, dataset = ensure_training_data(config, dtype, rebuild=settings.options[REBUILD] is not None)
     require_reachable(
-        config, mixing_of(dataset), int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None
+        config, dataset.index.mixing, int(os.environ.get("WORLD_SIZE", "1")), resumed=checkpoint is not None
     )
     ds_json = fill_in(ds_json, count_trained(outline), outline.llm_block_classes)
     # Once on each node, whose disk may hold other files than rank 0's.

@@ -122,24 +122,15 @@ def _first_wrong_step(receipt: Receipt, plan: Plan, dataset: PackedDataset) -> s
         expected = int(dataset.index.num_label_tokens[packs].sum())
         if line.label_tokens != expected:
             return f"step {line.step}: {line.label_tokens} label tokens, the plan has {expected}"
-        told = line.sets
-        for name, counts in _counts_of_sets(plan, dataset, packs).items() if told is not None else ():
-            found = {what: (told or {}).get(name, {}).get(what) for what in counts}
+        if line.sets is None:
+            continue
+        _, samples, tokens = plan.counts_by_set(packs).tolist()
+        for number, name in enumerate(plan.mixing.names):
+            counts = {"samples": samples[number], "tokens": tokens[number]}
+            found = {what: line.sets.get(name, {}).get(what) for what in counts}
             if found != counts:
                 return f"step {line.step}: of the set {name} it says {found}, the plan has {counts}"
     return None
-
-
-def _counts_of_sets(plan: Plan, dataset: PackedDataset, packs: np.ndarray) -> dict[str, dict[str, int]]:
-    """Samples and tokens of each set in packs."""
-    sets, index = plan.mixing.set_of(packs), dataset.index
-    return {
-        name: {
-            "samples": int(index.num_samples[packs[sets == number]].sum()),
-            "tokens": int(index.num_tokens[packs[sets == number]].sum()),
-        }
-        for number, name in enumerate(plan.mixing.names)
-    }
 
 
 def _passes(proof: Proof, receipt: Receipt, plan: Plan, dataset: PackedDataset) -> None:

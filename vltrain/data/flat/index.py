@@ -24,18 +24,23 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Per pack, memory-mapped and read-only: int32 [packs], `sum_squares` (of segment lengths) int64 [packs]. `mixing`
-    of several sets' packs (`vltrain.data.stream.mixed`)."""
+    """Per pack, memory-mapped and read-only: int32 [packs], `sum_squares` (of segment lengths) int64 [packs].
+    `mixed`: how, of several sets' packs (`vltrain.data.stream.mixed`)."""
 
     num_tokens: np.ndarray
     num_label_tokens: np.ndarray
     num_images: np.ndarray
     num_samples: np.ndarray
     sum_squares: np.ndarray
-    mixing: Mixing | None = None
+    mixed: Mixing | None = None
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+    @property
+    def mixing(self) -> Mixing:
+        """How the packs' sets are mixed; of one set that it is alone."""
+        return self.mixed or Mixing.alone(len(self))
 
 
 def read_index(path: Path) -> Index:

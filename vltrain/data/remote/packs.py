@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
+from vltrain.data.flat.mapped import RowPlaces
 from vltrain.data.remote.blocks import BLOCKS, HEAD_BYTES, FileBlocks, is_whole, length_of, read_blocks
 from vltrain.data.remote.cache import BlockCache, CacheSettings
 from vltrain.data.remote.store import OPENING_PAUSES, PAUSES, Store, tell
@@ -268,13 +267,13 @@ class RemoteTable:
     """Rows spread over several shards, as `vltrain.data.shards` finds them in files that are here."""
 
     def __init__(self, packs: RemotePacks, files: Sequence[ShardFacts], schema: pa.Schema, rows_per_batch: int) -> None:
-        self._packs, self._files, self._schema, self._rows_per_batch = packs, files, schema, rows_per_batch
-        self._ends = list(accumulate(file.rows for file in files))
+        self._packs, self._files, self._schema = packs, files, schema
+        self._places = RowPlaces([file.rows for file in files], rows_per_batch)
         self._batch = functools.lru_cache(maxsize=8)(self._read_batch)
 
     def find(self, row: int) -> tuple[pa.RecordBatch, int]:
         """The record batch that holds `row`, and its place in it."""
-        number, batch, place = self._place(row)
+        number, batch, place = self._places.find(row)
         return self._batch(number, batch), place
 
     def image(self, row: int) -> bytes:
@@ -288,20 +287,12 @@ class RemoteTable:
 
     def keep(self, row: int) -> int:
         """Fetches the record batch that holds `row`. Returns the bytes of its blocks."""
-        number, batch, _ = self._place(row)
+        number, batch, _ = self._places.find(row)
         blocks = self._packs.blocks_of(self._files[number])
         return self._packs.keep(self._files[number], int(blocks.starts[batch]), int(blocks.ends[batch]))
 
-    def _place(self, row: int) -> tuple[int, int, int]:
-        """(file, record batch in it, row in that)"""
-        if not 0 <= row < (self._ends[-1] if self._ends else 0):
-            raise IndexError(f"row {row} of {self._ends[-1] if self._ends else 0}")
-        number = bisect_right(self._ends, row)
-        inside = row - (self._ends[number - 1] if number else 0)
-        return number, inside // self._rows_per_batch, inside % self._rows_per_batch
-
     def _image(self, row: int) -> tuple[ShardFacts, int, int]:
-        number, batch, place = self._place(row)
+        number, batch, place = self._places.find(row)
         file = self._files[number]
         blocks = self._packs.blocks_of(file)
         at, data = int(blocks.offsets[batch]) + 8 * place, int(blocks.data[batch])

@@ -24,7 +24,7 @@ from vltrain.data.flat.index import INDEX_SCHEMA, Index
 from vltrain.data.remote.address import is_address
 from vltrain.data.remote.cache import CacheSettings
 from vltrain.data.shards import MANIFEST, Manifest, PackedDataset, read_manifest
-from vltrain.data.stream.mixing import Mixing, shares_of
+from vltrain.data.stream.mixing import Mixing, shares_of, starts_of
 from vltrain.errors import InputError
 from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.strict_json import read_object
@@ -50,7 +50,7 @@ class MixedPacks(PackedDataset):
     def __init__(self, folder: Path, sets: Mapping[str, PackedDataset], mixing: Mixing, by: Mapping[str, Any]) -> None:
         self.folder, self.place, self.sets, self.mixing = folder, str(folder), dict(sets), mixing
         self._parts = list(self.sets.values())
-        self._image_starts = _starts([one.manifest.num_images for one in self._parts])
+        self._image_starts = starts_of([one.manifest.num_images for one in self._parts])
         self._by = dict(by)
         self.manifest = self._manifest()
 
@@ -119,13 +119,13 @@ class MixedPacks(PackedDataset):
     def index(self) -> Index:
         parts = [one.index for one in self._parts]
         joined = {name: np.concatenate([getattr(one, name) for one in parts]) for name in INDEX_SCHEMA.names}
-        return Index(**joined, mixing=self.mixing)
+        return Index(**joined, mixed=self.mixing)
 
     def _find(self, number: int) -> tuple[int, int]:
         """The number of the set, and the pack's number in it."""
         if not 0 <= number < len(self):
             raise IndexError(f"pack {number} of {len(self)}")
-        place = int(np.searchsorted(self.mixing.starts, number, side="right")) - 1
+        place = int(self.mixing.set_of(np.int64(number)))
         return place, number - self.mixing.starts[place]
 
     def row(self, number: int) -> PackedRow:
@@ -160,10 +160,6 @@ class MixedPacks(PackedDataset):
         self.__dict__.update(state)
 
 
-def _starts(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:number]) for number in range(len(sizes))]
-
-
 def mixed(
     root: Path, sets: Mapping[str, PackedDataset], by: str, weights: Mapping[str, float], ends: str
 ) -> MixedPacks:
@@ -195,11 +191,6 @@ def mixed(
     )
     unnamed = MixedPacks(root, sets, mixing, {"by": by, "weights": dict(zip(sets, given, strict=True))})
     return unnamed.at(root / "mixed" / unnamed.manifest.checksum[:12])
-
-
-def mixing_of(packs: PackedDataset) -> Mixing:
-    """How the packs' sets are mixed; of one set that it is alone."""
-    return packs.index.mixing or Mixing.alone(len(packs))
 
 
 def open_packed(place: Path | str, verify: bool = True, cache: CacheSettings | None = None) -> PackedDataset:

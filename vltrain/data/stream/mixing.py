@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,7 +61,7 @@ class Mixing:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """Where each set's packs begin among all."""
-        return tuple(sum(self.num_packs[:number]) for number in range(len(self.num_packs)))
+        return starts_of(self.num_packs)
 
     def positions(self, epochs: float) -> int:
         """Length of a run's stream, one position a time that a pack is trained on; one at least."""
@@ -141,6 +142,11 @@ class Mixing:
         """Without what the packs themselves say."""
         passes = {} if self.passes is None else {"passes": list(self.passes)}
         return {"shares": dict(zip(self.names, self.shares, strict=True)), **passes, "stops": self.stops}
+
+
+def starts_of(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where each of several ranges begins that lie one behind the other."""
+    return (0, *accumulate(sizes[:-1]))
 
 
 def shares_of(weights: Sequence[float], per_pack: Sequence[float]) -> tuple[int, ...]:
