@@ -87,10 +87,14 @@ class Table:
         return Path(f"{self.path}#{row}")
 
     @property
+    def files(self) -> dict[str, Path]:
+        """The rows that are files of answers."""
+        return self.predictions.files if self.predictions else {}
+
+    @property
     def lines(self) -> tuple[str, ...]:
         """All rows, files of answers included, in the order of the published ones, then of the others."""
-        files = self.predictions.files if self.predictions else {}
-        return tuple(dict.fromkeys((*(self.published.figures if self.published else ()), *files, *self.rows)))
+        return tuple(dict.fromkeys((*(self.published.figures if self.published else ()), *self.files, *self.rows)))
 
 
 def read_ablation(content: Any, where: str) -> Ablation:

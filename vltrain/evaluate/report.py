@@ -55,6 +55,11 @@ def write_report(report: Report, folder: Path, facts: dict[str, Any]) -> None:
         write_whole(folder / "table.md", report.to_markdown() + "\n")
 
 
+def measure_of(metrics: Mapping[str, Any]) -> str:
+    """The name of the headline figure in a metrics.json."""
+    return metrics.get("measure", "accuracy")
+
+
 def mean_of(reports: Mapping[str, Report]) -> float:
     """The unweighted mean of the sets' headline figures, whatever each measures."""
     return sum(report.mean for report in reports.values()) / len(reports)

@@ -300,8 +300,8 @@ def _answer(
             report = evaluate_split(model, setup, ReportTo(step=facts["step"], loggers=loggers))
         if report is not None:
             reports[setup.name] = report
-            if setup.name:
-                print(f"{setup.title}:", flush=True) if not is_quiet() else None
+            if setup.name and not is_quiet():
+                print(f"{setup.title}:", flush=True)
             told = {**setup.called, **facts, "samples": file_digest(setup.samples_file)}
             json_file = None if setup.name else settings.options["json"]
             _finish(report, json_file, folder / "eval" / setup.title if keeps else None, told)

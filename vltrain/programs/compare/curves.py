@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from vltrain.evaluate.report import measure_of
 from vltrain.programs.compare.record import RunRecord, Step
 from vltrain.receipts.verify import relative_difference
 
@@ -133,7 +134,7 @@ def write_events(folder: Path, stages: Mapping[str, Sequence[RunRecord]], table:
 
 def _figures(split: str, told: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an evaluation by the tags that a run gives them."""
-    measure = told.get("measure", "accuracy")
+    measure = measure_of(told)
     columns = {
         f"eval/{split}/{measure}_by/{name}": one.get(measure)
         for name, one in told.get("columns", {}).items()

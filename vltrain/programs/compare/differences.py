@@ -10,6 +10,7 @@ from typing import Any
 
 from vltrain.config.strict_yaml import is_mapping
 from vltrain.errors import InputError
+from vltrain.evaluate.report import measure_of
 from vltrain.programs.compare.record import RunRecord
 
 Row = tuple[str, list[Any]]
@@ -93,7 +94,7 @@ def evaluation_rows(runs: Sequence[RunRecord]) -> list[Row]:
     rows: list[Row] = []
     for split in dict.fromkeys(split for run in runs for split in run.evaluations):
         found = [run.evaluations.get(split, {}) for run in runs]
-        measures = dict.fromkeys(one.get("measure", "accuracy") for one in found if one)
+        measures = dict.fromkeys(measure_of(one) for one in found if one)
         rows += [(f"{split}: {name}", [one.get(key) for one in found]) for name, key in _COUNTS.items()]
         digests = [one.get("samples") for one in found]
         if len({digest for digest in digests if digest is not None}) > 1:

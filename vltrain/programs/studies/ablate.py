@@ -50,6 +50,7 @@ from vltrain.console import start_logging
 from vltrain.distributed.preemption import EXIT_REQUEUE, Preempted
 from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly
 from vltrain.evaluate.ready import answerable_samples
+from vltrain.evaluate.report import measure_of
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.launching.launcher import interruptible, launch, reason_of_failure
@@ -96,9 +97,8 @@ def run(plan: Plan) -> int:
     """Runs the chosen rows that are not done, one after another; with seeds, all rows with the first of them, then with
     the next. Files of answers are scored before. Returns the exit code."""
     outcomes = {job.name: settled(job) for job in plan.jobs}
-    files = plan.table.predictions
-    if files is not None:
-        outcomes |= score_files(files, plan.split, plan.folder)
+    if plan.table.predictions is not None:
+        outcomes |= score_files(plan.table.predictions, plan.split, plan.folder)
     if plan.planning is not None:
         _plan_rows(plan, plan.planning)
     print(_write_tables(plan, outcomes), flush=True)
@@ -116,7 +116,7 @@ def run(plan: Plan) -> int:
             logger.warning("%s: interrupted; the same command resumes from its newest checkpoint", title)
             return EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else stop.code
         print(_write_tables(plan, outcomes), flush=True)
-    named = [*(row for row in plan.chosen if files and row in files.files), *(job.name for job in jobs)]
+    named = [*(row for row in plan.chosen if row in plan.table.files), *(job.name for job in jobs)]
     failed = [name for name in named if outcomes[name].state == FAILED]
     for name in failed:
         logger.error("row %s failed: %s", name, outcomes[name].reason)
@@ -146,8 +146,7 @@ def _write_tables(plan: Plan, outcomes: Mapping[str, Outcome]) -> str:
     runs: dict[str, dict[Seed, Outcome]] = {row: {} for row in table.lines}
     for job in plan.jobs:
         runs[job.row][job.seed] = outcomes[job.name]
-    files = table.predictions.files if table.predictions else {}
-    runs |= {row: {None: outcomes[row]} for row in files}
+    runs |= {row: {None: outcomes[row]} for row in table.files}
     logged = {job.row: job.config for job in plan.jobs if "tensorboard" in job.config.train.loggers}
     differing = dict.fromkeys(key for row in logged for key in table.rows[row])
     settings = {
@@ -158,7 +157,7 @@ def _write_tables(plan: Plan, outcomes: Mapping[str, Outcome]) -> str:
     differences: dict[str, dict[str, Any]] = {}
     for row in table.lines:
         base = {"base": table.bases[row]} if row in table.bases else {}
-        differences[row] = {"answers": str(files[row])} if row in files else {**base, **table.rows[row]}
+        differences[row] = {"answers": str(table.files[row])} if row in table.files else {**base, **table.rows[row]}
     return write_table(plan.folder, differences, runs, _beside(plan, outcomes, runs))
 
 
@@ -185,12 +184,11 @@ def _beside(plan: Plan, outcomes: Mapping[str, Outcome], runs: Mapping[str, Mapp
 def _comparison(plan: Plan, outcomes: Mapping[str, Outcome]) -> Comparison | None:
     runs: dict[str, dict[Seed, Run]] = {row: {} for row in plan.table.lines}
     answered = [(job.name, job.row, job.seed, job.folder / "eval" / job.split) for job in plan.jobs]
-    files = plan.table.predictions.files if plan.table.predictions else {}
-    answered += [(row, row, None, plan.folder / row / "eval" / plan.split) for row in files]
+    answered += [(row, row, None, plan.folder / row / "eval" / plan.split) for row in plan.table.files]
     for name, row, seed, folder in answered:
         if outcomes[name].state == DONE:
             metrics = outcomes[name].metrics
-            measure = metrics.get("measure", "accuracy")
+            measure = measure_of(metrics)
             answers = read_answers(folder / "predictions.jsonl")
             runs[row][seed] = Run(measure=measure, value=metrics[measure], answers=answers)
     return compare(runs, plan.against, best=plan.against == BEST)

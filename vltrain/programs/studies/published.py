@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vltrain.config.tables import Published
+from vltrain.evaluate.report import measure_of
 from vltrain.programs.studies.table import DONE, Outcome
 
 AVERAGE = "Average"
@@ -40,7 +41,7 @@ def published_lines(
 
 def own_figure(outcome: Outcome, column: str) -> float | None:
     """The share in a column of a row that is done; None where it has none."""
-    measure = outcome.metrics.get("measure", "accuracy")
+    measure = measure_of(outcome.metrics)
     if column == AVERAGE:
         return outcome.metrics[measure]
     return outcome.metrics["columns"].get(column, {}).get(measure)

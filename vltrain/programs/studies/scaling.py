@@ -23,6 +23,7 @@ from vltrain.config.command_line import COMMAND_LINE, FLAGS, split_arguments
 from vltrain.console import start_logging
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
+from vltrain.evaluate.report import measure_of
 from vltrain.files.atomic import write_json
 from vltrain.files.strict_json import read_object
 from vltrain.programs.studies.fits import Fit, fit_line
@@ -94,7 +95,7 @@ def read_rows(folder: Path, name: str) -> list[Row]:
 def _row(table: str, record: Mapping[str, Any]) -> Row:
     runs = record.get("seeds") or {"0": record}
     done = {int(seed): run for seed, run in runs.items() if run["state"] == DONE}
-    values = {seed: float(run["metrics"][run["metrics"].get("measure", "accuracy")]) for seed, run in done.items()}
+    values = {seed: float(run["metrics"][measure_of(run["metrics"])]) for seed, run in done.items()}
     planned = record.get("planned")
     trained, share = (planned["trained"], planned["trained_share"]) if planned else (None, None)
     if done and record["trained"] is not None:

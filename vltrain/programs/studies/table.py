@@ -13,6 +13,7 @@ from typing import Any
 
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError
+from vltrain.evaluate.report import measure_of
 from vltrain.files.atomic import write_json, write_whole
 from vltrain.files.strict_json import read_object
 from vltrain.metrics.hparams import write_hparams
@@ -89,7 +90,7 @@ def pooled(runs: Mapping[Seed, Outcome]) -> tuple[Outcome, Seeds]:
     if not done:
         furthest = max(runs.values(), key=lambda run: (WAITING, FAILED, RUNNING, TRAINED).index(run.state))
         return replace(furthest, **seconds), Seeds(done=0, wanted=len(runs), spread=None)
-    measure = _measure(done[0].metrics)
+    measure = measure_of(done[0].metrics)
     spread = spread_of([run.metrics[measure] for run in done])
     names = dict.fromkeys(name for run in done for name in run.metrics["columns"])
     columns: dict[str, Any] = {}
@@ -181,7 +182,7 @@ def write_hparams_table(
         return
     with new_folder(folder / HPARAMS, replace=True) as table:
         for row, seed, outcome in done:
-            measure = _measure(outcome.metrics)
+            measure = measure_of(outcome.metrics)
             columns = {
                 f"{measure} of {name}": column[measure]
                 for name, column in outcome.metrics["columns"].items()
@@ -211,7 +212,7 @@ def to_markdown(
     beside = beside or Beside()
     done = [outcome.metrics for outcome in outcomes.values() if outcome.state == DONE]
     columns = list(dict.fromkeys(name for metrics in done for name in metrics["columns"] if name != "Average"))
-    measures = list(dict.fromkeys(_measure(metrics) for metrics in done)) or ["accuracy"]
+    measures = list(dict.fromkeys(measure_of(metrics) for metrics in done)) or ["accuracy"]
     of_qformer = any(outcome.full_qformer for outcome in outcomes.values())
     of_qformer |= any(plan.get("of_qformer") for plan in beside.planned.values())
     share = "% of full Q-Former" if of_qformer else "% trained"
@@ -245,8 +246,8 @@ def _figures(
     if outcome.state != DONE:
         return [state, *[""] * (len(measures) - 1), *spread, *[""] * len(columns), "", "", seconds, ""]
     metrics = outcome.metrics
-    shares = [_share(metrics[measure]) if _measure(metrics) == measure else "" for measure in measures]
-    by_column = [_share(metrics["columns"].get(name, {}).get(_measure(metrics))) for name in columns]
+    shares = [_share(metrics[measure]) if measure_of(metrics) == measure else "" for measure in measures]
+    by_column = [_share(metrics["columns"].get(name, {}).get(measure_of(metrics))) for name in columns]
     steps = "" if outcome.steps is None else str(outcome.steps)
     return [*shares, *spread, *by_column, str(metrics["total"]), str(metrics["failed"]), seconds, steps]
 
@@ -263,10 +264,6 @@ def _plan(plan: Mapping[str, Any] | None) -> list[str]:
     if plan is None:
         return ["", ""]
     return [f"{plan['peak_gib']:.1f}", "–" if plan["hours"] is None else f"{plan['hours']:.1f}"]
-
-
-def _measure(metrics: Mapping[str, Any]) -> str:
-    return metrics.get("measure", "accuracy")
 
 
 def _share(value: float | None) -> str:
