@@ -26,7 +26,6 @@ from data_prep.parallel import usable_cores
 from data_prep.parts import (
     Share,
     finished_parts,
-    is_done,
     missing_parts,
     new_part,
     read_share,
@@ -80,9 +79,7 @@ def pack(
 
 def pack_part(samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None) -> None:
     """Does one part of the work of `pack`, unless it is done already. Raises InputError as `pack`."""
-    given = _begin(samples, settings, workers)
-    if not is_done(output, share, given.made_with()):
-        _write_part(_with_images_checked(given.tokenised(share), given), given, output, share)
+    _write_missing_parts(_begin(samples, settings, workers), output, share)
 
 
 def merge_parts(
@@ -90,7 +87,10 @@ def merge_parts(
 ) -> Manifest:
     """Packs what the parts have tokenised; see `pack`. Raises also InputError for parts that are missing or were made
     of something else."""
-    given = _begin(samples, settings, workers)
+    return _merge(_begin(samples, settings, workers), output, share)
+
+
+def _merge(given: _Given, output: Path, share: Share) -> Manifest:
     parts = finished_parts(output, share, given.made_with())
     for part in parts:
         given.images.expect(read_record(part / CHECKED))
@@ -106,9 +106,8 @@ def pack_in_turn(
     given = _begin(samples, settings, workers)
     if was_merged(output):
         return _finish_merge(given, output)
-    for part in missing_parts(output, share, given.made_with()):
-        pack_part(samples, output, settings, replace(share, part=part), workers=workers)
-    return merge_parts(samples, output, settings, share, workers=workers)
+    _write_missing_parts(given, output, share)
+    return _merge(given, output, share)
 
 
 def _finish_merge(given: _Given, output: Path) -> Manifest:
@@ -135,11 +134,14 @@ def _begin(samples: Path, settings: PackSettings, workers: int | None) -> _Given
     return _Given(samples, settings, encoder, workers, before, images, origin)
 
 
-def _write_part(tokens: Iterable[Tokens], given: _Given, output: Path, share: Share) -> None:
-    with new_part(output, share, given.made_with()) as folder:
-        write_tokens(tokens, folder)
-        given.require_unchanged()
-        given.images.record.write(folder / CHECKED)
+def _write_missing_parts(given: _Given, output: Path, share: Share) -> None:
+    """Tokenises the parts that are not there, of all or of `share.part` alone."""
+    for part in missing_parts(output, share, given.made_with()):
+        own, one = replace(given, images=given.images.anew()), replace(share, part=part)
+        with new_part(output, one, given.made_with()) as folder:
+            write_tokens(_with_images_checked(own.tokenised(one), own), folder)
+            own.require_unchanged()
+            own.images.record.write(folder / CHECKED)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ class PackedImages:
         self._workers, self._max_pixels = workers, max_pixels
         self._expected: dict[str, bytes] | None = None
 
+    def anew(self) -> PackedImages:
+        """The same folder, of which nothing has been read."""
+        return PackedImages(self.root, self._workers, self._max_pixels, self._decoded)
+
     def expect(self, checked: FileRecord) -> None:
         """What a part has decoded is not decoded again, but must still be what it was."""
         self._expected = {} if self._expected is None else self._expected

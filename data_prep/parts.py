@@ -104,27 +104,18 @@ def new_part(output: Path, share: Share, made_with: Mapping[str, Any]) -> Genera
         )
 
 
-def is_done(output: Path, share: Share, made_with: Mapping[str, Any]) -> bool:
-    """Whether this part is there already. Raises InputError if it was made with other settings, or is damaged, or if
-    all parts are merged already."""
-    assert share.part is not None
-    refuse_existing(output)
-    folder = part_folder(output, share.part, share.parts)
-    if not folder.exists():
-        return False
-    _require_same(folder, made_with)
-    logger.warning("%s: is there already; nothing to do", folder)
-    return True
-
-
 def missing_parts(output: Path, share: Share, made_with: Mapping[str, Any]) -> list[int]:
-    """The parts that are not there yet; tells how many are. Raises InputError as `is_done`."""
+    """The parts that are not there yet, of all or of `share.part` alone; tells of those that are. Raises InputError if
+    one was made with other settings, or is damaged, or if all parts are merged already."""
     refuse_existing(output)
-    folders = {part: part_folder(output, part, share.parts) for part in range(1, share.parts + 1)}
+    asked = range(1, share.parts + 1) if share.part is None else (share.part,)
+    folders = {part: part_folder(output, part, share.parts) for part in asked}
     done = [part for part, folder in folders.items() if folder.exists()]
     for part in done:
         _require_same(folders[part], made_with)
-    if done:
+    if share.part in done:
+        logger.warning("%s: is there already; nothing to do", folders[share.part])
+    elif done:
         logger.warning("%s: going on: %d of %d parts are done", folders[1].parent, len(done), share.parts)
     return [part for part in folders if part not in done]
 

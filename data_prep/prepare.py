@@ -28,7 +28,6 @@ from data_prep.parts import (
     Share,
     add_share_options,
     finished_parts,
-    is_done,
     missing_parts,
     new_part,
     read_share,
@@ -132,10 +131,7 @@ def _prepare_parts(wanted: Wanted, output: Path, checks: _Checks, share: Share) 
         for _ in write_samples(wanted, images, counts, reading, Files(None, existing_above(output))):
             pass
     made_with = {**wanted.made_with(), "raw": reading.record(_paths_in(images)).digest(*_everywhere(reading))}
-    if share.part is None:
-        parts = missing_parts(output, share, made_with)
-    else:
-        parts = [] if is_done(output, share, made_with) else [share.part]
+    parts = missing_parts(output, share, made_with)
     names = {part: _names_of_part(images, share, part) for part in parts}
     sources = sources_of(wanted, images, list(chain.from_iterable(names.values())), reading)
     for part in parts:

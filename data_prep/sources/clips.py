@@ -23,12 +23,9 @@ import numpy as np
 
 from data_prep.pretrain.drawings import hue
 from data_prep.sources.options import resolve_options
-from data_prep.sources.prompts import check_template, lettered
 from data_prep.sources.raw import RawSample
-from data_prep.sources.shapes import COLORS, SHAPES, Figure, Question, Scene
+from data_prep.sources.shapes import COLORS, SHAPES, Figure, Question, Scene, require_drawable, sample_of
 from vltrain.config.ranges import MOST_SEED, MOST_STEPS, Range
-from vltrain.errors import InputError
-from vltrain.schema import IMAGE_MARKER, Sample, Turn
 
 SKILLS = ("motion", "order")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -79,12 +76,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         InputError: an option out of its range, or an input.
     """
     resolved = resolve_options("clips", options, DEFAULTS, RANGES)
-    check_template("clips", "prompt", resolved["prompt"], ("question", "options"))
-    for name in resolved["skills"]:
-        if name not in SKILLS:
-            raise InputError(f"source 'clips', option 'skills': unknown '{name}', expected one of {', '.join(SKILLS)}")
-    if input is not None:
-        raise InputError(f"source 'clips' draws its frames, expected no --input, found {input}")
+    require_drawable("clips", resolved, SKILLS, input, draws="frames")
     seen: set[Scene] = set()
     for number, split in enumerate(("train", "val", "test")):
         for index in range(resolved[f"{split}_clips"]):
@@ -96,29 +88,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             offered = [question for question in ask(rng, clip) if question.skill in resolved["skills"]]
             chosen: list[int] = rng.permutation(len(offered))[: resolved["questions_per_clip"]].tolist()
             for place, which in enumerate(sorted(chosen)):
-                name = f"{split}/{index}"
-                yield _sample(f"{name}/{place}", split, name, clip, offered[which], resolved["prompt"])
-
-
-def _sample(name: str, split: str, folder: str, clip: Clip, question: Question, template: str) -> RawSample:
-    candidates = lettered(question.choices)
-    prompt = template.format(question=question.text, options=" ".join(candidates))
-    sample = Sample(
-        id=name,
-        turns=(
-            Turn(role="user", text=f"{IMAGE_MARKER * len(clip.frames)}\n{prompt}"),
-            Turn(role="assistant", text=candidates[question.answer]),
-        ),
-        images=tuple(f"{folder}/{number}.png" for number in range(len(clip.frames))),
-        metadata={
-            "question_type": "choose_txt",
-            "choices": list(question.choices),
-            "answer": question.answer,
-            "candidates": candidates,
-            "skills": [question.skill],
-        },  # fmt: skip
-    )
-    return RawSample(split=split, sample=sample, image_sources=clip.frames)
+                shown = {f"{split}/{index}/{number}.png": frame for number, frame in enumerate(clip.frames)}
+                yield sample_of(f"{split}/{index}/{place}", split, shown, offered[which], resolved["prompt"])
 
 
 def make_clip(rng: np.random.Generator, image_size: int, num_frames: int) -> Clip:

@@ -119,12 +119,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         InputError: an option out of its range, or an input.
     """
     resolved = resolve_options("shapes", options, DEFAULTS, RANGES)
-    check_template("shapes", "prompt", resolved["prompt"], ("question", "options"))
-    for name in resolved["skills"]:
-        if name not in SKILLS:
-            raise InputError(f"source 'shapes', option 'skills': unknown '{name}', expected one of {', '.join(SKILLS)}")
-    if input is not None:
-        raise InputError(f"source 'shapes' draws its images, expected no --input, found {input}")
+    require_drawable("shapes", resolved, SKILLS, input, draws="images")
     seen: set[Scene] = set()
     for number, split in enumerate(("train", "val", "test")):
         for index in range(resolved[f"{split}_images"]):
@@ -136,21 +131,35 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
                 scene = make_scene(rng, resolved["image_size"])
             seen.add(scene)
             for place, question in enumerate(questions):
-                yield _sample(
-                    f"{split}/{index}/{place}", split, f"{split}/{index}.png", scene, question, resolved["prompt"]
-                )
+                shown = {f"{split}/{index}.png": scene}
+                yield sample_of(f"{split}/{index}/{place}", split, shown, question, resolved["prompt"])
 
 
-def _sample(name: str, split: str, image: str, scene: Scene, question: Question, template: str) -> RawSample:
+def require_drawable(
+    source: str, resolved: Mapping[str, Any], skills: Sequence[str], input: Path | None, *, draws: str
+) -> None:
+    """Raises InputError for a prompt without its places, a skill that is none, and for an input: it `draws` its own."""
+    check_template(source, "prompt", resolved["prompt"], ("question", "options"))
+    for name in resolved["skills"]:
+        if name not in skills:
+            raise InputError(
+                f"source '{source}', option 'skills': unknown '{name}', expected one of {', '.join(skills)}"
+            )
+    if input is not None:
+        raise InputError(f"source '{source}' draws its {draws}, expected no --input, found {input}")
+
+
+def sample_of(name: str, split: str, shown: Mapping[str, Scene], question: Question, template: str) -> RawSample:
+    """A question about the images that are `shown`, by their names in order."""
     candidates = lettered(question.choices)
     prompt = template.format(question=question.text, options=" ".join(candidates))
     sample = Sample(
         id=name,
         turns=(
-            Turn(role="user", text=f"{IMAGE_MARKER}\n{prompt}"),
+            Turn(role="user", text=f"{IMAGE_MARKER * len(shown)}\n{prompt}"),
             Turn(role="assistant", text=candidates[question.answer]),
         ),
-        images=(image,),
+        images=tuple(shown),
         metadata={
             "question_type": "choose_txt",
             "choices": list(question.choices),
@@ -159,7 +168,7 @@ def _sample(name: str, split: str, image: str, scene: Scene, question: Question,
             "skills": [question.skill],
         },  # fmt: skip
     )
-    return RawSample(split=split, sample=sample, image_sources=(scene,))
+    return RawSample(split=split, sample=sample, image_sources=tuple(shown.values()))
 
 
 def make_scene(rng: np.random.Generator, image_size: int) -> Scene:
