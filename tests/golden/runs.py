@@ -9,12 +9,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from tests.support.blip import QUERIES, blip_config, make_samples, make_tokenizers
+from tests.support.blip import make_tokenizers, segments_of
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
-from vltrain.data.text.conversation import encode_sample
-from vltrain.data.text.instruction import InstructionSource
-from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.models.adapters.table import ADAPTERS
 
 KEPT = Path(__file__).with_name("losses.json")
@@ -65,10 +62,7 @@ def scenarios(folder: Path) -> list[dict[str, Any]]:
     ]
     places = make_tokenizers(folder / "tokenizers")
     for kind in ("llama", "t5"):
-        tokenizer = load_tokenizer(places[kind], InstructionSource(source=places["bert"], max_tokens=32))
-        segments = [
-            encode_sample(sample, tokenizer, blip_config(kind).data.template, QUERIES) for sample in make_samples(16)
-        ]
+        segments = segments_of(kind, places, 16)
         packs = write_packs(folder / f"packs_{kind}", [segments[first : first + 2] for first in range(0, 16, 2)])
         told += [
             {

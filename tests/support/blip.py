@@ -16,7 +16,9 @@ from vltrain.config.schema import Config
 from vltrain.data.loader import batch_of
 from vltrain.data.pictures import SquareReader
 from vltrain.data.text.conversation import encode_sample
-from vltrain.schema import Sample, Turn
+from vltrain.data.text.instruction import InstructionSource
+from vltrain.data.text.tokenizer import load_tokenizer
+from vltrain.schema import Sample, Segment, Turn
 
 IMAGE_SIZE = 16
 QUERIES = 4
@@ -160,6 +162,13 @@ def make_samples(num: int, seed: int = 0) -> list[Sample]:
         )
         samples.append(Sample(id=f"s{number}", images=images, turns=turns))
     return samples
+
+
+def segments_of(kind: str, places: dict[str, str], num: int) -> list[Segment]:
+    """The same samples for `llama` or `t5`, tokenised. places: of `make_tokenizers`."""
+    tokenizer = load_tokenizer(places[kind], InstructionSource(source=places["bert"], max_tokens=32))
+    template = blip_config(kind).data.template
+    return [encode_sample(sample, tokenizer, template, QUERIES) for sample in make_samples(num)]
 
 
 def make_batch(samples: list[Sample], tokenizer: Any, template: str, blank: bool = False) -> Batch:

@@ -10,7 +10,7 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from safetensors.torch import load_file
 
-from tests.support.blip import QUERIES, blip_config, make_samples, make_tokenizers
+from tests.support.blip import blip_config, make_tokenizers, segments_of
 from tests.support.processes import run_ranks, start_ranks
 from tests.support.tiny import write_packs
 from tests.train.test_resume import kill_when_logged
@@ -20,9 +20,6 @@ from vltrain.data.loader import collate
 from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
-from vltrain.data.text.conversation import encode_sample
-from vltrain.data.text.instruction import InstructionSource
-from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.errors import InputError
 from vltrain.models.build import build_model
 from vltrain.train.adalora import RankAllocator
@@ -48,12 +45,6 @@ PRUNINGS = [4, 6, 8, 10, LAST_PRUNING]
 # The last block's text FFN: only the queries' states leave the Q-Former, so it has no gradient, and its directions are
 # all alike.
 DEAD = ("qformer.encoder.layer.2.intermediate.dense", "qformer.encoder.layer.2.output.dense")
-
-
-def segments_of(kind, places, num):
-    tokenizer = load_tokenizer(places[kind], InstructionSource(source=places["bert"], max_tokens=32))
-    template = blip_config(kind).data.template
-    return [encode_sample(sample, tokenizer, template, QUERIES) for sample in make_samples(num)]
 
 
 @pytest.fixture(scope="module")

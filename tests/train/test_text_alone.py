@@ -7,15 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.blip import QUERIES, blip_config, make_samples, make_tokenizers
+from tests.support.blip import make_tokenizers, segments_of
 from tests.support.processes import run_ranks
 from tests.support.stock import Piece, row_of, section
 from tests.support.tiny import write_packs
 from vltrain.data.plan import PackCost, Plan
 from vltrain.data.shards import PackedDataset
-from vltrain.data.text.conversation import encode_sample
-from vltrain.data.text.instruction import InstructionSource
-from vltrain.data.text.tokenizer import load_tokenizer
 from vltrain.models.build import build_model
 
 STEPS = 6
@@ -37,9 +34,7 @@ def packs(tmp_path_factory):
     places = make_tokenizers(folder / "tokenizers")
     made = {}
     for kind in ("llama", "t5"):
-        tokenizer = load_tokenizer(places[kind], InstructionSource(source=places["bert"], max_tokens=32))
-        template = blip_config(kind).data.template
-        segments = [encode_sample(sample, tokenizer, template, QUERIES) for sample in make_samples(5)]
+        segments = segments_of(kind, places, 5)
         made[kind] = write_packs(folder / kind, [[segment] for segment in segments])
     return made
 
