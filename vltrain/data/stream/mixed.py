@@ -125,7 +125,7 @@ class MixedPacks(PackedDataset):
         """The number of the set, and the pack's number in it."""
         if not 0 <= number < len(self):
             raise IndexError(f"pack {number} of {len(self)}")
-        place = int(self.mixing.set_of(np.int64(number)))
+        place = int(self.mixing.set_of(np.asarray(number)))
         return place, number - self.mixing.starts[place]
 
     def row(self, number: int) -> PackedRow:
