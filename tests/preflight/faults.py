@@ -144,6 +144,22 @@ def infinite_optimizer(patch, trainer):
     state["exp_avg_sq"].view(-1)[0] = float("inf")
 
 
+def _dropping(patch, trainer, rate_in):
+    """Behind the neck, by a function and not a module with a rate. rate_in: by whether the model is trained."""
+    neck = trainer.engine.model.neck
+    handle = lambda module, arguments, output: torch.nn.functional.dropout(output, rate_in[module.training])
+    patch.setattr(neck, "_forward_hooks", {**neck._forward_hooks, -1: handle})
+
+
+def dropout_without_a_rate(patch, trainer):
+    """What is not named in the recipe, and stays on while packs are compared."""
+    _dropping(patch, trainer, {True: 0.1, False: 0.0})
+
+
+def dropout_in_evaluation(patch, trainer):
+    _dropping(patch, trainer, {True: 0.0, False: 0.1})
+
+
 def images_in_another_order(patch, trainer):
     """Those of a pack come out of the loader last first."""
     fetch = loader._Fetcher.fetch
@@ -218,6 +234,7 @@ FAULTS = {
         leaking_mask, positions_that_go_on, loss_scaled_by_ranks, loss_of_own_labels, rank_without_images,
         pack_too_large, frozen_tower_that_moves, adapter_without_gradient, adapter_that_text_does_not_reach,
         gradient_that_is_nan, loss_by_pack, nan_in_a_weight_that_no_pack_reads, infinite_optimizer,
+        dropout_without_a_rate, dropout_in_evaluation,
     )
 }  # fmt: skip
 BEFORE = {one.__name__: one for one in (tower_that_is_trained, tied_by_mistake, rate_of_nothing,

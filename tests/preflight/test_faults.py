@@ -23,6 +23,8 @@ NAMED = {
     "adapter_without_gradient": ("trained parameters", "get no gradient, the first llm.model.layers.0."),
     "adapter_that_text_does_not_reach": ("trained parameters", "get no gradient, the first "),
     "gradient_that_is_nan": ("gradients", "NaN or Inf"),
+    "dropout_without_a_rate": ("repeatable", "trained with every dropout rate at 0, the same pack differs by"),
+    "dropout_in_evaluation": ("repeatable", "evaluated, the same pack differs by"),
     "loss_by_pack": ("loss scale", "the gradient is "),
     "nan_in_a_weight_that_no_pack_reads": ("weights", "llm.model.embed_tokens.weight: holds NaN or Inf"),
     "infinite_optimizer": ("weights", "the optimizer's exp_avg_sq of "),

@@ -18,7 +18,7 @@ from vltrain.distributed.broadcast import from_rank_0
 from vltrain.errors import InputError
 from vltrain.preflight.finite import finite_weights
 from vltrain.preflight.loss import loss_scale
-from vltrain.preflight.packing import packing_proof
+from vltrain.preflight.packing import packing_proof, repeatable
 from vltrain.preflight.ranks import agreed
 from vltrain.preflight.rehearsal import rehearse
 from vltrain.preflight.trial import trial
@@ -42,7 +42,10 @@ def check(trainer: Trainer, *, everything: bool) -> list[Finding]:
         own += agreed(rehearsal.findings)
         if _fails(own):
             return own
-        if everything:  # before gradients are compared, which depend on it
+        if everything:  # what losses and gradients that are compared depend on
+            own += agreed([repeatable(trainer)])
+            if _fails(own):
+                return own
             own += agreed([loss_scale(trainer, rehearsal.loaded)])
         return own + agreed(packing_proof(trainer, everything=everything))
 
