@@ -69,6 +69,15 @@ def test_hours_are_steps_times_operations_over_the_rate(root: Path, tmp_path: Pa
     assert f"{told['steps']} steps, 3 epoch(s)" in capsys.readouterr().out
 
 
+def test_gpus_without_a_pack_shorten_nothing(tmp_path: Path) -> None:
+    told = {}
+    for packs, gpus in ((1, 1), (1, 8), (3, 2), (3, 3), (8, 8)):
+        words = ["--train.packs_per_step", str(packs), "--gpus", str(gpus), "--card", "H100", "--utilisation", "0.5"]
+        told[packs, gpus] = planned(tmp_path, *words)["duration"]["step_seconds"]
+    assert told[1, 8] == pytest.approx(told[1, 1]) and told[8, 8] == pytest.approx(told[1, 1])
+    assert told[3, 2] == pytest.approx(2 * told[1, 1]) and told[3, 3] == pytest.approx(told[1, 1])
+
+
 def test_recomputed_blocks_cost_their_forward(tmp_path: Path) -> None:
     pace = ["--card", "A100", "--utilisation", "1"]
     kept, again = (planned(tmp_path, *pace, "--train.activation_checkpointing", value) for value in ("false", "true"))

@@ -1,6 +1,10 @@
 """How long a run takes: operations over the rate at which they are done.
 
-    seconds of a step = (operations + those done again in recomputed blocks) / (GPUs x rate) [+ bytes sent / bandwidth]
+    seconds of a step = (operations + those done again in recomputed blocks) / (GPUs at work x rate)
+                        [+ bytes sent / bandwidth]
+
+GPUs at work: packs of a step over its micro-steps; the others wait, or compute on fillers. A step of one pack takes as
+long on eight GPUs as on one.
 
 Operations are the mathematics' (`vltrain.models.flops`), so the rate at which a run does them is lower than that of one
 large product: by `utilisation`, which the user states. Trade-off: communication is taken not to overlap with
@@ -21,10 +25,10 @@ class Pace:
     bandwidth: float | None
     origin: str
 
-    def step_seconds(self, flops_per_step: float, sent_bytes: float, num_gpus: int) -> float:
-        """Of a step of all GPUs together, of which each sends so many bytes."""
+    def step_seconds(self, flops_per_step: float, sent_bytes: float, at_work: float) -> float:
+        """Of a step of all GPUs together, of which each sends so many bytes; `at_work`: see the module."""
         sending = 0.0 if self.bandwidth is None else sent_bytes / self.bandwidth
-        return flops_per_step / (num_gpus * self.flops) + sending
+        return flops_per_step / (at_work * self.flops) + sending
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -229,7 +229,7 @@ def _duration(way: Way, planned: Planned, pace: Pace | None) -> dict[str, Any]:
         epochs = min(train.epochs, steps * train.packs_per_step / mixing.epoch)
     if pace is not None:
         sent = planned.communication.sent(way.num_gpus)
-        seconds = pace.step_seconds(planned.flops + planned.recomputed, sent, way.num_gpus)
+        seconds = pace.step_seconds(planned.flops + planned.recomputed, sent, way.gpus_at_work)
         if steps is not None and epochs is not None:
             run = Duration(steps=steps, epochs=epochs, step_seconds=seconds, num_gpus=way.num_gpus)
     return {

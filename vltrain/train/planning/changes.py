@@ -145,7 +145,7 @@ def _told(tried: _Tried, way: Way, ratio: float) -> Change:
 def _seconds(way: Way, planned: Planned, pace: Pace) -> float:
     """Of a step."""
     sent = planned.communication.sent(way.num_gpus)
-    seconds = pace.step_seconds(planned.flops + planned.recomputed, sent, way.num_gpus)
+    seconds = pace.step_seconds(planned.flops + planned.recomputed, sent, way.gpus_at_work)
     # Gradients go down and weights come up, of this rank's partition.
     moved = 2 * planned.memory.host.get("master weights", 0)
     passes = 3 if way.config.train.activation_checkpointing else 2

@@ -48,6 +48,11 @@ class Way:
         """Of a step, on each GPU."""
         return micro_steps_per_step(self.config.train.packs_per_step, self.num_gpus)
 
+    @property
+    def gpus_at_work(self) -> float:
+        """GPUs that have a pack, in the mean of a step's micro-steps."""
+        return self.config.train.packs_per_step / self.micro_steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
