@@ -126,6 +126,11 @@ def test_a_mistake_about_bases_names_the_file(tmp_path, own, parts):
         ("base: t.yaml\noutput: o\nrows: {a: {}}", ["leads back to itself"]),
         ("base: t.yaml#a\noutput: o\nrows: {a: {}}", ["leads back to itself"]),
         (
+            "output: o\nrows: {a: {}}\nablation: {untuned: [b]}",
+            ["untuned: no row 'b' with a model", "known: a"],
+        ),
+        ("output: o\nrows: {a: {}}\nablation: {untuned: a}", ["ablation.untuned: found 'a'"]),
+        (
             "output: o\nrows: {a: {}}\nablation: {progam: x}",
             ["unknown key 'ablation.progam'", "did you mean 'program'"],
         ),

@@ -22,6 +22,7 @@ from tests.support.processes import ROOT
 from tests.support.tiny import SETTINGS
 from tests.support.vocabularies import make_sentencepiece
 from vltrain.launching import launcher
+from vltrain.programs import evaluate
 from vltrain.programs.studies import ablate
 from vltrain.programs.studies.ablate import main
 from vltrain.programs.studies.table import Outcome, to_markdown
@@ -222,6 +223,36 @@ def test_a_trained_row_is_only_evaluated_again(table, pretender):
     pretender.interrupts, pretender.commands = set(), []
     assert main([str(table), "--ranks", "1", "--only", "small"]) == 0
     assert [command[0] for command in pretender.commands] == ["evaluate"]
+
+
+def test_an_untuned_row_is_answered_and_neither_trained_nor_planned(table, pretender, monkeypatch, capsys):
+    trained = table.read_text()
+    table.write_text(trained.replace("ablation: {", "ablation: {untuned: [small], "))
+    assert main([str(table), "--ranks", "1"]) == 0
+    out = table.parent / "out"
+    assert pretender.commands[0] == [
+        "evaluate", "1", str(out / "small"), "--split", "val", "--checkpoint", "none", "--eval.max_samples", "4",
+    ]  # fmt: skip
+    assert [command[0] for command in pretender.commands[1:]] == ["train_mmt", "evaluate"], "the other row"
+    record = json.loads((out / "table.json").read_text())["rows"][0]
+    assert record["trained"] == 0 < record["parameters"]
+    table.write_text(trained)
+    assert main([str(table), "--only", "small"]) == 2
+    assert "ablation.untuned was True, is None" in capsys.readouterr().err
+
+    table.write_text(trained.replace("ablation: {", "ablation: {untuned: [small], "))
+    monkeypatch.setattr(ablate, "launch", lambda program, words, ranks, log: evaluate.main(list(words)))
+    again = ["--output", str(table.parent / "real"), "--only", "small", "--train.precision", "fp32"]
+    assert main([str(table), *again]) == 0, "the very program answers by it"
+    metrics = json.loads((table.parent / "real" / "small" / "eval" / "val" / "metrics.json").read_text())
+    assert (metrics["step"], metrics["total"], metrics["checkpoint"]) == (0, 4, None)
+
+
+def test_an_untuned_row_whose_weights_are_not_there_fails_alone(table, pretender):
+    table.write_text(table.read_text().replace("ablation: {", "ablation: {untuned: [small], "))
+    assert main([str(table), "--only", "small", "--model.llm.source", "gone", "--model.llm.config", "{}"]) == 1
+    record = json.loads((table.parent / "out" / "table.json").read_text())["rows"][0]
+    assert record["state"] == "failed" and "gone" in record["reason"] and not pretender.commands
 
 
 def test_figures_of_other_settings_are_not_mixed(table, pretender, capsys):

@@ -280,7 +280,7 @@ def _table(path: Path, content: dict[Any, Any], above: tuple[Path, ...]) -> Tabl
         path=path,
         settings=settings,
         rows=rows,
-        ablation=read_ablation(content.get(ABLATION, {}), where),
+        ablation=read_ablation(content.get(ABLATION, {}), where, rows),
         bases=bases,
         published=published,
         predictions=files,

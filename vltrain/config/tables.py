@@ -43,6 +43,8 @@ class Ablation:
     """The row that the others are tested against, or best; null: the first."""
     packs: int | None = number(None, 1, MOST_STEPS)
     """Packs of all training data, by which `--plan` tells hours where they are not on this machine."""
+    untuned: tuple[str, ...] = ()
+    """Rows that answer as they are before tuning: nothing of them is trained, no training data are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +99,19 @@ class Table:
         return tuple(dict.fromkeys((*(self.published.figures if self.published else ()), *self.files, *self.rows)))
 
 
-def read_ablation(content: Any, where: str) -> Ablation:
-    """The section `ablation`. Raises InputError naming `where` (the file) and the key."""
-    declared = get_type_hints(Ablation)
+def read_ablation(content: Any, where: str, rows: Collection[str]) -> Ablation:
+    """The section `ablation`. `rows`: those with a model. Raises InputError naming `where` (the file) and the key."""
+    declared, settings = get_type_hints(Ablation), dict[str, Any]()
     for name, value in _section(content, where, ABLATION, declared).items():
-        if not check_type(value, declared[name])[0]:
+        fits, settings[name] = check_type(value, declared[name])
+        if not fits:
             found = "null" if value is None else repr(value)
             raise InputError(f"{where}: {ABLATION}.{name}: found {found}, expected {describe_type(declared[name])}")
-    ablation = Ablation(**content)
+    ablation = Ablation(**settings)
     check_ranges(ablation, f"{where}: {ABLATION}")
+    for row in ablation.untuned:
+        if row not in rows:
+            raise InputError(f"{where}: {ABLATION}.untuned: no row '{row}' with a model, {nearest(row, rows)}")
     return ablation
 
 

@@ -29,17 +29,18 @@ examples:
     vltrain ablate qformer_t5_iconqa --ds zero2 --ranks 8 --output runs/iconqa
 
 Started again, it skips finished rows and resumes interrupted ones from their checkpoints. A row that fails is reported,
-and the others run. A row with train.keep_best answers by its best checkpoint, others by their last one. After every row
-the table is printed and written to table.md and table.json, and for TensorBoard's tab HPARAMS to hparams; below it
-which rows differ, by paired tests over seeds and over the questions. Exit code: 0, 1 where a row failed, 2 for a
-mistake in the input, 130 where it was interrupted.
+and the others run. Rows of `ablation.untuned` answer as they are before tuning, and are neither trained nor planned. A
+row with train.keep_best answers by its best checkpoint, others by their last one. After every row the table is printed
+and written to table.md and table.json, and for TensorBoard's tab HPARAMS to hparams; below it which rows differ, by
+paired tests over seeds and over the questions. Exit code: 0, 1 where a row failed, 2 for a mistake in the input, 130
+where it was interrupted.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from vltrain.evaluate.ready import answerable_samples
 from vltrain.evaluate.report import measure_of
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
+from vltrain.inference.untuned import write_untuned_run
 from vltrain.launching.launcher import interruptible, launch, reason_of_failure
 from vltrain.prepared.ensure_data import ensure_samples
 from vltrain.prepared.origins import data_identity
@@ -127,7 +129,7 @@ def run(plan: Plan) -> int:
 def _plan_rows(plan: Plan, options: Sequence[str]) -> None:
     """Plans the chosen rows. Raises InputError naming the row that cannot be."""
     planned, known = read_planned(plan.folder), dict[str, dict[str, Any]]()
-    rows = [row for row in plan.chosen if row in plan.table.rows]
+    rows = [row for row in plan.chosen if row in plan.table.rows and row not in plan.table.ablation.untuned]
     for number, row in enumerate(rows, start=1):
         config = next(job.config for job in plan.jobs if job.row == row)
         logger.info("planning row %d of %d, %s", number, len(rows), row)
@@ -203,7 +205,10 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
         if not _can_be_answered(job, outcome, title):
             return
         outcome.made_with = {**job.made_with, DATA: data_identity(job.config, job.split)}
-        if not _run_program("train", plan.train, job.train_words, plan.ranks, job, outcome, title):
+        if job.untuned:
+            if not _is_written(job, outcome, title):
+                return
+        elif not _run_program("train", plan.train, job.train_words, plan.ranks, job, outcome, title):
             return
         outcome.state = TRAINED
     if not _run_program("evaluate", plan.evaluate, job.evaluate_words, plan.ranks, job, outcome, title):
@@ -219,8 +224,22 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
 def _can_be_answered(job: Job, outcome: Outcome, title: str) -> bool:
     """Whether the split that the row will answer is there and fits its scorer, asked before hours of training; if not,
     `outcome` says why."""
-    try:
+
+    def look() -> None:
         answerable_samples(ensure_samples(job.config, job.split, rebuild=job.rebuild), job.config, job.max_samples)
+
+    return _succeeds(look, job, outcome, title)
+
+
+def _is_written(job: Job, outcome: Outcome, title: str) -> bool:
+    """Whether the folder of a row that is not trained could be made; if not, `outcome` says why."""
+    logger.info("%s: answers as it is before tuning", title)
+    return _succeeds(lambda: write_untuned_run(job.folder, job.config), job, outcome, title)
+
+
+def _succeeds(step: Callable[[], None], job: Job, outcome: Outcome, title: str) -> bool:
+    try:
+        step()
     except InputError as error:
         outcome.state, outcome.reason = FAILED, str(error)
         logger.error("%s: %s", title, error)

@@ -69,6 +69,7 @@ CHANGE_NOTHING = {
     "eval.tensorboard_samples",
 }
 DATA = "samples"  # in what a row was made with: their digest, known once they are there
+UNTUNED = "ablation.untuned"  # there, too
 # These too, unless the best checkpoint is answered by, or evaluations end the training.
 CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_every_epochs"}
 
@@ -76,7 +77,8 @@ CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_eve
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run of a row: its folder, the words of its two programs, the settings that make its figures what they are, and
-    the split that it answers, with at most `max_samples` questions. `seed`: None where each row is run once."""
+    the split that it answers, with at most `max_samples` questions. `seed`: None where each row is run once; `untuned`:
+    nothing is trained."""
 
     row: str
     seed: int | None
@@ -88,6 +90,7 @@ class Job:
     config: Config
     max_samples: int | None
     rebuild: bool
+    untuned: bool
 
     @property
     def name(self) -> str:
@@ -273,19 +276,22 @@ def _job(
     bounded = arguments.last("eval.max_samples") is not None
     max_samples = config.eval.max_samples if bounded else table.ablation.max_samples
     bound = () if max_samples is None else ("--eval.max_samples", str(max_samples))
-    best = ("--checkpoint", "best") if config.train.keep_best else ()
+    untuned = row in table.ablation.untuned
+    chosen = "none" if untuned else "best" if config.train.keep_best else None
+    checkpoint = () if chosen is None else ("--checkpoint", chosen)
     rebuild = (REBUILD, None) in arguments.options
     return Job(
         row=row,
         seed=seed,
         folder=folder,
         train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ()), *(("--rebuild",) if rebuild else ())),
-        evaluate_words=(str(folder), "--split", split, *best, *bound),
+        evaluate_words=(str(folder), "--split", split, *checkpoint, *bound),
         split=split,
-        made_with={**_figures(config), "split": split, "questions": max_samples},
+        made_with={**_figures(config), "split": split, "questions": max_samples, UNTUNED: untuned or None},
         config=config,
         max_samples=max_samples,
         rebuild=rebuild,
+        untuned=untuned,
     )
 
 
