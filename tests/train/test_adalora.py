@@ -172,13 +172,19 @@ def plain_run(folder, kind):
     return {"losses": torch.tensor(losses, dtype=torch.float64), **weights}, masks
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
-def test_every_stage_and_number_of_ranks_prunes_as_peft_does_in_one_plain_process(packs, tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind, stages",
+    [
+        pytest.param("llama", {1: (0,), 2: (2, 3)}, id="llama"),
+        pytest.param("llama", {1: (3,), 2: (0, 1)}, marks=pytest.mark.slow, id="llama-further"),
+        pytest.param("t5", {2: (2, 3)}, marks=pytest.mark.slow, id="t5"),
+    ],
+)
+def test_every_stage_and_number_of_ranks_prunes_as_peft_does_in_one_plain_process(packs, tmp_path, kind, stages):
     torch.set_num_threads(1)
     expected, decided = plain_run(packs[kind], kind)
     assert {int(name[:3]) for name in decided} == set(PRUNINGS)
     found = {}
-    stages = {1: (0, 3), 2: (0, 1, 2, 3)} if kind == "llama" else {2: (2, 3)}
     for world_size, numbers in stages.items():
         folder = tmp_path / str(world_size)
         folder.mkdir()
