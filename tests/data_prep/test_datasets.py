@@ -2,6 +2,7 @@
 images; and each mistake is one line before anything is there."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from data_prep.parts import Share
 from data_prep.prepare import main as prepare_main
 from data_prep.prepare import prepare
 from data_prep.reading import Reading
+from data_prep.sources import SOURCES
 from tests.data_prep.test_parts import files_of
 from tests.support import tables
 from tests.support.processes import ROOT
@@ -75,6 +77,17 @@ def test_workers_and_parts_change_no_byte(tmp_path):
     whole = files_of(tmp_path / "one")
     assert "val.jsonl" in whole and files_of(tmp_path / "two") == whole
     assert files_of(tmp_path / "merged") == whole and files_of(tmp_path / "turn") == whole
+
+
+def test_of_a_row_group_little_is_held(tmp_path):
+    """However far the samples are from the file's end."""
+    draw = random.Random(0)
+    rows = {"question": [draw.randbytes(500).hex() for _ in range(16_000)], "answer": ["yes"] * 16_000}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    held = pa.total_allocated_bytes()
+    samples = SOURCES["datasets"](tmp_path / "rows.parquet", {"val_fraction": "0"})
+    most = max(pa.total_allocated_bytes() for _ in samples)
+    assert most - held < 6 << 20 < (tmp_path / "rows.parquet").stat().st_size
 
 
 def test_equal_images_are_kept_once_and_held_out_together(tmp_path):
@@ -236,6 +249,15 @@ def of_rows(*rows):
 
 
 ROW = {"question": "q", "answer": "a", "image": ONE}
+
+
+def filtered(folder: Path) -> Path:
+    tables.as_parquet(folder)
+    card = "---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n  filters: [[number, '>', 3]]\n---\n"
+    (folder / "README.md").write_text(card)
+    return folder
+
+
 MISTAKES = {
     "no such column": (tables.as_parquet, ["question=qestion"],
                        "split 'train': has no column 'qestion' (question=), did you mean 'question'?; there are "
@@ -259,6 +281,7 @@ MISTAKES = {
     "files elsewhere": (elsewhere, [], "secret.parquet leads out of"),
     "two columns of one": (of_rows({**CHATS["lists"], "question": "q"}), ["question=question", "chat=conversations"],
                            "question= and chat=conversations: expected one or the other"),
+    "filters": (filtered, [], "its card leaves rows out (filters), which is not read here"),
     "unknown format": (tables.as_parquet, ["format=parket"], "option 'format': unknown 'parket', did you mean"),
     "a format without its files": (tables.as_csv, ["format=parquet"], "rows.csv: damaged, or no parquet: Parquet"),
     "no effect": (tables.as_parquet, ["url_seconds=3"], "option 'url_seconds': has no effect without urls=fetch"),

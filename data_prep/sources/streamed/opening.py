@@ -37,7 +37,6 @@ FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")
 UNTYPED = ("json", "webdataset")
 """Whose values stay as they are written: the library makes all rows alike, by turning what differs into text."""
 LOOKED_AT = 100
-_PARQUET_ROWS = 64  # at a time, of row groups that may be a whole file
 _PACKAGE = "datasets.packaged_modules."
 
 
@@ -173,8 +172,10 @@ def _opened(
             f"{where}: its files are of the format '{format}', which is not read; expected {', '.join(FORMATS)}"
         )
     settings: Any = builder.config
-    if format == "parquet":
-        settings.batch_size = _PARQUET_ROWS
+    if format == "parquet" and settings.filters is not None:
+        raise InputError(
+            f"{where}: its card leaves rows out (filters), which is not read here; remove that from the card"
+        )
     if format == "csv":
         settings.keep_default_na = False  # the answer "None" is a text
     data_files: dict[Any, list[Any]] = settings.data_files or {}
