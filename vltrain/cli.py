@@ -55,7 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": ("vltrain.programs.export", "export a trained model as a folder that other software loads"),
     "importance": (
-        "vltrain.programs.studies.importance",
+        "vltrain.programs.importance.program",
         "the rank that AdaLoRA left in each sublayer: table, heat map, summary",
     ),
     "scaling": (

@@ -128,6 +128,7 @@ def test_every_table_answers_the_split_that_its_paper_names() -> None:
     """Table 1 of the adapters' paper is of ScienceQA's test set, its ablation study (Tables 2 and 3) of the validation
     set; the Q-Former paper tests the checkpoint that is best on val. Tables of our own are of the test split."""
     small = ("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned")
+    small += tuple(f"qformer_{name}_tasks" for name in ("t5", "vicuna")) + ("qformer_tasks_small",)
     named = dict.fromkeys(("table1", *small, "scaling_easyvqa", *(path.stem for path in (*GRID, *SCALING))), "test")
     named |= {"table2": "val", "table3": "val"}
     answered = {

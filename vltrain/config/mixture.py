@@ -7,8 +7,9 @@
         shapes: {weight: 3, source: shapes, scorer: iconqa}
         chats:  {weight: 1, source: llava_json, input: chats.json, scorer: null}
 
-A set is a name and the keys of `SetConfig`; whatever else the recipe says holds for all of them. `sets_of` makes of it
-a recipe for each set alone, so whoever prepares, packs, checks or answers samples knows one set at a time.
+A set is a name and the keys of `SetConfig`; whatever else the recipe says holds for all of them. Null in the place of
+one that a base or a table names leaves it out. `sets_of` makes of a mixture a recipe for each set alone, so whoever
+prepares, packs, checks or answers samples knows one set at a time.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from vltrain.config.keys import check_type, describe_type
-from vltrain.config.ranges import check_ranges, number
+from vltrain.config.ranges import MOST_SIZE, check_ranges, number
 from vltrain.config.schema import EASYVQA_ROOT, Config
 from vltrain.config.strict_yaml import is_mapping
 from vltrain.errors import InputError, nearest
@@ -33,6 +34,7 @@ TAKEN = (
     "packed",
     "samples",
 )  # folders of a root, and of a run's evaluations, that are no set's
+ANSWERED_BY = ("method", "max_new_tokens")  # keys of `eval` that a set may have of its own, beside `scorer`
 
 
 @dataclass(kw_only=True)
@@ -52,6 +54,10 @@ class SetConfig:
     test_split: str | None = None
     scorer: str | None = None
     """What judges its answers; left out: `eval.scorer`; null: none, it is trained on and not evaluated."""
+    method: Literal["generate", "rank"] | None = None
+    """How it is answered; null: `eval.method`."""
+    max_new_tokens: int | None = number(None, 1, MOST_SIZE)
+    """Tokens that a generated answer may have; null: `eval.max_new_tokens`."""
 
 
 def sets_of(config: Config) -> dict[str, Config]:
@@ -72,31 +78,43 @@ def weights_of(config: Config) -> dict[str, float]:
 def _alone(config: Config, name: str) -> Config:
     given = dict(config.data.mixture[name])
     given.pop("weight", None)
-    scorer = given.pop("scorer", config.eval.scorer)
+    scorer, told = given.pop("scorer", config.eval.scorer), dict[str, Any]()
+    for key in ANSWERED_BY:
+        if (value := given.pop(key, None)) is not None:
+            told[key] = value
     own: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     own = {"source": None, "input": None, "options": {}, "root": f"{config.data.root}/{name}", **own}
     data = dataclasses.replace(config.data, mixture={}, mixture_by="passes", when_a_set_ends="repeat", **own)
-    return dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, scorer=scorer))
+    return dataclasses.replace(config, data=data, eval=dataclasses.replace(config.eval, scorer=scorer, **told))
 
 
 def joined_mapping(key: str, base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What a mapping of the setting `key` says over another one's: name by name; of a mixture its sets' keys too, which
-    the command line names by dots (`--data.mixture.SET.weight 3`)."""
+    the command line names by dots (`--data.mixture.SET.weight 3`); a set that is null is left out."""
     if key != KEY:
         return {**base, **own}
+    left_out = {name for name, value in own.items() if value is None and name in base}
+    return _joined(
+        {name: one for name, one in base.items() if name not in left_out},
+        {name: one for name, one in own.items() if name not in left_out},
+    )
+
+
+def _joined(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     joined = dict(base)
     for name, value in own.items():
         head, _, rest = str(name).partition(".")
         below = {rest: value} if rest else value
         before = joined.get(head)
-        joined[head] = joined_mapping(key, before if is_mapping(before) else {}, below) if is_mapping(below) else below
+        joined[head] = _joined(before if is_mapping(before) else {}, below) if is_mapping(below) else below
     return joined
 
 
 def require_mixture(config: Config) -> None:
     """Raises InputError for a mixture that names something that no set has, or that cannot be."""
     for name, entry in config.data.mixture.items():
-        _require_set(name, entry, config)
+        _require_set(name, entry)
+        _require_answers(name, entry, config)
     if not config.data.mixture:
         return
     if config.data.root == EASYVQA_ROOT:
@@ -114,7 +132,7 @@ def require_mixture(config: Config) -> None:
         raise InputError(f"{KEY}: no set has a scorer, so nothing is evaluated: say eval.scorer null")
 
 
-def _require_set(name: Any, entry: Any, config: Config) -> None:
+def _require_set(name: Any, entry: Any) -> None:
     if not isinstance(name, str) or not SET_NAME.fullmatch(name) or name in TAKEN:
         raise InputError(
             f"{KEY}: found the name {name!r}, expected a folder's name of letters, digits, '_' and '-', other than "
@@ -137,6 +155,16 @@ def _require_set(name: Any, entry: Any, config: Config) -> None:
         raise InputError(
             f"{key}: names no samples, expected source (a reader, or samples), root (of prepared ones) or train_packs"
         )
+
+
+def _require_answers(name: str, entry: Mapping[str, Any], config: Config) -> None:
+    """Raises InputError for what a set says of its answers and that changes none."""
+    alone = _alone(config, name).eval
+    for key in ANSWERED_BY:
+        if entry.get(key) is not None and alone.scorer is None:
+            raise InputError(f"{KEY}.{name}.{key}: has no effect: the set has no scorer, so nothing answers it")
+    if entry.get("max_new_tokens") is not None and alone.method == "rank":
+        raise InputError(f"{KEY}.{name}.max_new_tokens: has no effect: its method rank generates nothing")
 
 
 def _known() -> str:

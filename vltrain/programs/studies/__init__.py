@@ -1,1 +1,1 @@
-"""Studies of the papers: tables of ablations, and the importance of sublayers."""
+"""Studies of the papers: tables of ablations, and what is read off them."""

@@ -46,23 +46,24 @@ from typing import Any
 
 from vltrain.config.command_line import FLAGS, REBUILD, split_arguments
 from vltrain.config.keys import keys_of
+from vltrain.config.mixture import each_set
 from vltrain.config.stages import value_of
 from vltrain.console import start_logging
 from vltrain.distributed.preemption import EXIT_REQUEUE, Preempted
 from vltrain.errors import EXIT_INTERRUPTED, InputError, exits_cleanly
 from vltrain.evaluate.ready import answerable_samples
-from vltrain.evaluate.report import measure_of
 from vltrain.files.lock import lock_inside, one_writer
 from vltrain.files.strict_json import read_json
 from vltrain.inference.untuned import write_untuned_run
 from vltrain.launching.launcher import interruptible, launch, reason_of_failure
 from vltrain.prepared.ensure_data import ensure_samples
-from vltrain.prepared.origins import data_identity
+from vltrain.prepared.sets import of_set
 from vltrain.programs.studies.answers import score_files
-from vltrain.programs.studies.comparison import Comparison, Run, Seed, compare, read_answers
+from vltrain.programs.studies.comparison import Comparison, Run, Seed, compare
 from vltrain.programs.studies.planned import plan_row, read_planned, write_planned
 from vltrain.programs.studies.published import published_lines
 from vltrain.programs.studies.rows import BEST, DATA, Job, Plan, absent_weights, make_plan, settled
+from vltrain.programs.studies.sets import answers_folder, identities, row_metrics, runs_by_set
 from vltrain.programs.studies.table import (
     DONE,
     FAILED,
@@ -176,24 +177,28 @@ def _beside(plan: Plan, outcomes: Mapping[str, Outcome], runs: Mapping[str, Mapp
         title = f"Published ({published.source}), in per cent, and one's own below:"
         sections.append((title, published_lines(published, rows, states, planned), 2))
         records["published"] = {"source": published.source, "rows": published.figures}
-    comparison = _comparison(plan, outcomes)
-    if comparison is not None:
-        sections.append((*comparison.to_table(), 1))
-        records["comparison"] = comparison.to_json()
+    comparisons = _comparisons(plan, outcomes)
+    for name, comparison in comparisons.items():
+        title, lines = comparison.to_table()
+        sections.append((f"{name}: {title}" if name else title, lines, 1))
+    if "" in comparisons:
+        records["comparison"] = comparisons.pop("").to_json()
+    if comparisons:
+        records["comparison_by_set"] = {name: comparison.to_json() for name, comparison in comparisons.items()}
     return Beside(states=states, planned=planned, sections=sections, records=records)
 
 
-def _comparison(plan: Plan, outcomes: Mapping[str, Outcome]) -> Comparison | None:
-    runs: dict[str, dict[Seed, Run]] = {row: {} for row in plan.table.lines}
-    answered = [(job.name, job.row, job.seed, job.folder / "eval" / job.split) for job in plan.jobs]
-    answered += [(row, row, None, plan.folder / row / "eval" / plan.split) for row in plan.table.files]
-    for name, row, seed, folder in answered:
+def _comparisons(plan: Plan, outcomes: Mapping[str, Outcome]) -> dict[str, Comparison]:
+    """By set, of those that have it; of rows without a mixture under no name."""
+    runs: dict[str, dict[str, dict[Seed, Run]]] = {}
+    answered = [(job.name, job.row, job.seed, job.folder, job.splits) for job in plan.jobs]
+    answered += [(row, row, None, plan.folder / row, {"": plan.split}) for row in plan.table.files]
+    for name, row, seed, folder, splits in answered:
         if outcomes[name].state == DONE:
-            metrics = outcomes[name].metrics
-            measure = measure_of(metrics)
-            answers = read_answers(folder / "predictions.jsonl")
-            runs[row][seed] = Run(measure=measure, value=metrics[measure], answers=answers)
-    return compare(runs, plan.against, best=plan.against == BEST)
+            for one, run in runs_by_set(outcomes[name].metrics, folder, splits).items():
+                runs.setdefault(one, {row: {} for row in plan.table.lines})[row][seed] = run
+    compared = {name: compare(by_row, plan.against, best=plan.against == BEST) for name, by_row in runs.items()}
+    return {name: comparison for name, comparison in compared.items() if comparison is not None}
 
 
 def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
@@ -204,7 +209,7 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
         outcome.state, outcome.reason, outcome.made_with = RUNNING, None, job.made_with
         if not _can_be_answered(job, outcome, title):
             return
-        outcome.made_with = {**job.made_with, DATA: data_identity(job.config, job.split)}
+        outcome.made_with = {**job.made_with, DATA: identities(job.config, job.splits)}
         if job.untuned:
             if not _is_written(job, outcome, title):
                 return
@@ -216,7 +221,8 @@ def _run_row(plan: Plan, job: Job, outcome: Outcome, title: str) -> None:
     facts = _read(job.folder / "run.json")
     parameters, outcome.full_qformer = facts["parameters"].values(), facts.get("full_qformer")
     outcome.parameters, outcome.trained = (sum(part[name] for part in parameters) for name in ("total", "trainable"))
-    outcome.metrics = _read(job.folder / "eval" / job.split / "metrics.json")
+    places = {name: answers_folder(job.folder, name, split) for name, split in job.splits.items()}
+    outcome.metrics = row_metrics({name: _read(place / "metrics.json") for name, place in places.items()})
     outcome.steps, outcome.state = outcome.metrics["step"], DONE
     write_outcome(job.folder, outcome)
 
@@ -226,7 +232,11 @@ def _can_be_answered(job: Job, outcome: Outcome, title: str) -> bool:
     `outcome` says why."""
 
     def look() -> None:
-        answerable_samples(ensure_samples(job.config, job.split, rebuild=job.rebuild), job.config, job.max_samples)
+        for name, one in each_set(job.config).items():
+            if name in job.splits:
+                with of_set(name):
+                    samples = ensure_samples(one, job.splits[name], rebuild=job.rebuild)
+                    answerable_samples(samples, one, job.max_samples)
 
     return _succeeds(look, job, outcome, title)
 

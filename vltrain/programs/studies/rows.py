@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from vltrain.config.command_line import COMMAND_LINE, REBUILD, Arguments, Option, load_settings
 from vltrain.config.keys import keys_of
+from vltrain.config.mixture import each_set
 from vltrain.config.older_runs import ADDED, value_before
 from vltrain.config.ranges import MOST_SEED
 from vltrain.config.recipe import read_table
@@ -26,9 +27,10 @@ from vltrain.evaluate.ready import require_scorer
 from vltrain.inference.run import recorded_identity
 from vltrain.launching.launcher import default_ranks, find_program
 from vltrain.memory.sizes import SAYS_SIZES, is_here
-from vltrain.prepared.origins import data_identity, samples_folder
+from vltrain.prepared.origins import samples_folder
 from vltrain.programs import plan as one_recipe
 from vltrain.programs.studies.planned import PASSED_ON
+from vltrain.programs.studies.sets import answered_splits, identities
 from vltrain.programs.studies.table import DONE, OUTCOME, TRAINED, Outcome, read_outcome
 from vltrain.shipped import find_recipe
 from vltrain.train.run.identity import MADE_OF, differences
@@ -77,15 +79,15 @@ CHANGE_SELECTION = {"data.eval_split", "train.eval_every_steps", "train.eval_eve
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run of a row: its folder, the words of its two programs, the settings that make its figures what they are, and
-    the split that it answers, with at most `max_samples` questions. `seed`: None where each row is run once; `untuned`:
-    nothing is trained."""
+    the split that it answers (by set; without a mixture under no name), with at most `max_samples` questions. `seed`:
+    None where each row is run once; `untuned`: nothing is trained."""
 
     row: str
     seed: int | None
     folder: Path
     train_words: tuple[str, ...]
     evaluate_words: tuple[str, ...]
-    split: str
+    splits: dict[str, str]
     made_with: dict[str, Any]
     config: Config
     max_samples: int | None
@@ -118,7 +120,7 @@ class Plan:
     @property
     def split(self) -> str:
         """The split that files of answers answer."""
-        return self.jobs[0].split
+        return next(iter(self.jobs[0].splits.values()))
 
 
 def make_plan(arguments: Arguments) -> Plan:
@@ -234,12 +236,9 @@ def _jobs(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int
     recipe = ("--recipe", str(table.recipe_of(row)), "--output", str(folder / row))
     try:
         config = load_settings([*recipe, *overrides], program="vltrain ablate", options=OPTIONS).config
-        require_scorer(config)
-        if config.data.mixture:
-            raise InputError(
-                "data.mixture: found several sets, but a table has one figure a row; train and evaluate the row by "
-                "itself (vltrain train, vltrain evaluate)"
-            )
+        scored = [one for name, one in each_set(config).items() if name in answered_splits(config, None)]
+        for one in scored or [config]:
+            require_scorer(one)
     except InputError as error:
         raise InputError(f"{error} (row '{row}' of {table.path})") from None
     ds = arguments.last("ds")
@@ -272,7 +271,9 @@ def _job(
 ) -> Job:
     ds = arguments.last("ds")
     recipe = ("--recipe", str(table.recipe_of(row)), "--output", str(folder))
-    split = arguments.last("split") or table.ablation.split or config.data.test_split
+    said = arguments.last("split") or table.ablation.split
+    splits = answered_splits(config, said)
+    split = splits.get("", said)
     bounded = arguments.last("eval.max_samples") is not None
     max_samples = config.eval.max_samples if bounded else table.ablation.max_samples
     bound = () if max_samples is None else ("--eval.max_samples", str(max_samples))
@@ -285,8 +286,8 @@ def _job(
         seed=seed,
         folder=folder,
         train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ()), *(("--rebuild",) if rebuild else ())),
-        evaluate_words=(str(folder), "--split", split, *checkpoint, *bound),
-        split=split,
+        evaluate_words=(str(folder), *(("--split", split) if split else ()), *checkpoint, *bound),
+        splits=splits,
         made_with={**_figures(config), "split": split, "questions": max_samples, UNTUNED: untuned or None},
         config=config,
         max_samples=max_samples,
@@ -335,9 +336,10 @@ def settled(job: Job) -> Outcome:
                 "--output, or remove it"
             )
     _require_same_files(job)
-    data = data_identity(job.config, job.split)
+    data = identities(job.config, job.splits)
     if data is not None and outcome.made_with.get(DATA, data) != data:
-        found = f"{samples_folder(job.config)} has other samples now than it was trained and answered on"
+        where = " or ".join(str(samples_folder(one)) for one in each_set(job.config).values())
+        found = f"{where} has other samples now than it was trained and answered on"
         raise InputError(
             f"{job.folder}: holds row '{job.name}' of other data: {found}; choose another --output, or remove it"
         )

@@ -273,6 +273,8 @@ def _share(value: float | None) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_plain(one)}" for name, one in value.items())
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -69,7 +69,11 @@ def measured_by(config: Config) -> dict[str, Any]:
     sets = {
         f"data.mixture.{name}.{key}": value
         for name, one in sets_of(config).items()
-        for key, value in (("scorer", one.eval.scorer), ("eval_split", one.data.eval_split))
+        for key, value in (
+            ("scorer", one.eval.scorer),
+            ("eval_split", one.data.eval_split),
+            *((("method", one.eval.method),) if one.eval.method != config.eval.method else ()),
+        )
     }
     return {**evaluation, "data.eval_split": config.data.eval_split, **sets}
 
