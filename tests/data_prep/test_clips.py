@@ -2,14 +2,18 @@
 together."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.sources import clips
+from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
+from vltrain.evaluate.ready import answerable_samples
+from vltrain.prepared.ensure_data import ensure_samples
 
 SMALL = {"train_clips": 60, "val_clips": 10, "test_clips": 10}
 
@@ -93,6 +97,41 @@ def test_frames_are_pictures_that_differ():
 def test_a_mistake_is_named(options, said):
     with pytest.raises(InputError, match=said):
         list(clips.read(None, options))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"options": {"frames": 0}}, "source 'clips', option 'frames': found 0, .* a clip without frames"),
+        (
+            {"options": {"frames": 6}, "max_images": 4},
+            "data.max_images: found 4, but 'train/0/0' of clips shows 6 images",
+        ),
+    ],
+)
+def test_frames_that_no_pack_takes_are_named_before_anything_is_drawn(tmp_path, data, said):
+    config = Config(data=DataConfig(source="clips", root=str(tmp_path / "data"), **data))
+    with pytest.raises(InputError, match=said) as caught:
+        ensure_samples(config, "val")
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("*.jsonl")) + list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("frames", [(), ("0.png", "1.png"), ("0.png", "1.png", "gone.png")])
+def test_a_film_of_ones_own_without_some_of_its_frames_is_named(tmp_path, frames):
+    """Fewer than its text has places for, none, or a file that is not there: before any of it is packed or answered."""
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    turns = [{"role": "user", "text": "<image>" * 3 + "Which moves?"}, {"role": "assistant", "text": "(a) star"}]
+    facts = {"choices": ["star", "cross"], "answer": 0, "candidates": ["(a) star", "(b) cross"]}
+    line = {"id": "film", "images": list(frames), "turns": turns, "metadata": {"question_type": "choose_txt", **facts}}
+    (tmp_path / "val.jsonl").write_text(json.dumps(line) + "\n")
+    config = Config(
+        data=DataConfig(source="samples", input=str(tmp_path), root=str(tmp_path / "data")),
+        eval=EvalConfig(scorer="iconqa"),
+    )
+    with pytest.raises(InputError, match='sample .film.|"film"') as caught:
+        answerable_samples(ensure_samples(config, "val"), config, None)
+    assert "\n" not in str(caught.value) and ("gone.png" in str(caught.value)) == (len(frames) == 3)
 
 
 def test_it_takes_no_input(tmp_path):

@@ -215,6 +215,7 @@ def _prepare(config: Config, *, replace: bool) -> None:
 
     reader = config.data.reader
     assert reader is not None, "_require_maker"
+    _require_room_for_images(config.data, reader)
     logger.info("data: preparing %s into %s", reader, samples_folder(config))
     raw = Path(config.data.input) if config.data.input else None
     prepare(
@@ -225,6 +226,19 @@ def _prepare(config: Config, *, replace: bool) -> None:
         max_image_pixels=config.data.max_image_pixels,
         rebuild=replace,
     )
+
+
+def _require_room_for_images(data: DataConfig, reader: str) -> None:
+    """Raises InputError if the first sample of a source that draws its own, such as clips, shows more images than a
+    pack may hold: all of them would be drawn before packing says so."""
+    from data_prep.sources import SOURCES
+
+    if data.input is not None or data.max_images is None or data.over_long != "error" or data.train_packs is not None:
+        return
+    first = next(iter(SOURCES[reader](None, data.options)), None)
+    if first is not None and len(first.sample.images) > data.max_images:
+        found = f"found {data.max_images}, but '{first.sample.id}' of {reader} shows {len(first.sample.images)} images"
+        raise InputError(f"data.max_images: {found}, and a pack holds whole samples: raise it, or see data.options")
 
 
 def _pack(config: Config, samples: Path, folder: Path, encoder: SampleEncoder, *, replace: bool) -> None:
