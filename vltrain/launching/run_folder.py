@@ -32,6 +32,19 @@ def read_command(
 
     Raises: InputError for another command line.
     """
+    told = read_commands(argv, program=program, help_text=help_text, options=options, can_be_quiet=can_be_quiet)
+    if told is None:
+        return None
+    runs, output, arguments = told
+    if len(runs) != 1:
+        raise InputError(f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN --output FOLDER")
+    return runs[0], output, arguments
+
+
+def read_commands(
+    argv: list[str], *, program: str, help_text: str | None, options: Sequence[str], can_be_quiet: bool = False
+) -> tuple[list[Path], Path, Arguments] | None:
+    """The same of `PROGRAM RUN [RUN ...] --output FOLDER`: one run or more."""
     flags = (QUIET,) if can_be_quiet else ()
     arguments = split_arguments(argv, flags=(*FLAGS, *flags))
     if ("help", None) in arguments.options:
@@ -40,6 +53,6 @@ def read_command(
     start_logging(quiet=(QUIET, None) in arguments.options)
     arguments.require_known(("output", *options, *flags))
     output = arguments.last("output")
-    if len(arguments.positionals) != 1 or output is None:
+    if not arguments.positionals or output is None:
         raise InputError(f"{COMMAND_LINE}: found {list(arguments.positionals)}, expected {program} RUN --output FOLDER")
-    return last_stage(Path(arguments.positionals[0])), Path(output), arguments
+    return [last_stage(Path(word)) for word in arguments.positionals], Path(output), arguments

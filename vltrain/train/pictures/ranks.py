@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vltrain.models.peft.low_rank import sublayer_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TEXT_FFN = ("intermediate.dense", "output.dense")
@@ -24,14 +25,13 @@ TEXT_FFN = ("intermediate.dense", "output.dense")
 @dataclass(frozen=True, kw_only=True)
 class LayerRank:
     """One matrix. `stack`: qformer, llm, or of a T5 llm.encoder and llm.decoder; `block`: its number in it; `kept` of
-    `initial` directions;
-    `reached`: whether a gradient can reach it."""
+    `initial` directions, a mean where it is of several runs; `reached`: whether a gradient can reach it."""
 
     stack: str
     block: int
     sublayer: str
     matrix: str
-    kept: int
+    kept: float
     initial: int
     reached: bool
 
@@ -70,47 +70,75 @@ def _place(layer: str) -> tuple[str, int, str]:
 
 
 def draw_ranks(ranks: Sequence[LayerRank]) -> Figure:
-    """The heat map: per stack a row for each block and a column for each matrix; grey where there is none, crossed out
-    where no gradient comes."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    """The heat map of a run: per stack a row for each block and a column for each matrix; grey where there is none,
+    crossed out where no gradient comes."""
     from matplotlib.figure import Figure
 
-    stacks = list(dict.fromkeys(one.stack for one in ranks))
-    columns = {stack: _columns([one for one in ranks if one.stack == stack]) for stack in stacks}
-    num_blocks = {stack: 1 + max(one.block for one in ranks if one.stack == stack) for stack in stacks}
-    widths = [len(columns[stack]) for stack in stacks]
-    figure = Figure(figsize=(2.5 + 0.6 * sum(widths), 3.4 + 0.32 * max(num_blocks.values())), layout="constrained")
+    stacks = _stacks(ranks)
+    widths = [len(_columns(members)) for members in stacks.values()]
+    height = max(_num_blocks(members) for members in stacks.values())
+    figure = Figure(figsize=(2.5 + 0.6 * sum(widths), 3.4 + 0.32 * height), layout="constrained")
     axes = figure.subplots(1, len(stacks), squeeze=False, width_ratios=widths)[0]
-    highest = max(one.initial for one in ranks)
-    scale = ScalarMappable(Normalize(0, highest), "viridis")
-    for place, stack in zip(axes, stacks, strict=True):
-        values = [[float("nan")] * len(columns[stack]) for _ in range(num_blocks[stack])]
-        for one in ranks:
-            if one.stack == stack:
-                values[one.block][columns[stack].index((one.sublayer, one.matrix))] = one.kept
-        place.imshow(values, cmap=scale.cmap, norm=scale.norm, aspect="auto")
-        place.set_facecolor("lightgrey")
-        place.set_title(stack)
-        place.set_ylabel("block")
-        place.set_yticks(range(num_blocks[stack]))
-        labels = [f"{sublayer}: {matrix}" for sublayer, matrix in columns[stack]]
-        place.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
-        for one in ranks:
-            if one.stack == stack:
-                told = str(one.kept) if one.reached else "×"
-                ink = "white" if one.kept < highest / 2 else "black"
-                place.text(
-                    columns[stack].index((one.sublayer, one.matrix)),
-                    one.block,
-                    told,
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=7,
-                )
-    figure.colorbar(scale, ax=axes, label="rank kept (×: no gradient reaches it)")
+    for place, (stack, members) in zip(axes, stacks.items(), strict=True):
+        _draw(place, members, stack, max(one.initial for one in ranks))
+    _legend(figure, axes, max(one.initial for one in ranks))
     return figure
+
+
+def draw_side_by_side(panels: Mapping[str, Sequence[LayerRank]]) -> Figure:
+    """Heat maps of several runs, or means of several, of the same matrices: a column of panels for each, a row for each
+    stack, one scale and one order for all."""
+    from matplotlib.figure import Figure
+
+    stacks = {name: _stacks(ranks) for name, ranks in panels.items()}
+    first = next(iter(stacks.values()))
+    highest = max(one.initial for ranks in panels.values() for one in ranks)
+    width = max(len(_columns(members)) for members in first.values())
+    heights = [_num_blocks(members) for members in first.values()]
+    size = (1.6 + len(panels) * (0.8 + 0.42 * width), 1.0 + 2.4 * len(heights) + 0.3 * sum(heights))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(first), len(panels), squeeze=False, height_ratios=[8 + height for height in heights])
+    for column, (name, of_run) in enumerate(stacks.items()):
+        for row, (stack, members) in enumerate(of_run.items()):
+            _draw(axes[row][column], members, f"{name}: {stack}", highest)
+    _legend(figure, axes, highest)
+    return figure
+
+
+def _stacks(ranks: Sequence[LayerRank]) -> dict[str, list[LayerRank]]:
+    names = dict.fromkeys(one.stack for one in ranks)
+    return {stack: [one for one in ranks if one.stack == stack] for stack in names}
+
+
+def _num_blocks(ranks: Sequence[LayerRank]) -> int:
+    return 1 + max(one.block for one in ranks)
+
+
+def _draw(place: Axes, ranks: Sequence[LayerRank], title: str, highest: int) -> None:
+    """One stack."""
+    columns = _columns(ranks)
+    values = [[float("nan")] * len(columns) for _ in range(_num_blocks(ranks))]
+    for one in ranks:
+        column = columns.index((one.sublayer, one.matrix))
+        values[one.block][column] = one.kept
+        told = f"{one.kept:.3g}" if one.reached else "×"
+        ink = "white" if one.kept < highest / 2 else "black"
+        place.text(column, one.block, told, ha="center", va="center", color=ink, fontsize=7)
+    place.imshow(values, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
+    place.set_facecolor("lightgrey")
+    place.set_title(title, fontsize=10)
+    place.set_ylabel("block")
+    place.set_yticks(range(len(values)))
+    labels = [f"{sublayer}: {matrix}" for sublayer, matrix in columns]
+    place.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=7)
+
+
+def _legend(figure: Figure, axes: Any, highest: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    scale = ScalarMappable(Normalize(0, highest), "viridis")
+    figure.colorbar(scale, ax=axes, label="rank kept (×: no gradient reaches it)")
 
 
 def _columns(ranks: Sequence[LayerRank]) -> list[tuple[str, str]]:
