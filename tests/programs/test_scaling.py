@@ -30,8 +30,16 @@ def test_the_line_is_that_of_the_normal_equations_and_its_interval_that_of_seeds
     fit = fit_line(points)
     x, y = np.log10([one[0] for one in points]), np.array([one[2] for one in points])
     assert fit.slope == pytest.approx(np.polyfit(x, y, 1)[0]) and fit.at_one == pytest.approx(np.polyfit(x, y, 1)[1])
-    # Of three seeds drawn thrice: all three the same in 1 of 9 draws, so the ends are single seeds' lines.
-    assert fit.slope_interval == (pytest.approx(0.02, abs=1e-3), pytest.approx(0.08, abs=1e-3))
+    # Student's t of three slopes: 4.3027 times their standard deviation over the root of three.
+    half = 4.3027 * 0.03 / np.sqrt(3)
+    assert fit.slope_interval == (pytest.approx(0.05 - half, abs=1e-3), pytest.approx(0.05 + half, abs=1e-3))
+
+
+def test_a_seed_with_a_single_share_is_in_the_line_but_has_no_slope_of_its_own():
+    of_two = [(0.01, 0, 0.5), (0.1, 0, 0.6), (0.01, 1, 0.5), (0.1, 1, 0.7)]
+    fit, more = fit_line(of_two), fit_line([*of_two, (0.1, 2, 0.62)])
+    widths = [one.slope_interval[1] - one.slope_interval[0] for one in (fit, more)]
+    assert widths[0] == pytest.approx(widths[1]) and (fit.seeds, more.seeds) == (2, 3) and more.slope != fit.slope
 
 
 def test_a_single_share_has_no_line_and_a_single_seed_no_interval():

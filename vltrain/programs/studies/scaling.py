@@ -5,7 +5,7 @@
 TABLE is a table's output folder. All its rows stand in one table, those that are planned or not run yet, too
 (`vltrain ablate TABLE --plan`). Of each table and each share of the data (`data.fraction`) a line is fitted by least
 squares, accuracy over log10 of the share of parameters that is trained (of an InstructBLIP: of its Q-Former's), with a
-95% interval of its slope from resampled seeds. Written into the new folder:
+95% interval of its slope by Student's t over seeds. Written into the new folder:
 
     scaling.md     all rows, and the lines
     scaling.json   the same
@@ -159,7 +159,7 @@ def to_markdown(rows: Sequence[Row], fits: Mapping[Group, Fit]) -> str:
         interval = "–" if fit.slope_interval is None else " to ".join(f"{100 * end:+.2f}" for end in fit.slope_interval)
         shares = [f"{100 * fit.slope:+.2f}", interval, f"{100 * fit.rms:.2f}", str(fit.points), str(fit.seeds)]
         told.append([table, f"{100 * fraction:g}", *shares])
-    title = "Accuracy over log10 of the trained share, by least squares; intervals from resampled seeds:"
+    title = "Accuracy over log10 of the trained share, by least squares; intervals by Student's t over seeds:"
     return f"{text}\n\n{title}\n\n{aligned(told, 1)}"
 
 
