@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.gemma3 import modeling_gemma3
 
 from tests.preflight.faults import plant
 from vltrain.data.report.finding import Finding
@@ -28,6 +29,19 @@ def both(trainer: Trainer, *, everything: bool) -> list[Finding]:
     return [*check(trainer, everything=False), *check(trainer, everything=everything)]
 
 
+def projector_of_released_weights(patch: pytest.MonkeyPatch) -> None:
+    """transformers begins Gemma 3's projector with zeros, through which no adapter of the tower gets a gradient: a
+    right alarm of a network of random numbers."""
+    begin = modeling_gemma3.Gemma3PreTrainedModel._init_weights
+
+    def filled(self: Any, module: torch.nn.Module) -> None:
+        begin(self, module)
+        if isinstance(module, modeling_gemma3.Gemma3MultiModalProjector):
+            torch.nn.init.normal_(module.mm_input_projection_weight, std=0.02)
+
+    patch.setattr(modeling_gemma3.Gemma3PreTrainedModel, "_init_weights", filled)
+
+
 def run_one(scenario: dict[str, Any]) -> None:
     said, assemble = io.StringIO(), recipe.assemble
     with pytest.MonkeyPatch.context() as patch:
@@ -35,6 +49,7 @@ def run_one(scenario: dict[str, Any]) -> None:
         patch.setitem(recipe.require_runnable.__globals__, "require_audited", lambda model: None)
         if scenario.get("both"):
             patch.setattr(recipe, "check", both)
+        projector_of_released_weights(patch)
         patch.setattr(recipe, "shutdown_distributed", lambda: None)  # the next one is of the same group
         patch.setattr(train, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
         fault = scenario.get("fault", "")

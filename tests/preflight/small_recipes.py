@@ -119,12 +119,14 @@ def _small(config: Config, model: Any, folder: Path, precision: str) -> Config:
         root=str(folder / "data"),
         pack_length=PACK_LENGTH[config.model.architecture],
         max_images=config.data.max_images and 4,
+        fraction=1.0,
         train_split="train",
         eval_split="val",
         test_split="test",
         workers=0,
     )
-    train = replace(config.train, precision=precision, epochs=max(2.0, config.train.epochs), init_from=None, loggers=(),
+    epochs = 1000.0 if config.train.max_steps else max(2.0, config.train.epochs)
+    train = replace(config.train, precision=precision, epochs=epochs, init_from=None, loggers=(),
                     packs_per_step=min(4, config.train.packs_per_step))  # fmt: skip
     return replace(config, model=model, data=data, train=train, eval=EvalConfig(), output=str(folder / "nowhere"))
 

@@ -23,13 +23,14 @@ LORA = {"peft": {"kind": "lora", "rank": 4, "targets": ["*_proj"]}}
 
 
 def check_all(folder, files):
+    results = {name: folder / f"result-{number}" for number, name in enumerate(files)}
     told = [
-        {"recipe": str(file), "words": ["--ds", "zero2"], "result": str(folder / file.stem), "both": True}
-        for file in files.values()
+        {"recipe": str(file), "words": ["--ds", "zero2"], "result": str(results[name]), "both": True}
+        for name, file in files.items()
     ]
     (folder / "told.json").write_text(json.dumps(told))
     run_ranks("tests.preflight.command_worker", [str(folder / "told.json")], 1, folder / "log", 3000)
-    return {name: json.loads((folder / f"{file.stem}.0").read_text()) for name, file in files.items()}
+    return {name: json.loads(Path(f"{result}.0").read_text()) for name, result in results.items()}
 
 
 OF_DATA = ("answers of", "images of", "'", "repeated samples", "longest answers", "packs: ", "unknown tokens")

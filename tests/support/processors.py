@@ -172,7 +172,12 @@ KINDS: dict[str, Kind] = {
         GEMMA, "<image_soft_token>", {"size": SQUARE, "image_seq_length": 4, **HALF},
         {
             "model_type": "gemma3", "vision_config": {"model_type": "siglip_vision_model", **VIT},
-            "text_config": {"model_type": "gemma3_text", **TEXT, "sliding_window": 8}, "mm_tokens_per_image": 4,
+            # A window in every layer would hide images from answers.
+            "text_config": {
+                "model_type": "gemma3_text", **TEXT, "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "mm_tokens_per_image": 4,
         },
         named={
             "bos_token": "<bos>", "eos_token": "<eos>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",

@@ -29,7 +29,7 @@ NEXT_TO_NOTHING = 1e-5
 """Of the largest part's in the first step: what has no say yet, as what a router decides by while all that it weighs is
 alike. Its gradient grows from there."""
 MANY_IDLE = 0.25
-"""Of a part's trained parameters: fewer without effect on the loss are a network's own."""
+"""Of a part's trained parameters: so many without effect on the loss are a network's own."""
 CLEAR = 100.0  # times AdamW's epsilon: a gradient from which on a step is as long as the learning rate
 _LEAVES_OUT = ".ranknum."  # of peft's AdaLoRA: it counts, and is trained by nobody
 _PRUNED = ".lora_E."  # by AdaLoRA, behind the optimizer's step
@@ -132,7 +132,7 @@ class Census:
         counts = Counter(map(part_of, trained))
         share = max(count / counts[part] for part, count in Counter(map(part_of, still)).items())
         # Networks have layers whose results nobody reads, such as the text's MLP in a Q-Former's last block.
-        status = FAILED if share == 1 else WARNING if share >= MANY_IDLE else OK
+        status = FAILED if share == 1 else WARNING if share > MANY_IDLE else OK
         return Finding(status=status, what=what, found=f"all {len(trained):,} are reached; {told}")
 
     def _finite(self) -> Finding:
