@@ -151,6 +151,7 @@ def test_bad_input_is_one_line(monkeypatch, capsys, words, told):
 
 
 @needs_trl
+@pytest.mark.slow
 def test_train_with_every_competitor(tmp_path):
     found = run_quick("train", tmp_path, "--data", "scienceqa", "text", "--batches", "2")
     kinds = {(row["data"], row["trainer"].removesuffix(", batches of 2")) for row in found["speed"]}

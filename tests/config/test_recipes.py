@@ -411,7 +411,12 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("name", STOCK)
+SLOW = ("qwen2_5_vl_3b", "internvl3_5_2b", "llava_1_5_7b")  # nothing of them is not in one of the others
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in STOCK]
+)
 def test_a_stock_model_is_planned_by_its_name_with_adapters_and_with_lora(name: str) -> None:
     (vit_blocks, vit_width), (blocks, width, ffn, queries, keys) = STOCK[name]
     adapters, lora = (config_of(ROOT / "launch" / "recipes" / f"{name}{end}.yaml") for end in ("", "_lora"))

@@ -101,6 +101,7 @@ def test_mistakes_are_one_line(place, words, told):
     assert code == 2 and told in lines[-1], lines
 
 
+@pytest.mark.slow
 def test_labels_on_the_question_at_two_ranks(place):
     """Given packs, of samples that lie beside the test's: shards whose loss lies on what is asked."""
     samples, packs = place.root / "mine", place.root / "planted"

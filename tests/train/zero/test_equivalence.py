@@ -134,8 +134,8 @@ def run_scenarios(
 def test_bf16_is_the_same_at_every_stage_and_near_fp32(packs, references, tmp_path):
     """Frozen weights and matrix products in bf16, trained weights in fp32; activation checkpointing on."""
     changes = {**ROUTER, "train__precision": "bf16"}
-    found = run_scenarios(packs, {f"bf16-{number}": (stage(number), changes) for number in (0, 2, 3)}, 2, tmp_path)
-    exact, plain = references["router"], found["bf16-0"]
+    found = run_scenarios(packs, {f"bf16-{number}": (stage(number), changes) for number in (2, 3)}, 2, tmp_path)
+    exact, plain = references["router"], found["bf16-2"]
     assert relative_difference(plain["losses"], exact["losses"]) > 1e-5, "that was fp32"
     for name, result in found.items():
         assert relative_difference(result["losses"], exact["losses"]) < 1e-2, name
