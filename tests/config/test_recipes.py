@@ -43,7 +43,14 @@ GRID = [
     path
     for path in TABLES
     if path.stem
-    in {f"qformer_{llm}_{data}" for llm in ("t5", "vicuna") for data in ("scienceqa", "iconqa", "flickr30k", "vizwiz")}
+    in {
+        "qformer_vicuna_clips",
+        *(
+            f"qformer_{llm}_{data}"
+            for llm in ("t5", "vicuna")
+            for data in ("scienceqa", "iconqa", "flickr30k", "vizwiz")
+        ),
+    }
 ]
 SCALING = [path for path in TABLES if path.stem in {f"scaling_{llm}" for llm in LLMS_SCALED}]
 ROWS = [
@@ -128,7 +135,10 @@ def test_every_table_answers_the_split_that_its_paper_names() -> None:
     """Table 1 of the adapters' paper is of ScienceQA's test set, its ablation study (Tables 2 and 3) of the validation
     set; the Q-Former paper tests the checkpoint that is best on val. Tables of our own are of the test split."""
     small = ("table2_smollm2_easyvqa", "table3_smollm2_easyvqa", "qformer_easyvqa", "qformer_shapes_tuned")
-    small += tuple(f"qformer_{name}_tasks" for name in ("t5", "vicuna")) + ("qformer_tasks_small",)
+    small += tuple(f"qformer_{name}_tasks" for name in ("t5", "vicuna")) + (
+        "qformer_tasks_small",
+        "qformer_clips_tuned",
+    )
     named = dict.fromkeys(("table1", *small, "scaling_easyvqa", *(path.stem for path in (*GRID, *SCALING))), "test")
     named |= {"table2": "val", "table3": "val"}
     answered = {
@@ -209,7 +219,7 @@ def test_the_named_recipes_are_there() -> None:
     assert names >= {f"table2#ba_{row}" for row in ("8_2", "16_2", "4_2", "32_2", "16_4")}
     assert len([name for name in names if name.startswith("table3#")]) == 11
     assert names >= {"easyvqa_stages#neck", "easyvqa_stages#adapters"}
-    assert DS_FILES and len(GRID) == 8 and len(SCALING) == 4
+    assert DS_FILES and len(GRID) == 9 and len(SCALING) == 4
 
 
 def hollow(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

@@ -177,6 +177,11 @@ def draw(rows: Sequence[Row], fits: Mapping[Group, Fit]) -> Figure:
         axes.set_xlabel("% of parameters trained", fontsize=9)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
+        known = sorted(
+            {100 * (row.trained_share or 0) for (name, _), rows in groups.items() if name == table for row in rows}
+        )
+        axes.set_xticks(known, [f"{share:.3g}" for share in known])
+        axes.set_xticks([], minor=True)
         for place, ((name, fraction), members) in enumerate(groups.items()):
             if name != table:
                 continue
