@@ -1,6 +1,8 @@
 """Samples -> packed shards:
 `python -m data_prep.pack --samples FILE.jsonl --tokenizer PLACE --visual-tokens V --pack-length T --output DIR`.
 
+Several files are packed together as `--samples SET=FILE SET=FILE`, each sample as SET/ID.
+
 Reads and checks every sample, tokenises them in several processes, assigns them to packs (`vltrain.data.packing`), and
 writes the shards with each distinct image once. Tokens and all that is known of a sample wait on disk between the two
 passes, so memory does not grow with the samples, only by some hundred bytes per distinct image. A sample that does not
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.packed_images import PackedImages, Wanted, decoded_before
+from data_prep.packed_images import PackedImages, Wanted
 from data_prep.parallel import usable_cores
 from data_prep.parts import (
     Share,
@@ -35,14 +37,13 @@ from data_prep.parts import (
 from data_prep.prepare import CHECKED
 from data_prep.spool import Spool
 from data_prep.steps.pack_command import pack_options, settings_of
-from data_prep.tokens import PackSettings, Tokens, read_tokens, tokenised, write_tokens
+from data_prep.steps.sample_files import Given, SampleFiles, read_given
+from data_prep.tokens import PackSettings, Tokens, read_tokens, write_tokens
 from vltrain.console import Progress, start_logging
 from vltrain.data.flat.columns import in_slices
 from vltrain.data.origin import (
-    SAMPLES_FILE,
     MadeFrom,
     read_made_from,
-    read_prepared,
     rendered_digest,
     write_made_from,
 )
@@ -51,18 +52,19 @@ from vltrain.data.shards import FORMAT_VERSION, STOCK_FORMAT, Manifest, PackedDa
 from vltrain.data.text.conversation import find_template
 from vltrain.data.text.encoder import SampleEncoder
 from vltrain.errors import InputError, exits_cleanly
-from vltrain.files.record import FILE, FOLDER, Seen, look, read_record, stat_of
+from vltrain.files.record import read_record
 
 OVER_LONG = "over_long.jsonl"
 
 
 def pack(
-    samples: Path, output: Path, settings: PackSettings, *, workers: int | None = None, rebuild: bool = False
+    samples: Given, output: Path, settings: PackSettings, *, workers: int | None = None, rebuild: bool = False
 ) -> Manifest:
     """Packs a file of samples.
 
     Args:
-        samples: JSONL of `vltrain.schema.Sample`; image paths are relative to its folder.
+        samples: JSONL of `vltrain.schema.Sample`; image paths are relative to its folder. Several by the names of their
+            sets are packed together, each sample as SET/ID.
         output: new folder.
         workers: processes; None: all usable cores. The result does not depend on it.
         rebuild: what is there already is replaced once the new packs are whole.
@@ -77,13 +79,15 @@ def pack(
     return _write_packs(given.tokenised(), given, output, rebuild=rebuild)
 
 
-def pack_part(samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None) -> None:
+def pack_part(
+    samples: Given, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
+) -> None:
     """Does one part of the work of `pack`, unless it is done already. Raises InputError as `pack`."""
     _write_missing_parts(_begin(samples, settings, workers), output, share)
 
 
 def merge_parts(
-    samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
+    samples: Given, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
 ) -> Manifest:
     """Packs what the parts have tokenised; see `pack`. Raises also InputError for parts that are missing or were made
     of something else."""
@@ -100,7 +104,7 @@ def _merge(given: _Given, output: Path, share: Share) -> Manifest:
 
 
 def pack_in_turn(
-    samples: Path, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
+    samples: Given, output: Path, settings: PackSettings, share: Share, *, workers: int | None = None
 ) -> Manifest:
     """Does the parts that are not there yet, and merges them; see `pack`."""
     given = _begin(samples, settings, workers)
@@ -124,14 +128,13 @@ def _finish_merge(given: _Given, output: Path) -> Manifest:
     return manifest
 
 
-def _begin(samples: Path, settings: PackSettings, workers: int | None) -> _Given:
+def _begin(samples: Given, settings: PackSettings, workers: int | None) -> _Given:
     _require_sensible(settings)
     workers = workers or usable_cores()
-    encoder, before = settings.encoder(), look(samples)
-    origin = _origin(samples, before, encoder, settings)
+    encoder, files = settings.encoder(), SampleFiles(samples)
     limit = settings.max_image_pixels
-    images = PackedImages(samples.parent, workers, limit, decoded_before(samples.parent, limit))
-    return _Given(samples, settings, encoder, workers, before, images, origin)
+    images = PackedImages(files.roots, workers, limit, files.decoded(limit))
+    return _Given(files, settings, encoder, workers, images, _origin(files, encoder, settings))
 
 
 def _write_missing_parts(given: _Given, output: Path, share: Share) -> None:
@@ -140,25 +143,24 @@ def _write_missing_parts(given: _Given, output: Path, share: Share) -> None:
         own, one = replace(given, images=given.images.anew()), replace(share, part=part)
         with new_part(output, one, given.made_with()) as folder:
             write_tokens(_with_images_checked(own.tokenised(one), own), folder)
-            own.require_unchanged()
+            own.files.require_unchanged()
             own.images.record.write(folder / CHECKED)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """The file that is packed, as it was before, how, its images, and what the packs are made from."""
+    """What is packed, how, its images, and what the packs are made from."""
 
-    samples: Path
+    files: SampleFiles
     settings: PackSettings
     encoder: SampleEncoder
     workers: int
-    before: Seen
     images: PackedImages
     origin: MadeFrom
 
     def tokenised(self, share: Share | None = None) -> Iterator[Tokens]:
         """The samples' tokens, or those of a part."""
-        return tokenised(self.samples, self.encoder, self.settings.max_image_pixels, self.workers, share)
+        return self.files.tokens(self.encoder, self.settings.max_image_pixels, self.workers, share)
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says."""
@@ -183,29 +185,14 @@ class _Given:
             "max_image_pixels": self.settings.max_image_pixels,
         }
 
-    def require_unchanged(self) -> None:
-        if stat_of(self.samples) != self.before.stat and look(self.samples).digest != self.before.digest:
-            raise InputError(f"{self.samples}: was changed while it was packed; pack again when it is whole")
 
-
-def _origin(samples: Path, before: Seen, encoder: SampleEncoder, settings: PackSettings) -> MadeFrom:
+def _origin(files: SampleFiles, encoder: SampleEncoder, settings: PackSettings) -> MadeFrom:
     """What packs are made from, the images but: those are known when they are stored."""
-    if before.kind != FILE:
-        raise InputError(
-            f"{samples}: cannot be read ({'it is a folder' if before.kind == FOLDER else 'no such file'}), "
-            "expected a file of samples"
-        )
-    prepared = read_prepared(samples.parent)
-    known = prepared if prepared is not None and prepared.samples is not None else None
     return MadeFrom(
-        name=samples.name,
-        samples=before.digest.hex(),
-        prepared=known.samples if known is not None else None,
-        source=known.name() if known is not None else None,
+        **files.origin(),
         rendered=rendered_digest(encoder.tokenizer, settings.template),
         tokenizer=encoder.tokenizer.state(),
         options={"over_long": settings.over_long, "max_image_pixels": settings.max_image_pixels, **settings.share()},
-        provenance=known.provenance if known is not None else {},
     )
 
 
@@ -267,8 +254,8 @@ def _write_packs(tokens: Iterable[Tokens], given: _Given, output: Path, *, rebui
                 progress.update(len(samples))
         lost = spool.spelling.for_manifest()
         spool.close()
-        given.require_unchanged()
-        given.images.record.add(SAMPLES_FILE, ".", given.before)
+        given.files.require_unchanged()
+        given.files.add_to(given.images.record)
         write_made_from(writer.folder, given.origin, given.images.record)
         return writer.finish(extra_files, **facts, over_long=len(misfits), lost=lost)
 
@@ -340,6 +327,8 @@ def _store_images(images: PackedImages, spool: Spool, kept: np.ndarray, writer: 
 EXAMPLES = (
     "--samples data/easyvqa/samples/train.jsonl --tokenizer asset://tiny_llama --visual-tokens 4 --pack-length "
     "1024 --output data/easyvqa/mine",
+    "--samples easyvqa=data/easyvqa/samples/train.jsonl shapes=data/shapes/samples/train.jsonl --tokenizer "
+    "asset://tiny_llama --visual-tokens 4 --pack-length 1024 --output data/both/packed",
 )
 
 
@@ -350,15 +339,15 @@ def main(arguments: list[str] | None = None) -> None:
     share = read_share(given)
     if share is not None and given.rebuild:
         raise InputError("--rebuild cannot be combined with --parts; remove the output, or name another one")
-    settings = settings_of(given)
+    settings, samples = settings_of(given), read_given(given.samples)
     if share is None:
-        manifest = pack(given.samples, given.output, settings, workers=given.workers, rebuild=given.rebuild)
+        manifest = pack(samples, given.output, settings, workers=given.workers, rebuild=given.rebuild)
     elif share.in_turn:
-        manifest = pack_in_turn(given.samples, given.output, settings, share, workers=given.workers)
+        manifest = pack_in_turn(samples, given.output, settings, share, workers=given.workers)
     elif share.part is None:
-        manifest = merge_parts(given.samples, given.output, settings, share, workers=given.workers)
+        manifest = merge_parts(samples, given.output, settings, share, workers=given.workers)
     else:
-        pack_part(given.samples, given.output, settings, share, workers=given.workers)
+        pack_part(samples, given.output, settings, share, workers=given.workers)
         print(f"part {share.part} of {share.parts} is done")
         return
     print(

@@ -35,19 +35,20 @@ def decoded_before(folder: Path, max_pixels: int) -> dict[str, bytes]:
 
 
 class PackedImages:
-    """Those below `root`. `record`: of all that were read; `decoded`: digests by name, of those that were decoded
-    before and are not decoded again while they are what they were."""
+    """Those below `roots`, by set: of set a, image x is a/x; of "", the only one, x. `record`: of all that were read;
+    `decoded`: digests by name, of those that were decoded before and are not decoded again while they are what they
+    were."""
 
-    def __init__(self, root: Path, workers: int, max_pixels: int, decoded: Mapping[str, bytes]) -> None:
-        self.root = root
+    def __init__(self, roots: Mapping[str, Path], workers: int, max_pixels: int, decoded: Mapping[str, bytes]) -> None:
+        self._roots = dict(roots)
         self._decoded = decoded
         self.record = FileRecord()
         self._workers, self._max_pixels = workers, max_pixels
         self._expected: dict[str, bytes] | None = None
 
     def anew(self) -> PackedImages:
-        """The same folder, of which nothing has been read."""
-        return PackedImages(self.root, self._workers, self._max_pixels, self._decoded)
+        """The same folders, of which nothing has been read."""
+        return PackedImages(self._roots, self._workers, self._max_pixels, self._decoded)
 
     def expect(self, checked: FileRecord) -> None:
         """What a part has decoded is not decoded again, but must still be what it was."""
@@ -62,16 +63,16 @@ class PackedImages:
             _check_images,
             in_chunks(((*one, self._decoded.get(one[1])) for one in wanted), _IMAGES_PER_CHUNK),
             self._workers,
-            (str(self.root), self._max_pixels, decode),
+            (self._roots, self._max_pixels, decode),
         )
         dark: list[str] = []
         with Progress(total=len(wanted), title="images", unit="image") as progress:
             for chunk, found in checked:
                 for ref, name, data, seen in chunk:
                     if self._expected is not None and self._expected.get(name) != seen.digest:
+                        place = "/".join(map(str, _place_of(name, self._roots)))
                         raise InputError(
-                            f"{self.root / name}: was changed since a part decoded it; remove the parts and run "
-                            "them again"
+                            f"{place}: was changed since a part decoded it; remove the parts and run them again"
                         )
                     self.record.add(SAMPLES, name, seen)
                     yield ref, data
@@ -81,23 +82,31 @@ class PackedImages:
 
 
 def _check_images(
-    wanted: list[tuple[int, str, str, bytes | None]], root: str, max_pixels: int, decode: bool
+    wanted: list[tuple[int, str, str, bytes | None]], roots: dict[str, Path], max_pixels: int, decode: bool
 ) -> tuple[list[tuple[int, str, bytes, Seen]], list[str]]:
     """Reads images and, if `decode`, decodes those that have not the digest given; returns them with what was seen of
     their files, and the paths of those that come out dark."""
     checked: list[tuple[int, str, bytes, Seen]] = []
     dark: list[str] = []
-    folder = Path(root)
     for ref, name, sample_id, known in wanted:
-        if name.startswith("/") or ".." in name.split("/"):
+        folder, path = _place_of(name, roots)
+        if path.startswith("/") or ".." in path.split("/"):
             raise InputError(
-                f"sample '{sample_id}': image path '{name}' leads out of {folder}; paths are relative to the "
+                f"sample '{sample_id}': image path '{path}' leads out of {folder}; paths are relative to the "
                 "samples' folder"
             )
-        where = f"sample '{sample_id}', image {folder / name}"
-        data, status = read_image_and_status(folder / name, max_pixels, where, inside=folder)
+        where = f"sample '{sample_id}', image {folder / path}"
+        data, status = read_image_and_status(folder / path, max_pixels, where, inside=folder)
         digest = digest_of(data)
         if decode and digest != known and is_dark(data, max_pixels, where):
             dark.append(name)
         checked.append((ref, name, data, Seen(FILE, digest, stat_in(status))))
     return checked, dark
+
+
+def _place_of(name: str, roots: Mapping[str, Path]) -> tuple[Path, str]:
+    """The folder that an image lies below, and its path there."""
+    if "" in roots:
+        return roots[""], name
+    one, _, path = name.partition("/")
+    return roots[one], path

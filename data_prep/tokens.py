@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from data_prep.parallel import in_chunks, ordered_map
-from data_prep.parts import Share
 from data_prep.prepare import MAX_IMAGE_PIXELS
 from data_prep.sources.splits.drawn import share_of
 from vltrain.config.model.base import ProcessorPlaces
@@ -133,9 +132,9 @@ class Tokens:
 
 
 def tokenised(
-    samples: Path, encoder: SampleEncoder, max_pixels: int, workers: int, share: Share | None = None
+    samples: Path, encoder: SampleEncoder, max_pixels: int, workers: int, span: tuple[int, int] | None = None
 ) -> Iterator[Tokens]:
-    """Tokenises a file of samples, or a part's share of it: the lines that begin in its share of the bytes.
+    """Tokenises a file of samples, or the lines that begin in `span`: from one byte to before another.
 
     Raises: InputError if the file cannot be read or a line is no sample.
     """
@@ -145,7 +144,7 @@ def tokenised(
         stream = samples.open("rb")
     except OSError as error:
         raise InputError(f"{samples}: cannot be read ({error.strerror})") from None
-    first, last = (0, num_bytes) if share is None or share.part is None else share.bounds(share.part, num_bytes)
+    first, last = span or (0, num_bytes)
     shared = (str(samples), encoder, max_pixels)
     with stream, Progress(total=last - first, title="samples", unit="byte", in_bytes=True) as progress:
         chunks = in_chunks(_lines(stream, first, last), _LINES_PER_CHUNK)

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.pretrain.drawings import hue, outline
-from data_prep.sources.options import resolve_options
+from data_prep.sources.options import choose, resolve_options
 from data_prep.sources.prompts import check_template, lettered
 from data_prep.sources.raw import RawSample
 from vltrain.config.ranges import MOST_SEED, MOST_STEPS, Range
@@ -48,6 +48,7 @@ DEFAULTS = {
     "image_size": 64,
     "seed": 0,
     "skills": SKILLS,
+    "choices": "lettered",
     "prompt": "Question: {question} Options: {options}. Short answer:",
 }
 RANGES = {
@@ -113,13 +114,15 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         input: must be None.
         options: `train_images` (2000), `val_images` and `test_images` (250 each); `questions_per_image` (4), at most,
             as many as a scene allows; `image_size` (64); `seed` (0); `skills`, a list (counting, color, shape,
-            position); `prompt` with the places {question} and {options}.
+            position); `choices`, which answers are: `lettered` as `(a) red`, or `plain` as `red`; `prompt` with the
+            places {question} and {options}.
 
     Raises:
         InputError: an option out of its range, or an input.
     """
     resolved = resolve_options("shapes", options, DEFAULTS, RANGES)
     require_drawable("shapes", resolved, SKILLS, input, draws="images")
+    letters = choose("shapes", "choices", resolved["choices"], ("lettered", "plain")) == "lettered"
     seen: set[Scene] = set()
     for number, split in enumerate(("train", "val", "test")):
         for index in range(resolved[f"{split}_images"]):
@@ -132,7 +135,7 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             seen.add(scene)
             for place, question in enumerate(questions):
                 shown = {f"{split}/{index}.png": scene}
-                yield sample_of(f"{split}/{index}/{place}", split, shown, question, resolved["prompt"])
+                yield sample_of(f"{split}/{index}/{place}", split, shown, question, resolved["prompt"], letters=letters)
 
 
 def require_drawable(
@@ -149,10 +152,12 @@ def require_drawable(
         raise InputError(f"source '{source}' draws its {draws}, expected no --input, found {input}")
 
 
-def sample_of(name: str, split: str, shown: Mapping[str, Scene], question: Question, template: str) -> RawSample:
+def sample_of(
+    name: str, split: str, shown: Mapping[str, Scene], question: Question, template: str, *, letters: bool = True
+) -> RawSample:
     """A question about the images that are `shown`, by their names in order."""
-    candidates = lettered(question.choices)
-    prompt = template.format(question=question.text, options=" ".join(candidates))
+    candidates = lettered(question.choices) if letters else list(question.choices)
+    prompt = template.format(question=question.text, options=(" " if letters else ", ").join(candidates))
     sample = Sample(
         id=name,
         turns=(

@@ -20,7 +20,13 @@ MAX_IMAGE_PIXELS = DataConfig().max_image_pixels
 
 def pack_options(arguments: list[str] | None, examples: tuple[str, ...]) -> CommandLine:
     parser = CommandLine("pack", "Tokenise and pack samples.", arguments, examples)
-    parser.add_argument("--samples", type=Path, required=True, help="JSONL file that data_prep.prepare wrote")
+    parser.add_argument(
+        "--samples",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSONL file that data_prep.prepare wrote; or several as SET=FILE, packed together, a sample as SET/ID",
+    )
     parser.add_argument("--tokenizer", help="folder, file, hub name, asset:// or package://")
     parser.add_argument("--template", default="mmt", help=f"one of {', '.join(TEMPLATES)}")
     parser.add_argument("--visual-tokens", type=whole(1, MOST_SIZE), help="tokens that an image takes in the model")

@@ -198,7 +198,7 @@ def test_an_image_that_was_changed_after_it_was_decoded_is_decoded_again(prepare
     pixels = path.read_bytes()
     path.unlink()  # it may be a link to the raw one
     path.write_bytes(pixels[: len(pixels) // 2])
-    read = PackedImages(prepared, 1, MAX_IMAGE_PIXELS, decoded_before(prepared, MAX_IMAGE_PIXELS))
+    read = PackedImages({"": prepared}, 1, MAX_IMAGE_PIXELS, decoded_before(prepared, MAX_IMAGE_PIXELS))
     assert [number for number, _ in read.read([(0, names[0], "0"), (2, names[2], "2")])] == [0, 2]
     with pytest.raises(InputError, match=r"1\.png"):
         list(read.read([(1, names[1], "1")]))
@@ -208,4 +208,4 @@ def test_one_that_was_decoded_before_is_not_decoded_again(prepared, monkeypatch)
     monkeypatch.setattr("data_prep.packed_images.is_dark", lambda *_: pytest.fail("decoded"))
     known = decoded_before(prepared, MAX_IMAGE_PIXELS)
     wanted = [(number, name, str(number)) for number, name in enumerate(known)]
-    assert len(list(PackedImages(prepared, 1, MAX_IMAGE_PIXELS, known).read(wanted))) == 3
+    assert len(list(PackedImages({"": prepared}, 1, MAX_IMAGE_PIXELS, known).read(wanted))) == 3

@@ -89,6 +89,7 @@ class MadeFrom:
     adopted: bool = False
     version: int = VERSION
     provenance: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
 def write_prepared(folder: Path, made: Prepared, record: FileRecord) -> None:
@@ -105,8 +106,9 @@ def write_made_from(folder: Path, made: MadeFrom, record: FileRecord) -> None:
 def _write(folder: Path, name: str, record_name: str, made: Prepared | MadeFrom, record: FileRecord) -> None:
     made.files = record.write(folder / record_name)
     fields = asdict(made)
-    if not made.provenance:  # of most sources, which older versions read, too
-        del fields["provenance"]
+    for key in ("provenance", "sets"):
+        if not fields.get(key, True):  # of most, which older versions read, too
+            del fields[key]
     text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, ensure_ascii=False)
     (folder / name).write_text(text + "\n", encoding="utf-8")
 
@@ -133,7 +135,7 @@ def _read(path: Path, kind: type) -> Any:
     is_older = checksum is None and "version" not in content and kind is Prepared  # which had neither
     if not is_older and checksum != _checksum(content):
         raise InputError(f"{path}: {_DAMAGED}")
-    for name in ("options", "places", "provenance"):
+    for name in ("options", "places", "provenance", "sets"):
         expect(content.get(name, {}), dict, f"{path}: {name}")
     try:
         return kind(**content)

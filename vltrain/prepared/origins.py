@@ -232,8 +232,10 @@ def require_same_set(config: Config, packs: PackedDataset, samples: Path) -> Non
         )
         return
     trained_on = samples.parent / made.name
-    same = made.prepared is not None and prepared is not None and made.prepared == prepared.samples
-    if same or (trained_on.is_file() and look(trained_on).digest.hex() == made.samples):
+    packed = {made.prepared, *(one.get("prepared") for one in made.sets.values())} - {None}
+    if (prepared is not None and prepared.samples in packed) or (
+        trained_on.is_file() and look(trained_on).digest.hex() == made.samples
+    ):
         return
     packed_from = f"{made.name}{f' of {made.source}' if made.source else ''}"
     answered = f"{samples}{f' of {prepared.name()}' if prepared is not None else ''}"
