@@ -24,8 +24,8 @@ CHANGES = {"train__packs_per_step": 3, "train__max_steps": 10, "train__epochs": 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs' folders by name: `whole`, `killed` after 5 steps and taken up, `moved` from two ranks to one; on one
-    rank `alone` on a set, `one` on a mixture of it."""
+    """The runs' folders by name: `whole`, `killed` after 5 steps and taken up, `moved` from two ranks to one, `spread`
+    from one to two; on one rank `alone` on a set, `one` on a mixture of it."""
     root = tmp_path_factory.mktemp("mixture")
     packs = make_mixture(root / "data").folder
     alone = make_sets(root / "single", red=9)
@@ -37,11 +37,16 @@ def runs(tmp_path_factory):
         return {**one, "ds": {"zero_optimization": {"stage": 2}}, "keeps_scalars": True, **more}
 
     two = [scenario("whole"), scenario("killed", dies_at=5), scenario("killed"), scenario("moved", dies_at=5)]
-    one = [scenario("moved"), scenario("alone", alone["red"].folder), scenario("one", only.folder)]
-    for number, lives in ((2, two), (1, one)):
-        file = root / f"scenarios-{number}.json"
+    one = [
+        scenario("moved"),
+        scenario("spread", dies_at=5),
+        scenario("alone", alone["red"].folder),
+        scenario("one", only.folder),
+    ]
+    for turn, (number, lives) in enumerate(((2, two), (1, one), (2, [scenario("spread")]))):
+        file = root / f"scenarios-{turn}.json"
         file.write_text(json.dumps(lives))
-        run_ranks("tests.train.fault_worker", [str(file)], number, root / f"log-{number}")
+        run_ranks("tests.train.fault_worker", [str(file)], number, root / f"log-{turn}")
     return root
 
 
@@ -52,7 +57,7 @@ def result(run: Path) -> dict[str, torch.Tensor]:
 def test_losses_are_the_plain_loops(runs):
     packs = Path(read_receipt(runs / "whole" / RECEIPT).header.packs)
     expected = plain_run(packs, CHANGES)["losses"]
-    for name in ("whole", "moved"):
+    for name in ("whole", "moved", "spread"):
         assert torch.allclose(result(runs / name)["losses"], expected, rtol=1e-5, atol=0), name
 
 

@@ -40,6 +40,8 @@ ELSEWHERE = {
     "vltrain check data s3://": ("tests/programs/test_s3_packs.py", '"check", "data", ADDRESS'),
     "vltrain serve": ("tests/serve/test_program.py", 'startswith("vltrain serve ")'),
     "vltrain importance": ("tests/programs/test_qformer_train.py", "importance"),
+    "vltrain plan easyvqa_shapes": ("tests/mixtures/test_programs.py", 'program("plan", place.recipe'),
+    "vltrain evaluate runs/easyvqa_shapes": ("tests/mixtures/test_programs.py", '"evaluate", str(place.run)'),
     "vltrain doctor": ("tests/programs/test_doctor.py", "doctor"),
     "vltrain audit": ("tests/audit/test_program.py", "vltrain audit"),
 }
