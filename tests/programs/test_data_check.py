@@ -6,6 +6,8 @@ import pytest
 
 from tests.attacks.attack import run_vltrain
 from tests.attacks.inputs import chat, pack_words, picture, prepare_words, write_json
+from vltrain.data.remote import blocks
+from vltrain.data.shards import PackedDataset
 
 
 @pytest.fixture
@@ -43,6 +45,7 @@ def test_what_was_made_is_proven(root):
         "samples/train.jsonl",
         "samples/images/a.png",
         "packed/train-x/packs-00000.arrow",
+        "packed/train-x/blocks.index",
         "../raw/chats.json",
         "../raw/a.png",
     ],
@@ -62,3 +65,18 @@ def test_a_flipped_byte_is_found_whatever_its_times_say(root, name):
 def test_a_folder_of_neither_is_refused(tmp_path):
     code, output = check(tmp_path)
     assert code == 2 and "neither prepared samples" in output
+
+
+def test_an_index_of_blocks_that_is_of_other_shards(root):
+    """Whole by its own digest, and of this manifest, but not of these bytes."""
+    folder = root / "packed" / "train-x"
+    size, rows = 1 << 10, []
+    checksum = PackedDataset(folder).manifest.checksum
+    for name in ("packs-00000.arrow", "images-00000.arrow"):
+        path = root / name
+        path.write_bytes((folder / name).read_bytes())
+        rows.append(blocks._describe(path, size))
+    rows[0]["digests"] = [bytes(32)] * len(rows[0]["digests"])
+    blocks.write_index(folder, rows, checksum, size)
+    code, output = check(folder)
+    assert code == 1 and "blocks.index: does not fit packs-00000.arrow; pack the samples again" in output, output

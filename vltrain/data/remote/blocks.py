@@ -109,6 +109,25 @@ def is_whole(content: bytes) -> bool:
     return len(content) == HEAD_BYTES + length and hashlib.sha256(content[HEAD_BYTES:]).digest() == digest
 
 
+def misfits(folder: Path, names: Sequence[str], manifest: str) -> list[str]:
+    """What is wrong with the index of a folder, of whose files `names` every byte is read; arguments as of
+    `write_blocks`."""
+    path = folder / BLOCKS
+    remedy = "pack the samples again, or copy it from where it is whole"
+    if not is_whole(path.read_bytes()):
+        return [f"{path}: changed or damaged; {remedy}"]
+    size, found = read_blocks(path, manifest, str(path))
+    if sorted(found) != sorted(names):
+        return [f"{path}: is of {', '.join(sorted(found))}, found {', '.join(sorted(names))}; {remedy}"]
+    return [f"{path}: does not fit {name}; {remedy}" for name in names if not _fits(found[name], folder / name, size)]
+
+
+def _fits(found: FileBlocks, path: Path, block_bytes: int) -> bool:
+    made = _describe(path, block_bytes)
+    numbers = all(getattr(found, name).tolist() == made[name] for name in ("starts", "ends", "offsets", "data"))
+    return numbers and found.digests.to_pylist() == made["digests"]
+
+
 def read_blocks(path: Path, manifest: str, where: str) -> tuple[int, dict[str, FileBlocks]]:
     """(bytes of a block, each file's blocks by its name), memory-mapped. Raises InputError if it is of other packs than
     those of the manifest with that checksum."""

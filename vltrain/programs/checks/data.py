@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vltrain.data.origin import MADE_FROM, PREPARED, SAMPLES, SAMPLES_FILE, changes_since, read_made_from, read_prepared
+from vltrain.data.remote.blocks import BLOCKS, misfits
 from vltrain.data.shards import MANIFEST
 from vltrain.data.stream.mixed import open_packed
 from vltrain.errors import InputError
@@ -85,6 +86,9 @@ def _check_address(address: str) -> Proof:
 
 def _packs_changes(folder: Path) -> tuple[list[str], list[str]]:
     manifest = open_packed(folder, verify=True).manifest
+    shards = [file.name for file in manifest.files if file.name.startswith(("packs-", "images-"))]
+    if (folder / BLOCKS).is_file() and (wrong := misfits(folder, shards, manifest.checksum)):
+        return wrong, []
     facts = [
         f"{manifest.num_packs} packs, {manifest.num_samples} samples and {manifest.num_images} images, every "
         "byte as it was packed"
