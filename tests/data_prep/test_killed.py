@@ -81,12 +81,18 @@ class Job:
         return "part" if list(self.output.parent.glob(f"{self.output.name}.parts/.part-*.tmp")) else "reading"
 
     def run(self, kills: int, seconds: float, draw: random.Random) -> None:
-        """Kills it so many times, each at a moment of the next `seconds`, and lets it come to its end whenever it
-        does."""
+        """Kills it so many times, and lets it come to its end whenever it does: every other time at a moment of the
+        next `seconds`, else soon after some number of parts is done, however long the start takes."""
         while kills:
             before = self.parts()
             process = self.start()
-            process.join(draw.random() * seconds)
+            if kills % 2:
+                process.join(draw.random() * seconds)
+            else:
+                goal = draw.randint(0, PARTS)
+                while process.exitcode is None and len(self.parts()) < goal:
+                    process.join(0.005)
+                process.join(draw.random() * seconds / PARTS)
             process.kill()
             process.join()
             if process.exitcode == 0:
