@@ -19,6 +19,7 @@ MOST_WORDS = {
     "launch/BLAME.md": 700,
     "launch/REMOTE.md": 800,
     "launch/TABLES.md": 900,
+    "launch/MIXTURES.md": 900,
     "data_prep/README.md": 1600,
     "data_prep/DATASETS.md": 600,
     "vltrain/README.md": 2600,
