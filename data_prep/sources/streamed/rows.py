@@ -65,14 +65,16 @@ def _parquet_rows(file: str, stream: IterableDataset) -> Iterator[dict[str, Any]
     import fsspec
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets.table import table_cast
+    from datasets.table import table_cast  # pyright: ignore[reportMissingTypeStubs]
 
     features: Any = stream.features
     cast: Any = table_cast
+    tables: Any = pa.Table
+    open_parquet: Any = pq.ParquetFile
     with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as source:
-        found = pq.ParquetFile(source, buffer_size=0 if "://" in file else _PARQUET_BYTES)
+        found = open_parquet(source, buffer_size=0 if "://" in file else _PARQUET_BYTES)
         for batch in found.iter_batches(_PARQUET_ROWS, columns=list(features)):
-            yield from cast(pa.Table.from_batches([batch]), features.arrow_schema).to_pylist()
+            yield from cast(tables.from_batches([batch]), features.arrow_schema).to_pylist()
 
 
 def _json_rows(file: str) -> Iterator[Row]:
