@@ -125,8 +125,8 @@ def _small(config: Config, model: Any, folder: Path, precision: str) -> Config:
         test_split="test",
         workers=0,
     )
-    epochs = 1000.0 if config.train.max_steps else max(2.0, config.train.epochs)
-    train = replace(config.train, precision=precision, epochs=epochs, init_from=None, loggers=(),
+    # Of so few samples, as many steps as a schedule wants.
+    train = replace(config.train, precision=precision, epochs=1000.0, init_from=None, loggers=(),
                     packs_per_step=min(4, config.train.packs_per_step))  # fmt: skip
     return replace(config, model=model, data=data, train=train, eval=EvalConfig(), output=str(folder / "nowhere"))
 
