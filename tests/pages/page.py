@@ -117,12 +117,13 @@ def codes(cell: str) -> list[str]:
     return INLINE.findall(cell)
 
 
-README, LAUNCH, TABLES, MIXTURES, REMOTE, WATCH, BLAME, TROUBLE, DATA, DATASETS, INSIDE = (
+README, LAUNCH, TABLES, MIXTURES, REMOTE, CHECK, WATCH, BLAME, TROUBLE, DATA, DATASETS, INSIDE = (
     Page(f"{name}.md")
     for name in (
-        "README", "launch/README", "launch/TABLES", "launch/MIXTURES", "launch/REMOTE", "launch/WATCHING",
-        "launch/BLAME", "launch/TROUBLESHOOTING", "data_prep/README", "data_prep/DATASETS", "vltrain/README",
+        "README", "launch/README", "launch/TABLES", "launch/MIXTURES", "launch/REMOTE", "launch/CHECK",
+        "launch/WATCHING", "launch/BLAME", "launch/TROUBLESHOOTING", "data_prep/README", "data_prep/DATASETS",
+        "vltrain/README",
     )
 )  # fmt: skip
-PAGES = (README, LAUNCH, TABLES, MIXTURES, REMOTE, WATCH, BLAME, TROUBLE, DATA, DATASETS, INSIDE)
+PAGES = (README, LAUNCH, TABLES, MIXTURES, REMOTE, CHECK, WATCH, BLAME, TROUBLE, DATA, DATASETS, INSIDE)
 """The pages that users read."""

@@ -38,6 +38,7 @@ ELSEWHERE = {
     "python -m tests.golden": ("tests/golden/test_golden.py", "golden"),
     "aws s3 cp": ("tests/programs/test_s3_packs.py", "system.put("),
     "vltrain check data s3://": ("tests/programs/test_s3_packs.py", '"check", "data", ADDRESS'),
+    "vltrain check recipe": ("tests/programs/test_check_recipe.py", '"recipe",'),
     "vltrain serve": ("tests/serve/test_program.py", 'startswith("vltrain serve ")'),
     "vltrain importance": ("tests/programs/test_qformer_train.py", "importance"),
     "vltrain plan easyvqa_shapes": ("tests/mixtures/test_programs.py", 'program("plan", place.recipe'),
