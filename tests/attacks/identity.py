@@ -517,7 +517,7 @@ def run(*words: Any) -> int:
 @attack(REUSED)
 def samples_changed_while_they_are_packed(folder: Path) -> Shown:
     """A line added to the file between reading it and writing the packs."""
-    import data_prep.pack as program
+    from data_prep.steps import sample_files as program
 
     samples = write_jsonl(folder / "s.jsonl", [sample("1")])
     whole = program.tokenised
