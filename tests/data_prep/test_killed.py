@@ -81,12 +81,15 @@ class Job:
         return "part" if list(self.output.parent.glob(f"{self.output.name}.parts/.part-*.tmp")) else "reading"
 
     def run(self, kills: int, seconds: float, draw: random.Random) -> None:
-        """Kills it so many times, and lets it come to its end whenever it does: every other time at a moment of the
-        next `seconds`, else soon after some number of parts is done, however long the start takes."""
+        """Kills it so many times, and lets it come to its end whenever it does, and sometimes when all parts are there,
+        so that parts are made again: every other time at a moment of the next `seconds`, else soon after some number of
+        parts is done, however long the start takes."""
         while kills:
             before = self.parts()
             process = self.start()
-            if kills % 2:
+            if len(before) == PARTS and draw.random() < 0.5:
+                process.join()
+            elif kills % 2:
                 process.join(draw.random() * seconds)
             else:
                 goal = draw.randint(0, PARTS)
