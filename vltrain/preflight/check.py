@@ -21,6 +21,7 @@ from vltrain.preflight.loss import loss_scale
 from vltrain.preflight.packing import packing_proof, repeatable
 from vltrain.preflight.ranks import agreed
 from vltrain.preflight.rehearsal import rehearse
+from vltrain.preflight.samples import small_pack
 from vltrain.preflight.trial import trial
 from vltrain.train.trainer import Trainer
 
@@ -42,12 +43,13 @@ def check(trainer: Trainer, *, everything: bool) -> list[Finding]:
         own += agreed(rehearsal.findings)
         if _fails(own):
             return own
+        pack = small_pack(trainer.loader, trainer.engine.model)
         if everything:  # what losses and gradients that are compared depend on
-            own += agreed([repeatable(trainer)])
+            own += agreed([repeatable(trainer, pack)])
             if _fails(own):
                 return own
             own += agreed([loss_scale(trainer, rehearsal.loaded)])
-        return own + agreed(packing_proof(trainer, everything=everything))
+        return own + agreed(packing_proof(trainer, pack, everything=everything))
 
 
 def _fails(found: Sequence[Finding]) -> bool:

@@ -23,7 +23,7 @@ from vltrain.audit.checks.compare import apart, worst_named
 from vltrain.audit.trace import final_states, stacks_of, traced
 from vltrain.data.report.finding import OK, Finding
 from vltrain.preflight.ranks import judged
-from vltrain.preflight.samples import SmallPack, small_pack, without_dropout
+from vltrain.preflight.samples import SmallPack, without_dropout
 from vltrain.schema import Segment
 from vltrain.train.trainer import Trainer
 
@@ -52,9 +52,9 @@ class Bounds:
         return cls(moved=1e-3, loss=1e-2, gradient=5e-2, most=2e-1)
 
 
-def packing_proof(trainer: Trainer, *, everything: bool) -> list[Finding]:
+def packing_proof(trainer: Trainer, pack: SmallPack, *, everything: bool) -> list[Finding]:
     """Inside a `trial`, of the same samples on all ranks. A collective. `everything`: losses and gradients, too."""
-    pack, bounds = small_pack(trainer.loader, trainer.engine.model), Bounds.of(trainer)
+    bounds = Bounds.of(trainer)
     found = [_positions(trainer, pack), _isolation(trainer, pack, bounds)]
     return found + (_packed_is_alone(trainer, pack, bounds) if everything else [])
 
@@ -111,11 +111,11 @@ def _isolation(trainer: Trainer, pack: SmallPack, bounds: Bounds) -> Finding:
     return judged(what, faults, told)
 
 
-def repeatable(trainer: Trainer) -> Finding:
+def repeatable(trainer: Trainer, pack: SmallPack) -> Finding:
     """The same pack, with other random numbers to draw: as it is evaluated, and as it is trained without dropout. Of
     losses that chance moves, none can be set beside another. Inside a `trial`, of the same samples on all ranks."""
     model, bounds = trainer.engine.model, Bounds.of(trainer)
-    pack, faults, largest = small_pack(trainer.loader, model), [], 0.0
+    faults, largest = list[str](), 0.0
     for mode, training in (("evaluated", False), ("trained with every dropout rate at 0", True)):
         model.train(training)
         with without_dropout(model) if training else nullcontext():

@@ -8,7 +8,6 @@ What tasks differ by is told by both: two tasks agree less than two seeds of one
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from vltrain.errors import InputError
+from vltrain.programs.studies.table import seed_of
 from vltrain.train.pictures.ranks import LayerRank
 
 
@@ -62,8 +62,7 @@ def grouped(runs: Sequence[RunRanks]) -> dict[str, list[RunRanks]]:
     """By name: a table's row with its seeds, or a run; by the whole path where two have one name."""
     by_place: dict[Path, list[RunRanks]] = {}
     for run in runs:
-        is_seed = re.fullmatch(r"seed-\d+", run.folder.name) is not None
-        by_place.setdefault(run.folder.parent if is_seed else run.folder, []).append(run)
+        by_place.setdefault(run.folder if seed_of(run.folder) is None else run.folder.parent, []).append(run)
     names = [place.resolve().name for place in by_place]
     return {
         name if names.count(name) == 1 else str(place): members

@@ -10,6 +10,7 @@ from vltrain.errors import InputError
 from vltrain.evaluate.predictions import score_predictions
 from vltrain.evaluate.report import write_report
 from vltrain.files.digest import file_digest
+from vltrain.programs.studies.sets import answers_folder
 from vltrain.programs.studies.table import DONE, FAILED, NOT_HERE, Outcome
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def score_files(predictions: Predictions, split: str, folder: Path) -> dict[str,
         try:
             report = score_predictions(file, predictions.data, split, predictions.scorer, letters=predictions.letters)
             facts = {"split": split, "file": str(file), "answers": file_digest(file)}
-            place = folder / row / "eval" / split
+            place = answers_folder(folder / row, "", split)
             place.mkdir(parents=True, exist_ok=True)
             write_report(report, place, facts)
         except InputError as error:

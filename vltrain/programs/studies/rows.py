@@ -31,7 +31,7 @@ from vltrain.prepared.origins import samples_folder
 from vltrain.programs import plan as one_recipe
 from vltrain.programs.studies.planned import PASSED_ON
 from vltrain.programs.studies.sets import answered_splits, identities
-from vltrain.programs.studies.table import DONE, OUTCOME, TRAINED, Outcome, read_outcome
+from vltrain.programs.studies.table import DONE, OUTCOME, TRAINED, Outcome, read_outcome, seed_folder, seed_of
 from vltrain.shipped import find_recipe
 from vltrain.train.run.identity import MADE_OF, differences
 from vltrain.train.run.made_of import made_of
@@ -212,9 +212,7 @@ def _require_these_seeds(folder: Path, table: Table, seeds: Sequence[int]) -> No
     """Raises InputError if runs of other seeds are there, or of none: which seeds a table shows is said beforehand, not
     chosen by what came of them."""
     for row in table.rows:
-        found = sorted(
-            int(text) for path in (folder / row).glob("seed-*") if (text := path.name.removeprefix("seed-")).isdigit()
-        )
+        found = sorted(seed for path in (folder / row).glob("*") if (seed := seed_of(path)) is not None)
         told = f"{folder / row}: holds runs of the seeds {', '.join(map(str, found))}"
         again = "choose another --output, or remove it"
         if found and not seeds:
@@ -256,7 +254,7 @@ def _jobs(arguments: Arguments, table: Table, row: str, folder: Path, ranks: int
         train, model = replace(config.train, seed=own["train.seed"]), replace(config.model, seed=own["model.seed"])
         seeded = replace(config, train=train, model=model, data=drawn)
         words = (*overrides, *(f"--{key}={seed}" for key, seed in own.items()))
-        jobs.append(_job(arguments, table, row, train.seed, folder / row / f"seed-{train.seed}", seeded, words))
+        jobs.append(_job(arguments, table, row, train.seed, folder / row / seed_folder(train.seed), seeded, words))
     return jobs
 
 

@@ -21,6 +21,7 @@ from vltrain.programs.studies.comparison import Seed
 from vltrain.programs.studies.significance import Spread, spread_of
 
 OUTCOME = "row.json"
+_SEED = "seed-"  # before its number: the folder of a run among its row's
 HPARAMS = "hparams"  # of the table's folder
 WAITING, RUNNING, TRAINED, FAILED, DONE = "waiting", "running", "trained", "failed", "done"
 NOT_HERE = "not here"  # of a file of answers
@@ -194,7 +195,18 @@ def write_hparams_table(
                 figures |= {f"mean {measure}": spread.mean, f"95% interval of {measure}": spread.half_width}
             own = settings[row] if seed is None else {**settings[row], "train.seed": seed}
             figures["trained parameters"] = float(outcome.trained or 0)
-            write_hparams(table, row if seed is None else f"{row}/seed-{seed}", own, figures)
+            write_hparams(table, row if seed is None else f"{row}/{seed_folder(seed)}", own, figures)
+
+
+def seed_folder(seed: int) -> str:
+    """The name of a seed's folder in that of its row."""
+    return f"{_SEED}{seed}"
+
+
+def seed_of(folder: Path) -> int | None:
+    """The seed whose run the folder is; None for one that is named otherwise."""
+    number = folder.name.removeprefix(_SEED)
+    return int(number) if number != folder.name and number.isdecimal() else None
 
 
 def to_markdown(

@@ -74,14 +74,14 @@ def draw_ranks(ranks: Sequence[LayerRank]) -> Figure:
     crossed out where no gradient comes."""
     from matplotlib.figure import Figure
 
-    stacks = _stacks(ranks)
+    stacks, highest = _stacks(ranks), max(one.initial for one in ranks)
     widths = [len(_columns(members)) for members in stacks.values()]
     height = max(_num_blocks(members) for members in stacks.values())
     figure = Figure(figsize=(2.5 + 0.6 * sum(widths), 3.4 + 0.32 * height), layout="constrained")
     axes = figure.subplots(1, len(stacks), squeeze=False, width_ratios=widths)[0]
     for place, (stack, members) in zip(axes, stacks.items(), strict=True):
-        _draw(place, members, stack, max(one.initial for one in ranks))
-    _legend(figure, axes, max(one.initial for one in ranks))
+        _draw(place, members, stack, highest)
+    _legend(figure, axes, highest)
     return figure
 
 
