@@ -35,7 +35,7 @@ from tests.support.processes import ROOT
 from vltrain.cli import main as vltrain
 from vltrain.errors import EXIT_USER_ERROR, InputError
 
-WAIT_SECONDS = 120  # far beyond what any attack takes; one that lasts longer waits without bound
+WAIT_SECONDS = 600  # far beyond what any attack takes; one that lasts longer waits without bound
 _LONGEST_LINE = 4000  # a refusal longer than that is a dump
 
 
