@@ -17,7 +17,7 @@ import torch
 
 from tests.support.object_store import Faults, object_store
 from tests.support.processes import ROOT
-from tests.support.tiny import IMAGE_SIZE, make_segments, write_packs
+from tests.support.tiny import IMAGE_SIZE, make_segments, reblocked, write_packs
 from vltrain.data.loader import StepLoader
 from vltrain.data.pictures import SquareReader
 from vltrain.data.plan import PackCost, Plan
@@ -26,7 +26,6 @@ from vltrain.data.remote import cache as cache_module
 from vltrain.data.remote import packs as packs_module
 from vltrain.data.remote import store as store_module
 from vltrain.data.remote.ahead import Ahead
-from vltrain.data.remote.blocks import write_blocks
 from vltrain.data.remote.cache import GIB, BlockCache, CacheSettings
 from vltrain.data.shards import PackedDataset
 from vltrain.errors import InputError
@@ -38,15 +37,7 @@ READER = SquareReader(size=IMAGE_SIZE)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Packs of 120 kB, in blocks of 4 KiB."""
-    place = write_packs(tmp_path_factory.mktemp("remote") / "packs", make_segments(NUM_PACKS))
-    reblocked(place)
-    return place
-
-
-def reblocked(place: Path) -> None:
-    dataset = PackedDataset(place)
-    names = [file.name for file in dataset.manifest.files if file.name.startswith(("packs-", "images-"))]
-    write_blocks(place, names, dataset.manifest.checksum, BLOCK)
+    return reblocked(write_packs(tmp_path_factory.mktemp("remote") / "packs", make_segments(NUM_PACKS)), BLOCK)
 
 
 @pytest.fixture

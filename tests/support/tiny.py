@@ -9,7 +9,9 @@ from PIL import Image
 
 from vltrain.config.recipe import build_config
 from vltrain.config.schema import Config
+from vltrain.data.remote.blocks import write_blocks
 from vltrain.data.shard_writer import write_shards
+from vltrain.data.shards import PackedDataset
 from vltrain.schema import IMAGE_MODALITY_TOKEN, IMAGE_TOKEN, TEXT_MODALITY_TOKEN, PackedRow, Segment
 
 VOCABULARY = 64
@@ -119,4 +121,12 @@ def write_packs(folder: Path, packs: list[list[Segment]], seed: int = 0) -> Path
                 )
             )
         writer.finish(**facts)
+    return folder
+
+
+def reblocked(folder: Path, block_bytes: int) -> Path:
+    """Packs' folder, of which blocks of that size are fetched where it is at an address."""
+    manifest = PackedDataset(folder, verify=False).manifest
+    names = [file.name for file in manifest.files if file.name.startswith(("packs-", "images-"))]
+    write_blocks(folder, names, manifest.checksum, block_bytes)
     return folder

@@ -10,9 +10,7 @@ from safetensors.torch import load_file
 
 from tests.support.object_store import Faults, object_store
 from tests.support.processes import run_ranks
-from tests.support.tiny import make_segments, write_packs
-from vltrain.data.remote.blocks import write_blocks
-from vltrain.data.shards import PackedDataset
+from tests.support.tiny import make_segments, reblocked, write_packs
 
 BLOCK, NUM_STEPS = 4096, 12
 CACHE_GIB = 0.0001  # 26 blocks
@@ -28,10 +26,8 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = write_packs(tmp_path_factory.mktemp("remote") / "packs", make_segments(10 * NUM_STEPS))
-    dataset = PackedDataset(place)
-    names = [file.name for file in dataset.manifest.files if file.name.startswith(("packs-", "images-"))]
-    write_blocks(place, names, dataset.manifest.checksum, BLOCK)
-    assert sum((place / name).stat().st_size for name in names) > 3 * CACHE_GIB * 2**30
+    reblocked(place, BLOCK)
+    assert sum(path.stat().st_size for path in place.glob("*-0*.arrow")) > 3 * CACHE_GIB * 2**30
     return place
 
 

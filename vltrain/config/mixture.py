@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
@@ -68,6 +69,17 @@ def sets_of(config: Config) -> dict[str, Config]:
 def each_set(config: Config) -> dict[str, Config]:
     """The same; of a recipe without a mixture itself, under no name."""
     return sets_of(config) or {"": config}
+
+
+@contextmanager
+def of_set(name: str) -> Generator[None]:
+    """Lets an InputError say which set of a mixture it is about; of a recipe without one, "", nothing."""
+    try:
+        yield
+    except InputError as error:
+        if not name:
+            raise
+        raise InputError(f"{KEY}.{name}: {error}") from None
 
 
 def weights_of(config: Config) -> dict[str, float]:

@@ -234,7 +234,12 @@ class PackedDataset:
 
     def _open_remote(self, remote: RemotePacks, verify: bool) -> tuple[Manifest, Path]:
         manifest, text = remote.manifest(MANIFEST, parse_manifest)
-        index = next(file for file in manifest.files if file.name == INDEX)
+        index = next((file for file in manifest.files if file.name == INDEX), None)
+        if index is None:
+            raise InputError(
+                f"{self.place}: found a mixture's folder, expected packs of one set; name the address of each set "
+                "(data.mixture.SET.train_packs)"
+            )
         head = remote.fetch_head(manifest.checksum, (MANIFEST, text), (MADE_FROM, read_made_from), index)
         if verify:
             shards = [file for file in manifest.files if file.name.startswith(("packs-", "images-"))]
@@ -259,23 +264,28 @@ class PackedDataset:
         return [] if self._remote is None else list(self._remote.damaged(self.manifest.files))
 
     @property
-    def is_remote(self) -> bool:
-        """Whether its shards are at an address."""
-        return self._remote is not None
+    def addresses(self) -> tuple[str, ...]:
+        """Where its shards, or some of a mixture's sets, are; none where they are here."""
+        return () if self._remote is None else (self.place,)
 
     @property
-    def cache_bytes(self) -> int:
-        """The most that blocks of its address may take; 0 where it is here."""
-        return 0 if self._remote is None else self._remote.cache.max_bytes
+    def is_remote(self) -> bool:
+        """Whether some of its shards are at an address."""
+        return bool(self.addresses)
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        """Of what is at an address; None where it is here."""
+        return None if self._remote is None else self._remote.settings
 
     @contextmanager
     def fetched_ahead(self, packs: Iterator[int]) -> Generator[Callable[[int], None]]:
         """Inside the block packs are fetched in the order in which they will be used. Gives what is to be told how many
         more of them have been."""
-        if not self.is_remote:
+        if self.cache is None:
             yield lambda number: None
             return
-        share = self.cache_bytes // (2 * _local_ranks())
+        share = self.cache.max_bytes // (2 * _local_ranks())
         ahead = Ahead(packs, pickle.loads(pickle.dumps(self)).keep, share)
         try:
             yield ahead.used

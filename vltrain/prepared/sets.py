@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
-from vltrain.config.mixture import KEY, each_set
+from vltrain.config.mixture import each_set, of_set
 from vltrain.config.schema import OWN, Config
 from vltrain.data.remote.address import place_of
 from vltrain.data.sample_files import samples_file, samples_folder
@@ -14,17 +12,6 @@ from vltrain.data.shards import read_manifest
 from vltrain.errors import InputError, nearest
 from vltrain.evaluate.ready import missing_split, require_scorer
 from vltrain.prepared.ensure_data import require_source
-
-
-@contextmanager
-def of_set(name: str) -> Generator[None]:
-    """Lets an InputError say which set of a mixture it is about; of a recipe without one, "", nothing."""
-    try:
-        yield
-    except InputError as error:
-        if not name:
-            raise
-        raise InputError(f"{KEY}.{name}: {error}") from None
 
 
 def require_sets(config: Config) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vltrain.config.mixture import each_set, weights_of
+from vltrain.config.mixture import each_set, of_set, weights_of
 from vltrain.config.schema import Config
 from vltrain.data.images import require_size
 from vltrain.data.origin import read_made_from, tokenizer_changes
@@ -27,7 +27,6 @@ from vltrain.models.build import outline_model
 from vltrain.models.interface import VisionLanguageModel
 from vltrain.prepared.ensure_data import ensure_packs, ensure_samples, packed_folder
 from vltrain.prepared.origins import require_same_set
-from vltrain.prepared.sets import of_set
 from vltrain.train.run.fits import kept_image_part, require_positions, require_qformer_positions, require_tokenizer_fits
 
 

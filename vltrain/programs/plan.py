@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vltrain.config.command_line import COMMAND_LINE, FLAGS, Option, Settings, split_arguments
-from vltrain.config.mixture import sets_of, weights_of
+from vltrain.config.mixture import of_set, sets_of, weights_of
 from vltrain.config.schema import Config
 from vltrain.config.stages import load_stages
 from vltrain.console import logged_from
@@ -322,7 +322,10 @@ def _packs(config: Config, encoder: SampleEncoder | None, no_tokenizer: str) -> 
     """The packs to train on, if they are on this machine, and where they are or why there are none."""
     if not config.data.mixture:
         return _packs_of_set(config, encoder, no_tokenizer)
-    found = {name: _packs_of_set(one, encoder, no_tokenizer) for name, one in sets_of(config).items()}
+    found = dict[str, tuple[PackedDataset | None, str]]()
+    for name, one in sets_of(config).items():
+        with of_set(name):
+            found[name] = _packs_of_set(one, encoder, no_tokenizer)
     where = "; ".join(f"{name}: {place}" for name, (_, place) in found.items())
     parts = {name: packs for name, (packs, _) in found.items() if packs is not None}
     data = config.data

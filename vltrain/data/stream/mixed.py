@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vltrain.config.mixture import of_set
 from vltrain.data.flat.index import INDEX_SCHEMA, Index
 from vltrain.data.remote.address import is_address
 from vltrain.data.remote.cache import CacheSettings
@@ -86,7 +87,7 @@ class MixedPacks(PackedDataset):
 
     def _is_written(self) -> bool:
         try:
-            return open_packed(self.folder, verify=False).manifest.checksum == self.manifest.checksum
+            return open_packed(self.folder, verify=False, cache=self.cache).manifest.checksum == self.manifest.checksum
         except InputError:
             return False
 
@@ -101,15 +102,19 @@ class MixedPacks(PackedDataset):
         return self.manifest.num_packs
 
     @property
-    def is_remote(self) -> bool:
-        return any(one.is_remote for one in self._parts)
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(address for one in self._parts for address in one.addresses)
 
     @property
-    def cache_bytes(self) -> int:
-        return max(one.cache_bytes for one in self._parts)
+    def cache(self) -> CacheSettings | None:
+        return next((one.cache for one in self._parts if one.is_remote), None)
 
     def damaged(self) -> list[str]:
-        return [line for one in self._parts for line in one.damaged()]
+        found = []
+        for name, one in self.sets.items():
+            with of_set(name):
+                found += one.damaged()
+        return found
 
     def keep(self, number: int) -> int:
         place, own = self._find(number)
@@ -130,7 +135,8 @@ class MixedPacks(PackedDataset):
 
     def row(self, number: int) -> PackedRow:
         place, own = self._find(number)
-        row = self._parts[place].row(own)
+        with of_set(self.mixing.names[place]):
+            row = self._parts[place].row(own)
         return replace(
             row,
             image_ids=row.image_ids + self._image_starts[place],
@@ -142,16 +148,20 @@ class MixedPacks(PackedDataset):
         sets = self.mixing.set_of(numbers)
         for place, part in enumerate(self._parts):
             mine = sets == place
-            sums[:, mine] = part.image_tokens(numbers[mine] - self.mixing.starts[place])
+            with of_set(self.mixing.names[place]):
+                sums[:, mine] = part.image_tokens(numbers[mine] - self.mixing.starts[place])
         return sums[0], sums[1]
 
     def sample_ids(self, number: int) -> tuple[str, ...]:
         place, own = self._find(number)
-        return tuple(f"{self.mixing.names[place]}/{name}" for name in self._parts[place].sample_ids(own))
+        with of_set(self.mixing.names[place]):
+            names = self._parts[place].sample_ids(own)
+        return tuple(f"{self.mixing.names[place]}/{name}" for name in names)
 
     def image(self, image_id: int) -> bytes:
         place = int(np.searchsorted(self._image_starts, image_id, side="right")) - 1
-        return self._parts[place].image(image_id - self._image_starts[place])
+        with of_set(self.mixing.names[place]):
+            return self._parts[place].image(image_id - self._image_starts[place])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "index"}
@@ -175,7 +185,7 @@ def mixed(
     told = {name: one.manifest for name, one in sets.items()}
     for name, manifest in told.items():
         if manifest.num_packs == 0:
-            raise InputError(f"data.mixture: {name}: {sets[name].folder} has no packs to train on")
+            raise InputError(f"data.mixture: {name}: {sets[name].place} has no packs to train on")
     per_pack = {
         "tokens": [one.num_tokens / one.num_packs for one in told.values()],
         "samples": [one.num_samples / one.num_packs for one in told.values()],
@@ -204,11 +214,14 @@ def open_packed(place: Path | str, verify: bool = True, cache: CacheSettings | N
         raise InputError(
             f"{folder / SETS}: names other sets than {MANIFEST} beside it; train the mixture's recipe again"
         )
-    sets = {name: PackedDataset(_place(folder, places[name]), verify, cache) for name in said["packs"]}
+    sets = dict[str, PackedDataset]()
+    for name in said["packs"]:
+        with of_set(name):
+            sets[name] = PackedDataset(_place(folder, places[name]), verify, cache)
     for name, one in sets.items():
         if one.manifest.checksum != said["packs"][name]:
             raise InputError(
-                f"{one.folder}: not the packs of the set {name} that {folder} mixes; name those in {SETS} there"
+                f"{one.place}: not the packs of the set {name} that {folder} mixes; name those in {SETS} there"
             )
     mixing = Mixing(
         names=tuple(sets),

@@ -85,7 +85,10 @@ def _check_address(address: str) -> Proof:
 
 
 def _packs_changes(folder: Path) -> tuple[list[str], list[str]]:
-    manifest = open_packed(folder, verify=True).manifest
+    dataset = open_packed(folder, verify=True)
+    if damaged := dataset.damaged():
+        return damaged, []
+    manifest = dataset.manifest
     shards = [file.name for file in manifest.files if file.name.startswith(("packs-", "images-"))]
     if (folder / BLOCKS).is_file() and (wrong := misfits(folder, shards, manifest.checksum)):
         return wrong, []

@@ -46,7 +46,7 @@ from typing import Any
 
 from vltrain.config.command_line import FLAGS, REBUILD, split_arguments
 from vltrain.config.keys import keys_of
-from vltrain.config.mixture import each_set
+from vltrain.config.mixture import each_set, of_set
 from vltrain.config.stages import value_of
 from vltrain.console import start_logging
 from vltrain.distributed.preemption import EXIT_REQUEUE, Preempted
@@ -57,7 +57,6 @@ from vltrain.files.strict_json import read_json
 from vltrain.inference.untuned import write_untuned_run
 from vltrain.launching.launcher import interruptible, launch, reason_of_failure
 from vltrain.prepared.ensure_data import ensure_samples
-from vltrain.prepared.sets import of_set
 from vltrain.programs.studies.answers import score_files
 from vltrain.programs.studies.comparison import Comparison, Run, Seed, compare
 from vltrain.programs.studies.planned import plan_row, read_planned, write_planned

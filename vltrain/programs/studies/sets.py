@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vltrain.config.mixture import each_set
+from vltrain.config.mixture import each_set, of_set
 from vltrain.config.schema import Config
 from vltrain.evaluate.report import measure_of
 from vltrain.prepared.origins import data_identity
-from vltrain.prepared.sets import of_set
 from vltrain.programs.studies.comparison import Run, read_answers
 
 MEAN = "mean of sets"

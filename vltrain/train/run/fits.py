@@ -80,8 +80,8 @@ def kept_image_part(
         raise InputError(f"{key}: has no effect: {dataset.place} shows no image; leave it out")
     if dataset is not None and dataset.is_remote:
         raise InputError(
-            f"{key}: found true, but features are kept beside the packs, and {dataset.place} is an address; copy the "
-            "packs into a folder, or leave it out"
+            f"{key}: found true, but features are kept beside the packs, and {dataset.addresses[0]} is an address; "
+            "copy the packs into a folder, or leave it out"
         )
     return part
 
