@@ -1,12 +1,10 @@
-"""Packs at an address against the same packs in a folder, over a real HTTP server that fails, lies, hangs and refuses;
-and the cache that processes share."""
+"""Packs at an address against the same packs in a folder, over a real HTTP server that fails, lies, hangs and
+refuses."""
 
+import gc
 import hashlib
-import os
+import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 import torch
 
 from tests.support.object_store import Faults, object_store
-from tests.support.processes import ROOT
 from tests.support.tiny import IMAGE_SIZE, make_segments, reblocked, write_packs
 from vltrain.data.loader import StepLoader
 from vltrain.data.pictures import SquareReader
@@ -235,99 +232,23 @@ def test_a_cache_that_cannot_hold_or_be_written_is_refused(folder, server, tmp_p
         PackedDataset(address, cache=CacheSettings(folder=str(tmp_path / "other")))
 
 
-def fill(cache: BlockCache, numbers, num_bytes: int = BLOCK, used_at: int | None = None) -> None:
-    """Blocks that say their number; `used_at`: in s."""
-    for number in numbers:
-        data = number.to_bytes(4, "little") * (num_bytes // 4)
-        digest = hashlib.sha256(data).digest()
-        assert cache.read(digest, num_bytes, lambda: data) == data
-        if used_at is not None:
-            path = cache.folder / "blocks" / digest.hex()[:2] / digest.hex()
-            os.utime(path, (used_at, used_at))
-
-
-def held(cache: BlockCache) -> set[int]:
-    return {
-        int.from_bytes(path.read_bytes()[:4], "little")
-        for path in (cache.folder / "blocks").rglob("*")
-        if path.is_file()
-    }
-
-
-def test_the_cache_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path):
-    cache = BlockCache(settings(tmp_path, 20 * BLOCK))
-    fill(cache, range(20), used_at=1000)
-    fill(cache, range(5), used_at=2000)
-    cache = BlockCache(settings(tmp_path, 20 * BLOCK))  # what is in memory does not count
-    digest = hashlib.sha256((7).to_bytes(4, "little") * (BLOCK // 4)).digest()
-    cache.keep(digest, BLOCK, lambda: pytest.fail("it is there"))  # as fetching ahead does
-    assert cache.size() == 20 * BLOCK
-    fill(cache, [20])
-    assert cache.size() <= 20 * BLOCK and {0, 1, 2, 3, 4, 7, 20} <= held(cache) and len(held(cache)) == 18
-    fill(cache, range(21, 300))
-    assert cache.size() == len(held(cache)) * BLOCK <= 20 * BLOCK
-
-
-def test_a_lost_count_and_what_a_killed_process_had_begun_are_put_right(tmp_path):
-    cache = BlockCache(settings(tmp_path, 10 * BLOCK))
-    fill(cache, range(6))
-    begun = cache.folder / "blocks" / "00" / f".{'00' * 32}.{BLOCK}.dead0000.tmp"
-    begun.parent.mkdir(exist_ok=True)
-    begun.write_bytes(b"half")
-    (cache.folder / "size").write_text("")  # killed while it was written
-    assert cache.size() == 6 * BLOCK and not begun.exists()
-    (cache.folder / "size").write_text(str(9 * BLOCK))  # killed between counting and writing
-    fill(cache, range(6, 9))
-    assert cache.size() == 9 * BLOCK and held(cache) == set(range(9))
-
-
-PROCESS = """
-import hashlib, random, sys, time
-from vltrain.data.remote.cache import GIB, BlockCache, CacheSettings
-folder, seed, log = sys.argv[1:]
-cache = BlockCache(CacheSettings(folder=folder, gib=24 * 4096 / GIB))
-chance = random.Random(int(seed))
-def fetch():
-    with open(log, "a") as file:
-        file.write(f"{number}\\n")
-    time.sleep(0.002)
-    return data
-print("ready", flush=True)
-for _ in range(int(sys.stdin.readline())):
-    number = chance.randrange(16)
-    data = number.to_bytes(4, "little") * 1024
-    (cache.read if chance.random() < 0.5 else cache.keep)(hashlib.sha256(data).digest(), 4096, fetch)
-    cache._memory.clear()
-print("done", flush=True)
-"""
-
-
-def start(tmp_path, seed: int) -> subprocess.Popen:
-    words = [sys.executable, "-c", PROCESS, str(tmp_path / "cache"), str(seed), str(tmp_path / "fetched")]
-    return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def test_processes_share_a_cache_and_fetch_each_block_once_killed_ones_leave_nothing_whole(tmp_path):
-    three = [start(tmp_path, seed) for seed in range(3)]
-    for process in three:
-        assert process.stdout.readline() == "ready\n"
-    for process, rounds in zip(three, (200, 200, 10**6), strict=True):
-        process.stdin.write(f"{rounds}\n")
-        process.stdin.flush()
-    wait_for(lambda: (tmp_path / "fetched").exists())
-    time.sleep(0.02)
-    three[2].send_signal(signal.SIGKILL)
-    for process in three[:2]:
-        assert process.communicate(timeout=60)[0] == "done\n" and process.returncode == 0
-    three[2].communicate()
-    fetched = (tmp_path / "fetched").read_text().split()
-    assert set(fetched) == set(map(str, range(16))) and len(fetched) <= 17, "one that was killed amid its fetch at most"
-    cache = BlockCache(settings(tmp_path, 24 * BLOCK))
-    for path in cached(tmp_path):
-        assert path.name.endswith(".tmp") or hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-    fill(cache, range(100, 140))  # makes room, and so removes what was begun
-    assert not [path for path in cached(tmp_path) if path.name.endswith(".tmp")]
-    assert cache.size() == len(cached(tmp_path)) * BLOCK <= 24 * BLOCK
+def test_packs_whose_set_went_are_opened_anew(folder, server, tmp_path):
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.json")) + sum(
+        (folder / name).stat().st_size for name in ("index.arrow", "blocks.index")
+    )
+    bound = settings(tmp_path, num_bytes + 6 * BLOCK)
+    far = PackedDataset(f"{server.address}/packs", cache=bound)
+    cache = BlockCache(bound)
+    assert num_bytes <= cache.size() < num_bytes + BLOCK, "the ends of shards are read without the cache"
+    there = pickle.loads(pickle.dumps(far))  # as a worker process gets it
+    for number in range(40):
+        if number == 20:
+            assert there.image(0) == PackedDataset(folder).image(0) and any((cache.folder / "sets").iterdir())
+            del far, there
+            gc.collect()
+        cache.keep(number.to_bytes(32, "little"), BLOCK, lambda: bytes(BLOCK))
+    assert not any((cache.folder / "sets").iterdir())
+    assert_same(PackedDataset(f"{server.address}/packs", cache=bound), PackedDataset(folder))
 
 
 def test_fetching_ahead_is_bounded_and_goes_on_as_packs_are_used(monkeypatch):

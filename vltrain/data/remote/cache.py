@@ -1,16 +1,20 @@
-"""A bounded folder of blocks, each under its SHA-256, which processes of a machine share.
+"""A bounded folder of blocks, each under its SHA-256, and of what is read of sets as a whole, which processes of a
+machine share.
 
     CACHE/blocks/ab/abcd...          a block, renamed when it was whole and had its digest
                    .abcd....N.tmp    one of N bytes that is being written: its writer holds its lock
     CACHE/locks/ab                   held by whoever fetches a block that begins so
-    CACHE/size                       bytes of all blocks, begun ones too; locked while it is changed
-    CACHE/sets/CHECKSUM/             what is read of a set as a whole, not counted: manifest, index, digests of blocks
+    CACHE/size                       bytes of all blocks and sets, begun ones too; locked while it is changed
+    CACHE/sets/CHECKSUM/             manifest, index, digests of blocks
+                        .used        held by all who read the set, together; its time is when it was opened last
+                        .lock        held by whoever fetches one of its files
 
 All locks are the kernel's: a killed process lets go of them, and what it had begun is removed by the next one that
-makes room. The block that was used, or fetched for use, longest ago goes first. Fetching ahead follows the plan, and
-so what is needed soonest is never what goes while it fits in. Reading checks a block's digest once more, and gives its
-bytes, so that one may be removed while it is used. Trade-off: what will be needed later than what is fetched ahead is
-judged by its past use, since which images a pack shows is only known when it is read.
+makes room. The block that was used, or fetched for use, longest ago goes first, and so does a set that was opened
+longest ago, unless somebody reads it: whoever opens one, and whoever removes one, holds CACHE/size meanwhile. Fetching
+ahead follows the plan, and so what is needed soonest is never what goes while it fits in. Reading checks a block's
+digest once more, and gives its bytes, so that one may be removed while it is used. Trade-off: what will be needed later
+than what is fetched ahead is judged by its past use, since which images a pack shows is only known when it is read.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import os
 import shutil
 import threading
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +35,7 @@ from pathlib import Path
 
 from vltrain.config.schema import DataConfig
 from vltrain.errors import OF_THE_MACHINE, InputError
+from vltrain.files.atomic import replace_file
 from vltrain.files.digest import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -39,11 +45,12 @@ GIB = 2**30
 IN_MEMORY = 128  # blocks that a process keeps beside what is on disk
 FREED = 0.1  # of the bound, when room is made: a look at all blocks takes a while
 LEAST_BLOCKS = 4  # for each rank
+USED = ".used"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """folder: None: in the user's cache (`$XDG_CACHE_HOME/vltrain/packs`); gib: bound of the blocks in it, in GiB."""
+    """folder: None: in the user's cache (`$XDG_CACHE_HOME/vltrain/packs`); gib: bound of what is in it, in GiB."""
 
     folder: str | None = None
     gib: float = 32.0
@@ -83,15 +90,17 @@ class BlockCache:
             all_bytes: of all blocks that may come.
             ranks: that share it.
         """
-        least = LEAST_BLOCKS * ranks * block_bytes
+        with self._told(), self._counted() as counter:
+            in_use = sum(size for _, size, path in self._sets() if not _is_free(path))
+            free, held = shutil.disk_usage(self.folder).free, counter.bytes - in_use
+        least = LEAST_BLOCKS * ranks * block_bytes + in_use
         if self.max_bytes < least:
             raise InputError(
                 f"{SIZE_KEY}: found {self.max_bytes / GIB:g} GiB, expected at least {least / GIB:.3g}: {LEAST_BLOCKS} "
-                f"blocks of {block_bytes / 2**20:g} MiB for each of {ranks} rank(s) on this machine"
+                f"blocks of {block_bytes / 2**20:g} MiB for each of {ranks} rank(s) on this machine, and "
+                f"{in_use / 2**20:.3g} MiB of what is read as a whole of the sets that are in use"
             )
-        with self._told():
-            free, held = shutil.disk_usage(self.folder).free, self.size()
-        wanted = min(self.max_bytes, all_bytes)
+        wanted = min(self.max_bytes - in_use, all_bytes)
         if free + held < wanted:
             raise InputError(
                 f"{SIZE_KEY}: {self.folder} shall hold {wanted / GIB:.3g} GiB, but its disk has {free / GIB:.3g} free "
@@ -99,7 +108,7 @@ class BlockCache:
             )
 
     def size(self) -> int:
-        """Bytes of all blocks."""
+        """Bytes of all blocks and sets."""
         with self._counted() as counter:
             return counter.bytes
 
@@ -169,9 +178,7 @@ class BlockCache:
             path.parent.mkdir(exist_ok=True)
             beside = path.with_name(f".{path.name}.{len(data)}.{uuid.uuid4().hex[:8]}.tmp")
             with self._counted() as counter:
-                if counter.bytes + len(data) > self.max_bytes:
-                    counter.bytes = self._make_room(int(self.max_bytes * (1 - FREED)) - len(data))
-                counter.bytes += len(data)
+                self._reserve(counter, len(data))
                 handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             try:
@@ -183,10 +190,17 @@ class BlockCache:
                 beside.unlink(missing_ok=True)
                 raise
 
+    def _reserve(self, counter: _Counter, num_bytes: int) -> None:
+        """Counts what will be written, after making room for it."""
+        if counter.bytes + num_bytes > self.max_bytes:
+            counter.bytes = self._make_room(int(self.max_bytes * (1 - FREED)) - num_bytes)
+        counter.bytes += num_bytes
+
     def _make_room(self, bound: int) -> int:
-        """Removes what killed processes had begun, and blocks, those used longest ago first, until the rest is within
-        the bound. Returns its bytes. While the size is locked."""
-        found: list[tuple[int, int, str]] = []
+        """Removes what killed processes had begun, and blocks and sets that nobody reads, those used longest ago first,
+        until the rest is within the bound. Returns its bytes. While the size is locked."""
+        sets = self._sets()
+        found, are_sets = list(sets), {path for _, _, path in sets}
         begun = 0
         for folder in os.scandir(self.folder / "blocks"):
             for entry in os.scandir(folder.path):
@@ -200,10 +214,26 @@ class BlockCache:
         for _, size, path in sorted(found):
             if total <= bound:
                 break
+            if path in are_sets:
+                total -= size if _is_free(path, remove=True) else 0
+                continue
             with suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
         return total
+
+    def _sets(self) -> list[tuple[int, int, str]]:
+        """(when it was opened last, bytes, path) of each set."""
+        found = []
+        for folder in os.scandir(self.folder / "sets"):
+            opened = num_bytes = 0
+            for entry in os.scandir(folder.path):
+                with suppress(FileNotFoundError):  # one that is being written, and renamed just now
+                    stat = entry.stat()
+                    num_bytes += stat.st_size
+                    opened = stat.st_mtime_ns if entry.name == USED else opened
+            found.append((opened, num_bytes, folder.path))
+        return found
 
     @contextmanager
     def _counted(self) -> Generator[_Counter]:
@@ -223,16 +253,27 @@ class BlockCache:
                 held.enter_context(_locked(self.folder / "locks" / digest.hex()[:2]))
             yield
 
-    @contextmanager
-    def set_folder(self, name: str) -> Generator[Path]:
-        """The folder in `sets` of that name, made where it is missing, which no other process fills inside the block.
-        Raises InputError where it cannot be written."""
+    def open_set(self, name: str) -> OpenSet:
+        """The folder in `sets` of that name, made where it is missing. Raises InputError where it cannot be written."""
         place = self.folder / "sets" / name
+        with self._told(), self._counted():
+            place.mkdir(exist_ok=True)
+            return OpenSet(place)
+
+    @contextmanager
+    def filling(self, place: OpenSet) -> Generator[None]:
+        """No other process fills that set inside the block."""
         with ExitStack() as held:
             with self._told():
-                place.mkdir(exist_ok=True)
-                held.enter_context(_locked(place / ".lock"))
-            yield place
+                held.enter_context(_locked(place.folder / ".lock"))
+            yield
+
+    def put(self, path: Path, data: bytes) -> None:
+        """Writes a file of an open set. Raises InputError where it cannot be written."""
+        with self._told():
+            with self._counted() as counter:
+                self._reserve(counter, len(data))
+            replace_file(path, data)
 
     @contextmanager
     def _told(self) -> Generator[None]:
@@ -246,9 +287,35 @@ class BlockCache:
             ) from None
 
 
+class OpenSet:
+    """A set's folder that is not removed as long as this is there, in any process that has one of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        """While the size is locked. Raises OSError."""
+        self.folder = folder
+        handle = os.open(folder / USED, os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        os.utime(handle)
+
+
 @dataclass
 class _Counter:
     bytes: int
+
+
+def _is_free(path: str, *, remove: bool = False) -> bool:
+    """Whether nobody reads a set; one that is free may be removed. While the size is locked, so nobody opens it."""
+    handle = os.open(os.path.join(path, USED), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    if remove:
+        shutil.rmtree(path)
+    return True
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from vltrain.data.remote.blocks import BLOCKS, HEAD_BYTES, FileBlocks, is_whole,
 from vltrain.data.remote.cache import BlockCache, CacheSettings
 from vltrain.data.remote.store import OPENING_PAUSES, PAUSES, Store, tell
 from vltrain.errors import InputError
-from vltrain.files.atomic import replace_file
 
 TRIES = 4  # of a block that arrives damaged
 _PART_BYTES = 4 << 20  # of what is fetched whole
@@ -64,6 +63,7 @@ class RemotePacks:
         """Raises InputError for an address that cannot be read from here, and a cache that cannot be written."""
         self.store, self.settings, self.head = Store(address), settings, head
         self.cache = BlockCache(settings)
+        self._open_set = None if head is None else self.cache.open_set(head.folder.name)
 
     def manifest(self, name: str, parse: Callable[[str, str], Manifest]) -> tuple[Manifest, bytes]:
         """The manifest, and its text.
@@ -104,18 +104,24 @@ class RemotePacks:
 
         Raises: InputError for what is missing or stays damaged.
         """
-        with self.cache.set_folder(checksum[:32]) as folder:
+        self._open_set = place = self.cache.open_set(checksum[:32])
+        folder = place.folder
+        with self.cache.filling(place):
 
             def keep(data: bytes) -> None:
-                _replace(folder / record[0], data)
+                self._replace(folder / record[0], data)
                 record[1](folder)
 
-            _replace(folder / manifest[0], manifest[1])
+            self._replace(folder / manifest[0], manifest[1])
             self._good(record[0], keep)
             self._fetch_whole(folder / index.name, lambda: index.bytes, lambda data: _sha256(data) == index.sha256)
             self._fetch_whole(folder / BLOCKS, self._length_of_blocks, is_whole)
         self.head = Head(folder, checksum)
         return self.head
+
+    def _replace(self, path: Path, data: bytes) -> None:
+        if not path.is_file() or path.read_bytes() != data:
+            self.cache.put(path, data)
 
     def _length_of_blocks(self) -> int:
         return length_of(self._opening(BLOCKS, 0, HEAD_BYTES), self.store.name(BLOCKS))
@@ -157,7 +163,7 @@ class RemotePacks:
             with ThreadPoolExecutor(_THREADS) as pool:
                 data = b"".join(pool.map(functools.partial(self._part, path.name, num_bytes), _starts(num_bytes)))
             if is_good(data):
-                replace_file(path, data)
+                self.cache.put(path, data)
                 return
             tell(f"{self.store.name(path.name)}: arrived damaged, fetched again")
         raise InputError(
@@ -305,11 +311,6 @@ class RemoteTable:
         blocks = self._packs.blocks_of(file)
         data = self._packs.bytes_of(file, int(blocks.starts[batch]), int(blocks.ends[batch]))
         return pa.ipc.read_record_batch(pa.ipc.read_message(pa.py_buffer(data)), self._schema)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    if not path.is_file() or path.read_bytes() != data:
-        replace_file(path, data)
 
 
 def _starts(num_bytes: int) -> range:
