@@ -57,6 +57,13 @@ def test_it_is_written_back_whole_and_overlaid_by_set(tmp_path):
     assert build_config(read_recipe(tmp_path / "written.yaml")) == config
 
 
+def test_a_set_is_left_out_on_the_command_line_as_the_refusal_says(tmp_path):
+    content = {"data": {"root": "data/mine", "mixture": {"shapes": SHAPES, "old": {"root": "x"}}}}
+    with pytest.raises(InputError, match="--data.mixture.old null"):
+        settings_of(tmp_path, content, "--data.mixture", "{old: null}")
+    assert list(settings_of(tmp_path, content, "--data.mixture.old", "null").data.mixture) == ["shapes"]
+
+
 @pytest.mark.parametrize(
     ("mixture", "changes", "says"),
     [
@@ -66,6 +73,11 @@ def test_it_is_written_back_whole_and_overlaid_by_set(tmp_path):
         ({"a": {**SHAPES, "weight": "3"}}, {}, "data.mixture.a.weight: found '3'"),
         ({"a": {**SHAPES, "weigth": 1}}, {}, r"data.mixture.a: unknown key 'weigth', did you mean 'weight'"),
         ({"a": ["shapes"]}, {}, r"data.mixture.a: found \['shapes'\], expected the set's keys: weight, source"),
+        (
+            {"a": None},
+            {},
+            "data.mixture.a: found null, expected the set's keys.* --data.mixture.a null one of the recipe",
+        ),
         ({"a": {"weight": 1}}, {}, "data.mixture.a: names no samples, expected source"),
         ({"../a": SHAPES}, {}, "found the name '../a', expected a folder's name"),
         ({"packed": SHAPES}, {}, "found the name 'packed'"),

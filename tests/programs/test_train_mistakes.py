@@ -10,6 +10,7 @@ import yaml
 from data_prep.tokenizer import train_tokenizer
 from tests.support.tiny import SETTINGS, make_segments, write_packs
 from vltrain.metrics.wandb import WandbLogger
+from vltrain.programs import check, submit
 from vltrain.programs.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,15 @@ def test_unknown_key_names_the_nearest(recipe, capsys, tmp_path):
     assert "model.adapter.dim" in mistake(capsys, [*recipe(), "--model.adapter.dimm", "8"])
     assert "did you mean 'optim.lr'" in mistake(capsys, recipe(optim__lrr=1.0))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_row_that_is_not_trained_says_how_it_is_answered(capsys):
+    row = "qformer_easyvqa#base"
+    for program, words in ((main, ["--recipe", row]), (submit.main, ["--recipe", row]), (check.main, ["recipe", row])):
+        assert program(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "qformer_easyvqa.yaml#base: 'base' is listed under ablation.untuned" in said
+        assert "vltrain ablate " in said and "qformer_easyvqa.yaml --only base" in said
 
 
 def test_dim_not_divisible_by_groups(recipe, capsys, tmp_path):

@@ -151,10 +151,13 @@ def _require_set(name: Any, entry: Any) -> None:
             f"{', '.join(TAKEN)}"
         )
     key = f"{KEY}.{name}"
-    if not is_mapping(entry):
+    if entry is None:
         raise InputError(
-            f"{key}: found {'null' if entry is None else repr(entry)}, expected the set's keys: {_known()}"
+            f"{key}: found null, expected the set's keys: {_known()}; null leaves out a set of a base or a table, and "
+            f"--{key} null one of the recipe"
         )
+    if not is_mapping(entry):
+        raise InputError(f"{key}: found {entry!r}, expected the set's keys: {_known()}")
     declared = get_type_hints(SetConfig)
     for one, value in entry.items():
         if one not in declared:

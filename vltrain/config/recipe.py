@@ -127,6 +127,16 @@ def read_stages(path: Path) -> Stages | None:
     return _stages(file, content, ()) if is_mapping(content) and STAGES in content else None
 
 
+def require_tuned(path: Path) -> None:
+    """Raises InputError for a row (`FILE#ROW`) that its table lists under `ablation.untuned`."""
+    file, row = _split_row(path)
+    if row is not None and has_rows(file) and row in read_table(file).ablation.untuned:
+        raise InputError(
+            f"{path}: '{row}' is listed under {ABLATION}.untuned: it answers as it is before tuning, and nothing of it "
+            f"is trained; to have it answered: vltrain ablate {file} --only {row}"
+        )
+
+
 def own_settings(path: Path) -> dict[str, Any] | None:
     """Of `FILE#STAGE` what the stage itself sets; None for another recipe. Raises InputError as `read_recipe`."""
     file, part = _split_row(path)

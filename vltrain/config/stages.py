@@ -26,7 +26,7 @@ from vltrain.config.command_line import (
 from vltrain.config.idle import idle_settings, made_settings
 from vltrain.config.keys import keys_of, known_keys
 from vltrain.config.model.architectures import KEY as ARCHITECTURE
-from vltrain.config.recipe import INIT_FROM, Stages, read_stages
+from vltrain.config.recipe import INIT_FROM, Stages, read_stages, require_tuned
 from vltrain.config.schema import Config
 from vltrain.config.strict_yaml import dump_text, is_mapping
 from vltrain.errors import InputError
@@ -82,6 +82,13 @@ def load_stages(
         sys.stdout.write(dump_run(run))
         raise SystemExit(0)
     return run
+
+
+def refuse_untuned(whole: Run) -> None:
+    """Raises InputError for a recipe of which nothing is trained, see `vltrain.config.recipe.require_tuned`."""
+    for part in whole.parts:
+        if part.recipe is not None:
+            require_tuned(part.recipe)
 
 
 def _without(argv: Iterable[str], names: tuple[str, ...]) -> list[str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import data_prep
 from vltrain.config.command_line import COMMAND_LINE, Option, Settings, whole_number
 from vltrain.config.recipe import dump_config
-from vltrain.config.stages import Run, dump_run, load_stages
+from vltrain.config.stages import Run, dump_run, load_stages, refuse_untuned
 from vltrain.data.folder import new_folder
 from vltrain.errors import InputError, exits_cleanly
 from vltrain.programs.plan import OPTIONS as PLAN_OPTIONS
@@ -70,6 +70,7 @@ def main(argv: list[str], *, program: str = "launch/submit.py") -> int:
     settings = whole.parts[0]
     if settings.recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no --recipe, expected a file such as launch/recipes/quickstart.yaml")
+    refuse_untuned(whole)
     run = whole.folder.resolve()
     text = fill(TEMPLATE.read_text(), settings, run)
     plan = [check_plan(part) for part in whole.parts][-1]

@@ -23,7 +23,7 @@ from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTI
 from vltrain.config.older_runs import as_begun
 from vltrain.config.recipe import as_mapping, dump_config
 from vltrain.config.schema import Config
-from vltrain.config.stages import Run, load_stages, stage_folders, write_stages
+from vltrain.config.stages import Run, load_stages, refuse_untuned, stage_folders, write_stages
 from vltrain.console import RUN_LOG, last_line, run_log, start_logging
 from vltrain.data.shards import PackedDataset
 from vltrain.data.text.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ def main(argv: list[str], *, program: str = "vltrain train", default_recipe: Pat
     )
     options, configs = whole.parts[0].options, [part.config for part in whole.parts]
     refuse_ranks(options)
+    refuse_untuned(whole)
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank, quiet=options[QUIET] is not None, keeps_log=True)
     require_machine(max(config.data.workers for config in configs))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from vltrain.config.command_line import COMMAND_LINE, QUIET, REBUILD, TRAIN_OPTIONS, Settings, refuse_ranks
 from vltrain.config.mixture import sets_of
 from vltrain.config.schema import Config
-from vltrain.config.stages import load_stages
+from vltrain.config.stages import load_stages, refuse_untuned
 from vltrain.console import logged_from, start_logging
 from vltrain.data.report.finding import FAILED, Finding
 from vltrain.data.report.packed import LABELS
@@ -77,6 +77,7 @@ def check_recipe(argv: Sequence[str], program: str = "vltrain check recipe") -> 
     if whole.parts[0].recipe is None:
         raise InputError(f"{COMMAND_LINE}: found no recipe, expected a file or a name of launch/recipes")
     refuse_ranks(whole.parts[0].options)
+    refuse_untuned(whole)
     start_logging(int(os.environ.get("RANK", "0")), quiet=whole.parts[0].options[QUIET] is not None)
     require_machine(workers=0)
     limit_threads(local_world_size())
