@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,15 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.attacks import inputs
 from tests.support.processes import on_ranks
 from vltrain.config.model.mmt import AdapterConfig, LLMConfig, MmtConfig, VisionConfig
 from vltrain.config.recipe import dump_config
 from vltrain.config.schema import Config, DataConfig, EvalConfig
 from vltrain.errors import InputError
 from vltrain.evaluate.gallery import IMAGE_HEIGHT
-from vltrain.evaluate.samples import read_samples, shard_samples, thin_out
+from vltrain.evaluate.ready import answerable_samples
+from vltrain.evaluate.samples import draw_samples, read_samples, shard_samples, thin_out
 from vltrain.evaluate.scorers.exact import normalise
 from vltrain.models.build import build_model
 from vltrain.programs.evaluate import main
@@ -193,7 +196,8 @@ def test_tensorboard_gets_the_accuracy_and_pictures(evaluated):
 def test_the_slider_shows_one_question_over_the_steps(evaluated):
     """Also where another number is asked: what stands above the answer stays."""
     run, *_ = evaluated
-    for words in ((), ("--checkpoint", "none"), ("--checkpoint", "none", "--eval.max_samples", "5")):
+    untuned = ["--checkpoint", "none"]
+    for words in ([], untuned, [*untuned, "--eval.max_samples", "5", "--eval.spread", "even"]):
         assert main([str(run), "--split", "val", *words]) == 0
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     shown = {tag: events.Images(tag) for tag in events.Tags()["images"] if tag.startswith("eval/val/")}
@@ -382,6 +386,25 @@ def test_thinning_out_is_even_and_keeps_all_where_it_can():
         == list(range(10))
     )
     assert thin_out(list(range(7)), 3) == [0, 2, 4]
+
+
+def test_drawn_questions_are_spread_over_the_file_and_lock_onto_no_place_of_an_image():
+    turns = (Turn(role="user", text="?"), Turn(role="assistant", text="y"))
+    samples = [Sample(id=f"{image}/{place}", turns=turns) for image in range(120) for place in range(10)]
+    even, drawn = thin_out(samples, 120), draw_samples(samples, 120)
+    assert {one.id.rpartition("/")[2] for one in even} == {"0"}, "the same question about every image"
+    assert [one.id.partition("/")[0] for one in drawn] == list(map(str, range(120))), "one about each image"
+    places = Counter(one.id.rpartition("/")[2] for one in drawn)
+    assert len(places) == 10 and max(places.values()) < 30
+    assert draw_samples(samples, 120) == drawn and len({one.id for one in draw_samples(samples, 999)}) == 999
+    assert draw_samples(samples, None) == draw_samples(samples, 1200) == draw_samples(samples, 9999) == samples
+
+
+def test_a_split_is_answered_as_the_recipe_spreads_it(tmp_path):
+    file = inputs.write_jsonl(tmp_path / "val.jsonl", [inputs.sample(number) for number in range(40)])
+    every = read_samples(file)
+    for spread, chosen in (("even", thin_out(every, 8)), ("drawn", draw_samples(every, 8))):
+        assert answerable_samples(file, Config(eval=EvalConfig(spread=spread)), 8).answered == chosen
 
 
 def test_the_deal_covers_every_sample_once_with_equal_shares_of_like_length():

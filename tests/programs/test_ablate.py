@@ -262,6 +262,7 @@ def test_figures_of_other_settings_are_not_mixed(table, pretender, capsys):
     )
     for changed, said in (
         (["--optim.lr", "0.5"], "optim.lr was 0.003, is 0.5"),
+        (["--eval.spread", "even"], "eval.spread was 'drawn', is 'even'; go on as it was (--eval.spread drawn)"),
         (["--split", "train"], "split was 'val', is 'train'"),
     ):
         assert main([str(table), *changed]) == 2

@@ -28,6 +28,7 @@ ADDED: dict[str, Any] = {
     "data.mixture_by": "passes",
     "data.when_a_set_ends": "repeat",
     "eval.precision": "train",
+    "eval.spread": "even",
     "model.adapter.bias": True,
     "model.adapter.residual": True,
     "model.adapter.vision_kind": None,

@@ -261,6 +261,9 @@ class EvalConfig:
     top_p: float = number(1.0, 0, 1, open_low=True)
     max_samples: int | None = number(512, 1, MOST_STEPS)
     """Questions of an evaluation while training; `vltrain evaluate` takes all."""
+    spread: Literal["drawn", "even"] = "drawn"
+    """Which questions `max_samples` takes: one of each of as many equal stretches of the file. drawn: by a hash of its
+    id, so the same ones in every run; even: the first, which may be the same question about every image."""
     tensorboard_samples: int = number(16, 0, MOST_SIZE)
     """Answered questions written to TensorBoard with their images."""
 

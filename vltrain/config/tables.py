@@ -38,7 +38,7 @@ class Ablation:
     split: str | None = None
     """The split that is answered; null: each row's data.test_split."""
     max_samples: int | None = number(None, 1, MOST_STEPS)
-    """Questions that are answered, evenly spaced over the split; null: all."""
+    """Questions that are answered, spread over the split as `eval.spread` says; null: all."""
     against: str | None = None
     """The row that the others are tested against, or best; null: the first."""
     packs: int | None = number(None, 1, MOST_STEPS)

@@ -16,7 +16,7 @@ from vltrain.data.images import require_image
 from vltrain.errors import InputError
 from vltrain.evaluate.answering.ranking import to_item
 from vltrain.evaluate.report import find_scorer
-from vltrain.evaluate.samples import read_samples, thin_out
+from vltrain.evaluate.samples import draw_samples, read_samples, thin_out
 from vltrain.evaluate.scorers.question import question_of
 from vltrain.schema import Sample
 
@@ -39,7 +39,7 @@ class Split(NamedTuple):
 
 
 def answerable_samples(samples_file: Path, config: Config, max_samples: int | None) -> Split:
-    """A split of which at most `max_samples` are answered, evenly spaced over the file; None: all.
+    """A split of which at most `max_samples` are answered, spread over the file as `eval.spread` says; None: all.
 
     Raises:
         InputError: no such split, an unknown scorer or one that is not installed, a malformed sample, an id that comes
@@ -62,7 +62,7 @@ def answerable_samples(samples_file: Path, config: Config, max_samples: int | No
         scorer.columns(question)
         if config.eval.method == "rank":
             to_item(sample, str(samples_file))
-    answered = thin_out(samples, max_samples)
+    answered = (draw_samples if config.eval.spread == "drawn" else thin_out)(samples, max_samples)
     if len(answered) < scorer.fewest:
         bound = f", of which eval.max_samples takes {max_samples}" if len(answered) < len(samples) else ""
         found = (

@@ -46,7 +46,7 @@ from vltrain.prepared.sets import require_sets
 from vltrain.prepared.training_data import ensure_training_data
 from vltrain.train.announce import announce, log_trainable_share, summary
 from vltrain.train.checkpoints.checkpoint import Checkpoint, require_fit
-from vltrain.train.checkpoints.selection import require_same_figures
+from vltrain.train.checkpoints.selection import evaluated_as, require_same_figures
 from vltrain.train.determinism import set_determinism
 from vltrain.train.evaluation import SplitEvaluation, evaluated_sets
 from vltrain.train.make_trainer import RunStart, make_trainer
@@ -192,7 +192,10 @@ def _train(
     settings: Settings, ds_json: dict[str, Any], folder: Path, preemption: Preemption, stage: Stage | None
 ) -> None:
     checkpoint = checkpoint_to_resume(folder, settings.options["resume"] or "auto")
-    config = settings.config if checkpoint is None else as_begun(settings.config, checkpoint.belongs_to, settings.given)
+    config = settings.config
+    if checkpoint is not None:
+        begun = {**checkpoint.belongs_to, **evaluated_as(checkpoint.run_state)}
+        config = as_begun(config, begun, settings.given)
     dtype = choose_dtype(
         config.train.precision, config.model.bits, checkpoint.precision if checkpoint is not None else None
     )

@@ -9,11 +9,18 @@ from safetensors.torch import load_file
 
 from tests.support.processes import run_ranks
 from tests.support.tiny import make_segments, write_packs
-from vltrain.config.schema import TrainConfig
+from vltrain.config.older_runs import as_begun
+from vltrain.config.schema import Config, TrainConfig
 from vltrain.errors import InputError
 from vltrain.inference.run import choose_checkpoint
 from vltrain.receipts.verify import prove
-from vltrain.train.checkpoints.selection import BestTracker, name_best
+from vltrain.train.checkpoints.selection import (
+    BestTracker,
+    evaluated_as,
+    measured_by,
+    name_best,
+    require_same_figures,
+)
 
 
 def test_patience_counts_evaluations_that_are_not_better():
@@ -55,6 +62,26 @@ def test_the_pointer_names_the_best(tmp_path):
     name_best(tmp_path, 30)
     name_best(tmp_path, 30)
     assert (tmp_path / "best").read_text() == "step-00000030\n"
+
+
+def test_a_run_of_a_version_that_spread_questions_evenly_goes_on_with_the_same_ones():
+    config = Config(train=TrainConfig(keep_best=True, eval_every_steps=2))
+    measured = measured_by(config)
+    assert measured.pop("eval.spread") == "drawn"
+    state = BestTracker(best=0.5, best_step=2, measured_by=measured).state()
+    begun = {"train": {}, **evaluated_as({"selection": state})}
+    on = as_begun(config, begun, ())
+    assert on.eval.spread == "even" and as_begun(config, begun, ("eval.spread",)) == config
+    require_same_figures(state, on, "checkpoint")
+    with pytest.raises(InputError, match="eval.spread was 'even', is 'drawn'"):
+        require_same_figures(state, config, "checkpoint")
+    for now, best in ((on, 0.5), (config, None)):
+        tracker = BestTracker(measured_by=measured_by(now))
+        tracker.load(state)
+        assert tracker.best == best
+    new = BestTracker(measured_by=measured_by(config)).state()
+    assert as_begun(config, evaluated_as({"selection": new}), ()) == config
+    assert as_begun(config, evaluated_as({}), ()) == config
 
 
 FIGURES = {"4": 0.25, "8": 0.5, "12": 0.5, "16": 0.125, "20": 0.75, "24": 0.875}

@@ -68,6 +68,7 @@ CHANGE_NOTHING = {
     "train.time_limit_minutes",
     "eval.batch_size",
     "eval.max_samples",
+    "eval.spread",
     "eval.tensorboard_samples",
 }
 DATA = "samples"  # in what a row was made with: their digest, known once they are there
@@ -279,6 +280,7 @@ def _job(
     chosen = "none" if untuned else "best" if config.train.keep_best else None
     checkpoint = () if chosen is None else ("--checkpoint", chosen)
     rebuild = (REBUILD, None) in arguments.options
+    asked: dict[str, Any] = {} if max_samples is None else {"eval.spread": config.eval.spread}
     return Job(
         row=row,
         seed=seed,
@@ -286,7 +288,7 @@ def _job(
         train_words=(*recipe, *overrides, *(("--ds", ds) if ds else ()), *(("--rebuild",) if rebuild else ())),
         evaluate_words=(str(folder), *(("--split", split) if split else ()), *checkpoint, *bound),
         splits=splits,
-        made_with={**_figures(config), "split": split, "questions": max_samples, UNTUNED: untuned or None},
+        made_with={**_figures(config), **asked, "split": split, "questions": max_samples, UNTUNED: untuned or None},
         config=config,
         max_samples=max_samples,
         rebuild=rebuild,

@@ -8,11 +8,13 @@ evaluates first, and so decides as it would have.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vltrain.config.mixture import sets_of
+from vltrain.config.older_runs import ADDED
 from vltrain.config.schema import Config
 from vltrain.errors import InputError
 from vltrain.receipts.manifest import BEST, checkpoint_name, pointed
@@ -55,7 +57,7 @@ class BestTracker:
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's `state`; begins anew where figures were others, see `require_same_figures`."""
-        if state.get("measured_by", self.measured_by) != self.measured_by:
+        if _since(state.get("measured_by", self.measured_by), self.measured_by) != self.measured_by:
             return
         self.best = None if state["best"] is None else float.fromhex(state["best"])
         self.best_step, self.stale = state["best_step"], state["stale"]
@@ -64,7 +66,8 @@ class BestTracker:
 def measured_by(config: Config) -> dict[str, Any]:
     """The settings, by dotted name, without which two evaluations' figures cannot be compared."""
     evaluation = {
-        f"eval.{name}": getattr(config.eval, name) for name in ("scorer", "method", "normalise_length", "max_samples")
+        f"eval.{name}": getattr(config.eval, name)
+        for name in ("scorer", "method", "normalise_length", "max_samples", "spread")
     }
     sets = {
         f"data.mixture.{name}.{key}": value
@@ -78,6 +81,19 @@ def measured_by(config: Config) -> dict[str, Any]:
     return {**evaluation, "data.eval_split": config.data.eval_split, **sets}
 
 
+def evaluated_as(run_state: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `eval` of the evaluations until a checkpoint, as far as it says: for `as_begun`, by which a run goes
+    on answering the same questions."""
+    measured = run_state.get("selection", {}).get("measured_by", {})
+    found = {key.removeprefix("eval."): value for key, value in measured.items() if key.startswith("eval.")}
+    return {"eval": found} if found else {}
+
+
+def _since(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a version measured by that did not know some of today's settings."""
+    return {**{key: ADDED[key] for key in now if key in ADDED}, **before}
+
+
 def require_same_figures(state: dict[str, Any], config: Config, where: str) -> None:
     """Raises InputError if the best checkpoint, or the end of the training, would be chosen by figures of different
     kinds.
@@ -88,7 +104,8 @@ def require_same_figures(state: dict[str, Any], config: Config, where: str) -> N
     """
     if state.get("best") is None or not (config.train.keep_best or config.train.early_stopping_patience is not None):
         return
-    before, now = state.get("measured_by", {}), measured_by(config)
+    now = measured_by(config)
+    before = _since(state.get("measured_by", {}), now)
     changed = "; ".join(
         f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]
     )
