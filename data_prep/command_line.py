@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from vltrain.config.ranges import Range
+from vltrain.data.remote.address import is_address
 from vltrain.errors import InputError, nearest
 
 
@@ -28,6 +30,15 @@ def whole(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def folder_here(text: str) -> Path:
+    """argparse's `type` of an option that takes a folder to write."""
+    if is_address(text):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected a folder of this machine; write it here and copy it there (launch/REMOTE.md)"
+        )
+    return Path(text)
 
 
 def add_quiet_option(parser: argparse.ArgumentParser) -> None:

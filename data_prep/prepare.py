@@ -21,7 +21,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import CommandLine, add_quiet_option, whole
+from data_prep.command_line import CommandLine, add_quiet_option, folder_here, whole
 from data_prep.copied_images import Images, Named, copy_or_draw, link_or_copy, warn_of_dark_images
 from data_prep.parallel import in_chunks, ordered_map, usable_cores
 from data_prep.parts import (
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandLine("prepare", "Turn a raw data set into samples.", arguments, EXAMPLES)
     parser.add_argument("--source", required=True, help=f"one of {', '.join(sorted(SOURCES))}")
     parser.add_argument("--input", type=Path, help="the raw data; not needed by easyvqa and shapes")
-    parser.add_argument("--output", type=Path, required=True, help="new folder for SPLIT.jsonl and images/")
+    parser.add_argument("--output", type=folder_here, required=True, help="new folder for SPLIT.jsonl and images/")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of the source")
     parser.add_argument(
         "--workers", type=whole(1, MOST_WORKERS), help="processes that check images (default: all cores)"

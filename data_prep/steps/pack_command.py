@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 
-from data_prep.command_line import CommandLine, add_quiet_option, whole
+from data_prep.command_line import CommandLine, add_quiet_option, folder_here, whole
 from data_prep.parts import add_share_options
 from data_prep.tokens import PackSettings
 from vltrain.config.model.base import ProcessorPlaces
@@ -44,7 +43,7 @@ def pack_options(arguments: list[str] | None, examples: tuple[str, ...]) -> Comm
         help="tokens of a prompt that the Q-Former reads at most",
     )
     parser.add_argument("--pack-length", type=whole(8, MOST_TOKENS), required=True, help="tokens that a pack holds")
-    parser.add_argument("--output", type=Path, required=True, help="new folder")
+    parser.add_argument("--output", type=folder_here, required=True, help="new folder")
     parser.add_argument(
         "--max-images", type=whole(1, MOST_SIZE), help="images that a pack may hold (default: no bound)"
     )

@@ -228,6 +228,12 @@ def test_a_setting_without_effect_fails(words, key):
         load(*words)
 
 
+@pytest.mark.parametrize("key", ["output", "data.root", "data.cache"])
+def test_an_address_where_something_is_written_is_refused(key):
+    with pytest.raises(InputError, match=f"{key}: found 's3://bucket/x', expected a folder of this machine"):
+        load("--data.train_packs", "s3://bucket/packs", f"--{key}", "s3://bucket/x")
+
+
 def test_the_same_settings_pass_where_they_have_an_effect():
     load("--model.neck.dim", "64")
     load("--eval.top_p", "0.5", "--eval.temperature", "0.1")

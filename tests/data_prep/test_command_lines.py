@@ -37,6 +37,8 @@ def mistake(capsys, words: list[str]) -> str:
         (["pack", *GIVEN, "--template", "mtt"], "did you mean 'mmt'?"),
         (["pack", *GIVEN, "--pack-length", "0"], "--pack-length: found 0, expected a number in [8, 16777216]"),
         (["prepare", "--source", "easyvqa", "--output", "out", "--options", "split"], "expected key=value"),
+        (["pack", *GIVEN[:-1], "s3://b/packs"], "--output: found 's3://b/packs', expected a folder of this machine"),
+        (["prepare", "--source", "easyvqa", "--output=gs://b/x"], "found 'gs://b/x', expected a folder of this"),
         (["peek", "nowhere"], "nowhere: not a folder of packed shards"),
     ],
 )  # fmt: skip

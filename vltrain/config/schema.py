@@ -30,6 +30,11 @@ OWN = "samples"  # the source that prepares nothing
 EASYVQA_ROOT = "data/easyvqa"
 
 
+def _require_here(key: str, folder: str | None) -> None:
+    """Raises InputError for an address where a folder is written."""
+    _require(folder is None or "://" not in folder, key, folder, "a folder of this machine, which is written to")
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Raw data, its prepared samples and its packed shards."""
@@ -89,6 +94,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
+        _require_here("data.root", self.root)
+        _require_here("data.cache", self.cache)
 
     @property
     def is_remote(self) -> bool:
@@ -284,6 +291,7 @@ class Config:
     """The run's folder: resolved config, versions, TensorBoard events, checkpoints."""
 
     def __post_init__(self) -> None:
+        _require_here("output", self.output)
         if self.train.init_from is not None and self.model.start is not None:
             key, folder = self.model.start
             raise InputError(
