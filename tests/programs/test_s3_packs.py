@@ -65,13 +65,17 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def places(bucket, tmp_path_factory):
-    """A recipe with its packs in a folder and in the bucket."""
+    """A recipe with its packs in a folder and in the bucket, to which they went as the page says: the manifest last."""
     import s3fs
 
     made = finished_run(tmp_path_factory.mktemp("s3"))
     system = s3fs.S3FileSystem()
     system.mkdir("packs-of-tests")
-    system.put(str(made.root / "packs"), ADDRESS, recursive=True)
+    for path in sorted((made.root / "packs").iterdir(), key=lambda path: path.name == "manifest.json"):
+        if path.name == "manifest.json":
+            code, said = run_vltrain(["check", "data", ADDRESS], env={"XDG_CACHE_HOME": str(made.root)}, process=True)
+            assert code == 2 and "not a folder of packed shards, or no such folder or bucket" in said, said
+        system.put(str(path), f"{ADDRESS}/{path.name}")
     return made
 
 
