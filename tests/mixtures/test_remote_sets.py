@@ -168,7 +168,7 @@ def lives_of(names, near, far, tmp_path) -> None:
 @pytest.mark.parametrize("names", [["killed"], pytest.param(["far", "moved"], marks=pytest.mark.slow)], ids="+".join)
 def test_training_is_bit_identical_killed_and_taken_up_too(near, server, tmp_path, names):
     far = far_mixture(server, tmp_path, num_bytes=PART)
-    server.faults = Faults(fail=0.07, flip=0.07, only=("packs-", "images-"))
+    server.faults = Faults(places=4, only=("packs-", "images-"))
     lives_of(["whole", *names], near, far, tmp_path)
     assert server.failed.total() and server.flipped.total(), "the test tests nothing"
     expected = load_file(tmp_path / "whole" / "result.safetensors")
@@ -214,4 +214,5 @@ def test_a_recipe_of_sets_at_addresses_as_a_user_trains_it(tmp_path):
         assert (tmp_path / "far" / file).read_bytes() == (tmp_path / "near" / file).read_bytes()
     for words in (["train", "--recipe", recipe, "--train.max_steps", "5"], ["plan", recipe]):
         code, said = run_vltrain(words, process=True)
-        assert code == 2 and said.strip().count("\n") == 0 and "error: data.mixture.one: http://" in said, said
+        last = said.strip().rpartition("\n")[2]  # behind a warning that it is tried again
+        assert code == 2 and last.startswith("error: data.mixture.one: http://") and "Traceback" not in said, said

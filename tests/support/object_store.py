@@ -22,6 +22,7 @@ class Faults:
     status    name -> status of every answer
     hang      names of which nothing comes
     only      faults befall these names alone; () all
+    places    of so many places of 4 KiB one fails and one is flipped, each the first time that it is read; 0: none
     """
 
     fail: float = 0.0
@@ -29,6 +30,7 @@ class Faults:
     status: dict[str, int] = field(default_factory=dict)
     hang: set[str] = field(default_factory=set)
     only: tuple[str, ...] = ()
+    places: int = 0
     ranges: bool = True
 
 
@@ -49,6 +51,7 @@ class ObjectStore:
 def object_store(folder: Path) -> Iterator[ObjectStore]:
     """Serves a folder until the block ends."""
     chance, guard, closing = random.Random(7), threading.Lock(), threading.Event()
+    read: set[tuple[str, int]] = set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -61,8 +64,9 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
             with guard:
                 store.requests[name] += 1
                 befalls = not faults.only or name.startswith(faults.only)
-                fails = befalls and chance.random() < faults.fail
-                flips = befalls and chance.random() < faults.flip
+                first = self._is_first(faults.places) if befalls else -1
+                fails = (befalls and chance.random() < faults.fail) or first == 0
+                flips = (befalls and chance.random() < faults.flip) or first == 1
                 store.failed[name] += fails
                 cuts = fails and store.failed.total() % 2 == 0
             if name in faults.hang:
@@ -93,6 +97,15 @@ def object_store(folder: Path) -> Iterator[ObjectStore]:
                     place = chance.randrange(len(data))
                 data = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
             self._answer(status, data, cuts)
+
+        def _is_first(self, places: int) -> int:
+            """Which of `places` is read, where it is for the first time; else -1."""
+            start = self.headers.get("Range", "").removeprefix("bytes=").partition("-")[0]
+            key = (self.path, int(start) >> 12) if start and places else None
+            if key is None or key in read:
+                return -1
+            read.add(key)
+            return key[1] % places
 
         def do_HEAD(self) -> None:
             self._answer(405, b"")
