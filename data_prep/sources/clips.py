@@ -1,15 +1,19 @@
 """Clips: short drawn films, as frames in order, with questions that no single frame answers.
 
 A clip shows two or three plain figures on a pale ground, each of a name of its own. One of them moves, all others stay;
-each appears in another frame and stays from then on. Questions are of motion and of order:
+each appears in another frame and stays from then on. Questions are of order, of motion, and of looks alone, by skill:
 
-    Which way does the red star move? Options: (a) left (b) up (c) down.
-    Which moves? Options: (a) blue circle (b) red star.
-    Which appears last? Options: (a) red star (b) blue circle.
+    first      Which appears first? Options: (a) red star (b) blue circle.
+    last       Which appears last? Options: (a) red star (b) blue circle.
+    mover      Which moves? Options: (a) blue circle (b) red star.
+    direction  Which way does the red star move? Options: (a) left (b) up (c) down (d) right.
+    color      Which color is the star? Options: (a) red (b) black (c) blue (d) green.
+    shape      Which shape is red? Options: (a) heart (b) circle (c) star (d) cross.
 
 A sample's images are its frames, so that an InstructBLIP reads them as transformers' InstructBlipVideo does: its
-Q-Former looks at each frame with the question, and the LLM gets all frames' tokens in order. Everything follows from
-the seed. It says nothing about films of the world.
+Q-Former looks at each frame with the question, and the LLM gets all frames' tokens in order. Order and motion are in no
+single frame but for what is there first; looks are. Everything follows from the seed. It says nothing about films of
+the world.
 """
 
 from __future__ import annotations
@@ -24,14 +28,14 @@ import numpy as np
 from data_prep.pretrain.drawings import hue
 from data_prep.sources.options import resolve_options
 from data_prep.sources.raw import RawSample
-from data_prep.sources.shapes import COLORS, SHAPES, Figure, Question, Scene, require_drawable, sample_of
+from data_prep.sources.shapes import COLORS, MAX_CHOICES, SHAPES, Figure, Question, Scene, require_drawable, sample_of
 from vltrain.config.ranges import MOST_SEED, MOST_STEPS, Range
 
-SKILLS = ("motion", "order")
+SKILLS = ("first", "last", "mover", "direction", "color", "shape")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MOST_FRAMES = 64
 _SEEDS: int = 2**31  # of an outline
-WAY = 0.45  # of the image's side, which the moving figure goes from its first frame to the last
+WAY = 0.4  # of the image's side, which the moving figure goes from its first frame to the last
 DEFAULTS = {
     "train_clips": 2000,
     "val_clips": 250,
@@ -40,7 +44,8 @@ DEFAULTS = {
     "questions_per_clip": 2,
     "image_size": 64,
     "seed": 0,
-    "skills": SKILLS,
+    "skills": SKILLS[:4],
+    "choices": "lettered",
     "prompt": "Question: {question} Options: {options}. Short answer:",
 }
 RANGES = {
@@ -69,14 +74,15 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
     Args:
         input: must be None.
         options: `train_clips` (2000), `val_clips` and `test_clips` (250 each); `frames` (4); `questions_per_clip` (2),
-            at most; `image_size` (64); `seed` (0); `skills`, a list (motion, order); `prompt` with the places
-            {question} and {options}.
+            at most; `image_size` (64); `seed` (0); `skills`, a list (first, last, mover, direction; color and shape,
+            too); `choices`, which answers are: `lettered` as `(a) red star`, or `plain` as `red star`; `prompt` with
+            the places {question} and {options}, of which plain choices need no {options}.
 
     Raises:
         InputError: an option out of its range, or an input.
     """
     resolved = resolve_options("clips", options, DEFAULTS, RANGES)
-    require_drawable("clips", resolved, SKILLS, input, draws="frames")
+    letters = require_drawable("clips", resolved, SKILLS, input, draws="frames")
     seen: set[Scene] = set()
     for number, split in enumerate(("train", "val", "test")):
         for index in range(resolved[f"{split}_clips"]):
@@ -89,7 +95,8 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
             chosen: list[int] = rng.permutation(len(offered))[: resolved["questions_per_clip"]].tolist()
             for place, which in enumerate(sorted(chosen)):
                 shown = {f"{split}/{index}/{number}.png": frame for number, frame in enumerate(clip.frames)}
-                yield sample_of(f"{split}/{index}/{place}", split, shown, offered[which], resolved["prompt"])
+                asked, prompt = offered[which], resolved["prompt"]
+                yield sample_of(f"{split}/{index}/{place}", split, shown, asked, prompt, letters=letters)
 
 
 def make_clip(rng: np.random.Generator, image_size: int, num_frames: int) -> Clip:
@@ -104,7 +111,7 @@ def make_clip(rng: np.random.Generator, image_size: int, num_frames: int) -> Cli
         direction = str(rng.choice(list(DIRECTIONS)))
         figures: list[Figure] = []
         for shape, color in zip(shapes, colors):
-            radius = float(rng.uniform(0.09, 0.13))
+            radius = float(rng.uniform(0.12, 0.17))
             red, green, blue = hue(rng, COLORS[color]).tolist()
             place: list[float] = rng.uniform(radius + 0.02, 0.98 - radius, 2).tolist()
             figures.append(
@@ -145,14 +152,22 @@ def _touch(paths: Sequence[Sequence[Figure]], num_frames: int) -> bool:
 
 
 def ask(rng: np.random.Generator, clip: Clip) -> list[Question]:
-    """All questions about a clip."""
+    """All questions about a clip; of looks one of each, of some figure."""
     mover = clip.names[clip.mover]
+    color, shape = clip.names[int(rng.integers(len(clip.names)))].split()
     return [
-        _question(rng, "motion", f"Which way does the {mover} move?", clip.direction, list(DIRECTIONS)),
-        _question(rng, "motion", "Which moves?", mover, clip.names),
-        _question(rng, "order", "Which appears first?", clip.names[0], clip.names),
-        _question(rng, "order", "Which appears last?", clip.names[-1], clip.names),
+        _question(rng, "first", "Which appears first?", clip.names[0], clip.names),
+        _question(rng, "last", "Which appears last?", clip.names[-1], clip.names),
+        _question(rng, "mover", "Which moves?", mover, clip.names),
+        _question(rng, "direction", f"Which way does the {mover} move?", clip.direction, list(DIRECTIONS)),
+        _question(rng, "color", f"Which color is the {shape}?", color, _beside(rng, color, COLORS)),
+        _question(rng, "shape", f"Which shape is {color}?", shape, _beside(rng, shape, SHAPES)),
     ]
+
+
+def _beside(rng: np.random.Generator, right: str, names: Sequence[str]) -> list[str]:
+    """The right one and as many others as are offered with it."""
+    return [right, *rng.permutation([name for name in names if name != right])[: MAX_CHOICES - 1].tolist()]
 
 
 def _question(rng: np.random.Generator, skill: str, text: str, right: str, choices: Sequence[str]) -> Question:

@@ -115,14 +115,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
         options: `train_images` (2000), `val_images` and `test_images` (250 each); `questions_per_image` (4), at most,
             as many as a scene allows; `image_size` (64); `seed` (0); `skills`, a list (counting, color, shape,
             position); `choices`, which answers are: `lettered` as `(a) red`, or `plain` as `red`; `prompt` with the
-            places {question} and {options}.
+            places {question} and {options}, of which plain choices need no {options}.
 
     Raises:
         InputError: an option out of its range, or an input.
     """
     resolved = resolve_options("shapes", options, DEFAULTS, RANGES)
-    require_drawable("shapes", resolved, SKILLS, input, draws="images")
-    letters = choose("shapes", "choices", resolved["choices"], ("lettered", "plain")) == "lettered"
+    letters = require_drawable("shapes", resolved, SKILLS, input, draws="images")
     seen: set[Scene] = set()
     for number, split in enumerate(("train", "val", "test")):
         for index in range(resolved[f"{split}_images"]):
@@ -140,9 +139,13 @@ def read(input: Path | None, options: Mapping[str, Any]) -> Iterator[RawSample]:
 
 def require_drawable(
     source: str, resolved: Mapping[str, Any], skills: Sequence[str], input: Path | None, *, draws: str
-) -> None:
-    """Raises InputError for a prompt without its places, a skill that is none, and for an input: it `draws` its own."""
-    check_template(source, "prompt", resolved["prompt"], ("question", "options"))
+) -> bool:
+    """Whether choices have letters. Raises InputError for a prompt without its places, a skill that is none, and for an
+    input: it `draws` its own."""
+    letters = choose(source, "choices", resolved["choices"], ("lettered", "plain")) == "lettered"
+    # a letter means nothing unless the prompt lists it; a plain answer can be asked for without its rivals
+    unlisted = not letters and "{options}" not in resolved["prompt"]
+    check_template(source, "prompt", resolved["prompt"], ("question",) if unlisted else ("question", "options"))
     for name in resolved["skills"]:
         if name not in skills:
             raise InputError(
@@ -150,6 +153,7 @@ def require_drawable(
             )
     if input is not None:
         raise InputError(f"source '{source}' draws its {draws}, expected no --input, found {input}")
+    return letters
 
 
 def sample_of(

@@ -3,6 +3,7 @@ together."""
 
 import io
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -51,6 +52,11 @@ def answer_by_looking(question: str, scenes) -> str:
         assert f"the {mover} move" in question
         across, down = ways[mover]
         return ("left" if across < 0 else "right") if abs(across) > abs(down) else ("up" if down < 0 else "down")
+    looks = dict(name.split() for name in seen)  # no two figures share a colour or a shape
+    if question.startswith("Which color is the "):
+        return {shape: color for color, shape in looks.items()}[question.removeprefix("Which color is the ")]
+    if question.startswith("Which shape is "):
+        return looks[question.removeprefix("Which shape is ")]
     by_frames = sorted(seen, key=lambda name: len(seen[name]))
     assert len({len(path) for path in seen.values()}) == len(seen), "they appear one by one"
     return {"Which moves": mover, "Which appears first": by_frames[-1], "Which appears last": by_frames[0]}[question]
@@ -58,18 +64,21 @@ def answer_by_looking(question: str, scenes) -> str:
 
 @pytest.mark.parametrize("frames", [3, 4, 9])
 def test_every_answer_is_what_the_frames_show(frames):
-    for raw in read(frames=frames) if frames != 4 else RAW:
+    skills = Counter()
+    for raw in read(frames=frames, skills=clips.SKILLS, questions_per_clip=6):
         facts, text = raw.sample.metadata, raw.sample.turns[0].text
         assert text.count("<image>") == len(raw.image_sources) == len(raw.sample.images) == frames
         assert raw.sample.images == tuple(f"{raw.sample.id.rpartition('/')[0]}/{n}.png" for n in range(frames))
         question = text.partition("Question: ")[2].partition("? Options")[0]
         assert facts["choices"][facts["answer"]] == answer_by_looking(question, raw.image_sources)
+        skills.update(facts["skills"])
+    assert skills == dict.fromkeys(clips.SKILLS, 80)
 
 
 def test_no_single_frame_gives_it_away():
     """Where a figure stands in the first frame and in the last says little of the way it goes: by its place alone, of
     four ways at most half are right, since it stays inside."""
-    moved = [raw for raw in read(train_clips=150, skills=["motion"]) if "Which way" in raw.sample.turns[0].text]
+    moved = read(train_clips=150, skills=["direction"], questions_per_clip=1)
     right = 0
     for raw in moved:
         name = raw.sample.turns[0].text.partition("does the ")[2].partition(" move")[0]
@@ -77,6 +86,14 @@ def test_no_single_frame_gives_it_away():
         room = {"left": first.x, "right": 1 - first.x, "up": first.y, "down": 1 - first.y}
         right += max(room, key=room.get) == raw.sample.metadata["choices"][raw.sample.metadata["answer"]]
     assert right / len(moved) < 0.6
+
+
+def test_a_plain_answer_needs_no_list_of_choices_in_its_prompt():
+    for raw, listed in zip(read(choices="plain", prompt="{question}"), RAW):
+        (user, assistant), facts = raw.sample.turns, raw.sample.metadata
+        assert user.text == "<image>" * 4 + "\n" + listed.sample.turns[0].text.split("Question: ")[1].split(" Opt")[0]
+        assert assistant.text == facts["candidates"][facts["answer"]] and facts["candidates"] == facts["choices"]
+        assert facts == listed.sample.metadata | {"candidates": facts["candidates"]} and to_item(raw.sample, "x").whole
 
 
 def test_frames_are_pictures_that_differ():
@@ -91,6 +108,9 @@ def test_frames_are_pictures_that_differ():
         ({"frames": 2}, "option 'frames'"),
         ({"skills": ["colour"]}, "unknown 'colour'"),
         ({"prompt": "{question}"}, "options"),
+        ({"prompt": "{options}", "choices": "plain"}, "each of {question}, {options} once"),
+        ({"prompt": "Look!", "choices": "plain"}, "each of {question} once"),
+        ({"choices": "bare"}, "option 'choices': unknown 'bare'"),
         ({"train_images": 3}, "train_images"),
     ],
 )

@@ -46,6 +46,13 @@ def test_ids_are_unique_and_every_question_can_be_ranked():
     )
 
 
+def test_a_plain_answer_needs_no_list_of_choices_in_its_prompt():
+    for raw, listed in zip(read(choices="plain", prompt="{question}"), RAW):
+        (user, assistant), facts = raw.sample.turns, listed.sample.metadata
+        assert user.text == listed.sample.turns[0].text.partition(" Options:")[0].replace("Question: ", "")
+        assert assistant.text == facts["choices"][facts["answer"]]
+
+
 def relation(figure: Figure, other: Figure) -> str:
     """By the larger of the two distances; y grows downwards."""
     across, down = figure.x - other.x, figure.y - other.y
