@@ -224,7 +224,7 @@ class BlockCache:
 
     def _sets(self) -> list[tuple[int, int, str]]:
         """(when it was opened last, bytes, path) of each set."""
-        found = []
+        found = list[tuple[int, int, str]]()
         for folder in os.scandir(self.folder / "sets"):
             opened = num_bytes = 0
             for entry in os.scandir(folder.path):

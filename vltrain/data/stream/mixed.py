@@ -110,7 +110,7 @@ class MixedPacks(PackedDataset):
         return next((one.cache for one in self._parts if one.is_remote), None)
 
     def damaged(self) -> list[str]:
-        found = []
+        found = list[str]()
         for name, one in self.sets.items():
             with of_set(name):
                 found += one.damaged()
