@@ -70,6 +70,19 @@ def test_keys_inside_a_mapping_join_the_recipes_and_a_whole_mapping_replaces_it(
     assert replaced.config.model.llm.config == {"hidden_size": 8}
 
 
+def test_dots_go_into_a_mapping_that_the_recipe_has(tmp_path):
+    parts = "{vision_config: {hidden_size: 32, layers: {first: 1}}, tie: true}"
+    section = f"{{config: {parts}, tokenizer: t, qformer_tokenizer: t}}"
+    path = recipe(tmp_path, f"model: {{architecture: instructblip, instructblip: {section}}}\n")
+    key = "--model.instructblip.config"
+    words = [f"{key}.vision_config.patch_size", "4", f"{key}.vision_config.layers.first", "2", f"{key}.tie.x", "3"]
+    assert load("--recipe", str(path), *words).config.model.instructblip.config == {
+        "vision_config": {"hidden_size": 32, "patch_size": 4, "layers": {"first": 2}},
+        "tie": True,
+        "tie.x": 3,
+    }
+
+
 def test_a_later_option_wins():
     assert load("--train.seed", "1", "--train.seed", "2").config.train.seed == 2
 

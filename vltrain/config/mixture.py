@@ -101,15 +101,28 @@ def _alone(config: Config, name: str) -> Config:
 
 
 def joined_mapping(key: str, base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What a mapping of the setting `key` says over another one's: name by name; of a mixture its sets' keys too, which
-    the command line names by dots (`--data.mixture.SET.weight 3`); a set that is null is left out."""
+    """What a mapping of the setting `key` says over another one's: name by name, and by dots within a mapping that it
+    has (`--model.instructblip.config.vision_config.hidden_size 64`); of a mixture its sets' keys too
+    (`--data.mixture.SET.weight 3`); a set that is null is left out."""
     if key != KEY:
-        return {**base, **own}
+        return _deeper(base, own)
     left_out = {name for name, value in own.items() if value is None and name in base}
     return _joined(
         {name: one for name, one in base.items() if name not in left_out},
         {name: one for name, one in own.items() if name not in left_out},
     )
+
+
+def _deeper(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    joined = dict(base)
+    for name, value in own.items():
+        head, dot, rest = str(name).partition(".")
+        below = joined.get(head)
+        if dot and name not in base and is_mapping(below):
+            joined[head] = _deeper(below, {rest: value})
+        else:
+            joined[name] = value
+    return joined
 
 
 def _joined(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
