@@ -215,7 +215,9 @@ class BlockCache:
             if total <= bound:
                 break
             if path in are_sets:
-                total -= size if _is_free(path, remove=True) else 0
+                if _is_free(path):
+                    shutil.rmtree(path)
+                    total -= size
                 continue
             with suppress(FileNotFoundError):
                 os.unlink(path)
@@ -304,8 +306,8 @@ class _Counter:
     bytes: int
 
 
-def _is_free(path: str, *, remove: bool = False) -> bool:
-    """Whether nobody reads a set; one that is free may be removed. While the size is locked, so nobody opens it."""
+def _is_free(path: str) -> bool:
+    """Whether nobody reads a set. While the size is locked, so that nobody opens it before it is removed."""
     handle = os.open(os.path.join(path, USED), os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -313,8 +315,6 @@ def _is_free(path: str, *, remove: bool = False) -> bool:
         return False
     finally:
         os.close(handle)
-    if remove:
-        shutil.rmtree(path)
     return True
 
 
